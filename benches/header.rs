@@ -1,0 +1,112 @@
+//! ns per NLB header: finding the endpoint ID in the PrivateLink capture, against the crates `ppp` and
+//! `proxy-protocol`. `cargo bench --bench header`
+//!
+//! The two verify no checksum, and `proxy-protocol` hands out no TLVs at all: its figure is that of the addresses.
+
+use std::net::SocketAddr;
+
+use divan::{Bencher, black_box};
+use vestibule::id::Claim;
+use vestibule::wire::{Parsed, Rules, Transport, parse};
+
+/// The PrivateLink capture of tests/vectors/proxy-v2.tsv, and the payload that came with it.
+fn capture() -> Vec<u8> {
+    let table = include_str!("../tests/vectors/proxy-v2.tsv");
+    let line = table.lines().find(|line| line.starts_with("privatelink-tcp4\t")).expect("the capture");
+    let hex = line.split('\t').nth(2).expect("its bytes");
+    let digit = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
+    let mut bytes: Vec<u8> = (0..hex.len()).step_by(2).map(digit).collect();
+    assert_eq!(bytes.len(), 100);
+    bytes.extend(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n");
+    bytes
+}
+
+/// The client's address and the endpoint's ID: what a proxy asks of a header.
+type Asked = (Option<SocketAddr>, Option<EndpointText>);
+
+/// An endpoint's ID as text, copied out: ppp's values live no longer than its header.
+type EndpointText = [u8; 22];
+
+#[inline(never)]
+fn ours(input: &[u8], verify_crc: bool) -> Option<Asked> {
+    match parse(input, Rules { transport: Transport::Stream, verify_crc }) {
+        Parsed::Done(header, _) => {
+            let endpoint = header.endpoint.and_then(|id| id.try_into().ok());
+            Some((header.client().map(|client| client.0), endpoint))
+        }
+        Parsed::Partial(_) | Parsed::Malformed(_) => None,
+    }
+}
+
+#[inline(never)]
+fn with_ppp(input: &[u8]) -> Option<Asked> {
+    let header = ppp::v2::Header::try_from(input).ok()?;
+    let client = match header.addresses {
+        ppp::v2::Addresses::IPv4(ip) => Some((ip.source_address, ip.source_port).into()),
+        ppp::v2::Addresses::IPv6(ip) => Some((ip.source_address, ip.source_port).into()),
+        ppp::v2::Addresses::Unspecified | ppp::v2::Addresses::Unix(_) => None,
+    };
+    let mut tlvs = header.tlvs().flatten().filter(|tlv| tlv.kind == 0xEA);
+    let endpoint = tlvs.find_map(|tlv| tlv.value.strip_prefix(&[1])?.try_into().ok());
+    Some((client, endpoint))
+}
+
+#[inline(never)]
+fn with_proxy_protocol(mut input: &[u8]) -> Option<Asked> {
+    use proxy_protocol::{ProxyHeader, parse, version2::ProxyAddresses};
+    match parse(&mut input) {
+        Ok(ProxyHeader::Version2 { addresses: ProxyAddresses::Ipv4 { source, .. }, .. }) => {
+            Some((Some(source.into()), None))
+        }
+        _ => None,
+    }
+}
+
+fn expected(endpoint: bool) -> Option<Asked> {
+    let client = "172.31.7.113:51442".parse().expect("an address");
+    Some((Some(client), endpoint.then_some(*b"vpce-08d2bf15fac5001c9")))
+}
+
+#[divan::bench]
+fn ours_without_crc(bencher: Bencher) {
+    let input = capture();
+    assert_eq!(ours(&input, false), expected(true));
+    bencher.bench_local(|| ours(black_box(&input), false));
+}
+
+#[divan::bench]
+fn ours_with_crc(bencher: Bencher) {
+    let input = capture();
+    assert_eq!(ours(&input, true), expected(true));
+    bencher.bench_local(|| ours(black_box(&input), true));
+}
+
+/// All that a session does with its header: the ID is turned into the key of the directory, too.
+#[divan::bench]
+fn ours_with_crc_and_directory_key(bencher: Bencher) {
+    let input = capture();
+    let key = |input: &[u8]| {
+        let (client, endpoint) = ours(input, true)?;
+        Some((client, Claim::from_tlv(endpoint.as_ref().map(|id| &id[..]))))
+    };
+    assert!(key(&input).is_some_and(|(_, claim)| claim.id().is_some()));
+    bencher.bench_local(|| key(black_box(&input)));
+}
+
+#[divan::bench]
+fn ppp_without_crc(bencher: Bencher) {
+    let input = capture();
+    assert_eq!(with_ppp(&input), expected(true));
+    bencher.bench_local(|| with_ppp(black_box(&input)));
+}
+
+#[divan::bench]
+fn proxy_protocol_without_crc_or_endpoint(bencher: Bencher) {
+    let input = capture();
+    assert_eq!(with_proxy_protocol(&input), expected(false));
+    bencher.bench_local(|| with_proxy_protocol(black_box(&input)));
+}
+
+fn main() {
+    divan::main();
+}

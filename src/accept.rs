@@ -1,0 +1,150 @@
+//! The first step: a connection out of the kernel's queue.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+
+use ipnet::IpNet;
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, acceptfrom_with};
+use tokio::io::unix::AsyncFd;
+
+use crate::addr::{ListenAddr, PeerAddr};
+
+/// A listening socket of one worker.
+#[derive(Debug)]
+pub struct Door {
+    socket: AsyncFd<TcpListener>,
+    address: ListenAddr,
+}
+
+/// A connection that has not been registered with any worker yet, so that it can still be handed over.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The socket, non-blocking.
+    pub socket: TcpStream,
+    /// The other end.
+    pub peer: PeerAddr,
+}
+
+/// What kept a connection from being accepted.
+#[derive(Debug)]
+pub enum Trouble {
+    /// This peer's own: it has gone. The next one may be fine.
+    Peer(io::Error),
+    /// Descriptors or memory ran out: wait, then go on.
+    Shortage(io::Error),
+    /// The listening socket itself is broken.
+    Fatal(io::Error),
+}
+
+/// Connections taken in one go before other tasks get their turn.
+const BATCH: usize = 32;
+
+impl Door {
+    /// Takes over a bound, listening, non-blocking socket.
+    ///
+    /// # Errors
+    /// Where the runtime cannot register it.
+    pub fn new(socket: TcpListener) -> io::Result<Self> {
+        let address = ListenAddr(socket.local_addr()?);
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; a std TcpListener keeps its descriptor, as both ask"
+        )]
+        let socket = AsyncFd::new(socket)?;
+        Ok(Self { socket, address })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> ListenAddr {
+        self.address
+    }
+
+    /// Waits for connections and hands each to `take`, until the queue is empty or the batch is full.
+    ///
+    /// # Errors
+    /// The trouble that ended the batch; what was accepted before has been handed over.
+    pub async fn accept(&self, mut take: impl FnMut(Accepted)) -> Result<(), Trouble> {
+        let mut ready = self.socket.readable().await.map_err(Trouble::Fatal)?;
+        for _ in 0..BATCH {
+            match self.next() {
+                Ok(accepted) => accepted.into_iter().for_each(&mut take),
+                Err(Errno::AGAIN) => {
+                    ready.clear_ready();
+                    return Ok(());
+                }
+                Err(errno) => return Err(classify(errno)),
+            }
+        }
+        drop(ready);
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+
+    /// Closes the door, and first hands over what the kernel has accepted already: that would be reset.
+    pub fn close(self, take: impl FnMut(Accepted)) {
+        std::iter::from_fn(|| self.next().ok()).flatten().for_each(take);
+    }
+
+    /// One connection; `None` where its peer has no address any more.
+    fn next(&self) -> Result<Option<Accepted>, Errno> {
+        let (socket, peer) = acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+        let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+        Ok(peer.map(|peer| Accepted { socket: TcpStream::from(socket), peer: PeerAddr(peer) }))
+    }
+}
+
+/// The three classes of accept errors. The list of the peer's is the one in accept(2), "Error handling": Linux
+/// passes pending network errors of the new socket on as errors of accept.
+fn classify(errno: Errno) -> Trouble {
+    match errno {
+        Errno::CONNABORTED
+        | Errno::INTR
+        | Errno::PROTO
+        | Errno::PERM
+        | Errno::NETDOWN
+        | Errno::NOPROTOOPT
+        | Errno::HOSTDOWN
+        | Errno::NONET
+        | Errno::HOSTUNREACH
+        | Errno::OPNOTSUPP
+        | Errno::NETUNREACH
+        | Errno::TIMEDOUT => Trouble::Peer(errno.into()),
+        Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => Trouble::Shortage(errno.into()),
+        _ => Trouble::Fatal(errno.into()),
+    }
+}
+
+/// Whether the peer is in one of the networks.
+#[must_use]
+pub fn is_trusted(peer: PeerAddr, trusted: &[IpNet]) -> bool {
+    trusted.iter().any(|network| network.contains(&peer.0.ip()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_fall_in_three_classes() {
+        assert!(matches!(classify(Errno::CONNABORTED), Trouble::Peer(_)));
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
+            assert!(matches!(classify(errno), Trouble::Shortage(_)));
+        }
+        for errno in [Errno::BADF, Errno::INVAL, Errno::NOTSOCK] {
+            assert!(matches!(classify(errno), Trouble::Fatal(_)));
+        }
+    }
+
+    #[test]
+    fn trust_goes_by_network() {
+        let trusted: Vec<IpNet> = vec!["10.0.0.0/16".parse().unwrap(), "fd00::/8".parse().unwrap()];
+        let peer = |text: &str| PeerAddr(text.parse().unwrap());
+        assert!(is_trusted(peer("10.0.255.255:1"), &trusted));
+        assert!(is_trusted(peer("[fd12::1]:1"), &trusted));
+        assert!(!is_trusted(peer("10.1.0.0:1"), &trusted));
+        assert!(!is_trusted(peer("[::ffff:10.0.0.1]:1"), &trusted));
+        assert!(!is_trusted(peer("10.0.0.1:1"), &[]));
+    }
+}

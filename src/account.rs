@@ -1,0 +1,189 @@
+//! What is counted and what is written down: counters, histograms, names, the access log.
+//!
+//! Each worker counts in cells of its own, which nobody else writes; a scrape adds them up. So a byte forwarded
+//! costs a plain addition: no lock, no label, no shared cache line.
+
+pub mod latency;
+pub mod log;
+pub mod meter;
+pub mod names;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A name that is a metric's label: compared by number, shown by name. Made by [`Labels`] alone.
+#[derive(Clone, Debug)]
+pub struct Label {
+    serial: u32,
+    name: Arc<str>,
+}
+
+impl Label {
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The number: equal for equal names of one [`Labels`].
+    #[must_use]
+    pub fn serial(&self) -> u32 {
+        self.serial
+    }
+}
+
+/// Every label of the process. A name keeps its number over reloads, and with it its counters.
+#[derive(Debug, Default)]
+pub struct Labels {
+    known: Mutex<HashMap<Arc<str>, u32>>,
+}
+
+impl Labels {
+    /// The label of `name`, new or known.
+    #[must_use]
+    pub fn intern(&self, name: &str) -> Label {
+        let mut known = lock(&self.known);
+        if let Some((name, serial)) = known.get_key_value(name) {
+            return Label { serial: *serial, name: Arc::clone(name) };
+        }
+        let label = Label { serial: u32::try_from(known.len()).unwrap_or(u32::MAX), name: Arc::from(name) };
+        known.insert(Arc::clone(&label.name), label.serial);
+        label
+    }
+}
+
+/// A number that one worker writes and everybody reads.
+#[derive(Debug, Default)]
+pub struct Cell64(AtomicU64);
+
+impl Cell64 {
+    /// Adds. Only the cell's own worker may: an addition of two threads at once could be lost.
+    #[inline]
+    pub fn add(&self, amount: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    /// Subtracts; the rule of [`add`](Self::add) holds.
+    #[inline]
+    pub fn sub(&self, amount: u64) {
+        self.add(amount.wrapping_neg());
+    }
+
+    /// The value now.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Locks; a thread that panicked with the lock leaves counters, which are never half-written.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Direction {
+    /// From the client to the backend.
+    ToBackend,
+    /// From the backend to the client.
+    ToClient,
+}
+
+impl Direction {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::ToBackend, Self::ToClient];
+
+    /// The word in log, metrics and documentation.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::ToBackend => "to_backend",
+            Self::ToClient => "to_client",
+        }
+    }
+}
+
+/// Two values, one for each direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EachWay<T> {
+    /// From the client to the backend.
+    pub to_backend: T,
+    /// From the backend to the client.
+    pub to_client: T,
+}
+
+impl EachWay<Cell64> {
+    /// The values now.
+    #[must_use]
+    pub fn values(&self) -> EachWay<u64> {
+        EachWay { to_backend: self.to_backend.value(), to_client: self.to_client.value() }
+    }
+}
+
+impl<T> EachWay<T> {
+    /// The value of one direction.
+    pub fn way(&self, direction: Direction) -> &T {
+        match direction {
+            Direction::ToBackend => &self.to_backend,
+            Direction::ToClient => &self.to_client,
+        }
+    }
+
+    /// The value of one direction, to be changed.
+    pub fn way_mut(&mut self, direction: Direction) -> &mut T {
+        match direction {
+            Direction::ToBackend => &mut self.to_backend,
+            Direction::ToClient => &mut self.to_client,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_keeps_its_number() {
+        let labels = Labels::default();
+        let (one, two) = (labels.intern("acme"), labels.intern("globex"));
+        assert_eq!(labels.intern("acme").serial(), one.serial());
+        assert_ne!(one.serial(), two.serial());
+        assert_eq!(two.name(), "globex");
+    }
+
+    #[test]
+    fn cells_add_and_subtract() {
+        let cell = Cell64::default();
+        cell.add(5);
+        cell.sub(2);
+        assert_eq!(cell.value(), 3);
+    }
+
+    #[test]
+    fn each_way_has_its_own_value() {
+        let mut ways = EachWay { to_backend: 1, to_client: 2 };
+        for way in Direction::ALL {
+            *ways.way_mut(way) += 10;
+        }
+        assert_eq!((*ways.way(Direction::ToBackend), *ways.way(Direction::ToClient)), (11, 12));
+        assert_eq!(Direction::ALL.map(Direction::word), ["to_backend", "to_client"]);
+    }
+
+    #[test]
+    fn a_lock_that_a_panic_left_behind_opens() {
+        let mutex = Mutex::new(1);
+        let panicked = std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    let _guard = mutex.lock().unwrap();
+                    panic!("on purpose");
+                })
+                .join()
+        });
+        assert!(panicked.is_err());
+        assert_eq!(*lock(&mutex), 1);
+    }
+}

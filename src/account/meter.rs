@@ -1,0 +1,498 @@
+//! A session's counters, resolved once: from then on, counting is adding to a cell.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::latency::Recorder;
+use super::{Cell64, Direction, EachWay, Label, lock};
+use crate::outcome::{At, By, Outcome, Why};
+
+/// What is counted for one listener, tenant and pool. Before a session's tenant is known, the two are empty.
+#[derive(Debug)]
+pub struct RouteCells {
+    /// The listener.
+    pub listener: Label,
+    /// The tenant, or the empty name.
+    pub tenant: Label,
+    /// The pool, or the empty name.
+    pub pool: Label,
+    /// Sessions now.
+    pub active: Cell64,
+    /// Bytes forwarded.
+    pub bytes: EachWay<Cell64>,
+    ended: Vec<Cell64>,
+}
+
+impl RouteCells {
+    /// Every outcome of the closed set with its count.
+    pub fn ended(&self) -> impl Iterator<Item = (Outcome, u64)> {
+        Outcome::ALL.iter().copied().zip(self.ended.iter().map(Cell64::value))
+    }
+}
+
+/// What is counted for one listener.
+#[derive(Debug)]
+pub struct ListenerCells {
+    /// The listener.
+    pub listener: Label,
+    /// Connections accepted.
+    pub accepted: Cell64,
+    /// Accept errors that were the peer's: it had gone already.
+    pub errors_peer: Cell64,
+    /// Accept errors for want of descriptors or memory.
+    pub errors_shortage: Cell64,
+    /// Accept errors that stopped the listener.
+    pub errors_fatal: Cell64,
+    /// Sessions without a whole header, now.
+    pub pending: Cell64,
+    /// From accept to the end, of the sessions that are logged.
+    pub duration: Recorder,
+}
+
+/// How an attempt to connect ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Connect {
+    Done,
+    Refused,
+    Timeout,
+    Unreachable,
+    NoLocalPort,
+    Shortage,
+    Failed,
+}
+
+impl Connect {
+    /// Every result.
+    pub const ALL: [Self; 7] = [
+        Self::Done,
+        Self::Refused,
+        Self::Timeout,
+        Self::Unreachable,
+        Self::NoLocalPort,
+        Self::Shortage,
+        Self::Failed,
+    ];
+
+    /// The word in metrics.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Refused => "connect_refused",
+            Self::Timeout => "connect_timeout",
+            Self::Unreachable => "connect_unreachable",
+            Self::NoLocalPort => "no_local_port",
+            Self::Shortage => "shortage",
+            Self::Failed => "connect_failed",
+        }
+    }
+}
+
+/// What is counted for one backend of one pool.
+#[derive(Debug)]
+pub struct BackendCells {
+    /// The pool.
+    pub pool: Label,
+    /// The backend.
+    pub backend: Label,
+    /// Sessions now.
+    pub active: Cell64,
+    /// Bytes forwarded.
+    pub bytes: EachWay<Cell64>,
+    connects: [Cell64; Connect::ALL.len()],
+}
+
+impl BackendCells {
+    /// Every result of an attempt to connect with its count.
+    pub fn connects(&self) -> impl Iterator<Item = (Connect, u64)> {
+        Connect::ALL.into_iter().zip(self.connects.iter().map(Cell64::value))
+    }
+}
+
+/// What is counted for one pool.
+#[derive(Debug)]
+pub struct PoolCells {
+    /// The pool.
+    pub pool: Label,
+    /// How long successful attempts to connect took.
+    pub connect_time: Recorder,
+}
+
+/// What is counted for a worker.
+#[derive(Debug, Default)]
+pub struct WorkerCells {
+    /// Sessions whose tenant was found: health checks and strangers are not among them.
+    pub identified: Cell64,
+    /// Bytes that went through a buffer.
+    pub copied: EachWay<Cell64>,
+    /// Bytes that went through a pipe, and never into user space.
+    pub spliced: EachWay<Cell64>,
+    /// Pipes that sessions hold now.
+    pub pipes: Cell64,
+    /// Times that a session wanted a pipe and none was to be had: it went on copying.
+    pub pipes_refused: Cell64,
+    /// Fresh connections handed to a worker with fewer sessions.
+    pub handed_over: Cell64,
+    /// Lines of the access log that were dropped because its writer was behind.
+    pub log_dropped: Cell64,
+}
+
+/// One worker's cells, as a scrape reads them.
+#[derive(Debug, Default)]
+pub struct Shard {
+    routes: Mutex<Vec<Arc<RouteCells>>>,
+    listeners: Mutex<Vec<Arc<ListenerCells>>>,
+    backends: Mutex<Vec<Arc<BackendCells>>>,
+    pools: Mutex<Vec<Arc<PoolCells>>>,
+    /// The worker's own.
+    pub worker: WorkerCells,
+}
+
+impl Shard {
+    /// All routes so far.
+    #[must_use]
+    pub fn routes(&self) -> Vec<Arc<RouteCells>> {
+        lock(&self.routes).clone()
+    }
+
+    /// All listeners so far.
+    #[must_use]
+    pub fn listeners(&self) -> Vec<Arc<ListenerCells>> {
+        lock(&self.listeners).clone()
+    }
+
+    /// All backends so far.
+    #[must_use]
+    pub fn backends(&self) -> Vec<Arc<BackendCells>> {
+        lock(&self.backends).clone()
+    }
+
+    /// All pools so far.
+    #[must_use]
+    pub fn pools(&self) -> Vec<Arc<PoolCells>> {
+        lock(&self.pools).clone()
+    }
+}
+
+/// The cells that a worker has found so far, by the numbers of their labels.
+type Index<K, C> = RefCell<HashMap<K, Arc<C>, foldhash::fast::FixedState>>;
+
+/// One worker's side of its [`Shard`].
+#[derive(Debug)]
+pub struct Ledger {
+    shard: Arc<Shard>,
+    /// The empty label: a tenant or pool that is not known yet.
+    nobody: Label,
+    routes: Index<(u32, u32, u32), RouteCells>,
+    listeners: Index<u32, ListenerCells>,
+    backends: Index<(u32, u32), BackendCells>,
+    pools: Index<u32, PoolCells>,
+    sessions: Cell<u64>,
+}
+
+/// Finds a cell, or makes it and shows it to the scrapes.
+fn find<K: Eq + Hash, C>(
+    index: &Index<K, C>,
+    published: &Mutex<Vec<Arc<C>>>,
+    key: K,
+    make: impl FnOnce() -> C,
+) -> Arc<C> {
+    let mut index = index.borrow_mut();
+    Arc::clone(index.entry(key).or_insert_with(|| {
+        let cells = Arc::new(make());
+        lock(published).push(Arc::clone(&cells));
+        cells
+    }))
+}
+
+impl Ledger {
+    /// The ledger of a new worker. `nobody` is the label of the empty name.
+    #[must_use]
+    pub fn new(shard: Arc<Shard>, nobody: Label) -> Rc<Self> {
+        Rc::new(Self {
+            shard,
+            nobody,
+            routes: Index::default(),
+            listeners: Index::default(),
+            backends: Index::default(),
+            pools: Index::default(),
+            sessions: Cell::new(0),
+        })
+    }
+
+    /// The worker's own cells.
+    #[must_use]
+    pub fn worker(&self) -> &WorkerCells {
+        &self.shard.worker
+    }
+
+    /// Numbers the worker's sessions.
+    #[must_use]
+    pub fn next_session(&self) -> u64 {
+        self.sessions.replace(self.sessions.get() + 1)
+    }
+
+    /// The cells of a listener.
+    #[must_use]
+    pub fn listener(&self, listener: &Label) -> Arc<ListenerCells> {
+        find(&self.listeners, &self.shard.listeners, listener.serial, || ListenerCells {
+            listener: listener.clone(),
+            accepted: Cell64::default(),
+            errors_peer: Cell64::default(),
+            errors_shortage: Cell64::default(),
+            errors_fatal: Cell64::default(),
+            pending: Cell64::default(),
+            duration: Recorder::default(),
+        })
+    }
+
+    fn route(&self, listener: &Label, tenant: &Label, pool: &Label) -> Arc<RouteCells> {
+        let key = (listener.serial, tenant.serial, pool.serial);
+        find(&self.routes, &self.shard.routes, key, || RouteCells {
+            listener: listener.clone(),
+            tenant: tenant.clone(),
+            pool: pool.clone(),
+            active: Cell64::default(),
+            bytes: EachWay::default(),
+            ended: Outcome::ALL.iter().map(|_| Cell64::default()).collect(),
+        })
+    }
+
+    fn backend(&self, pool: &Label, backend: &Label) -> Arc<BackendCells> {
+        find(&self.backends, &self.shard.backends, (pool.serial, backend.serial), || BackendCells {
+            pool: pool.clone(),
+            backend: backend.clone(),
+            active: Cell64::default(),
+            bytes: EachWay::default(),
+            connects: Default::default(),
+        })
+    }
+
+    fn pool(&self, pool: &Label) -> Arc<PoolCells> {
+        find(&self.pools, &self.shard.pools, pool.serial, || PoolCells {
+            pool: pool.clone(),
+            connect_time: Recorder::default(),
+        })
+    }
+}
+
+/// One session's counters. Dropping it unfinished counts the session as ended by a fault of ours.
+#[derive(Debug)]
+pub struct Meter {
+    ledger: Rc<Ledger>,
+    listener: Arc<ListenerCells>,
+    route: Arc<RouteCells>,
+    backend: Option<Arc<BackendCells>>,
+    bytes: EachWay<u64>,
+    /// The step it has come to, for an end without an outcome.
+    at: At,
+    ended: bool,
+}
+
+impl Meter {
+    /// Counts a session that was just accepted.
+    #[must_use]
+    pub fn new(ledger: Rc<Ledger>, listener: &Label) -> Self {
+        let route = ledger.route(listener, &ledger.nobody, &ledger.nobody);
+        let listener = ledger.listener(listener);
+        listener.accepted.add(1);
+        route.active.add(1);
+        Self {
+            ledger,
+            listener,
+            route,
+            backend: None,
+            bytes: EachWay::default(),
+            at: At::Header,
+            ended: false,
+        }
+    }
+
+    /// The session's tenant is known, and perhaps its pool.
+    pub fn assign(&mut self, tenant: &Label, pool: Option<&Label>) {
+        let pool = pool.unwrap_or(&self.ledger.nobody);
+        let route = self.ledger.route(&self.route.listener, tenant, pool);
+        self.route.active.sub(1);
+        route.active.add(1);
+        self.route = route;
+        self.ledger.worker().identified.add(1);
+    }
+
+    /// Counts an attempt to connect a backend.
+    pub fn tried(&mut self, backend: &Label, result: Connect) {
+        self.at = At::Connect;
+        let cells = self.ledger.backend(&self.route.pool, backend);
+        if let Some(count) = cells.connects.get(result as usize) {
+            count.add(1);
+        }
+        if result == Connect::Done {
+            cells.active.add(1);
+            self.at = At::Forward;
+            self.backend = Some(cells);
+        }
+    }
+
+    /// Records how long the successful attempt took.
+    pub fn connected(&self, took: Duration) {
+        self.ledger.pool(&self.route.pool).connect_time.record(took);
+    }
+
+    /// Counts bytes that went out; `spliced` tells which way they took through the process.
+    #[inline]
+    pub fn forwarded(&mut self, direction: Direction, bytes: u64, spliced: bool) {
+        *self.bytes.way_mut(direction) += bytes;
+        self.route.bytes.way(direction).add(bytes);
+        if let Some(backend) = &self.backend {
+            backend.bytes.way(direction).add(bytes);
+        }
+        let worker = &self.ledger.shard.worker;
+        if spliced { &worker.spliced } else { &worker.copied }.way(direction).add(bytes);
+    }
+
+    /// The bytes that this session has forwarded.
+    #[must_use]
+    pub fn bytes(&self) -> EachWay<u64> {
+        self.bytes
+    }
+
+    /// The worker's own cells.
+    #[must_use]
+    pub fn worker(&self) -> &WorkerCells {
+        self.ledger.worker()
+    }
+
+    /// The listener's cells.
+    #[must_use]
+    pub fn listener(&self) -> Arc<ListenerCells> {
+        Arc::clone(&self.listener)
+    }
+
+    /// Counts the end.
+    pub fn end(mut self, outcome: Outcome, took: Duration) {
+        if outcome.is_logged() {
+            self.listener.duration.record(took);
+        }
+        self.close(outcome);
+    }
+
+    fn close(&mut self, outcome: Outcome) {
+        self.ended = true;
+        self.route.active.sub(1);
+        if let Some(backend) = self.backend.take() {
+            backend.active.sub(1);
+        }
+        debug_assert!(outcome.place().is_some(), "an outcome that no table lists: {outcome}");
+        if let Some(count) = outcome.place().and_then(|place| self.route.ended.get(place)) {
+            count.add(1);
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        if !self.ended {
+            let why = if std::thread::panicking() { Why::Internal } else { Why::Drained };
+            self.close(Outcome::new(By::Proxy, self.at, why));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Labels;
+    use super::*;
+
+    fn ledger() -> (Labels, Arc<Shard>, Rc<Ledger>) {
+        let labels = Labels::default();
+        let shard = Arc::new(Shard::default());
+        let ledger = Ledger::new(Arc::clone(&shard), labels.intern(""));
+        (labels, shard, ledger)
+    }
+
+    fn ended(shard: &Shard) -> Vec<(String, String, u64)> {
+        shard
+            .routes()
+            .iter()
+            .flat_map(|route| {
+                let tenant = route.tenant.name().to_owned();
+                route.ended().map(move |(outcome, count)| (tenant.clone(), outcome.to_string(), count))
+            })
+            .filter(|(_, _, count)| *count > 0)
+            .collect()
+    }
+
+    #[test]
+    fn a_session_is_counted_where_it_belongs() {
+        let (labels, shard, ledger) = ledger();
+        let mut meter = Meter::new(Rc::clone(&ledger), &labels.intern("web"));
+        assert_eq!(shard.routes()[0].active.value(), 1);
+        meter.assign(&labels.intern("acme"), Some(&labels.intern("shared")));
+        meter.tried(&labels.intern("10.0.0.1:80"), Connect::Refused);
+        meter.tried(&labels.intern("10.0.0.2:80"), Connect::Done);
+        meter.connected(Duration::from_millis(2));
+        meter.forwarded(Direction::ToBackend, 10, false);
+        meter.forwarded(Direction::ToClient, 20, true);
+        assert_eq!(meter.bytes(), EachWay { to_backend: 10, to_client: 20 });
+        assert_eq!(meter.worker().pipes.value(), 0);
+        assert_eq!(meter.listener().accepted.value(), 1);
+        let routes = shard.routes();
+        assert_eq!((routes[0].active.value(), routes[1].active.value()), (0, 1));
+        let backends = shard.backends();
+        assert_eq!((backends[0].active.value(), backends[1].active.value()), (0, 1));
+        assert_eq!(backends[0].connects().find(|(_, count)| *count == 1), Some((Connect::Refused, 1)));
+        meter.end(Outcome::new(By::Client, At::Forward, Why::Done), Duration::from_secs(1));
+        assert_eq!((routes[1].active.value(), backends[1].active.value()), (0, 0));
+        assert_eq!(routes[1].bytes.to_client.value(), 20);
+        assert_eq!(backends[1].bytes.to_backend.value(), 10);
+        assert_eq!(shard.worker.spliced.to_client.value(), 20);
+        assert_eq!(shard.worker.copied.to_backend.value(), 10);
+        assert_eq!(ended(&shard), [("acme".to_owned(), "done by client at forward".to_owned(), 1)]);
+        assert_eq!(shard.pools()[0].connect_time.times().count(), 1);
+        assert_eq!(shard.listeners()[0].duration.times().count(), 1);
+        assert_eq!(Connect::ALL.map(Connect::word).len(), 7);
+    }
+
+    #[test]
+    fn a_tenant_without_a_pool_is_counted_too() {
+        let (labels, shard, ledger) = ledger();
+        let mut meter = Meter::new(ledger, &labels.intern("web"));
+        meter.assign(&labels.intern("acme"), None);
+        meter.end(Outcome::reject(At::Tenant, Why::NoPool), Duration::ZERO);
+        assert_eq!(ended(&shard), [("acme".to_owned(), "no_pool by proxy at tenant".to_owned(), 1)]);
+    }
+
+    #[test]
+    fn health_checks_stay_out_of_the_durations() {
+        let (labels, shard, ledger) = ledger();
+        Meter::new(ledger, &labels.intern("web"))
+            .end(Outcome::new(By::Client, At::Header, Why::Local), Duration::from_secs(1));
+        assert_eq!(shard.listeners()[0].duration.times().count(), 0);
+    }
+
+    #[test]
+    fn a_session_that_is_dropped_is_counted_as_drained_or_as_our_fault() {
+        let (labels, shard, ledger) = ledger();
+        drop(Meter::new(Rc::clone(&ledger), &labels.intern("web")));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _meter = Meter::new(Rc::clone(&ledger), &labels.intern("web"));
+            panic!("on purpose");
+        }));
+        assert!(panicked.is_err());
+        let words: Vec<_> = ended(&shard).into_iter().map(|(_, outcome, count)| (outcome, count)).collect();
+        let expected = ["drained by proxy at header", "internal by proxy at header"];
+        assert_eq!(words, expected.map(|outcome| (outcome.to_owned(), 1)));
+        assert_eq!(shard.routes()[0].active.value(), 0);
+    }
+
+    #[test]
+    fn sessions_are_numbered_from_zero() {
+        let (_, _, ledger) = ledger();
+        assert_eq!((ledger.next_session(), ledger.next_session()), (0, 1));
+    }
+}

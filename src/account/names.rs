@@ -1,0 +1,106 @@
+//! Every metric: its name, its help and its labels, in one place.
+
+/// What a metric is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "Prometheus's own words")]
+pub enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+/// One metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metric {
+    /// `vestibule_<noun>_<unit>`, with `_total` for counters.
+    pub name: &'static str,
+    /// One sentence.
+    pub help: &'static str,
+    /// The labels; the values of each come from a closed set.
+    pub labels: &'static [&'static str],
+    /// What it is.
+    pub kind: Kind,
+}
+
+macro_rules! metrics {
+    ($($name:ident: $kind:ident $text:literal [$($label:literal),*] $help:literal;)+) => {
+        $(
+            #[doc = $help]
+            pub const $name: Metric =
+                Metric { name: $text, help: $help, labels: &[$($label),*], kind: Kind::$kind };
+        )+
+
+        /// Every metric of the data path; the process's own (`process_*`) come from the prometheus crate.
+        pub const ALL: &[Metric] = &[$($name,)+];
+    };
+}
+
+metrics! {
+    ACCEPTED: Counter "vestibule_connections_accepted_total" ["listener"]
+        "Connections accepted.";
+    ACCEPT_ERRORS: Counter "vestibule_accept_errors_total" ["listener", "class"]
+        "Errors of accept: `peer` (it had gone), `shortage` (descriptors or memory; accepting pauses), `fatal` (the listener stopped).";
+    PENDING: Gauge "vestibule_sessions_pending" ["listener"]
+        "Sessions that have not yet sent a whole header.";
+    ACTIVE: Gauge "vestibule_sessions_active" ["listener", "tenant", "pool"]
+        "Sessions now; tenant and pool are empty until they are known.";
+    ENDED: Counter "vestibule_sessions_ended_total" ["listener", "tenant", "pool", "by", "at", "why"]
+        "Sessions that ended, by outcome. Every accepted connection ends in exactly one.";
+    BYTES: Counter "vestibule_forwarded_bytes_total" ["listener", "tenant", "pool", "direction"]
+        "Bytes forwarded.";
+    MODE_BYTES: Counter "vestibule_forward_mode_bytes_total" ["mode", "direction"]
+        "Bytes forwarded by `copy` through a buffer, or by `splice` inside the kernel.";
+    PIPES: Gauge "vestibule_pipes_in_use" []
+        "Splice pipes that sessions hold.";
+    PIPE_MEMORY: Gauge "vestibule_pipe_memory_bytes" []
+        "Memory of all splice pipes, held and pooled.";
+    PIPES_REFUSED: Counter "vestibule_pipes_refused_total" []
+        "Times that a session went on copying because no pipe was to be had.";
+    DURATION: Histogram "vestibule_session_duration_seconds" ["listener"]
+        "From accept to the end; health checks left out.";
+    CONNECT_TIME: Histogram "vestibule_connect_duration_seconds" ["pool"]
+        "How long successful attempts to connect a backend took.";
+    BACKEND_ACTIVE: Gauge "vestibule_backend_sessions_active" ["pool", "backend"]
+        "Sessions on the backend now.";
+    BACKEND_CONNECTS: Counter "vestibule_backend_connects_total" ["pool", "backend", "result"]
+        "Attempts to connect the backend, by result.";
+    BACKEND_BYTES: Counter "vestibule_backend_bytes_total" ["pool", "backend", "direction"]
+        "Bytes forwarded to and from the backend.";
+    BACKEND_HEALTHY: Gauge "vestibule_backend_healthy" ["pool", "backend"]
+        "1 where the last probes let the backend be used, 0 where they do not, and -1 before the first.";
+    BACKEND_PROBES: Counter "vestibule_backend_probes_total" ["pool", "backend", "result"]
+        "Probes of the backend, by result.";
+    WORKER_SESSIONS: Gauge "vestibule_worker_sessions_active" ["worker"]
+        "Sessions of each worker thread.";
+    HANDED_OVER: Counter "vestibule_worker_handed_over_total" ["worker"]
+        "Fresh connections that the worker handed to one with fewer sessions.";
+    LOG_DROPPED: Counter "vestibule_access_log_dropped_total" []
+        "Lines of the access log that were dropped because its writer was behind.";
+    SESSIONS_LIMIT: Gauge "vestibule_sessions_limit" []
+        "Sessions that the process takes at once.";
+    TENANTS: Gauge "vestibule_tenants" []
+        "Tenants of the live snapshot.";
+    DRAINING: Gauge "vestibule_draining" []
+        "1 while the process drains.";
+    BUILD: Gauge "vestibule_build_info" ["version"]
+        "1, with the version as a label.";
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_follow_the_rules() {
+        let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len());
+        for metric in ALL {
+            assert!(metric.name.starts_with("vestibule_"), "{}", metric.name);
+            assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
+            assert_eq!(metric.name.ends_with("_seconds"), metric.kind == Kind::Histogram, "{}", metric.name);
+            assert!(metric.help.ends_with('.'), "{}", metric.name);
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! Whose address it is: roles as types, so that a client is never taken for a peer.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+macro_rules! role {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(pub SocketAddr);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+role! {
+    /// Who opened the connection, as the PROXY header tells. Consumers' addresses overlap: it names nobody.
+    ClientAddr
+}
+role! {
+    /// What the client connected to, as the PROXY header tells.
+    DestinationAddr
+}
+role! {
+    /// The other end of our socket: the load balancer's private address.
+    PeerAddr
+}
+role! {
+    /// Where we accept.
+    ListenAddr
+}
+role! {
+    /// Where a backend accepts.
+    BackendAddr
+}

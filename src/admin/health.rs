@@ -1,0 +1,100 @@
+//! The endpoint that the load balancer's health check asks.
+//!
+//! With PROXY v2 on its target group, NLB puts a header on health checks too, also on a port of their own; so a
+//! header is taken where there is one, LOCAL or not, and an answer given either way. It tells nobody's tenant, and
+//! nothing is forwarded: the header counts for nothing here, so its checksum and its source do not matter.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{Request, Response, StatusCode};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, join};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+use crate::state::Live;
+use crate::wire::{self, MAX_LEN, Parsed, Rules, Transport};
+
+/// What one check may take, from accept to its answer; NLB waits for 6 s.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Checks at once: a flood here must not take the sessions' descriptors.
+const AT_ONCE: usize = 32;
+
+/// How long accepting rests after an error.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Answers health checks until its task is dropped.
+pub async fn serve(socket: TcpListener, path: String, live: Arc<Live>) {
+    let socket = match tokio::net::TcpListener::from_std(socket) {
+        Ok(socket) => socket,
+        Err(error) => {
+            tracing::error!(%error, "the health endpoint has stopped");
+            return;
+        }
+    };
+    let path: Arc<str> = path.into();
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    loop {
+        // Acquired first: beyond the bound, checks wait in the kernel's queue.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let accepted = socket.accept().await;
+        let Ok((socket, _)) = accepted else {
+            sleep(PAUSE).await;
+            continue;
+        };
+        let (path, live) = (Arc::clone(&path), Arc::clone(&live));
+        tokio::spawn(async move {
+            let _place = place;
+            // A check that fails or takes too long is the checker's to notice.
+            timeout(LIMIT, check(socket, &path, &live)).await.unwrap_or(Ok(())).unwrap_or_default();
+        });
+    }
+}
+
+async fn check(mut socket: TcpStream, path: &str, live: &Live) -> io::Result<()> {
+    let first = without_header(&mut socket).await?;
+    let (read, write) = socket.split();
+    let stream = TokioIo::new(join(first.as_slice().chain(read), write));
+    let answer = service_fn(async |request: Request<_>| Ok::<_, Infallible>(answer(&request, path, live)));
+    http1::Builder::new().keep_alive(false).serve_connection(stream, answer).await.map_err(io::Error::other)
+}
+
+/// Reads up to the end of a PROXY header, if there is one; what came after it.
+async fn without_header(socket: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut first = Vec::with_capacity(512);
+    loop {
+        let any = |transport| Rules { transport, verify_crc: false };
+        match wire::parse(&first, any(Transport::Stream)) {
+            Parsed::Done(_, len) => return Ok(first.split_off(len)),
+            Parsed::Partial(_) if first.len() < MAX_LEN => {
+                if socket.read_buf(&mut first).await? == 0 {
+                    return Ok(first);
+                }
+            }
+            Parsed::Partial(_) | Parsed::Malformed(_) => return Ok(first),
+        }
+    }
+}
+
+fn answer<B>(request: &Request<B>, path: &str, live: &Live) -> Response<Body> {
+    let (status, text) = if request.uri().path() == path {
+        match live.readiness() {
+            Ok(()) => (StatusCode::OK, "ok"),
+            Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason.word()),
+        }
+    } else {
+        (StatusCode::NOT_FOUND, "not the health check's path")
+    };
+    let mut response = Response::new(Body::from(format!("{text}\n")));
+    *response.status_mut() = status;
+    response
+}

@@ -1,0 +1,285 @@
+//! `/metrics`: every worker's cells added up, as Prometheus text.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus::core::{Collector, Desc};
+use prometheus::process_collector::ProcessCollector;
+use prometheus::proto::{
+    Bucket, Counter, Gauge, Histogram, LabelPair, Metric as Row, MetricFamily, MetricType,
+};
+use prometheus::{Registry, TextEncoder};
+
+use crate::account::latency::{Recorder, Times};
+use crate::account::meter::Shard;
+use crate::account::names::{self, Kind, Metric};
+use crate::account::{Direction, EachWay};
+use crate::pool::health::State;
+use crate::state::Live;
+
+/// The bounds of the connect time's buckets.
+const CONNECT_BOUNDS: [Duration; 14] = [
+    Duration::from_micros(100),
+    Duration::from_micros(250),
+    Duration::from_micros(500),
+    Duration::from_millis(1),
+    Duration::from_micros(2_500),
+    Duration::from_millis(5),
+    Duration::from_millis(10),
+    Duration::from_millis(25),
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(250),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+    Duration::from_secs(10),
+];
+
+/// The bounds of the session duration's buckets.
+const DURATION_BOUNDS: [Duration; 10] = [
+    Duration::from_millis(1),
+    Duration::from_millis(10),
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+    Duration::from_secs(10),
+    Duration::from_secs(60),
+    Duration::from_secs(300),
+    Duration::from_secs(1_800),
+    Duration::from_secs(7_200),
+    Duration::from_secs(86_400),
+];
+
+/// The text of a scrape.
+///
+/// # Errors
+/// What the prometheus crate refuses: a name or label that breaks its rules.
+pub fn text(live: &Arc<Live>) -> prometheus::Result<String> {
+    let registry = Registry::new();
+    registry.register(Box::new(ProcessCollector::for_self()))?;
+    registry.register(Box::new(Scrape::new(Arc::clone(live))?))?;
+    TextEncoder::new().encode_to_string(&registry.gather())
+}
+
+/// Reads the cells when it is asked.
+struct Scrape {
+    live: Arc<Live>,
+    descriptions: Vec<Desc>,
+}
+
+impl Scrape {
+    fn new(live: Arc<Live>) -> prometheus::Result<Self> {
+        let description = |metric: &Metric| {
+            let labels = metric.labels.iter().map(ToString::to_string).collect();
+            Desc::new(metric.name.to_owned(), metric.help.to_owned(), labels, HashMap::new())
+        };
+        let descriptions = names::ALL.iter().map(description).collect::<prometheus::Result<_>>()?;
+        Ok(Self { live, descriptions })
+    }
+}
+
+impl Collector for Scrape {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descriptions.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let mut sheet = Sheet::default();
+        process(&mut sheet, &self.live);
+        pools(&mut sheet, &self.live);
+        for (worker, shard) in self.live.shards.iter().enumerate() {
+            self::worker(&mut sheet, worker, shard);
+            routes(&mut sheet, shard);
+            listeners(&mut sheet, shard);
+            backends(&mut sheet, shard);
+        }
+        sheet.families()
+    }
+}
+
+/// The values of a scrape: those of the same labels are added up.
+#[derive(Default)]
+struct Sheet {
+    numbers: BTreeMap<&'static str, BTreeMap<Vec<String>, f64>>,
+    times: BTreeMap<&'static str, BTreeMap<Vec<String>, Times>>,
+}
+
+impl Sheet {
+    fn add(&mut self, metric: &Metric, labels: &[&str], value: f64) {
+        debug_assert_eq!(metric.labels.len(), labels.len(), "{}", metric.name);
+        let key = labels.iter().map(ToString::to_string).collect();
+        *self.numbers.entry(metric.name).or_default().entry(key).or_default() += value;
+    }
+
+    fn count(&mut self, metric: &Metric, labels: &[&str], value: u64) {
+        #[expect(clippy::cast_precision_loss, reason = "Prometheus has no other numbers")]
+        self.add(metric, labels, value as f64);
+    }
+
+    fn each_way(&mut self, metric: &Metric, labels: &[&str], values: EachWay<u64>) {
+        for direction in Direction::ALL {
+            self.count(metric, &[labels, &[direction.word()]].concat(), *values.way(direction));
+        }
+    }
+
+    fn times(&mut self, metric: &Metric, label: &str, recorder: &Recorder) {
+        let rows = self.times.entry(metric.name).or_default();
+        rows.entry(vec![label.to_owned()]).or_default().add(&recorder.times());
+    }
+
+    fn families(mut self) -> Vec<MetricFamily> {
+        names::ALL.iter().filter_map(|metric| self.family(metric)).collect()
+    }
+
+    fn family(&mut self, metric: &Metric) -> Option<MetricFamily> {
+        let numbers = self.numbers.remove(metric.name).unwrap_or_default();
+        let times = self.times.remove(metric.name).unwrap_or_default();
+        let kind = match metric.kind {
+            Kind::Counter => MetricType::COUNTER,
+            Kind::Gauge => MetricType::GAUGE,
+            Kind::Histogram => MetricType::HISTOGRAM,
+        };
+        let rows = numbers.into_iter().map(|(labels, value)| number_row(metric, labels, value));
+        let rows: Vec<_> =
+            rows.chain(times.into_iter().map(|(labels, times)| times_row(metric, labels, &times))).collect();
+        if rows.is_empty() {
+            return None;
+        }
+        let mut family = MetricFamily::default();
+        family.set_name(metric.name.to_owned());
+        family.set_help(metric.help.to_owned());
+        family.set_field_type(kind);
+        family.set_metric(rows);
+        Some(family)
+    }
+}
+
+fn row(metric: &Metric, labels: Vec<String>) -> Row {
+    let pairs = metric.labels.iter().zip(labels).map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).to_owned());
+        pair.set_value(value);
+        pair
+    });
+    let mut row = Row::default();
+    row.set_label(pairs.collect());
+    row
+}
+
+fn number_row(metric: &Metric, labels: Vec<String>, value: f64) -> Row {
+    let mut row = row(metric, labels);
+    if metric.kind == Kind::Counter {
+        let mut counter = Counter::default();
+        counter.set_value(value);
+        row.set_counter(counter);
+    } else {
+        let mut gauge = Gauge::default();
+        gauge.set_value(value);
+        row.set_gauge(gauge);
+    }
+    row
+}
+
+fn times_row(metric: &Metric, labels: Vec<String>, times: &Times) -> Row {
+    let bounds: &[Duration] =
+        if metric.name == names::CONNECT_TIME.name { &CONNECT_BOUNDS } else { &DURATION_BOUNDS };
+    let buckets = bounds.iter().map(|bound| {
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(bound.as_secs_f64());
+        bucket.set_cumulative_count(times.at_most(*bound));
+        bucket
+    });
+    let mut histogram = Histogram::default();
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_count(times.count());
+    histogram.set_sample_sum(times.sum_seconds());
+    let mut row = row(metric, labels);
+    row.set_histogram(histogram);
+    row
+}
+
+fn process(sheet: &mut Sheet, live: &Live) {
+    let snapshot = live.snapshot.load();
+    sheet.count(&names::SESSIONS_LIMIT, &[], live.sessions.limit() as u64);
+    sheet.count(&names::TENANTS, &[], snapshot.directory.tenants().len() as u64);
+    sheet.count(&names::PIPE_MEMORY, &[], live.pipes.used());
+    sheet.count(&names::DRAINING, &[], u64::from(live.is_draining()));
+    sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
+}
+
+/// What probes say, which no worker counts.
+fn pools(sheet: &mut Sheet, live: &Live) {
+    for pool in &live.snapshot.load().pools {
+        for backend in pool.backends() {
+            let labels = [pool.label.name(), backend.label().name()];
+            let healthy = match backend.state() {
+                State::Healthy => 1.0,
+                State::Unhealthy => 0.0,
+                State::Unknown => -1.0,
+            };
+            sheet.add(&names::BACKEND_HEALTHY, &labels, healthy);
+            let (done, failed) = backend.probes();
+            for (result, count) in [("done", done), ("failed", failed)] {
+                sheet.count(&names::BACKEND_PROBES, &[labels[0], labels[1], result], count);
+            }
+        }
+    }
+}
+
+fn worker(sheet: &mut Sheet, number: usize, shard: &Shard) {
+    let number = number.to_string();
+    let cells = &shard.worker;
+    let active = shard.routes().iter().map(|route| route.active.value()).sum();
+    sheet.count(&names::WORKER_SESSIONS, &[&number], active);
+    sheet.count(&names::HANDED_OVER, &[&number], cells.handed_over.value());
+    sheet.count(&names::PIPES, &[], cells.pipes.value());
+    sheet.count(&names::PIPES_REFUSED, &[], cells.pipes_refused.value());
+    sheet.count(&names::LOG_DROPPED, &[], cells.log_dropped.value());
+    sheet.each_way(&names::MODE_BYTES, &["copy"], cells.copied.values());
+    sheet.each_way(&names::MODE_BYTES, &["splice"], cells.spliced.values());
+}
+
+fn routes(sheet: &mut Sheet, shard: &Shard) {
+    for route in shard.routes() {
+        let labels = [route.listener.name(), route.tenant.name(), route.pool.name()];
+        sheet.count(&names::ACTIVE, &labels, route.active.value());
+        for (outcome, count) in route.ended().filter(|(_, count)| *count > 0) {
+            let end = [outcome.by.word(), outcome.at.word(), outcome.why.word()];
+            sheet.count(&names::ENDED, &[&labels[..], &end].concat(), count);
+        }
+        // Without a pool nothing is ever forwarded.
+        if !route.pool.name().is_empty() {
+            sheet.each_way(&names::BYTES, &labels, route.bytes.values());
+        }
+    }
+}
+
+fn listeners(sheet: &mut Sheet, shard: &Shard) {
+    for cells in shard.listeners() {
+        let listener = cells.listener.name();
+        sheet.count(&names::ACCEPTED, &[listener], cells.accepted.value());
+        sheet.count(&names::PENDING, &[listener], cells.pending.value());
+        for (class, count) in [
+            ("peer", &cells.errors_peer),
+            ("shortage", &cells.errors_shortage),
+            ("fatal", &cells.errors_fatal),
+        ] {
+            sheet.count(&names::ACCEPT_ERRORS, &[listener, class], count.value());
+        }
+        sheet.times(&names::DURATION, listener, &cells.duration);
+    }
+}
+
+fn backends(sheet: &mut Sheet, shard: &Shard) {
+    for cells in shard.backends() {
+        let labels = [cells.pool.name(), cells.backend.name()];
+        sheet.count(&names::BACKEND_ACTIVE, &labels, cells.active.value());
+        sheet.each_way(&names::BACKEND_BYTES, &labels, cells.bytes.values());
+        for (result, count) in cells.connects() {
+            sheet.count(&names::BACKEND_CONNECTS, &[labels[0], labels[1], result.word()], count);
+        }
+    }
+    for cells in shard.pools() {
+        sheet.times(&names::CONNECT_TIME, cells.pool.name(), &cells.connect_time);
+    }
+}

@@ -1,0 +1,3 @@
+//! Pure rules of admission: who may come in.
+
+pub mod slots;

@@ -1,0 +1,58 @@
+//! The command line: what was asked for, carried out.
+
+mod check;
+mod demo;
+mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A layer-4 proxy that knows its tenants: the target of an AWS Network Load Balancer on the provider's side of
+/// PrivateLink.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+#[command(after_help = "Try it:  vestibule demo --seconds 10")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the proxy until it is told to stop
+    ///
+    /// SIGTERM or SIGINT drains: the health check says 503, accepting goes on until the load balancer has stopped
+    /// sending, and sessions may end by themselves within the limits of [drain]. A second signal ends it at once.
+    #[command(after_help = "Example:  vestibule serve --config config/minimal.toml")]
+    Serve(Config),
+    /// Checks a configuration and prints every fault in it
+    ///
+    /// Exit status 0 where it is fine, 1 where it is not.
+    #[command(after_help = "Example:  vestibule check --config config/reference.toml")]
+    Check(Config),
+    /// Shows the whole thing in one process, with nothing but this binary
+    ///
+    /// Starts a load balancer with two VPC endpoints whose consumers have the same addresses, two pools of HTTP
+    /// backends, and the proxy between them; sends traffic, and prints what to curl meanwhile.
+    #[command(after_help = "Example:  vestibule demo --seconds 10")]
+    Demo(demo::Options),
+}
+
+#[derive(Debug, clap::Args)]
+struct Config {
+    /// The configuration file
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// Does what the command line asks.
+#[must_use]
+pub fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Serve(options) => serve::run(&options.config),
+        Command::Check(options) => check::run(&options.config),
+        Command::Demo(options) => demo::run(&options),
+    }
+}

@@ -1,0 +1,81 @@
+//! The one place where time is read; everywhere else it is an argument.
+
+pub mod wheel;
+
+use std::sync::LazyLock;
+use std::time::{Duration, Instant, SystemTime};
+
+/// Nanoseconds of the monotonic clock since the process first asked. Never goes back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Moment(u64);
+
+impl Moment {
+    /// The moment that lies `nanos` after the process first asked.
+    #[must_use]
+    pub const fn from_nanos(nanos: u64) -> Self {
+        Self(nanos)
+    }
+
+    /// Nanoseconds since the process first asked.
+    #[must_use]
+    pub const fn as_nanos(self) -> u64 {
+        self.0
+    }
+
+    /// How long ago `earlier` was; zero where it lies ahead.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+impl std::ops::Add<Duration> for Moment {
+    type Output = Self;
+
+    fn add(self, span: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)))
+    }
+}
+
+static START: LazyLock<Instant> = LazyLock::new(read_monotonic);
+
+#[expect(clippy::disallowed_methods, reason = "this is the place that the rule names")]
+fn read_monotonic() -> Instant {
+    Instant::now()
+}
+
+/// Reads the monotonic clock.
+#[must_use]
+pub fn now() -> Moment {
+    let start = *START;
+    Moment(u64::try_from(read_monotonic().saturating_duration_since(start).as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// Reads the wall clock, for logs only.
+#[expect(clippy::disallowed_methods, reason = "this is the place that the rule names")]
+#[must_use]
+pub fn wall() -> SystemTime {
+    SystemTime::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_does_not_go_back() {
+        let first = now();
+        let second = now();
+        assert!(second >= first);
+        assert_eq!(first.since(second + Duration::from_secs(1)), Duration::ZERO);
+        assert!(wall() > SystemTime::UNIX_EPOCH);
+    }
+
+    #[test]
+    fn moments_add_and_subtract() {
+        let moment = Moment::from_nanos(5) + Duration::from_nanos(7);
+        assert_eq!(moment.as_nanos(), 12);
+        assert_eq!(moment.since(Moment::from_nanos(2)), Duration::from_nanos(10));
+        assert_eq!((Moment::from_nanos(1) + Duration::MAX).as_nanos(), u64::MAX);
+    }
+}

@@ -1,0 +1,316 @@
+//! Deadlines of many sessions on one coarse timing wheel: no timer per session, no clock reading per byte.
+//!
+//! Pure: time comes in as a [`Tick`]. Moving a deadline back, as every byte does, only stores a number; the wheel
+//! looks at it again when the old deadline comes round (a lazy wheel, as in Varghese and Lauck, "Hashed and
+//! hierarchical timing wheels", 1987, scheme 6).
+
+use std::task::Waker;
+use std::time::Duration;
+
+/// Coarse time: a count of [`Tick::SPAN`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tick(u32);
+
+impl Tick {
+    /// How long a tick is. A timeout is late by up to two of them, and never early.
+    pub const SPAN: Duration = Duration::from_millis(50);
+
+    /// The tick at `elapsed` since the wheel's start.
+    #[must_use]
+    pub fn at(elapsed: Duration) -> Self {
+        Self(u32::try_from(elapsed.as_millis() / Self::SPAN.as_millis()).unwrap_or(u32::MAX))
+    }
+
+    /// This tick and `span` more.
+    #[must_use]
+    pub const fn after(self, span: Span) -> Self {
+        Self(self.0.saturating_add(span.0))
+    }
+}
+
+/// A length of coarse time, computed once: adding it to a [`Tick`] needs no division.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Span(u32);
+
+impl Span {
+    /// At least `duration`: rounded up, and one tick more for the part of the present one that has passed.
+    #[must_use]
+    pub fn of(duration: Duration) -> Self {
+        let ticks = duration.as_nanos().div_ceil(Tick::SPAN.as_nanos());
+        Self(u32::try_from(ticks).unwrap_or(u32::MAX).saturating_add(1))
+    }
+}
+
+/// Who waits on the wheel. Valid until it is removed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Key(u32);
+
+/// The number of slots: with ticks of 50 ms, deadlines more than 51 s away come round more than once.
+const SLOTS: u32 = 1024;
+/// No node.
+const NIL: u32 = u32::MAX;
+
+#[derive(Debug)]
+struct Node {
+    prev: u32,
+    next: u32,
+    slot: u32,
+    deadline: Tick,
+    waker: Option<Waker>,
+}
+
+/// The wheel of one worker.
+#[derive(Debug)]
+pub struct Wheel {
+    now: Tick,
+    heads: Vec<u32>,
+    nodes: Vec<Node>,
+    free: u32,
+    len: usize,
+}
+
+impl Default for Wheel {
+    fn default() -> Self {
+        Self { now: Tick::default(), heads: vec![NIL; SLOTS as usize], nodes: Vec::new(), free: NIL, len: 0 }
+    }
+}
+
+impl Wheel {
+    /// The tick that the wheel was last advanced to.
+    #[must_use]
+    pub fn now(&self) -> Tick {
+        self.now
+    }
+
+    /// How many wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nobody waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Adds somebody to be woken at `deadline`, once a waker is there.
+    pub fn insert(&mut self, deadline: Tick) -> Key {
+        let node = Node { prev: NIL, next: NIL, slot: NIL, deadline, waker: None };
+        let place = if let Some(free) = self.nodes.get_mut(self.free as usize) {
+            let place = self.free;
+            self.free = free.next;
+            *free = node;
+            place
+        } else {
+            self.nodes.push(node);
+            u32::try_from(self.nodes.len() - 1).unwrap_or(NIL)
+        };
+        self.len += 1;
+        self.link(place);
+        Key(place)
+    }
+
+    /// Who is to be woken.
+    pub fn wake_with(&mut self, key: &Key, waker: &Waker) {
+        if let Some(node) = self.nodes.get_mut(key.0 as usize) {
+            match &mut node.waker {
+                Some(known) => known.clone_from(waker),
+                none => *none = Some(waker.clone()),
+            }
+        }
+    }
+
+    /// Sets a new deadline, sooner or later than the old one.
+    pub fn set(&mut self, key: &Key, deadline: Tick) {
+        let Some(node) = self.nodes.get_mut(key.0 as usize) else { return };
+        let sooner = deadline < node.deadline;
+        node.deadline = deadline;
+        if sooner {
+            self.unlink(key.0);
+            self.link(key.0);
+        }
+    }
+
+    /// Whether the deadline has come.
+    #[must_use]
+    pub fn is_due(&self, key: &Key) -> bool {
+        self.nodes.get(key.0 as usize).is_some_and(|node| node.deadline <= self.now)
+    }
+
+    /// Takes somebody off the wheel.
+    #[expect(clippy::needless_pass_by_value, reason = "a key ends with its node")]
+    pub fn remove(&mut self, key: Key) {
+        self.unlink(key.0);
+        if let Some(node) = self.nodes.get_mut(key.0 as usize) {
+            node.waker = None;
+            node.next = self.free;
+            self.free = key.0;
+            self.len -= 1;
+        }
+        if self.len == 0 {
+            // A flood has passed: its memory goes back.
+            self.nodes = Vec::new();
+            self.free = NIL;
+        }
+    }
+
+    /// Goes on to `now` and calls `due` with the waker of each whose deadline has come. Going back does nothing.
+    ///
+    /// Whoever is due stays on the wheel, and is called again a turn later, until the deadline moves or it is removed.
+    pub fn advance(&mut self, now: Tick, mut due: impl FnMut(&Waker)) {
+        let steps = now.0.saturating_sub(self.now.0);
+        let first = self.now.0.wrapping_add(1);
+        self.now = self.now.max(now);
+        for step in 0..steps.min(SLOTS) {
+            let slot = first.wrapping_add(step) % SLOTS;
+            let mut place =
+                self.heads.get_mut(slot as usize).map_or(NIL, |head| std::mem::replace(head, NIL));
+            while let Some(node) = self.nodes.get_mut(place as usize) {
+                let next = node.next;
+                node.slot = NIL;
+                if node.deadline <= self.now
+                    && let Some(waker) = &node.waker
+                {
+                    due(waker);
+                }
+                self.link(place);
+                place = next;
+            }
+        }
+    }
+
+    /// Calls `due` with the waker of each, whatever its deadline.
+    pub fn wake_all(&self, mut due: impl FnMut(&Waker)) {
+        for node in self.nodes.iter().filter(|node| node.slot != NIL) {
+            if let Some(waker) = &node.waker {
+                due(waker);
+            }
+        }
+    }
+
+    /// Puts a node into the slot of its deadline: never the current one, never more than a turn ahead.
+    fn link(&mut self, place: u32) {
+        let Some(node) = self.nodes.get(place as usize) else { return };
+        let ahead = node.deadline.0.saturating_sub(self.now.0).clamp(1, SLOTS - 1);
+        let slot = self.now.0.wrapping_add(ahead) % SLOTS;
+        let Some(head) = self.heads.get_mut(slot as usize) else { return };
+        let next = std::mem::replace(head, place);
+        if let Some(second) = self.nodes.get_mut(next as usize) {
+            second.prev = place;
+        }
+        if let Some(node) = self.nodes.get_mut(place as usize) {
+            (node.prev, node.next, node.slot) = (NIL, next, slot);
+        }
+    }
+
+    fn unlink(&mut self, place: u32) {
+        let Some(node) = self.nodes.get_mut(place as usize) else { return };
+        let (prev, next, slot) = (node.prev, node.next, std::mem::replace(&mut node.slot, NIL));
+        if let Some(after) = self.nodes.get_mut(next as usize) {
+            after.prev = prev;
+        }
+        if let Some(before) = self.nodes.get_mut(prev as usize) {
+            before.next = next;
+        } else if let Some(head) = self.heads.get_mut(slot as usize) {
+            *head = next;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn waits(wheel: &mut Wheel, deadline: u32) -> (Key, Arc<Count>) {
+        let count = Arc::new(Count::default());
+        let key = wheel.insert(Tick(deadline));
+        wheel.wake_with(&key, &Waker::from(Arc::clone(&count)));
+        (key, count)
+    }
+
+    fn woken(count: &Count) -> usize {
+        count.0.swap(0, Ordering::Relaxed)
+    }
+
+    #[test]
+    fn ticks_round_up_and_never_early() {
+        assert_eq!(Tick::at(Duration::from_millis(49)), Tick(0));
+        assert_eq!(Tick::at(Duration::from_millis(50)), Tick(1));
+        assert_eq!(Tick::at(Duration::MAX), Tick(u32::MAX));
+        assert_eq!(Tick(3).after(Span::of(Duration::ZERO)), Tick(4));
+        assert_eq!(Tick(3).after(Span::of(Duration::from_millis(50))), Tick(5));
+        assert_eq!(Tick(3).after(Span::of(Duration::from_millis(51))), Tick(6));
+        assert_eq!(Tick(3).after(Span::of(Duration::MAX)), Tick(u32::MAX));
+    }
+
+    #[test]
+    fn one_is_woken_at_its_tick_and_again_after_a_tick_while_it_stays_due() {
+        let mut wheel = Wheel::default();
+        let (key, count) = waits(&mut wheel, 5);
+        wheel.advance(Tick(4), Waker::wake_by_ref);
+        assert_eq!((woken(&count), wheel.is_due(&key)), (0, false));
+        wheel.advance(Tick(5), Waker::wake_by_ref);
+        assert_eq!((woken(&count), wheel.is_due(&key)), (1, true));
+        wheel.advance(Tick(6), Waker::wake_by_ref);
+        assert_eq!(woken(&count), 1);
+        wheel.remove(key);
+        wheel.advance(Tick(7), Waker::wake_by_ref);
+        assert_eq!((woken(&count), wheel.len(), wheel.is_empty()), (0, 0, true));
+    }
+
+    #[test]
+    fn a_deadline_moves_both_ways() {
+        let mut wheel = Wheel::default();
+        let (key, count) = waits(&mut wheel, 5);
+        wheel.set(&key, Tick(5000));
+        wheel.advance(Tick(4999), Waker::wake_by_ref);
+        assert_eq!(woken(&count), 0);
+        wheel.set(&key, Tick(0));
+        wheel.advance(Tick(5000), Waker::wake_by_ref);
+        assert_eq!(woken(&count), 1);
+        assert_eq!(wheel.now(), Tick(5000));
+        wheel.advance(Tick(3), Waker::wake_by_ref);
+        assert_eq!((woken(&count), wheel.now()), (0, Tick(5000)));
+        wheel.remove(key);
+    }
+
+    #[test]
+    fn all_can_be_woken_at_once() {
+        let mut wheel = Wheel::default();
+        let (first, one) = waits(&mut wheel, 500);
+        let (second, two) = waits(&mut wheel, 50_000);
+        let silent = wheel.insert(Tick(7));
+        wheel.wake_all(Waker::wake_by_ref);
+        assert_eq!((woken(&one), woken(&two)), (1, 1));
+        for key in [first, second, silent] {
+            wheel.remove(key);
+        }
+        wheel.wake_all(Waker::wake_by_ref);
+        assert_eq!((woken(&one), woken(&two)), (0, 0));
+    }
+
+    #[test]
+    fn a_waker_can_be_replaced() {
+        let mut wheel = Wheel::default();
+        let (key, old) = waits(&mut wheel, 1);
+        let new = Arc::new(Count::default());
+        wheel.wake_with(&key, &Waker::from(Arc::clone(&new)));
+        wheel.advance(Tick(1), Waker::wake_by_ref);
+        assert_eq!((woken(&old), woken(&new)), (0, 1));
+        wheel.remove(key);
+    }
+}

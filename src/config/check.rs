@@ -1,0 +1,120 @@
+//! What the configuration means: one function for each rule, and every fault of every rule.
+
+mod address;
+mod build;
+mod listener;
+mod names;
+mod pool;
+mod tenant;
+
+use std::time::Duration;
+
+use super::error::{Fault, Faults};
+use super::section::Field;
+use super::written::Written;
+use super::{Config, Fallback};
+use names::Names;
+
+/// Judges what was written, and makes the configuration of it.
+///
+/// # Errors
+/// Every fault, of form and of meaning, in the order of the files and their lines.
+pub(super) fn check(mut written: Written) -> Result<Config, Faults> {
+    let mut faults = std::mem::take(&mut written.faults);
+    let known = names_are_unique(&written, &mut faults);
+    every_listener_names_a_known_pool_and_tenant(&written, &known, &mut faults);
+    every_tenant_names_known_pools_and_listeners(&written, &known, &mut faults);
+    timeouts_are_more_than_0s(&written, &mut faults);
+    there_is_a_listener(&written, &mut faults);
+    listener::rules(&written, &mut faults);
+    address::listener_addresses_do_not_overlap(&written, &mut faults);
+    pool::rules(&written, &mut faults);
+    tenant::rules(&written, &mut faults);
+    if faults.is_empty() { Ok(build::config(written)) } else { Err(Faults::sorted(faults)) }
+}
+
+/// The names of every kind that has them.
+struct Known<'w> {
+    listeners: Names<'w>,
+    pools: Names<'w>,
+    tenants: Names<'w>,
+}
+
+fn names_are_unique<'w>(written: &'w Written, faults: &mut Vec<Fault>) -> Known<'w> {
+    let (mut listeners, mut pools, mut tenants) =
+        (Names::new("listener"), Names::new("pool"), Names::new("tenant"));
+    for listener in &written.listeners {
+        listeners.add(&listener.head, &listener.name, faults);
+    }
+    for pool in &written.pools {
+        pools.add(&pool.head, &pool.name, faults);
+    }
+    for tenant in &written.tenants {
+        tenants.add(&tenant.head, &tenant.name, faults);
+    }
+    Known { listeners, pools, tenants }
+}
+
+fn every_listener_names_a_known_pool_and_tenant(
+    written: &Written,
+    known: &Known<'_>,
+    faults: &mut Vec<Fault>,
+) {
+    for listener in &written.listeners {
+        let head = &listener.head;
+        known.pools.require(head, "pool", listener.pool.spanned(), faults);
+        known.tenants.require(head, "tenant", listener.tenant.spanned(), faults);
+        let fallbacks = [
+            ("on-no-endpoint", &listener.on_no_endpoint),
+            ("on-unknown-endpoint", &listener.on_unknown_endpoint),
+        ];
+        for (key, fallback) in fallbacks {
+            let Some(fallback) = fallback.spanned() else { continue };
+            if let Fallback::Tenant(name) = fallback.get_ref() {
+                let name = toml::Spanned::new(fallback.span(), name.clone());
+                known.tenants.require(head, key, Some(&name), faults);
+            }
+        }
+    }
+}
+
+fn every_tenant_names_known_pools_and_listeners(
+    written: &Written,
+    known: &Known<'_>,
+    faults: &mut Vec<Fault>,
+) {
+    for tenant in &written.tenants {
+        known.pools.require(&tenant.head, "pool", tenant.pool.spanned(), faults);
+        for (listener, pool) in tenant.routes.given().into_iter().flatten() {
+            known.listeners.require(&tenant.head, "routes", Some(listener), faults);
+            known.pools.require(&tenant.head, "routes", Some(pool), faults);
+        }
+    }
+}
+
+fn there_is_a_listener(written: &Written, faults: &mut Vec<Fault>) {
+    if written.listeners.is_empty() {
+        let message = "must be present at least once, with a name, a bind and trusted-sources, found none";
+        faults.extend(written.head.as_ref().map(|head| head.fault("[[listener]]", message.to_owned())));
+    }
+}
+
+fn timeouts_are_more_than_0s(written: &Written, faults: &mut Vec<Fault>) {
+    let timeouts = &written.timeouts;
+    let Some(head) = &timeouts.head else { return };
+    let keys = [
+        ("header", &timeouts.header),
+        ("connect", &timeouts.connect),
+        ("idle", &timeouts.idle),
+        ("half-close", &timeouts.half_close),
+    ];
+    for (key, timeout) in keys {
+        faults.extend(no_time(timeout).map(|(offset, message)| head.fault_at(offset, key, message)));
+    }
+}
+
+/// What is wrong with a time that must not be 0.
+fn no_time(field: &Field<Duration>) -> Option<(usize, String)> {
+    let time = field.spanned().filter(|time| time.get_ref().is_zero())?;
+    Some((time.span().start, "must be more than 0s, found 0s".to_owned()))
+}

@@ -1,0 +1,144 @@
+//! Addresses that the process binds: no two of them may take the same port of the same address.
+
+use std::net::SocketAddr;
+
+use crate::config::error::Fault;
+use crate::config::section::{Field, Head};
+use crate::config::unit::Ports;
+use crate::config::written::Written;
+
+use super::build::{ADMIN_BIND, HEALTH_BIND};
+
+/// Ports that something binds.
+struct Claim<'w> {
+    ports: Ports,
+    /// Who binds it, and at which byte that was written; none for a default.
+    written: Option<(&'w Head, usize)>,
+    /// `admin` or `health`, where it is the default of one.
+    default: &'static str,
+}
+
+impl Claim<'_> {
+    fn overlaps(&self, other: &Self) -> bool {
+        let (ours, theirs) = (self.ports.first, other.ports.first);
+        // An IPv6 socket takes IPv6 alone, so [::] leaves 0.0.0.0 free.
+        ours.is_ipv4() == theirs.is_ipv4()
+            && ours.port() <= other.ports.last
+            && theirs.port() <= self.ports.last
+            && (same_ip(ours, theirs) || ours.ip().is_unspecified() || theirs.ip().is_unspecified())
+    }
+
+    fn place(&self) -> String {
+        match self.written {
+            Some((head, offset)) => format!("{} ({})", head.title(), head.place(offset)),
+            None => format!("{} (by default)", self.default),
+        }
+    }
+}
+
+/// Whether two addresses are one; link-local addresses of two interfaces are two.
+fn same_ip(ours: SocketAddr, theirs: SocketAddr) -> bool {
+    let scope = |address: SocketAddr| match address {
+        SocketAddr::V4(_) => 0,
+        SocketAddr::V6(address) => address.scope_id(),
+    };
+    ours.ip() == theirs.ip() && scope(ours) == scope(theirs)
+}
+
+/// As it is written in a bind.
+fn spelled(ports: &Ports) -> String {
+    if ports.count() == 1 { ports.first.to_string() } else { format!("{}-{}", ports.first, ports.last) }
+}
+
+/// No listener takes what another one, the admin pages or the health endpoint take.
+pub(super) fn listener_addresses_do_not_overlap(written: &Written, faults: &mut Vec<Fault>) {
+    let mut claims = claims(written);
+    // Port 0 is the system's choice, and the system chooses a free one.
+    claims.retain(|claim| claim.ports.first.port() != 0);
+    let order: Vec<_> = claims.into_iter().enumerate().collect();
+    let mut by_port: Vec<_> = order.iter().collect();
+    by_port.sort_by_key(|(_, claim)| claim.ports.first.port());
+    let mut open: Vec<&(usize, Claim<'_>)> = Vec::new();
+    let mut pairs = Vec::new();
+    for next in by_port {
+        open.retain(|earlier| earlier.1.ports.last >= next.1.ports.first.port());
+        let touching = open.iter().filter(|earlier| earlier.1.overlaps(&next.1));
+        pairs.extend(
+            touching.map(|earlier| if earlier.0 < next.0 { (*earlier, next) } else { (next, *earlier) }),
+        );
+        open.push(next);
+    }
+    for ((_, first), (_, second)) in pairs {
+        let Some((head, offset)) = second.written else { continue };
+        let (found, taken) = (spelled(&second.ports), spelled(&first.ports));
+        let message = format!(
+            "must be an address that nothing else binds, found {found} where {} has {taken}",
+            first.place()
+        );
+        faults.push(head.fault_at(offset, "bind", message));
+    }
+}
+
+fn claims(written: &Written) -> Vec<Claim<'_>> {
+    let mut claims = Vec::new();
+    let (admin, health) = (&written.admin, &written.health);
+    claims.extend(single("admin", admin.head.as_ref(), &admin.bind, ADMIN_BIND));
+    claims.extend(single("health", health.head.as_ref(), &health.bind, HEALTH_BIND));
+    // The fault is the later one's, and a default cannot have one: nobody wrote it.
+    claims.sort_by_key(|claim| claim.written.is_some());
+    for listener in &written.listeners {
+        for ports in listener.bind.given().map(|list| list.items.as_slice()).unwrap_or_default() {
+            let at = Some((&listener.head, ports.span().start));
+            claims.push(Claim { ports: *ports.get_ref(), written: at, default: "" });
+        }
+    }
+    claims
+}
+
+fn single<'w>(
+    name: &'static str,
+    head: Option<&'w Head>,
+    bind: &'w Field<SocketAddr>,
+    default: SocketAddr,
+) -> Option<Claim<'w>> {
+    let first = *bind.effective(&default)?;
+    let written = bind.spanned().and_then(|bind| Some((head?, bind.span().start)));
+    Some(Claim { ports: Ports { first, last: first.port() }, written, default: name })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::unit::ports;
+
+    fn overlap(ours: &str, theirs: &str) -> bool {
+        let claim = |text| Claim { ports: ports(text).unwrap(), written: None, default: "admin" };
+        let (ours, theirs) = (claim(ours), claim(theirs));
+        assert_eq!(ours.overlaps(&theirs), theirs.overlaps(&ours));
+        ours.overlaps(&theirs)
+    }
+
+    #[test]
+    fn a_wildcard_takes_every_address_of_its_family() {
+        assert!(overlap("0.0.0.0:80", "127.0.0.1:80"));
+        assert!(overlap("[::]:80", "[::1]:80"));
+        assert!(!overlap("[::]:80", "0.0.0.0:80"));
+        assert!(!overlap("[::]:80", "127.0.0.1:80"));
+        assert!(!overlap("127.0.0.1:80", "127.0.0.2:80"));
+        assert!(!overlap("[fe80::1%1]:80", "[fe80::1%2]:80"));
+        assert!(overlap("[fe80::1%1]:80", "[fe80::1%1]:80"));
+    }
+
+    #[test]
+    fn ranges_overlap_from_their_first_to_their_last_port() {
+        assert!(overlap("0.0.0.0:80-83", "0.0.0.0:83-90"));
+        assert!(!overlap("0.0.0.0:80-83", "0.0.0.0:84-90"));
+        assert!(overlap("0.0.0.0:80-90", "0.0.0.0:84-85"));
+    }
+
+    #[test]
+    fn a_default_is_named_as_one() {
+        let claim = Claim { ports: ports("127.0.0.1:9900").unwrap(), written: None, default: "admin" };
+        assert_eq!(claim.place(), "admin (by default)");
+    }
+}

@@ -1,0 +1,136 @@
+//! The configuration, made of what was written and of the contract's defaults. Called where no fault was found.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use toml::Spanned;
+
+use crate::config::section::{Field, List, Pairs};
+use crate::config::value::{Count, Name, ProbeKind, ProxyProtocol, SendProxy, Size, State, UrlPath, Whole};
+use crate::config::written::{self, Written};
+use crate::config::{
+    AccessLog, Admin, Balance, Config, Drain, Fallback, Format, HealthEndpoint, Identity, Level, Listener,
+    Log, Pool, Probe, Process, Tenant, Timeouts,
+};
+
+/// Where the admin pages are read, by default: from this machine only.
+pub(super) const ADMIN_BIND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9900);
+/// Where the health check asks, by default.
+pub(super) const HEALTH_BIND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 8081);
+/// From one probe of a backend to the next, by default.
+pub(super) const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+/// What one probe may take, by default.
+pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Bytes of all splice pipes together, by default: 64 MiB.
+const PIPE_MEMORY: u64 = 64 << 20;
+
+/// Makes the configuration.
+pub(super) fn config(written: Written) -> Config {
+    Config {
+        process: Process {
+            workers: written.process.workers.or(Whole(0)).as_usize(),
+            max_sessions: written.process.max_sessions.or(Whole(0)).as_usize(),
+            pipe_memory: written.process.pipe_memory.or(Size(PIPE_MEMORY)).0,
+        },
+        admin: Admin { bind: written.admin.bind.or(ADMIN_BIND) },
+        health: HealthEndpoint {
+            bind: written.health.bind.or(HEALTH_BIND),
+            path: written.health.path.or(UrlPath("/healthz".to_owned())).0,
+        },
+        log: Log {
+            level: written.log.level.or(Level::Info),
+            format: written.log.format.or(Format::Json),
+            access: written.log.access.or(AccessLog::Stdout),
+        },
+        timeouts: Timeouts {
+            header: seconds(written.timeouts.header, 60),
+            connect: seconds(written.timeouts.connect, 3),
+            idle: seconds(written.timeouts.idle, 350),
+            half_close: seconds(written.timeouts.half_close, 60),
+        },
+        drain: Drain {
+            notice: seconds(written.drain.notice, 30),
+            quiet: seconds(written.drain.quiet, 10),
+            idle: seconds(written.drain.idle, 30),
+            deadline: seconds(written.drain.deadline, 300),
+        },
+        listeners: written.listeners.into_iter().map(listener).collect(),
+        pools: written.pools.into_iter().map(pool).collect(),
+        tenants: written.tenants.into_iter().map(tenant).collect(),
+    }
+}
+
+fn seconds(field: Field<Duration>, default: u64) -> Duration {
+    field.or(Duration::from_secs(default))
+}
+
+/// A name that must be there: where it is not, that was a fault and this is never called.
+fn name(field: Field<Name>) -> String {
+    field.value().map(|name| name.0).unwrap_or_default()
+}
+
+fn items<T>(field: Field<List<T>>) -> Vec<T> {
+    field.value().map(|list| list.items.into_iter().map(Spanned::into_inner).collect()).unwrap_or_default()
+}
+
+fn pairs<M: FromIterator<(String, String)>>(field: Field<Pairs<String>>) -> M {
+    let pairs = field.value().unwrap_or_default();
+    pairs.into_iter().map(|(key, value)| (key.into_inner(), value.into_inner())).collect()
+}
+
+fn listener(written: written::Listener) -> Listener {
+    let trusted = items(written.trusted_sources);
+    let identity = match written.proxy_protocol.or(ProxyProtocol::Require) {
+        ProxyProtocol::Require => Identity::Header {
+            trusted,
+            verify_crc: written.verify_crc.or(true),
+            on_no_endpoint: written.on_no_endpoint.or(Fallback::Reject),
+            on_unknown_endpoint: written.on_unknown_endpoint.or(Fallback::Reject),
+        },
+        ProxyProtocol::Off => Identity::Fixed { tenant: written.tenant.value().unwrap_or_default(), trusted },
+    };
+    Listener {
+        name: name(written.name),
+        bind: items(written.bind).iter().flat_map(crate::config::unit::Ports::iter).collect(),
+        identity,
+        pool: written.pool.value(),
+        max_pending: written.max_pending.or(Whole(4096)).as_usize(),
+    }
+}
+
+fn pool(written: written::Pool) -> Pool {
+    Pool {
+        name: name(written.name),
+        balance: written.balance.or(Balance::P2c),
+        backends: items(written.backends).into_iter().map(|backend| backend.0).collect(),
+        send_proxy: written.send_proxy.or(SendProxy(false)).0,
+        attempts: written.attempts.or(Whole(3)).as_u32(),
+        source_addresses: items(written.source_addresses),
+        health: probe(written.health),
+    }
+}
+
+fn probe(written: written::Probe) -> Probe {
+    let count = |field: Field<Count<1>>, default| field.or(Whole(default)).as_u32();
+    match written.kind.or(ProbeKind::Tcp) {
+        ProbeKind::None => Probe::None,
+        ProbeKind::Tcp => Probe::Tcp {
+            interval: written.interval.or(PROBE_INTERVAL),
+            timeout: written.timeout.or(PROBE_TIMEOUT),
+            rise: count(written.rise, 2),
+            fall: count(written.fall, 3),
+            port: written.port.value().map(Whole::as_u16),
+        },
+    }
+}
+
+fn tenant(written: written::Tenant) -> Tenant {
+    Tenant {
+        name: name(written.name),
+        endpoints: items(written.endpoints),
+        pool: written.pool.value(),
+        routes: pairs(written.routes),
+        enabled: written.state.or(State(true)).0,
+        labels: pairs(written.labels),
+    }
+}

@@ -1,0 +1,98 @@
+//! The rules of a listener.
+
+use crate::config::Fallback;
+use crate::config::error::Fault;
+use crate::config::section::quoted;
+use crate::config::value::ProxyProtocol;
+use crate::config::written::{Listener, Written};
+
+/// Every rule, for every listener.
+pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+    for listener in &written.listeners {
+        faults.extend(a_listener_binds_something(listener));
+        faults.extend(a_listener_binds_at_most_1024_ports(listener));
+        match listener.proxy_protocol.effective(&ProxyProtocol::Require) {
+            Some(ProxyProtocol::Require) => {
+                faults.extend(headers_count_from_trusted_sources_only(listener));
+                faults.extend(a_header_says_whose_traffic_it_is(listener));
+            }
+            Some(ProxyProtocol::Off) => {
+                faults.extend(without_headers_the_tenant_is_named(listener));
+                rules_of_headers_stand_with_headers_only(listener, faults);
+            }
+            None => {}
+        }
+    }
+}
+
+fn a_listener_binds_something(listener: &Listener) -> Option<Fault> {
+    let bind = listener.bind.spanned().filter(|bind| bind.get_ref().is_empty())?;
+    let message = "must hold at least one address, such as \"0.0.0.0:8080\", found an empty list";
+    Some(listener.head.fault_at(bind.span().start, "bind", message.to_owned()))
+}
+
+/// How many ports a listener may bind: each takes a socket for each worker.
+const MOST_PORTS: usize = 1024;
+
+fn a_listener_binds_at_most_1024_ports(listener: &Listener) -> Option<Fault> {
+    let bind = listener.bind.spanned()?;
+    let ports: usize = bind.get_ref().items.iter().map(|ports| ports.get_ref().count()).sum();
+    (ports > MOST_PORTS).then(|| {
+        let message = format!("must hold at most {MOST_PORTS} ports in all, found {ports}");
+        listener.head.fault_at(bind.span().start, "bind", message)
+    })
+}
+
+const REMEDY: &str = "name the load balancer's private networks, such as [\"10.0.0.0/16\"]";
+
+fn headers_count_from_trusted_sources_only(listener: &Listener) -> Option<Fault> {
+    let key = "trusted-sources";
+    if listener.trusted_sources.is_absent() {
+        let default = if listener.proxy_protocol.is_absent() { " (the default)" } else { "" };
+        let must = format!("must be present where proxy-protocol = \"require\"{default}");
+        return Some(listener.head.fault(key, format!("{must}, found none: {REMEDY}")));
+    }
+    let trusted = listener.trusted_sources.spanned().filter(|trusted| trusted.get_ref().is_empty())?;
+    let message = format!("must hold at least one network, found an empty list: {REMEDY}");
+    Some(listener.head.fault_at(trusted.span().start, key, message))
+}
+
+fn a_header_says_whose_traffic_it_is(listener: &Listener) -> Option<Fault> {
+    let tenant = listener.tenant.spanned()?;
+    let found = quoted(tenant.get_ref());
+    let message = format!(
+        "must be absent where proxy-protocol = \"require\", because the header says whose traffic it is, found {found}: \
+         on-no-endpoint = \"tenant:NAME\" names who has the traffic without an endpoint ID"
+    );
+    Some(listener.head.fault_at(tenant.span().start, "tenant", message))
+}
+
+fn without_headers_the_tenant_is_named(listener: &Listener) -> Option<Fault> {
+    listener.tenant.is_absent().then(|| {
+        let message = "must be present where proxy-protocol = \"off\", because nothing else says whose traffic it is, \
+                       found none";
+        listener.head.fault("tenant", message.to_owned())
+    })
+}
+
+fn rules_of_headers_stand_with_headers_only(listener: &Listener, faults: &mut Vec<Fault>) {
+    let keys = [
+        ("verify-crc", listener.verify_crc.said(bool::to_string)),
+        ("on-no-endpoint", listener.on_no_endpoint.said(fallback)),
+        ("on-unknown-endpoint", listener.on_unknown_endpoint.said(fallback)),
+    ];
+    for (key, written) in keys {
+        let Some((offset, found)) = written else { continue };
+        let message = format!(
+            "must be absent where proxy-protocol = \"off\", because no header is read there, found {found}"
+        );
+        faults.push(listener.head.fault_at(offset, key, message));
+    }
+}
+
+fn fallback(fallback: &Fallback) -> String {
+    match fallback {
+        Fallback::Reject => "\"reject\"".to_owned(),
+        Fallback::Tenant(name) => quoted(&format!("tenant:{name}")),
+    }
+}

@@ -1,0 +1,301 @@
+//! The files: the main one, those that it includes, and the tables that stand in each.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use toml::de::DeTable;
+
+use super::error::{Fault, Faults, Source};
+use super::section::{Field, Head, List, Section, into_array, into_table, quoted, shown};
+use super::written::{Admin, Drain, HealthEndpoint, Listener, Log, Pool, Process, Tenant, Timeouts, Written};
+
+/// Reads a file and all that it includes. Faults of form are handed on with what could be read.
+///
+/// # Errors
+/// Where a file cannot be read or is no TOML: then too much is missing to say what the rest means.
+pub(super) fn read(path: &Path) -> Result<Written, Faults> {
+    let mut reading = Reading::default();
+    if let Some((source, text)) = reading.open(path) {
+        reading.main(&source, &text, path);
+    }
+    reading.finish()
+}
+
+/// Reads a text that stands in no file, and all that it includes from the working directory.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn parse(name: &str, text: &str) -> Result<Written, Faults> {
+    let mut reading = Reading::default();
+    let source = reading.source(name.into(), text);
+    reading.main(&source, text, Path::new(""));
+    reading.finish()
+}
+
+/// What was read so far.
+#[derive(Default)]
+struct Reading {
+    written: Written,
+    files: usize,
+    /// A part is missing, so that what refers to it cannot be judged.
+    broken: bool,
+}
+
+/// What an included file may hold.
+const INCLUDED: &str = "[[tenant]], [[pool]] and [[listener]]";
+
+impl Reading {
+    fn finish(self) -> Result<Written, Faults> {
+        if self.broken { Err(Faults::sorted(self.written.faults)) } else { Ok(self.written) }
+    }
+
+    fn source(&mut self, name: Arc<str>, text: &str) -> Arc<Source> {
+        let order = self.files;
+        self.files += 1;
+        Arc::new(Source::new(name, order, text))
+    }
+
+    /// Reads a file's text, in UTF-8.
+    fn open(&mut self, path: &Path) -> Option<(Arc<Source>, String)> {
+        let name: Arc<str> = path.display().to_string().into();
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                self.broken = true;
+                let message = format!("must be readable, found: {}", without_number(&error));
+                self.written.faults.push(Fault::of_file(name, self.files, message));
+                self.files += 1;
+                return None;
+            }
+        };
+        match String::from_utf8(bytes) {
+            Ok(text) => Some((self.source(name, &text), text)),
+            Err(error) => {
+                self.broken = true;
+                let offset = error.utf8_error().valid_up_to();
+                let byte = error.as_bytes().get(offset).copied().unwrap_or_default();
+                let source = self.source(name, &String::from_utf8_lossy(error.as_bytes()));
+                let message = format!("must be UTF-8, found the byte 0x{byte:02X}");
+                self.written.faults.push(source.fault(offset, "text".to_owned(), message));
+                None
+            }
+        }
+    }
+
+    fn main(&mut self, source: &Arc<Source>, text: &str, path: &Path) {
+        let Some(tables) = self.tables(source, text) else { return };
+        let head = Head::single("", source, 0);
+        let mut faults = std::mem::take(&mut self.written.faults);
+        let mut section = Section::open(&head, tables, &mut faults);
+        let include = section.take_list::<String>("include");
+        self.singles(source, &mut section);
+        self.many(source, &mut section);
+        section.finish();
+        self.written.faults.append(&mut faults);
+        self.include(&head, &include, path);
+        self.written.head = Some(head);
+    }
+
+    fn included(&mut self, path: &Path) {
+        let Some((source, text)) = self.open(path) else { return };
+        let Some(tables) = self.tables(&source, &text) else { return };
+        let head = Head::single("", &source, 0);
+        let mut faults = std::mem::take(&mut self.written.faults);
+        let mut section = Section::open(&head, tables, &mut faults);
+        if let Field::Given(include) = section.take_raw("include") {
+            let found = shown(include.get_ref());
+            let message =
+                format!("must stand in the main file, for only that one includes others, found {found}");
+            section.fault_at(include.span().start, "include", message);
+        }
+        for key in SINGLES {
+            if let Field::Given(single) = section.take_raw(key) {
+                let message = format!(
+                    "must stand in the main file, for an included one holds {INCLUDED} only, found [{key}]"
+                );
+                section.fault_at(single.span().start, key, message);
+            }
+        }
+        self.many(&source, &mut section);
+        section.finish();
+        self.written.faults.append(&mut faults);
+    }
+
+    /// Parses a text as TOML. A key that stands twice leaves the rest readable; other faults do not.
+    fn tables<'i>(&mut self, source: &Arc<Source>, text: &'i str) -> Option<DeTable<'i>> {
+        let (tables, errors) = DeTable::parse_recoverable(text);
+        let mut whole = true;
+        for error in errors {
+            let span = error.span().unwrap_or(text.len()..text.len());
+            let found = text.get(span.clone()).unwrap_or_default();
+            let before = text.get(..span.start).unwrap_or_default();
+            let header = before.rsplit('\n').next().is_some_and(|line| line.trim_start().starts_with('['));
+            whole &= error.message() == DUPLICATE && !header;
+            let rest = text.get(span.start..).unwrap_or_default();
+            let message = syntax(error.message(), found, rest, header);
+            self.written.faults.push(source.fault(span.start, "syntax".to_owned(), message));
+        }
+        self.broken |= !whole;
+        whole.then(|| tables.into_inner())
+    }
+
+    /// Takes the tables that stand once.
+    fn singles(&mut self, source: &Arc<Source>, section: &mut Section<'_, '_>) {
+        for key in SINGLES {
+            let Field::Given(table) = section.take_table(key) else { continue };
+            let (head, table) = (Head::single(key, source, table.span().start), table.into_inner());
+            let (written, faults) = (&mut self.written, section.faults());
+            match key {
+                "process" => written.process = Process::read(&head, table, faults),
+                "admin" => written.admin = Admin::read(head, table, faults),
+                "health" => written.health = HealthEndpoint::read(head, table, faults),
+                "log" => written.log = Log::read(&head, table, faults),
+                "timeouts" => written.timeouts = Timeouts::read(head, table, faults),
+                "drain" => written.drain = Drain::read(&head, table, faults),
+                // What [tenant-defaults] may hold is not built: opening it refuses its keys, and there are no others.
+                _ => Section::open(&head, table, faults).finish(),
+            }
+        }
+    }
+
+    /// Takes the tables that stand many times.
+    fn many(&mut self, source: &Arc<Source>, section: &mut Section<'_, '_>) {
+        for (head, table) in self.each(source, section, "listener") {
+            self.written.listeners.push(Listener::read(head, table, section.faults()));
+        }
+        for (head, table) in self.each(source, section, "pool") {
+            self.written.pools.push(Pool::read(head, table, section.faults()));
+        }
+        for (head, table) in self.each(source, section, "tenant") {
+            self.written.tenants.push(Tenant::read(head, table, section.faults()));
+        }
+    }
+
+    /// Takes every table of a kind, with its head.
+    fn each<'i>(
+        &mut self,
+        source: &Arc<Source>,
+        section: &mut Section<'i, '_>,
+        kind: &'static str,
+    ) -> Vec<(Head, DeTable<'i>)> {
+        let value = match section.take_raw(kind) {
+            Field::Given(value) => value,
+            Field::Absent => return Vec::new(),
+            Field::Faulty => {
+                self.broken = true;
+                return Vec::new();
+            }
+        };
+        let offset = value.span().start;
+        let must = format!("must be written as [[{kind}]], once for each");
+        let values = match into_array(value.into_inner()) {
+            Ok(values) => values,
+            Err(other) => {
+                self.broken = true;
+                let found = if other.is_table() { format!("[{kind}]") } else { shown(&other) };
+                section.fault_at(offset, kind, format!("{must}, found {found}"));
+                return Vec::new();
+            }
+        };
+        let mut tables = Vec::with_capacity(values.len());
+        for (before, value) in values.into_iter().enumerate() {
+            let offset = value.span().start;
+            match into_table(value.into_inner()) {
+                Ok(table) => tables.push((Head::named(kind, before + 1, source, offset, &table), table)),
+                Err(other) => {
+                    self.broken = true;
+                    section.fault_at(offset, kind, format!("{must}, found {}", shown(&other)));
+                }
+            }
+        }
+        tables
+    }
+
+    /// Reads what the main file includes, each file once.
+    fn include(&mut self, head: &Head, patterns: &Field<List<String>>, main: &Path) {
+        let folder = main.parent().unwrap_or(Path::new(""));
+        self.broken |= patterns.given().map_or(!patterns.is_absent(), |list| !list.complete);
+        let mut seen: HashSet<PathBuf> = identity(main).into_iter().collect();
+        for pattern in patterns.given().map(|list| list.items.as_slice()).unwrap_or_default() {
+            let files = match matching(folder, pattern.get_ref()) {
+                Ok(files) => files,
+                Err(message) => {
+                    self.broken = true;
+                    self.written.faults.push(head.fault_at(pattern.span().start, "include", message));
+                    continue;
+                }
+            };
+            for file in files {
+                if identity(&file).is_none_or(|file| seen.insert(file)) {
+                    self.included(&file);
+                }
+            }
+        }
+    }
+}
+
+/// The tables of the main file that stand once.
+const SINGLES: [&str; 7] = ["process", "admin", "health", "log", "timeouts", "drain", "tenant-defaults"];
+
+/// What the TOML parser says of a key that stands twice.
+const DUPLICATE: &str = "duplicate key";
+
+/// The files that a pattern names, relative to a folder, in order.
+fn matching(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
+    let shown = quoted(pattern);
+    if !pattern.contains(['*', '?', '[']) {
+        let file = folder.join(pattern);
+        let there = file.try_exists().unwrap_or(true);
+        return if there && !pattern.is_empty() {
+            Ok(vec![file])
+        } else {
+            Err(format!(
+                "must name a file that is there, or hold a \"*\" where it may match none, found {shown}"
+            ))
+        };
+    }
+    // The folder is a path and no pattern: a bracket in it stands for itself.
+    let within = glob::Pattern::escape(&folder.display().to_string());
+    let pattern = Path::new(&within).join(pattern);
+    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+    let files = glob::glob_with(&pattern.display().to_string(), options).map_err(|error| {
+        format!("must be a path with \"*\", \"?\" or \"[...]\" in it, found {shown}: {}", error.msg)
+    })?;
+    // A folder that may not be listed is named as if it were a file, so that reading it says why.
+    Ok(files.map(|file| file.unwrap_or_else(|error| error.path().to_owned())).collect())
+}
+
+/// What tells two names of one file apart from two files.
+fn identity(file: &Path) -> Option<PathBuf> {
+    file.canonicalize().ok()
+}
+
+/// The system's words for an error, without its number.
+fn without_number(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_owned(),
+        None => text,
+    }
+}
+
+/// What the TOML parser found, in the form of the other faults; `rest` is the text from there on.
+fn syntax(message: &str, found: &str, rest: &str, header: bool) -> String {
+    if message == DUPLICATE {
+        return if header {
+            format!("must have each table once, found [{found}] again")
+        } else {
+            format!("must have each key once in its table, found {found} again")
+        };
+    }
+    let found = match (found.lines().next(), rest.lines().next()) {
+        (Some(found), _) if !found.is_empty() => quoted(found),
+        (_, Some(rest)) if !rest.is_empty() => quoted(rest),
+        (_, Some(_)) => "the end of the line".to_owned(),
+        (_, None) => "the end of the file".to_owned(),
+    };
+    // A text that begins like a number's name is taken for one.
+    let hint = if message.starts_with("invalid float") { "; a text stands in quotes" } else { "" };
+    format!("must be TOML, found {found}: {message}{hint}")
+}

@@ -1,0 +1,440 @@
+//! A reader of one TOML table that collects every fault instead of stopping at the first.
+
+use std::sync::Arc;
+
+use toml::Spanned;
+use toml::de::{DeArray, DeTable, DeValue};
+
+use super::error::{Fault, Source};
+use super::suggest;
+use super::unbuilt;
+
+/// A value that a key may hold.
+pub(super) trait FromToml: Sized {
+    /// Reads the value.
+    ///
+    /// # Errors
+    /// What must hold and what was found, for the operator to read.
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String>;
+}
+
+/// What stands behind a key.
+#[derive(Debug, Default)]
+pub(super) enum Field<T> {
+    /// Nothing: the default holds.
+    #[default]
+    Absent,
+    /// Something that is a fault already: no rule needs to speak of it again.
+    Faulty,
+    /// A value, and the bytes where it stands.
+    Given(Spanned<T>),
+}
+
+impl<T> Field<T> {
+    /// The value, where there is one.
+    pub(super) fn given(&self) -> Option<&T> {
+        self.spanned().map(Spanned::get_ref)
+    }
+
+    /// The value and where it stands.
+    pub(super) fn spanned(&self) -> Option<&Spanned<T>> {
+        match self {
+            Self::Given(value) => Some(value),
+            Self::Absent | Self::Faulty => None,
+        }
+    }
+
+    /// Where the value stands, and the value in words.
+    pub(super) fn said(&self, words: impl Fn(&T) -> String) -> Option<(usize, String)> {
+        self.spanned().map(|value| (value.span().start, words(value.get_ref())))
+    }
+
+    /// Whether nothing was written.
+    pub(super) fn is_absent(&self) -> bool {
+        matches!(self, Self::Absent)
+    }
+
+    /// The value that counts: the given one or the default; none where it is a fault already.
+    pub(super) fn effective<'f>(&'f self, default: &'f T) -> Option<&'f T> {
+        match self {
+            Self::Given(value) => Some(value.get_ref()),
+            Self::Absent => Some(default),
+            Self::Faulty => None,
+        }
+    }
+
+    /// The value, where there is one.
+    pub(super) fn value(self) -> Option<T> {
+        match self {
+            Self::Given(value) => Some(value.into_inner()),
+            Self::Absent | Self::Faulty => None,
+        }
+    }
+
+    /// The value, or the default.
+    pub(super) fn or(self, default: T) -> T {
+        self.value().unwrap_or(default)
+    }
+}
+
+/// A list of values, as far as they could be read.
+#[derive(Debug)]
+pub(super) struct List<T> {
+    /// Those that could be read.
+    pub(super) items: Vec<Spanned<T>>,
+    /// Whether these are all that were written.
+    pub(super) complete: bool,
+}
+
+impl<T> List<T> {
+    /// Whether nothing was written between the brackets.
+    pub(super) fn is_empty(&self) -> bool {
+        self.complete && self.items.is_empty()
+    }
+}
+
+/// Keys and their values.
+pub(super) type Pairs<T> = Vec<(Spanned<String>, Spanned<T>)>;
+
+/// Which table it is, and where it was written.
+#[derive(Clone, Debug)]
+pub(super) struct Head {
+    kind: &'static str,
+    /// The table's own name, as far as there is one; it may be malformed.
+    name: Option<String>,
+    /// Which of its kind in its file, from 1; 0 where the kind stands once.
+    number: usize,
+    source: Arc<Source>,
+    offset: usize,
+}
+
+impl Head {
+    /// A table that stands once, such as `[process]`. The file itself is the one of kind "".
+    pub(super) fn single(kind: &'static str, source: &Arc<Source>, offset: usize) -> Self {
+        Self { kind, name: None, number: 0, source: Arc::clone(source), offset }
+    }
+
+    /// A table that stands many times and has a name, such as `[[tenant]]`.
+    pub(super) fn named(
+        kind: &'static str,
+        number: usize,
+        source: &Arc<Source>,
+        offset: usize,
+        table: &DeTable<'_>,
+    ) -> Self {
+        let name = table.get("name").and_then(|name| name.get_ref().as_str()).map(str::to_owned);
+        Self { kind, name, number, source: Arc::clone(source), offset }
+    }
+
+    /// The table's own name.
+    pub(super) fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// The byte where the table begins.
+    pub(super) fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// The table as messages name it: `process`, `tenant "acme"`, `tenant #3`.
+    pub(super) fn title(&self) -> String {
+        match (&self.name, self.number) {
+            (Some(name), _) => format!("{} {}", self.kind, quoted(name)),
+            (None, 0) => self.kind.to_owned(),
+            (None, number) => format!("{} #{number}", self.kind),
+        }
+    }
+
+    /// `file:line` of a byte of the table's file.
+    pub(super) fn place(&self, offset: usize) -> String {
+        self.source.place(offset)
+    }
+
+    /// A fault of a key, at a byte.
+    pub(super) fn fault_at(&self, offset: usize, key: &str, message: String) -> Fault {
+        let title = self.title();
+        let subject = if title.is_empty() { key.to_owned() } else { format!("{title}: {key}") };
+        self.source.fault(offset, subject, message)
+    }
+
+    /// A fault of a key that is not there: it stands where the table begins.
+    pub(super) fn fault(&self, key: &str, message: String) -> Fault {
+        self.fault_at(self.offset, key, message)
+    }
+}
+
+/// A table while its keys are taken out of it.
+pub(super) struct Section<'i, 'f> {
+    head: &'f Head,
+    /// What stands before a key in messages, such as `health.`.
+    prefix: &'static str,
+    /// Where the table begins.
+    offset: usize,
+    table: DeTable<'i>,
+    known: Vec<&'static str>,
+    /// Keys that are a fault already.
+    refused: Vec<&'static str>,
+    faults: &'f mut Vec<Fault>,
+}
+
+impl<'i, 'f> Section<'i, 'f> {
+    /// Opens a table of the kind that its head names.
+    pub(super) fn open(head: &'f Head, table: DeTable<'i>, faults: &'f mut Vec<Fault>) -> Self {
+        let (offset, known, refused) = (head.offset, Vec::new(), Vec::new());
+        Self { head, prefix: "", offset, table, known, refused, faults }.without_unbuilt(head.kind)
+    }
+
+    /// Opens a table within this one, which begins at `offset`; `prefix` stands before its keys in messages.
+    pub(super) fn nested(
+        &mut self,
+        kind: &'static str,
+        prefix: &'static str,
+        table: Spanned<DeTable<'i>>,
+    ) -> Section<'i, '_> {
+        let (offset, table) = (table.span().start, table.into_inner());
+        let (head, known, refused) = (self.head, Vec::new(), Vec::new());
+        Section { head, prefix, offset, table, known, refused, faults: self.faults }.without_unbuilt(kind)
+    }
+
+    /// Refuses what is not built yet of a table of this kind.
+    fn without_unbuilt(mut self, kind: &str) -> Self {
+        for part in unbuilt::parts_of(kind) {
+            self.refuse(part);
+        }
+        self
+    }
+
+    /// Takes out a key that is not built yet, unless its value is one that is.
+    fn refuse(&mut self, part: &unbuilt::Part) {
+        self.known.push(part.key);
+        let Some(value) = self.table.get(part.key) else { return };
+        let (offset, value) = (value.span().start, value.get_ref());
+        match part.verdict(value) {
+            unbuilt::Verdict::Built => return,
+            unbuilt::Verdict::Inert => {}
+            unbuilt::Verdict::Refused => {
+                let message = format!("{}, found {}", part.must, shown(value));
+                self.fault_at(offset, part.key, message);
+                self.refused.push(part.key);
+            }
+        }
+        self.table.remove(part.key);
+    }
+
+    /// Records a fault of a key, at a byte.
+    pub(super) fn fault_at(&mut self, offset: usize, key: &str, message: String) {
+        let key = format!("{}{key}", self.prefix);
+        self.faults.push(self.head.fault_at(offset, &key, message));
+    }
+
+    /// Where faults of tables that were taken out of this one go.
+    pub(super) fn faults(&mut self) -> &mut Vec<Fault> {
+        self.faults
+    }
+
+    /// Takes a value as it stands.
+    pub(super) fn take_raw(&mut self, key: &'static str) -> Field<DeValue<'i>> {
+        self.known.push(key);
+        if self.refused.contains(&key) {
+            return Field::Faulty;
+        }
+        match self.table.remove(key) {
+            Some(value) => Field::Given(value),
+            // The misspelt key is a fault already: that the right one is absent goes without saying.
+            None if self.is_misspelt(key) => Field::Faulty,
+            None => Field::Absent,
+        }
+    }
+
+    /// Whether a key that is left is a slip for `key`. Compares few keys, for there are 100,000 tables of them.
+    fn is_misspelt(&self, key: &str) -> bool {
+        self.table.keys().map(Spanned::get_ref).any(|left| {
+            left.len().abs_diff(key.len()) <= 3
+                && left.bytes().next() == key.bytes().next()
+                && suggest::closest(left, std::iter::once(key)).is_some()
+        })
+    }
+
+    /// Takes the value of a key.
+    pub(super) fn take<T: FromToml>(&mut self, key: &'static str) -> Field<T> {
+        match self.take_raw(key) {
+            Field::Given(value) => self.read(key, &value).map_or(Field::Faulty, Field::Given),
+            Field::Absent => Field::Absent,
+            Field::Faulty => Field::Faulty,
+        }
+    }
+
+    /// Takes the value of a key that must be there, with an example of one.
+    pub(super) fn require<T: FromToml>(&mut self, key: &'static str, example: &str) -> Field<T> {
+        let field = self.take(key);
+        if field.is_absent() {
+            self.missing(key, example);
+            return Field::Faulty;
+        }
+        field
+    }
+
+    /// Takes a list; every value of it is read, and each that is malformed is a fault of its own.
+    pub(super) fn take_list<T: FromToml>(&mut self, key: &'static str) -> Field<List<T>> {
+        match self.take_raw(key) {
+            Field::Given(value) => self.list(key, value),
+            Field::Absent => Field::Absent,
+            Field::Faulty => Field::Faulty,
+        }
+    }
+
+    /// Takes a list that may stand without its brackets where it is one value.
+    pub(super) fn require_one_or_many<T: FromToml>(
+        &mut self,
+        key: &'static str,
+        example: &str,
+    ) -> Field<List<T>> {
+        match self.take_raw(key) {
+            Field::Given(value) if value.get_ref().is_array() => self.list(key, value),
+            Field::Given(value) => match self.read(key, &value) {
+                Some(item) => {
+                    Field::Given(Spanned::new(item.span(), List { items: vec![item], complete: true }))
+                }
+                None => Field::Faulty,
+            },
+            Field::Absent => {
+                self.missing(key, example);
+                Field::Faulty
+            }
+            Field::Faulty => Field::Faulty,
+        }
+    }
+
+    fn list<T: FromToml>(&mut self, key: &str, value: Spanned<DeValue<'i>>) -> Field<List<T>> {
+        let span = value.span();
+        let Some(values) = self.array(key, value) else { return Field::Faulty };
+        let written = values.len();
+        let items: Vec<_> = values.iter().filter_map(|value| self.read(key, value)).collect();
+        let complete = items.len() == written;
+        Field::Given(Spanned::new(span, List { items, complete }))
+    }
+
+    /// Reads a value as a list.
+    pub(super) fn array(&mut self, key: &str, value: Spanned<DeValue<'i>>) -> Option<DeArray<'i>> {
+        let offset = value.span().start;
+        match into_array(value.into_inner()) {
+            Ok(values) => Some(values),
+            Err(other) => {
+                self.fault_at(offset, key, format!("must be a list in brackets, found {}", shown(&other)));
+                None
+            }
+        }
+    }
+
+    /// Takes a table whose keys are the operator's own.
+    pub(super) fn take_pairs<T: FromToml>(&mut self, key: &'static str) -> Field<Pairs<T>> {
+        let table = match self.take_table(key) {
+            Field::Given(table) => table,
+            Field::Absent => return Field::Absent,
+            Field::Faulty => return Field::Faulty,
+        };
+        let (span, table) = (table.span(), table.into_inner());
+        let mut pairs = Vec::with_capacity(table.len());
+        for (name, value) in table {
+            let within = format!("{key}.{}", bare_or_quoted(name.get_ref()));
+            if let Some(value) = self.read(&within, &value) {
+                pairs.push((Spanned::new(name.span(), name.into_inner().into_owned()), value));
+            }
+        }
+        Field::Given(Spanned::new(span, pairs))
+    }
+
+    /// Takes a table and the byte where it begins.
+    pub(super) fn take_table(&mut self, key: &'static str) -> Field<DeTable<'i>> {
+        let value = match self.take_raw(key) {
+            Field::Given(value) => value,
+            Field::Absent => return Field::Absent,
+            Field::Faulty => return Field::Faulty,
+        };
+        let span = value.span();
+        match into_table(value.into_inner()) {
+            Ok(table) => Field::Given(Spanned::new(span, table)),
+            Err(other) => {
+                self.fault_at(span.start, key, format!("must be one table, found {}", shown(&other)));
+                Field::Faulty
+            }
+        }
+    }
+
+    fn read<T: FromToml>(&mut self, key: &str, value: &Spanned<DeValue<'i>>) -> Option<Spanned<T>> {
+        match T::from_toml(value.get_ref()) {
+            Ok(read) => Some(Spanned::new(value.span(), read)),
+            Err(message) => {
+                self.fault_at(value.span().start, key, message);
+                None
+            }
+        }
+    }
+
+    /// Records that a key is not there, with an example of it.
+    pub(super) fn missing(&mut self, key: &str, example: &str) {
+        self.fault_at(self.offset, key, format!("must be present, such as {key} = {example}, found none"));
+    }
+
+    /// Ends the reading: a key that was never taken is one that nobody knows.
+    pub(super) fn finish(mut self) {
+        for (key, _) in std::mem::take(&mut self.table) {
+            let (offset, key) = (key.span().start, key.into_inner());
+            let known = match suggest::closest(&key, self.known.iter().copied()) {
+                Some(close) => format!("did you mean \"{close}\"?"),
+                None => format!("the known ones are {}", listed(&self.known)),
+            };
+            self.fault_at(
+                offset,
+                &bare_or_quoted(&key),
+                format!("must be a known key, found one that is not: {known}"),
+            );
+        }
+    }
+}
+
+/// A key as it may be written.
+fn bare_or_quoted(key: &str) -> String {
+    let bare = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if !key.is_empty() && key.len() <= 64 && key.chars().all(bare) { key.to_owned() } else { quoted(key) }
+}
+
+fn listed(keys: &[&str]) -> String {
+    let mut keys = keys.to_vec();
+    keys.sort_unstable();
+    keys.dedup();
+    keys.join(", ")
+}
+
+/// A text in quotes, cut where it is long, with nothing in it that could disturb a terminal.
+pub(super) fn quoted(text: &str) -> String {
+    const MOST: usize = 64;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{:?}...", text.get(..end).unwrap_or_default()),
+        None => format!("{text:?}"),
+    }
+}
+
+/// A value as a table, or back as it was.
+pub(super) fn into_table(value: DeValue<'_>) -> Result<DeTable<'_>, DeValue<'_>> {
+    if let DeValue::Table(table) = value { Ok(table) } else { Err(value) }
+}
+
+/// A value as a list, or back as it was.
+pub(super) fn into_array(value: DeValue<'_>) -> Result<DeArray<'_>, DeValue<'_>> {
+    if let DeValue::Array(values) = value { Ok(values) } else { Err(value) }
+}
+
+/// A value as messages show it.
+pub(super) fn shown(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => quoted(text),
+        DeValue::Integer(number) => number.to_string(),
+        DeValue::Float(number) => number.as_str().to_owned(),
+        DeValue::Boolean(yes) => yes.to_string(),
+        DeValue::Datetime(date) => format!("the date {date}"),
+        DeValue::Array(values) if values.is_empty() => "an empty list".to_owned(),
+        DeValue::Array(_) => "a list".to_owned(),
+        DeValue::Table(_) => "a table".to_owned(),
+    }
+}

@@ -1,0 +1,262 @@
+//! Units as text: durations, sizes, port ranges and networks.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+/// Why a text is none of what it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("must be {must}")]
+pub struct Malformed {
+    /// What it must be, to follow "must be".
+    pub must: &'static str,
+    /// What is wrong with the text, to follow the text itself; often empty.
+    pub because: &'static str,
+}
+
+/// What a duration must be.
+pub const DURATION: &str = "a duration with a unit, such as \"5s\" (ms, s, m or h)";
+/// What a size must be.
+pub const SIZE: &str = "a size with a unit, such as \"64MiB\" (B, KiB, MiB, GiB, KB, MB or GB)";
+/// What a bind must be.
+pub const PORTS: &str =
+    "an IP address and a port or a range of ports, such as \"0.0.0.0:8080\" or \"[::]:8080-8083\"";
+/// What a network must be.
+pub const NETWORK: &str = "a network, such as \"10.0.0.0/16\", or one IP address";
+
+/// Nanoseconds of each unit of time.
+const TIMES: [(&str, u64); 4] =
+    [("ms", 1_000_000), ("s", 1_000_000_000), ("m", 60_000_000_000), ("h", 3_600_000_000_000)];
+/// Bytes of each unit of size.
+const SIZES: [(&str, u64); 7] = [
+    ("B", 1),
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+    ("KB", 1_000),
+    ("MB", 1_000_000),
+    ("GB", 1_000_000_000),
+];
+
+/// Reads a whole number and its unit; the clock counts nanoseconds in 64 bits, so 584 years are the most.
+///
+/// # Errors
+/// Where it is no number, has no unit or another one, or is longer.
+pub fn duration(text: &str) -> Result<Duration, Malformed> {
+    counted(text, &TIMES, DURATION, "at most 5124095h").map(Duration::from_nanos)
+}
+
+/// Reads a whole number and its unit, as bytes.
+///
+/// # Errors
+/// Where it is no number, has no unit or another one, or is more than 64 bits count.
+pub fn size(text: &str) -> Result<u64, Malformed> {
+    counted(text, &SIZES, SIZE, "at most 17179869183GiB")
+}
+
+fn counted(
+    text: &str,
+    units: &[(&str, u64)],
+    must: &'static str,
+    limit: &'static str,
+) -> Result<u64, Malformed> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(end);
+    if digits.is_empty() {
+        return Err(Malformed { must, because: "" });
+    }
+    if unit.is_empty() {
+        return Err(Malformed { must, because: ", which has no unit" });
+    }
+    if unit.contains(char::is_whitespace) {
+        return Err(Malformed { must, because: ", which has a blank in it" });
+    }
+    if unit.starts_with('.') {
+        return Err(Malformed { must, because: ", which is no whole number: take a smaller unit" });
+    }
+    let Some((_, factor)) = units.iter().find(|(name, _)| *name == unit) else {
+        return Err(Malformed { must, because: ", which has a unit that is not known" });
+    };
+    let count = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(*factor));
+    count.ok_or(Malformed { must: limit, because: "" })
+}
+
+/// One address with a port, or with several in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// The address with its first port; port 0 is the system's choice.
+    pub first: SocketAddr,
+    /// The last port, at least the first.
+    pub last: u16,
+}
+
+impl Ports {
+    /// How many ports there are, at least one.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        usize::from(self.last - self.first.port()) + 1
+    }
+
+    /// Each address with its port, in order.
+    pub fn iter(&self) -> impl Iterator<Item = SocketAddr> + use<> {
+        let first = self.first;
+        (first.port()..=self.last).map(move |port| {
+            let mut address = first;
+            address.set_port(port);
+            address
+        })
+    }
+}
+
+/// Reads `ip:port` or `ip:first-last`; an IPv6 address stands in brackets.
+///
+/// # Errors
+/// Where the address or a port is none, or the range is reversed or holds port 0.
+pub fn ports(text: &str) -> Result<Ports, Malformed> {
+    let form = Malformed { must: PORTS, because: "" };
+    let (host, range) = text.rsplit_once(':').ok_or(form)?;
+    let (first, last) = range.split_once('-').unwrap_or((range, range));
+    let ranged = range.contains('-');
+    let (first, last) = (port(first)?, port(last)?);
+    if first > last {
+        return Err(Malformed {
+            must: "a range of ports from the lower to the higher",
+            because: ", which is reversed",
+        });
+    }
+    if ranged && first == 0 {
+        return Err(Malformed { must: "a range of ports from 1 up", because: ", which starts at 0" });
+    }
+    let first = format!("{host}:{first}").parse().map_err(|_| without_brackets(host).unwrap_or(form))?;
+    Ok(Ports { first, last })
+}
+
+fn port(digits: &str) -> Result<u16, Malformed> {
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(Malformed { must: PORTS, because: "" });
+    }
+    digits.parse().map_err(|_| Malformed { must: PORTS, because: ", which has a port above 65535" })
+}
+
+/// What is wrong with an IPv6 address that stands bare before its port.
+fn without_brackets(host: &str) -> Option<Malformed> {
+    host.parse::<std::net::Ipv6Addr>().ok()?;
+    Some(Malformed { must: PORTS, because: ": an IPv6 address stands in brackets before its port" })
+}
+
+/// Reads `network/bits`, or one address as a network of its own. Bits behind the prefix are cleared.
+///
+/// # Errors
+/// Where it is neither.
+pub fn network(text: &str) -> Result<IpNet, Malformed> {
+    let network = match text.parse::<IpAddr>() {
+        Ok(address) => Ok(IpNet::from(address)),
+        Err(_) => text.parse::<IpNet>(),
+    };
+    network.map(|network| network.trunc()).map_err(|_| Malformed { must: NETWORK, because: "" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn why<T: std::fmt::Debug>(read: Result<T, Malformed>) -> &'static str {
+        read.unwrap_err().because
+    }
+
+    #[test]
+    fn durations_are_a_number_and_a_unit() {
+        assert_eq!(duration("200ms"), Ok(Duration::from_millis(200)));
+        assert_eq!(duration("0s"), Ok(Duration::ZERO));
+        assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
+        assert_eq!(duration("1m"), Ok(Duration::from_secs(60)));
+        assert_eq!(duration("007h"), Ok(Duration::from_secs(7 * 3600)));
+        for text in ["", "s", "-5s", "+5s", " 5s", "fast"] {
+            assert_eq!(duration(text), Err(Malformed { must: DURATION, because: "" }), "{text}");
+        }
+        assert_eq!(why(duration("5")), ", which has no unit");
+        assert_eq!(why(duration("1.5s")), ", which is no whole number: take a smaller unit");
+        assert_eq!(why(duration("5 s")), ", which has a blank in it");
+        assert_eq!(why(duration("5s ")), ", which has a blank in it");
+        for text in ["5S", "5sec", "1m30s", "5d", "5MiB"] {
+            assert_eq!(why(duration(text)), ", which has a unit that is not known", "{text}");
+        }
+    }
+
+    #[test]
+    fn durations_end_where_64_bits_of_nanoseconds_end() {
+        assert_eq!(duration("18446744073s"), Ok(Duration::from_secs(18_446_744_073)));
+        assert_eq!(duration("5124095h"), Ok(Duration::from_secs(18_446_742_000)));
+        for text in ["18446744074s", "18446744073709551616ms", "5124096h", "99999999999999999999999h"] {
+            assert_eq!(duration(text).unwrap_err().must, "at most 5124095h", "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_a_number_and_a_unit() {
+        for (text, bytes) in [
+            ("0B", 0),
+            ("1B", 1),
+            ("64KiB", 65_536),
+            ("64MiB", 67_108_864),
+            ("1GiB", 1_073_741_824),
+            ("2KB", 2_000),
+            ("3MB", 3_000_000),
+            ("4GB", 4_000_000_000),
+            ("18446744073709551615B", u64::MAX),
+            ("17179869183GiB", 17_179_869_183 << 30),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        assert_eq!(why(size("64")), ", which has no unit");
+        assert_eq!(why(size("64kib")), ", which has a unit that is not known");
+        assert_eq!(why(size("1.5GiB")), ", which is no whole number: take a smaller unit");
+        assert_eq!(size("MiB").unwrap_err().must, SIZE);
+        for text in ["18446744073709551616B", "17179869184GiB"] {
+            assert_eq!(size(text).unwrap_err().must, "at most 17179869183GiB", "{text}");
+        }
+    }
+
+    #[test]
+    fn a_bind_is_one_port_or_a_range() {
+        let one = ports("0.0.0.0:8080").unwrap();
+        assert_eq!((one.first, one.last, one.count()), ("0.0.0.0:8080".parse().unwrap(), 8080, 1));
+        let four = ports("[::]:8080-8083").unwrap();
+        assert_eq!(four.count(), 4);
+        let spelled: Vec<String> = four.iter().map(|address| address.to_string()).collect();
+        assert_eq!(spelled, ["[::]:8080", "[::]:8081", "[::]:8082", "[::]:8083"]);
+        assert_eq!(ports("127.0.0.1:0").unwrap().iter().count(), 1);
+        assert_eq!(ports("127.0.0.1:7-7").unwrap().count(), 1);
+        assert_eq!(ports("127.0.0.1:1-65535").unwrap().count(), 65_535);
+        assert_eq!(ports("[fe80::1%2]:80").unwrap().first, "[fe80::1%2]:80".parse().unwrap());
+    }
+
+    #[test]
+    fn any_other_bind_says_what_is_wrong() {
+        for text in ["", "8080", "0.0.0.0", ":8080", "0.0.0.0:", "0.0.0.0:-", "0.0.0.0:80-", "0.0.0.0:+80"] {
+            assert_eq!(ports(text), Err(Malformed { must: PORTS, because: "" }), "{text}");
+        }
+        assert_eq!(ports("localhost:80"), Err(Malformed { must: PORTS, because: "" }));
+        assert_eq!(ports("0.0.0.0:80-81-82"), Err(Malformed { must: PORTS, because: "" }));
+        assert_eq!(why(ports("0.0.0.0:8083-8080")), ", which is reversed");
+        assert_eq!(why(ports("0.0.0.0:0-5")), ", which starts at 0");
+        assert_eq!(why(ports("0.0.0.0:65535-65536")), ", which has a port above 65535");
+        assert_eq!(why(ports("0.0.0.0:99999999")), ", which has a port above 65535");
+        assert_eq!(why(ports(":::80")), ": an IPv6 address stands in brackets before its port");
+    }
+
+    #[test]
+    fn a_network_is_a_prefix_or_an_address() {
+        assert_eq!(network("10.0.0.0/16"), Ok("10.0.0.0/16".parse().unwrap()));
+        assert_eq!(network("10.0.3.4/16"), Ok("10.0.0.0/16".parse().unwrap()));
+        assert_eq!(network("10.0.0.1"), Ok("10.0.0.1/32".parse().unwrap()));
+        assert_eq!(network("fd00::1"), Ok("fd00::1/128".parse().unwrap()));
+        assert_eq!(network("0.0.0.0/0").unwrap().prefix_len(), 0);
+        assert_eq!(network("::/128").unwrap().prefix_len(), 128);
+        for text in ["", "10.0.0.0/33", "::/129", "10.0.0", "vpc", "10.0.0.0/", "10.0.0.1:80"] {
+            assert_eq!(network(text), Err(Malformed { must: NETWORK, because: "" }), "{text}");
+        }
+        assert_eq!(network("x").unwrap_err().to_string(), format!("must be {NETWORK}"));
+    }
+}

@@ -1,0 +1,315 @@
+//! What stands in the tables, key by key, before anything is said about what it means.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::error::Fault;
+use super::section::{Field, Head, List, Pairs, Section, into_table};
+use super::unit::Ports;
+use super::value::{
+    Count, Name, ProbeKind, Protocol, ProxyProtocol, SendProxy, Size, State, Target, UrlPath, Whole,
+};
+use super::{AccessLog, Balance, Fallback, Format, Level};
+use crate::id::EndpointId;
+
+/// Everything that was written, in all files, and what was wrong with its form.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    /// The main file as a whole.
+    pub(super) head: Option<Head>,
+    pub(super) faults: Vec<Fault>,
+    pub(super) process: Process,
+    pub(super) admin: Admin,
+    pub(super) health: HealthEndpoint,
+    pub(super) log: Log,
+    pub(super) timeouts: Timeouts,
+    pub(super) drain: Drain,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) pools: Vec<Pool>,
+    pub(super) tenants: Vec<Tenant>,
+}
+
+/// `[process]`
+#[derive(Debug, Default)]
+pub(super) struct Process {
+    pub(super) workers: Field<Whole<0, 1024>>,
+    pub(super) max_sessions: Field<Count<0>>,
+    pub(super) pipe_memory: Field<Size>,
+}
+
+impl Process {
+    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(head, table, faults);
+        let read = Self {
+            workers: section.take("workers"),
+            max_sessions: section.take("max-sessions"),
+            pipe_memory: section.take("pipe-memory"),
+        };
+        section.finish();
+        read
+    }
+}
+
+/// `[admin]`
+#[derive(Debug, Default)]
+pub(super) struct Admin {
+    pub(super) head: Option<Head>,
+    pub(super) bind: Field<SocketAddr>,
+}
+
+impl Admin {
+    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(&head, table, faults);
+        let bind = section.take("bind");
+        section.finish();
+        Self { head: Some(head), bind }
+    }
+}
+
+/// `[health]`
+#[derive(Debug, Default)]
+pub(super) struct HealthEndpoint {
+    pub(super) head: Option<Head>,
+    pub(super) bind: Field<SocketAddr>,
+    pub(super) path: Field<UrlPath>,
+}
+
+impl HealthEndpoint {
+    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(&head, table, faults);
+        let (bind, path) = (section.take("bind"), section.take("path"));
+        section.finish();
+        Self { head: Some(head), bind, path }
+    }
+}
+
+/// `[log]`
+#[derive(Debug, Default)]
+pub(super) struct Log {
+    pub(super) level: Field<Level>,
+    pub(super) format: Field<Format>,
+    pub(super) access: Field<AccessLog>,
+}
+
+impl Log {
+    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(head, table, faults);
+        let read = Self {
+            level: section.take("level"),
+            format: section.take("format"),
+            access: section.take("access"),
+        };
+        section.finish();
+        read
+    }
+}
+
+/// `[timeouts]`
+#[derive(Debug, Default)]
+pub(super) struct Timeouts {
+    pub(super) head: Option<Head>,
+    pub(super) header: Field<Duration>,
+    pub(super) connect: Field<Duration>,
+    pub(super) idle: Field<Duration>,
+    pub(super) half_close: Field<Duration>,
+}
+
+impl Timeouts {
+    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(&head, table, faults);
+        let (header, connect) = (section.take("header"), section.take("connect"));
+        let (idle, half_close) = (section.take("idle"), section.take("half-close"));
+        section.finish();
+        Self { head: Some(head), header, connect, idle, half_close }
+    }
+}
+
+/// `[drain]`
+#[derive(Debug, Default)]
+pub(super) struct Drain {
+    pub(super) notice: Field<Duration>,
+    pub(super) quiet: Field<Duration>,
+    pub(super) idle: Field<Duration>,
+    pub(super) deadline: Field<Duration>,
+}
+
+impl Drain {
+    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(head, table, faults);
+        let read = Self {
+            notice: section.take("notice"),
+            quiet: section.take("quiet"),
+            idle: section.take("idle"),
+            deadline: section.take("deadline"),
+        };
+        section.finish();
+        read
+    }
+}
+
+/// `[[listener]]`
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) head: Head,
+    pub(super) name: Field<Name>,
+    pub(super) bind: Field<List<Ports>>,
+    pub(super) proxy_protocol: Field<ProxyProtocol>,
+    pub(super) trusted_sources: Field<List<IpNet>>,
+    pub(super) verify_crc: Field<bool>,
+    pub(super) pool: Field<String>,
+    pub(super) on_no_endpoint: Field<Fallback>,
+    pub(super) on_unknown_endpoint: Field<Fallback>,
+    pub(super) tenant: Field<String>,
+    pub(super) max_pending: Field<Count<1>>,
+}
+
+impl Listener {
+    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(&head, table, faults);
+        let name = section.require("name", "\"web\"");
+        let bind = section.require_one_or_many("bind", "\"0.0.0.0:8080\"");
+        // TCP is all there is, so the word is judged and then of no further use.
+        section.take::<Protocol>("protocol");
+        let (proxy_protocol, tenant) = (section.take("proxy-protocol"), section.take("tenant"));
+        let (trusted_sources, verify_crc) =
+            (section.take_list("trusted-sources"), section.take("verify-crc"));
+        let (pool, max_pending) = (section.take("pool"), section.take("max-pending"));
+        let on_no_endpoint = section.take("on-no-endpoint");
+        let on_unknown_endpoint = section.take("on-unknown-endpoint");
+        section.finish();
+        Self {
+            head,
+            name,
+            bind,
+            proxy_protocol,
+            trusted_sources,
+            verify_crc,
+            pool,
+            on_no_endpoint,
+            on_unknown_endpoint,
+            tenant,
+            max_pending,
+        }
+    }
+}
+
+/// `[[pool]]`
+#[derive(Debug)]
+pub(super) struct Pool {
+    pub(super) head: Head,
+    pub(super) name: Field<Name>,
+    pub(super) balance: Field<Balance>,
+    pub(super) backends: Field<List<Target>>,
+    pub(super) send_proxy: Field<SendProxy>,
+    pub(super) attempts: Field<Whole<1, 100>>,
+    pub(super) source_addresses: Field<List<IpAddr>>,
+    pub(super) health: Probe,
+}
+
+impl Pool {
+    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(&head, table, faults);
+        let (name, balance) = (section.require("name", "\"shared\""), section.take("balance"));
+        let backends = backends(&mut section);
+        let (send_proxy, attempts) = (section.take("send-proxy"), section.take("attempts"));
+        let source_addresses = section.take_list("source-addresses");
+        let health = match section.take_table("health") {
+            Field::Given(table) => Probe::read(section.nested("pool.health", "health.", table)),
+            Field::Absent | Field::Faulty => Probe::default(),
+        };
+        section.finish();
+        Self { head, name, balance, backends, send_proxy, attempts, source_addresses, health }
+    }
+}
+
+/// Reads the list of backends, in which a text is short for a table with nothing but an address.
+fn backends(section: &mut Section<'_, '_>) -> Field<List<Target>> {
+    const KEY: &str = "backends";
+    let example = "[\"10.0.1.10:80\"]";
+    let value = match section.take_raw(KEY) {
+        Field::Given(value) => value,
+        Field::Faulty => return Field::Faulty,
+        Field::Absent => {
+            section.missing(KEY, example);
+            return Field::Faulty;
+        }
+    };
+    let span = value.span();
+    let Some(values) = section.array(KEY, value) else { return Field::Faulty };
+    let written = values.len();
+    let items: Vec<_> = values.into_iter().filter_map(|value| backend(section, value)).collect();
+    let complete = items.len() == written;
+    Field::Given(Spanned::new(span, List { items, complete }))
+}
+
+fn backend<'i>(pool: &mut Section<'i, '_>, value: Spanned<DeValue<'i>>) -> Option<Spanned<Target>> {
+    let span = value.span();
+    let table = into_table(value.into_inner()).unwrap_or_else(|short| {
+        let mut table = DeTable::new();
+        table.insert(Spanned::new(span.clone(), ADDRESS.into()), Spanned::new(span.clone(), short));
+        table
+    });
+    let mut section = pool.nested("backend", "backends.", Spanned::new(span, table));
+    let address = section.require(ADDRESS, "\"10.0.1.10:80\"");
+    section.finish();
+    match address {
+        Field::Given(address) => Some(address),
+        Field::Absent | Field::Faulty => None,
+    }
+}
+
+/// The key of a backend that a text stands for.
+const ADDRESS: &str = "address";
+
+/// `[pool.health]`
+#[derive(Debug, Default)]
+pub(super) struct Probe {
+    pub(super) kind: Field<ProbeKind>,
+    pub(super) interval: Field<Duration>,
+    pub(super) timeout: Field<Duration>,
+    pub(super) rise: Field<Count<1>>,
+    pub(super) fall: Field<Count<1>>,
+    pub(super) port: Field<Whole<1, 65_535>>,
+}
+
+impl Probe {
+    fn read(mut section: Section<'_, '_>) -> Self {
+        let read = Self {
+            kind: section.take("kind"),
+            interval: section.take("interval"),
+            timeout: section.take("timeout"),
+            rise: section.take("rise"),
+            fall: section.take("fall"),
+            port: section.take("port"),
+        };
+        section.finish();
+        read
+    }
+}
+
+/// `[[tenant]]`
+#[derive(Debug)]
+pub(super) struct Tenant {
+    pub(super) head: Head,
+    pub(super) name: Field<Name>,
+    pub(super) endpoints: Field<List<EndpointId>>,
+    pub(super) pool: Field<String>,
+    pub(super) routes: Field<Pairs<String>>,
+    pub(super) state: Field<State>,
+    pub(super) labels: Field<Pairs<String>>,
+}
+
+impl Tenant {
+    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(&head, table, faults);
+        let (name, endpoints) = (section.require("name", "\"acme\""), section.take_list("endpoints"));
+        let (pool, routes) = (section.take("pool"), section.take_pairs("routes"));
+        let (state, labels) = (section.take("state"), section.take_pairs("labels"));
+        section.finish();
+        Self { head, name, endpoints, pool, routes, state, labels }
+    }
+}

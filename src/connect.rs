@@ -1,0 +1,137 @@
+//! The fifth step: a connection to one backend, within its time.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
+
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use crate::account::meter::Connect;
+use crate::addr::BackendAddr;
+use crate::clock::wheel::Span;
+use crate::life::{Cut, Life};
+use crate::outcome::{At, By, Outcome, Why};
+
+/// Why there is no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// This backend could not be reached; another may be.
+    Backend(Connect),
+    /// The process drains, and cannot wait.
+    Drained,
+}
+
+impl Failure {
+    /// The outcome of a session whose last attempt failed like this.
+    #[must_use]
+    pub const fn outcome(self) -> Outcome {
+        let (by, why) = match self {
+            Self::Drained => (By::Proxy, Why::Drained),
+            Self::Backend(result) => match result {
+                Connect::Refused => (By::Backend, Why::ConnectRefused),
+                Connect::Timeout => (By::Proxy, Why::ConnectTimeout),
+                Connect::Unreachable => (By::Proxy, Why::ConnectUnreachable),
+                Connect::NoLocalPort => (By::Proxy, Why::NoLocalPort),
+                Connect::Shortage => (By::Proxy, Why::Shortage),
+                Connect::Failed | Connect::Done => (By::Backend, Why::ConnectFailed),
+            },
+        };
+        Outcome::new(by, At::Connect, why)
+    }
+}
+
+/// Connects to `address`, from `source` where one is given, within `limit`.
+///
+/// # Errors
+/// Why not; nothing has been sent then.
+pub async fn dial(
+    address: BackendAddr,
+    source: Option<IpAddr>,
+    limit: Span,
+    life: &mut Life,
+) -> Result<TcpStream, Failure> {
+    let failed = |error: io::Error| Failure::Backend(classify(&error));
+    let socket = start(address, source).map_err(failed)?;
+    life.wake_at(life.tick().after(limit));
+    let connected = life.watch(pin!(socket.ready(Interest::WRITABLE))).await;
+    match connected {
+        Ok(Ok(ready)) => {
+            // A socket that connected is writable and not closed: SO_ERROR need not be asked.
+            if ready.is_write_closed()
+                && let Some(error) = socket.take_error().map_err(failed)?
+            {
+                return Err(failed(error));
+            }
+            Ok(socket)
+        }
+        Ok(Err(error)) => Err(failed(error)),
+        Err(Cut::Expired) => Err(Failure::Backend(Connect::Timeout)),
+        Err(Cut::Drained) => Err(Failure::Drained),
+    }
+}
+
+/// Starts to connect.
+fn start(address: BackendAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    if let Some(source) = source {
+        // The port is chosen at connect, for the pair of addresses: 28,000 ports to EACH backend (ip(7)).
+        setsockopt(&socket, IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    match socket.connect(&address.0.into()) {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => {}
+        Err(error) => return Err(error),
+    }
+    TcpStream::from_std(socket.into())
+}
+
+/// What kind of failure an error is.
+#[must_use]
+pub fn classify(error: &io::Error) -> Connect {
+    match Errno::from_io_error(error) {
+        Some(Errno::CONNREFUSED) => Connect::Refused,
+        Some(Errno::TIMEDOUT) => Connect::Timeout,
+        Some(Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::NETDOWN | Errno::HOSTDOWN) => {
+            Connect::Unreachable
+        }
+        Some(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => Connect::NoLocalPort,
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::NOSPC) => Connect::Shortage,
+        _ => Connect::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_failure_has_an_outcome_of_the_closed_set() {
+        for result in Connect::ALL {
+            assert!(Failure::Backend(result).outcome().place().is_some(), "{result:?}");
+        }
+        assert!(Failure::Drained.outcome().place().is_some());
+    }
+
+    #[test]
+    fn errors_are_told_apart() {
+        for (errno, expected) in [
+            (Errno::CONNREFUSED, Connect::Refused),
+            (Errno::TIMEDOUT, Connect::Timeout),
+            (Errno::HOSTUNREACH, Connect::Unreachable),
+            (Errno::ADDRNOTAVAIL, Connect::NoLocalPort),
+            (Errno::MFILE, Connect::Shortage),
+            (Errno::CONNRESET, Connect::Failed),
+        ] {
+            assert_eq!(classify(&errno.into()), expected);
+        }
+        assert_eq!(classify(&io::ErrorKind::Other.into()), Connect::Failed);
+    }
+}

@@ -1,0 +1,411 @@
+//! The last step: bytes both ways until both ends have ended.
+//!
+//! Small messages are copied through the worker's scratch buffer, large transfers are spliced through a pipe that
+//! the session borrows. An idle session owns neither.
+
+mod copy;
+pub mod pipe;
+mod splice;
+
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+use self::copy::Spill;
+use self::pipe::{Pipe, Pipes};
+use crate::account::{Direction, EachWay};
+use crate::clock::wheel::{Span, Tick};
+use crate::life::{Cut, Life, Local};
+use crate::outcome::{At, By, Outcome, Why};
+
+/// The bytes that one direction may move in one turn; then the worker's other sessions get theirs.
+const TURN: usize = 512 * 1024;
+
+/// A read that fills at least this much of the scratch buffer is a large one.
+const LARGE: usize = crate::life::SCRATCH / 2;
+
+/// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
+const LARGE_READS: u8 = 2;
+
+/// So many small splices in a row, and it goes back to copying: a splice is two calls more than a copy of a
+/// small message is worth.
+const SMALL_SPLICES: u8 = 3;
+
+/// A pipe that nothing went through for so long goes back to the store.
+const PIPE_REST: Duration = Duration::from_secs(1);
+
+/// A session that has lived so long gets keepalive towards its backend. The client's side has it from the listening
+/// socket; here it would cost every short session four calls.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// How a silent connection is asked whether it is still there: NLB and security groups forget it after 350 s, so
+/// the first question comes well before (AWS, "Connection idle timeout").
+#[must_use]
+pub fn keepalive() -> socket2::TcpKeepalive {
+    socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(15))
+        .with_retries(4)
+}
+
+/// A client and its backend.
+#[derive(Debug)]
+pub struct Pair {
+    /// The client's connection.
+    pub client: TcpStream,
+    /// The backend's.
+    pub backend: TcpStream,
+    /// What has been read of the client already, and goes to the backend first.
+    pub first: Vec<u8>,
+}
+
+/// How long a session may be silent.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// No byte in either direction.
+    pub idle: Span,
+    /// One side has ended and the other sends nothing.
+    pub half_close: Span,
+}
+
+/// Forwards both ways until both ends have ended, or the session has to.
+///
+/// A half-close is passed on when everything before it has been; a reset on one side is a reset on the other.
+pub fn relay<'a>(pair: Pair, patience: Patience, pipes: &'a Pipes, life: &'a mut Life) -> Relay<'a> {
+    let now = life.tick();
+    let mut ways = EachWay { to_backend: Way::new(now), to_client: Way::new(now) };
+    ways.to_backend.spill = Spill::new(pair.first);
+    Relay {
+        client: pair.client,
+        backend: pair.backend,
+        ways,
+        patience,
+        rest: Span::of(PIPE_REST),
+        settles: Some(now.after(Span::of(SETTLED))),
+        first_end: None,
+        broken: None,
+        ended: false,
+        pipes,
+        local: Rc::clone(life.local()),
+        life,
+    }
+}
+
+/// The steady state of a session: one hand-written future for both directions.
+#[derive(Debug)]
+pub struct Relay<'a> {
+    client: TcpStream,
+    backend: TcpStream,
+    ways: EachWay<Way>,
+    patience: Patience,
+    rest: Span,
+    /// When the session will have settled, until it has.
+    settles: Option<Tick>,
+    /// Who ended first, when one has.
+    first_end: Option<By>,
+    /// Whose connection broke, and how, while the other direction was still to be emptied.
+    broken: Option<(By, Why)>,
+    ended: bool,
+    pipes: &'a Pipes,
+    local: Rc<Local>,
+    life: &'a mut Life,
+}
+
+/// One direction.
+#[derive(Debug)]
+struct Way {
+    /// Bytes that were read and could not be written at once.
+    spill: Spill,
+    /// Held while the direction splices. Never has bytes while `spill` has.
+    pipe: Option<Pipe>,
+    /// Large reads in a row while copying, small splices in a row while splicing.
+    streak: u8,
+    phase: Phase,
+    /// When bytes last moved.
+    moved: Tick,
+}
+
+/// How far a direction has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Bytes go.
+    Open,
+    /// The source has ended; what it had sent before is still on its way.
+    Draining,
+    /// Everything has been passed on, and so has the end.
+    Shut,
+    /// The sink takes nothing any more.
+    Dead,
+}
+
+/// Which end of a direction failed.
+enum Broken {
+    Source(io::Error),
+    Sink(io::Error),
+}
+
+impl Way {
+    fn new(now: Tick) -> Self {
+        Self { spill: Spill::default(), pipe: None, streak: 0, phase: Phase::Open, moved: now }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Shut | Phase::Dead)
+    }
+
+    fn pending(&self) -> bool {
+        !self.spill.is_empty() || self.pipe.as_ref().is_some_and(|pipe| !pipe.is_empty())
+    }
+}
+
+impl Future for Relay<'_> {
+    type Output = Outcome;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
+        let this = &mut *self;
+        for direction in Direction::ALL {
+            if let Poll::Ready(Err(broken)) = this.pump(direction, context)
+                && let Some(outcome) = this.broke(direction, &broken)
+            {
+                return Poll::Ready(this.reset(outcome));
+            }
+        }
+        if this.ways.to_backend.is_over() && this.ways.to_client.is_over() {
+            return Poll::Ready(this.both_ended());
+        }
+        match this.poll_time(context) {
+            Some(outcome) => Poll::Ready(outcome),
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl Relay<'_> {
+    /// Moves one direction's bytes until one of its ends has to be waited for. Ready once there is nothing left to do.
+    fn pump(&mut self, direction: Direction, context: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let other_over = match direction {
+            Direction::ToBackend => self.ways.to_client.is_over(),
+            Direction::ToClient => self.ways.to_backend.is_over(),
+        };
+        let (source, sink) = match direction {
+            Direction::ToBackend => (&mut self.client, &mut self.backend),
+            Direction::ToClient => (&mut self.backend, &mut self.client),
+        };
+        let way = self.ways.way_mut(direction);
+        let mut left = TURN;
+        loop {
+            // 1. What is held goes first: nothing is read, and no end passed on, before it has gone.
+            if !way.spill.is_empty() {
+                let count = ready!(way.spill.poll_write(sink, context)).map_err(Broken::Sink)?;
+                self.life.meter.forwarded(direction, count, false);
+                way.moved = self.life.tick();
+                continue;
+            }
+            if let Some(pipe) = way.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
+                let count = ready!(splice::poll_out(pipe, sink, context)).map_err(Broken::Sink)?;
+                self.life.meter.forwarded(direction, count, true);
+                way.moved = self.life.tick();
+                continue;
+            }
+            match way.phase {
+                Phase::Shut | Phase::Dead => return Poll::Ready(Ok(())),
+                Phase::Draining => {
+                    // When the other direction is over too, the close that follows says the same with a call less.
+                    if !other_over {
+                        shut_down(sink).map_err(Broken::Sink)?;
+                    }
+                    way.phase = Phase::Shut;
+                    self.first_end.get_or_insert(match direction {
+                        Direction::ToBackend => By::Client,
+                        Direction::ToClient => By::Backend,
+                    });
+                    self.pipes.give_back(way.pipe.take(), self.life);
+                    way.moved = self.life.tick();
+                    return Poll::Ready(Ok(()));
+                }
+                Phase::Open => {}
+            }
+            if left == 0 {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            // 2. Nothing is read for a sink that takes nothing: it would only lie here.
+            ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
+            // 3. What comes next.
+            let count = if let Some(pipe) = &mut way.pipe {
+                ready!(splice::poll_in(source, pipe, context)).map_err(Broken::Source)?
+            } else {
+                let mut scratch = self.local.scratch.borrow_mut();
+                let read = ready!(copy::poll_read(source, &mut scratch, context)).map_err(Broken::Source)?;
+                if !read.is_empty() {
+                    let count = way.spill.poll_write_first(read, sink, context).map_err(Broken::Sink)?;
+                    self.life.meter.forwarded(direction, count, false);
+                }
+                read.len()
+            };
+            left = left.saturating_sub(count);
+            if count == 0 {
+                way.phase = Phase::Draining;
+            } else {
+                way.moved = self.life.tick();
+                way.adapt(count, self.pipes, self.life);
+            }
+        }
+    }
+
+    /// One end of a direction failed. An outcome, unless the other direction may still hold an answer.
+    fn broke(&mut self, direction: Direction, broken: &Broken) -> Option<Outcome> {
+        let (source, sink) = match direction {
+            Direction::ToBackend => (By::Client, By::Backend),
+            Direction::ToClient => (By::Backend, By::Client),
+        };
+        match broken {
+            // A source fails only when nothing of it is held, and a broken connection sends nothing more.
+            Broken::Source(error) => {
+                let (by, why) = self.broken.unwrap_or((source, why(error)));
+                Some(Outcome::new(by, At::Forward, why))
+            }
+            // A sink that takes nothing may have sent its answer before: it is read to its end, then the source
+            // learns that its bytes were lost.
+            Broken::Sink(error) => {
+                let way = self.ways.way_mut(direction);
+                way.phase = Phase::Dead;
+                way.spill = Spill::default();
+                self.pipes.give_back(way.pipe.take(), self.life);
+                self.broken.get_or_insert((sink, why(error)));
+                None
+            }
+        }
+    }
+
+    /// Both directions are over: a clean end, unless one of them died.
+    fn both_ended(&mut self) -> Outcome {
+        if let Some((by, why)) = self.broken {
+            return self.reset(Outcome::new(by, At::Forward, why));
+        }
+        self.ended = true;
+        Outcome::new(self.first_end.unwrap_or(By::Client), At::Forward, Why::Done)
+    }
+
+    /// Looks at the time: gives back pipes that rest, and ends a session that was silent for too long.
+    fn poll_time(&mut self, context: &Context<'_>) -> Option<Outcome> {
+        let (patience, why) = if self.first_end.is_some() || self.broken.is_some() {
+            (self.patience.half_close, Why::HalfCloseTimeout)
+        } else {
+            (self.patience.idle, Why::IdleTimeout)
+        };
+        loop {
+            let now = self.life.tick();
+            let moved = self.ways.to_backend.moved.max(self.ways.to_client.moved);
+            let allowed = self.life.idle(patience);
+            let deadline = moved.after(allowed);
+            if deadline <= now {
+                let why = if allowed < patience { Why::Drained } else { why };
+                return Some(self.expire(Outcome::reject(At::Forward, why)));
+            }
+            let next =
+                [self.settle(now), self.rest_pipes(now)].into_iter().flatten().fold(deadline, Tick::min);
+            self.life.wake_at(next);
+            match self.life.poll_cut(context) {
+                None => return None,
+                Some(Cut::Drained) => return Some(self.expire(Outcome::reject(At::Forward, Why::Drained))),
+                Some(Cut::Expired) => {}
+            }
+        }
+    }
+
+    /// Turns keepalive on towards the backend, once the session is no short one; when that will be.
+    fn settle(&mut self, now: Tick) -> Option<Tick> {
+        if self.settles.is_some_and(|settles| settles <= now) {
+            self.settles = None;
+            // A connection that cannot be asked is found dead by its timeouts.
+            socket2::SockRef::from(&self.backend).set_tcp_keepalive(&keepalive()).unwrap_or_default();
+        }
+        self.settles
+    }
+
+    /// Gives back the pipes that nothing goes through; when the next has rested long enough.
+    fn rest_pipes(&mut self, now: Tick) -> Option<Tick> {
+        let mut next: Option<Tick> = None;
+        for direction in Direction::ALL {
+            let way = self.ways.way_mut(direction);
+            let Some(pipe) = &way.pipe else { continue };
+            let rested = way.moved.after(self.rest);
+            if rested > now {
+                next = Some(next.map_or(rested, |next| next.min(rested)));
+            } else if pipe.is_empty() {
+                self.pipes.give_back(way.pipe.take(), self.life);
+                way.streak = 0;
+            }
+        }
+        next
+    }
+
+    /// Ends a silent session: with a reset where bytes are held that will not arrive.
+    fn expire(&mut self, outcome: Outcome) -> Outcome {
+        if self.ways.to_backend.pending() || self.ways.to_client.pending() {
+            return self.reset(outcome);
+        }
+        self.ended = true;
+        outcome
+    }
+
+    /// Makes the coming close a reset on both sides.
+    fn reset(&mut self, outcome: Outcome) -> Outcome {
+        for socket in [&self.client, &self.backend] {
+            // The only error is that the connection has gone already, and then there is nobody to tell.
+            socket.set_zero_linger().unwrap_or_default();
+        }
+        self.ended = true;
+        outcome
+    }
+}
+
+impl Drop for Relay<'_> {
+    /// A session that did not come to its end must not look as if it had: not after a panic, and not when the
+    /// process ends. Pipes go back, or are closed where they hold bytes.
+    fn drop(&mut self) {
+        if !self.ended {
+            self.reset(Outcome::reject(At::Forward, Why::Drained));
+        }
+        for direction in Direction::ALL {
+            self.pipes.give_back(self.ways.way_mut(direction).pipe.take(), self.life);
+        }
+    }
+}
+
+impl Way {
+    /// Goes over from copy to splice, or back. Only ever with nothing held: bytes in both would change their order.
+    fn adapt(&mut self, count: usize, pipes: &Pipes, life: &Life) {
+        if let Some(pipe) = &self.pipe {
+            self.streak = if count < LARGE { self.streak + 1 } else { 0 };
+            if self.streak >= SMALL_SPLICES && pipe.is_empty() {
+                pipes.give_back(self.pipe.take(), life);
+                self.streak = 0;
+            }
+        } else {
+            self.streak = if count >= LARGE { self.streak + 1 } else { 0 };
+            if self.streak >= LARGE_READS && self.spill.is_empty() {
+                self.pipe = pipes.take(life);
+                self.streak = 0;
+            }
+        }
+    }
+}
+
+/// Passes an end on. A connection that has gone already will say so at its next read.
+fn shut_down(sink: &TcpStream) -> io::Result<()> {
+    match socket2::SockRef::from(sink).shutdown(std::net::Shutdown::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        result => result,
+    }
+}
+
+fn why(error: &io::Error) -> Why {
+    let reset = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionAborted];
+    if reset.contains(&error.kind()) { Why::Reset } else { Why::Unanswered }
+}

@@ -1,0 +1,72 @@
+//! Copying: one read into the worker's scratch buffer, one write out of it, and a heap buffer only for what the
+//! write left over.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+/// Bytes that were read and not yet written. Empty, it owns no memory.
+#[derive(Debug, Default)]
+pub(super) struct Spill {
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+impl Spill {
+    pub(super) fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, written: 0 }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.written >= self.bytes.len()
+    }
+
+    /// Writes some of it; how much.
+    pub(super) fn poll_write(
+        &mut self,
+        sink: &mut TcpStream,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<u64>> {
+        let left = self.bytes.get(self.written..).unwrap_or_default();
+        let count = ready!(Pin::new(sink).poll_write(context, left))?;
+        self.written += count;
+        if self.is_empty() {
+            *self = Self::default();
+        }
+        Poll::Ready(Ok(count as u64))
+    }
+
+    /// Writes bytes that were just read, and keeps what the sink does not take; how much it took.
+    pub(super) fn poll_write_first(
+        &mut self,
+        read: &[u8],
+        sink: &mut TcpStream,
+        context: &mut Context<'_>,
+    ) -> io::Result<u64> {
+        debug_assert!(self.is_empty(), "bytes were read while others were held");
+        let count = match Pin::new(sink).poll_write(context, read) {
+            Poll::Ready(result) => result?,
+            Poll::Pending => 0,
+        };
+        if let Some(left) = read.get(count..).filter(|left| !left.is_empty()) {
+            *self = Self::new(left.to_vec());
+        }
+        Ok(count as u64)
+    }
+}
+
+/// Reads once; empty at the source's end. tokio takes a short read for an empty socket, so a small message costs
+/// no second read that finds nothing.
+pub(super) fn poll_read<'a>(
+    source: &mut TcpStream,
+    scratch: &'a mut [u8],
+    context: &mut Context<'_>,
+) -> Poll<io::Result<&'a [u8]>> {
+    let mut buffer = ReadBuf::new(scratch);
+    ready!(Pin::new(source).poll_read(context, &mut buffer))?;
+    let count = buffer.filled().len();
+    Poll::Ready(Ok(scratch.get(..count).unwrap_or_default()))
+}

@@ -1,0 +1,293 @@
+//! The second step: exactly one PROXY header is read, and nothing that follows it is touched.
+
+use std::io::{self, Read};
+use std::net::TcpStream as Fresh;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+use crate::account::Cell64;
+use crate::account::meter::ListenerCells;
+use crate::addr::{ClientAddr, DestinationAddr, PeerAddr};
+use crate::admission::slots::{Permit, Slots};
+use crate::clock::wheel::Span;
+use crate::id::Claim;
+use crate::life::{Cut, Life};
+use crate::outcome::{At, By, Outcome, Why};
+use crate::wire::{self, Builder, Command, Header, Parsed};
+
+/// The most that is read before a backend is connected: a header, and the start of what follows it.
+pub const FIRST_READ: usize = 16 * 1024;
+
+/// A client whose header has been read.
+#[derive(Debug)]
+pub struct Client {
+    /// The connection.
+    pub connection: Connection,
+    /// Who it is, as the header says.
+    pub address: Option<ClientAddr>,
+    /// On whose endpoint it came.
+    pub endpoint: Claim,
+    /// What was read: the header, then the payload's first bytes.
+    first: Vec<u8>,
+    header_len: usize,
+    rules: wire::Rules,
+}
+
+/// A client's socket: registered with the worker only once something has to be waited for, so that a connection
+/// that is rejected at its first bytes costs no epoll call.
+#[derive(Debug)]
+pub enum Connection {
+    /// As it was accepted.
+    Fresh(Fresh),
+    /// Known to the worker's poll.
+    Registered(TcpStream),
+    /// It could not be registered, and is closed.
+    Closed,
+}
+
+impl Connection {
+    /// The socket, registered with the worker's poll from now on.
+    ///
+    /// # Errors
+    /// Where the kernel has no room for it.
+    pub fn registered(&mut self) -> io::Result<&TcpStream> {
+        if let Self::Fresh(_) = self
+            && let Self::Fresh(socket) = std::mem::replace(self, Self::Closed)
+        {
+            *self = Self::Registered(TcpStream::from_std(socket)?);
+        }
+        match self {
+            Self::Registered(socket) => Ok(socket),
+            Self::Fresh(_) | Self::Closed => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// The socket itself, registered.
+    ///
+    /// # Errors
+    /// Where the kernel has no room for it.
+    pub fn into_registered(mut self) -> io::Result<TcpStream> {
+        self.registered()?;
+        match self {
+            Self::Registered(socket) => Ok(socket),
+            Self::Fresh(_) | Self::Closed => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Makes the coming close a reset.
+    pub fn reset_on_close(&self) {
+        let set = match self {
+            Self::Fresh(socket) => socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO)),
+            Self::Registered(socket) => socket.set_zero_linger(),
+            Self::Closed => Ok(()),
+        };
+        // The only error is that the connection has gone already, and then there is nobody to tell.
+        set.unwrap_or_default();
+    }
+
+    fn destination(&self) -> Option<DestinationAddr> {
+        let address = match self {
+            Self::Fresh(socket) => socket.local_addr(),
+            Self::Registered(socket) => socket.local_addr(),
+            Self::Closed => return None,
+        };
+        address.ok().map(DestinationAddr)
+    }
+
+    fn receive(&self, room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Fresh(socket) => (&mut &*socket).read(room),
+            Self::Registered(socket) => socket.try_read(room),
+            Self::Closed => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
+impl Client {
+    /// A client of a listener where no header is expected: who it is, its socket says.
+    #[must_use]
+    pub fn without_header(socket: Fresh, peer: PeerAddr) -> Self {
+        Self {
+            connection: Connection::Fresh(socket),
+            address: Some(ClientAddr(peer.0)),
+            endpoint: Claim::Absent,
+            first: Vec::new(),
+            header_len: 0,
+            rules: wire::Rules { transport: wire::Transport::Stream, verify_crc: false },
+        }
+    }
+
+    /// What goes to the backend first: the payload that came with the header and, where `send_proxy` holds, the
+    /// header in front of it, its checksum computed anew. A client that sent none gets one made of its socket's
+    /// addresses.
+    #[must_use]
+    pub fn first_bytes(&self, send_proxy: bool) -> Vec<u8> {
+        let mut bytes = if send_proxy { self.header() } else { Vec::new() };
+        bytes.extend_from_slice(self.first.get(self.header_len..).unwrap_or_default());
+        bytes
+    }
+
+    fn header(&self) -> Vec<u8> {
+        if let Parsed::Done(header, _) = wire::parse(&self.first, self.rules) {
+            return wire::reseal(&header);
+        }
+        let builder = match (self.address, self.connection.destination()) {
+            (Some(client), Some(destination)) => Builder::proxy(self.rules.transport, client, destination),
+            _ => Builder::unspecified(),
+        };
+        // A header of addresses alone is far from its bound.
+        builder.crc().map(Builder::build).unwrap_or_default()
+    }
+}
+
+/// What the listener asks of a header.
+#[derive(Debug)]
+pub struct Rules {
+    /// Whether a checksum has to match.
+    pub verify_crc: bool,
+    /// From accept to a whole header.
+    pub timeout: Span,
+    /// Sessions that have not yet sent a whole header.
+    pub pending: Arc<Slots>,
+}
+
+/// Counts a session as pending as long as it lives.
+struct Pending<'a> {
+    gauge: &'a Cell64,
+    _permit: Permit,
+}
+
+impl<'a> Pending<'a> {
+    fn enter(slots: &Arc<Slots>, cells: &'a ListenerCells) -> Option<Self> {
+        let permit = slots.take()?;
+        cells.pending.add(1);
+        Some(Self { gauge: &cells.pending, _permit: permit })
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.gauge.sub(1);
+    }
+}
+
+/// Reads the header of a fresh connection.
+///
+/// Most headers come with the client's first payload, and that is there when the connection is accepted: one
+/// `recv`, no wait, no buffer of the session's own. The others wait, registered, and are bounded in number and time.
+///
+/// # Errors
+/// The outcome, where there is no client to serve. A peer that had sent something is reset, and learns that it was
+/// not heard; the others see a plain close.
+pub async fn read(socket: Fresh, rules: &Rules, life: &mut Life) -> Result<Client, Outcome> {
+    let mut reading = Reading {
+        connection: Connection::Fresh(socket),
+        first: Vec::new(),
+        rules: wire::Rules { transport: wire::Transport::Stream, verify_crc: rules.verify_crc },
+    };
+    match reading.whole_header(rules, life).await {
+        Ok(found) => Ok(reading.into_client(&found)),
+        Err(outcome) => {
+            if outcome.by == By::Proxy && !reading.first.is_empty() {
+                reading.connection.reset_on_close();
+            }
+            Err(outcome)
+        }
+    }
+}
+
+/// A connection whose header is being read.
+struct Reading {
+    connection: Connection,
+    first: Vec<u8>,
+    rules: wire::Rules,
+}
+
+/// What a client's header says.
+struct Found {
+    address: Option<ClientAddr>,
+    endpoint: Claim,
+    header_len: usize,
+}
+
+impl Reading {
+    async fn whole_header(&mut self, rules: &Rules, life: &mut Life) -> Result<Found, Outcome> {
+        if let Some(found) = self.receive(life)? {
+            return Ok(found);
+        }
+        let cells = life.meter.listener();
+        let _pending =
+            Pending::enter(&rules.pending, &cells).ok_or(Outcome::reject(At::Header, Why::PendingLimit))?;
+        life.wake_at(life.tick().after(rules.timeout));
+        loop {
+            self.readable(life).await?;
+            if let Some(found) = self.receive(life)? {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Waits until there is more to read.
+    async fn readable(&mut self, life: &Life) -> Result<(), Outcome> {
+        let shortage = |_| Outcome::reject(At::Header, Why::Shortage);
+        let socket = self.connection.registered().map_err(shortage)?;
+        match life.watch(pin!(socket.readable())).await {
+            Ok(ready) => ready.map_err(shortage),
+            Err(Cut::Expired) => Err(Outcome::reject(At::Header, Why::HeaderTimeout)),
+            Err(Cut::Drained) => Err(Outcome::reject(At::Header, Why::Drained)),
+        }
+    }
+
+    /// Takes what is there; `None` where the header is not whole yet.
+    fn receive(&mut self, life: &Life) -> Result<Option<Found>, Outcome> {
+        let mut scratch = life.local().scratch.borrow_mut();
+        let room = scratch.get_mut(..FIRST_READ).unwrap_or_default();
+        match self.connection.receive(room) {
+            Ok(0) => Err(self.ended(Why::HeaderTruncated)),
+            Ok(count) => {
+                self.first.extend_from_slice(room.get(..count).unwrap_or_default());
+                self.examine()
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                Ok(None)
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(self.ended(Why::Unanswered)),
+            Err(_) => Err(self.ended(Why::Reset)),
+        }
+    }
+
+    /// The client ended it. Before its first byte that is a TCP health check, whether it closes or resets.
+    fn ended(&self, why: Why) -> Outcome {
+        let why = if self.first.is_empty() { Why::ZeroBytes } else { why };
+        Outcome::new(By::Client, At::Header, why)
+    }
+
+    fn examine(&self) -> Result<Option<Found>, Outcome> {
+        match wire::parse(&self.first, self.rules) {
+            Parsed::Partial(_) => Ok(None),
+            Parsed::Malformed(reason) => Err(Outcome::reject(At::Header, reason.into())),
+            Parsed::Done(Header { command: Command::Local, .. }, _) => {
+                Err(Outcome::new(By::Client, At::Header, Why::Local))
+            }
+            Parsed::Done(header, header_len) => Ok(Some(Found {
+                address: header.client(),
+                endpoint: Claim::from_tlv(header.endpoint),
+                header_len,
+            })),
+        }
+    }
+
+    fn into_client(self, found: &Found) -> Client {
+        Client {
+            connection: self.connection,
+            address: found.address,
+            endpoint: found.endpoint,
+            first: self.first,
+            header_len: found.header_len,
+            rules: self.rules,
+        }
+    }
+}

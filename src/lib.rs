@@ -1,0 +1,23 @@
+//! vestibule: a layer-4 proxy that knows its tenants.
+
+pub mod accept;
+pub mod account;
+pub mod addr;
+pub mod admin;
+pub mod admission;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod connect;
+pub mod forward;
+pub mod header;
+pub mod id;
+pub mod life;
+pub mod outcome;
+pub mod pool;
+pub mod probe;
+pub mod server;
+pub mod session;
+pub mod state;
+pub mod tenant;
+pub mod wire;

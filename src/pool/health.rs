@@ -1,0 +1,110 @@
+//! What probes say of a backend: so many successes in a row raise it, so many failures fell it.
+
+/// What is believed of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Not probed yet: used only where nobody is known to be healthy.
+    Unknown,
+    /// Used.
+    Healthy,
+    /// Not used.
+    Unhealthy,
+}
+
+impl State {
+    /// The word in log and status.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Healthy => "healthy",
+            Self::Unhealthy => "unhealthy",
+        }
+    }
+}
+
+/// How many in a row it takes; both at least 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// Successes that make an unhealthy backend healthy.
+    pub rise: u32,
+    /// Failures that make a healthy backend unhealthy.
+    pub fall: u32,
+}
+
+/// The memory of one backend's probes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Health {
+    rules: Rules,
+    state: State,
+    /// Results in a row that speak against the state.
+    against: u32,
+}
+
+impl Health {
+    /// A backend in a state that nobody has tested.
+    #[must_use]
+    pub fn new(rules: Rules, state: State) -> Self {
+        Self { rules, state, against: 0 }
+    }
+
+    /// What is believed now.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Takes in one probe's result; the new state, where it changed.
+    ///
+    /// The first result of all decides at once, so that a backend is not left unknown for `rise` intervals.
+    pub fn observe(&mut self, success: bool) -> Option<State> {
+        let (wanted, needed) =
+            if success { (State::Healthy, self.rules.rise) } else { (State::Unhealthy, self.rules.fall) };
+        if self.state == wanted {
+            self.against = 0;
+            return None;
+        }
+        self.against += 1;
+        if self.state != State::Unknown && self.against < needed {
+            return None;
+        }
+        self.against = 0;
+        self.state = wanted;
+        Some(wanted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: Rules = Rules { rise: 2, fall: 3 };
+
+    fn observe(health: &mut Health, results: &str) -> Vec<Option<State>> {
+        results.chars().map(|result| health.observe(result == '+')).collect()
+    }
+
+    #[test]
+    fn the_first_result_decides() {
+        assert_eq!(Health::new(RULES, State::Unknown).observe(true), Some(State::Healthy));
+        assert_eq!(Health::new(RULES, State::Unknown).observe(false), Some(State::Unhealthy));
+    }
+
+    #[test]
+    fn it_falls_at_the_third_failure_in_a_row_and_rises_at_the_second_success() {
+        let mut health = Health::new(RULES, State::Healthy);
+        assert_eq!(observe(&mut health, "--+--"), [None; 5]);
+        assert_eq!(health.observe(false), Some(State::Unhealthy));
+        assert_eq!(observe(&mut health, "-+-+"), [None; 4]);
+        assert_eq!(health.observe(true), Some(State::Healthy));
+        assert_eq!(health.state().word(), "healthy");
+    }
+
+    #[test]
+    fn one_is_enough_where_the_rules_say_so() {
+        let mut health = Health::new(Rules { rise: 1, fall: 1 }, State::Healthy);
+        assert_eq!(observe(&mut health, "-+"), [Some(State::Unhealthy), Some(State::Healthy)]);
+        assert_eq!((State::Unknown.word(), State::Unhealthy.word()), ("unknown", "unhealthy"));
+    }
+}

@@ -1,0 +1,101 @@
+//! How many sessions each worker has, so that none is left with more than its share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The sessions of all workers.
+#[derive(Debug)]
+pub(super) struct Crew {
+    sessions: Vec<AtomicUsize>,
+    doors: AtomicUsize,
+}
+
+/// One open listening socket, counted as long as it lives.
+#[derive(Debug)]
+pub(super) struct OpenDoor(Arc<Crew>);
+
+/// One session of one worker, counted as long as it lives.
+#[derive(Debug)]
+pub(super) struct Aboard {
+    crew: Arc<Crew>,
+    worker: usize,
+}
+
+impl Crew {
+    pub(super) fn new(workers: usize) -> Arc<Self> {
+        let sessions = (0..workers).map(|_| AtomicUsize::new(0)).collect();
+        Arc::new(Self { sessions, doors: AtomicUsize::new(0) })
+    }
+
+    pub(super) fn open_door(self: &Arc<Self>) -> OpenDoor {
+        self.doors.fetch_add(1, Ordering::AcqRel);
+        OpenDoor(Arc::clone(self))
+    }
+
+    pub(super) fn open_doors(&self) -> usize {
+        self.doors.load(Ordering::Acquire)
+    }
+
+    pub(super) fn board(self: &Arc<Self>, worker: usize) -> Aboard {
+        if let Some(count) = self.sessions.get(worker) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        Aboard { crew: Arc::clone(self), worker }
+    }
+
+    pub(super) fn count(&self, worker: usize) -> usize {
+        self.sessions.get(worker).map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn total(&self) -> usize {
+        (0..self.sessions.len()).map(|worker| self.count(worker)).sum()
+    }
+
+    /// The worker that a fresh connection should go to instead of `own`, where the difference is worth a hand-over.
+    ///
+    /// SO_REUSEPORT spreads connections by a hash of their addresses, and a load balancer has few of them; left
+    /// alone, one worker can have twice the sessions of another.
+    pub(super) fn lighter(&self, own: usize) -> Option<usize> {
+        let mine = self.count(own);
+        let lightest = (0..self.sessions.len()).min_by_key(|worker| self.count(*worker))?;
+        let least = self.count(lightest);
+        (mine > least + least / 4 + 16).then_some(lightest)
+    }
+}
+
+impl Drop for OpenDoor {
+    fn drop(&mut self) {
+        self.0.doors.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Drop for Aboard {
+    fn drop(&mut self) {
+        if let Some(count) = self.crew.sessions.get(self.worker) {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_handed_over_beyond_a_quarter_and_sixteen() {
+        let crew = Crew::new(2);
+        let mut aboard: Vec<_> = (0..16).map(|_| crew.board(0)).collect();
+        assert_eq!((crew.lighter(0), crew.lighter(1)), (None, None));
+        aboard.push(crew.board(0));
+        assert_eq!(crew.lighter(0), Some(1));
+        aboard.extend((0..100).map(|_| crew.board(1)));
+        assert_eq!((crew.count(0), crew.count(1), crew.total()), (17, 100, 117));
+        assert_eq!(crew.lighter(1), Some(0));
+        drop(aboard);
+        assert_eq!(crew.total(), 0);
+        let door = crew.open_door();
+        assert_eq!(crew.open_doors(), 1);
+        drop(door);
+        assert_eq!(crew.open_doors(), 0);
+    }
+}

@@ -1,0 +1,90 @@
+//! The end, without dropping what is held: notice, quiet, idle, deadline.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use super::crew::Crew;
+use crate::clock::wheel::Span;
+use crate::clock::{self, Moment};
+use crate::config::Drain;
+use crate::state::Live;
+
+/// How far the process has come to its end. It only goes forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Connections are accepted.
+    Serving,
+    /// Listening sockets are closed; sessions that are silent for `idle` are ended.
+    Closing {
+        /// How long a session may be silent.
+        idle: Span,
+    },
+    /// Every session is ended.
+    Over,
+}
+
+/// How often the drain looks around.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Waits for the order to drain and carries it out; returns once the process is over.
+pub(super) async fn run(
+    rules: &Drain,
+    live: &Live,
+    crew: &Crew,
+    stage: watch::Sender<Stage>,
+    mut orders: watch::Receiver<bool>,
+) {
+    let mut stages = stage.subscribe();
+    tokio::select! {
+        ordered = orders.wait_for(|drain| *drain) => {
+            if ordered.is_ok() {
+                live.start_draining();
+            }
+        }
+        () = over(&mut stages) => return,
+    }
+    tokio::select! {
+        () = drain(rules, live, crew, &stage) => {}
+        () = over(&mut stages) => {}
+    }
+    stage.send_replace(Stage::Over);
+}
+
+/// Waits until the process is over. A closed channel is its end too.
+pub(super) async fn over(stages: &mut watch::Receiver<Stage>) {
+    let reached = stages.wait_for(|stage| *stage == Stage::Over).await;
+    drop(reached);
+}
+
+async fn drain(rules: &Drain, live: &Live, crew: &Crew, stage: &watch::Sender<Stage>) {
+    let start = clock::now();
+    let left = |now: Moment| rules.deadline.saturating_sub(now.since(start));
+    tracing::info!(sessions = crew.total(), notice = ?rules.notice, quiet = ?rules.quiet, "draining");
+    let mut last_new = start;
+    let mut seen = identified(live);
+    loop {
+        let now = clock::now();
+        let count = identified(live);
+        if count != seen {
+            (seen, last_new) = (count, now);
+        }
+        if left(now).is_zero() || (now.since(start) >= rules.notice && now.since(last_new) >= rules.quiet) {
+            break;
+        }
+        sleep(LOOK).await;
+    }
+    tracing::info!(sessions = crew.total(), idle = ?rules.idle, "listeners closed");
+    stage.send_replace(Stage::Closing { idle: Span::of(rules.idle) });
+    // A door that closes takes in what the kernel had accepted: until all have, there may be sessions to come.
+    while crew.open_doors() + crew.total() > 0 && !left(clock::now()).is_zero() {
+        sleep(LOOK).await;
+    }
+    tracing::info!(sessions_ended = crew.total(), took = ?clock::now().since(start), "drained");
+}
+
+/// Sessions that came so far. Health checks are left out: they go on as long as the load balancer knows the target.
+fn identified(live: &Live) -> u64 {
+    live.shards.iter().map(|shard| shard.worker.identified.value()).sum()
+}

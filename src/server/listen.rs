@@ -1,0 +1,72 @@
+//! Listening sockets: every worker has its own of each address, and the kernel spreads connections over them.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::StartError;
+use crate::config::Config;
+use crate::forward;
+
+/// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
+const BACKLOG: i32 = 65_535;
+
+/// Everything that workers accept on.
+#[derive(Debug)]
+pub(super) struct Doors {
+    /// Each listener with the addresses it got.
+    pub(super) addresses: Vec<(String, Vec<SocketAddr>)>,
+    /// For each worker: its sockets, each with the place of its listener.
+    pub(super) sockets: Vec<Vec<(u32, TcpListener)>>,
+}
+
+/// Binds every address of every listener, once for each worker.
+pub(super) fn doors(config: &Config, workers: usize) -> Result<Doors, StartError> {
+    let mut doors = Doors { addresses: Vec::new(), sockets: (0..workers).map(|_| Vec::new()).collect() };
+    for (listener, place) in config.listeners.iter().zip(0_u32..) {
+        let mut bound = Vec::new();
+        for &configured in &listener.bind {
+            // Port 0: the first worker's socket finds a port, and the others join it there.
+            let mut address = configured;
+            for sockets in &mut doors.sockets {
+                let refused = |error| StartError::Bind {
+                    what: format!("listener \"{}\"", listener.name),
+                    address,
+                    error,
+                };
+                let socket = open(address, true).map_err(refused)?;
+                address = socket.local_addr().map_err(refused)?;
+                sockets.push((place, socket));
+            }
+            bound.push(address);
+        }
+        doors.addresses.push((listener.name.clone(), bound));
+    }
+    Ok(doors)
+}
+
+/// Binds the address of a page, which one thread serves. It is not shared, so a second process on the same
+/// configuration fails here, before it takes a share of the first one's connections.
+pub(super) fn page(what: &str, address: SocketAddr) -> Result<TcpListener, StartError> {
+    open(address, false).map_err(|error| StartError::Bind { what: what.to_owned(), address, error })
+}
+
+fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if shared {
+        socket.set_reuse_port(true)?;
+        // Accepted sockets inherit both: no call for each session.
+        socket.set_tcp_nodelay(true)?;
+        socket.set_tcp_keepalive(&forward::keepalive())?;
+    }
+    if address.is_ipv6() {
+        // [::] and 0.0.0.0 are two addresses, and each is configured for itself.
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}

@@ -1,0 +1,201 @@
+//! A worker: one thread, one runtime, its own listening sockets, its own sessions.
+
+use std::io;
+use std::net::TcpListener;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_local;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+use super::crew::{Aboard, Crew, OpenDoor};
+use super::drain::{self, Stage};
+use crate::accept::{Accepted, Door, Trouble};
+use crate::account::log::{Batch, Journal};
+use crate::account::meter::Ledger;
+use crate::clock;
+use crate::clock::wheel::Tick;
+use crate::life::Local;
+use crate::session::{self, Worker};
+use crate::state::Live;
+
+/// Fresh connections that may be on their way to a worker; beyond it, they stay where they were accepted.
+pub(super) const HANDED_OVER: usize = 256;
+
+/// How long accepting rests when descriptors or memory have run out.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A fresh connection, already counted as a session of the worker that it goes to.
+#[derive(Debug)]
+pub(super) struct Fresh {
+    accepted: Accepted,
+    /// The place of its listener.
+    listener: u32,
+    aboard: Aboard,
+}
+
+/// What a worker is given at its start.
+pub(super) struct Post {
+    pub(super) number: u16,
+    pub(super) live: Arc<Live>,
+    pub(super) crew: Arc<Crew>,
+    pub(super) doors: Vec<(u32, TcpListener)>,
+    pub(super) others: Vec<mpsc::Sender<Fresh>>,
+    pub(super) handed_over: mpsc::Receiver<Fresh>,
+    pub(super) stages: watch::Receiver<Stage>,
+    pub(super) journal: Option<SyncSender<Batch>>,
+}
+
+/// Starts the thread of a worker.
+pub(super) fn spawn(post: Post) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(format!("worker-{}", post.number)).spawn(move || {
+        match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
+            Ok(runtime) => runtime.block_on(work(post)),
+            Err(error) => {
+                tracing::error!(worker = post.number, %error, "a worker has no runtime; its listeners are closed");
+                post.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+            }
+        }
+    })
+}
+
+/// What the tasks of one worker share.
+struct Shop {
+    worker: Rc<Worker>,
+    live: Arc<Live>,
+    crew: Arc<Crew>,
+    others: Vec<mpsc::Sender<Fresh>>,
+}
+
+impl Shop {
+    fn number(&self) -> usize {
+        usize::from(self.worker.number)
+    }
+
+    /// Takes a fresh connection in, or hands it to a worker with fewer sessions.
+    fn receive(&self, accepted: Accepted, listener: u32) {
+        let Some(lighter) = self.crew.lighter(self.number()) else { return self.start(accepted, listener) };
+        let fresh = Fresh { accepted, listener, aboard: self.crew.board(lighter) };
+        let Some(other) = self.others.get(lighter) else { return };
+        match other.try_send(fresh) {
+            Ok(()) => self.worker.local.ledger.worker().handed_over.add(1),
+            Err(mpsc::error::TrySendError::Full(fresh) | mpsc::error::TrySendError::Closed(fresh)) => {
+                self.start(fresh.accepted, listener);
+            }
+        }
+    }
+
+    fn start(&self, accepted: Accepted, listener: u32) {
+        self.carry(Fresh { accepted, listener, aboard: self.crew.board(self.number()) });
+    }
+
+    fn carry(&self, fresh: Fresh) {
+        let worker = Rc::clone(&self.worker);
+        spawn_local(async move {
+            let _aboard = fresh.aboard;
+            session::run(worker, fresh.accepted, fresh.listener).await;
+        });
+    }
+}
+
+async fn work(mut post: Post) {
+    let number = usize::from(post.number);
+    let Some(shard) = post.live.shards.get(number) else { return };
+    let ledger = Ledger::new(Arc::clone(shard), post.live.labels.intern(""));
+    let local = Local::new(ledger, clock::now());
+    let worker = Worker::new(post.number, &post.live, Rc::clone(&local), Journal::new(post.journal));
+    let shop = Rc::new(Shop {
+        worker: Rc::new(worker),
+        live: Arc::clone(&post.live),
+        crew: Arc::clone(&post.crew),
+        others: post.others,
+    });
+    spawn_local(tick(Rc::clone(&shop)));
+    for (listener, socket) in post.doors {
+        match Door::new(socket) {
+            Ok(door) => {
+                let open = shop.crew.open_door();
+                spawn_local(keep(door, open, listener, Rc::clone(&shop), post.stages.clone()));
+            }
+            Err(error) => stopped(&shop, listener, &error),
+        }
+    }
+    let handed_over = {
+        let shop = Rc::clone(&shop);
+        spawn_local(async move {
+            while let Some(fresh) = post.handed_over.recv().await {
+                shop.carry(fresh);
+            }
+        })
+    };
+    // A closed channel is the process's own end.
+    let reached =
+        post.stages.wait_for(|stage| *stage != Stage::Serving).await.map_or(Stage::Over, |stage| *stage);
+    if let Stage::Closing { idle } = reached {
+        local.drain(idle);
+        drain::over(&mut post.stages).await;
+    }
+    local.end_all();
+    handed_over.abort();
+    while post.crew.count(number) > 0 {
+        sleep(Tick::SPAN / 10).await;
+    }
+    shop.worker.journal.flush();
+}
+
+/// Drives the worker's coarse time, and hands its lines of the access log on.
+async fn tick(shop: Rc<Shop>) {
+    let mut ticks = interval(Tick::SPAN);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    loop {
+        ticks.tick().await;
+        shop.worker.local.advance(clock::now());
+        shop.worker.journal.flush();
+        shop.worker.local.ledger.worker().log_dropped.add(shop.worker.journal.take_dropped());
+    }
+}
+
+/// Accepts at one door until the process stops accepting.
+async fn keep(door: Door, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut stages: watch::Receiver<Stage>) {
+    let snapshot = shop.live.snapshot.load_full();
+    let Some(label) = snapshot.listeners.get(listener as usize).map(|listener| &listener.label) else {
+        return;
+    };
+    let cells = shop.worker.local.ledger.listener(label);
+    let mut short = false;
+    loop {
+        let accepted = tokio::select! {
+            accepted = door.accept(|accepted| shop.receive(accepted, listener)) => accepted,
+            _ = stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => break,
+        };
+        match accepted {
+            Ok(()) => short = false,
+            Err(Trouble::Peer(_)) => cells.errors_peer.add(1),
+            Err(Trouble::Shortage(error)) => {
+                cells.errors_shortage.add(1);
+                if !std::mem::replace(&mut short, true) {
+                    tracing::warn!(listener = label.name(), %error, "accepting pauses");
+                }
+                sleep(PAUSE).await;
+            }
+            Err(Trouble::Fatal(error)) => {
+                cells.errors_fatal.add(1);
+                return stopped(&shop, listener, &error);
+            }
+        }
+    }
+    door.close(|accepted| shop.start(accepted, listener));
+    drop(open);
+}
+
+/// A listener never dies in silence.
+fn stopped(shop: &Shop, listener: u32, error: &io::Error) {
+    tracing::error!(worker = shop.worker.number, listener, %error, "a listening socket has stopped");
+    shop.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+}

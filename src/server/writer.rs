@@ -1,0 +1,45 @@
+//! The access log's writer: a thread of its own, so that a slow disk holds up nobody.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{Builder, JoinHandle};
+
+use super::StartError;
+use crate::account::log::Batch;
+use crate::config::AccessLog;
+
+/// The sender for workers' journals, and the thread, where the log is on. The thread ends with the last sender.
+type Opened = (Option<SyncSender<Batch>>, Option<JoinHandle<()>>);
+
+/// Opens the log; at most `queue` batches wait for it.
+pub(super) fn open(log: &AccessLog, queue: usize) -> Result<Opened, StartError> {
+    let to: Box<dyn Write + Send> = match log {
+        AccessLog::Off => return Ok((None, None)),
+        AccessLog::Stdout => Box::new(io::stdout()),
+        AccessLog::File(path) => {
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            let refused = |error| StartError::AccessLog { path: path.display().to_string(), error };
+            Box::new(file.map_err(refused)?)
+        }
+    };
+    let (sender, receiver) = sync_channel(queue);
+    let thread = Builder::new().name("access-log".to_owned()).spawn(move || write(to, &receiver))?;
+    Ok((Some(sender), Some(thread)))
+}
+
+fn write(mut to: Box<dyn Write + Send>, batches: &Receiver<Batch>) {
+    let mut failing = false;
+    for batch in batches {
+        let written = to.write_all(&batch.text).and_then(|()| to.flush());
+        match written {
+            Ok(()) => failing = false,
+            // Said once, until it works again: a full disk must not fill the other log too.
+            Err(error) if !failing => {
+                failing = true;
+                tracing::error!(%error, lines = batch.lines, "the access log cannot be written; its lines are lost");
+            }
+            Err(_) => {}
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! One TCP life, from accept to its line in the log: the only place that knows the order of the steps.
+
+use std::cell::RefCell;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, Cache};
+use tokio::net::TcpStream;
+
+use crate::accept::{self, Accepted};
+use crate::account::log::{Journal, Record};
+use crate::account::meter::{Connect, Meter};
+use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
+use crate::admission::slots::Slots;
+use crate::clock;
+use crate::connect::{self, Failure};
+use crate::forward::pipe::Pipes;
+use crate::forward::{self, Pair};
+use crate::header::{self, Client};
+use crate::id::{EndpointId, SessionId};
+use crate::life::{Life, Local};
+use crate::outcome::{At, Outcome, Why};
+use crate::pool::backend::Picked;
+use crate::pool::{Pool, Tried};
+use crate::state::{Listener, Live, Snapshot};
+use crate::tenant::Tenant;
+
+/// What a worker lends to its sessions.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its number, from 0.
+    pub number: u16,
+    /// What its sessions share.
+    pub local: Rc<Local>,
+    /// Its pipes.
+    pub pipes: Pipes,
+    /// Its end of the access log.
+    pub journal: Journal,
+    slots: Arc<Slots>,
+    snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
+    rolls: RefCell<fastrand::Rng>,
+}
+
+impl Worker {
+    /// A worker without sessions.
+    #[must_use]
+    pub fn new(number: u16, live: &Live, local: Rc<Local>, journal: Journal) -> Self {
+        Self {
+            number,
+            local,
+            pipes: Pipes::new(Arc::clone(&live.pipes)),
+            journal,
+            slots: Arc::clone(&live.sessions),
+            snapshot: RefCell::new(Cache::new(Arc::clone(&live.snapshot))),
+            rolls: RefCell::new(fastrand::Rng::new()),
+        }
+    }
+
+    fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(self.snapshot.borrow_mut().load())
+    }
+
+    fn roll(&self) -> u64 {
+        self.rolls.borrow_mut().u64(..)
+    }
+}
+
+/// What is told of a session when it has ended, as far as it has come.
+struct Story<'a> {
+    peer: PeerAddr,
+    client: Option<ClientAddr>,
+    endpoint: Option<EndpointId>,
+    tenant: Option<&'a Tenant>,
+    pool: Option<&'a Pool>,
+    backend: Option<BackendAddr>,
+    attempts: u32,
+    connect: Option<std::time::Duration>,
+}
+
+/// Carries a session from its first byte to its last, and accounts for it once, at the end.
+pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32) {
+    let snapshot = worker.snapshot();
+    let Some(rules) = snapshot.listeners.get(listener as usize) else { return };
+    let meter = Meter::new(Rc::clone(&worker.local.ledger), &rules.label);
+    let session = SessionId::new(worker.number, worker.local.ledger.next_session());
+    let mut life = Life::new(Rc::clone(&worker.local), meter, clock::now());
+    let mut story = Story {
+        peer: accepted.peer,
+        client: None,
+        endpoint: None,
+        tenant: None,
+        pool: None,
+        backend: None,
+        attempts: 0,
+        connect: None,
+    };
+    let steps = Steps { worker: &worker, snapshot: &snapshot, listener, rules };
+    let (Ok(outcome) | Err(outcome)) = steps.live(accepted, &mut life, &mut story).await;
+    let bytes = life.meter.bytes();
+    let total = life.end(outcome, clock::now());
+    if outcome.is_logged() {
+        worker.journal.write(&Record {
+            time: clock::wall(),
+            session,
+            listener: rules.label.name(),
+            tenant: story.tenant.map(|tenant| tenant.label.name()),
+            endpoint: story.endpoint,
+            client: story.client,
+            peer: story.peer,
+            pool: story.pool.map(|pool| pool.label.name()),
+            backend: story.backend,
+            attempts: story.attempts,
+            bytes,
+            connect_ms: story.connect,
+            total_ms: total,
+            outcome,
+            labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
+        });
+    }
+}
+
+/// The steps of a session, on the snapshot that it was born with.
+struct Steps<'a> {
+    worker: &'a Worker,
+    snapshot: &'a Snapshot,
+    listener: u32,
+    rules: &'a Listener,
+}
+
+impl<'a> Steps<'a> {
+    async fn live(
+        &self,
+        accepted: Accepted,
+        life: &mut Life,
+        story: &mut Story<'a>,
+    ) -> Result<Outcome, Outcome> {
+        let _permit = self.worker.slots.take().ok_or(Outcome::reject(At::Accept, Why::Shed))?;
+        let client = self.hear(accepted, life, story).await?;
+        let heard = self.place(&client, life, story);
+        let pool = heard.inspect_err(|_| client.connection.reset_on_close())?;
+        let dialled = self.dial(pool, life, story).await;
+        let (backend, _load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
+        let first = client.first_bytes(pool.send_proxy);
+        let client =
+            client.connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
+        let pair = Pair { client, backend, first };
+        Ok(forward::relay(pair, self.snapshot.patience, &self.worker.pipes, life).await)
+    }
+
+    /// Who speaks.
+    async fn hear(
+        &self,
+        accepted: Accepted,
+        life: &mut Life,
+        story: &mut Story<'a>,
+    ) -> Result<Client, Outcome> {
+        if !self.rules.trusted.is_empty() && !accept::is_trusted(accepted.peer, &self.rules.trusted) {
+            return Err(Outcome::reject(At::Accept, Why::UntrustedSource));
+        }
+        let client = match &self.rules.header {
+            Some(rules) => header::read(accepted.socket, rules, life).await?,
+            None => Client::without_header(accepted.socket, accepted.peer),
+        };
+        story.client = client.address;
+        story.endpoint = client.endpoint.id();
+        Ok(client)
+    }
+
+    /// Whose traffic it is, and where it goes.
+    fn place(&self, client: &Client, life: &mut Life, story: &mut Story<'a>) -> Result<&'a Pool, Outcome> {
+        let tenant = self.snapshot.directory.find(client.endpoint, self.rules.tenants)?;
+        let pool = tenant.pool_on(self.listener, self.rules.pool);
+        let pool = pool.and_then(|place| self.snapshot.pools.get(place as usize)).map(Arc::as_ref);
+        life.meter.assign(&tenant.label, pool.map(|pool| &pool.label));
+        story.tenant = Some(tenant);
+        story.pool = pool;
+        tenant.admit()?;
+        pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))
+    }
+
+    /// A connection to a backend: to another one after each failure, while attempts and backends are left.
+    async fn dial(
+        &self,
+        pool: &Pool,
+        life: &mut Life,
+        story: &mut Story<'a>,
+    ) -> Result<(TcpStream, Picked), Outcome> {
+        let start = clock::now();
+        let mut tried = Tried::default();
+        let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
+        while story.attempts < pool.attempts
+            && let Some(picked) = pool.pick(self.worker.roll(), &mut tried)
+        {
+            story.attempts += 1;
+            story.backend = Some(picked.address());
+            match self.dial_one(pool, &picked, life).await {
+                Ok(socket) => {
+                    let took = clock::now().since(start);
+                    story.connect = Some(took);
+                    life.meter.tried(picked.label(), Connect::Done);
+                    life.meter.connected(took);
+                    return Ok((socket, picked));
+                }
+                Err(failure) => {
+                    failed = failure.outcome();
+                    let Failure::Backend(result) = failure else { break };
+                    life.meter.tried(picked.label(), result);
+                }
+            }
+        }
+        Err(failed)
+    }
+
+    /// Tries one backend, from each source address in turn as long as only the local ports are at fault.
+    async fn dial_one(&self, pool: &Pool, picked: &Picked, life: &mut Life) -> Result<TcpStream, Failure> {
+        let address = picked.address();
+        let mut result = Err(Failure::Backend(Connect::NoLocalPort));
+        for source in sources(&pool.sources, address, self.worker.roll()) {
+            result = connect::dial(address, source, self.snapshot.connect, life).await;
+            if !matches!(result, Err(Failure::Backend(Connect::NoLocalPort))) {
+                break;
+            }
+        }
+        result
+    }
+}
+
+/// The source addresses of a backend's family, from a random one on; the system's choice where there is none.
+fn sources(all: &[IpAddr], address: BackendAddr, roll: u64) -> impl Iterator<Item = Option<IpAddr>> {
+    let of_family: Vec<IpAddr> =
+        all.iter().copied().filter(|ip| ip.is_ipv4() == address.0.is_ipv4()).collect();
+    let count = of_family.len();
+    let start = usize::try_from(roll).unwrap_or(0).checked_rem(count).unwrap_or(0);
+    (0..count.max(1)).map(move |step| of_family.get((start + step).checked_rem(count)?).copied())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_go_round_within_the_backends_family() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let all = [ip("10.0.0.1"), ip("fd00::1"), ip("10.0.0.2")];
+        let backend = |text: &str| BackendAddr(text.parse().unwrap());
+        let found: Vec<_> = sources(&all, backend("10.1.1.1:80"), 1).collect();
+        assert_eq!(found, [Some(ip("10.0.0.2")), Some(ip("10.0.0.1"))]);
+        assert_eq!(sources(&all, backend("[fd00::9]:80"), 5).collect::<Vec<_>>(), [Some(ip("fd00::1"))]);
+        assert_eq!(sources(&all[..1], backend("[fd00::9]:80"), 5).collect::<Vec<_>>(), [None]);
+        assert_eq!(sources(&[], backend("10.1.1.1:80"), 5).collect::<Vec<_>>(), [None]);
+    }
+}

@@ -1,0 +1,166 @@
+//! The third step: whose traffic it is, by one look into a table.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::account::Label;
+use crate::id::{Claim, EndpointId};
+use crate::outcome::{At, Outcome, Why};
+
+/// Whose traffic it is.
+#[derive(Debug)]
+pub struct Tenant {
+    /// The name.
+    pub label: Label,
+    /// Carried into the access log.
+    pub labels: Option<Box<BTreeMap<String, String>>>,
+    /// Whether the traffic is carried.
+    pub enabled: bool,
+    /// The place of the pool that overrides the listener's.
+    pub pool: Option<u32>,
+    /// Places of listeners and of the pools that override both.
+    pub routes: Box<[(u32, u32)]>,
+}
+
+impl Tenant {
+    /// Whether it may come in at all.
+    ///
+    /// # Errors
+    /// The rejection of a disabled tenant.
+    pub fn admit(&self) -> Result<(), Outcome> {
+        if self.enabled { Ok(()) } else { Err(Outcome::reject(At::Tenant, Why::TenantDisabled)) }
+    }
+
+    /// The place of the pool for its traffic on `listener`: its route, else its pool, else the listener's.
+    #[must_use]
+    pub fn pool_on(&self, listener: u32, listeners_pool: Option<u32>) -> Option<u32> {
+        let route = self.routes.iter().find(|(from, _)| *from == listener).map(|(_, pool)| *pool);
+        route.or(self.pool).or(listeners_pool)
+    }
+}
+
+/// What becomes of a session by what its header claims.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// Every session is this tenant's.
+    Fixed(u32),
+    /// By the endpoint ID. The places are the tenants' of those without one, and of those with an unknown one;
+    /// `None` rejects.
+    ByEndpoint {
+        /// The header names no endpoint.
+        absent: Option<u32>,
+        /// It names one that no tenant lists.
+        unknown: Option<u32>,
+    },
+}
+
+/// Every tenant, found by endpoint ID.
+#[derive(Debug, Default)]
+pub struct Directory {
+    tenants: Vec<Tenant>,
+    endpoints: HashMap<EndpointId, u32, foldhash::fast::RandomState>,
+}
+
+impl Directory {
+    /// A directory of `tenants`; `endpoints` tells the place of each ID's tenant.
+    #[must_use]
+    pub fn new(tenants: Vec<Tenant>, endpoints: impl IntoIterator<Item = (EndpointId, u32)>) -> Self {
+        Self { tenants, endpoints: endpoints.into_iter().collect() }
+    }
+
+    /// Every tenant, in the order of the configuration.
+    #[must_use]
+    pub fn tenants(&self) -> &[Tenant] {
+        &self.tenants
+    }
+
+    /// Whose traffic it is: one hash lookup, however many tenants there are.
+    ///
+    /// # Errors
+    /// The rejection, where it is nobody's.
+    #[inline]
+    pub fn find(&self, claim: Claim, rules: Rules) -> Result<&Tenant, Outcome> {
+        let (place, why) = match rules {
+            Rules::Fixed(place) => (Some(place), Why::NoEndpoint),
+            Rules::ByEndpoint { absent, unknown } => match claim {
+                Claim::Absent => (absent, Why::NoEndpoint),
+                Claim::Malformed => (unknown, Why::UnknownEndpoint),
+                Claim::Id(id) => (self.endpoints.get(&id).copied().or(unknown), Why::UnknownEndpoint),
+            },
+        };
+        let tenant = place.and_then(|place| self.tenants.get(place as usize));
+        tenant.ok_or(Outcome::reject(At::Tenant, why))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::account::Labels;
+
+    fn id(text: &str) -> Claim {
+        Claim::from_tlv(Some(text.as_bytes()))
+    }
+
+    fn directory() -> Directory {
+        let labels = Labels::default();
+        let tenants = ["acme", "globex"].into_iter().map(|name| Tenant {
+            label: labels.intern(name),
+            labels: None,
+            enabled: name == "acme",
+            pool: None,
+            routes: Box::default(),
+        });
+        let endpoints = [("vpce-00000001", 0), ("vpce-00000002", 1)];
+        Directory::new(tenants.collect(), endpoints.map(|(text, place)| (text.parse().unwrap(), place)))
+    }
+
+    fn name(found: Result<&Tenant, Outcome>) -> Result<String, Why> {
+        found.map(|tenant| tenant.label.name().to_owned()).map_err(|outcome| outcome.why)
+    }
+
+    #[test]
+    fn an_id_leads_to_its_tenant_and_nothing_else_does() {
+        let directory = directory();
+        let strict = Rules::ByEndpoint { absent: None, unknown: None };
+        assert_eq!(name(directory.find(id("vpce-00000002"), strict)), Ok("globex".to_owned()));
+        assert_eq!(name(directory.find(id("vpce-00000003"), strict)), Err(Why::UnknownEndpoint));
+        assert_eq!(name(directory.find(id("nonsense"), strict)), Err(Why::UnknownEndpoint));
+        assert_eq!(name(directory.find(Claim::Absent, strict)), Err(Why::NoEndpoint));
+        assert_eq!(directory.tenants().len(), 2);
+    }
+
+    #[test]
+    fn fallbacks_take_what_nobody_lists() {
+        let directory = directory();
+        let lenient = Rules::ByEndpoint { absent: Some(0), unknown: Some(1) };
+        assert_eq!(name(directory.find(Claim::Absent, lenient)), Ok("acme".to_owned()));
+        assert_eq!(name(directory.find(Claim::Malformed, lenient)), Ok("globex".to_owned()));
+        assert_eq!(name(directory.find(id("vpce-00000009"), lenient)), Ok("globex".to_owned()));
+        assert_eq!(name(directory.find(id("vpce-00000001"), lenient)), Ok("acme".to_owned()));
+        assert_eq!(name(directory.find(id("vpce-00000002"), Rules::Fixed(0))), Ok("acme".to_owned()));
+    }
+
+    #[test]
+    fn a_disabled_tenant_is_found_and_not_admitted() {
+        let directory = directory();
+        assert_eq!(directory.tenants()[0].admit(), Ok(()));
+        let rejected = directory.tenants()[1].admit();
+        assert_eq!(rejected, Err(Outcome::reject(At::Tenant, Why::TenantDisabled)));
+    }
+
+    #[test]
+    fn the_pool_is_the_routes_then_the_tenants_then_the_listeners() {
+        let tenant = |pool, routes: &[(u32, u32)]| Tenant {
+            label: Labels::default().intern("acme"),
+            labels: None,
+            enabled: true,
+            pool,
+            routes: routes.into(),
+        };
+        assert_eq!(tenant(None, &[]).pool_on(0, None), None);
+        assert_eq!(tenant(None, &[]).pool_on(0, Some(1)), Some(1));
+        assert_eq!(tenant(Some(2), &[]).pool_on(0, Some(1)), Some(2));
+        assert_eq!(tenant(Some(2), &[(0, 3)]).pool_on(0, Some(1)), Some(3));
+        assert_eq!(tenant(Some(2), &[(0, 3)]).pool_on(1, Some(1)), Some(2));
+    }
+}

@@ -1,0 +1,293 @@
+//! The encoder: headers of our own, and a client's header passed on.
+
+use std::net::IpAddr;
+
+use super::header::{Command, Family, Header, Transport};
+use super::{FIXED_LEN, MAX_LEN, SIGNATURE, crc, kind};
+use crate::addr::{ClientAddr, DestinationAddr};
+
+/// The bytes of a TLV before its value.
+const TLV_HEAD: usize = 3;
+
+/// The header would be longer than [`MAX_LEN`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a PROXY header may have {MAX_LEN} bytes")]
+pub struct TooLong;
+
+/// Writes one header: addresses, TLVs, padding, and last of all its checksum.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    bytes: Vec<u8>,
+    crc_at: Option<usize>,
+}
+
+impl Builder {
+    /// A header that speaks for nobody: a health check.
+    #[must_use]
+    pub fn local() -> Self {
+        Self::start(0x20, 0x00)
+    }
+
+    /// A header for a client whose address is not known.
+    #[must_use]
+    pub fn unspecified() -> Self {
+        Self::start(0x21, 0x00)
+    }
+
+    /// A header for a client. An IPv4 address beside an IPv6 one is written as IPv4-mapped.
+    #[must_use]
+    pub fn proxy(transport: Transport, client: ClientAddr, destination: DestinationAddr) -> Self {
+        let low = match transport {
+            Transport::Stream => 1,
+            Transport::Datagram => 2,
+        };
+        let (from, to) = (client.0, destination.0);
+        let mut builder;
+        if let (IpAddr::V4(from), IpAddr::V4(to)) = (from.ip(), to.ip()) {
+            builder = Self::start(0x21, 0x10 | low);
+            builder.bytes.extend(from.octets());
+            builder.bytes.extend(to.octets());
+        } else {
+            builder = Self::start(0x21, 0x20 | low);
+            for address in [from.ip(), to.ip()] {
+                let address = match address {
+                    IpAddr::V4(address) => address.to_ipv6_mapped(),
+                    IpAddr::V6(address) => address,
+                };
+                builder.bytes.extend(address.octets());
+            }
+        }
+        builder.bytes.extend(from.port().to_be_bytes());
+        builder.bytes.extend(to.port().to_be_bytes());
+        builder
+    }
+
+    fn start(version_and_command: u8, family: u8) -> Self {
+        let mut bytes = Vec::with_capacity(128);
+        bytes.extend(SIGNATURE);
+        bytes.extend([version_and_command, family, 0, 0]);
+        Self { bytes, crc_at: None }
+    }
+
+    /// Appends a TLV.
+    ///
+    /// # Errors
+    /// [`TooLong`] where the header would outgrow its bound.
+    pub fn tlv(mut self, kind: u8, value: &[u8]) -> Result<Self, TooLong> {
+        self.push(kind, value)?;
+        Ok(self)
+    }
+
+    fn push(&mut self, kind: u8, value: &[u8]) -> Result<(), TooLong> {
+        if self.bytes.len() + TLV_HEAD + value.len() > MAX_LEN {
+            return Err(TooLong);
+        }
+        let len = u16::try_from(value.len()).map_err(|_| TooLong)?;
+        self.bytes.push(kind);
+        self.bytes.extend(len.to_be_bytes());
+        self.bytes.extend(value);
+        Ok(())
+    }
+
+    /// Appends the VPC endpoint's ID as AWS writes it.
+    ///
+    /// # Errors
+    /// [`TooLong`] where the header would outgrow its bound.
+    pub fn endpoint(self, id: &str) -> Result<Self, TooLong> {
+        let mut value = Vec::with_capacity(1 + id.len());
+        value.push(kind::AWS_VPCE_ID);
+        value.extend(id.as_bytes());
+        self.tlv(kind::AWS, &value)
+    }
+
+    /// Appends room for the checksum; a second call changes nothing.
+    ///
+    /// # Errors
+    /// [`TooLong`] where the header would outgrow its bound.
+    pub fn crc(mut self) -> Result<Self, TooLong> {
+        self.reserve_crc()?;
+        Ok(self)
+    }
+
+    fn reserve_crc(&mut self) -> Result<(), TooLong> {
+        if self.crc_at.is_none() {
+            self.push(kind::CRC32C, &[0; crc::LEN])?;
+            self.crc_at = Some(self.bytes.len() - crc::LEN);
+        }
+        Ok(())
+    }
+
+    /// Pads with one NOOP TLV up to `len` bytes. A header that is already that long stays as it is.
+    ///
+    /// # Errors
+    /// [`TooLong`] where `len` is over the bound, or leaves 1 or 2 bytes: less than a TLV takes.
+    pub fn pad_to(self, len: usize) -> Result<Self, TooLong> {
+        match len.saturating_sub(self.bytes.len()) {
+            0 => Ok(self),
+            room => {
+                let padding = vec![0; room.checked_sub(TLV_HEAD).ok_or(TooLong)?];
+                self.tlv(kind::NOOP, &padding)
+            }
+        }
+    }
+
+    /// The finished header.
+    #[must_use]
+    pub fn build(mut self) -> Vec<u8> {
+        seal(&mut self.bytes, self.crc_at);
+        self.bytes
+    }
+}
+
+/// Sets the length and, where there is room for one, the checksum.
+fn seal(header: &mut [u8], crc_at: Option<usize>) {
+    let len = u16::try_from(header.len() - FIXED_LEN).unwrap_or(u16::MAX);
+    if let Some(field) = header.get_mut(FIXED_LEN - 2..FIXED_LEN) {
+        field.copy_from_slice(&len.to_be_bytes());
+    }
+    if let Some(at) = crc_at {
+        let value = crc::checksum(header, at).to_be_bytes();
+        if let Some(field) = header.get_mut(at..at + crc::LEN) {
+            field.copy_from_slice(&value);
+        }
+    }
+}
+
+/// Writes a client's header again, to be passed on: the same addresses, every TLV in its place, the checksum
+/// computed anew. A header without a checksum gets one where there is room.
+#[must_use]
+pub fn reseal(header: &Header<'_>) -> Vec<u8> {
+    let mut again = Builder { bytes: header.bytes.to_vec(), crc_at: header.crc_at };
+    let skipped = header.family == Family::Unspecified && header.tlvs.as_bytes().is_empty();
+    if header.command == Command::Local || skipped {
+        // What stood there was skipped, and is not ours to repeat.
+        again.bytes.truncate(FIXED_LEN);
+    }
+    // No room for a checksum is no reason to refuse a header that came without one.
+    let (Ok(()) | Err(TooLong)) = again.reserve_crc();
+    again.build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Addresses, Malformed, Parsed, Rules, parse};
+    use super::*;
+
+    const STREAM: Rules = Rules { transport: Transport::Stream, verify_crc: true };
+
+    fn addresses(client: &str, destination: &str) -> (ClientAddr, DestinationAddr) {
+        (ClientAddr(client.parse().unwrap()), DestinationAddr(destination.parse().unwrap()))
+    }
+
+    fn read(bytes: &[u8], rules: Rules) -> Header<'_> {
+        match parse(bytes, rules) {
+            Parsed::Done(header, len) => {
+                assert_eq!(len, bytes.len());
+                header
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        for (client, destination) in [
+            ("10.1.2.3:40000", "10.1.2.9:443"),
+            ("[fd00::1]:40000", "[fd00::2]:443"),
+            ("[fd00::1]:1", "10.0.0.1:2"),
+        ] {
+            for transport in [Transport::Stream, Transport::Datagram] {
+                let (client, destination) = addresses(client, destination);
+                let bytes = Builder::proxy(transport, client, destination)
+                    .crc()
+                    .and_then(|builder| builder.endpoint("vpce-08d2bf15fac5001c9"))
+                    .and_then(|builder| builder.crc())
+                    .and_then(|builder| builder.pad_to(100))
+                    .unwrap()
+                    .build();
+                assert_eq!(bytes.len(), 100);
+                let header = read(&bytes, Rules { transport, verify_crc: true });
+                assert_eq!(header.command, Command::Proxy);
+                assert_eq!(header.client(), Some(client));
+                assert_eq!(header.endpoint, Some(&b"vpce-08d2bf15fac5001c9"[..]));
+                assert_eq!(header.tlvs.map(|tlv| tlv.kind).collect::<Vec<_>>(), [3, 0xEA, 4]);
+                assert_eq!(header.as_bytes(), bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn an_ipv4_address_beside_an_ipv6_one_is_mapped() {
+        let (client, destination) = addresses("[fd00::1]:1", "10.0.0.1:2");
+        let bytes = Builder::proxy(Transport::Stream, client, destination).build();
+        let expected = addresses("[fd00::1]:1", "[::ffff:10.0.0.1]:2").1;
+        assert_eq!(read(&bytes, STREAM).addresses(), Addresses::Ip { client, destination: expected });
+    }
+
+    #[test]
+    fn a_header_for_nobody_has_no_client() {
+        assert_eq!(read(&Builder::local().build(), STREAM).command, Command::Local);
+        let bytes = Builder::unspecified().endpoint("x").unwrap().build();
+        let header = read(&bytes, STREAM);
+        assert_eq!((header.client(), header.endpoint), (None, Some(&b"x"[..])));
+    }
+
+    #[test]
+    fn the_bound_holds_to_the_byte() {
+        let room = MAX_LEN - FIXED_LEN - TLV_HEAD;
+        let longest = Builder::local().tlv(kind::NOOP, &vec![0; room]).unwrap();
+        assert_eq!(longest.clone().build().len(), MAX_LEN);
+        assert_eq!(longest.clone().tlv(kind::NOOP, &[]).err(), Some(TooLong));
+        assert_eq!(longest.crc().err(), Some(TooLong));
+        assert_eq!(Builder::local().tlv(kind::NOOP, &vec![0; room + 1]).err(), Some(TooLong));
+        assert_eq!(Builder::local().endpoint(&"x".repeat(room)).err(), Some(TooLong));
+    }
+
+    #[test]
+    fn padding_needs_room_for_a_tlv() {
+        assert_eq!(Builder::local().pad_to(15).unwrap().build().len(), 16);
+        assert_eq!(Builder::local().pad_to(16).unwrap().build().len(), 16);
+        assert_eq!(Builder::local().pad_to(17).err(), Some(TooLong));
+        assert_eq!(Builder::local().pad_to(18).err(), Some(TooLong));
+        assert_eq!(Builder::local().pad_to(19).unwrap().build().len(), 19);
+    }
+
+    #[test]
+    fn a_header_passed_on_keeps_its_tlvs_and_gets_a_right_checksum() {
+        let (client, destination) = addresses("10.1.2.3:40000", "10.1.2.9:443");
+        let mut wrong = Builder::proxy(Transport::Stream, client, destination)
+            .tlv(kind::UNIQUE_ID, b"abc")
+            .and_then(|builder| builder.crc())
+            .and_then(|builder| builder.pad_to(60))
+            .unwrap()
+            .build();
+        let right = wrong.clone();
+        wrong[38] ^= 1;
+        assert_eq!(parse(&wrong, STREAM), Parsed::Malformed(Malformed::CrcMismatch));
+        let header = read(&wrong, Rules { verify_crc: false, ..STREAM });
+        assert_eq!(reseal(&header), right);
+    }
+
+    #[test]
+    fn a_header_without_a_checksum_gets_one_where_there_is_room() {
+        let (client, destination) = addresses("10.1.2.3:40000", "10.1.2.9:443");
+        let plain = Builder::proxy(Transport::Stream, client, destination).endpoint("vpce-1a2b3c4d").unwrap();
+        let resealed = reseal(&read(&plain.clone().build(), STREAM));
+        let again = read(&resealed, STREAM);
+        assert!(again.crc_at.is_some());
+        assert_eq!(again.endpoint, Some(&b"vpce-1a2b3c4d"[..]));
+
+        let full = plain.pad_to(MAX_LEN).unwrap().build();
+        assert_eq!(reseal(&read(&full, STREAM)), full);
+    }
+
+    #[test]
+    fn what_was_skipped_is_not_repeated() {
+        let mut junk = Builder::unspecified().build();
+        junk.extend([9, 9]);
+        junk[15] = 2;
+        let resealed = reseal(&read(&junk, STREAM));
+        assert_eq!(resealed.len(), FIXED_LEN + TLV_HEAD + crc::LEN);
+        assert_eq!(read(&resealed, STREAM).client(), None);
+    }
+}

@@ -1,0 +1,246 @@
+//! Whole configuration files: those that are valid, and those beside the exact faults that they have.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot read its own files has failed")]
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use vestibule::config::{AccessLog, Balance, Config, Fallback, Faults, Format, Identity, Level, Probe};
+
+fn load(path: impl AsRef<Path>) -> Result<Config, Faults> {
+    Config::load(path.as_ref())
+}
+
+fn files(folder: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|end| end == "toml")).collect();
+    files.sort();
+    assert!(!files.is_empty());
+    files
+}
+
+#[test]
+fn every_invalid_file_has_the_faults_that_stand_beside_it() {
+    const FOLDER: &str = "tests/config/invalid/";
+    let mut wrong = String::new();
+    for file in files(FOLDER) {
+        let expected = std::fs::read_to_string(file.with_extension("expected")).unwrap_or_default();
+        let found = match load(&file) {
+            Ok(_) => "no fault\n".to_owned(),
+            Err(faults) => format!("{faults}\n").replace(FOLDER, ""),
+        };
+        if found != expected {
+            writeln!(wrong, "\n{}: expected\n{expected}found\n{found}", file.display()).unwrap();
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+#[test]
+fn every_valid_file_is_valid() {
+    for file in files("tests/config/valid") {
+        if let Err(faults) = load(&file) {
+            panic!("{faults}");
+        }
+    }
+}
+
+#[test]
+fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
+    let config = load("config/minimal.toml").unwrap();
+    assert_eq!((config.process.workers, config.process.max_sessions), (0, 0));
+    assert_eq!(config.process.pipe_memory, 64 << 20);
+    assert_eq!(config.admin.bind, "127.0.0.1:9900".parse().unwrap());
+    assert_eq!(config.health.bind, "0.0.0.0:8081".parse().unwrap());
+    assert_eq!(config.health.path, "/healthz");
+    assert_eq!((config.log.level, config.log.format), (Level::Info, Format::Json));
+    assert_eq!(config.log.access, AccessLog::Stdout);
+    let (timeouts, drain) = (config.timeouts, config.drain);
+    let seconds =
+        [timeouts.header, timeouts.connect, timeouts.idle, timeouts.half_close].map(|time| time.as_secs());
+    assert_eq!(seconds, [60, 3, 350, 60]);
+    let seconds = [drain.notice, drain.quiet, drain.idle, drain.deadline].map(|time| time.as_secs());
+    assert_eq!(seconds, [30, 10, 30, 300]);
+
+    let [listener] = config.listeners.as_slice() else { panic!("one listener") };
+    assert_eq!(listener.bind, ["0.0.0.0:8080".parse().unwrap()]);
+    assert_eq!((listener.pool.as_deref(), listener.max_pending), (Some("app"), 4096));
+    let expected = Identity::Header {
+        trusted: vec!["10.0.0.0/16".parse().unwrap()],
+        verify_crc: true,
+        on_no_endpoint: Fallback::Reject,
+        on_unknown_endpoint: Fallback::Reject,
+    };
+    assert_eq!(listener.identity, expected);
+
+    let [pool] = config.pools.as_slice() else { panic!("one pool") };
+    assert_eq!((pool.balance, pool.attempts, pool.send_proxy), (Balance::P2c, 3, false));
+    assert!(pool.source_addresses.is_empty());
+    let (interval, timeout) = (Duration::from_secs(5), Duration::from_secs(2));
+    assert_eq!(pool.health, Probe::Tcp { interval, timeout, rise: 2, fall: 3, port: None });
+
+    let [tenant] = config.tenants.as_slice() else { panic!("one tenant") };
+    assert_eq!((tenant.name.as_str(), tenant.enabled, tenant.pool.as_ref()), ("acme", true, None));
+    assert!(tenant.routes.is_empty() && tenant.labels.is_empty());
+}
+
+#[test]
+fn the_reference_is_valid_and_says_the_defaults() {
+    let reference = load("config/reference.toml").unwrap();
+    let minimal = load("config/minimal.toml").unwrap();
+    assert_eq!(reference.process, minimal.process);
+    assert_eq!(reference.admin, minimal.admin);
+    assert_eq!(reference.health, minimal.health);
+    assert_eq!(reference.log, minimal.log);
+    assert_eq!(reference.timeouts, minimal.timeouts);
+    assert_eq!(reference.drain, minimal.drain);
+    assert_eq!(reference.listeners[0].identity, minimal.listeners[0].identity);
+    assert_eq!(reference.listeners[0].max_pending, minimal.listeners[0].max_pending);
+    assert_eq!(reference.listeners[0].bind.len(), 8);
+    let fixed = Identity::Fixed { tenant: "acme".to_owned(), trusted: Vec::new() };
+    assert_eq!(reference.listeners[1].identity, fixed);
+    let (ours, default) = (&reference.pools[0], &minimal.pools[0]);
+    assert_eq!(
+        (ours.balance, ours.attempts, ours.send_proxy),
+        (default.balance, default.attempts, default.send_proxy)
+    );
+    assert_eq!(ours.health, default.health);
+    let names: Vec<_> = reference.tenants.iter().map(|tenant| tenant.name.as_str()).collect();
+    assert_eq!(names, ["acme", "globex"], "the include is read");
+    assert_eq!(reference.tenants[0].routes["postgres"], "acme-db");
+    assert_eq!(reference.tenants[1].labels["plan"], "silver");
+}
+
+#[test]
+fn what_is_not_the_default_is_read_too() {
+    let config = load("tests/config/valid/everything.toml").unwrap();
+    assert_eq!((config.process.workers, config.process.max_sessions), (1024, 50_000));
+    assert_eq!(config.process.pipe_memory, 0);
+    assert_eq!((config.log.level, config.log.format), (Level::Trace, Format::Text));
+    assert_eq!(config.log.access, AccessLog::File("access.log".into()));
+    assert_eq!(config.timeouts.connect, Duration::from_millis(200));
+    assert_eq!(config.drain.notice, Duration::ZERO);
+    let Identity::Header { trusted, verify_crc, on_no_endpoint, on_unknown_endpoint } =
+        &config.listeners[0].identity
+    else {
+        panic!("a header is required")
+    };
+    assert_eq!(trusted, &["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
+    assert!(!verify_crc);
+    assert_eq!(on_no_endpoint, &Fallback::Tenant("inside".to_owned()));
+    assert_eq!(on_unknown_endpoint, &Fallback::Tenant("acme".to_owned()));
+    let fixed =
+        Identity::Fixed { tenant: "inside".to_owned(), trusted: vec!["10.9.0.0/16".parse().unwrap()] };
+    assert_eq!(config.listeners[1].identity, fixed);
+    let pool = &config.pools[0];
+    assert_eq!((pool.balance, pool.attempts, pool.send_proxy), (Balance::RoundRobin, 100, true));
+    assert_eq!(pool.source_addresses.len(), 2);
+    let (interval, timeout) = (Duration::from_secs(1), Duration::from_secs(1));
+    assert_eq!(pool.health, Probe::Tcp { interval, timeout, rise: 1, fall: 1, port: Some(65_535) });
+    assert_eq!(config.pools[1].health, Probe::None);
+    assert!(!config.tenants[0].enabled);
+}
+
+#[test]
+fn a_text_is_read_as_a_file_is() {
+    let text = std::fs::read_to_string("config/minimal.toml").unwrap();
+    assert_eq!(Config::parse("minimal.toml", &text).unwrap(), load("config/minimal.toml").unwrap());
+    let faults = Config::parse("here", "[log]\nlevel = 3\n").unwrap_err();
+    assert!(faults.to_string().starts_with("here:1: [[listener]]: must be present"), "{faults}");
+    assert_eq!(faults.iter().last().map(vestibule::config::Fault::line), Some(Some(2)));
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named_as_the_operator_named_it() {
+    let faults = load("nowhere/vestibule.toml").unwrap_err();
+    assert_eq!(
+        faults.to_string(),
+        "nowhere/vestibule.toml: must be readable, found: No such file or directory"
+    );
+    let fault = faults.iter().next().unwrap();
+    assert_eq!((fault.file(), fault.line(), fault.subject()), ("nowhere/vestibule.toml", None, ""));
+    let faults = load("config").unwrap_err();
+    assert_eq!(faults.to_string(), "config: must be readable, found: Is a directory");
+}
+
+#[test]
+fn a_file_that_is_no_text_says_where() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("v.toml");
+    std::fs::write(&file, b"[log]\nlevel = \"\xFF\"\n").unwrap();
+    let expected = format!("{}:2: text: must be UTF-8, found the byte 0xFF", file.display());
+    assert_eq!(load(&file).unwrap_err().to_string(), expected);
+}
+
+#[test]
+fn included_files_are_read_once_in_order_and_hidden_ones_are_not() {
+    // A bracket in the folder's name is part of the name, not of the pattern.
+    let folder = tempfile::Builder::new().prefix("a[b]").tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write("b.toml", "[[tenant]]\nname = \"b\"\n");
+    write("a.toml", "[[tenant]]\nname = \"a\"\n");
+    write(".c.toml", "[[tenant]]\nname = \"c\"\n");
+    let minimal = std::fs::read_to_string("config/minimal.toml").unwrap();
+    write("main.toml", &format!("include = [\"*.toml\", \"a.toml\", \"none/*\"]\n{minimal}"));
+    let config = load(folder.path().join("main.toml")).unwrap();
+    let names: Vec<_> = config.tenants.iter().map(|tenant| tenant.name.as_str()).collect();
+    assert_eq!(names, ["acme", "a", "b"]);
+}
+
+#[test]
+fn an_included_file_that_cannot_be_read_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let minimal = std::fs::read_to_string("config/minimal.toml").unwrap();
+    std::fs::write(folder.path().join("main.toml"), format!("include = [\"d/*\"]\n{minimal}")).unwrap();
+    std::fs::create_dir_all(folder.path().join("d/folder.toml")).unwrap();
+    let faults = load(folder.path().join("main.toml")).unwrap_err();
+    let expected =
+        format!("{}: must be readable, found: Is a directory", folder.path().join("d/folder.toml").display());
+    assert_eq!(faults.to_string(), expected);
+}
+
+/// A configuration of many tenants; every one has a name and an endpoint of its own.
+fn crowd(tenants: u32) -> String {
+    let mut text = std::fs::read_to_string("config/minimal.toml").unwrap();
+    for number in 0..tenants {
+        write!(text, "\n[[tenant]]\nname = \"t{number}\"\nendpoints = [\"vpce-{number:017x}\"]\n").unwrap();
+    }
+    text
+}
+
+#[test]
+fn a_hundred_thousand_tenants_are_read() {
+    let config = Config::parse("crowd.toml", &crowd(100_000)).unwrap();
+    assert_eq!(config.tenants.len(), 100_001);
+    assert_eq!(config.tenants.last().unwrap().endpoints[0].to_string(), "vpce-0000000000001869f");
+}
+
+#[test]
+fn a_hundred_thousand_faults_are_said() {
+    let text = crowd(100_000).replace("pool = \"app\"", "").replace("name = \"app\"", "name = \"ap\"");
+    let faults = Config::parse("crowd.toml", &text).unwrap_err();
+    assert_eq!(faults.len(), 100_001);
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics(text in any::<String>()) {
+        drop(Config::parse("random.toml", &text));
+    }
+
+    #[test]
+    fn no_bent_configuration_panics(place in any::<prop::sample::Index>(), length in 0..40_usize, patch in "[\\PC\n]{0,12}") {
+        let mut text: Vec<char> = std::fs::read_to_string("tests/config/valid/everything.toml").unwrap().chars().collect();
+        let start = place.index(text.len());
+        let end = (start + length).min(text.len());
+        text.splice(start..end, patch.chars());
+        let text: String = text.into_iter().collect();
+        if let Err(faults) = Config::parse("bent.toml", &text) {
+            prop_assert!(!faults.is_empty());
+            prop_assert!(faults.iter().all(|fault| !fault.to_string().contains('\n')));
+        }
+    }
+}
