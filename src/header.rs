@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
 use crate::account::Cell64;
@@ -288,6 +289,40 @@ impl Reading {
             first: self.first,
             header_len: found.header_len,
             rules: self.rules,
+        }
+    }
+}
+
+/// What stood at the start of a connection that may begin with a header: a health check's, or a test backend's.
+#[derive(Debug, Default)]
+pub struct Optional {
+    /// The client that a header names.
+    pub client: Option<ClientAddr>,
+    /// The endpoint that it names.
+    pub endpoint: Claim,
+    /// What was read beyond it.
+    pub rest: Vec<u8>,
+}
+
+/// Reads a header where there is one, and nothing but what came with it. Its checksum is not looked at: nothing
+/// depends on what it says. The caller bounds the time.
+///
+/// # Errors
+/// What the socket says.
+pub async fn read_optional(socket: &mut TcpStream) -> io::Result<Optional> {
+    let rules = wire::Rules { transport: wire::Transport::Stream, verify_crc: false };
+    let mut first = Vec::with_capacity(512);
+    loop {
+        let whole = match wire::parse(&first, rules) {
+            Parsed::Done(header, len) => Some((header.client(), Claim::from_tlv(header.endpoint), len)),
+            Parsed::Partial(_) => None,
+            Parsed::Malformed(_) => return Ok(Optional { rest: first, ..Optional::default() }),
+        };
+        if let Some((client, endpoint, len)) = whole {
+            return Ok(Optional { client, endpoint, rest: first.split_off(len) });
+        }
+        if socket.read_buf(&mut first).await? == 0 {
+            return Ok(Optional { rest: first, ..Optional::default() });
         }
     }
 }

@@ -100,9 +100,10 @@ impl std::str::FromStr for EndpointId {
 pub struct MalformedEndpointId;
 
 /// What a header says of the VPC endpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Claim {
     /// It names none.
+    #[default]
     Absent,
     /// It names one by something that is no endpoint ID: an unknown one.
     Malformed,

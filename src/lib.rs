@@ -12,6 +12,7 @@ pub mod connect;
 pub mod forward;
 pub mod header;
 pub mod id;
+pub mod lab;
 pub mod life;
 pub mod outcome;
 pub mod pool;

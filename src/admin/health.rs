@@ -20,8 +20,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
+use crate::header;
 use crate::state::Live;
-use crate::wire::{self, MAX_LEN, Parsed, Rules, Transport};
 
 /// What one check may take, from accept to its answer; NLB waits for 6 s.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -61,28 +61,11 @@ pub async fn serve(socket: TcpListener, path: String, live: Arc<Live>) {
 }
 
 async fn check(mut socket: TcpStream, path: &str, live: &Live) -> io::Result<()> {
-    let first = without_header(&mut socket).await?;
+    let first = header::read_optional(&mut socket).await?.rest;
     let (read, write) = socket.split();
     let stream = TokioIo::new(join(first.as_slice().chain(read), write));
     let answer = service_fn(async |request: Request<_>| Ok::<_, Infallible>(answer(&request, path, live)));
     http1::Builder::new().keep_alive(false).serve_connection(stream, answer).await.map_err(io::Error::other)
-}
-
-/// Reads up to the end of a PROXY header, if there is one; what came after it.
-async fn without_header(socket: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let mut first = Vec::with_capacity(512);
-    loop {
-        let any = |transport| Rules { transport, verify_crc: false };
-        match wire::parse(&first, any(Transport::Stream)) {
-            Parsed::Done(_, len) => return Ok(first.split_off(len)),
-            Parsed::Partial(_) if first.len() < MAX_LEN => {
-                if socket.read_buf(&mut first).await? == 0 {
-                    return Ok(first);
-                }
-            }
-            Parsed::Partial(_) | Parsed::Malformed(_) => return Ok(first),
-        }
-    }
 }
 
 fn answer<B>(request: &Request<B>, path: &str, live: &Live) -> Response<Body> {

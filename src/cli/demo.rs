@@ -1,11 +1,305 @@
-//! x
+//! `vestibule demo`: two tenants with the same addresses, their pools, and the proxy between them, in one process.
+
+use std::io;
+use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{interval, sleep, timeout};
+
+use crate::admin::status::Status;
+use crate::config::Config;
+use crate::lab::backend::{Backend, Temper};
+use crate::lab::load::{Load, Report};
+use crate::lab::nlb::{self, Nlb, VpcEndpoint};
+use crate::outcome::Why;
+use crate::server::Server;
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// x
-    #[arg(long)]
+    /// Stop after so many seconds; without it, at Ctrl-C
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: Option<u64>,
 }
-pub(super) fn run(_: &Options) -> ExitCode {
-    ExitCode::SUCCESS
+
+/// Both consumers live in this network, as in the classic hands-on.
+const NETWORK: &str = "10.100.0.0/16";
+/// The tenants and their endpoints.
+const TENANTS: [(&str, &str); 2] = [("acme", "vpce-0acce0000acce0000"), ("globex", "vpce-0910be00910be0000")];
+/// An endpoint that no tenant lists.
+const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
+/// Backends of each tenant's pool.
+const BACKENDS: usize = 2;
+/// Consumers of each tenant that send requests.
+const CONSUMERS: usize = 2;
+/// Between two requests of a consumer.
+const PAUSE: Duration = Duration::from_millis(2);
+/// What one exchange of the demo's own may take.
+const LIMIT: Duration = Duration::from_secs(5);
+
+pub(super) fn run(options: &Options) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&error),
+    };
+    match runtime.block_on(demo(options)) {
+        Ok(verdict) => verdict,
+        Err(error) => failed(error.as_ref()),
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("the demo could not go on: {error}");
+    ExitCode::FAILURE
+}
+
+/// Everything that the demo starts.
+struct World {
+    server: Server,
+    nlb: Nlb,
+    raw: Nlb,
+    loads: Vec<Arc<Load>>,
+    /// Held for their end.
+    _backends: Vec<Backend>,
+}
+
+async fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let world = World::start().await?;
+    world.introduce();
+    let (stop, stopped) = watch::channel(false);
+    let mut consumers = JoinSet::new();
+    for load in &world.loads {
+        for _ in 0..CONSUMERS {
+            let (load, stopped) = (Arc::clone(load), stopped.clone());
+            consumers.spawn(async move { load.run(stopped).await });
+        }
+    }
+    let shown = world.show_bad_input().await;
+    let end = async {
+        match options.seconds {
+            Some(seconds) => sleep(Duration::from_secs(seconds)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = end => {}
+        _ = tokio::signal::ctrl_c() => {}
+        () = world.report_every_second() => {}
+    }
+    stop.send_replace(true);
+    while consumers.join_next().await.is_some() {}
+    let verdict = world.table() && shown;
+    let World { server, .. } = world;
+    server.end();
+    tokio::task::spawn_blocking(move || server.join()).await?;
+    Ok(if verdict { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl World {
+    async fn start() -> Result<Self, Box<dyn std::error::Error>> {
+        let mut backends = Vec::new();
+        let mut config = String::from(HEAD);
+        for (tenant, endpoint) in TENANTS {
+            let mut addresses = Vec::new();
+            for number in 1..=BACKENDS {
+                let backend = Backend::start(&format!("{tenant}-{number}"), Temper::Http).await?;
+                addresses.push(format!("\"{}\"", backend.address()));
+                backends.push(backend);
+            }
+            let echo = Backend::start(&format!("{tenant}-echo"), Temper::Greeting).await?;
+            config.push_str(&tenant_tables(tenant, endpoint, &addresses.join(", "), echo.address()));
+            backends.push(echo);
+        }
+        let server = Server::start(&Config::parse("the demo's configuration", &config)?)?;
+        let first =
+            |listener| server.addresses(listener).first().copied().ok_or("a listener without an address");
+        let endpoints = || -> Result<Vec<_>, ipnet::AddrParseError> {
+            let ids = TENANTS.iter().map(|(_, id)| *id).chain([STRANGER]);
+            ids.map(|id| Ok(VpcEndpoint { id: id.to_owned(), consumers: NETWORK.parse()? })).collect()
+        };
+        let nlb = Nlb::start(first("web")?, endpoints()?).await?;
+        let raw = Nlb::start(first("raw")?, endpoints()?).await?;
+        let loads = TENANTS.iter().enumerate().filter_map(|(place, (tenant, _))| {
+            Some(Arc::new(Load::new(nlb.address(place)?, &format!("{tenant}-"), PAUSE)))
+        });
+        let loads = loads.collect();
+        Ok(Self { server, nlb, raw, loads, _backends: backends })
+    }
+
+    fn introduce(&self) {
+        println!(
+            "vestibule {}: one load balancer, two consumers with the same network\n",
+            env!("CARGO_PKG_VERSION")
+        );
+        println!("  {:<8}{:<24}{:<16}try it from another terminal", "tenant", "VPC endpoint", "consumers");
+        for (place, (tenant, endpoint)) in TENANTS.iter().enumerate() {
+            if let Some(address) = self.nlb.address(place) {
+                println!("  {tenant:<8}{endpoint:<24}{NETWORK:<16}curl http://{address}/");
+            }
+        }
+        if let Some(address) = self.nlb.address(TENANTS.len()) {
+            println!("  {:<8}{STRANGER:<24}{NETWORK:<16}curl http://{address}/   (is reset)", "nobody");
+        }
+        println!("\n  status   http://{}/", self.server.admin());
+        println!("  metrics  http://{}/metrics", self.server.admin());
+        println!("  health   http://{}/healthz\n", self.server.health());
+    }
+
+    /// What a stranger and a forger get. Whether each got what it should.
+    async fn show_bad_input(&self) -> bool {
+        let stranger = match self.nlb.address(TENANTS.len()) {
+            Some(address) => timeout(LIMIT, exchange(address, b"GET / HTTP/1.1\r\n\r\n")).await,
+            None => Ok(Err(io::ErrorKind::NotFound.into())),
+        };
+        let rejected = matches!(&stranger, Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset);
+        println!(
+            "  unknown endpoint: {}",
+            if rejected { "reset, no backend heard of it" } else { "NOT REJECTED" }
+        );
+        let delivered =
+            timeout(LIMIT, self.forge()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let said = match &delivered {
+            Ok(true) => "was payload: acme's own backend got it, byte for byte",
+            Ok(false) => "CROSSED OVER OR WAS CHANGED",
+            Err(_) => "GOT NO ANSWER",
+        };
+        println!("  forged second header, acme claiming to be globex: {said}\n");
+        rejected && delivered.unwrap_or(false)
+    }
+
+    /// acme sends a header of its own, with globex's endpoint, through acme's endpoint.
+    async fn forge(&self) -> io::Result<bool> {
+        let [(acme, _), (_, endpoint)] = TENANTS;
+        let client = SocketAddr::from(([10, 100, 0, 66], 6666));
+        let forged = nlb::header(client, client, Some(endpoint));
+        let address = self.raw.address(0).ok_or(io::ErrorKind::NotFound)?;
+        let answer = exchange(address, &forged).await?;
+        let mut expected = format!("{acme}-echo\n").into_bytes();
+        expected.extend(&forged);
+        Ok(answer == expected)
+    }
+
+    async fn report_every_second(&self) {
+        let mut ticks = interval(Duration::from_secs(1));
+        ticks.tick().await;
+        for second in 1_u64.. {
+            ticks.tick().await;
+            let status = Status::of(self.server.live());
+            let tenants = TENANTS.iter().map(|(name, _)| {
+                let tenant = status.tenants.iter().find(|tenant| tenant.name == *name);
+                let (ended, bytes) =
+                    tenant.map_or((0, 0), |tenant| (tenant.ended, tenant.to_backend + tenant.to_client));
+                format!("{name} {ended} sessions {} KiB", bytes / 1024)
+            });
+            let rejected = status.unidentified.get(Why::UnknownEndpoint.word()).unwrap_or(&0);
+            let tenants = tenants.collect::<Vec<_>>().join(" | ");
+            println!("{second:>5} s  {tenants} | open {} | unknown endpoint {rejected}", status.sessions);
+        }
+    }
+
+    /// The closing table. Whether every request went where it should.
+    fn table(&self) -> bool {
+        println!(
+            "\n  {:<8}{:<24}{:<17}{:<11}{:>8}{:>10}{:>10}",
+            "tenant", "VPC endpoint", "client addresses", "backend", "sessions", "p50", "p99"
+        );
+        let mut fine = true;
+        for ((tenant, endpoint), load) in TENANTS.iter().zip(&self.loads) {
+            let report = load.report();
+            let (p50, p99) = (milliseconds(&report, 50.0), milliseconds(&report, 99.0));
+            for (backend, answers) in &report.backends {
+                let clients = match (answers.clients.first(), answers.clients.last()) {
+                    (Some(first), Some(last)) => format!("{first}-{}", last_part(&last.to_string())),
+                    _ => "-".to_owned(),
+                };
+                println!(
+                    "  {tenant:<8}{endpoint:<24}{clients:<17}{backend:<11}{:>8}{p50:>10}{p99:>10}",
+                    answers.count
+                );
+            }
+            let right = report.answered > 0 && report.failed == 0 && report.misrouted == 0;
+            if !right {
+                println!("  {tenant}: {} failed, {} went to the wrong pool", report.failed, report.misrouted);
+            }
+            fine &= right;
+        }
+        println!(
+            "\n  {}",
+            if fine {
+                "Every request reached its own tenant's pool."
+            } else {
+                "NOT EVERY REQUEST REACHED ITS POOL."
+            }
+        );
+        fine
+    }
+}
+
+fn milliseconds(report: &Report, percent: f64) -> String {
+    format!("{:.2} ms", report.times.percentile(percent).as_secs_f64() * 1e3)
+}
+
+fn last_part(address: &str) -> &str {
+    address.rsplit('.').next().unwrap_or(address)
+}
+
+/// Sends, ends, and reads to the end.
+async fn exchange(address: SocketAddr, question: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(question).await?;
+    stream.shutdown().await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    Ok(answer)
+}
+
+/// The demo's configuration, as an operator would write it; addresses of the backends follow.
+const HEAD: &str = r#"
+[process]
+workers = 1
+
+[admin]
+bind = "127.0.0.1:0"
+
+[health]
+bind = "127.0.0.1:0"
+
+[log]
+access = "off"
+
+[[listener]]
+name = "web"
+bind = "127.0.0.1:0"
+trusted-sources = ["127.0.0.0/8"]
+
+[[listener]]
+name = "raw"
+bind = "127.0.0.1:0"
+trusted-sources = ["127.0.0.0/8"]
+"#;
+
+fn tenant_tables(tenant: &str, endpoint: &str, backends: &str, echo: SocketAddr) -> String {
+    format!(
+        r#"
+[[pool]]
+name = "{tenant}"
+backends = [{backends}]
+send-proxy = "v2"
+
+[[pool]]
+name = "{tenant}-raw"
+backends = ["{echo}"]
+
+[[tenant]]
+name = "{tenant}"
+endpoints = ["{endpoint}"]
+pool = "{tenant}"
+routes = {{ raw = "{tenant}-raw" }}
+"#
+    )
 }

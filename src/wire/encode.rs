@@ -210,7 +210,7 @@ mod tests {
                 assert_eq!(header.command, Command::Proxy);
                 assert_eq!(header.client(), Some(client));
                 assert_eq!(header.endpoint, Some(&b"vpce-08d2bf15fac5001c9"[..]));
-                assert_eq!(header.tlvs.map(|tlv| tlv.kind).collect::<Vec<_>>(), [3, 0xEA, 4]);
+                assert_eq!(header.tlvs.clone().map(|tlv| tlv.kind).collect::<Vec<_>>(), [3, 0xEA, 4]);
                 assert_eq!(header.as_bytes(), bytes);
             }
         }
