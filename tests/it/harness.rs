@@ -1,0 +1,358 @@
+//! The bench that every test stands on: a proxy on ports of its own, two tenants, and questions about metrics.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+use vestibule::config::Config;
+use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::nlb;
+use vestibule::server::Server;
+
+/// The tenant that a test is about, and its endpoint.
+pub const ACME: &str = "vpce-0acce0000acce0000";
+/// The bystander.
+pub const GLOBEX: &str = "vpce-0910be00910be0000";
+/// An endpoint that no tenant lists.
+pub const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
+/// A disabled tenant's endpoint.
+pub const INITECH: &str = "vpce-01717ec401717ec40";
+
+/// Nothing in a test takes longer; a test that waits for an event fails by this.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// A configuration with what most tests leave alone. Every field is TOML.
+pub struct Conf {
+    /// Backends of acme's pool.
+    pub acme: Vec<SocketAddr>,
+    /// More keys of `[process]`; `workers = 2` is there.
+    pub process: String,
+    /// Keys of `[timeouts]`.
+    pub timeouts: String,
+    /// Keys of `[drain]`.
+    pub drain: String,
+    /// The listener `web`'s keys: by default those of a loopback listener with two families.
+    pub listener: String,
+    /// More keys of acme's pool.
+    pub pool: String,
+    /// `[pool.health]` of acme's pool.
+    pub health: String,
+    /// More tables at the end.
+    pub more: String,
+}
+
+impl Default for Conf {
+    fn default() -> Self {
+        Self {
+            acme: Vec::new(),
+            process: String::new(),
+            timeouts: String::new(),
+            drain: String::new(),
+            listener: r#"bind = "127.0.0.1:0"
+                trusted-sources = ["127.0.0.0/8"]"#
+                .to_owned(),
+            pool: String::new(),
+            health: "kind = \"none\"".to_owned(),
+            more: String::new(),
+        }
+    }
+}
+
+impl Conf {
+    fn text(&self, globex: SocketAddr, log: &str) -> String {
+        let acme: Vec<_> = self.acme.iter().map(|address| format!("\"{address}\"")).collect();
+        format!(
+            r#"
+[process]
+workers = 2
+{process}
+[admin]
+bind = "127.0.0.1:0"
+[health]
+bind = "127.0.0.1:0"
+[log]
+access = "{log}"
+[timeouts]
+{timeouts}
+[drain]
+{drain}
+[[listener]]
+name = "web"
+{listener}
+[[pool]]
+name = "acme"
+backends = [{acme}]
+{pool}
+[pool.health]
+{health}
+[[pool]]
+name = "globex"
+backends = ["{globex}"]
+[pool.health]
+kind = "none"
+[[tenant]]
+name = "acme"
+endpoints = ["{ACME}"]
+pool = "acme"
+labels = {{ plan = "gold" }}
+[[tenant]]
+name = "globex"
+endpoints = ["{GLOBEX}"]
+pool = "globex"
+[[tenant]]
+name = "initech"
+endpoints = ["{INITECH}"]
+pool = "globex"
+state = "disabled"
+{more}
+"#,
+            process = self.process,
+            timeouts = self.timeouts,
+            drain = self.drain,
+            listener = self.listener,
+            acme = acme.join(", "),
+            pool = self.pool,
+            health = self.health,
+            more = self.more,
+        )
+    }
+
+    /// Starts the proxy and globex's backend.
+    pub async fn start(self) -> Proxy {
+        let dir = TempDir::new().unwrap();
+        let log = dir.path().join("access.log");
+        let globex = Backend::start("globex-1", Temper::Echo).await.unwrap();
+        let text = self.text(globex.address(), log.to_str().unwrap());
+        let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+        Proxy { server: Some(Server::start(&config).unwrap()), dir, _globex: globex }
+    }
+}
+
+/// A proxy under test.
+pub struct Proxy {
+    server: Option<Server>,
+    dir: TempDir,
+    _globex: Backend,
+}
+
+impl Proxy {
+    pub fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+
+    /// The first address of a listener.
+    pub fn address(&self, listener: &str) -> SocketAddr {
+        self.server().addresses(listener)[0]
+    }
+
+    /// A connection to the listener `web` on which nothing has been sent yet.
+    pub async fn connect(&self) -> TcpStream {
+        connect(self.address("web")).await
+    }
+
+    /// A connection that has sent its header, and with it `payload`.
+    pub async fn open(&self, endpoint: &str, payload: &[u8]) -> TcpStream {
+        let mut stream = self.connect().await;
+        stream.write_all(&[&header(endpoint)[..], payload].concat()).await.unwrap();
+        stream
+    }
+
+    /// The sum of all series of a metric that have these labels.
+    pub async fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let page = http_get(self.server().admin(), "/metrics").await;
+        let series = page.lines().filter(|line| {
+            let rest = line.strip_prefix(name).unwrap_or("?");
+            (rest.starts_with('{') || rest.starts_with(' '))
+                && labels.iter().all(|(label, value)| rest.contains(&format!("{label}=\"{value}\"")))
+        });
+        series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// A question about a metric: `proxy.metric("vestibule_…", &[("tenant", "acme")]).is(1).await`.
+    pub fn metric<'a>(&'a self, name: &'a str, labels: &'a [(&'a str, &'a str)]) -> Metric<'a> {
+        Metric { proxy: self, name, labels }
+    }
+
+    /// How many sessions ended for this reason.
+    pub fn ended<'a>(&'a self, labels: &'a [(&'a str, &'a str)]) -> Metric<'a> {
+        self.metric("vestibule_sessions_ended_total", labels)
+    }
+
+    /// The access log so far.
+    pub fn log(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.dir.path().join("access.log")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Waits for the log's line of a session that ended for this reason.
+    pub async fn logged(&self, why: &str) -> Value {
+        eventually(&format!("a log line with why = {why}"), async || {
+            self.log().into_iter().find(|line| line["outcome"]["why"] == why)
+        })
+        .await
+    }
+
+    /// Another tenant is served as if nothing had happened.
+    pub async fn others_are_unharmed(&self) {
+        let answer = exchange(self.open(GLOBEX, b"unharmed").await).await.unwrap();
+        assert_eq!(answer, b"unharmed");
+    }
+
+    /// Everything that was taken has been given back: all gauges are zero. Then the proxy ends.
+    pub async fn finish(mut self) {
+        for gauge in [
+            "vestibule_sessions_active",
+            "vestibule_sessions_pending",
+            "vestibule_backend_sessions_active",
+            "vestibule_worker_sessions_active",
+            "vestibule_pipes_in_use",
+        ] {
+            self.metric(gauge, &[]).is(0).await;
+        }
+        let live = self.server().live();
+        assert_eq!(live.sessions.used(), 0, "a permit leaked");
+        assert!(
+            live.snapshot
+                .load()
+                .pools
+                .iter()
+                .flat_map(|pool| pool.backends())
+                .all(|backend| backend.load() == 0)
+        );
+        let accepted = self.value("vestibule_connections_accepted_total", &[]).await;
+        let ended = self.value("vestibule_sessions_ended_total", &[]).await;
+        assert!((accepted - ended).abs() < 0.5, "{accepted} accepted and {ended} ended");
+        self.end().await;
+    }
+
+    /// Ends the proxy, whatever it is doing.
+    pub async fn end(&mut self) {
+        let server = self.server.take().unwrap();
+        server.end();
+        tokio::task::spawn_blocking(move || server.join()).await.unwrap();
+    }
+}
+
+/// A question about a metric.
+pub struct Metric<'a> {
+    proxy: &'a Proxy,
+    name: &'a str,
+    labels: &'a [(&'a str, &'a str)],
+}
+
+impl Metric<'_> {
+    /// It becomes this value, soon.
+    pub async fn is(&self, expected: u32) {
+        self.becomes(&format!("to be {expected}"), |value| (value - f64::from(expected)).abs() < 0.5).await;
+    }
+
+    /// It becomes at least this value, soon.
+    pub async fn is_at_least(&self, least: u32) {
+        self.becomes(&format!("to be at least {least}"), |value| value >= f64::from(least)).await;
+    }
+
+    async fn becomes(&self, what: &str, is: impl Fn(f64) -> bool) {
+        let last = std::cell::Cell::new(f64::NAN);
+        let asked = async || {
+            last.set(self.proxy.value(self.name, self.labels).await);
+            is(last.get()).then_some(())
+        };
+        let waited = timeout(LIMIT, poll_until(asked)).await;
+        assert!(waited.is_ok(), "{}{:?}: wanted {what}, found {}", self.name, self.labels, last.get());
+    }
+}
+
+/// A header as NLB writes it, of a client whose address every consumer has.
+pub fn header(endpoint: &str) -> Vec<u8> {
+    let client = "10.100.0.10:40000".parse().unwrap();
+    nlb::header(client, "10.0.0.5:8080".parse().unwrap(), Some(endpoint))
+}
+
+/// A connection without delay.
+pub async fn connect(address: SocketAddr) -> TcpStream {
+    let stream = timeout(LIMIT, TcpStream::connect(address)).await.unwrap().unwrap();
+    stream.set_nodelay(true).unwrap();
+    stream
+}
+
+/// Ends its side, then reads to the other side's end.
+pub async fn exchange(mut stream: TcpStream) -> io::Result<Vec<u8>> {
+    timeout(LIMIT, async {
+        stream.shutdown().await?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await?;
+        Ok(answer)
+    })
+    .await
+    .expect("an end within the limit")
+}
+
+/// Reads so many bytes.
+pub async fn read(stream: &mut TcpStream, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    timeout(LIMIT, stream.read_exact(&mut bytes)).await.expect("bytes within the limit").unwrap();
+    bytes
+}
+
+/// How a connection ends that sends nothing more: `Ok` for an end, `Err` for a reset.
+pub async fn end_of(stream: &mut TcpStream) -> io::Result<usize> {
+    let mut rest = Vec::new();
+    timeout(LIMIT, stream.read_to_end(&mut rest)).await.expect("an end within the limit")
+}
+
+/// The connection is reset, and nothing came before.
+pub async fn is_reset(stream: &mut TcpStream) {
+    let end = end_of(stream).await;
+    assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset));
+}
+
+/// Waits until `ask` answers.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, ask: impl Fn() -> F) -> T {
+    timeout(LIMIT, poll_until(ask)).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+}
+
+async fn poll_until<T, F: Future<Output = Option<T>>>(ask: impl Fn() -> F) -> T {
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The body of a page.
+pub async fn http_get(address: SocketAddr, path: &str) -> String {
+    let (head, body) = http(address, path, b"").await;
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    body
+}
+
+/// A page's head and body; `before` goes in front of the request.
+pub async fn http(address: SocketAddr, path: &str, before: &[u8]) -> (String, String) {
+    let mut stream = connect(address).await;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    stream.write_all(&[before, request.as_bytes()].concat()).await.unwrap();
+    let mut answer = Vec::new();
+    timeout(LIMIT, stream.read_to_end(&mut answer)).await.expect("an answer within the limit").unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    // The pages are long enough to come in chunks; a chunk's size line has only hexadecimal digits.
+    let chunked = head.to_lowercase().contains("transfer-encoding: chunked");
+    (head.to_owned(), if chunked { unchunk(body) } else { body.to_owned() })
+}
+
+fn unchunk(mut body: &str) -> String {
+    let mut whole = String::new();
+    while let Some((size, rest)) = body.split_once("\r\n") {
+        let size = usize::from_str_radix(size.trim(), 16).unwrap();
+        whole.push_str(&rest[..size]);
+        body = rest[size..].trim_start_matches("\r\n");
+    }
+    whole
+}
