@@ -17,7 +17,7 @@ use crate::clock::wheel::Span;
 use crate::id::Claim;
 use crate::life::{Cut, Life};
 use crate::outcome::{At, By, Outcome, Why};
-use crate::wire::{self, Builder, Command, Header, Parsed};
+use crate::wire::{self, Builder, Command, Parsed};
 
 /// The most that is read before a backend is connected: a header, and the start of what follows it.
 pub const FIRST_READ: usize = 16 * 1024;
@@ -270,12 +270,12 @@ impl Reading {
         match wire::parse(&self.first, self.rules) {
             Parsed::Partial(_) => Ok(None),
             Parsed::Malformed(reason) => Err(Outcome::reject(At::Header, reason.into())),
-            Parsed::Done(Header { command: Command::Local, .. }, _) => {
+            Parsed::Done(header, _) if header.command() == Command::Local => {
                 Err(Outcome::new(By::Client, At::Header, Why::Local))
             }
             Parsed::Done(header, header_len) => Ok(Some(Found {
                 address: header.client(),
-                endpoint: Claim::from_tlv(header.endpoint),
+                endpoint: Claim::from_tlv(header.endpoint()),
                 header_len,
             })),
         }
@@ -314,7 +314,7 @@ pub async fn read_optional(socket: &mut TcpStream) -> io::Result<Optional> {
     let mut first = Vec::with_capacity(512);
     loop {
         let whole = match wire::parse(&first, rules) {
-            Parsed::Done(header, len) => Some((header.client(), Claim::from_tlv(header.endpoint), len)),
+            Parsed::Done(header, len) => Some((header.client(), Claim::from_tlv(header.endpoint()), len)),
             Parsed::Partial(_) => None,
             Parsed::Malformed(_) => return Ok(Optional { rest: first, ..Optional::default() }),
         };

@@ -37,9 +37,32 @@ fn in_pieces(header: &[u8], at: usize) -> u32 {
     crc32c::crc32c_append(crc, after)
 }
 
+/// The checksum of bytes that are known when the program is compiled, bit by bit (reflected polynomial, RFC 3720
+/// appendix B.4).
+pub(super) const fn of_constant(mut bytes: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    while let [byte, rest @ ..] = bytes {
+        crc ^= *byte as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82F6_3B78 } else { crc >> 1 };
+            bit += 1;
+        }
+        bytes = rest;
+    }
+    !crc
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_compiler_sums_up_is_what_the_processor_does() {
+        for bytes in [&b""[..], b"123456789", b"\r\n\r\n\0\r\nQUIT\n"] {
+            assert_eq!(of_constant(bytes), crc32c::crc32c(bytes));
+        }
+    }
 
     #[test]
     fn the_field_counts_as_zero() {

@@ -157,9 +157,9 @@ fn seal(header: &mut [u8], crc_at: Option<usize>) {
 /// computed anew. A header without a checksum gets one where there is room.
 #[must_use]
 pub fn reseal(header: &Header<'_>) -> Vec<u8> {
-    let mut again = Builder { bytes: header.bytes.to_vec(), crc_at: header.crc_at };
-    let skipped = header.family == Family::Unspecified && header.tlvs.as_bytes().is_empty();
-    if header.command == Command::Local || skipped {
+    let mut again = Builder { bytes: header.bytes.to_vec(), crc_at: header.crc_at() };
+    let skipped = header.parts.family == Family::Unspecified && header.tlvs().as_bytes().is_empty();
+    if header.command() == Command::Local || skipped {
         // What stood there was skipped, and is not ours to repeat.
         again.bytes.truncate(FIXED_LEN);
     }
@@ -207,10 +207,10 @@ mod tests {
                     .build();
                 assert_eq!(bytes.len(), 100);
                 let header = read(&bytes, Rules { transport, verify_crc: true });
-                assert_eq!(header.command, Command::Proxy);
+                assert_eq!(header.command(), Command::Proxy);
                 assert_eq!(header.client(), Some(client));
-                assert_eq!(header.endpoint, Some(&b"vpce-08d2bf15fac5001c9"[..]));
-                assert_eq!(header.tlvs.clone().map(|tlv| tlv.kind).collect::<Vec<_>>(), [3, 0xEA, 4]);
+                assert_eq!(header.endpoint(), Some(&b"vpce-08d2bf15fac5001c9"[..]));
+                assert_eq!(header.tlvs().map(|tlv| tlv.kind).collect::<Vec<_>>(), [3, 0xEA, 4]);
                 assert_eq!(header.as_bytes(), bytes);
             }
         }
@@ -226,10 +226,10 @@ mod tests {
 
     #[test]
     fn a_header_for_nobody_has_no_client() {
-        assert_eq!(read(&Builder::local().build(), STREAM).command, Command::Local);
+        assert_eq!(read(&Builder::local().build(), STREAM).command(), Command::Local);
         let bytes = Builder::unspecified().endpoint("x").unwrap().build();
         let header = read(&bytes, STREAM);
-        assert_eq!((header.client(), header.endpoint), (None, Some(&b"x"[..])));
+        assert_eq!((header.client(), header.endpoint()), (None, Some(&b"x"[..])));
     }
 
     #[test]
@@ -274,8 +274,8 @@ mod tests {
         let plain = Builder::proxy(Transport::Stream, client, destination).endpoint("vpce-1a2b3c4d").unwrap();
         let resealed = reseal(&read(&plain.clone().build(), STREAM));
         let again = read(&resealed, STREAM);
-        assert!(again.crc_at.is_some());
-        assert_eq!(again.endpoint, Some(&b"vpce-1a2b3c4d"[..]));
+        assert!(again.crc_at().is_some());
+        assert_eq!(again.endpoint(), Some(&b"vpce-1a2b3c4d"[..]));
 
         let full = plain.pad_to(MAX_LEN).unwrap().build();
         assert_eq!(reseal(&read(&full, STREAM)), full);

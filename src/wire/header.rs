@@ -7,7 +7,7 @@ use crate::addr::{ClientAddr, DestinationAddr};
 use crate::outcome::Why;
 
 /// What was found at the start of the input.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed<'a> {
     /// The start of a header; it cannot end before the input holds this many bytes.
     Partial(usize),
@@ -17,21 +17,29 @@ pub enum Parsed<'a> {
     Malformed(Malformed),
 }
 
-/// A well-formed header, borrowed from the input. What few ask for, such as the addresses, is read when asked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A well-formed header, borrowed from the input: where its parts stand. The parts are read when they are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header<'a> {
-    /// Whether it speaks for a client.
-    pub command: Command,
-    /// Everything beside the addresses, in order. Empty for LOCAL, whose content is to be skipped.
-    pub tlvs: Tlvs<'a>,
-    /// The value of the first AWS TLV that names a VPC endpoint: text that nobody has checked.
-    pub endpoint: Option<&'a [u8]>,
-    pub(super) family: Family,
-    /// Where the CRC32C's value starts, counted from the first byte of the header.
-    pub(super) crc_at: Option<usize>,
     /// The whole header.
     pub(super) bytes: &'a [u8],
+    pub(super) parts: Parts,
 }
+
+/// Where the parts of a header stand, counted from its first byte. A header has at most [`MAX_LEN`] bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Parts {
+    pub(super) command: Command,
+    pub(super) family: Family,
+    pub(super) tlvs_at: u16,
+    /// The value of the first AWS TLV that names an endpoint; a length of [`ABSENT`] where there is none.
+    pub(super) endpoint_at: u16,
+    pub(super) endpoint_len: u16,
+    /// The CRC32C's value; [`ABSENT`] where there is none.
+    pub(super) crc_at: u16,
+}
+
+/// No such part.
+pub(super) const ABSENT: u16 = u16::MAX;
 
 /// Whom the header speaks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +151,7 @@ pub fn parse(input: &[u8], rules: Rules) -> Parsed<'_> {
 }
 
 /// Whatever the specification allows.
+#[inline(never)]
 fn any_layout(input: &[u8], rules: Rules) -> Parsed<'_> {
     let Some(fixed) = input.first_chunk::<FIXED_LEN>() else { return start(input) };
     let (command, family, len) = match fixed_part(fixed, rules.transport) {
@@ -151,7 +160,7 @@ fn any_layout(input: &[u8], rules: Rules) -> Parsed<'_> {
     };
     let Some(bytes) = input.get(..len) else { return Parsed::Partial(len) };
     let parsed = match command {
-        Command::Local => Ok(Header::local(bytes)),
+        Command::Local => Ok(Header { bytes, parts: Parts::without_content(bytes, Command::Local) }),
         Command::Proxy if family == Family::Unspecified => unspecified(bytes, rules),
         Command::Proxy => proxied(bytes, family, rules),
     };
@@ -226,28 +235,31 @@ fn known_family(byte: u8, transport: Transport) -> Result<Family, Malformed> {
 /// has to skip it. So TLVs are read where they are well-formed, and otherwise there are none.
 fn unspecified(bytes: &[u8], rules: Rules) -> Result<Header<'_>, Malformed> {
     match proxied(bytes, Family::Unspecified, rules) {
-        Err(Malformed::TlvOverrun) => Ok(Header { command: Command::Proxy, ..Header::local(bytes) }),
+        Err(Malformed::TlvOverrun) => {
+            Ok(Header { bytes, parts: Parts::without_content(bytes, Command::Proxy) })
+        }
         parsed => parsed,
     }
 }
 
 fn proxied(bytes: &[u8], family: Family, rules: Rules) -> Result<Header<'_>, Malformed> {
-    let tlvs = bytes.get(FIXED_LEN + family.address_len()..).ok_or(Malformed::ShortAddress)?;
-    let found = scan(bytes.len(), tlvs)?;
+    let tlvs_at = place(FIXED_LEN + family.address_len());
+    let empty = Parts {
+        command: Command::Proxy,
+        family,
+        tlvs_at,
+        endpoint_at: 0,
+        endpoint_len: ABSENT,
+        crc_at: ABSENT,
+    };
+    let header = Header { bytes, parts: scan(bytes, empty)? };
     if rules.verify_crc
-        && let Some((at, stated)) = found.crc
+        && let Some((stated, at)) = header.checksum()
         && crc::checksum(bytes, at) != stated
     {
         return Err(Malformed::CrcMismatch);
     }
-    Ok(Header {
-        command: Command::Proxy,
-        tlvs: Tlvs::new(tlvs),
-        endpoint: found.endpoint,
-        family,
-        crc_at: found.crc.map(|(at, _)| at),
-        bytes,
-    })
+    Ok(header)
 }
 
 /// Source address, destination address, source port, destination port.
@@ -265,63 +277,96 @@ fn ip<const N: usize>(block: &[u8], address: impl Fn([u8; N]) -> IpAddr) -> Opti
     })
 }
 
-/// What one walk over the TLVs finds.
-struct Found<'a> {
-    endpoint: Option<&'a [u8]>,
-    /// Where the checksum stands in the header, and what it says.
-    crc: Option<(usize, u32)>,
-}
-
 /// Walks all TLVs once: their lengths must add up, the checksum may stand once, the first endpoint wins.
-#[inline]
-fn scan(header_len: usize, tlvs: &[u8]) -> Result<Found<'_>, Malformed> {
-    let mut found = Found { endpoint: None, crc: None };
-    let mut rest = tlvs;
+fn scan(bytes: &[u8], mut parts: Parts) -> Result<Parts, Malformed> {
+    let mut rest = bytes.get(usize::from(parts.tlvs_at)..).ok_or(Malformed::ShortAddress)?;
     while let Some((tlv, next)) = tlv::split(rest)? {
         rest = next;
-        match tlv.kind {
-            kind::AWS => {
-                if let Some((&kind::AWS_VPCE_ID, id)) = tlv.value.split_first() {
-                    found.endpoint = found.endpoint.or(Some(id));
-                }
+        let value_at = bytes.len() - rest.len() - tlv.value.len();
+        match (tlv.kind, tlv.value) {
+            (kind::AWS, [kind::AWS_VPCE_ID, id @ ..]) if parts.endpoint_len == ABSENT => {
+                (parts.endpoint_at, parts.endpoint_len) = (place(value_at + 1), place(id.len()));
             }
-            kind::CRC32C => {
-                let stated = <[u8; crc::LEN]>::try_from(tlv.value).map_err(|_| Malformed::BadCrcTlv)?;
-                let at = header_len - rest.len() - crc::LEN;
-                if found.crc.replace((at, u32::from_be_bytes(stated))).is_some() {
+            (kind::CRC32C, value) => {
+                if value.len() != crc::LEN || parts.crc_at != ABSENT {
                     return Err(Malformed::BadCrcTlv);
                 }
+                parts.crc_at = place(value_at);
             }
             _ => {}
         }
     }
-    Ok(found)
+    Ok(parts)
+}
+
+/// A place in a header, which has at most [`MAX_LEN`] bytes.
+#[expect(clippy::cast_possible_truncation, reason = "MAX_LEN fits")]
+pub(super) const fn place(at: usize) -> u16 {
+    at as u16
+}
+
+impl Parts {
+    /// Those of a header whose content is skipped.
+    fn without_content(bytes: &[u8], command: Command) -> Self {
+        Self {
+            command,
+            family: Family::Unspecified,
+            tlvs_at: place(bytes.len()),
+            endpoint_at: 0,
+            endpoint_len: ABSENT,
+            crc_at: ABSENT,
+        }
+    }
 }
 
 impl<'a> Header<'a> {
-    fn local(bytes: &'a [u8]) -> Self {
-        Self {
-            command: Command::Local,
-            tlvs: Tlvs::default(),
-            endpoint: None,
-            family: Family::Unspecified,
-            crc_at: None,
-            bytes,
-        }
-    }
-
     /// The whole header, as it was read.
     #[must_use]
     pub fn as_bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// Between whom the client's connection is.
+    /// Whether it speaks for a client.
     #[inline]
+    #[must_use]
+    pub fn command(&self) -> Command {
+        self.parts.command
+    }
+
+    /// Everything beside the addresses, in order. Empty for LOCAL, whose content is to be skipped.
+    #[must_use]
+    pub fn tlvs(&self) -> Tlvs<'a> {
+        Tlvs::new(self.bytes.get(usize::from(self.parts.tlvs_at)..).unwrap_or_default())
+    }
+
+    /// The value of the first AWS TLV that names a VPC endpoint: text that nobody has checked.
+    #[inline]
+    #[must_use]
+    pub fn endpoint(&self) -> Option<&'a [u8]> {
+        if self.parts.endpoint_len == ABSENT {
+            return None;
+        }
+        let start = usize::from(self.parts.endpoint_at);
+        self.bytes.get(start..start + usize::from(self.parts.endpoint_len))
+    }
+
+    /// The CRC32C that the header states, and where.
+    fn checksum(&self) -> Option<(u32, usize)> {
+        let at = self.crc_at()?;
+        let stated = self.bytes.get(at..)?.first_chunk()?;
+        Some((u32::from_be_bytes(*stated), at))
+    }
+
+    /// Where the CRC32C's value stands.
+    pub(super) fn crc_at(&self) -> Option<usize> {
+        (self.parts.crc_at != ABSENT).then_some(usize::from(self.parts.crc_at))
+    }
+
+    /// Between whom the client's connection is.
     #[must_use]
     pub fn addresses(&self) -> Addresses {
         let block = self.bytes.get(FIXED_LEN..).unwrap_or_default();
-        let addresses = match self.family {
+        let addresses = match self.parts.family {
             Family::Unspecified => None,
             Family::Unix => Some(Addresses::Unix),
             Family::Inet => ip::<4>(block, |bytes| Ipv4Addr::from(bytes).into()),
@@ -334,6 +379,12 @@ impl<'a> Header<'a> {
     #[inline]
     #[must_use]
     pub fn client(&self) -> Option<ClientAddr> {
+        let block = self.bytes.get(FIXED_LEN..)?;
+        if self.parts.family == Family::Inet {
+            let [a, b, c, d, _, _, _, _, high, low] = *block.first_chunk()?;
+            let port = u16::from_be_bytes([high, low]);
+            return Some(ClientAddr(SocketAddr::from(([a, b, c, d], port))));
+        }
         match self.addresses() {
             Addresses::Ip { client, .. } => Some(client),
             Addresses::Unspecified | Addresses::Unix => None,
