@@ -98,7 +98,7 @@ impl Server {
             capacity,
             threads: Vec::new(),
         };
-        let (journal, log) = writer::open(&config.log.access, QUEUE * workers)?;
+        let (journal, log) = writer::open(&config.log.access, QUEUE * workers, Arc::clone(&live.log_lost))?;
         server.threads.extend(log);
         let crew = crew::Crew::new(workers);
         let (posts, boxes): (Vec<_>, Vec<_>) =

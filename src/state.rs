@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
@@ -159,6 +159,8 @@ pub struct Live {
     pub sessions: Arc<Slots>,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
+    /// Lines of the access log that its writer could not write.
+    pub log_lost: Arc<AtomicU64>,
     /// Listening sockets that broke.
     pub stopped_doors: AtomicUsize,
     /// Backends whose first probe is still out.
@@ -206,6 +208,7 @@ impl Live {
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions: Slots::new(max_sessions),
             pipes: Budget::new(config.process.pipe_memory),
+            log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
             unprobed: AtomicUsize::new(unprobed),
             draining: AtomicBool::new(false),

@@ -75,7 +75,7 @@ metrics! {
     HANDED_OVER: Counter "vestibule_worker_handed_over_total" ["worker"]
         "Fresh connections that the worker handed to one with fewer sessions.";
     LOG_DROPPED: Counter "vestibule_access_log_dropped_total" []
-        "Lines of the access log that were dropped because its writer was behind.";
+        "Lines of the access log that were dropped because its writer was behind, or could not write them.";
     SESSIONS_LIMIT: Gauge "vestibule_sessions_limit" []
         "Sessions that the process takes at once.";
     TENANTS: Gauge "vestibule_tenants" []

@@ -23,11 +23,12 @@ use tokio::time::{sleep, timeout};
 use crate::header;
 use crate::state::Live;
 
-/// What one check may take, from accept to its answer; NLB waits for 6 s.
-const LIMIT: Duration = Duration::from_secs(5);
+/// What one check may take, from accept to its answer. NLB waits for 6 s, so that a check that had to wait for one
+/// silent connection to be given up is still answered in time.
+const LIMIT: Duration = Duration::from_secs(3);
 
 /// Checks at once: a flood here must not take the sessions' descriptors.
-const AT_ONCE: usize = 32;
+const AT_ONCE: usize = 128;
 
 /// How long accepting rests after an error.
 const PAUSE: Duration = Duration::from_millis(100);

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prometheus::core::{Collector, Desc};
@@ -203,6 +204,7 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::SESSIONS_LIMIT, &[], live.sessions.limit() as u64);
     sheet.count(&names::TENANTS, &[], snapshot.directory.tenants().len() as u64);
     sheet.count(&names::PIPE_MEMORY, &[], live.pipes.used());
+    sheet.count(&names::LOG_DROPPED, &[], live.log_lost.load(Ordering::Relaxed));
     sheet.count(&names::DRAINING, &[], u64::from(live.is_draining()));
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }

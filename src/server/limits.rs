@@ -25,8 +25,8 @@ const PER_SESSION: u64 = 2;
 const PER_PIPE: u64 = 2;
 /// Descriptors of a worker beside its listening sockets: epoll, its waker, its timer.
 const PER_WORKER: u64 = 4;
-/// Descriptors for everything else: standard streams, logs, pages, probes.
-const RESERVE: u64 = 64;
+/// Descriptors for everything else: standard streams, logs, probes, pages, and 128 health checks at once.
+const RESERVE: u64 = 256;
 
 /// Worker threads: as configured, or one for each processor that the process may use.
 pub(super) fn workers(configured: usize) -> usize {
@@ -58,7 +58,7 @@ fn compute(
     let for_sessions = rest - (pipes * PER_PIPE).min(rest / 4);
     let possible = usize::try_from(for_sessions / PER_SESSION).unwrap_or(usize::MAX);
     if possible == 0 {
-        return Err(StartError::Descriptors { needed: fixed + 2 * PER_SESSION, found: descriptors });
+        return Err(StartError::Descriptors { needed: fixed + PER_SESSION, found: descriptors });
     }
     let sessions = if process.max_sessions == 0 { possible } else { process.max_sessions };
     Ok(Capacity { sessions, possible, descriptors, workers })
@@ -81,17 +81,17 @@ mod tests {
     #[test]
     fn sessions_take_what_listeners_pipes_and_reserve_leave() {
         let mib_64 = 64 * 1024 * 1024;
-        assert_eq!(sessions(&process(0, mib_64), 20_000), Ok((20_000 - 64 - 14 - 512) / 2));
-        assert_eq!(sessions(&process(0, 0), 20_000), Ok((20_000 - 64 - 14) / 2));
-        assert_eq!(sessions(&process(0, u64::MAX / 4), 1_078), Ok((1_000 - 250) / 2));
+        assert_eq!(sessions(&process(0, mib_64), 20_000), Ok((20_000 - 256 - 14 - 512) / 2));
+        assert_eq!(sessions(&process(0, 0), 20_000), Ok((20_000 - 256 - 14) / 2));
+        assert_eq!(sessions(&process(0, u64::MAX / 4), 1_270), Ok((1_000 - 250) / 2));
         assert_eq!(sessions(&process(7, mib_64), 20_000), Ok(7));
     }
 
     #[test]
     fn too_few_descriptors_are_an_error_with_a_remedy() {
-        assert_eq!(sessions(&process(0, 0), 80), Ok(1));
-        let message = sessions(&process(0, 0), 79).unwrap_err();
-        assert!(message.contains("must be at least 82, found 79; raise LimitNOFILE"), "{message}");
+        assert_eq!(sessions(&process(0, 0), 272), Ok(1));
+        let message = sessions(&process(0, 0), 271).unwrap_err();
+        assert!(message.contains("must be at least 272, found 271; raise LimitNOFILE"), "{message}");
     }
 
     #[test]

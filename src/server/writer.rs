@@ -2,6 +2,8 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
@@ -12,8 +14,8 @@ use crate::config::AccessLog;
 /// The sender for workers' journals, and the thread, where the log is on. The thread ends with the last sender.
 type Opened = (Option<SyncSender<Batch>>, Option<JoinHandle<()>>);
 
-/// Opens the log; at most `queue` batches wait for it.
-pub(super) fn open(log: &AccessLog, queue: usize) -> Result<Opened, StartError> {
+/// Opens the log; at most `queue` batches wait for it, and lines that it cannot write are counted in `lost`.
+pub(super) fn open(log: &AccessLog, queue: usize, lost: Arc<AtomicU64>) -> Result<Opened, StartError> {
     let to: Box<dyn Write + Send> = match log {
         AccessLog::Off => return Ok((None, None)),
         AccessLog::Stdout => Box::new(io::stdout()),
@@ -24,22 +26,23 @@ pub(super) fn open(log: &AccessLog, queue: usize) -> Result<Opened, StartError> 
         }
     };
     let (sender, receiver) = sync_channel(queue);
-    let thread = Builder::new().name("access-log".to_owned()).spawn(move || write(to, &receiver))?;
+    let thread = Builder::new().name("access-log".to_owned()).spawn(move || write(to, &receiver, &lost))?;
     Ok((Some(sender), Some(thread)))
 }
 
-fn write(mut to: Box<dyn Write + Send>, batches: &Receiver<Batch>) {
+fn write(mut to: Box<dyn Write + Send>, batches: &Receiver<Batch>, lost: &AtomicU64) {
     let mut failing = false;
     for batch in batches {
         let written = to.write_all(&batch.text).and_then(|()| to.flush());
         match written {
             Ok(()) => failing = false,
-            // Said once, until it works again: a full disk must not fill the other log too.
-            Err(error) if !failing => {
-                failing = true;
-                tracing::error!(%error, lines = batch.lines, "the access log cannot be written; its lines are lost");
+            Err(error) => {
+                lost.fetch_add(batch.lines, Ordering::Relaxed);
+                // Said once, until it works again: a full disk must not fill the other log too.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::error!(%error, lines = batch.lines, "the access log cannot be written; its lines are lost");
+                }
             }
-            Err(_) => {}
         }
     }
 }
