@@ -391,3 +391,97 @@ impl<'a> Header<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::Builder;
+    use super::*;
+
+    const BOTH: [Rules; 2] = [
+        Rules { transport: Transport::Stream, verify_crc: true },
+        Rules { transport: Transport::Stream, verify_crc: false },
+    ];
+
+    /// What a Network Load Balancer writes for PrivateLink, and the payload behind it.
+    fn privatelink(ips: [[u8; 4]; 2], ports: [u16; 2], id: &str, payload: &[u8]) -> Vec<u8> {
+        let [client, destination] = ips;
+        let client = ClientAddr((client, ports[0]).into());
+        let destination = DestinationAddr((destination, ports[1]).into());
+        let mut bytes = Builder::proxy(Transport::Stream, client, destination)
+            .crc()
+            .and_then(|builder| builder.endpoint(id))
+            .and_then(|builder| builder.pad_to(100))
+            .unwrap()
+            .build();
+        bytes.extend(payload);
+        bytes
+    }
+
+    fn is_fast(bytes: &[u8], rules: Rules) -> bool {
+        match nlb::parse(bytes, rules) {
+            Some(parsed) => {
+                assert_eq!(parsed, any_layout(bytes, rules));
+                assert_eq!(parsed, parse(bytes, rules));
+                true
+            }
+            None => false,
+        }
+    }
+
+    #[test]
+    fn the_fast_path_takes_its_layout_and_no_other() {
+        let nlb =
+            privatelink([[10, 1, 2, 3], [10, 1, 2, 9]], [40000, 443], "vpce-08d2bf15fac5001c9", b"hello");
+        for rules in BOTH {
+            assert!(is_fast(&nlb, rules) && is_fast(&nlb[..100], rules));
+            assert!(!is_fast(&nlb[..99], rules));
+            assert!(!is_fast(&nlb, Rules { transport: Transport::Datagram, ..rules }));
+        }
+        let short = privatelink([[0; 4]; 2], [0; 2], "vpce-1a2b3c4d", b"");
+        assert!(!is_fast(&short, BOTH[0]));
+    }
+
+    #[test]
+    fn the_fast_path_says_the_same_of_every_bent_byte() {
+        let nlb =
+            privatelink([[10, 1, 2, 3], [10, 1, 2, 9]], [40000, 443], "vpce-08d2bf15fac5001c9", b"hello");
+        let mut fast = 0;
+        for place in 0..nlb.len() {
+            for byte in 0..=u8::MAX {
+                let mut bent = nlb.clone();
+                bent[place] = byte;
+                fast += BOTH.iter().filter(|rules| is_fast(&bent, **rules)).count();
+            }
+        }
+        // 74 bytes may be anything: addresses, the checksum, the ID, the padding. The payload has 5 more.
+        let fixed = 16 + 3 + 4 + 3;
+        assert_eq!(fast, 2 * ((nlb.len() - fixed) * 256 + fixed));
+    }
+
+    proptest! {
+        #[test]
+        fn the_fast_path_says_the_same_as_the_general_one(
+            ips in any::<[[u8; 4]; 2]>(),
+            ports in any::<[u16; 2]>(),
+            id in "[ -~]{22}",
+            payload in prop::collection::vec(any::<u8>(), 0..40),
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut bytes = privatelink(ips, ports, &id, &payload);
+            prop_assert!(is_fast(&bytes, BOTH[0]));
+            for (place, byte) in edits {
+                let place = place.index(bytes.len());
+                bytes[place] = byte;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            for rules in BOTH {
+                is_fast(&bytes, rules);
+            }
+        }
+    }
+}
