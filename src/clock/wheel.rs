@@ -157,12 +157,14 @@ impl Wheel {
 
     /// Goes on to `now` and calls `due` with the waker of each whose deadline has come. Going back does nothing.
     ///
-    /// Whoever is due stays on the wheel, and is called again a turn later, until the deadline moves or it is removed.
+    /// Whoever is due stays on the wheel, and is called again a tick later, until the deadline moves or it is removed.
     pub fn advance(&mut self, now: Tick, mut due: impl FnMut(&Waker)) {
-        let steps = now.0.saturating_sub(self.now.0);
-        let first = self.now.0.wrapping_add(1);
+        let steps = now.0.saturating_sub(self.now.0).min(SLOTS);
         self.now = self.now.max(now);
-        for step in 0..steps.min(SLOTS) {
+        // A jump of more than a turn begins with the next tick's slot: those who are due are put there again, and
+        // would be called twice if it came later.
+        let first = self.now.0.wrapping_sub(steps).wrapping_add(1);
+        for step in 0..steps {
             let slot = first.wrapping_add(step) % SLOTS;
             let mut place =
                 self.heads.get_mut(slot as usize).map_or(NIL, |head| std::mem::replace(head, NIL));
@@ -286,6 +288,39 @@ mod tests {
         wheel.advance(Tick(3), Waker::wake_by_ref);
         assert_eq!((woken(&count), wheel.now()), (0, Tick(5000)));
         wheel.remove(key);
+    }
+
+    #[test]
+    fn a_jump_over_more_than_a_turn_wakes_each_once() {
+        for jump in [SLOTS - 1, SLOTS, SLOTS + 1, 2 * SLOTS + 1, u32::MAX] {
+            let mut wheel = Wheel::default();
+            let (first, one) = waits(&mut wheel, 0);
+            let (second, two) = waits(&mut wheel, SLOTS - 1);
+            let (third, never) = waits(&mut wheel, jump.saturating_add(1));
+            wheel.advance(Tick(jump), Waker::wake_by_ref);
+            assert_eq!((woken(&one), woken(&two)), (1, 1), "{jump}");
+            assert_eq!(woken(&never), usize::from(jump == u32::MAX));
+            for key in [first, second, third] {
+                wheel.remove(key);
+            }
+        }
+    }
+
+    #[test]
+    fn a_place_is_used_again_while_others_wait() {
+        let mut wheel = Wheel::default();
+        let (stays, count) = waits(&mut wheel, 9);
+        let (first, _) = waits(&mut wheel, 9);
+        let (second, _) = waits(&mut wheel, 9);
+        wheel.remove(second);
+        wheel.remove(first);
+        let (third, other) = waits(&mut wheel, 8);
+        assert_eq!((wheel.nodes.len(), wheel.len()), (3, 2));
+        wheel.advance(Tick(8), Waker::wake_by_ref);
+        assert_eq!((woken(&count), woken(&other)), (0, 1));
+        wheel.remove(third);
+        wheel.remove(stays);
+        assert_eq!(wheel.nodes.capacity(), 0, "a flood's memory goes back");
     }
 
     #[test]
