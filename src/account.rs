@@ -160,6 +160,8 @@ mod tests {
         cell.add(5);
         cell.sub(2);
         assert_eq!(cell.value(), 3);
+        let ways = EachWay { to_backend: Cell64::default(), to_client: cell };
+        assert_eq!(ways.values(), EachWay { to_backend: 0, to_client: 3 });
     }
 
     #[test]

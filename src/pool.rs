@@ -199,6 +199,16 @@ mod tests {
     }
 
     #[test]
+    fn nobody_is_picked_from_a_pool_of_nobody() {
+        for balance in [Balance::RoundRobin, Balance::P2c] {
+            let pool = pool(balance, 0);
+            let mut tried = Tried::default();
+            assert!(pool.pick(u64::MAX, &mut tried).is_none());
+            assert!(tried.is_empty() && pool.usable() == 0);
+        }
+    }
+
+    #[test]
     fn nobody_is_tried_twice_and_then_nobody_is_left() {
         for balance in [Balance::RoundRobin, Balance::P2c] {
             let pool = pool(balance, 3);

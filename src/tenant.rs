@@ -141,6 +141,15 @@ mod tests {
     }
 
     #[test]
+    fn a_place_that_no_tenant_has_is_nobodys() {
+        let directory = Directory::new(Vec::new(), [("vpce-00000001".parse().unwrap(), 7)]);
+        let lenient = Rules::ByEndpoint { absent: Some(7), unknown: Some(7) };
+        assert_eq!(name(directory.find(id("vpce-00000001"), lenient)), Err(Why::UnknownEndpoint));
+        assert_eq!(name(directory.find(Claim::Absent, lenient)), Err(Why::NoEndpoint));
+        assert_eq!(name(directory.find(Claim::Absent, Rules::Fixed(7))), Err(Why::NoEndpoint));
+    }
+
+    #[test]
     fn a_disabled_tenant_is_found_and_not_admitted() {
         let directory = directory();
         assert_eq!(directory.tenants()[0].admit(), Ok(()));

@@ -105,4 +105,25 @@ mod tests {
         assert!((all.sum_seconds() - 7_200.021_001).abs() < 1e-9);
         assert!(all.percentile(50.0) >= Duration::from_micros(990));
     }
+
+    #[test]
+    fn a_time_over_two_weeks_counts_as_two_weeks() {
+        let longest = Duration::from_micros(LONGEST_US);
+        for took in [longest, longest + Duration::from_micros(1), Duration::MAX] {
+            let mut times = Times::default();
+            times.record(took);
+            assert!((times.sum_seconds() - longest.as_secs_f64()).abs() < 1e-9);
+            assert!(times.percentile(100.0) < longest.mul_f64(1.01));
+            assert_eq!((times.at_most(Duration::from_secs(3600)), times.at_most(Duration::MAX)), (0, 1));
+        }
+    }
+
+    #[test]
+    fn nothing_recorded_is_no_time_at_all() {
+        let times = Recorder::default().times();
+        assert_eq!(
+            (times.count(), times.at_most(Duration::MAX), times.percentile(99.0)),
+            (0, 0, Duration::ZERO)
+        );
+    }
 }

@@ -297,6 +297,16 @@ mod tests {
     }
 
     #[test]
+    fn lines_for_a_writer_that_has_gone_are_dropped_and_counted() {
+        let (journal, receiver) = journal(1);
+        drop(receiver);
+        journal.write(&record(&BTreeMap::new()));
+        journal.write(&record(&BTreeMap::new()));
+        journal.flush();
+        assert_eq!(journal.take_dropped(), 2);
+    }
+
+    #[test]
     fn a_log_that_is_off_costs_nothing() {
         let journal = Journal::new(None);
         journal.write(&record(&BTreeMap::new()));

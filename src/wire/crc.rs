@@ -78,7 +78,7 @@ mod tests {
     fn short_and_long_headers_have_the_same_checksum() {
         let header: Vec<u8> = (0..=u8::MAX).collect();
         for len in [16, 100, SHORT - 1, SHORT, SHORT + 1, 256] {
-            for at in 0..len - LEN {
+            for at in 0..=len - LEN {
                 assert_eq!(checksum(&header[..len], at), in_pieces(&header[..len], at), "{len} {at}");
             }
         }

@@ -250,6 +250,8 @@ mod tests {
         assert_eq!(Builder::local().pad_to(17).err(), Some(TooLong));
         assert_eq!(Builder::local().pad_to(18).err(), Some(TooLong));
         assert_eq!(Builder::local().pad_to(19).unwrap().build().len(), 19);
+        assert_eq!(Builder::local().pad_to(MAX_LEN).unwrap().build().len(), MAX_LEN);
+        assert_eq!(Builder::local().pad_to(MAX_LEN + 1).err(), Some(TooLong));
     }
 
     #[test]
@@ -279,6 +281,13 @@ mod tests {
 
         let full = plain.pad_to(MAX_LEN).unwrap().build();
         assert_eq!(reseal(&read(&full, STREAM)), full);
+
+        let room = TLV_HEAD + crc::LEN;
+        let client = Builder::unspecified();
+        let fits = client.clone().pad_to(MAX_LEN - room).unwrap().build();
+        assert_eq!(reseal(&read(&fits, STREAM)).len(), MAX_LEN);
+        let one_more = client.pad_to(MAX_LEN - room + 1).unwrap().build();
+        assert_eq!(reseal(&read(&one_more, STREAM)), one_more);
     }
 
     #[test]
@@ -289,5 +298,9 @@ mod tests {
         let resealed = reseal(&read(&junk, STREAM));
         assert_eq!(resealed.len(), FIXED_LEN + TLV_HEAD + crc::LEN);
         assert_eq!(read(&resealed, STREAM).client(), None);
+
+        let local = Builder::local().pad_to(100).unwrap().build();
+        let resealed = reseal(&read(&local, STREAM));
+        assert_eq!(resealed, Builder::local().crc().unwrap().build());
     }
 }
