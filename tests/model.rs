@@ -1,4 +1,4 @@
-//! Random operations against naive models: the wheel, slots, health, the pick, the directory, endpoint IDs.
+//! Random operations against naive models: the wheel, slots, health, the pick, the directory, endpoint IDs, counters.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,6 +26,9 @@ use vestibule::pool::backend::{Backend, Picked};
 use vestibule::pool::health::{Health, Rules, State};
 use vestibule::pool::{Pool, Tried, pick};
 use vestibule::tenant::{self, Directory, Tenant};
+
+#[path = "model/meter.rs"]
+mod meter;
 
 // The timing wheel.
 
