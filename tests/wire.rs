@@ -118,7 +118,7 @@ fn every_vector_has_its_outcome_and_its_payload_is_left_alone() {
             Parsed::Partial(needed) => panic!("{}: {needed}", vector.name),
             Parsed::Done(header, len) => {
                 assert_eq!(&whole[len..], vector.payload, "{}", vector.name);
-                match (header.command, Claim::from_tlv(header.endpoint)) {
+                match (header.command(), Claim::from_tlv(header.endpoint())) {
                     (Command::Local, _) => "local".to_owned(),
                     (Command::Proxy, Claim::Absent) => "no-endpoint".to_owned(),
                     (Command::Proxy, Claim::Id(id)) => id.to_string(),
@@ -150,9 +150,9 @@ fn a_health_check_has_neither_client_nor_tlvs_on_either_transport() {
     for vector in vectors().iter().filter(|vector| vector.is_local()) {
         for rules in [STREAM, DATAGRAM] {
             let header = done(&vector.header, rules);
-            assert_eq!(header.command, Command::Local);
+            assert_eq!(header.command(), Command::Local);
             assert_eq!((header.addresses(), header.client()), (Addresses::Unspecified, None));
-            assert_eq!((header.tlvs.clone().count(), header.endpoint), (0, None));
+            assert_eq!((header.tlvs().count(), header.endpoint()), (0, None));
         }
     }
 }
@@ -174,7 +174,7 @@ fn the_wrong_transport_is_refused_either_way() {
 fn a_wrong_checksum_passes_where_it_is_not_verified() {
     for vector in vectors().iter().filter(|vector| vector.expected == "malformed") {
         let header = done(&vector.header, Rules { verify_crc: false, ..vector.rules() });
-        assert!(header.client().is_some() && header.endpoint.is_some());
+        assert!(header.client().is_some() && header.endpoint().is_some());
     }
 }
 
@@ -244,17 +244,14 @@ fn accepted(bent: &[u8], place: usize) -> bool {
             assert!(needed > bent.len() && (14..16).contains(&place), "byte {place}");
             false
         }
-        Parsed::Done(header, _) if header.command == Command::Local => {
-            assert_eq!((place, header.client(), header.endpoint), (12, None, None));
+        Parsed::Done(header, _) if header.command() == Command::Local => {
+            assert_eq!((place, header.client(), header.endpoint()), (12, None, None));
             false
         }
         Parsed::Done(header, _) => {
-            assert!(
-                header.tlvs.clone().all(|tlv| tlv.kind != kind::CRC32C),
-                "byte {place}: a checksum passed"
-            );
+            assert!(header.tlvs().all(|tlv| tlv.kind != kind::CRC32C), "byte {place}: a checksum passed");
             assert!(header.client().is_none() || header.client() == original.client(), "byte {place}");
-            assert!(header.endpoint.is_none() || header.endpoint == original.endpoint, "byte {place}");
+            assert!(header.endpoint().is_none() || header.endpoint() == original.endpoint(), "byte {place}");
             true
         }
     }
@@ -304,7 +301,7 @@ fn no_vector_and_no_wrong_header_costs_an_allocation() {
         for rules in [STREAM, DATAGRAM] {
             let counted = allocation_counter::measure(|| {
                 if let Parsed::Done(header, _) = parse(input, rules) {
-                    let asked = (header.client(), Claim::from_tlv(header.endpoint), header.tlvs.count());
+                    let asked = (header.client(), Claim::from_tlv(header.endpoint()), header.tlvs().count());
                     std::hint::black_box(asked);
                 }
             });
@@ -320,8 +317,8 @@ fn as_many_tlvs_as_there_is_room_for_are_read() {
     for empty in [[kind::NOOP, 0, 0], [kind::AWS, 0, 0]] {
         let header = raw(0x21, 0x00, &empty.repeat(1360));
         assert_eq!(header.len(), MAX_LEN);
-        assert_eq!(done(&header, STREAM).tlvs.clone().count(), 1360);
-        assert_eq!(done(&tcp4(&empty.repeat(1356)), STREAM).tlvs.clone().count(), 1356);
+        assert_eq!(done(&header, STREAM).tlvs().count(), 1360);
+        assert_eq!(done(&tcp4(&empty.repeat(1356)), STREAM).tlvs().count(), 1356);
     }
 }
 
@@ -334,12 +331,12 @@ fn exercise(input: &[u8]) {
             let Parsed::Done(header, len) = parse(input, Rules { transport, verify_crc }) else { continue };
             assert!((FIXED_LEN..=MAX_LEN.min(input.len())).contains(&len));
             assert_eq!(header.as_bytes(), &input[..len]);
-            assert!(input[..len].ends_with(header.tlvs.as_bytes()));
-            assert!(header.tlvs.clone().map(|tlv| 3 + tlv.value.len()).sum::<usize>() <= len - FIXED_LEN);
-            assert!(Claim::from_tlv(header.endpoint).id().is_none() || header.command == Command::Proxy);
+            assert!(input[..len].ends_with(header.tlvs().as_bytes()));
+            assert!(header.tlvs().map(|tlv| 3 + tlv.value.len()).sum::<usize>() <= len - FIXED_LEN);
+            assert!(Claim::from_tlv(header.endpoint()).id().is_none() || header.command() == Command::Proxy);
             let again = reseal(&header);
             let again = done(&again, Rules { transport, verify_crc: true });
-            assert_eq!((again.addresses(), again.endpoint), (header.addresses(), header.endpoint));
+            assert_eq!((again.addresses(), again.endpoint()), (header.addresses(), header.endpoint()));
         }
     }
 }

@@ -23,14 +23,10 @@ impl Slots {
         self.reserve().then(|| Permit(Arc::clone(self)))
     }
 
+    /// Exact both ways: nobody comes in over the limit, and nobody is refused because somebody else just was.
     fn reserve(&self) -> bool {
-        // One addition where there is room, which is nearly always; two where there is none.
-        let before = self.used.fetch_add(1, Ordering::AcqRel);
-        let admitted = before < self.limit();
-        if !admitted {
-            self.used.fetch_sub(1, Ordering::AcqRel);
-        }
-        admitted
+        let room = |used: usize| (used < self.limit()).then_some(used + 1);
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).is_ok()
     }
 
     /// How many there may be.
@@ -39,7 +35,7 @@ impl Slots {
         self.limit.load(Ordering::Acquire)
     }
 
-    /// How many there are. While someone is being refused, it may show one more than there are.
+    /// How many there are.
     #[must_use]
     pub fn used(&self) -> usize {
         self.used.load(Ordering::Acquire)

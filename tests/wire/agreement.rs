@@ -25,7 +25,7 @@ fn ours(input: &[u8], transport: Transport) -> (Option<Pair>, Vec<Plain>) {
         Addresses::Ip { client, destination } => Some((client.0, destination.0)),
         Addresses::Unspecified | Addresses::Unix => None,
     };
-    (pair, header.tlvs.map(|tlv| (tlv.kind, tlv.value.to_vec())).collect())
+    (pair, header.tlvs().map(|tlv| (tlv.kind, tlv.value.to_vec())).collect())
 }
 
 fn by_ppp(input: &[u8]) -> (Option<Pair>, Vec<Plain>) {
@@ -107,7 +107,7 @@ fn both_crates_read_the_same_addresses_in_every_vector() {
             Addresses::Ip { client, destination } => Some((client.0, destination.0)),
             other @ (Addresses::Unspecified | Addresses::Unix) => panic!("{other:?}"),
         };
-        let tlvs: Vec<Plain> = header.tlvs.map(|tlv| (tlv.kind, tlv.value.to_vec())).collect();
+        let tlvs: Vec<Plain> = header.tlvs().map(|tlv| (tlv.kind, tlv.value.to_vec())).collect();
         assert_eq!(by_ppp(&input), (pair, tlvs), "{}", vector.name);
         assert_eq!(by_proxy_protocol(&input), (pair, &vector.payload[..]), "{}", vector.name);
     }

@@ -10,7 +10,7 @@ fn the_capture_is_accepted_in_one_write_and_in_two() {
     for split in [1, 12, 16, 50] {
         assert!(matches!(parse(&capture[..split], STREAM), Parsed::Partial(16 | 100)), "{split}");
     }
-    assert_eq!(done(&capture, STREAM).endpoint, Some(&b"vpce-08d2bf15fac5001c9"[..]));
+    assert_eq!(done(&capture, STREAM).endpoint(), Some(&b"vpce-08d2bf15fac5001c9"[..]));
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn seven_families_are_known_and_each_has_its_transport() {
 fn an_ipv4_block_of_11_bytes_is_refused_and_one_of_12_is_read() {
     for (family, len) in [(0x11, 12), (0x21, 36), (0x31, 216)] {
         refused(&raw(0x21, family, &vec![0; len - 1]), Malformed::ShortAddress);
-        assert_eq!(done(&raw(0x21, family, &vec![0; len]), STREAM).tlvs.clone().count(), 0);
+        assert_eq!(done(&raw(0x21, family, &vec![0; len]), STREAM).tlvs().count(), 0);
     }
 }
 
@@ -71,7 +71,7 @@ fn an_ipv4_block_of_11_bytes_is_refused_and_one_of_12_is_read() {
 fn a_tlv_over_the_end_is_refused() {
     refused(&tcp4(&[4, 0, 2, 0]), Malformed::TlvOverrun);
     refused(&tcp4(&[4, 0, 1, 0, 4, 0xFF, 0xFF]), Malformed::TlvOverrun);
-    assert_eq!(done(&tcp4(&[4, 0, 1, 0]), STREAM).tlvs.clone().count(), 1);
+    assert_eq!(done(&tcp4(&[4, 0, 1, 0]), STREAM).tlvs().count(), 1);
 }
 
 #[test]
@@ -83,32 +83,32 @@ fn one_trailing_byte_is_refused_and_so_are_two() {
 
 #[test]
 fn an_empty_aws_tlv_names_no_endpoint() {
-    assert_eq!(done(&tcp4(&[0xEA, 0, 0]), STREAM).endpoint, None);
+    assert_eq!(done(&tcp4(&[0xEA, 0, 0]), STREAM).endpoint(), None);
 }
 
 #[test]
 fn an_aws_tlv_of_an_unknown_subtype_names_no_endpoint() {
-    assert_eq!(done(&tcp4(&[0xEA, 0, 2, 2, b'x']), STREAM).endpoint, None);
+    assert_eq!(done(&tcp4(&[0xEA, 0, 2, 2, b'x']), STREAM).endpoint(), None);
 }
 
 #[test]
 fn an_empty_id_is_an_unknown_endpoint_and_not_an_absent_one() {
     let header = tcp4(&[0xEA, 0, 1, 1]);
-    assert_eq!(Claim::from_tlv(done(&header, STREAM).endpoint), Claim::Malformed);
+    assert_eq!(Claim::from_tlv(done(&header, STREAM).endpoint()), Claim::Malformed);
 }
 
 #[test]
 fn the_first_endpoint_wins_over_empty_foreign_and_later_ones() {
     let header = tcp4(&[0xEA, 0, 0, 0xEA, 0, 2, 7, b'x', 0xEA, 0, 2, 1, b'a', 0xEA, 0, 2, 1, b'b']);
-    assert_eq!(done(&header, STREAM).endpoint, Some(&b"a"[..]));
+    assert_eq!(done(&header, STREAM).endpoint(), Some(&b"a"[..]));
 }
 
 #[test]
 fn a_tlv_of_2000_bytes_is_read() {
     let header = tcp4(&[&[0xE0, 0x07, 0xD0][..], &[7; 2000], &[0xEA, 0, 2, 1, b'a']].concat());
     let header = done(&header, STREAM);
-    assert_eq!(header.tlvs.clone().map(|tlv| tlv.value.len()).collect::<Vec<_>>(), [2000, 2]);
-    assert_eq!(header.endpoint, Some(&b"a"[..]));
+    assert_eq!(header.tlvs().map(|tlv| tlv.value.len()).collect::<Vec<_>>(), [2000, 2]);
+    assert_eq!(header.endpoint(), Some(&b"a"[..]));
 }
 
 #[test]
@@ -142,8 +142,8 @@ fn unspec_without_tlvs_is_accepted_without_a_client() {
     for rules in [STREAM, DATAGRAM] {
         let header = raw(0x21, 0x00, &[]);
         let header = done(&header, rules);
-        assert_eq!((header.command, header.addresses()), (Command::Proxy, Addresses::Unspecified));
-        assert_eq!((header.client(), header.endpoint), (None, None));
+        assert_eq!((header.command(), header.addresses()), (Command::Proxy, Addresses::Unspecified));
+        assert_eq!((header.client(), header.endpoint()), (None, None));
     }
 }
 
@@ -151,16 +151,16 @@ fn unspec_without_tlvs_is_accepted_without_a_client() {
 fn unspec_with_tlvs_is_accepted_and_they_are_read() {
     let bytes = raw(0x21, 0x00, &[4, 0, 1, 0, 0xEA, 0, 2, 1, b'a']);
     let header = done(&bytes, STREAM);
-    assert_eq!((header.client(), header.endpoint), (None, Some(&b"a"[..])));
-    assert_eq!(header.tlvs.clone().count(), 2);
+    assert_eq!((header.client(), header.endpoint()), (None, Some(&b"a"[..])));
+    assert_eq!(header.tlvs().count(), 2);
 }
 
 #[test]
 fn unspec_with_something_else_is_accepted_and_skipped() {
     let bytes = raw(0x21, 0x00, &[10, 1, 2, 3, 10, 1, 2, 9, 0x9C, 0x40, 1, 0xBB]);
     let header = done(&bytes, STREAM);
-    assert_eq!((header.command, header.client(), header.endpoint), (Command::Proxy, None, None));
-    assert_eq!(header.tlvs.clone().count(), 0);
+    assert_eq!((header.command(), header.client(), header.endpoint()), (Command::Proxy, None, None));
+    assert_eq!(header.tlvs().count(), 0);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn unix_sockets_have_no_client_address_and_their_tlvs_are_read() {
     let bytes = raw(0x21, 0x31, &[&[b'/'; 216][..], &[0xEA, 0, 2, 1, b'a']].concat());
     let header = done(&bytes, STREAM);
     assert_eq!((header.addresses(), header.client()), (Addresses::Unix, None));
-    assert_eq!(header.endpoint, Some(&b"a"[..]));
+    assert_eq!(header.endpoint(), Some(&b"a"[..]));
 }
 
 #[test]
@@ -182,8 +182,8 @@ fn local_is_accepted_whatever_family_and_content_it_has() {
         for rest in [&[][..], &[3, 0, 4, 0, 0, 0, 0], &[9; 11], &[0xEA, 0, 2, 1, b'a']] {
             let bytes = raw(0x20, family, rest);
             let header = done(&bytes, STREAM);
-            assert_eq!((header.command, header.client()), (Command::Local, None));
-            assert_eq!((header.tlvs.clone().count(), header.endpoint), (0, None));
+            assert_eq!((header.command(), header.client()), (Command::Local, None));
+            assert_eq!((header.tlvs().count(), header.endpoint()), (0, None));
         }
     }
 }
