@@ -88,6 +88,8 @@ impl Server {
         let doors = listen::doors(config, workers)?;
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
+        let bound = doors.addresses.iter().map(|(_, addresses)| addresses.clone()).collect();
+        live.bound.get_or_init(|| bound);
         let mut server = Self {
             live: Arc::clone(&live),
             listeners: doors.addresses,

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
@@ -42,8 +42,6 @@ pub struct Snapshot {
 pub struct Listener {
     /// Its name.
     pub label: Label,
-    /// Where it accepts.
-    pub bind: Vec<SocketAddr>,
     /// Whose connections are accepted; empty is everybody's.
     pub trusted: Vec<IpNet>,
     /// What is asked of a header; `None` where there is none.
@@ -82,7 +80,6 @@ impl Snapshot {
             endpoints.flat_map(|(tenant, place)| tenant.endpoints.iter().map(move |id| (*id, place)));
         let listeners = config.listeners.iter().map(|listener| Listener {
             label: labels.intern(&listener.name),
-            bind: listener.bind.clone(),
             trusted: match &listener.identity {
                 Identity::Header { trusted, .. } | Identity::Fixed { trusted, .. } => trusted.clone(),
             },
@@ -163,6 +160,8 @@ pub struct Live {
     pub log_lost: Arc<AtomicU64>,
     /// Listening sockets that broke.
     pub stopped_doors: AtomicUsize,
+    /// Every address of each listener, by the listener's place, once it is bound.
+    pub bound: OnceLock<Vec<Vec<SocketAddr>>>,
     /// Backends whose first probe is still out.
     pub unprobed: AtomicUsize,
     draining: AtomicBool,
@@ -210,6 +209,7 @@ impl Live {
             pipes: Budget::new(config.process.pipe_memory),
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
+            bound: OnceLock::new(),
             unprobed: AtomicUsize::new(unprobed),
             draining: AtomicBool::new(false),
         })

@@ -45,9 +45,10 @@ pub(super) fn html(status: &Status) -> String {
 }
 
 fn listeners(page: &mut String, status: &Status) {
-    open(page, "Listeners", &["name", "bind"], &["accepted", "pending"]);
+    open(page, "Listeners", &["name", "addresses"], &["accepted", "pending"]);
     for listener in &status.listeners {
-        row(page, &[&listener.name, &listener.bind.join(", ")], &[listener.accepted, listener.pending]);
+        let addresses: Vec<_> = listener.addresses.iter().map(ToString::to_string).collect();
+        row(page, &[&listener.name, &addresses.join(", ")], &[listener.accepted, listener.pending]);
     }
     page.push_str("</table>");
 }

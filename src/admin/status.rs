@@ -1,6 +1,7 @@
 //! `/status`: what the process is doing, as JSON for scripts and as the status page's content.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use serde::Serialize;
 
@@ -45,8 +46,8 @@ pub struct Status {
 pub struct ListenerStatus {
     /// Its name.
     pub name: String,
-    /// Where it was configured to accept.
-    pub bind: Vec<String>,
+    /// Where it accepts.
+    pub addresses: Vec<SocketAddr>,
     /// Connections so far.
     pub accepted: u64,
     /// Sessions without a whole header.
@@ -127,11 +128,12 @@ impl Status {
 fn listeners(live: &Live) -> Vec<ListenerStatus> {
     let cells: Vec<_> = live.shards.iter().flat_map(|shard| shard.listeners()).collect();
     let snapshot = live.snapshot.load();
-    let listeners = snapshot.listeners.iter().map(|listener| {
+    let bound = live.bound.get().map_or(&[][..], Vec::as_slice).iter();
+    let listeners = snapshot.listeners.iter().zip(bound).map(|(listener, bound)| {
         let own = || cells.iter().filter(|cells| cells.listener.serial() == listener.label.serial());
         ListenerStatus {
             name: listener.label.name().to_owned(),
-            bind: listener.bind.iter().map(ToString::to_string).collect(),
+            addresses: bound.clone(),
             accepted: own().map(|cells| cells.accepted.value()).sum(),
             pending: own().map(|cells| cells.pending.value()).sum(),
         }
