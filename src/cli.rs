@@ -1,7 +1,10 @@
 //! The command line: what was asked for, carried out.
 
+mod backend;
 mod check;
 mod demo;
+mod load;
+mod plot;
 mod serve;
 
 use std::path::PathBuf;
@@ -38,6 +41,14 @@ enum Command {
     /// backends, and the proxy between them; sends traffic, and prints what to curl meanwhile.
     #[command(after_help = "Example:  vestibule demo --seconds 10")]
     Demo(demo::Options),
+    /// Plays the load balancer: many sessions, each with its header, each checked for who answered
+    ///
+    /// Exit status 1 where a session was answered by another tenant's backend, or nothing was measured.
+    #[command(after_help = load::EXAMPLES)]
+    Load(Box<load::Options>),
+    /// Serves the sessions of `vestibule load`: echo, source and sink, and says who answers
+    #[command(after_help = "Example:  vestibule backend --listen app=127.0.0.1:9001")]
+    Backend(backend::Options),
 }
 
 #[derive(Debug, clap::Args)]
@@ -54,5 +65,7 @@ pub fn main() -> ExitCode {
         Command::Serve(options) => serve::run(&options.config),
         Command::Check(options) => check::run(&options.config),
         Command::Demo(options) => demo::run(&options),
+        Command::Load(options) => load::run(&options),
+        Command::Backend(options) => backend::run(&options),
     }
 }

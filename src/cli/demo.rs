@@ -15,7 +15,7 @@ use tokio::time::{interval, sleep, timeout};
 use crate::admin::status::Status;
 use crate::config::Config;
 use crate::lab::backend::{Backend, Temper};
-use crate::lab::load::{Load, Report};
+use crate::lab::load::http::{Load, Report};
 use crate::lab::nlb::{self, Nlb, VpcEndpoint};
 use crate::outcome::Why;
 use crate::server::Server;

@@ -1,5 +1,7 @@
 //! Backends of many tempers.
 
+pub mod load;
+
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -12,7 +14,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, join};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use super::{Tasks, accept, listen, reap};
 use crate::header::read_optional;
@@ -40,6 +42,8 @@ pub enum Temper {
     HalfClosing,
     /// Reads, and says nothing.
     Mute,
+    /// Does what the load generator asks of it: see [`load`].
+    Load,
 }
 
 /// A backend on loopback.
@@ -65,7 +69,16 @@ impl Backend {
     /// # Errors
     /// Where loopback has no port left.
     pub async fn start(name: &str, temper: Temper) -> io::Result<Self> {
-        let (socket, address) = listen().await?;
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), name, temper).await
+    }
+
+    /// Starts a backend at an address.
+    ///
+    /// # Errors
+    /// Where the address cannot be bound.
+    pub async fn start_at(address: SocketAddr, name: &str, temper: Temper) -> io::Result<Self> {
+        let socket = TcpListener::bind(address).await?;
+        let address = socket.local_addr()?;
         let name: Arc<str> = name.into();
         let counts = Arc::new(Counts::default());
         let mut tasks = Tasks::new();
@@ -161,6 +174,7 @@ async fn behave(mut stream: TcpStream, temper: Temper, name: &str, counts: &Coun
             drain(&mut stream, u64::MAX, counts).await.map(|_| ())
         }
         Temper::Mute => drain(&mut stream, u64::MAX, counts).await.map(|_| ()),
+        Temper::Load => load::serve(stream, name, &mut Vec::new()).await,
     }
 }
 

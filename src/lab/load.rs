@@ -1,171 +1,192 @@
-//! Load: requests one after another over fresh connections, each checked for who answered.
+//! The load generator: plays the load balancer with many sessions, and checks who answered each.
+//!
+//! Closed loop without a rate: the next operation starts when the last has ended. With a rate, open loop: operations
+//! are due at a fixed pace, and latency counts from when they were due.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Mutex;
+pub mod http;
+pub mod schedule;
+mod session;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use hdrhistogram::Histogram;
+use tokio::task::JoinSet;
 
-use crate::account::latency::Times;
-use crate::account::lock;
-use crate::clock;
+use self::schedule::{Pace, Shares, Skew};
+use crate::clock::{self, Moment};
 
-/// A request that takes longer has failed.
-const LIMIT: Duration = Duration::from_secs(10);
+/// What a session does, over and over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Connect, one message there and back, close.
+    Connect,
+    /// Messages there and back over one connection.
+    RoundTrip,
+    /// Receive as much as comes.
+    ToClient,
+    /// Send as much as goes.
+    ToBackend,
+}
 
-/// What a load has seen so far.
-#[derive(Clone, Debug, Default)]
+/// Who is played, and to what end.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The proxy.
+    pub target: SocketAddr,
+    /// The endpoints' IDs, each with the name of the pool whose backends may answer; an empty name is anybody.
+    /// Without an endpoint, no header is sent: the target is a backend, or a proxy that wants none.
+    pub endpoints: Vec<(String, String)>,
+    /// How often each endpoint is used.
+    pub skew: Skew,
+    /// What sessions do.
+    pub mode: Mode,
+    /// Sessions at once.
+    pub sessions: usize,
+    /// Bytes of a message, at least 16; in the bulk modes, of one read or write.
+    pub size: usize,
+    /// Operations a second of all sessions together; `None` is a closed loop.
+    pub rate: Option<f64>,
+    /// How long is measured.
+    pub duration: Duration,
+    /// How long before that is not.
+    pub warmup: Duration,
+    /// How many of a hundred connections are noise: health checks, empty connections, split headers, unknown IDs.
+    pub noise: u8,
+}
+
+/// Why an operation failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Failure {
+    /// The target did not take the connection.
+    Connect,
+    /// The connection ended or broke before the answer was whole.
+    Broken,
+    /// The answer was not the one that was due.
+    Wrong,
+}
+
+impl Failure {
+    /// The word in reports.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Broken => "broken",
+            Self::Wrong => "wrong_answer",
+        }
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug)]
 pub struct Report {
-    /// Requests that were answered by the right pool.
-    pub answered: u64,
-    /// Requests that got no answer, or one that could not be read.
-    pub failed: u64,
-    /// Requests that a backend of another pool answered.
+    /// Operations that ended well.
+    pub operations: u64,
+    /// Payload bytes received, in [`Mode::ToBackend`] sent.
+    pub bytes: u64,
+    /// Operations that did not end well, by reason.
+    pub failures: BTreeMap<Failure, u64>,
+    /// Sessions that a backend of another pool answered.
     pub misrouted: u64,
-    /// What each backend has answered.
-    pub backends: BTreeMap<String, Answers>,
-    /// From connect to the end of the answer.
-    pub times: Times,
+    /// Connections of noise.
+    pub noise: u64,
+    /// How long it was measured.
+    pub took: Duration,
+    /// Latencies in nanoseconds, three digits.
+    pub latency: Histogram<u64>,
 }
 
-/// What one backend has answered.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Answers {
-    /// How often.
-    pub count: u64,
-    /// The clients that it saw, as the header tells, at most 16 of them.
-    pub clients: BTreeSet<IpAddr>,
+/// What is seen while it runs.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Operations that ended well, those of the warm-up included.
+    pub operations: AtomicU64,
+    /// Payload bytes.
+    pub bytes: AtomicU64,
+    /// Operations that failed.
+    pub failed: AtomicU64,
 }
 
-/// Clients that are remembered for each backend.
-const CLIENTS: usize = 16;
+impl Report {
+    fn new() -> Self {
+        #[expect(clippy::expect_used, reason = "three is one of the digits that hdrhistogram takes")]
+        let latency = Histogram::new(3).expect("a histogram of three digits");
+        Self {
+            operations: 0,
+            bytes: 0,
+            failures: BTreeMap::new(),
+            misrouted: 0,
+            noise: 0,
+            took: Duration::ZERO,
+            latency,
+        }
+    }
 
-/// One consumer's load.
-#[derive(Debug)]
-pub struct Load {
-    target: SocketAddr,
-    /// What the names of the right pool's backends start with.
-    expected: String,
-    pause: Duration,
-    report: Mutex<Report>,
-}
+    fn add(&mut self, other: &Self) {
+        self.operations += other.operations;
+        self.bytes += other.bytes;
+        self.misrouted += other.misrouted;
+        self.noise += other.noise;
+        for (failure, count) in &other.failures {
+            *self.failures.entry(*failure).or_default() += count;
+        }
+        // The histogram grows as it has to.
+        self.latency.add(&other.latency).unwrap_or_default();
+    }
 
-#[derive(Deserialize)]
-struct Answer {
-    backend: String,
-    client: Option<SocketAddr>,
-}
-
-impl Load {
-    /// A load on `target`, whose answers should come from backends whose names start with `expected`; `pause` lies
-    /// between an answer and the next request.
+    /// Whether every session reached its own pool, and something was measured.
     #[must_use]
-    pub fn new(target: SocketAddr, expected: &str, pause: Duration) -> Self {
-        Self { target, expected: expected.to_owned(), pause, report: Mutex::default() }
+    pub fn is_fine(&self) -> bool {
+        self.misrouted == 0 && self.operations > 0
     }
 
-    /// What it has seen so far.
+    /// Operations that failed.
     #[must_use]
-    pub fn report(&self) -> Report {
-        lock(&self.report).clone()
-    }
-
-    /// Sends requests until `stop` says so; the one under way then is finished.
-    pub async fn run(&self, stop: watch::Receiver<bool>) {
-        while !*stop.borrow() {
-            let start = clock::now();
-            let answer = timeout(LIMIT, request(self.target)).await;
-            let took = clock::now().since(start);
-            self.note(answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())), took);
-            sleep(self.pause).await;
-        }
-    }
-
-    fn note(&self, answer: io::Result<Answer>, took: Duration) {
-        let mut report = lock(&self.report);
-        match answer {
-            Ok(answer) => {
-                if answer.backend.starts_with(&self.expected) {
-                    report.answered += 1;
-                } else {
-                    report.misrouted += 1;
-                }
-                report.times.record(took);
-                let answers = report.backends.entry(answer.backend).or_default();
-                answers.count += 1;
-                if let Some(client) = answer.client.filter(|_| answers.clients.len() < CLIENTS) {
-                    answers.clients.insert(client.ip());
-                }
-            }
-            Err(_) => report.failed += 1,
-        }
+    pub fn failed(&self) -> u64 {
+        self.failures.values().sum()
     }
 }
 
-/// One HTTP request over a connection of its own; who answered.
-async fn request(target: SocketAddr) -> io::Result<Answer> {
-    let mut stream = TcpStream::connect(target).await?;
-    stream.write_all(b"GET / HTTP/1.1\r\nhost: lab\r\nconnection: close\r\n\r\n").await?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await?;
-    read(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-/// Who answered: the lab's backends say so in a JSON body.
-fn read(answer: &[u8]) -> Option<Answer> {
-    let text = std::str::from_utf8(answer).ok()?;
-    let (head, body) = text.split_once("\r\n\r\n")?;
-    if !head.starts_with("HTTP/1.1 200 ") {
-        return None;
+/// Runs a plan on the caller's runtime, which has to be a local one; one core carries it.
+pub async fn run(plan: Plan, progress: Arc<Progress>) -> Report {
+    let start = clock::now();
+    let measured = start + plan.warmup;
+    let end = measured + plan.duration;
+    let window = Window { measured, end };
+    let shares = Shares::new(plan.skew, plan.endpoints.len());
+    let plan = Rc::new(plan);
+    let shares = Rc::new(shares);
+    let mut sessions = JoinSet::new();
+    for place in 0..plan.sessions {
+        let pace = plan.rate.map(|rate| Pace::new(start, rate, plan.sessions, place));
+        let worker = session::Session::new(&plan, &shares, window, pace, &progress);
+        sessions.spawn_local(worker.run());
     }
-    serde_json::from_str(body).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::lab::backend::{Backend, Temper};
-
-    #[test]
-    fn only_a_whole_answer_counts() {
-        let whole = read(b"HTTP/1.1 200 OK\r\n\r\n{\"backend\":\"a\",\"client\":\"10.1.1.1:5\"}\n").unwrap();
-        assert_eq!((whole.backend.as_str(), whole.client), ("a", Some("10.1.1.1:5".parse().unwrap())));
-        for bad in [
-            "",
-            "HTTP/1.1 200 OK\r\n",
-            "HTTP/1.1 503 No\r\n\r\n{\"backend\":\"a\"}",
-            "HTTP/1.1 200 OK\r\n\r\n{",
-        ] {
-            assert!(read(bad.as_bytes()).is_none(), "{bad}");
+    let mut report = Report::new();
+    while let Some(ended) = sessions.join_next().await {
+        if let Ok(part) = ended {
+            report.add(&part);
         }
-        assert!(read(&[0xFF]).is_none());
     }
+    report.took = clock::now().since(measured).min(plan.duration);
+    report
+}
 
-    #[tokio::test]
-    async fn answers_are_told_apart() {
-        let backend = Backend::start("acme-1", Temper::Http).await.unwrap();
-        let right = Load::new(backend.address(), "acme-", Duration::ZERO);
-        let wrong = Load::new(backend.address(), "globex-", Duration::ZERO);
-        let dead = Load::new(Backend::refusing().await.unwrap(), "acme-", Duration::ZERO);
-        let (stop, stopped) = watch::channel(false);
-        let until = async {
-            while right.report().answered < 3 || wrong.report().misrouted < 3 || dead.report().failed < 3 {
-                tokio::task::yield_now().await;
-            }
-            stop.send_replace(true);
-        };
-        tokio::join!(right.run(stopped.clone()), wrong.run(stopped.clone()), dead.run(stopped), until);
-        let report = right.report();
-        assert_eq!((report.failed, report.misrouted), (0, 0));
-        let answers = Answers { count: report.answered, clients: BTreeSet::new() };
-        assert_eq!(report.backends, BTreeMap::from([("acme-1".to_owned(), answers)]));
-        assert_eq!(report.times.count(), report.answered);
-        assert_eq!((wrong.report().answered, dead.report().answered), (0, 0));
+/// What counts: operations that were due after the warm-up and before the end.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    measured: Moment,
+    end: Moment,
+}
+
+impl Progress {
+    fn note(&self, bytes: u64) {
+        self.operations.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,318 @@
+//! `vestibule load`: what the load generator was asked for, and how its report is shown.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::time::interval;
+
+use super::plot;
+use crate::config::unit;
+use crate::lab::load::schedule::Skew;
+use crate::lab::load::{self, Mode, Plan, Progress, Report};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vestibule load --target 127.0.0.1:8080 --endpoint vpce-08d2bf15fac5001c9 --mode connect
+  vestibule load --target 127.0.0.1:8080 --endpoints 1000 --pools app --write-tenants tenants.toml
+  vestibule load --target 127.0.0.1:8080 --endpoints 1000 --pools app --skew zipf:1.1 \\
+      --mode roundtrip --sessions 64 --rate 5000 --duration 30s --plot latency.svg";
+
+/// Percentiles that are shown.
+const PERCENTILES: [f64; 7] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// The proxy's address
+    #[arg(long, value_name = "ADDRESS")]
+    target: SocketAddr,
+    /// Play this VPC endpoint; may be given more than once
+    #[arg(long, value_name = "ID", num_args = 1.., conflicts_with = "endpoints")]
+    endpoint: Vec<String>,
+    /// Play so many endpoints with made IDs; without this and --endpoint no header is sent
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    endpoints: Option<u32>,
+    /// The pools of the endpoints, in turn: a session that another pool's backend answers is misrouted
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    pools: Vec<String>,
+    /// Write the endpoints as tenants of a configuration, and stop
+    #[arg(long, value_name = "FILE")]
+    write_tenants: Option<PathBuf>,
+    /// How often each endpoint is used: uniform, or zipf:EXPONENT
+    #[arg(long, default_value = "uniform")]
+    skew: Skew,
+    /// What sessions do
+    #[arg(long, value_enum, default_value = "connect")]
+    mode: ModeName,
+    /// Sessions at once
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    sessions: u32,
+    /// Bytes of a message, or of one read or write in the bulk modes; at least 16
+    #[arg(long, value_name = "SIZE", default_value = "64B", value_parser = size)]
+    size: usize,
+    /// Operations a second of all sessions together (open loop; latency counts from when each was due)
+    #[arg(long, value_name = "N/s", value_parser = rate)]
+    rate: Option<f64>,
+    /// How long is measured
+    #[arg(long, default_value = "10s", value_parser = unit::duration)]
+    duration: Duration,
+    /// How long before that is not
+    #[arg(long, default_value = "1s", value_parser = unit::duration)]
+    warmup: Duration,
+    /// How many connections of a hundred are noise: health checks, empty ones, split headers, unknown endpoints
+    #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = percent)]
+    noise: u8,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+    /// Draw the distribution of latencies as SVG
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum ModeName {
+    /// Connect, one message there and back, close
+    Connect,
+    /// Messages there and back over open connections
+    Roundtrip,
+    /// Receive as much as comes
+    ToClient,
+    /// Send as much as goes
+    ToBackend,
+}
+
+impl ModeName {
+    fn mode(self) -> Mode {
+        match self {
+            Self::Connect => Mode::Connect,
+            Self::Roundtrip => Mode::RoundTrip,
+            Self::ToClient => Mode::ToClient,
+            Self::ToBackend => Mode::ToBackend,
+        }
+    }
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    let bytes = unit::size(text).map_err(|error| error.to_string())?;
+    usize::try_from(bytes)
+        .ok()
+        .filter(|bytes| (16..=16 * 1024 * 1024).contains(bytes))
+        .ok_or_else(|| format!("must be from 16B to 16MiB, found \"{text}\""))
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix("/s").unwrap_or(text);
+    let rate = number.parse::<f64>().ok().filter(|rate| rate.is_finite() && *rate > 0.0);
+    rate.ok_or_else(|| {
+        format!("must be a number of operations a second, such as \"5000/s\", found \"{text}\"")
+    })
+}
+
+fn percent(text: &str) -> Result<u8, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse::<u8>().ok();
+    number
+        .filter(|percent| *percent <= 100)
+        .ok_or_else(|| format!("must be a percentage, such as \"5%\", found \"{text}\""))
+}
+
+pub(super) fn run(options: &Options) -> ExitCode {
+    match carry_out(options) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let endpoints = endpoints(options);
+    if let Some(path) = &options.write_tenants {
+        std::fs::write(path, tenants(&endpoints)).map_err(|error| {
+            format!("{}: must be a file that can be written, found: {error}", path.display())
+        })?;
+        eprintln!("{} tenants written to {}", endpoints.len(), path.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let plan = Plan {
+        target: options.target,
+        endpoints,
+        skew: options.skew,
+        mode: options.mode.mode(),
+        sessions: options.sessions as usize,
+        size: options.size,
+        rate: options.rate,
+        duration: options.duration,
+        warmup: options.warmup,
+        noise: options.noise,
+    };
+    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let report = runtime.block_on(watched(plan));
+    if options.json {
+        println!("{:#}", as_json(&report));
+    } else {
+        print!("{}", as_text(&report, options.mode));
+    }
+    if let Some(path) = &options.plot {
+        draw(&report, path)?;
+    }
+    Ok(if report.is_fine() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn draw(report: &Report, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let title = format!("{} operations in {:?}", report.operations, report.took);
+    plot::svg(&report.latency, &title, path).map_err(|error| {
+        format!("{}: must be a file that can be written, found: {error}", path.display()).into()
+    })
+}
+
+/// The IDs, each with its pool.
+fn endpoints(options: &Options) -> Vec<(String, String)> {
+    let made = (0..options.endpoints.unwrap_or(0)).map(made_id);
+    let ids = options.endpoint.iter().cloned().chain(made);
+    let mut pools = options.pools.iter().cycle();
+    ids.map(|id| (id, pools.next().cloned().unwrap_or_default())).collect()
+}
+
+/// The ID of the n-th made endpoint: spread over the digits, and the same in every run.
+fn made_id(number: u32) -> String {
+    let spread = u64::from(number).wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    format!("vpce-0{spread:016x}")
+}
+
+fn tenants(endpoints: &[(String, String)]) -> String {
+    let mut text = String::from("# Written by `vestibule load --write-tenants`.\n");
+    for (number, (id, pool)) in endpoints.iter().enumerate() {
+        // Writing to a string does not fail.
+        write!(text, "\n[[tenant]]\nname = \"made-{number}\"\nendpoints = [\"{id}\"]\n").unwrap_or_default();
+        if !pool.is_empty() {
+            writeln!(text, "pool = \"{pool}\"").unwrap_or_default();
+        }
+    }
+    text
+}
+
+/// Runs the plan, with a line each second where somebody looks.
+async fn watched(plan: Plan) -> Report {
+    let progress = Arc::new(Progress::default());
+    let mut ticks = interval(Duration::from_secs(1));
+    ticks.tick().await;
+    let load = load::run(plan, Arc::clone(&progress));
+    tokio::pin!(load);
+    let mut before = 0;
+    loop {
+        tokio::select! {
+            report = &mut load => {
+                if io::stderr().is_terminal() {
+                    eprint!("\r\x1b[K");
+                }
+                return report;
+            }
+            _ = ticks.tick() => {
+                let operations = progress.operations.load(Ordering::Relaxed);
+                if io::stderr().is_terminal() {
+                    let failed = progress.failed.load(Ordering::Relaxed);
+                    let mebibytes = progress.bytes.load(Ordering::Relaxed) >> 20;
+                    eprint!("\r\x1b[K{} operations/s, {mebibytes} MiB, {failed} failed", operations - before);
+                    // A progress line that cannot be shown is no reason to stop.
+                    io::stderr().flush().unwrap_or_default();
+                }
+                before = operations;
+            }
+        }
+    }
+}
+
+fn per_second(count: u64, took: Duration) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "a rate has fewer digits")]
+    let count = count as f64;
+    count / took.as_secs_f64().max(f64::MIN_POSITIVE)
+}
+
+fn as_text(report: &Report, mode: ModeName) -> String {
+    let mut text = format!(
+        "{:.0} operations/s, {:.1} MiB/s over {:.1} s; {} failed, {} misrouted, {} noise\n",
+        per_second(report.operations, report.took),
+        per_second(report.bytes, report.took) / f64::from(1 << 20),
+        report.took.as_secs_f64(),
+        report.failed(),
+        report.misrouted,
+        report.noise,
+    );
+    for (failure, count) in &report.failures {
+        writeln!(text, "  failed, {}: {count}", failure.word()).unwrap_or_default();
+    }
+    if matches!(mode, ModeName::Connect | ModeName::Roundtrip) && report.operations > 0 {
+        text.push_str("\nlatency\n");
+        for percentile in PERCENTILES {
+            let value = report.latency.value_at_percentile(percentile);
+            writeln!(text, "{:>10} {}", format!("p{percentile}"), plot::shown(value)).unwrap_or_default();
+        }
+        writeln!(text, "{:>10} {}\n", "max", plot::shown(report.latency.max())).unwrap_or_default();
+        text.push_str(&plot::bars(&report.latency));
+    }
+    text
+}
+
+fn as_json(report: &Report) -> serde_json::Value {
+    let latency = PERCENTILES
+        .map(|percentile| (format!("p{percentile}"), json!(report.latency.value_at_percentile(percentile))));
+    json!({
+        "operations": report.operations,
+        "operations_per_second": per_second(report.operations, report.took),
+        "bytes": report.bytes,
+        "bytes_per_second": per_second(report.bytes, report.took),
+        "failed": report.failures.iter().map(|(failure, count)| (failure.word(), *count))
+            .collect::<std::collections::BTreeMap<_, _>>(),
+        "misrouted": report.misrouted,
+        "noise": report.noise,
+        "seconds": report.took.as_secs_f64(),
+        "latency_ns": latency.into_iter().chain([("max".to_owned(), json!(report.latency.max()))])
+            .collect::<serde_json::Map<_, _>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::EndpointId;
+
+    #[test]
+    fn made_ids_are_well_formed_and_differ() {
+        let ids: std::collections::BTreeSet<_> = (0..1000).map(made_id).collect();
+        assert_eq!(ids.len(), 1000);
+        assert!(ids.iter().all(|id| EndpointId::from_bytes(id.as_bytes()).is_some()));
+    }
+
+    #[test]
+    fn options_are_read_or_explained() {
+        assert_eq!(size("64B"), Ok(64));
+        assert_eq!(size("16KiB"), Ok(16 * 1024));
+        assert!(size("15B").is_err() && size("1GiB").is_err() && size("x").is_err());
+        assert_eq!(rate("5000/s"), Ok(5000.0));
+        assert!(rate("0/s").is_err() && rate("-1").is_err() && rate("NaN").is_err());
+        assert_eq!(percent("5%"), Ok(5));
+        assert!(percent("101%").is_err() && percent("x").is_err());
+    }
+
+    #[test]
+    fn tenants_are_written_as_a_configuration() {
+        let text = tenants(&[
+            ("vpce-1a2b3c4d".to_owned(), "app".to_owned()),
+            ("vpce-1a2b3c4e".to_owned(), String::new()),
+        ]);
+        assert!(
+            text.contains("name = \"made-0\"\nendpoints = [\"vpce-1a2b3c4d\"]\npool = \"app\"\n"),
+            "{text}"
+        );
+        assert!(text.ends_with("name = \"made-1\"\nendpoints = [\"vpce-1a2b3c4e\"]\n"), "{text}");
+    }
+}

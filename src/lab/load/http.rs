@@ -1,0 +1,171 @@
+//! Load: requests one after another over fresh connections, each checked for who answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+
+use crate::account::latency::Times;
+use crate::account::lock;
+use crate::clock;
+
+/// A request that takes longer has failed.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What a load has seen so far.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Requests that were answered by the right pool.
+    pub answered: u64,
+    /// Requests that got no answer, or one that could not be read.
+    pub failed: u64,
+    /// Requests that a backend of another pool answered.
+    pub misrouted: u64,
+    /// What each backend has answered.
+    pub backends: BTreeMap<String, Answers>,
+    /// From connect to the end of the answer.
+    pub times: Times,
+}
+
+/// What one backend has answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answers {
+    /// How often.
+    pub count: u64,
+    /// The clients that it saw, as the header tells, at most 16 of them.
+    pub clients: BTreeSet<IpAddr>,
+}
+
+/// Clients that are remembered for each backend.
+const CLIENTS: usize = 16;
+
+/// One consumer's load.
+#[derive(Debug)]
+pub struct Load {
+    target: SocketAddr,
+    /// What the names of the right pool's backends start with.
+    expected: String,
+    pause: Duration,
+    report: Mutex<Report>,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    backend: String,
+    client: Option<SocketAddr>,
+}
+
+impl Load {
+    /// A load on `target`, whose answers should come from backends whose names start with `expected`; `pause` lies
+    /// between an answer and the next request.
+    #[must_use]
+    pub fn new(target: SocketAddr, expected: &str, pause: Duration) -> Self {
+        Self { target, expected: expected.to_owned(), pause, report: Mutex::default() }
+    }
+
+    /// What it has seen so far.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        lock(&self.report).clone()
+    }
+
+    /// Sends requests until `stop` says so; the one under way then is finished.
+    pub async fn run(&self, stop: watch::Receiver<bool>) {
+        while !*stop.borrow() {
+            let start = clock::now();
+            let answer = timeout(LIMIT, request(self.target)).await;
+            let took = clock::now().since(start);
+            self.note(answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())), took);
+            sleep(self.pause).await;
+        }
+    }
+
+    fn note(&self, answer: io::Result<Answer>, took: Duration) {
+        let mut report = lock(&self.report);
+        match answer {
+            Ok(answer) => {
+                if answer.backend.starts_with(&self.expected) {
+                    report.answered += 1;
+                } else {
+                    report.misrouted += 1;
+                }
+                report.times.record(took);
+                let answers = report.backends.entry(answer.backend).or_default();
+                answers.count += 1;
+                if let Some(client) = answer.client.filter(|_| answers.clients.len() < CLIENTS) {
+                    answers.clients.insert(client.ip());
+                }
+            }
+            Err(_) => report.failed += 1,
+        }
+    }
+}
+
+/// One HTTP request over a connection of its own; who answered.
+async fn request(target: SocketAddr) -> io::Result<Answer> {
+    let mut stream = TcpStream::connect(target).await?;
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: lab\r\nconnection: close\r\n\r\n").await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    read(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Who answered: the lab's backends say so in a JSON body.
+fn read(answer: &[u8]) -> Option<Answer> {
+    let text = std::str::from_utf8(answer).ok()?;
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    if !head.starts_with("HTTP/1.1 200 ") {
+        return None;
+    }
+    serde_json::from_str(body).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::backend::{Backend, Temper};
+
+    #[test]
+    fn only_a_whole_answer_counts() {
+        let whole = read(b"HTTP/1.1 200 OK\r\n\r\n{\"backend\":\"a\",\"client\":\"10.1.1.1:5\"}\n").unwrap();
+        assert_eq!((whole.backend.as_str(), whole.client), ("a", Some("10.1.1.1:5".parse().unwrap())));
+        for bad in [
+            "",
+            "HTTP/1.1 200 OK\r\n",
+            "HTTP/1.1 503 No\r\n\r\n{\"backend\":\"a\"}",
+            "HTTP/1.1 200 OK\r\n\r\n{",
+        ] {
+            assert!(read(bad.as_bytes()).is_none(), "{bad}");
+        }
+        assert!(read(&[0xFF]).is_none());
+    }
+
+    #[tokio::test]
+    async fn answers_are_told_apart() {
+        let backend = Backend::start("acme-1", Temper::Http).await.unwrap();
+        let right = Load::new(backend.address(), "acme-", Duration::ZERO);
+        let wrong = Load::new(backend.address(), "globex-", Duration::ZERO);
+        let dead = Load::new(Backend::refusing().await.unwrap(), "acme-", Duration::ZERO);
+        let (stop, stopped) = watch::channel(false);
+        let until = async {
+            while right.report().answered < 3 || wrong.report().misrouted < 3 || dead.report().failed < 3 {
+                tokio::task::yield_now().await;
+            }
+            stop.send_replace(true);
+        };
+        tokio::join!(right.run(stopped.clone()), wrong.run(stopped.clone()), dead.run(stopped), until);
+        let report = right.report();
+        assert_eq!((report.failed, report.misrouted), (0, 0));
+        let answers = Answers { count: report.answered, clients: BTreeSet::new() };
+        assert_eq!(report.backends, BTreeMap::from([("acme-1".to_owned(), answers)]));
+        assert_eq!(report.times.count(), report.answered);
+        assert_eq!((wrong.report().answered, dead.report().answered), (0, 0));
+    }
+}

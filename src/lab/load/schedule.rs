@@ -1,0 +1,121 @@
+//! What comes when, and over which endpoint: pure, given random numbers.
+
+use std::time::Duration;
+
+use crate::clock::Moment;
+
+/// How often each endpoint is used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Skew {
+    /// All alike.
+    Uniform,
+    /// The n-th as often as `1 / n^exponent` (Zipf).
+    Zipf(f64),
+}
+
+impl std::str::FromStr for Skew {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "uniform" {
+            return Ok(Self::Uniform);
+        }
+        let exponent = text.strip_prefix("zipf:").and_then(|exponent| exponent.parse::<f64>().ok());
+        exponent.filter(|exponent| exponent.is_finite() && *exponent > 0.0).map(Self::Zipf).ok_or_else(|| {
+            format!("must be \"uniform\" or \"zipf:\" and a positive exponent, found \"{text}\"")
+        })
+    }
+}
+
+/// Draws endpoints by their share.
+#[derive(Clone, Debug)]
+pub struct Shares {
+    /// The sum of the shares up to and with each endpoint; the last is the sum of all.
+    sums: Vec<f64>,
+}
+
+impl Shares {
+    /// The shares of `count` endpoints, at least one.
+    #[must_use]
+    pub fn new(skew: Skew, count: usize) -> Self {
+        let mut sum = 0.0;
+        let sums = (1..=count.max(1)).map(|place| {
+            #[expect(clippy::cast_precision_loss, reason = "fewer endpoints than 2^52")]
+            let place = place as f64;
+            sum += match skew {
+                Skew::Uniform => 1.0,
+                Skew::Zipf(exponent) => place.powf(-exponent),
+            };
+            sum
+        });
+        Self { sums: sums.collect() }
+    }
+
+    /// The endpoint that `roll`, a number from 0 up to 1, stands for.
+    #[must_use]
+    pub fn draw(&self, roll: f64) -> usize {
+        let target = roll * self.sums.last().copied().unwrap_or_default();
+        self.sums.partition_point(|sum| *sum <= target).min(self.sums.len() - 1)
+    }
+}
+
+/// When each operation of one session is due, in an open loop: at a fixed pace from the start on, however long the
+/// answers take. Latency counts from these moments, so that a stall is not hidden by the requests that it kept back
+/// (no coordinated omission).
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    next: Moment,
+    step: Duration,
+}
+
+impl Pace {
+    /// The pace of session `place` of `sessions`, which together make `rate` operations a second.
+    #[must_use]
+    pub fn new(start: Moment, rate: f64, sessions: usize, place: usize) -> Self {
+        #[expect(clippy::cast_precision_loss, reason = "fewer sessions than 2^52")]
+        let (sessions, place) = (sessions.max(1) as f64, place as f64);
+        let span = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        Self { next: start + span(place / rate), step: span(sessions / rate) }
+    }
+
+    /// When the next operation is due; the one after it is due a step later.
+    pub fn take(&mut self) -> Moment {
+        let due = self.next;
+        self.next = due + self.step;
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_skew_is_read_or_explained() {
+        assert_eq!("uniform".parse(), Ok(Skew::Uniform));
+        assert_eq!("zipf:1.1".parse(), Ok(Skew::Zipf(1.1)));
+        for bad in ["", "zipf", "zipf:", "zipf:0", "zipf:-1", "zipf:NaN", "zipf:inf"] {
+            assert!(bad.parse::<Skew>().is_err_and(|message| message.contains("zipf:")), "{bad}");
+        }
+    }
+
+    #[test]
+    fn shares_add_up() {
+        let uniform = Shares::new(Skew::Uniform, 4);
+        let drawn: Vec<_> = [0.0, 0.24, 0.25, 0.5, 0.99].map(|roll| uniform.draw(roll)).to_vec();
+        assert_eq!(drawn, [0, 0, 1, 2, 3]);
+        let zipf = Shares::new(Skew::Zipf(1.0), 3);
+        // 1, 1/2, 1/3: shares of 6/11, 3/11, 2/11.
+        let drawn: Vec<_> = [0.0, 0.54, 0.55, 0.81, 0.82, 1.0].map(|roll| zipf.draw(roll)).to_vec();
+        assert_eq!(drawn, [0, 0, 1, 1, 2, 2]);
+        assert_eq!(Shares::new(Skew::Uniform, 0).draw(0.9), 0);
+    }
+
+    #[test]
+    fn sessions_take_turns_at_the_rate() {
+        let start = Moment::from_nanos(1_000);
+        let mut paces: Vec<_> = (0..4).map(|place| Pace::new(start, 1_000.0, 4, place)).collect();
+        let due: Vec<u64> = (0..8).map(|turn| paces[turn % 4].take().as_nanos() - start.as_nanos()).collect();
+        assert_eq!(due, (0..8).map(|turn| turn * 1_000_000).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,252 @@
+//! One session of the load: its loop, its noise, and what it takes down.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::yield_now;
+use tokio::time::{sleep, timeout};
+
+use super::schedule::{Pace, Shares};
+use super::{Failure, Mode, Plan, Progress, Report, Window};
+use crate::clock::{self, Moment};
+use crate::lab::backend::load::{HEAD, Request, Tag};
+use crate::lab::nlb;
+
+/// An operation that takes longer has failed.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// tokio's timers have milliseconds; the rest of a wait is spent yielding, on a core that has nothing else to do.
+const COARSE: Duration = Duration::from_millis(2);
+
+/// An endpoint ID that nobody lists.
+const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
+
+pub(super) struct Session {
+    plan: Rc<Plan>,
+    shares: Rc<Shares>,
+    window: Window,
+    pace: Option<Pace>,
+    progress: Arc<Progress>,
+    report: Report,
+    rolls: fastrand::Rng,
+    /// The message.
+    buffer: Vec<u8>,
+    answer: Vec<u8>,
+    connections: u16,
+}
+
+/// A connection that has sent its header with its first message.
+struct Open {
+    stream: TcpStream,
+    /// The pool that has to answer.
+    pool: String,
+    tagged: bool,
+}
+
+impl Session {
+    pub(super) fn new(
+        plan: &Rc<Plan>,
+        shares: &Rc<Shares>,
+        window: Window,
+        pace: Option<Pace>,
+        progress: &Arc<Progress>,
+    ) -> Self {
+        Self {
+            plan: Rc::clone(plan),
+            shares: Rc::clone(shares),
+            window,
+            pace,
+            progress: Arc::clone(progress),
+            report: Report::new(),
+            rolls: fastrand::Rng::new(),
+            buffer: vec![0; plan.size.max(HEAD)],
+            answer: vec![0; plan.size.max(HEAD)],
+            connections: 0,
+        }
+    }
+
+    pub(super) async fn run(mut self) -> Report {
+        let mut open = None;
+        loop {
+            let due = self.due().await;
+            if due >= self.window.end {
+                return self.report;
+            }
+            if self.rolls.u8(..100) < self.plan.noise {
+                self.report.noise += 1;
+                // What comes of noise is the proxy's business, as long as the sessions beside it are served.
+                self.noise().await.unwrap_or_default();
+            }
+            let operation = timeout(LIMIT, self.operate(&mut open)).await;
+            match operation.unwrap_or(Err(Failure::Broken)) {
+                Ok(bytes) => self.succeeded(due, bytes),
+                Err(failure) => {
+                    open = None;
+                    self.failed(failure);
+                    yield_now().await;
+                }
+            }
+        }
+    }
+
+    /// Waits until the next operation is due; in a closed loop that is now.
+    async fn due(&mut self) -> Moment {
+        let Some(pace) = &mut self.pace else { return clock::now() };
+        let due = pace.take();
+        if due >= self.window.end {
+            return due;
+        }
+        loop {
+            let left = due.since(clock::now());
+            if left.is_zero() {
+                return due;
+            }
+            match left.checked_sub(COARSE) {
+                Some(coarse) => sleep(coarse).await,
+                None => yield_now().await,
+            }
+        }
+    }
+
+    fn succeeded(&mut self, due: Moment, bytes: u64) {
+        self.progress.note(bytes);
+        let now = clock::now();
+        if due >= self.window.measured && now <= self.window.end {
+            self.report.operations += 1;
+            self.report.bytes += bytes;
+            let nanos = u64::try_from(now.since(due).as_nanos()).unwrap_or(u64::MAX).max(1);
+            // The histogram grows as it has to.
+            self.report.latency.record(nanos).unwrap_or_default();
+        }
+    }
+
+    fn failed(&mut self, failure: Failure) {
+        self.progress.failed.fetch_add(1, Ordering::Relaxed);
+        *self.report.failures.entry(failure).or_default() += 1;
+    }
+
+    async fn operate(&mut self, open: &mut Option<Open>) -> Result<u64, Failure> {
+        match self.plan.mode {
+            Mode::Connect => {
+                let mut fresh = self.open(Request::Echo).await?;
+                let bytes = self.answer(&mut fresh, false).await?;
+                // The answer is whole: what the close says is nobody's concern.
+                fresh.stream.shutdown().await.unwrap_or_default();
+                Ok(bytes)
+            }
+            Mode::RoundTrip => {
+                if let Some(open) = open {
+                    return self.answer(open, true).await;
+                }
+                let mut fresh = self.open(Request::Echo).await?;
+                let bytes = self.answer(&mut fresh, false).await?;
+                *open = Some(fresh);
+                Ok(bytes)
+            }
+            Mode::ToClient => {
+                let stream = match open {
+                    Some(open) => open,
+                    None => open.insert(self.tagged(Request::Source).await?),
+                };
+                let read = stream.stream.read(&mut self.buffer).await.map_err(|_| Failure::Broken)?;
+                if read == 0 { Err(Failure::Broken) } else { Ok(read as u64) }
+            }
+            Mode::ToBackend => {
+                let stream = match open {
+                    Some(open) => open,
+                    None => open.insert(self.tagged(Request::Sink).await?),
+                };
+                stream.stream.write_all(&self.buffer).await.map_err(|_| Failure::Broken)?;
+                Ok(self.buffer.len() as u64)
+            }
+        }
+    }
+
+    /// A connection whose backend has said who it is.
+    async fn tagged(&mut self, request: Request) -> Result<Open, Failure> {
+        let mut open = self.open(request).await?;
+        let mut tag = [0; HEAD];
+        open.stream.read_exact(&mut tag).await.map_err(|_| Failure::Broken)?;
+        self.check(&mut open, &tag);
+        Ok(open)
+    }
+
+    /// Connects, and sends the header and the first message in one segment, as NLB does.
+    async fn open(&mut self, request: Request) -> Result<Open, Failure> {
+        let connected = TcpStream::connect(self.plan.target).await;
+        let mut stream = connected.map_err(|_| Failure::Connect)?;
+        stream.set_nodelay(true).map_err(|_| Failure::Connect)?;
+        let (mut first, pool) = self.header(stream.local_addr().map_err(|_| Failure::Connect)?);
+        self.fill(request);
+        let message = match request {
+            Request::Echo => &self.buffer[..],
+            Request::Source | Request::Sink => self.buffer.get(..HEAD).unwrap_or_default(),
+        };
+        first.extend_from_slice(message);
+        stream.write_all(&first).await.map_err(|_| Failure::Broken)?;
+        Ok(Open { stream, pool, tagged: false })
+    }
+
+    fn header(&mut self, local: SocketAddr) -> (Vec<u8>, String) {
+        let drawn = self.plan.endpoints.get(self.shares.draw(self.rolls.f64()));
+        let Some((endpoint, pool)) = drawn else { return (Vec::new(), String::new()) };
+        self.connections = self.connections.wrapping_add(1);
+        let client = SocketAddr::from(([10, 100, 0, 10], self.connections));
+        let target = if local.is_ipv4() { self.plan.target } else { SocketAddr::from(([10, 0, 0, 5], 0)) };
+        (nlb::header(client, target, Some(endpoint)), pool.clone())
+    }
+
+    /// The message: the request in front, then bytes of this session's own.
+    fn fill(&mut self, request: Request) {
+        self.rolls.fill(&mut self.buffer);
+        if let Some(head) = self.buffer.first_chunk_mut() {
+            *head = request.head();
+        }
+    }
+
+    /// Sends a message if it is not the first, and takes its answer.
+    async fn answer(&mut self, open: &mut Open, send: bool) -> Result<u64, Failure> {
+        if send {
+            open.stream.write_all(&self.buffer).await.map_err(|_| Failure::Broken)?;
+        }
+        open.stream.read_exact(&mut self.answer).await.map_err(|_| Failure::Broken)?;
+        let start = if open.tagged { 0 } else { HEAD };
+        if let Some(tag) = self.answer.first_chunk().filter(|_| !open.tagged).copied() {
+            self.check(open, &tag);
+        }
+        let same = self.answer.get(start..) == self.buffer.get(start..);
+        if same { Ok(self.answer.len() as u64) } else { Err(Failure::Wrong) }
+    }
+
+    /// Whether the backend that answered is one of the pool that should.
+    fn check(&mut self, open: &mut Open, tag: &[u8; HEAD]) {
+        open.tagged = true;
+        if !open.pool.is_empty() && Tag::new(&open.pool).as_bytes() != tag {
+            self.report.misrouted += 1;
+        }
+    }
+
+    /// What else arrives at a target of NLB.
+    async fn noise(&mut self) -> io::Result<()> {
+        let mut stream = TcpStream::connect(self.plan.target).await?;
+        let client = SocketAddr::from(([10, 100, 0, 66], 6666));
+        match self.rolls.u8(..4) {
+            0 => Ok(()),
+            1 => stream.write_all(&nlb::health_check_header()).await,
+            2 => stream.write_all(&nlb::header(client, client, Some(STRANGER))).await,
+            _ => {
+                let header = nlb::header(client, client, Some(STRANGER));
+                let (first, second) = header.split_at(self.rolls.usize(1..header.len()));
+                stream.write_all(first).await?;
+                yield_now().await;
+                stream.write_all(second).await
+            }
+        }
+    }
+}
