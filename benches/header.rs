@@ -58,6 +58,7 @@ fn with_proxy_protocol(mut input: &[u8]) -> Option<Asked> {
     }
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "it is compared with what parsers return")]
 fn expected(endpoint: bool) -> Option<Asked> {
     let client = "172.31.7.113:51442".parse().expect("an address");
     Some((Some(client), endpoint.then_some("vpce-08d2bf15fac5001c9".len())))

@@ -185,7 +185,7 @@ mod tests {
                 assert_eq!(len, bytes.len());
                 header
             }
-            other => panic!("{other:?}"),
+            other @ (Parsed::Partial(_) | Parsed::Malformed(_)) => panic!("{other:?}"),
         }
     }
 
@@ -201,7 +201,7 @@ mod tests {
                 let bytes = Builder::proxy(transport, client, destination)
                     .crc()
                     .and_then(|builder| builder.endpoint("vpce-08d2bf15fac5001c9"))
-                    .and_then(|builder| builder.crc())
+                    .and_then(Builder::crc)
                     .and_then(|builder| builder.pad_to(100))
                     .unwrap()
                     .build();
@@ -259,7 +259,7 @@ mod tests {
         let (client, destination) = addresses("10.1.2.3:40000", "10.1.2.9:443");
         let mut wrong = Builder::proxy(Transport::Stream, client, destination)
             .tlv(kind::UNIQUE_ID, b"abc")
-            .and_then(|builder| builder.crc())
+            .and_then(Builder::crc)
             .and_then(|builder| builder.pad_to(60))
             .unwrap()
             .build();

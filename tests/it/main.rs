@@ -7,6 +7,7 @@
     clippy::missing_panics_doc,
     reason = "a test that cannot go on says so by panicking"
 )]
+#![allow(unreachable_pub, reason = "the harness says what is for its users")]
 
 mod harness;
 mod peers;
