@@ -312,7 +312,8 @@ impl Relay<'_> {
             self.life.wake_at(next);
             match self.life.poll_cut(context) {
                 None => return None,
-                Some(Cut::Drained) => return Some(self.expire(Outcome::reject(At::Forward, Why::Drained))),
+                // It may be in the middle of an answer, and a plain end would say that this was all of it.
+                Some(Cut::Drained) => return Some(self.reset(Outcome::reject(At::Forward, Why::Drained))),
                 Some(Cut::Expired) => {}
             }
         }
