@@ -237,7 +237,14 @@ impl Relay<'_> {
             ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
             // 3. What comes next.
             let count = if let Some(pipe) = &mut way.pipe {
-                ready!(splice::poll_in(source, pipe, context)).map_err(Broken::Source)?
+                let count = ready!(splice::poll_in(source, pipe, context)).map_err(Broken::Source)?;
+                if count == 0 {
+                    // Either the end, or an urgent byte before it: the kernel's splice stops there and says 0. A read
+                    // knows the one, and passes the other.
+                    self.pipes.give_back(way.pipe.take(), self.life);
+                    continue;
+                }
+                count
             } else {
                 let mut scratch = self.local.scratch.borrow_mut();
                 let read = ready!(copy::poll_read(source, &mut scratch, context)).map_err(Broken::Source)?;
