@@ -1,14 +1,16 @@
 //! The bench that every test stands on: a proxy on ports of its own, two tenants, and questions about metrics.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 use vestibule::config::Config;
 use vestibule::lab::backend::{Backend, Temper};
@@ -31,7 +33,9 @@ pub const LIMIT: Duration = Duration::from_secs(20);
 pub struct Conf {
     /// Backends of acme's pool.
     pub acme: Vec<SocketAddr>,
-    /// More keys of `[process]`; `workers = 2` is there.
+    /// Worker threads.
+    pub workers: usize,
+    /// More keys of `[process]`.
     pub process: String,
     /// Keys of `[timeouts]`.
     pub timeouts: String,
@@ -43,6 +47,8 @@ pub struct Conf {
     pub pool: String,
     /// `[pool.health]` of acme's pool.
     pub health: String,
+    /// `[pool.health]` of globex's pool.
+    pub globex_health: String,
     /// More tables at the end.
     pub more: String,
 }
@@ -51,6 +57,7 @@ impl Default for Conf {
     fn default() -> Self {
         Self {
             acme: Vec::new(),
+            workers: 2,
             process: String::new(),
             timeouts: String::new(),
             drain: String::new(),
@@ -59,6 +66,7 @@ impl Default for Conf {
                 .to_owned(),
             pool: String::new(),
             health: "kind = \"none\"".to_owned(),
+            globex_health: "kind = \"none\"".to_owned(),
             more: String::new(),
         }
     }
@@ -70,7 +78,7 @@ impl Conf {
         format!(
             r#"
 [process]
-workers = 2
+workers = {workers}
 {process}
 [admin]
 bind = "127.0.0.1:0"
@@ -95,7 +103,7 @@ backends = [{acme}]
 name = "globex"
 backends = ["{globex}"]
 [pool.health]
-kind = "none"
+{globex_health}
 [[tenant]]
 name = "acme"
 endpoints = ["{ACME}"]
@@ -112,6 +120,7 @@ pool = "globex"
 state = "disabled"
 {more}
 "#,
+            workers = self.workers,
             process = self.process,
             timeouts = self.timeouts,
             drain = self.drain,
@@ -119,6 +128,7 @@ state = "disabled"
             acme = acme.join(", "),
             pool = self.pool,
             health = self.health,
+            globex_health = self.globex_health,
             more = self.more,
         )
     }
@@ -158,8 +168,13 @@ impl Proxy {
 
     /// A connection that has sent its header, and with it `payload`.
     pub async fn open(&self, endpoint: &str, payload: &[u8]) -> TcpStream {
+        self.send(&[&header(endpoint)[..], payload].concat()).await
+    }
+
+    /// A connection that has sent these bytes.
+    pub async fn send(&self, bytes: &[u8]) -> TcpStream {
         let mut stream = self.connect().await;
-        stream.write_all(&[&header(endpoint)[..], payload].concat()).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
         stream
     }
 
@@ -205,7 +220,12 @@ impl Proxy {
     }
 
     /// Everything that was taken has been given back: all gauges are zero. Then the proxy ends.
-    pub async fn finish(mut self) {
+    pub async fn finish(self) {
+        self.finish_with_log().await;
+    }
+
+    /// [`finish`](Self::finish); then the whole access log, to which nothing is added any more.
+    pub async fn finish_with_log(mut self) -> Vec<Value> {
         for gauge in [
             "vestibule_sessions_active",
             "vestibule_sessions_pending",
@@ -229,6 +249,7 @@ impl Proxy {
         let ended = self.value("vestibule_sessions_ended_total", &[]).await;
         assert!((accepted - ended).abs() < 0.5, "{accepted} accepted and {ended} ended");
         self.end().await;
+        self.log()
     }
 
     /// Ends the proxy, whatever it is doing.
@@ -257,6 +278,11 @@ impl Metric<'_> {
         self.becomes(&format!("to be at least {least}"), |value| value >= f64::from(least)).await;
     }
 
+    /// It becomes less than zero, soon.
+    pub async fn is_negative(&self) {
+        self.becomes("to be negative", |value| value < 0.0).await;
+    }
+
     async fn becomes(&self, what: &str, is: impl Fn(f64) -> bool) {
         let last = std::cell::Cell::new(f64::NAN);
         let asked = async || {
@@ -281,6 +307,43 @@ pub async fn connect(address: SocketAddr) -> TcpStream {
     stream
 }
 
+/// A connection from an address of this machine's own choice: all of 127.0.0.0/8 is.
+pub async fn connect_from(source: &str, address: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::new(source.parse().unwrap(), 0)).unwrap();
+    let stream = timeout(LIMIT, socket.connect(address)).await.unwrap().unwrap();
+    stream.set_nodelay(true).unwrap();
+    stream
+}
+
+/// Waits until the other ends, on loopback and IPv4, have read all that these have sent.
+pub async fn are_read(streams: impl IntoIterator<Item = &TcpStream>) {
+    let mut unread = HashMap::new();
+    for stream in streams {
+        let (here, there) = (in_hex(stream.local_addr().unwrap()), in_hex(stream.peer_addr().unwrap()));
+        // Of the queues, `tx:rx`, the sender's first and the receiver's second has to be empty.
+        unread.insert((here.clone(), there.clone()), 0);
+        unread.insert((there, here), 1);
+    }
+    eventually("everything to be read", async || {
+        let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+        let empty = |row: &str| {
+            let mut columns = row.split_ascii_whitespace().skip(1);
+            let ends = (columns.next()?.to_owned(), columns.next()?.to_owned());
+            let queues = columns.nth(1)?;
+            Some(queues.split(':').nth(*unread.get(&ends)?)? == "00000000")
+        };
+        table.lines().all(|row| empty(row).unwrap_or(true)).then_some(())
+    })
+    .await;
+}
+
+/// An address as `/proc/net/tcp` has it.
+fn in_hex(address: SocketAddr) -> String {
+    let std::net::IpAddr::V4(ip) = address.ip() else { panic!("{address} is not IPv4") };
+    format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), address.port())
+}
+
 /// Ends its side, then reads to the other side's end.
 pub async fn exchange(mut stream: TcpStream) -> io::Result<Vec<u8>> {
     timeout(LIMIT, async {
@@ -298,6 +361,31 @@ pub async fn read(stream: &mut TcpStream, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
     timeout(LIMIT, stream.read_exact(&mut bytes)).await.expect("bytes within the limit").unwrap();
     bytes
+}
+
+/// A port of loopback where nothing listens, and nobody will who does not share it; 0 is the system's choice.
+/// `None` where somebody has it.
+pub fn closed_port(port: u16) -> Option<(Socket, SocketAddr)> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], port)).into()).ok()?;
+    // Only now: nobody had the port, and from here on a listener may share it.
+    share(&socket);
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    Some((socket, address))
+}
+
+/// Listens at a closed port for as long as the socket lives.
+pub fn open_port(address: SocketAddr) -> Socket {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
+    share(&socket);
+    socket.bind(&address.into()).unwrap();
+    socket.listen(4096).unwrap();
+    socket
+}
+
+fn share(socket: &Socket) {
+    socket.set_reuse_address(true).unwrap();
+    socket.set_reuse_port(true).unwrap();
 }
 
 /// How a connection ends that sends nothing more: `Ok` for an end, `Err` for a reset.

@@ -5,10 +5,27 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::missing_panics_doc,
-    reason = "a test that cannot go on says so by panicking"
+    unreachable_pub,
+    reason = "a test that cannot go on says so by panicking, and what it uses of the harness is public to it alone"
 )]
-#![allow(unreachable_pub, reason = "the harness says what is for its users")]
 
+mod admin;
+mod forward;
 mod harness;
+mod header;
+mod health;
+mod listener;
+mod malformed;
+mod mixed;
 mod peers;
+mod pending;
+mod pool;
+mod process;
+mod raw;
+mod send_proxy;
+mod share;
+mod shortage;
 mod smoke;
+mod splice;
+mod tenant;
+mod timeouts;

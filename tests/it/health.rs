@@ -1,0 +1,274 @@
+//! What the load balancer's health check asks, whatever stands in front of its request.
+
+use std::net::{SocketAddr, TcpListener};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::nlb;
+
+use super::harness::{
+    ACME, Conf, Proxy, are_read, closed_port, connect, end_of, eventually, exchange, header, http, is_reset,
+    open_port,
+};
+
+const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: target\r\nuser-agent: ELB-HealthChecker/2.0\r\n\r\n";
+/// Checks that are answered at once; more wait.
+const AT_ONCE: usize = 128;
+
+async fn proxy(acme: &Backend) -> Proxy {
+    Conf { acme: vec![acme.address()], ..Conf::default() }.start().await
+}
+
+/// The status and the text of a check.
+async fn check(proxy: &Proxy) -> (u16, String) {
+    let (head, body) = http(proxy.server().health(), "/healthz", b"").await;
+    (status(&head), body.trim_end().to_owned())
+}
+
+fn status(head: &str) -> u16 {
+    head.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+/// Waits until the check says so.
+async fn says(proxy: &Proxy, status: u16, text: &str) {
+    let expected = (status, text.to_owned());
+    eventually(text, async || (check(proxy).await == expected).then_some(())).await;
+}
+
+/// Reads to the end.
+async fn answer(mut stream: TcpStream) -> String {
+    let mut answer = String::new();
+    tokio::time::timeout(super::harness::LIMIT, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn a_check_is_answered_behind_any_header_and_behind_none() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    let mut wrong_crc = header(ACME);
+    wrong_crc[31] ^= 1;
+    let v6 = nlb::header("[fd00::7]:1".parse().unwrap(), "[fd00::1]:2".parse().unwrap(), None);
+    for before in [vec![], nlb::health_check_header(), header(ACME), wrong_crc, v6] {
+        let (head, body) = http(proxy.server().health(), "/healthz", &before).await;
+        assert_eq!((status(&head), &body[..]), (200, "ok\n"), "behind {before:?}");
+    }
+    // It is no session, whatever the header says.
+    proxy.metric("vestibule_connections_accepted_total", &[]).is(0).await;
+    assert_eq!(acme.sessions(), 0);
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_check_may_come_in_pieces() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    for before in [nlb::health_check_header(), header(ACME)] {
+        let whole = [&before[..], REQUEST].concat();
+        for cut in [1, 12, 15, 16, 28, 50, 99, 100, 103, whole.len() - 1] {
+            let mut stream = connect(proxy.server().health()).await;
+            stream.write_all(&whole[..cut]).await.unwrap();
+            are_read([&stream]).await;
+            stream.write_all(&whole[cut..]).await.unwrap();
+            let answer = answer(stream).await;
+            assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "cut at {cut}: {answer}");
+            assert!(answer.ends_with("\r\n\r\nok\n"), "cut at {cut}: {answer}");
+        }
+    }
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_connection_is_for_one_check() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    let mut stream = connect(proxy.server().health()).await;
+    stream.write_all(REQUEST).await.unwrap();
+    let answer = answer(stream).await;
+    assert!(answer.to_lowercase().contains("\r\nconnection: close\r\n"), "{answer}");
+    assert_eq!(answer.matches("HTTP/1.1 ").count(), 1);
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn only_the_path_of_the_check_is_there() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    for (path, expected) in [
+        ("/healthz", 200),
+        ("/healthz?x=1", 200),
+        ("/healthz/", 404),
+        ("/", 404),
+        ("/metrics", 404),
+        ("/status", 404),
+    ] {
+        let (head, body) = http(proxy.server().health(), path, &nlb::health_check_header()).await;
+        assert_eq!(status(&head), expected, "{path}");
+        assert_eq!(body == "ok\n", expected == 200, "{path}: {body}");
+    }
+    // What is no HTTP gets no 200.
+    let mut stream = connect(proxy.server().health()).await;
+    stream.write_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xFC\x03\x03 and so on\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap_or_default();
+    assert!(!answer.starts_with(b"HTTP/1.1 200"), "{answer:?}");
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn without_a_usable_backend_it_says_so_until_there_is_one() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let (_kept, address) = closed_port(0).unwrap();
+    let health =
+        format!("interval = \"100ms\"\ntimeout = \"100ms\"\nrise = 1\nfall = 1\nport = {}", address.port());
+    let conf =
+        Conf { acme: vec![acme.address()], health: health.clone(), globex_health: health, ..Conf::default() };
+    let proxy = conf.start().await;
+    says(&proxy, 503, "no_backend").await;
+    is_reset(&mut proxy.open(ACME, b"payload").await).await;
+    let no_backend = [("tenant", "acme"), ("by", "proxy"), ("at", "pool"), ("why", "no_backend")];
+    proxy.ended(&no_backend).is(1).await;
+    proxy.metric("vestibule_backend_healthy", &[]).is(0).await;
+    proxy.metric("vestibule_backend_probes_total", &[("result", "failed")]).is_at_least(2).await;
+    proxy.metric("vestibule_backend_probes_total", &[("result", "done")]).is(0).await;
+    assert_eq!(acme.sessions(), 0);
+
+    let probed = open_port(address);
+    says(&proxy, 200, "ok").await;
+    proxy.metric("vestibule_backend_healthy", &[]).is(2).await;
+    assert_eq!(exchange(proxy.open(ACME, b"payload").await).await.unwrap(), b"payload");
+
+    drop(probed);
+    says(&proxy, 503, "no_backend").await;
+    let _probed = open_port(address);
+    says(&proxy, 200, "ok").await;
+    proxy.metric("vestibule_backend_healthy", &[]).is(2).await;
+    proxy.ended(&no_backend).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn one_usable_pool_is_enough() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let (_probed, address) = closed_port(0).unwrap();
+    let health = format!("interval = \"100ms\"\ntimeout = \"100ms\"\nfall = 1\nport = {}", address.port());
+    let proxy = Conf { acme: vec![acme.address()], health, ..Conf::default() }.start().await;
+    proxy.metric("vestibule_backend_healthy", &[("pool", "acme")]).is(0).await;
+    says(&proxy, 200, "ok").await;
+    is_reset(&mut proxy.open(ACME, b"payload").await).await;
+    proxy.ended(&[("tenant", "acme"), ("at", "pool"), ("why", "no_backend")]).is(1).await;
+    assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+/// A port where a connection is neither taken nor refused: its queue is full.
+fn full_port() -> (TcpListener, std::net::TcpStream, SocketAddr) {
+    let (socket, address) = closed_port(0).unwrap();
+    socket.listen(0).unwrap();
+    let waiting = std::net::TcpStream::connect(address).unwrap();
+    (socket.into(), waiting, address)
+}
+
+#[tokio::test]
+async fn before_the_first_round_of_probes_it_says_starting() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let (full, _waiting, address) = full_port();
+    let health = format!("interval = \"60s\"\ntimeout = \"60s\"\nport = {}", address.port());
+    let proxy = Conf { acme: vec![acme.address()], health, ..Conf::default() }.start().await;
+    assert_eq!(check(&proxy).await, (503, "starting".to_owned()));
+    // Traffic that comes all the same is carried: the backend may well be there.
+    assert_eq!(exchange(proxy.open(ACME, b"early").await).await.unwrap(), b"early");
+    proxy.others_are_unharmed().await;
+    assert_eq!(check(&proxy).await, (503, "starting".to_owned()));
+    proxy.metric("vestibule_backend_healthy", &[("pool", "acme")]).is_negative().await;
+
+    eventually("ok", async || {
+        while full.accept().is_ok() {}
+        (check(&proxy).await == (200, "ok".to_owned())).then_some(())
+    })
+    .await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_draining_process_says_so_and_carries_what_comes() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
+    proxy.metric("vestibule_draining", &[]).is(0).await;
+    proxy.server().drain();
+    says(&proxy, 503, "draining").await;
+    proxy.metric("vestibule_draining", &[]).is(1).await;
+    assert_eq!(exchange(proxy.open(ACME, b"late").await).await.unwrap(), b"late");
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+/// So many checks that have asked half of their question.
+async fn half_asked(proxy: &Proxy, count: usize) -> Vec<TcpStream> {
+    let mut silent = Vec::new();
+    for _ in 0..count {
+        let mut stream = connect(proxy.server().health()).await;
+        stream.write_all(&REQUEST[..10]).await.unwrap();
+        silent.push(stream);
+    }
+    silent
+}
+
+/// Whether it has neither been answered nor closed.
+fn is_open(stream: &TcpStream) -> bool {
+    stream.try_read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+#[tokio::test]
+async fn half_a_request_and_silence_keeps_nobody_waiting() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    // A machine so busy that the silent are given up meanwhile says nothing of who waits for whom.
+    for attempt in 1.. {
+        let silent = half_asked(&proxy, AT_ONCE - 1).await;
+        assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
+        if silent.iter().all(is_open) {
+            break;
+        }
+        assert!(attempt < 3, "a place was free, and it was waited for");
+    }
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn silence_gives_its_place_back_after_a_time() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    let mut silent = half_asked(&proxy, AT_ONCE).await;
+    assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
+    assert!(!silent.iter().all(is_open), "more than {AT_ONCE} at once");
+    for stream in &mut silent {
+        assert_eq!(end_of(stream).await.unwrap_or(0), 0, "half a request was answered");
+    }
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_flood_of_checks_does_not_touch_sessions() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    let mut flood = Vec::new();
+    for _ in 0..400 {
+        flood.push(connect(proxy.server().health()).await);
+    }
+    for _ in 0..20 {
+        assert_eq!(exchange(proxy.open(ACME, b"payload").await).await.unwrap(), b"payload");
+    }
+    proxy.others_are_unharmed().await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(20).await;
+    assert!(flood.iter().filter(|stream| is_open(stream)).count() > 400 - 2 * AT_ONCE, "the flood was over");
+    drop(flood);
+    assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
+    proxy.finish().await;
+}

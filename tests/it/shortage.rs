@@ -1,0 +1,126 @@
+//! A process that runs out of descriptors, or whose log nobody reads, goes on.
+
+use std::io;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http_get, read};
+use super::process::{Serve, World, lines_of};
+
+/// The sum of a metric's series that have this label.
+fn sum(page: &str, name: &str, label: &str) -> f64 {
+    let series = page.lines().filter(|line| line.starts_with(name) && line.contains(label));
+    series.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}
+
+#[tokio::test]
+async fn accepting_pauses_without_descriptors_and_goes_on_with_them() {
+    let world = World::new().await;
+    let mut serve = Serve::limited(&world.config("max-sessions = 500"), 312).await;
+    let warning = serve.says("max-sessions is more than the file-descriptor limit allows").await;
+    assert_eq!((&warning["level"], &warning["max_sessions"]), (&"WARN".into(), &500.into()));
+    assert!(warning["possible"].as_u64().unwrap() < 60, "{warning}");
+    let mut live = serve.carried().await;
+
+    // More connections than descriptors; those that are not accepted wait in the kernel.
+    let mut flood = Vec::new();
+    for _ in 0..400 {
+        flood.push(connect(serve.web).await);
+    }
+    let paused = serve.says("accepting pauses").await;
+    assert_eq!((&paused["level"], &paused["listener"]), (&"WARN".into(), &"web".into()));
+    live.write_all(b"still").await.unwrap();
+    assert_eq!(read(&mut live, 5).await, b"still");
+
+    drop(flood);
+    for endpoint in [ACME, GLOBEX] {
+        eventually("a new session", async || {
+            let answer = exchange(serve.open(endpoint, b"payload").await).await;
+            (answer.ok()? == b"payload").then_some(())
+        })
+        .await;
+    }
+    assert_eq!(exchange(live).await.unwrap(), b"");
+    eventually("all sessions to have ended", async || {
+        let page = http_get(serve.admin, "/metrics").await;
+        let shortages = sum(&page, "vestibule_accept_errors_total{", "class=\"shortage\"");
+        assert!(shortages > 0.5, "{page}");
+        assert!(sum(&page, "vestibule_accept_errors_total{", "class=\"fatal\"") < 0.5, "{page}");
+        let accepted = sum(&page, "vestibule_connections_accepted_total{", "");
+        let ended = sum(&page, "vestibule_sessions_ended_total{", "");
+        let active = sum(&page, "vestibule_sessions_active{", "");
+        (accepted > 402.5 && (accepted - ended).abs() < 0.5 && active < 0.5).then_some(())
+    })
+    .await;
+    serve.end().await;
+}
+
+#[tokio::test]
+async fn a_session_without_a_descriptor_for_its_backend_is_reset_and_says_why() {
+    let world = World::new().await;
+    let mut serve = Serve::limited(&world.config("max-sessions = 500"), 312).await;
+    // One descriptor more or less decides whether the last is short at accept or at connect: where accepting pauses,
+    // one of these is given back, until there is one to accept with and none to connect with.
+    let mut idle = Vec::new();
+    for _ in 0..8 {
+        idle.push(connect(serve.web).await);
+    }
+    let mut live = Vec::new();
+    let refused = loop {
+        let mut stream = serve.open(ACME, b"x").await;
+        let mut byte = [0];
+        let first = tokio::select! {
+            biased;
+            first = stream.read(&mut byte) => first,
+            _ = serve.says("accepting pauses") => {
+                drop(idle.pop());
+                tokio::time::timeout(LIMIT, stream.read(&mut byte)).await.expect("an answer or a reset")
+            }
+        };
+        match first {
+            Ok(count) => assert_eq!(count, 1, "a plain end"),
+            Err(error) => break error,
+        }
+        live.push(stream);
+        assert!(live.len() < 160, "more sessions than descriptors");
+    };
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionReset);
+    eventually("the log", async || {
+        let short = serve.sessions(1).await.into_iter().find(|line| line["outcome"]["why"] == "shortage")?;
+        assert_eq!((&short["outcome"]["by"], &short["outcome"]["at"]), (&"proxy".into(), &"connect".into()));
+        assert_eq!(short["tenant"], "acme");
+        Some(())
+    })
+    .await;
+    for mut stream in live {
+        stream.write_all(b"still").await.unwrap();
+        assert_eq!(read(&mut stream, 5).await, b"still");
+        assert_eq!(exchange(stream).await.unwrap(), b"");
+    }
+    drop(idle);
+    serve.serves().await;
+    serve.end().await;
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_holds_up_nobody() {
+    let world = World::new().await;
+    let (mut serve, out) = Serve::unread(&world.config("")).await;
+    let room = rustix::pipe::fcntl_setpipe_size(&out, 4096).unwrap();
+    // A line has more than 200 bytes: the pipe is full long before the last.
+    let rounds = room / 200;
+    for _ in 0..rounds {
+        serve.serves().await;
+    }
+    eventually("all sessions to have ended", async || {
+        let page = http_get(serve.admin, "/metrics").await;
+        assert!(sum(&page, "vestibule_access_log_dropped_total", "") < 0.5, "{page}");
+        let ended = sum(&page, "vestibule_sessions_ended_total{", "why=\"done\"");
+        (ended > f64::from(u32::try_from(2 * rounds).unwrap()) - 0.5).then_some(())
+    })
+    .await;
+    // Once somebody reads, nothing is missing.
+    serve.out = lines_of(out);
+    serve.end().await;
+    assert_eq!(serve.sessions(2 * rounds).await.len(), 2 * rounds);
+}

@@ -1,0 +1,138 @@
+//! Silence: how long it may last, and whom it ends.
+
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::time::sleep;
+use vestibule::clock;
+
+use super::harness::{Conf, end_of, read};
+use super::raw::{Bytes, Raw, receive_all, send_all};
+
+fn conf(timeouts: &str) -> Conf {
+    Conf { timeouts: timeouts.to_owned(), ..Conf::default() }
+}
+
+/// One byte at a time, at intervals that are short for the timeout of a second, for longer than it.
+async fn trickle(from: &mut TcpStream, to: &mut TcpStream) {
+    let start = clock::now();
+    while clock::now().since(start) < Duration::from_millis(2_500) {
+        from.write_all(b".").await.unwrap();
+        assert_eq!(read(to, 1).await, b".");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_silent_session_ends_after_idle_and_not_before() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(conf("idle = \"400ms\"\nhalf-close = \"1h\"")).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    client.write_all(b"hello").await.unwrap();
+    let start = clock::now();
+    assert_eq!(read(&mut backend, 5).await, b"hello");
+    assert_eq!(end_of(&mut client).await.unwrap(), 0, "nothing is lost, so the end is clean");
+    assert!(clock::now().since(start) >= Duration::from_millis(350), "a tick of 50 ms may have passed");
+    assert_eq!(end_of(&mut backend).await.unwrap(), 0);
+    let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "idle_timeout")];
+    proxy.ended(&labels).is(1).await;
+    assert_eq!(proxy.logged("idle_timeout").await["bytes"]["to_backend"], 5);
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn one_direction_that_moves_keeps_a_session_alive() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(conf("idle = \"1s\"\nhalf-close = \"1h\"")).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    let (mut other_client, mut other_backend) = raw.session(&proxy).await;
+    tokio::join!(trickle(&mut client, &mut backend), trickle(&mut other_backend, &mut other_client));
+    proxy.ended(&[("tenant", "acme")]).is(0).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "idle_timeout")]).is(2).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn an_idle_session_whose_bytes_nobody_takes_is_reset() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(conf("idle = \"1s\"\nhalf-close = \"1h\"")).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    // The client reads a part and then nothing, until the proxy has lost its patience.
+    let (mut whole, mut part) = (Bytes::new(2), Bytes::new(2));
+    let (flooded, received) =
+        tokio::join!(whole.send(&mut backend, 1 << 40), part.receive(&mut client, 1_000_000));
+    received.unwrap();
+    flooded.unwrap_err();
+    let end = part.receive_to_end(&mut client).await.unwrap_err();
+    assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset);
+    proxy.ended(&[("tenant", "acme"), ("by", "proxy"), ("why", "idle_timeout")]).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_half_that_stays_silent_is_ended_and_not_before_its_time() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(conf("idle = \"1h\"\nhalf-close = \"400ms\"")).await;
+    for client_first in [true, false] {
+        let (client, backend) = raw.session(&proxy).await;
+        let (mut first, mut silent) = if client_first { (client, backend) } else { (backend, client) };
+        let start = clock::now();
+        send_all(&mut first, 1, 70_000).await;
+        receive_all(&mut silent, 1, 70_000).await;
+        assert_eq!(end_of(&mut first).await.unwrap(), 0);
+        assert!(clock::now().since(start) >= Duration::from_millis(350), "a tick of 50 ms may have passed");
+    }
+    let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "half_close_timeout")];
+    proxy.ended(&labels).is(2).await;
+    proxy.logged("half_close_timeout").await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_half_that_goes_on_sending_is_not_cut() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(conf("idle = \"1h\"\nhalf-close = \"1s\"")).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    let (mut other_client, mut other_backend) = raw.session(&proxy).await;
+    tokio::join!(
+        async {
+            client.shutdown().await.unwrap();
+            assert_eq!(end_of(&mut backend).await.unwrap(), 0);
+            trickle(&mut backend, &mut client).await;
+        },
+        async {
+            other_backend.shutdown().await.unwrap();
+            assert_eq!(end_of(&mut other_client).await.unwrap(), 0);
+            trickle(&mut other_client, &mut other_backend).await;
+        }
+    );
+    backend.shutdown().await.unwrap();
+    other_client.shutdown().await.unwrap();
+    proxy.ended(&[("tenant", "acme"), ("by", "client"), ("why", "done")]).is(1).await;
+    proxy.ended(&[("tenant", "acme"), ("by", "backend"), ("why", "done")]).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn before_an_end_the_longer_patience_holds() {
+    let raw = Raw::bind().await;
+    // Half-close is short, idle is long: a session with both halves open is not measured by it.
+    let proxy = raw.proxy(conf("idle = \"1h\"\nhalf-close = \"100ms\"")).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    let (mut ended, mut ended_backend) = raw.session(&proxy).await;
+    send_all(&mut ended, 1, 1).await;
+    receive_all(&mut ended_backend, 1, 1).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "half_close_timeout")]).is(1).await;
+    client.write_all(b"still here").await.unwrap();
+    assert_eq!(read(&mut backend, 10).await, b"still here");
+    drop((client, backend));
+    proxy.ended(&[("tenant", "acme")]).is(2).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
