@@ -113,25 +113,29 @@ impl Pool {
         let place = if tried.is_empty() {
             self.choose(&usable, roll)?
         } else {
+            // Another attempt takes no turn of round-robin: it would be the turn of the next session, and with one
+            // dead backend of two every session would start with the dead one.
             let left: Vec<usize> = usable.iter().copied().filter(|place| !tried.has(*place)).collect();
-            self.choose(&left, roll)?
+            self.less_loaded(&left, roll)?
         };
         tried.0.push(place);
         self.backends.get(place).map(Picked::new)
     }
 
     fn choose(&self, places: &[usize], roll: u64) -> Option<usize> {
-        let load = |index: usize| {
-            places
-                .get(index)
-                .and_then(|place| self.backends.get(*place))
-                .map_or(u32::MAX, |backend| backend.load())
-        };
-        let index = match self.balance {
-            Balance::RoundRobin => pick::round_robin(self.turn.fetch_add(1, Ordering::Relaxed), places.len()),
-            Balance::P2c => pick::p2c(roll, places.len(), load),
-        };
-        index.and_then(|index| places.get(index)).copied()
+        match self.balance {
+            Balance::RoundRobin => {
+                let index = pick::round_robin(self.turn.fetch_add(1, Ordering::Relaxed), places.len())?;
+                places.get(index).copied()
+            }
+            Balance::P2c => self.less_loaded(places, roll),
+        }
+    }
+
+    fn less_loaded(&self, places: &[usize], roll: u64) -> Option<usize> {
+        let backend = |index: usize| places.get(index).and_then(|place| self.backends.get(*place));
+        let load = |index: usize| backend(index).map_or(u32::MAX, |backend| backend.load());
+        places.get(pick::p2c(roll, places.len(), load)?).copied()
     }
 }
 
@@ -186,6 +190,20 @@ mod tests {
         let pool = pool(Balance::RoundRobin, 3);
         let ports: Vec<u16> = (0..6).map(|_| port(&pool.pick(0, &mut Tried::default()).unwrap())).collect();
         assert_eq!(ports, [1000, 1001, 1002, 1000, 1001, 1002]);
+    }
+
+    #[test]
+    fn another_attempt_takes_no_turn() {
+        let pool = pool(Balance::RoundRobin, 2);
+        let firsts: Vec<u16> = (0..4)
+            .map(|roll| {
+                let mut tried = Tried::default();
+                let first = port(&pool.pick(roll, &mut tried).unwrap());
+                assert_ne!(port(&pool.pick(roll, &mut tried).unwrap()), first);
+                first
+            })
+            .collect();
+        assert_eq!(firsts, [1000, 1001, 1000, 1001]);
     }
 
     #[test]
