@@ -155,7 +155,7 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         noise: options.noise,
     };
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    let report = runtime.block_on(watched(plan));
+    let report = runtime.block_on(watched(plan))?;
     if options.json {
         println!("{:#}", as_json(&report));
     } else {
@@ -201,7 +201,7 @@ fn tenants(endpoints: &[(String, String)]) -> String {
 }
 
 /// Runs the plan, with a line each second where somebody looks.
-async fn watched(plan: Plan) -> Report {
+async fn watched(plan: Plan) -> io::Result<Report> {
     let progress = Arc::new(Progress::default());
     let mut ticks = interval(Duration::from_secs(1));
     ticks.tick().await;
@@ -239,12 +239,13 @@ fn per_second(count: u64, took: Duration) -> f64 {
 
 fn as_text(report: &Report, mode: ModeName) -> String {
     let mut text = format!(
-        "{:.0} operations/s, {:.1} MiB/s over {:.1} s; {} failed, {} misrouted, {} noise\n",
+        "{:.0} operations/s, {:.1} MiB/s over {:.1} s; {} failed, {} misrouted, {} not sent, {} noise\n",
         per_second(report.operations, report.took),
         per_second(report.bytes, report.took) / f64::from(1 << 20),
         report.took.as_secs_f64(),
         report.failed(),
         report.misrouted,
+        report.not_sent,
         report.noise,
     );
     for (failure, count) in &report.failures {
@@ -273,6 +274,7 @@ fn as_json(report: &Report) -> serde_json::Value {
         "failed": report.failures.iter().map(|(failure, count)| (failure.word(), *count))
             .collect::<std::collections::BTreeMap<_, _>>(),
         "misrouted": report.misrouted,
+        "not_sent": report.not_sent,
         "noise": report.noise,
         "seconds": report.took.as_secs_f64(),
         "latency_ns": latency.into_iter().chain([("max".to_owned(), json!(report.latency.max()))])

@@ -3,11 +3,13 @@
 //! Closed loop without a rate: the next operation starts when the last has ended. With a rate, open loop: operations
 //! are due at a fixed pace, and latency counts from when they were due.
 
+mod alarm;
 pub mod http;
 pub mod schedule;
 mod session;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,8 +17,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use self::alarm::Alarm;
 use self::schedule::{Pace, Shares, Skew};
 use crate::clock::{self, Moment};
 
@@ -95,6 +99,8 @@ pub struct Report {
     pub misrouted: u64,
     /// Connections of noise.
     pub noise: u64,
+    /// Operations of an open loop that were never sent: their session was too far behind.
+    pub not_sent: u64,
     /// How long it was measured.
     pub took: Duration,
     /// Latencies in nanoseconds, three digits.
@@ -122,6 +128,7 @@ impl Report {
             failures: BTreeMap::new(),
             misrouted: 0,
             noise: 0,
+            not_sent: 0,
             took: Duration::ZERO,
             latency,
         }
@@ -153,7 +160,10 @@ impl Report {
 }
 
 /// Runs a plan on the caller's runtime, which has to be a local one; one core carries it.
-pub async fn run(plan: Plan, progress: Arc<Progress>) -> Report {
+///
+/// # Errors
+/// Where the kernel has no timer left.
+pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
     let start = clock::now();
     let measured = start + plan.warmup;
     let end = measured + plan.duration;
@@ -162,19 +172,41 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> Report {
     let plan = Rc::new(plan);
     let shares = Rc::new(shares);
     let mut sessions = JoinSet::new();
-    for place in 0..plan.sessions {
-        let pace = plan.rate.map(|rate| Pace::new(start, rate, plan.sessions, place));
-        let worker = session::Session::new(&plan, &shares, window, pace, &progress);
-        sessions.spawn_local(worker.run());
-    }
+    let mut senders = Vec::new();
     let mut report = Report::new();
+    for _ in 0..plan.sessions {
+        let orders = plan.rate.map(|_| {
+            let (sender, receiver) = mpsc::channel(BEHIND);
+            senders.push(sender);
+            receiver
+        });
+        let session = session::Session::new(&plan, &shares, window, orders, &progress);
+        sessions.spawn_local(session.run());
+    }
+    if let Some(rate) = plan.rate {
+        report.not_sent = dispatch(Pace::new(start, rate), end, senders).await?;
+    }
     while let Some(ended) = sessions.join_next().await {
         if let Ok(part) = ended {
             report.add(&part);
         }
     }
     report.took = clock::now().since(measured).min(plan.duration);
-    report
+    Ok(report)
+}
+
+/// Operations that one session may be behind; the next are not sent, and are counted.
+const BEHIND: usize = 1024;
+
+/// Gives each operation, when it is due, to the next session in turn. How many could not be given.
+async fn dispatch(pace: Pace, end: Moment, sessions: Vec<mpsc::Sender<Moment>>) -> io::Result<u64> {
+    let alarm = Alarm::new()?;
+    let mut not_sent = 0;
+    for (due, session) in pace.take_while(|due| *due < end).zip(sessions.iter().cycle()) {
+        alarm.wait_until(due).await?;
+        not_sent += u64::from(session.try_send(due).is_err());
+    }
+    Ok(not_sent)
 }
 
 /// What counts: operations that were due after the warm-up and before the end.

@@ -15,6 +15,7 @@ mod harness;
 mod header;
 mod health;
 mod listener;
+mod load;
 mod malformed;
 mod mixed;
 mod peers;

@@ -59,30 +59,31 @@ impl Shares {
     }
 }
 
-/// When each operation of one session is due, in an open loop: at a fixed pace from the start on, however long the
-/// answers take. Latency counts from these moments, so that a stall is not hidden by the requests that it kept back
-/// (no coordinated omission).
-#[derive(Clone, Copy, Debug)]
+/// When each operation is due, in an open loop: at a fixed pace from the start on, however long the answers take.
+/// Latency counts from these moments, so that a stall is not hidden by the requests that it kept back (no coordinated
+/// omission).
+#[derive(Clone, Debug)]
 pub struct Pace {
-    next: Moment,
-    step: Duration,
+    start: Moment,
+    rate: f64,
+    count: u32,
 }
 
 impl Pace {
-    /// The pace of session `place` of `sessions`, which together make `rate` operations a second.
+    /// `rate` operations a second from `start` on.
     #[must_use]
-    pub fn new(start: Moment, rate: f64, sessions: usize, place: usize) -> Self {
-        #[expect(clippy::cast_precision_loss, reason = "fewer sessions than 2^52")]
-        let (sessions, place) = (sessions.max(1) as f64, place as f64);
-        let span = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        Self { next: start + span(place / rate), step: span(sessions / rate) }
+    pub fn new(start: Moment, rate: f64) -> Self {
+        Self { start, rate, count: 0 }
     }
+}
 
-    /// When the next operation is due; the one after it is due a step later.
-    pub fn take(&mut self) -> Moment {
-        let due = self.next;
-        self.next = due + self.step;
-        due
+impl Iterator for Pace {
+    type Item = Moment;
+
+    fn next(&mut self) -> Option<Moment> {
+        let since = Duration::try_from_secs_f64(f64::from(self.count) / self.rate).ok()?;
+        self.count = self.count.checked_add(1)?;
+        Some(self.start + since)
     }
 }
 
@@ -112,10 +113,12 @@ mod tests {
     }
 
     #[test]
-    fn sessions_take_turns_at_the_rate() {
+    fn the_pace_does_not_drift() {
         let start = Moment::from_nanos(1_000);
-        let mut paces: Vec<_> = (0..4).map(|place| Pace::new(start, 1_000.0, 4, place)).collect();
-        let due: Vec<u64> = (0..8).map(|turn| paces[turn % 4].take().as_nanos() - start.as_nanos()).collect();
-        assert_eq!(due, (0..8).map(|turn| turn * 1_000_000).collect::<Vec<_>>());
+        let mut pace = Pace::new(start, 3_000.0);
+        assert_eq!(pace.next(), Some(start));
+        assert_eq!(pace.nth(2_998).map(|due| due.since(start).as_micros()), Some(999_666));
+        assert_eq!(pace.next(), Some(start + Duration::from_secs(1)));
+        assert_eq!(Pace::new(start, f64::MIN_POSITIVE).nth(1), None);
     }
 }

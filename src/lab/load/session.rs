@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio::task::yield_now;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-use super::schedule::{Pace, Shares};
+use super::schedule::Shares;
 use super::{Failure, Mode, Plan, Progress, Report, Window};
 use crate::clock::{self, Moment};
 use crate::lab::backend::load::{HEAD, Request, Tag};
@@ -21,9 +22,6 @@ use crate::lab::nlb;
 /// An operation that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// tokio's timers have milliseconds; the rest of a wait is spent yielding, on a core that has nothing else to do.
-const COARSE: Duration = Duration::from_millis(2);
-
 /// An endpoint ID that nobody lists.
 const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
 
@@ -31,7 +29,8 @@ pub(super) struct Session {
     plan: Rc<Plan>,
     shares: Rc<Shares>,
     window: Window,
-    pace: Option<Pace>,
+    /// In an open loop: when each operation is due.
+    orders: Option<mpsc::Receiver<Moment>>,
     progress: Arc<Progress>,
     report: Report,
     rolls: fastrand::Rng,
@@ -54,14 +53,14 @@ impl Session {
         plan: &Rc<Plan>,
         shares: &Rc<Shares>,
         window: Window,
-        pace: Option<Pace>,
+        orders: Option<mpsc::Receiver<Moment>>,
         progress: &Arc<Progress>,
     ) -> Self {
         Self {
             plan: Rc::clone(plan),
             shares: Rc::clone(shares),
             window,
-            pace,
+            orders,
             progress: Arc::clone(progress),
             report: Report::new(),
             rolls: fastrand::Rng::new(),
@@ -74,10 +73,7 @@ impl Session {
     pub(super) async fn run(mut self) -> Report {
         let mut open = None;
         loop {
-            let due = self.due().await;
-            if due >= self.window.end {
-                return self.report;
-            }
+            let Some(due) = self.due().await else { return self.report };
             if self.rolls.u8(..100) < self.plan.noise {
                 self.report.noise += 1;
                 // What comes of noise is the proxy's business, as long as the sessions beside it are served.
@@ -95,23 +91,13 @@ impl Session {
         }
     }
 
-    /// Waits until the next operation is due; in a closed loop that is now.
-    async fn due(&mut self) -> Moment {
-        let Some(pace) = &mut self.pace else { return clock::now() };
-        let due = pace.take();
-        if due >= self.window.end {
-            return due;
-        }
-        loop {
-            let left = due.since(clock::now());
-            if left.is_zero() {
-                return due;
-            }
-            match left.checked_sub(COARSE) {
-                Some(coarse) => sleep(coarse).await,
-                None => yield_now().await,
-            }
-        }
+    /// Waits for the next operation; in a closed loop that is now. None is left after the end.
+    async fn due(&mut self) -> Option<Moment> {
+        let due = match &mut self.orders {
+            Some(orders) => orders.recv().await?,
+            None => clock::now(),
+        };
+        (due < self.window.end).then_some(due)
     }
 
     fn succeeded(&mut self, due: Moment, bytes: u64) {
