@@ -83,8 +83,14 @@ impl Door {
     }
 
     /// Closes the door, and first hands over what the kernel has accepted already: that would be reset.
-    pub fn close(self, take: impl FnMut(Accepted)) {
-        std::iter::from_fn(|| self.next().ok()).flatten().for_each(take);
+    pub fn close(self, mut take: impl FnMut(Accepted)) {
+        loop {
+            match self.next() {
+                Ok(accepted) => accepted.into_iter().for_each(&mut take),
+                Err(errno) if matches!(classify(errno), Trouble::Peer(_)) => {}
+                Err(_) => return,
+            }
+        }
     }
 
     /// One connection; `None` where its peer has no address any more.

@@ -75,8 +75,22 @@ pub async fn dial(
     }
 }
 
+/// The source addresses of a backend's family; the system's choice alone where there is none. Never empty.
+#[must_use]
+pub fn sources(all: &[IpAddr], address: BackendAddr) -> Vec<Option<IpAddr>> {
+    let of_family = all.iter().copied().filter(|ip| ip.is_ipv4() == address.0.is_ipv4());
+    let mut sources: Vec<_> = of_family.map(Some).collect();
+    if sources.is_empty() {
+        sources.push(None);
+    }
+    sources
+}
+
 /// Starts to connect.
-fn start(address: BackendAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
+///
+/// # Errors
+/// What the system says at once.
+pub fn start(address: BackendAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
@@ -118,6 +132,17 @@ mod tests {
             assert!(Failure::Backend(result).outcome().place().is_some(), "{result:?}");
         }
         assert!(Failure::Drained.outcome().place().is_some());
+    }
+
+    #[test]
+    fn sources_are_of_the_backends_family() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let all = [ip("10.0.0.1"), ip("fd00::1"), ip("10.0.0.2")];
+        let backend = |text: &str| BackendAddr(text.parse().unwrap());
+        assert_eq!(sources(&all, backend("10.1.1.1:80")), [Some(ip("10.0.0.1")), Some(ip("10.0.0.2"))]);
+        assert_eq!(sources(&all, backend("[fd00::9]:80")), [Some(ip("fd00::1"))]);
+        assert_eq!(sources(&all[..1], backend("[fd00::9]:80")), [None]);
+        assert_eq!(sources(&[], backend("10.1.1.1:80")), [None]);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::net::TcpStream;
 
 use self::copy::Spill;
@@ -37,6 +38,9 @@ const SMALL_SPLICES: u8 = 3;
 
 /// A pipe that nothing went through for so long goes back to the store.
 const PIPE_REST: Duration = Duration::from_secs(1);
+
+/// While bytes are held, how often both sockets are asked whether they were reset.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// A session that has lived so long gets keepalive towards its backend. The client's side has it from the listening
 /// socket; here it would cost every short session four calls.
@@ -86,6 +90,8 @@ pub fn relay<'a>(pair: Pair, patience: Patience, pipes: &'a Pipes, life: &'a mut
         patience,
         rest: Span::of(PIPE_REST),
         settles: Some(now.after(Span::of(SETTLED))),
+        look: Span::of(LOOK),
+        looks_at: None,
         first_end: None,
         broken: None,
         ended: false,
@@ -105,6 +111,9 @@ pub struct Relay<'a> {
     rest: Span,
     /// When the session will have settled, until it has.
     settles: Option<Tick>,
+    look: Span,
+    /// When both sockets are asked for an error, while bytes are held.
+    looks_at: Option<Tick>,
     /// Who ended first, when one has.
     first_end: Option<By>,
     /// Whose connection broke, and how, while the other direction was still to be emptied.
@@ -229,6 +238,7 @@ impl Relay<'_> {
                 }
                 Phase::Open => {}
             }
+            way.adapt(self.pipes, self.life);
             if left == 0 {
                 // Woken only after the worker has looked at its sockets. A plain wake-up would have this session
                 // polled up to 61 times before (tokio's event interval): 30 MiB, and the others wait for all of it.
@@ -261,7 +271,7 @@ impl Relay<'_> {
                 way.phase = Phase::Draining;
             } else {
                 way.moved = self.life.tick();
-                way.adapt(count, self.pipes, self.life);
+                way.note(count);
             }
         }
     }
@@ -316,8 +326,13 @@ impl Relay<'_> {
                 let why = if allowed < patience { Why::Drained } else { why };
                 return Some(self.expire(Outcome::reject(At::Forward, why)));
             }
-            let next =
-                [self.settle(now), self.rest_pipes(now)].into_iter().flatten().fold(deadline, Tick::min);
+            if let Some(outcome) = self.look_for_resets(now) {
+                return Some(self.reset(outcome));
+            }
+            let next = [self.settle(now), self.rest_pipes(now), self.looks_at]
+                .into_iter()
+                .flatten()
+                .fold(deadline, Tick::min);
             self.life.wake_at(next);
             match self.life.poll_cut(context) {
                 None => return None,
@@ -326,6 +341,27 @@ impl Relay<'_> {
                 Some(Cut::Expired) => {}
             }
         }
+    }
+
+    /// While bytes are held for a sink that takes none, their source is not read, and its reset would not be noticed
+    /// before the session has been silent for too long: so it is asked from time to time.
+    fn look_for_resets(&mut self, now: Tick) -> Option<Outcome> {
+        if !self.ways.to_backend.pending() && !self.ways.to_client.pending() {
+            self.looks_at = None;
+            return None;
+        }
+        let due = *self.looks_at.get_or_insert(now.after(self.look));
+        if due > now {
+            return None;
+        }
+        self.looks_at = Some(now.after(self.look));
+        let failed = |socket: &TcpStream| socket.take_error().ok().flatten();
+        let (by, error) = match (failed(&self.client), failed(&self.backend)) {
+            (Some(error), _) => (By::Client, error),
+            (None, Some(error)) => (By::Backend, error),
+            (None, None) => return None,
+        };
+        Some(Outcome::new(by, At::Forward, why(&error)))
     }
 
     /// Turns keepalive on towards the backend, once the session is no short one; when that will be.
@@ -389,20 +425,22 @@ impl Drop for Relay<'_> {
 }
 
 impl Way {
-    /// Goes over from copy to splice, or back. Only ever with nothing held: bytes in both would change their order.
-    fn adapt(&mut self, count: usize, pipes: &Pipes, life: &Life) {
-        if let Some(pipe) = &self.pipe {
-            self.streak = if count < LARGE { self.streak + 1 } else { 0 };
-            if self.streak >= SMALL_SPLICES && pipe.is_empty() {
+    /// Takes down how much one read or splice brought.
+    fn note(&mut self, count: usize) {
+        let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
+        self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
+    }
+
+    /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.
+    fn adapt(&mut self, pipes: &Pipes, life: &Life) {
+        if self.pipe.is_some() {
+            if self.streak >= SMALL_SPLICES {
                 pipes.give_back(self.pipe.take(), life);
                 self.streak = 0;
             }
-        } else {
-            self.streak = if count >= LARGE { self.streak + 1 } else { 0 };
-            if self.streak >= LARGE_READS && self.spill.is_empty() {
-                self.pipe = pipes.take(life);
-                self.streak = 0;
-            }
+        } else if self.streak >= LARGE_READS {
+            self.pipe = pipes.take(life);
+            self.streak = 0;
         }
     }
 }
@@ -416,6 +454,9 @@ fn shut_down(sink: &TcpStream) -> io::Result<()> {
 }
 
 fn why(error: &io::Error) -> Why {
-    let reset = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionAborted];
-    if reset.contains(&error.kind()) { Why::Reset } else { Why::Unanswered }
+    match Errno::from_io_error(error) {
+        Some(Errno::CONNRESET | Errno::PIPE | Errno::CONNABORTED) => Why::Reset,
+        Some(Errno::NOBUFS | Errno::NOMEM) => Why::Shortage,
+        _ => Why::Unanswered,
+    }
 }

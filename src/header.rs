@@ -121,14 +121,14 @@ impl Client {
         }
     }
 
-    /// What goes to the backend first: the payload that came with the header and, where `send_proxy` holds, the
-    /// header in front of it, its checksum computed anew. A client that sent none gets one made of its socket's
-    /// addresses.
+    /// The connection, and what goes to the backend first: the payload that came with the header and, where
+    /// `send_proxy` holds, the header in front of it, its checksum computed anew. A client that sent none gets one
+    /// made of its socket's addresses. What was read ends here: a session must not keep it for its whole life.
     #[must_use]
-    pub fn first_bytes(&self, send_proxy: bool) -> Vec<u8> {
+    pub fn into_parts(self, send_proxy: bool) -> (Connection, Vec<u8>) {
         let mut bytes = if send_proxy { self.header() } else { Vec::new() };
         bytes.extend_from_slice(self.first.get(self.header_len..).unwrap_or_default());
-        bytes
+        (self.connection, bytes)
     }
 
     fn header(&self) -> Vec<u8> {

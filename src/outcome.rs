@@ -161,7 +161,7 @@ outcomes! {
     /// No local port is left towards the last backend tried.
     NoLocalPort = "no_local_port": Proxy at Connect;
     /// File descriptors or socket memory ran out.
-    Shortage = "shortage": Proxy at Connect, Proxy at Header;
+    Shortage = "shortage": Proxy at Connect, Proxy at Header, Client at Forward, Backend at Forward;
     /// The connection to the last backend tried failed in another way.
     ConnectFailed = "connect_failed": Backend at Connect;
     /// The connection was reset, and the other side was reset in turn.
@@ -170,7 +170,7 @@ outcomes! {
     IdleTimeout = "idle_timeout": Proxy at Forward;
     /// One side ended and the other sent nothing for `timeouts.half-close`.
     HalfCloseTimeout = "half_close_timeout": Proxy at Forward;
-    /// The kernel timed the connection out: keepalive or retransmission went unanswered.
+    /// The connection broke without a reset: keepalive or retransmission went unanswered, or its network is gone.
     Unanswered = "unanswered": Client at Header, Client at Forward, Backend at Forward;
     /// The process is draining, and the session was silent or the deadline passed.
     Drained = "drained": Proxy at Header, Proxy at Connect, Proxy at Forward;

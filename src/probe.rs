@@ -1,16 +1,15 @@
 //! Active health checks: each backend is asked at its interval, by tasks of the control thread.
 
-use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use crate::account::meter::Connect;
 use crate::addr::BackendAddr;
 use crate::config::Probe;
-use crate::connect;
+use crate::connect::{self, sources};
 use crate::pool::Pool;
 
 /// The first probes of a pool's backends start so far apart, so that thousands do not start at once.
@@ -30,9 +29,22 @@ pub async fn run(pool: Arc<Pool>, place: usize, first: impl FnOnce()) {
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut first = Some(first);
+    let sources = sources(&pool.sources, address);
     loop {
         ticks.tick().await;
-        let result = tcp(address, limit).await;
+        let result = tcp(address, &sources, limit).await;
+        if let Some(first) = first.take() {
+            first();
+        }
+        // What is short here is no fault of the backend's: a busy process must not take its backends for dead.
+        if matches!(result, Connect::Shortage | Connect::NoLocalPort) {
+            tracing::warn!(
+                backend = backend.label().name(),
+                reason = result.word(),
+                "a probe could not be sent"
+            );
+            continue;
+        }
         if let Some(state) = backend.observe(result == Connect::Done) {
             pool.refresh();
             tracing::info!(
@@ -44,21 +56,34 @@ pub async fn run(pool: Arc<Pool>, place: usize, first: impl FnOnce()) {
                 "backend changed"
             );
         }
-        if let Some(first) = first.take() {
-            first();
-        }
     }
 }
 
-/// Opens a connection and resets it: a close would leave a port in TIME_WAIT for each probe.
-async fn tcp(address: BackendAddr, limit: Duration) -> Connect {
-    let connected = timeout(limit, TcpStream::connect(address.0)).await;
-    match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-        Ok(socket) => {
+/// Opens a connection as a session would, from each source in turn as long as only the local ports are at fault, and
+/// resets it: a close would leave a port in TIME_WAIT for each probe.
+async fn tcp(address: BackendAddr, sources: &[Option<IpAddr>], limit: Duration) -> Connect {
+    let mut result = Connect::NoLocalPort;
+    for source in sources {
+        result = attempt(address, *source, limit).await;
+        if result != Connect::NoLocalPort {
+            break;
+        }
+    }
+    result
+}
+
+async fn attempt(address: BackendAddr, source: Option<IpAddr>, limit: Duration) -> Connect {
+    let connected = async {
+        let socket = connect::start(address, source)?;
+        socket.writable().await?;
+        socket.take_error()?.map_or(Ok(socket), Err)
+    };
+    match timeout(limit, connected).await {
+        Ok(Ok(socket)) => {
             socket.set_zero_linger().unwrap_or_default();
             Connect::Done
         }
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => Connect::Timeout,
-        Err(error) => connect::classify(&error),
+        Ok(Err(error)) => connect::classify(&error),
+        Err(_) => Connect::Timeout,
     }
 }

@@ -10,7 +10,9 @@ mod writer;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
@@ -71,7 +73,12 @@ pub struct Server {
     drain: watch::Sender<bool>,
     capacity: Capacity,
     threads: Vec<JoinHandle<()>>,
+    /// Closed once the access log is written to its end.
+    written: Option<Receiver<()>>,
 }
+
+/// How long the end waits for the access log to be written.
+const LOG_END: Duration = Duration::from_secs(2);
 
 impl Server {
     /// Binds every address, then starts the workers and the control thread.
@@ -82,9 +89,10 @@ impl Server {
         let workers = limits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
         let capacity = limits::capacity(&config.process, workers, sockets)?;
-        let live = Live::new(config, workers, capacity.sessions);
+        let live = Live::new(config, workers, capacity.sessions, capacity.pipes);
         let admin = listen::page("admin", config.admin.bind)?;
         let health = listen::page("health", config.health.bind)?;
+        listen::try_sources(config)?;
         let doors = listen::doors(config, workers)?;
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
@@ -99,9 +107,11 @@ impl Server {
             drain,
             capacity,
             threads: Vec::new(),
+            written: None,
         };
-        let (journal, log) = writer::open(&config.log.access, QUEUE * workers, Arc::clone(&live.log_lost))?;
-        server.threads.extend(log);
+        let (journal, written) =
+            writer::open(&config.log.access, QUEUE * workers, Arc::clone(&live.log_lost))?;
+        server.written = written;
         let crew = crew::Crew::new(workers);
         let (posts, boxes): (Vec<_>, Vec<_>) =
             (0..workers).map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
@@ -182,6 +192,11 @@ impl Server {
             if thread.join().is_err() {
                 tracing::error!("a thread of the process panicked");
             }
+        }
+        // A log that nobody reads must not keep the process from ending.
+        let written = self.written.take().map(|written| written.recv_timeout(LOG_END));
+        if let Some(Err(RecvTimeoutError::Timeout)) = written {
+            tracing::error!("the access log does not take its last lines; they are lost");
         }
     }
 }

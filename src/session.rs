@@ -141,9 +141,8 @@ impl<'a> Steps<'a> {
         let pool = heard.inspect_err(|_| client.connection.reset_on_close())?;
         let dialled = self.dial(pool, life, story).await;
         let (backend, _load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
-        let first = client.first_bytes(pool.send_proxy);
-        let client =
-            client.connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
+        let (connection, first) = client.into_parts(pool.send_proxy);
+        let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
         let pair = Pair { client, backend, first };
         Ok(forward::relay(pair, self.snapshot.patience, &self.worker.pipes, life).await)
     }
@@ -212,42 +211,24 @@ impl<'a> Steps<'a> {
         Err(failed)
     }
 
+    /// The sources for a backend, from a random one on.
+    fn sources(&self, pool: &Pool, address: BackendAddr) -> Vec<Option<IpAddr>> {
+        let mut sources = connect::sources(&pool.sources, address);
+        let start = usize::try_from(self.worker.roll()).unwrap_or(0) % sources.len().max(1);
+        sources.rotate_left(start);
+        sources
+    }
+
     /// Tries one backend, from each source address in turn as long as only the local ports are at fault.
     async fn dial_one(&self, pool: &Pool, picked: &Picked, life: &mut Life) -> Result<TcpStream, Failure> {
         let address = picked.address();
         let mut result = Err(Failure::Backend(Connect::NoLocalPort));
-        for source in sources(&pool.sources, address, self.worker.roll()) {
+        for source in self.sources(pool, address) {
             result = connect::dial(address, source, self.snapshot.connect, life).await;
             if !matches!(result, Err(Failure::Backend(Connect::NoLocalPort))) {
                 break;
             }
         }
         result
-    }
-}
-
-/// The source addresses of a backend's family, from a random one on; the system's choice where there is none.
-fn sources(all: &[IpAddr], address: BackendAddr, roll: u64) -> impl Iterator<Item = Option<IpAddr>> {
-    let of_family: Vec<IpAddr> =
-        all.iter().copied().filter(|ip| ip.is_ipv4() == address.0.is_ipv4()).collect();
-    let count = of_family.len();
-    let start = usize::try_from(roll).unwrap_or(0).checked_rem(count).unwrap_or(0);
-    (0..count.max(1)).map(move |step| of_family.get((start + step).checked_rem(count)?).copied())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sources_go_round_within_the_backends_family() {
-        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        let all = [ip("10.0.0.1"), ip("fd00::1"), ip("10.0.0.2")];
-        let backend = |text: &str| BackendAddr(text.parse().unwrap());
-        let found: Vec<_> = sources(&all, backend("10.1.1.1:80"), 1).collect();
-        assert_eq!(found, [Some(ip("10.0.0.2")), Some(ip("10.0.0.1"))]);
-        assert_eq!(sources(&all, backend("[fd00::9]:80"), 5).collect::<Vec<_>>(), [Some(ip("fd00::1"))]);
-        assert_eq!(sources(&all[..1], backend("[fd00::9]:80"), 5).collect::<Vec<_>>(), [None]);
-        assert_eq!(sources(&[], backend("10.1.1.1:80"), 5).collect::<Vec<_>>(), [None]);
     }
 }

@@ -15,7 +15,7 @@ use crate::admission::slots::Slots;
 use crate::clock::wheel::Span;
 use crate::config::{Config, Fallback, Identity, Probe};
 use crate::forward::Patience;
-use crate::forward::pipe::Budget;
+use crate::forward::pipe::{self, Budget};
 use crate::header;
 use crate::pool::Pool;
 use crate::pool::backend::Backend;
@@ -194,9 +194,9 @@ impl NotReady {
 }
 
 impl Live {
-    /// The state of a process that starts: `workers` shards, at most `max_sessions` sessions.
+    /// The state of a process that starts: `workers` shards, at most `max_sessions` sessions and `pipes` pipes.
     #[must_use]
-    pub fn new(config: &Config, workers: usize, max_sessions: usize) -> Arc<Self> {
+    pub fn new(config: &Config, workers: usize, max_sessions: usize, pipes: u64) -> Arc<Self> {
         let labels = Labels::default();
         let snapshot = Snapshot::new(config, &labels);
         let unprobed = snapshot.pools.iter().filter(|pool| pool.probe != Probe::None);
@@ -206,7 +206,7 @@ impl Live {
             labels,
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions: Slots::new(max_sessions),
-            pipes: Budget::new(config.process.pipe_memory),
+            pipes: Budget::new(pipes * pipe::CAPACITY as u64, workers),
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
             bound: OnceLock::new(),

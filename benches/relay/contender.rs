@@ -178,7 +178,7 @@ fn haproxy(dir: &Path, backend: &Backend, name: &'static str, version: &str, opt
     let target = free();
     let path = dir.join(format!("{name}.cfg"));
     let text = format!(
-        "global\n  nbthread 1\n  maxconn 9000\ndefaults\n  mode tcp\n  {option}\n  timeout connect 3s\n  \
+        "global\n  nbthread 1\n  maxconn 7000\n  maxpipes 500\ndefaults\n  mode tcp\n  {option}\n  timeout connect 3s\n  \
          timeout client 350s\n  timeout server 350s\nlisten web\n  bind {target} accept-proxy\n  server app {}\n",
         backend.address
     );

@@ -27,6 +27,10 @@ use crate::state::Live;
 /// silent connection to be given up is still answered in time.
 const LIMIT: Duration = Duration::from_secs(3);
 
+/// What may pass before a check's first byte. A load balancer sends its question at once; those that say nothing
+/// must not take the places of those that ask.
+const FIRST_BYTE: Duration = Duration::from_millis(500);
+
 /// Checks at once: a flood here must not take the sessions' descriptors.
 const AT_ONCE: usize = 128;
 
@@ -62,6 +66,7 @@ pub async fn serve(socket: TcpListener, path: String, live: Arc<Live>) {
 }
 
 async fn check(mut socket: TcpStream, path: &str, live: &Live) -> io::Result<()> {
+    timeout(FIRST_BYTE, socket.readable()).await.map_err(io::Error::from)??;
     let first = header::read_optional(&mut socket).await?.rest;
     let (read, write) = socket.split();
     let stream = TokioIo::new(join(first.as_slice().chain(read), write));

@@ -1,11 +1,12 @@
 //! `vestibule serve`: the proxy, from its configuration to its last session.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::level_filters::LevelFilter;
+use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::config::{Config, Format, Level, Log};
 use crate::server::{Server, StartError};
@@ -18,7 +19,7 @@ pub(super) fn run(path: &Path) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    start_log(&config.log);
+    let _writer = start_log(&config.log);
     match serve(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -33,7 +34,11 @@ fn serve(config: &Config) -> Result<(), StartError> {
     // The signals are caught before the first thread serves: none can come too early.
     let signals = {
         let _context = runtime.enter();
-        Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? }
+        Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        }
     };
     let server = Server::start(config)?;
     announce(&server, config);
@@ -45,13 +50,18 @@ fn serve(config: &Config) -> Result<(), StartError> {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
+    /// Waits for the next order to end. SIGHUP means a reload elsewhere, and must not end a proxy that has none yet.
     async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hangup.recv() => tracing::warn!("SIGHUP: this version does not reload; restart it instead"),
+            }
         }
     }
 }
@@ -99,7 +109,9 @@ fn announce(server: &Server, config: &Config) {
     }
 }
 
-fn start_log(log: &Log) {
+/// Starts the process log. Its lines go to a thread of their own and, where that is behind, are dropped: a standard
+/// error that nobody reads must hold up neither workers nor the health check. The guard writes what is left.
+fn start_log(log: &Log) -> WorkerGuard {
     let level = match log.level {
         Level::Error => LevelFilter::ERROR,
         Level::Warn => LevelFilter::WARN,
@@ -108,9 +120,11 @@ fn start_log(log: &Log) {
         Level::Trace => LevelFilter::TRACE,
     };
     // Standard output is the access log's.
-    let builder = tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr);
+    let (writer, guard) = tracing_appender::non_blocking(io::stderr());
+    let builder = tracing_subscriber::fmt().with_max_level(level).with_writer(writer);
     match log.format {
         Format::Json => builder.json().flatten_event(true).init(),
-        Format::Text => builder.init(),
+        Format::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
     }
+    guard
 }

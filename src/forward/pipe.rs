@@ -19,7 +19,7 @@ pub const CAPACITY: usize = 256 * 1024;
 /// `fs.pipe-user-pages-soft` (pipe(7)).
 const USABLE: usize = 64 * 1024;
 
-/// Empty pipes that a worker keeps.
+/// Empty pipes that a worker keeps, where the budget has that many: all workers together keep at most half of it.
 const KEPT: usize = 16;
 
 /// A pipe, and how much is in it.
@@ -38,6 +38,8 @@ pub struct Pipe {
 pub struct Budget {
     limit: u64,
     used: AtomicU64,
+    /// Empty pipes that each worker may keep.
+    kept: usize,
 }
 
 /// A pipe's part of the budget, given back on drop.
@@ -45,10 +47,12 @@ pub struct Budget {
 struct Share(Arc<Budget>);
 
 impl Budget {
-    /// A budget of `limit` bytes.
+    /// A budget of `limit` bytes for so many workers.
     #[must_use]
-    pub fn new(limit: u64) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicU64::new(0) })
+    pub fn new(limit: u64, workers: usize) -> Arc<Self> {
+        let pipes = usize::try_from(limit / CAPACITY as u64).unwrap_or(usize::MAX);
+        let kept = (pipes / workers.max(1) / 2).min(KEPT);
+        Arc::new(Self { limit, used: AtomicU64::new(0), kept })
     }
 
     /// The bytes of all pipes, held by sessions and kept.
@@ -130,7 +134,7 @@ impl Pipes {
         let Some(pipe) = pipe else { return };
         life.meter.worker().pipes.sub(1);
         let mut kept = self.kept.borrow_mut();
-        if pipe.is_empty() && kept.len() < KEPT {
+        if pipe.is_empty() && kept.len() < self.budget.kept {
             kept.push(pipe);
         }
     }
@@ -159,7 +163,7 @@ mod tests {
     fn the_budget_holds_to_the_pipe() {
         let shard = Arc::new(Shard::default());
         let life = life(&shard);
-        let budget = Budget::new(2 * CAPACITY as u64);
+        let budget = Budget::new(2 * CAPACITY as u64, 1);
         let pipes = Pipes::new(Arc::clone(&budget));
         let one = pipes.take(&life).unwrap();
         let two = pipes.take(&life).unwrap();
@@ -171,10 +175,11 @@ mod tests {
         assert_eq!(budget.used(), 2 * CAPACITY as u64, "a kept pipe still has its memory");
         pipes.give_back(pipes.take(&life), &life);
         pipes.give_back(Some(two), &life);
+        assert_eq!(budget.used(), CAPACITY as u64, "a worker keeps half of the budget at most");
         assert_eq!(shard.worker.pipes.value(), 0);
         drop(pipes);
         assert_eq!(budget.used(), 0);
-        assert!(Pipes::new(Budget::new(CAPACITY as u64 - 1)).take(&life).is_none());
+        assert!(Pipes::new(Budget::new(CAPACITY as u64 - 1, 1)).take(&life).is_none());
         assert_eq!(life.end(Outcome::reject(At::Forward, Why::Drained), Moment::default()), Duration::ZERO);
     }
 
@@ -182,7 +187,7 @@ mod tests {
     fn a_pipe_with_bytes_in_it_is_never_used_again() {
         let shard = Arc::new(Shard::default());
         let life = life(&shard);
-        let pipes = Pipes::new(Budget::new(CAPACITY as u64));
+        let pipes = Pipes::new(Budget::new(CAPACITY as u64, 1));
         let mut pipe = pipes.take(&life).unwrap();
         let (source, sink) = std::os::unix::net::UnixStream::pair().unwrap();
         std::io::Write::write_all(&mut &sink, b"secret").unwrap();
@@ -202,7 +207,7 @@ mod tests {
     fn a_worker_keeps_few() {
         let shard = Arc::new(Shard::default());
         let life = life(&shard);
-        let budget = Budget::new(u64::MAX);
+        let budget = Budget::new(u64::MAX, 1);
         let pipes = Pipes::new(Arc::clone(&budget));
         let taken: Vec<_> = (0..=KEPT).map(|_| pipes.take(&life)).collect();
         for pipe in taken {

@@ -13,6 +13,8 @@ pub struct Capacity {
     pub sessions: usize,
     /// Sessions that the descriptors allow; less than `sessions` only where the operator asked for more.
     pub possible: usize,
+    /// Splice pipes at once.
+    pub pipes: u64,
     /// The file-descriptor limit in force.
     pub descriptors: u64,
     /// Worker threads.
@@ -55,13 +57,14 @@ fn compute(
     let fixed = RESERVE + workers as u64 * (PER_WORKER + listening as u64);
     // Pipes take what they need of the rest, but never more than a quarter: without one a session copies.
     let rest = descriptors.saturating_sub(fixed);
-    let for_sessions = rest - (pipes * PER_PIPE).min(rest / 4);
+    let pipes = pipes.min(rest / 4 / PER_PIPE);
+    let for_sessions = rest - pipes * PER_PIPE;
     let possible = usize::try_from(for_sessions / PER_SESSION).unwrap_or(usize::MAX);
     if possible == 0 {
         return Err(StartError::Descriptors { needed: fixed + PER_SESSION, found: descriptors });
     }
     let sessions = if process.max_sessions == 0 { possible } else { process.max_sessions };
-    Ok(Capacity { sessions, possible, descriptors, workers })
+    Ok(Capacity { sessions, possible, pipes, descriptors, workers })
 }
 
 #[cfg(test)]

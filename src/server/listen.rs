@@ -46,6 +46,22 @@ pub(super) fn doors(config: &Config, workers: usize) -> Result<Doors, StartError
     Ok(doors)
 }
 
+/// Binds a port of every source address once: one that is not this machine's would fail every session.
+pub(super) fn try_sources(config: &Config) -> Result<(), StartError> {
+    for pool in &config.pools {
+        for &source in &pool.source_addresses {
+            let address = SocketAddr::new(source, 0);
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP));
+            socket.and_then(|socket| socket.bind(&address.into())).map_err(|error| StartError::Bind {
+                what: format!("pool \"{}\": source-addresses", pool.name),
+                address,
+                error,
+            })?;
+        }
+    }
+    Ok(())
+}
+
 /// Binds the address of a page, which one thread serves. It is not shared, so a second process on the same
 /// configuration fails here, before it takes a share of the first one's connections.
 pub(super) fn page(what: &str, address: SocketAddr) -> Result<TcpListener, StartError> {

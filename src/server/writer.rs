@@ -5,14 +5,15 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 
 use super::StartError;
 use crate::account::log::Batch;
 use crate::config::AccessLog;
 
-/// The sender for workers' journals, and the thread, where the log is on. The thread ends with the last sender.
-type Opened = (Option<SyncSender<Batch>>, Option<JoinHandle<()>>);
+/// The sender for workers' journals, where the log is on, and what is closed when all is written: the thread ends with
+/// the last sender.
+type Opened = (Option<SyncSender<Batch>>, Option<Receiver<()>>);
 
 /// Opens the log; at most `queue` batches wait for it, and lines that it cannot write are counted in `lost`.
 pub(super) fn open(log: &AccessLog, queue: usize, lost: Arc<AtomicU64>) -> Result<Opened, StartError> {
@@ -26,8 +27,12 @@ pub(super) fn open(log: &AccessLog, queue: usize, lost: Arc<AtomicU64>) -> Resul
         }
     };
     let (sender, receiver) = sync_channel(queue);
-    let thread = Builder::new().name("access-log".to_owned()).spawn(move || write(to, &receiver, &lost))?;
-    Ok((Some(sender), Some(thread)))
+    let (done, written) = sync_channel(0);
+    Builder::new().name("access-log".to_owned()).spawn(move || {
+        write(to, &receiver, &lost);
+        drop(done);
+    })?;
+    Ok((Some(sender), Some(written)))
 }
 
 fn write(mut to: Box<dyn Write + Send>, batches: &Receiver<Batch>, lost: &AtomicU64) {

@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vestibule::lab::backend::{Backend, Temper};
@@ -276,4 +277,25 @@ async fn sessions_are_reset_when_the_process_ends() {
     assert_eq!(whys, ["done", "drained", "drained"]);
     assert_eq!(live.sessions.used(), 0);
     assert_eq!(live.shards.iter().map(|shard| shard.worker.pipes.value()).sum::<u64>(), 0);
+}
+
+#[tokio::test]
+async fn a_client_that_resets_while_its_bytes_are_stuck_is_noticed_long_before_the_idle_timeout() {
+    let acme = Backend::start("acme-1", Temper::BlackHole).await.unwrap();
+    let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
+    let stream = proxy.open(ACME, b"").await;
+    let chunk = vec![7; 1 << 20];
+    // Until nothing has gone for a while: the backend reads nothing, and every buffer on the way is full.
+    while let Ok(written) = tokio::time::timeout(Duration::from_millis(500), stream.writable()).await {
+        written.unwrap();
+        match stream.try_write(&chunk) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+        }
+    }
+    stream.set_zero_linger().unwrap();
+    drop(stream);
+    proxy.ended(&[("tenant", "acme"), ("by", "client"), ("why", "reset")]).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
 }

@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use vestibule::config::Config;
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::lab::nlb;
-use vestibule::server::Server;
+use vestibule::server::{Server, StartError};
 
 /// The tenant that a test is about, and its endpoint.
 pub const ACME: &str = "vpce-0acce0000acce0000";
@@ -135,12 +135,17 @@ state = "disabled"
 
     /// Starts the proxy and globex's backend.
     pub async fn start(self) -> Proxy {
+        self.try_start().await.unwrap()
+    }
+
+    /// Starts the proxy and globex's backend, or says why not.
+    pub async fn try_start(self) -> Result<Proxy, StartError> {
         let dir = TempDir::new().unwrap();
         let log = dir.path().join("access.log");
         let globex = Backend::start("globex-1", Temper::Echo).await.unwrap();
         let text = self.text(globex.address(), log.to_str().unwrap());
         let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        Proxy { server: Some(Server::start(&config).unwrap()), dir, _globex: globex }
+        Ok(Proxy { server: Some(Server::start(&config)?), dir, _globex: globex })
     }
 }
 

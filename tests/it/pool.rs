@@ -278,26 +278,15 @@ async fn a_backend_sees_the_source_address_that_was_configured() {
 }
 
 #[tokio::test]
-async fn a_source_address_that_is_not_here_is_no_fault_of_the_backends() {
+async fn a_source_address_that_is_not_here_is_said_at_the_start() {
     let raw = Raw::bind().await;
-    let pool = "source-addresses = [\"192.0.2.1\"]".to_owned();
-    let proxy = raw.proxy(Conf { pool, ..Conf::default() }).await;
-    is_turned_away(&proxy).await;
-    let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "connect"), ("why", "no_local_port")];
-    proxy.ended(&labels).is(1).await;
-    connects(&proxy, raw.address(), "no_local_port", 1).await;
-    proxy.others_are_unharmed().await;
-    proxy.finish().await;
-    // One that is here beside it is enough.
-    let pool = "source-addresses = [\"192.0.2.1\", \"127.0.0.9\"]".to_owned();
-    let proxy = raw.proxy(Conf { pool, ..Conf::default() }).await;
-    for _ in 0..10 {
-        let (client, backend) = raw.session(&proxy).await;
-        assert_eq!(backend.peer_addr().unwrap().ip().to_string(), "127.0.0.9");
-        drop((client, backend));
-    }
-    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(10).await;
-    proxy.finish().await;
+    let pool = "source-addresses = [\"127.0.0.9\", \"192.0.2.1\"]".to_owned();
+    let conf = Conf { acme: vec![raw.address()], pool, ..Conf::default() };
+    let error = conf.try_start().await.map(|_| ()).unwrap_err().to_string();
+    assert!(
+        error.starts_with("pool \"acme\": source-addresses: 192.0.2.1:0: must be free and local"),
+        "{error}"
+    );
 }
 
 #[tokio::test]

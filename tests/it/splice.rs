@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use vestibule::lab::backend::{Backend, Temper};
 
-use super::harness::{ACME, Conf, Proxy, exchange};
+use super::harness::{ACME, Conf, Proxy, exchange, read};
 use super::raw::{Bytes, Raw, ping_pong, receive_all, send_all};
 
 const MIB: u64 = 1024 * 1024;
@@ -207,7 +207,8 @@ async fn when_the_pipes_are_spent_others_copy() {
     drop(client);
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
     assert!(bytes(&proxy, "splice", "to_client").await > 0.0);
-    proxy.metric("vestibule_pipe_memory_bytes", &[]).is(256 * 1024).await;
+    // Two workers may keep half of the budget, and half of one pipe is none.
+    proxy.metric("vestibule_pipe_memory_bytes", &[]).is(0).await;
     proxy.others_are_unharmed().await;
     proxy.finish().await;
 }
@@ -275,6 +276,32 @@ async fn what_follows_an_urgent_byte_is_not_lost() {
     drop((client, backend));
     proxy.ended(&[("tenant", "acme"), ("by", "client"), ("why", "done")]).is(1).await;
     assert_eq!(proxy.logged("done").await["bytes"]["to_backend"], 8 * MIB + 140_000);
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_session_that_grows_quiet_after_bulk_copies_again() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
+    let mut stream = proxy.open(ACME, b"").await;
+    let (mut reader, mut writer) = stream.split();
+    let bulk = vec![7; 8 << 20];
+    let mut back = vec![0; bulk.len()];
+    let (sent, received) = tokio::join!(writer.write_all(&bulk), reader.read_exact(&mut back));
+    sent.unwrap();
+    received.unwrap();
+    assert!(back == bulk);
+    let copied = [("mode", "copy"), ("direction", "to_client")];
+    let before = proxy.value("vestibule_forward_mode_bytes_total", &copied).await;
+    // Never a second's rest, and more messages than a byte counts.
+    for _ in 0..300 {
+        stream.write_all(b"ping").await.unwrap();
+        assert_eq!(read(&mut stream, 4).await, b"ping");
+    }
+    let small = proxy.value("vestibule_forward_mode_bytes_total", &copied).await - before;
+    assert!(small > 1_100.0, "only {small} of 1200 bytes were copied");
+    assert_eq!(exchange(stream).await.unwrap(), b"");
     proxy.others_are_unharmed().await;
     proxy.finish().await;
 }
