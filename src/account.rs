@@ -4,6 +4,7 @@
 //! costs a plain addition: no lock, no label, no shared cache line.
 
 pub mod latency;
+mod line;
 pub mod log;
 pub mod meter;
 pub mod names;

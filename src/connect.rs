@@ -75,25 +75,28 @@ pub async fn dial(
     }
 }
 
-/// The source addresses of a backend's family; the system's choice alone where there is none. Never empty.
-#[must_use]
-pub fn sources(all: &[IpAddr], address: BackendAddr) -> Vec<Option<IpAddr>> {
-    let of_family = all.iter().copied().filter(|ip| ip.is_ipv4() == address.0.is_ipv4());
-    let mut sources: Vec<_> = of_family.map(Some).collect();
-    if sources.is_empty() {
-        sources.push(None);
-    }
-    sources
+/// The source addresses of a backend's family, each once, from the `start`-th on; the system's choice alone where
+/// there is none. Never empty.
+pub fn sources(
+    all: &[IpAddr],
+    address: BackendAddr,
+    start: usize,
+) -> impl Iterator<Item = Option<IpAddr>> + '_ {
+    let of_family = move || all.iter().copied().filter(move |ip| ip.is_ipv4() == address.0.is_ipv4());
+    let count = of_family().count();
+    let chosen = of_family().chain(of_family()).skip(start % count.max(1)).take(count).map(Some);
+    chosen.chain((count == 0).then_some(None))
 }
 
-/// Starts to connect.
+/// Starts to connect. TCP_NODELAY is left to the second write: the first leaves at once without it, as nothing is
+/// on its way that it could be held back for (`tcp_nagle_check` in net/ipv4/`tcp_output.c`), and a session of one request
+/// is spared the call.
 ///
 /// # Errors
 /// What the system says at once.
 pub fn start(address: BackendAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::TCP))?;
-    socket.set_tcp_nodelay(true)?;
     if let Some(source) = source {
         // The port is chosen at connect, for the pair of addresses: 28,000 ports to EACH backend (ip(7)).
         setsockopt(&socket, IpBindAddressNoPort, &true)?;
@@ -139,10 +142,16 @@ mod tests {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let all = [ip("10.0.0.1"), ip("fd00::1"), ip("10.0.0.2")];
         let backend = |text: &str| BackendAddr(text.parse().unwrap());
-        assert_eq!(sources(&all, backend("10.1.1.1:80")), [Some(ip("10.0.0.1")), Some(ip("10.0.0.2"))]);
-        assert_eq!(sources(&all, backend("[fd00::9]:80")), [Some(ip("fd00::1"))]);
-        assert_eq!(sources(&all[..1], backend("[fd00::9]:80")), [None]);
-        assert_eq!(sources(&[], backend("10.1.1.1:80")), [None]);
+        let found = |all: &[IpAddr], address: &str, start: usize| -> Vec<Option<IpAddr>> {
+            sources(all, backend(address), start).collect()
+        };
+        let (first, second) = (Some(ip("10.0.0.1")), Some(ip("10.0.0.2")));
+        assert_eq!(found(&all, "10.1.1.1:80", 0), [first, second]);
+        assert_eq!(found(&all, "10.1.1.1:80", 1), [second, first]);
+        assert_eq!(found(&all, "10.1.1.1:80", usize::MAX - 1), [first, second]);
+        assert_eq!(found(&all, "[fd00::9]:80", 7), [Some(ip("fd00::1"))]);
+        assert_eq!(found(&all[..1], "[fd00::9]:80", 0), [None]);
+        assert_eq!(found(&[], "10.1.1.1:80", 3), [None]);
     }
 
     #[test]

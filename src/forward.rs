@@ -42,14 +42,13 @@ const PIPE_REST: Duration = Duration::from_secs(1);
 /// While bytes are held, how often both sockets are asked whether they were reset.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// A session that has lived so long gets keepalive towards its backend. The client's side has it from the listening
-/// socket; here it would cost every short session four calls.
+/// A session that has lived so long gets keepalive on both its sides: a short one is spared eight calls, or two
+/// timers of the kernel's where a listening socket hands it down.
 const SETTLED: Duration = Duration::from_secs(5);
 
 /// How a silent connection is asked whether it is still there: NLB and security groups forget it after 350 s, so
 /// the first question comes well before (AWS, "Connection idle timeout").
-#[must_use]
-pub fn keepalive() -> socket2::TcpKeepalive {
+fn keepalive() -> socket2::TcpKeepalive {
     socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(15))
@@ -90,6 +89,7 @@ pub fn relay<'a>(pair: Pair, patience: Patience, pipes: &'a Pipes, life: &'a mut
         patience,
         rest: Span::of(PIPE_REST),
         settles: Some(now.after(Span::of(SETTLED))),
+        prompt: false,
         look: Span::of(LOOK),
         looks_at: None,
         first_end: None,
@@ -111,6 +111,8 @@ pub struct Relay<'a> {
     rest: Span,
     /// When the session will have settled, until it has.
     settles: Option<Tick>,
+    /// Whether the backend's socket has TCP_NODELAY. The client's has it from the listening socket.
+    prompt: bool,
     look: Span,
     /// When both sockets are asked for an error, while bytes are held.
     looks_at: Option<Tick>,
@@ -209,6 +211,7 @@ impl Relay<'_> {
         loop {
             // 1. What is held goes first: nothing is read, and no end passed on, before it has gone.
             if !way.spill.is_empty() {
+                be_prompt(&mut self.prompt, direction, sink, self.life);
                 let count = ready!(way.spill.poll_write(sink, context)).map_err(Broken::Sink)?;
                 self.life.meter.forwarded(direction, count, false);
                 way.moved = self.life.tick();
@@ -228,10 +231,7 @@ impl Relay<'_> {
                         shut_down(sink).map_err(Broken::Sink)?;
                     }
                     way.phase = Phase::Shut;
-                    self.first_end.get_or_insert(match direction {
-                        Direction::ToBackend => By::Client,
-                        Direction::ToClient => By::Backend,
-                    });
+                    self.first_end.get_or_insert(ends(direction).0);
                     self.pipes.give_back(way.pipe.take(), self.life);
                     way.moved = self.life.tick();
                     return Poll::Ready(Ok(()));
@@ -261,6 +261,7 @@ impl Relay<'_> {
                 let mut scratch = self.local.scratch.borrow_mut();
                 let read = ready!(copy::poll_read(source, &mut scratch, context)).map_err(Broken::Source)?;
                 if !read.is_empty() {
+                    be_prompt(&mut self.prompt, direction, sink, self.life);
                     let count = way.spill.poll_write_first(read, sink, context).map_err(Broken::Sink)?;
                     self.life.meter.forwarded(direction, count, false);
                 }
@@ -278,10 +279,7 @@ impl Relay<'_> {
 
     /// One end of a direction failed. An outcome, unless the other direction may still hold an answer.
     fn broke(&mut self, direction: Direction, broken: &Broken) -> Option<Outcome> {
-        let (source, sink) = match direction {
-            Direction::ToBackend => (By::Client, By::Backend),
-            Direction::ToClient => (By::Backend, By::Client),
-        };
+        let (source, sink) = ends(direction);
         match broken {
             // A source fails only when nothing of it is held, and a broken connection sends nothing more.
             Broken::Source(error) => {
@@ -364,12 +362,14 @@ impl Relay<'_> {
         Some(Outcome::new(by, At::Forward, why(&error)))
     }
 
-    /// Turns keepalive on towards the backend, once the session is no short one; when that will be.
+    /// Turns keepalive on, once the session is no short one; when that will be.
     fn settle(&mut self, now: Tick) -> Option<Tick> {
         if self.settles.is_some_and(|settles| settles <= now) {
             self.settles = None;
-            // A connection that cannot be asked is found dead by its timeouts.
-            socket2::SockRef::from(&self.backend).set_tcp_keepalive(&keepalive()).unwrap_or_default();
+            for socket in [&self.client, &self.backend] {
+                // A connection that cannot be asked is found dead by its timeouts.
+                socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive()).unwrap_or_default();
+            }
         }
         self.settles
     }
@@ -442,6 +442,23 @@ impl Way {
             self.pipe = pipes.take(life);
             self.streak = 0;
         }
+    }
+}
+
+/// Whose bytes a direction carries, and who gets them.
+const fn ends(direction: Direction) -> (By, By) {
+    match direction {
+        Direction::ToBackend => (By::Client, By::Backend),
+        Direction::ToClient => (By::Backend, By::Client),
+    }
+}
+
+/// Sets TCP_NODELAY before the second write to the backend; the first leaves at once without it.
+fn be_prompt(prompt: &mut bool, direction: Direction, backend: &TcpStream, life: &Life) {
+    if direction == Direction::ToBackend && !*prompt && life.meter.bytes().to_backend > 0 {
+        *prompt = true;
+        // A connection that has gone says so when it is written to.
+        backend.set_nodelay(true).unwrap_or_default();
     }
 }
 

@@ -125,10 +125,15 @@ impl Client {
     /// `send_proxy` holds, the header in front of it, its checksum computed anew. A client that sent none gets one
     /// made of its socket's addresses. What was read ends here: a session must not keep it for its whole life.
     #[must_use]
-    pub fn into_parts(self, send_proxy: bool) -> (Connection, Vec<u8>) {
-        let mut bytes = if send_proxy { self.header() } else { Vec::new() };
-        bytes.extend_from_slice(self.first.get(self.header_len..).unwrap_or_default());
-        (self.connection, bytes)
+    pub fn into_parts(mut self, send_proxy: bool) -> (Connection, Vec<u8>) {
+        let header_len = self.header_len.min(self.first.len());
+        if send_proxy {
+            let header = self.header();
+            self.first.splice(..header_len, header);
+        } else {
+            self.first.drain(..header_len);
+        }
+        (self.connection, self.first)
     }
 
     fn header(&self) -> Vec<u8> {

@@ -68,6 +68,12 @@ impl EndpointId {
         }
         (seen & NO_DIGIT == 0).then_some(Self { low: value, high: first })
     }
+
+    /// The digits behind the prefix: the first of a long ID, the rest as a number, and how many the rest has.
+    #[must_use]
+    pub const fn digits(self) -> (Option<u8>, u64, u32) {
+        if self.high == Self::SHORT { (None, self.low, 8) } else { (Some(self.high), self.low, 16) }
+    }
 }
 
 impl fmt::Display for EndpointId {
@@ -138,6 +144,12 @@ impl SessionId {
     #[must_use]
     pub fn new(worker: u16, count: u64) -> Self {
         Self(u64::from(worker) << 48 | (count & 0xFFFF_FFFF_FFFF))
+    }
+
+    /// The number itself.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.0
     }
 }
 

@@ -37,23 +37,35 @@ pub struct Pool {
 
 /// Backends that one session has tried already.
 #[derive(Debug, Default)]
-pub struct Tried(Vec<usize>);
+pub struct Tried {
+    /// Most sessions try one, and need no list.
+    first: Option<usize>,
+    others: Vec<usize>,
+}
 
 impl Tried {
     /// How many.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.len()
+        usize::from(self.first.is_some()) + self.others.len()
     }
 
     /// Whether none was tried.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.first.is_none()
     }
 
     fn has(&self, place: usize) -> bool {
-        self.0.contains(&place)
+        self.first == Some(place) || self.others.contains(&place)
+    }
+
+    fn add(&mut self, place: usize) {
+        if self.first.is_some() {
+            self.others.push(place);
+        } else {
+            self.first = Some(place);
+        }
     }
 }
 
@@ -118,7 +130,7 @@ impl Pool {
             let left: Vec<usize> = usable.iter().copied().filter(|place| !tried.has(*place)).collect();
             self.less_loaded(&left, roll)?
         };
-        tried.0.push(place);
+        tried.add(place);
         self.backends.get(place).map(Picked::new)
     }
 

@@ -9,7 +9,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use crate::account::meter::Connect;
 use crate::addr::BackendAddr;
 use crate::config::Probe;
-use crate::connect::{self, sources};
+use crate::connect;
 use crate::pool::Pool;
 
 /// The first probes of a pool's backends start so far apart, so that thousands do not start at once.
@@ -29,10 +29,9 @@ pub async fn run(pool: Arc<Pool>, place: usize, first: impl FnOnce()) {
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut first = Some(first);
-    let sources = sources(&pool.sources, address);
     loop {
         ticks.tick().await;
-        let result = tcp(address, &sources, limit).await;
+        let result = tcp(address, &pool.sources, limit).await;
         if let Some(first) = first.take() {
             first();
         }
@@ -61,10 +60,10 @@ pub async fn run(pool: Arc<Pool>, place: usize, first: impl FnOnce()) {
 
 /// Opens a connection as a session would, from each source in turn as long as only the local ports are at fault, and
 /// resets it: a close would leave a port in TIME_WAIT for each probe.
-async fn tcp(address: BackendAddr, sources: &[Option<IpAddr>], limit: Duration) -> Connect {
+async fn tcp(address: BackendAddr, sources: &[IpAddr], limit: Duration) -> Connect {
     let mut result = Connect::NoLocalPort;
-    for source in sources {
-        result = attempt(address, *source, limit).await;
+    for source in connect::sources(sources, address, 0) {
+        result = attempt(address, source, limit).await;
         if result != Connect::NoLocalPort {
             break;
         }

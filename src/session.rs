@@ -1,7 +1,6 @@
 //! One TCP life, from accept to its line in the log: the only place that knows the order of the steps.
 
 use std::cell::RefCell;
-use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -211,19 +210,13 @@ impl<'a> Steps<'a> {
         Err(failed)
     }
 
-    /// The sources for a backend, from a random one on.
-    fn sources(&self, pool: &Pool, address: BackendAddr) -> Vec<Option<IpAddr>> {
-        let mut sources = connect::sources(&pool.sources, address);
-        let start = usize::try_from(self.worker.roll()).unwrap_or(0) % sources.len().max(1);
-        sources.rotate_left(start);
-        sources
-    }
-
-    /// Tries one backend, from each source address in turn as long as only the local ports are at fault.
+    /// Tries one backend, from each source address in turn, a random one first, as long as only the local ports are at
+    /// fault.
     async fn dial_one(&self, pool: &Pool, picked: &Picked, life: &mut Life) -> Result<TcpStream, Failure> {
         let address = picked.address();
         let mut result = Err(Failure::Backend(Connect::NoLocalPort));
-        for source in self.sources(pool, address) {
+        let start = usize::try_from(self.worker.roll()).unwrap_or(0);
+        for source in connect::sources(&pool.sources, address, start) {
             result = connect::dial(address, source, self.snapshot.connect, life).await;
             if !matches!(result, Err(Failure::Backend(Connect::NoLocalPort))) {
                 break;

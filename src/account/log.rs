@@ -5,110 +5,101 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, SystemTime};
 
-use serde::{Serialize, Serializer};
-
 use super::EachWay;
+use super::line::{Line, Stamp, address, hexadecimal};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::id::{EndpointId, SessionId};
 use crate::outcome::Outcome;
 
 /// One line. What was never known is left out.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub struct Record<'a> {
     /// The end, RFC 3339 in UTC.
-    #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
     /// The session's number in hexadecimal.
-    #[serde(serialize_with = "shown")]
     pub session: SessionId,
     /// The listener's name.
     pub listener: &'a str,
     /// The tenant's name.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub tenant: Option<&'a str>,
     /// The VPC endpoint's ID, as the header says.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "shown_where_known")]
     pub endpoint: Option<EndpointId>,
     /// The client's address, as the header says.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "shown_where_known")]
     pub client: Option<ClientAddr>,
     /// The other end of the socket.
-    #[serde(serialize_with = "shown")]
     pub peer: PeerAddr,
     /// The pool's name.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<&'a str>,
     /// The backend, or the last that was tried.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "shown_where_known")]
     pub backend: Option<BackendAddr>,
     /// How many backends were tried.
     pub attempts: u32,
     /// Bytes forwarded.
-    #[serde(serialize_with = "each_way")]
     pub bytes: EachWay<u64>,
     /// From the pick of the first backend to the connection.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "milliseconds_where_known")]
     pub connect_ms: Option<Duration>,
     /// From accept to the end.
-    #[serde(serialize_with = "milliseconds")]
     pub total_ms: Duration,
     /// Who ended it, at which step, why.
-    #[serde(serialize_with = "outcome")]
     pub outcome: Outcome,
     /// The tenant's labels.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub labels: Option<&'a BTreeMap<String, String>>,
 }
 
-fn rfc3339<S: Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_str(&humantime::format_rfc3339_micros(*time))
-}
-
-fn shown<T: std::fmt::Display, S: Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_str(value)
-}
-
-#[expect(clippy::ref_option, reason = "serde's form")]
-fn shown_where_known<T: std::fmt::Display, S: Serializer>(
-    value: &Option<T>,
-    to: S,
-) -> Result<S::Ok, S::Error> {
-    match value {
-        Some(value) => to.collect_str(value),
-        None => to.serialize_none(),
+impl Record<'_> {
+    /// Writes the line, with its end.
+    fn write(&self, to: &mut Vec<u8>, stamp: &mut Stamp) {
+        let mut line = Line::new(to);
+        line.word("time", |to| stamp.write(to, self.time));
+        line.word("session", |to| hexadecimal(to, self.session.number(), 16));
+        line.text("listener", self.listener);
+        self.write_who(&mut line);
+        line.number("attempts", u64::from(self.attempts));
+        line.object("bytes", |bytes| {
+            bytes.number("to_backend", self.bytes.to_backend);
+            bytes.number("to_client", self.bytes.to_client);
+        });
+        if let Some(span) = self.connect_ms {
+            line.milliseconds("connect_ms", span);
+        }
+        line.milliseconds("total_ms", self.total_ms);
+        line.object("outcome", |outcome| {
+            outcome.text("by", self.outcome.by.word());
+            outcome.text("at", self.outcome.at.word());
+            outcome.text("why", self.outcome.why.word());
+        });
+        if let Some(labels) = self.labels {
+            line.object("labels", |object| labels.iter().for_each(|(key, value)| object.label(key, value)));
+        }
+        line.end();
     }
-}
 
-fn milliseconds<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_f64((value.as_secs_f64() * 1e6).round() / 1e3)
-}
-
-#[expect(clippy::ref_option, reason = "serde's form")]
-fn milliseconds_where_known<S: Serializer>(value: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
-    match value {
-        Some(value) => milliseconds(value, to),
-        None => to.serialize_none(),
+    /// Whose session it was, and where it went.
+    fn write_who(&self, line: &mut Line<'_>) {
+        if let Some(tenant) = self.tenant {
+            line.text("tenant", tenant);
+        }
+        if let Some(endpoint) = self.endpoint {
+            line.word("endpoint", |to| {
+                let (first, rest, digits) = endpoint.digits();
+                to.extend_from_slice(b"vpce-");
+                if let Some(first) = first {
+                    hexadecimal(to, u64::from(first), 1);
+                }
+                hexadecimal(to, rest, digits);
+            });
+        }
+        if let Some(client) = self.client {
+            line.word("client", |to| address(to, client.0));
+        }
+        line.word("peer", |to| address(to, self.peer.0));
+        if let Some(pool) = self.pool {
+            line.text("pool", pool);
+        }
+        if let Some(backend) = self.backend {
+            line.word("backend", |to| address(to, backend.0));
+        }
     }
-}
-
-fn each_way<S: Serializer>(bytes: &EachWay<u64>, to: S) -> Result<S::Ok, S::Error> {
-    #[derive(Serialize)]
-    struct Form {
-        to_backend: u64,
-        to_client: u64,
-    }
-    Form { to_backend: bytes.to_backend, to_client: bytes.to_client }.serialize(to)
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
-fn outcome<S: Serializer>(outcome: &Outcome, to: S) -> Result<S::Ok, S::Error> {
-    #[derive(Serialize)]
-    struct Form {
-        by: &'static str,
-        at: &'static str,
-        why: &'static str,
-    }
-    Form { by: outcome.by.word(), at: outcome.at.word(), why: outcome.why.word() }.serialize(to)
 }
 
 /// Lines that are ready to be written.
@@ -130,6 +121,7 @@ pub const QUEUE: usize = 64;
 #[derive(Debug)]
 pub struct Journal {
     batch: RefCell<Batch>,
+    stamp: RefCell<Stamp>,
     /// `None` where the log is off.
     writer: Option<SyncSender<Batch>>,
     dropped: Cell<u64>,
@@ -139,7 +131,7 @@ impl Journal {
     /// A journal that hands its batches to `writer`.
     #[must_use]
     pub fn new(writer: Option<SyncSender<Batch>>) -> Self {
-        Self { batch: RefCell::default(), writer, dropped: Cell::new(0) }
+        Self { batch: RefCell::default(), stamp: RefCell::default(), writer, dropped: Cell::new(0) }
     }
 
     /// Adds a line.
@@ -148,13 +140,11 @@ impl Journal {
             return;
         }
         let mut batch = self.batch.borrow_mut();
-        let start = batch.text.len();
-        if serde_json::to_writer(&mut batch.text, record).is_ok() {
-            batch.text.push(b'\n');
-            batch.lines += 1;
-        } else {
-            batch.text.truncate(start);
+        if batch.text.capacity() == 0 {
+            batch.text.reserve(FULL + FULL / 8);
         }
+        record.write(&mut batch.text, &mut self.stamp.borrow_mut());
+        batch.lines += 1;
         let full = batch.text.len() >= FULL;
         drop(batch);
         if full {
@@ -251,30 +241,6 @@ mod tests {
         let line = String::from_utf8(receiver.recv().unwrap().text).unwrap();
         for key in ["tenant", "endpoint", "client", "pool", "backend", "connect_ms", "labels"] {
             assert!(!line.contains(&format!("\"{key}\":")), "{key} in {line}");
-        }
-        assert_eq!(serde_json::to_string(&Wrapped).unwrap(), "[null,null]");
-    }
-
-    /// Serde never calls the two with `None`, because such fields are skipped; they answer all the same.
-    struct Wrapped;
-
-    impl Serialize for Wrapped {
-        fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-            use serde::ser::SerializeSeq;
-            struct Null(bool);
-            impl Serialize for Null {
-                fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-                    if self.0 {
-                        shown_where_known(&None::<u8>, to)
-                    } else {
-                        milliseconds_where_known(&None, to)
-                    }
-                }
-            }
-            let mut seq = to.serialize_seq(Some(2))?;
-            seq.serialize_element(&Null(true))?;
-            seq.serialize_element(&Null(false))?;
-            seq.end()
         }
     }
 

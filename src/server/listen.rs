@@ -7,7 +7,6 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::StartError;
 use crate::config::Config;
-use crate::forward;
 
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
@@ -74,9 +73,8 @@ fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     if shared {
         socket.set_reuse_port(true)?;
-        // Accepted sockets inherit both: no call for each session.
+        // Accepted sockets inherit it: no call for each session.
         socket.set_tcp_nodelay(true)?;
-        socket.set_tcp_keepalive(&forward::keepalive())?;
     }
     if address.is_ipv6() {
         // [::] and 0.0.0.0 are two addresses, and each is configured for itself.
