@@ -121,6 +121,12 @@ impl Client {
         }
     }
 
+    /// Whether payload came with the header.
+    #[must_use]
+    pub fn has_payload(&self) -> bool {
+        self.first.len() > self.header_len
+    }
+
     /// The connection, and what goes to the backend first: the payload that came with the header and, where
     /// `send_proxy` holds, the header in front of it, its checksum computed anew. A client that sent none gets one
     /// made of its socket's addresses. What was read ends here: a session must not keep it for its whole life.

@@ -9,7 +9,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use crate::account::meter::Connect;
 use crate::addr::BackendAddr;
 use crate::config::Probe;
-use crate::connect;
+use crate::connect::{self, Opening};
 use crate::pool::Pool;
 
 /// The first probes of a pool's backends start so far apart, so that thousands do not start at once.
@@ -73,7 +73,7 @@ async fn tcp(address: BackendAddr, sources: &[IpAddr], limit: Duration) -> Conne
 
 async fn attempt(address: BackendAddr, source: Option<IpAddr>, limit: Duration) -> Connect {
     let connected = async {
-        let socket = connect::start(address, source)?;
+        let socket = connect::start(address, source, Opening::Listens)?;
         socket.writable().await?;
         socket.take_error()?.map_or(Ok(socket), Err)
     };

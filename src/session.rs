@@ -13,7 +13,7 @@ use crate::account::meter::{Connect, Meter};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::admission::slots::Slots;
 use crate::clock;
-use crate::connect::{self, Failure};
+use crate::connect::{self, Failure, Opening};
 use crate::forward::pipe::Pipes;
 use crate::forward::{self, Pair};
 use crate::header::{self, Client};
@@ -138,7 +138,9 @@ impl<'a> Steps<'a> {
         let client = self.hear(accepted, life, story).await?;
         let heard = self.place(&client, life, story);
         let pool = heard.inspect_err(|_| client.connection.reset_on_close())?;
-        let dialled = self.dial(pool, life, story).await;
+        let speaks = pool.send_proxy || client.has_payload();
+        let opening = if speaks { Opening::Speaks } else { Opening::Listens };
+        let dialled = self.dial(pool, opening, life, story).await;
         let (backend, _load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
@@ -181,6 +183,7 @@ impl<'a> Steps<'a> {
     async fn dial(
         &self,
         pool: &Pool,
+        opening: Opening,
         life: &mut Life,
         story: &mut Story<'a>,
     ) -> Result<(TcpStream, Picked), Outcome> {
@@ -192,7 +195,7 @@ impl<'a> Steps<'a> {
         {
             story.attempts += 1;
             story.backend = Some(picked.address());
-            match self.dial_one(pool, &picked, life).await {
+            match self.dial_one(pool, &picked, opening, life).await {
                 Ok(socket) => {
                     let took = clock::now().since(start);
                     story.connect = Some(took);
@@ -212,12 +215,18 @@ impl<'a> Steps<'a> {
 
     /// Tries one backend, from each source address in turn, a random one first, as long as only the local ports are at
     /// fault.
-    async fn dial_one(&self, pool: &Pool, picked: &Picked, life: &mut Life) -> Result<TcpStream, Failure> {
+    async fn dial_one(
+        &self,
+        pool: &Pool,
+        picked: &Picked,
+        opening: Opening,
+        life: &mut Life,
+    ) -> Result<TcpStream, Failure> {
         let address = picked.address();
         let mut result = Err(Failure::Backend(Connect::NoLocalPort));
         let start = usize::try_from(self.worker.roll()).unwrap_or(0);
         for source in connect::sources(&pool.sources, address, start) {
-            result = connect::dial(address, source, self.snapshot.connect, life).await;
+            result = connect::dial(address, source, opening, self.snapshot.connect, life).await;
             if !matches!(result, Err(Failure::Backend(Connect::NoLocalPort))) {
                 break;
             }
