@@ -245,10 +245,11 @@ impl Relay<'_> {
                 ready!(pin!(tokio::task::yield_now()).poll(context));
                 left = TURN;
             }
-            // 2. Nothing is read for a sink that takes nothing: it would only lie here.
-            ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
-            // 3. What comes next.
+            // 2. What comes next.
             let count = if let Some(pipe) = &mut way.pipe {
+                // A pipe is not filled for a sink that takes nothing: it would only be held. A copy finds out by its
+                // write, which takes everything nearly always, and asks no socket before.
+                ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
                 let count = ready!(splice::poll_in(source, pipe, context)).map_err(Broken::Source)?;
                 if count == 0 {
                     // Either the end, or an urgent byte before it: the kernel's splice stops there and says 0. A read

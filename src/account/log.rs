@@ -6,7 +6,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, SystemTime};
 
 use super::EachWay;
-use super::line::{Line, Stamp, address, hexadecimal};
+use super::line::{Stamp, address, decimal, hexadecimal, milliseconds, quote};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::id::{EndpointId, SessionId};
 use crate::outcome::Outcome;
@@ -49,56 +49,84 @@ pub struct Record<'a> {
 impl Record<'_> {
     /// Writes the line, with its end.
     fn write(&self, to: &mut Vec<u8>, stamp: &mut Stamp) {
-        let mut line = Line::new(to);
-        line.word("time", |to| stamp.write(to, self.time));
-        line.word("session", |to| hexadecimal(to, self.session.number(), 16));
-        line.text("listener", self.listener);
-        self.write_who(&mut line);
-        line.number("attempts", u64::from(self.attempts));
-        line.object("bytes", |bytes| {
-            bytes.number("to_backend", self.bytes.to_backend);
-            bytes.number("to_client", self.bytes.to_client);
-        });
+        to.extend_from_slice(br#"{"time":""#);
+        stamp.write(to, self.time);
+        to.extend_from_slice(br#"","session":""#);
+        hexadecimal(to, self.session.number(), 16);
+        to.extend_from_slice(br#"","listener":"#);
+        quote(to, self.listener);
+        self.write_who(to);
+        to.extend_from_slice(br#","attempts":"#);
+        decimal(to, u64::from(self.attempts));
+        to.extend_from_slice(br#","bytes":{"to_backend":"#);
+        decimal(to, self.bytes.to_backend);
+        to.extend_from_slice(br#","to_client":"#);
+        decimal(to, self.bytes.to_client);
+        to.push(b'}');
         if let Some(span) = self.connect_ms {
-            line.milliseconds("connect_ms", span);
+            to.extend_from_slice(br#","connect_ms":"#);
+            milliseconds(to, span);
         }
-        line.milliseconds("total_ms", self.total_ms);
-        line.object("outcome", |outcome| {
-            outcome.text("by", self.outcome.by.word());
-            outcome.text("at", self.outcome.at.word());
-            outcome.text("why", self.outcome.why.word());
-        });
-        if let Some(labels) = self.labels {
-            line.object("labels", |object| labels.iter().for_each(|(key, value)| object.label(key, value)));
+        to.extend_from_slice(br#","total_ms":"#);
+        milliseconds(to, self.total_ms);
+        for (key, word) in [
+            (&br#","outcome":{"by":""#[..], self.outcome.by.word()),
+            (br#"","at":""#, self.outcome.at.word()),
+            (br#"","why":""#, self.outcome.why.word()),
+        ] {
+            to.extend_from_slice(key);
+            to.extend_from_slice(word.as_bytes());
         }
-        line.end();
+        to.extend_from_slice(br#""}"#);
+        self.write_labels(to);
+        to.extend_from_slice(b"}\n");
     }
 
     /// Whose session it was, and where it went.
-    fn write_who(&self, line: &mut Line<'_>) {
+    fn write_who(&self, to: &mut Vec<u8>) {
         if let Some(tenant) = self.tenant {
-            line.text("tenant", tenant);
+            to.extend_from_slice(br#","tenant":"#);
+            quote(to, tenant);
         }
         if let Some(endpoint) = self.endpoint {
-            line.word("endpoint", |to| {
-                let (first, rest, digits) = endpoint.digits();
-                to.extend_from_slice(b"vpce-");
-                if let Some(first) = first {
-                    hexadecimal(to, u64::from(first), 1);
-                }
-                hexadecimal(to, rest, digits);
-            });
+            to.extend_from_slice(br#","endpoint":"vpce-"#);
+            let (first, rest, digits) = endpoint.digits();
+            if let Some(first) = first {
+                hexadecimal(to, u64::from(first), 1);
+            }
+            hexadecimal(to, rest, digits);
+            to.push(b'"');
         }
         if let Some(client) = self.client {
-            line.word("client", |to| address(to, client.0));
+            to.extend_from_slice(br#","client":""#);
+            address(to, client.0);
+            to.push(b'"');
         }
-        line.word("peer", |to| address(to, self.peer.0));
+        to.extend_from_slice(br#","peer":""#);
+        address(to, self.peer.0);
+        to.push(b'"');
         if let Some(pool) = self.pool {
-            line.text("pool", pool);
+            to.extend_from_slice(br#","pool":"#);
+            quote(to, pool);
         }
         if let Some(backend) = self.backend {
-            line.word("backend", |to| address(to, backend.0));
+            to.extend_from_slice(br#","backend":""#);
+            address(to, backend.0);
+            to.push(b'"');
         }
+    }
+
+    fn write_labels(&self, to: &mut Vec<u8>) {
+        let Some(labels) = self.labels else { return };
+        let mut before: &[u8] = br#","labels":{"#;
+        for (key, value) in labels {
+            to.extend_from_slice(before);
+            quote(to, key);
+            to.push(b':');
+            quote(to, value);
+            before = b",";
+        }
+        to.extend_from_slice(if labels.is_empty() { br#","labels":{}"# } else { b"}" });
     }
 }
 

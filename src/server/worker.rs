@@ -97,10 +97,11 @@ impl Shop {
 
     fn carry(&self, fresh: Fresh) {
         let worker = Rc::clone(&self.worker);
-        spawn_local(async move {
+        // Boxed, because a task moves what it runs three times at its end.
+        spawn_local(Box::pin(async move {
             let _aboard = fresh.aboard;
             session::run(worker, fresh.accepted, fresh.listener).await;
-        });
+        }));
     }
 }
 
