@@ -77,8 +77,10 @@ struct Story<'a> {
     connect: Option<std::time::Duration>,
 }
 
-/// Carries a session from its first byte to its last, and accounts for it once, at the end.
-pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32) {
+/// Carries a session from its first byte to its last, and accounts for it once, at the end. `aboard` is held as long.
+///
+/// One future for all of it: each that is awaited within another keeps a place for its arguments, for life.
+pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: impl Sized) {
     let snapshot = worker.snapshot();
     let Some(rules) = snapshot.listeners.get(listener as usize) else { return };
     let meter = Meter::new(Rc::clone(&worker.local.ledger), &rules.label);
@@ -95,7 +97,13 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32) {
         connect: None,
     };
     let steps = Steps { worker: &worker, snapshot: &snapshot, listener, rules };
-    let (Ok(outcome) | Err(outcome)) = steps.live(accepted, &mut life, &mut story).await;
+    let (Ok(outcome) | Err(outcome)) = async {
+        let _permit = worker.slots.take().ok_or(Outcome::reject(At::Accept, Why::Shed))?;
+        // What leads to forwarding takes more room than forwarding does, and gives it back.
+        let (pair, _load) = Box::pin(steps.lead(accepted, &mut life, &mut story)).await?;
+        Ok(forward::relay(pair, snapshot.patience, &worker.pipes, &mut life).await)
+    }
+    .await;
     let bytes = life.meter.bytes();
     let total = life.end(outcome, clock::now());
     if outcome.is_logged() {
@@ -117,6 +125,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32) {
             labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
         });
     }
+    drop(aboard);
 }
 
 /// The steps of a session, on the snapshot that it was born with.
@@ -128,24 +137,23 @@ struct Steps<'a> {
 }
 
 impl<'a> Steps<'a> {
-    async fn live(
+    /// Every step up to forwarding.
+    async fn lead(
         &self,
         accepted: Accepted,
         life: &mut Life,
         story: &mut Story<'a>,
-    ) -> Result<Outcome, Outcome> {
-        let _permit = self.worker.slots.take().ok_or(Outcome::reject(At::Accept, Why::Shed))?;
+    ) -> Result<(Pair, Picked), Outcome> {
         let client = self.hear(accepted, life, story).await?;
         let heard = self.place(&client, life, story);
         let pool = heard.inspect_err(|_| client.connection.reset_on_close())?;
         let speaks = pool.send_proxy || client.has_payload();
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
         let dialled = self.dial(pool, opening, life, story).await;
-        let (backend, _load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
+        let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
-        let pair = Pair { client, backend, first };
-        Ok(forward::relay(pair, self.snapshot.patience, &self.worker.pipes, life).await)
+        Ok((Pair { client, backend, first }, load))
     }
 
     /// Who speaks.

@@ -98,10 +98,7 @@ impl Shop {
     fn carry(&self, fresh: Fresh) {
         let worker = Rc::clone(&self.worker);
         // Boxed, because a task moves what it runs three times at its end.
-        spawn_local(Box::pin(async move {
-            let _aboard = fresh.aboard;
-            session::run(worker, fresh.accepted, fresh.listener).await;
-        }));
+        spawn_local(Box::pin(session::run(worker, fresh.accepted, fresh.listener, fresh.aboard)));
     }
 }
 
