@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::time::interval;
 
-use super::plot;
+use super::{backend, plot};
 use crate::config::unit;
 use crate::lab::load::schedule::Skew;
 use crate::lab::load::{self, Mode, Plan, Progress, Report};
@@ -69,6 +69,9 @@ pub(super) struct Options {
     /// How many connections of a hundred are noise: health checks, empty ones, split headers, unknown endpoints
     #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = percent)]
     noise: u8,
+    /// Serve this backend too, in the same process and as long as the load lasts; may be given more than once
+    #[arg(long, value_name = "NAME=ADDRESS", num_args = 1.., value_parser = backend::named)]
+    serve: Vec<(String, SocketAddr)>,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -155,7 +158,11 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         noise: options.noise,
     };
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    let report = runtime.block_on(watched(plan))?;
+    let report = runtime.block_on(async {
+        // Held until the load has ended.
+        let _backends = backend::start(&options.serve).await?;
+        watched(plan).await.map_err(|error| error.to_string())
+    })?;
     if options.json {
         println!("{:#}", as_json(&report));
     } else {
