@@ -14,9 +14,13 @@ pub(super) struct Options {
 
 pub(super) fn named(text: &str) -> Result<(String, SocketAddr), String> {
     let (name, address) = text.split_once('=').unwrap_or(("backend", text));
-    let address =
-        address.parse().map_err(|_| format!("must be an IP address and a port, found \"{address}\""))?;
-    Ok((name.to_owned(), address))
+    Ok((name.to_owned(), self::address(address)?))
+}
+
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        format!("must be an IP address and a port, such as \"127.0.0.1:8080\", found \"{text}\"")
+    })
 }
 
 pub(super) fn run(options: &Options) -> ExitCode {

@@ -15,6 +15,7 @@ use tokio::time::interval;
 
 use super::{backend, plot};
 use crate::config::unit;
+use crate::id::EndpointId;
 use crate::lab::load::schedule::Skew;
 use crate::lab::load::{self, Mode, Plan, Progress, Report};
 
@@ -31,10 +32,10 @@ const PERCENTILES: [f64; 7] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     /// The proxy's address
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = backend::address)]
     target: SocketAddr,
     /// Play this VPC endpoint; may be given more than once
-    #[arg(long, value_name = "ID", num_args = 1.., conflicts_with = "endpoints")]
+    #[arg(long, value_name = "ID", num_args = 1.., conflicts_with = "endpoints", value_parser = endpoint)]
     endpoint: Vec<String>,
     /// Play so many endpoints with made IDs; without this and --endpoint no header is sent
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -119,6 +120,13 @@ fn rate(text: &str) -> Result<f64, String> {
     })
 }
 
+fn endpoint(text: &str) -> Result<String, String> {
+    let is_one = EndpointId::from_bytes(text.as_bytes()).is_some();
+    is_one.then(|| text.to_owned()).ok_or_else(|| {
+        format!("must be a VPC endpoint's ID, such as \"vpce-08d2bf15fac5001c9\", found \"{text}\"")
+    })
+}
+
 fn percent(text: &str) -> Result<u8, String> {
     let number = text.strip_suffix('%').unwrap_or(text).parse::<u8>().ok();
     number
@@ -139,11 +147,16 @@ pub(super) fn run(options: &Options) -> ExitCode {
 fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let endpoints = endpoints(options);
     if let Some(path) = &options.write_tenants {
-        std::fs::write(path, tenants(&endpoints)).map_err(|error| {
-            format!("{}: must be a file that can be written, found: {error}", path.display())
-        })?;
+        if endpoints.is_empty() {
+            return Err("--write-tenants: must come with --endpoints or --endpoint, found neither".into());
+        }
+        std::fs::write(path, tenants(&endpoints)).map_err(|error| unwritable(path, &error))?;
         eprintln!("{} tenants written to {}", endpoints.len(), path.display());
         return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(path) = &options.plot {
+        // Said before the load, not after it.
+        std::fs::File::create(path).map_err(|error| unwritable(path, &error))?;
     }
     let plan = Plan {
         target: options.target,
@@ -175,10 +188,12 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
 }
 
 fn draw(report: &Report, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
-    let title = format!("{} operations in {:?}", report.operations, report.took);
-    plot::svg(&report.latency, &title, path).map_err(|error| {
-        format!("{}: must be a file that can be written, found: {error}", path.display()).into()
-    })
+    let title = format!("{} operations in {:.1} s", report.operations, report.took.as_secs_f64());
+    plot::svg(&report.latency, &title, path).map_err(|error| unwritable(path, error.as_ref()).into())
+}
+
+fn unwritable(path: &Path, error: &dyn std::error::Error) -> String {
+    format!("{}: must be a file that can be written, found: {error}", path.display())
 }
 
 /// The IDs, each with its pool.
@@ -292,7 +307,6 @@ fn as_json(report: &Report) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::EndpointId;
 
     #[test]
     fn made_ids_are_well_formed_and_differ() {
@@ -309,6 +323,8 @@ mod tests {
         assert_eq!(rate("5000/s"), Ok(5000.0));
         assert!(rate("0/s").is_err() && rate("-1").is_err() && rate("NaN").is_err());
         assert_eq!(percent("5%"), Ok(5));
+        assert_eq!(endpoint("vpce-1a2b3c4d").as_deref(), Ok("vpce-1a2b3c4d"));
+        assert!(endpoint("vpce-zz").is_err());
         assert!(percent("101%").is_err() && percent("x").is_err());
     }
 
