@@ -1,8 +1,9 @@
 //! Long work through one proxy, and what it leaves behind: nothing. `cargo bench --bench soak` takes about ten minutes.
 //!
-//! 100 GB through one session (`-- --gigabytes N`: a half each way), then 1,000,000 short sessions with noise over
-//! 1,000 tenants and four pools (`-- --sessions N`). Nobody may be misrouted and nothing may fail; descriptors, gauges
-//! and anonymous memory have to be back where they were after a warm-up. `-- --test` is over in seconds.
+//! 100 GB to the client through one session and 100 GB to the backend through another (`-- --gigabytes N`), then
+//! 1,000,000 short sessions with noise over 1,000 tenants and four pools (`-- --sessions N`). Nobody may be misrouted and
+//! nothing may fail; descriptors, gauges and anonymous memory have to be back where they were after a warm-up.
+//! `-- --test` is over in seconds.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -44,7 +45,7 @@ const SPLICED: f64 = 0.99;
 
 #[derive(clap::Parser)]
 struct Options {
-    /// Gigabytes through one session, half to the client and half to the backend
+    /// Gigabytes to the client through one session, and to the backend through another
     #[arg(long, default_value_t = 100.0)]
     gigabytes: f64,
     /// Short sessions, noise not counted
@@ -78,21 +79,21 @@ struct Sample {
 fn main() {
     let mut options = Options::parse();
     if options.test {
-        (options.gigabytes, options.sessions) = (0.2, 2_000);
+        (options.gigabytes, options.sessions) = (0.1, 2_000);
     }
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "gigabytes of a bench")]
-    let half = (options.gigabytes * 5e8) as u64;
+    let bytes = (options.gigabytes * 1e9) as u64;
     let slice = if options.test { "500ms" } else { "10s" };
     let dir = tempfile::tempdir().expect("a folder for configurations");
     let world = World::start(dir.path());
     println!("kernel {}, vestibule {}, workers as many as CPUs", stage::kernel(), env!("CARGO_PKG_VERSION"));
 
     // What is taken once and kept (counters of each tenant, pipes of each worker) is taken first.
-    world.bulk(half / 20);
+    world.bulk(bytes / 20);
     world.short(if options.test { WARM / 10 } else { WARM }, "uniform", slice);
     let mut samples = vec![world.sample("start")];
     let (spliced, all) = world.forwarded();
-    let rates = world.bulk(half);
+    let rates = world.bulk(bytes);
     let (spliced, all) = (world.forwarded().0 - spliced, world.forwarded().1 - all);
     let spliced = spliced / all;
     samples.push(world.sample("after the bulk"));
@@ -114,7 +115,7 @@ fn main() {
     }
     let sessions = (first.0 + second.0, first.1 + second.1);
     println!(
-        "\n{:.1} GB through one session: {:.2} GB/s to the client, {:.2} GB/s to the backend, {:.2} % by splice\n\
+        "\n{:.1} GB through one session each way: {:.2} GB/s to the client, {:.2} GB/s to the backend, {:.2} % by splice\n\
          {} short sessions with {} of noise, none misrouted, none failed",
         options.gigabytes,
         rates.0,
