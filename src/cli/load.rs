@@ -55,9 +55,9 @@ pub(super) struct Options {
     /// Sessions at once
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     sessions: u32,
-    /// Bytes of a message, or of one read or write in the bulk modes; at least 16
-    #[arg(long, value_name = "SIZE", default_value = "64B", value_parser = size)]
-    size: usize,
+    /// Bytes of a message, or of one read or write in the bulk modes; at least 16 [default: 64B, in bulk 128KiB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    size: Option<usize>,
     /// Operations a second of all sessions together (open loop; latency counts from when each was due)
     #[arg(long, value_name = "N/s", value_parser = rate)]
     rate: Option<f64>,
@@ -100,6 +100,14 @@ impl ModeName {
             Self::Roundtrip => Mode::RoundTrip,
             Self::ToClient => Mode::ToClient,
             Self::ToBackend => Mode::ToBackend,
+        }
+    }
+
+    /// The bytes of a message, or of one read or write, where nothing is said.
+    const fn size(self) -> usize {
+        match self {
+            Self::Connect | Self::Roundtrip => 64,
+            Self::ToClient | Self::ToBackend => 128 * 1024,
         }
     }
 }
@@ -164,7 +172,7 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         skew: options.skew,
         mode: options.mode.mode(),
         sessions: options.sessions as usize,
-        size: options.size,
+        size: options.size.unwrap_or(options.mode.size()),
         rate: options.rate,
         duration: options.duration,
         warmup: options.warmup,
