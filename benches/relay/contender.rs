@@ -1,80 +1,33 @@
 //! Who is measured: each as a child process, pinned to the proxy's core.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::Command;
 
-/// The binary under measurement, built with this bench's profile.
-pub(crate) const VESTIBULE: &str = env!("CARGO_BIN_EXE_vestibule");
-
-/// A child process that ends with its handle.
-pub(crate) struct Proc(Child);
-
-impl Proc {
-    pub(crate) fn start(command: &Command) -> Self {
-        let mut again = Command::new(command.get_program());
-        again.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self(again.spawn().expect("a child process"))
-    }
-
-    pub(crate) fn wait(&mut self) {
-        let status = self.0.wait().expect("the child's end");
-        assert!(status.success(), "{status}");
-    }
-}
-
-impl Drop for Proc {
-    fn drop(&mut self) {
-        // It may have ended already.
-        self.0.kill().unwrap_or_default();
-        self.0.wait().map(|_| ()).unwrap_or_default();
-    }
-}
-
-/// The backend of all of them.
-pub(crate) struct Backend {
-    address: SocketAddr,
-    _process: Proc,
-}
-
-impl Backend {
-    pub(crate) fn start() -> Self {
-        let address = free();
-        let mut command = pinned(LOAD_CORE);
-        command.args([VESTIBULE, "backend", "--listen"]).arg(format!("app={address}"));
-        let process = Proc::start(&command);
-        ready(address);
-        Self { address, _process: process }
-    }
-}
+use super::stage::{LOAD_CORE, PROXY_CORE, Proc, VESTIBULE, free, pinned, ready, version};
 
 /// One who is measured.
 pub(crate) struct Contender {
     pub(crate) name: &'static str,
     pub(crate) version: String,
     target: SocketAddr,
+    /// Where the load has to serve the backend.
+    backend: SocketAddr,
     process: Option<Proc>,
 }
 
-/// The core of the proxy, and that of everything else.
-const PROXY_CORE: &str = "0";
-const LOAD_CORE: &str = "1";
+/// The load's connection to the backend without anybody between.
+pub(crate) const DIRECT: &str = "direct";
+/// Ours.
+pub(crate) const OURS: &str = "vestibule";
 
-fn pinned(core: &str) -> Command {
-    let mut command = Command::new("taskset");
-    // On a machine with one core everything shares it.
-    let core =
-        if std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 1) { core } else { "0" };
-    command.args(["-c", core]);
-    command
-}
-
-/// `vestibule load` against one of them.
+/// `vestibule load` against one of them, with the backend in the same process: on the one core that is left to both,
+/// nobody's work then waits for the other process's turn.
 pub(crate) fn load_command(contender: &Contender, options: &[&str]) -> Command {
     let mut command = pinned(LOAD_CORE);
     command.args([VESTIBULE, "load", "--json", "--target"]).arg(contender.target.to_string());
-    if contender.name != "direct" {
+    command.arg("--serve").arg(format!("app={}", contender.backend));
+    if contender.name != DIRECT {
         command.args(["--endpoints", super::TENANTS]);
     }
     command.args(["--pools", "app"]).args(options);
@@ -82,41 +35,41 @@ pub(crate) fn load_command(contender: &Contender, options: &[&str]) -> Command {
 }
 
 impl Contender {
-    fn start(name: &'static str, version: String, target: SocketAddr, command: &[&str]) -> Self {
+    fn start(
+        name: &'static str,
+        version: String,
+        target: SocketAddr,
+        backend: SocketAddr,
+        command: &[&str],
+    ) -> Self {
         let mut pinned = pinned(PROXY_CORE);
         pinned.args(command);
         let process = Proc::start(&pinned);
         ready(target);
-        Self { name, version, target, process: Some(process) }
+        Self { name, version, target, backend, process: Some(process) }
     }
 
-    /// CPU microseconds so far, of all threads: fields 14 and 15 of /proc/PID/stat (proc(5)).
+    pub(crate) fn is_peer(&self) -> bool {
+        self.name != DIRECT && self.name != OURS
+    }
+
+    /// CPU seconds so far; a direct connection has none.
     pub(crate) fn cpu(&self) -> f64 {
-        let Some(process) = &self.process else { return 0.0 };
-        // taskset becomes the program that it starts, and keeps its number.
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.0.id())).expect("the process");
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks: f64 = fields[11..13].iter().filter_map(|field| field.parse::<f64>().ok()).sum();
-        #[expect(clippy::cast_precision_loss, reason = "a hundred ticks a second")]
-        let second = rustix::param::clock_ticks_per_second() as f64;
-        ticks / second
+        self.process.as_ref().map_or(0.0, Proc::cpu)
     }
 
     /// Bytes of anonymous memory.
     pub(crate) fn anonymous(&self) -> u64 {
-        let Some(process) = &self.process else { return 0 };
-        let rollup =
-            std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.0.id())).expect("the process");
-        let line = rollup.lines().find(|line| line.starts_with("Anonymous:")).expect("its anonymous memory");
-        let kibibytes = line.split_whitespace().nth(1).and_then(|number| number.parse::<u64>().ok());
-        kibibytes.expect("a number") * 1024
+        self.process.as_ref().map_or(0, Proc::anonymous)
     }
 }
 
 /// Everybody who is installed.
-pub(crate) fn all(dir: &Path, backend: &Backend, peers: bool) -> Vec<Contender> {
+pub(crate) fn all(dir: &Path, peers: bool) -> Vec<Contender> {
+    // Nobody listens there between two loads, and nobody probes it.
+    let backend = free();
     let mut all = vec![
-        Contender { name: "direct", version: "direct".to_owned(), target: backend.address, process: None },
+        Contender { name: DIRECT, version: DIRECT.to_owned(), target: backend, backend, process: None },
         ours(dir, backend),
     ];
     if !peers {
@@ -136,13 +89,11 @@ pub(crate) fn all(dir: &Path, backend: &Backend, peers: bool) -> Vec<Contender> 
     all
 }
 
-fn version(program: &str, option: &str) -> Option<String> {
-    let output = Command::new(program).arg(option).output().ok()?;
-    let text = [output.stdout, output.stderr].concat();
-    Some(String::from_utf8_lossy(&text).lines().next()?.trim().to_owned())
-}
+/// What ours is measured with beside the defaults. Limits go here once they are built: every tenant of the run has
+/// these.
+const TENANT_DEFAULTS: &str = "";
 
-fn ours(dir: &Path, backend: &Backend) -> Contender {
+fn ours(dir: &Path, backend: SocketAddr) -> Contender {
     let target = free();
     let path = dir.join("vestibule.toml");
     let text = format!(
@@ -162,31 +113,32 @@ bind = "{target}"
 trusted-sources = ["127.0.0.0/8"]
 [[pool]]
 name = "app"
-backends = ["{}"]
+backends = ["{backend}"]
+health = {{ kind = "none" }}
+{TENANT_DEFAULTS}
 "#,
         free(),
         free(),
         dir.join("access.log").display(),
-        backend.address,
     );
     std::fs::write(&path, text).expect("a configuration");
     let command = [VESTIBULE, "serve", "--config", path.to_str().expect("a path")];
-    Contender::start("vestibule", format!("vestibule {}", env!("CARGO_PKG_VERSION")), target, &command)
+    Contender::start(OURS, format!("vestibule {}", env!("CARGO_PKG_VERSION")), target, backend, &command)
 }
 
-fn haproxy(dir: &Path, backend: &Backend, name: &'static str, version: &str, option: &str) -> Contender {
+fn haproxy(dir: &Path, backend: SocketAddr, name: &'static str, version: &str, option: &str) -> Contender {
     let target = free();
     let path = dir.join(format!("{name}.cfg"));
     let text = format!(
         "global\n  nbthread 1\n  maxconn 7000\n  maxpipes 500\ndefaults\n  mode tcp\n  {option}\n  timeout connect 3s\n  \
-         timeout client 350s\n  timeout server 350s\nlisten web\n  bind {target} accept-proxy\n  server app {}\n",
-        backend.address
+         timeout client 350s\n  timeout server 350s\nlisten web\n  bind {target} accept-proxy\n  server app {backend}\n"
     );
     std::fs::write(&path, text).expect("a configuration");
     Contender::start(
         name,
         version.to_owned(),
         target,
+        backend,
         &["haproxy", "-db", "-f", path.to_str().expect("a path")],
     )
 }
@@ -194,33 +146,16 @@ fn haproxy(dir: &Path, backend: &Backend, name: &'static str, version: &str, opt
 /// Where Debian puts it.
 const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-fn nginx(dir: &Path, backend: &Backend, version: String) -> Contender {
+fn nginx(dir: &Path, backend: SocketAddr, version: String) -> Contender {
     let target = free();
     let path = dir.join("nginx.conf");
     let text = format!(
         "load_module {STREAM_MODULE};\ndaemon off;\nmaster_process off;\nworker_rlimit_nofile 20000;\npid {pid};\n\
          error_log {log};\nevents {{ worker_connections 19000; }}\nstream {{ server {{\n  \
-         listen {target} proxy_protocol backlog=4096;\n  tcp_nodelay on;\n  proxy_pass {};\n}} }}\n",
-        backend.address,
+         listen {target} proxy_protocol backlog=4096;\n  tcp_nodelay on;\n  proxy_pass {backend};\n}} }}\n",
         pid = dir.join("nginx.pid").display(),
         log = dir.join("nginx.log").display(),
     );
     std::fs::write(&path, text).expect("a configuration");
-    Contender::start("nginx", version, target, &["nginx", "-c", path.to_str().expect("a path")])
-}
-
-/// An address that nobody listens on.
-fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port")
-}
-
-/// Waits until somebody listens.
-fn ready(address: SocketAddr) {
-    for _ in 0..500 {
-        if TcpStream::connect(address).is_ok() {
-            return;
-        }
-        std::thread::park_timeout(Duration::from_millis(10));
-    }
-    panic!("nobody listens on {address}");
+    Contender::start("nginx", version, target, backend, &["nginx", "-c", path.to_str().expect("a path")])
 }

@@ -1,30 +1,76 @@
 //! The whole path on loopback: ours against a direct connection, HAProxy and nginx, in alternating rounds.
 //!
-//! `cargo bench --bench relay` takes some minutes; `-- --test` runs ours once, briefly. The proxy is pinned to one
-//! core, load and backend to the other. Figures are the proxy's CPU time from /proc (all threads), medians of the
-//! rounds, the first of which is dropped. The table is also written to target/relay.json.
+//! `cargo bench --bench relay` takes some ten minutes. `-- --only short --rounds 15` measures one kind of work, and more
+//! often; `-- --test` runs ours once, briefly. The proxy is pinned to one core; load and backend, one process, to the
+//! other. Figures are the proxy's CPU time from /proc (all threads), medians of the rounds, the first of which is
+//! dropped; ratios are taken within each round. All of it, round by round, is also written to target/relay.json.
 #![allow(
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
+    clippy::format_push_string,
     reason = "a bench that cannot go on says so by panicking"
 )]
 
 mod contender;
+#[path = "../stage/mod.rs"]
+mod stage;
+mod table;
 
-use std::collections::BTreeMap;
-use std::process::Command;
 use std::time::Duration;
 
+use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
-use self::contender::{Backend, Contender, Proc, VESTIBULE};
+use self::contender::{Contender, DIRECT};
+use self::stage::{Proc, median, number};
+use self::table::{Rounds, Row};
 
-/// The endpoint that the load plays; the other tenants only fill the directory.
+/// The endpoints that the load plays, each a tenant.
 const TENANTS: &str = "1000";
+
+#[derive(clap::Parser)]
+struct Options {
+    /// Measure these alone
+    #[arg(long, value_enum, num_args = 1.., value_delimiter = ',')]
+    only: Vec<Kind>,
+    /// Rounds that count; one more goes before them
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds of each measurement
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Briefly and without peers: that it runs
+    #[arg(long)]
+    test: bool,
+    /// Given by `cargo bench`
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Anonymous memory of 5,000 idle sessions
+    Memory,
+    /// Short connections
+    Short,
+    /// 64 B round trips, 64 sessions
+    Few,
+    /// 64 B round trips, 2,000 sessions
+    Many,
+    /// 16 KiB round trips
+    Medium,
+    /// Bulk to the client
+    ToClient,
+    /// Bulk to the backend
+    ToBackend,
+    /// Latency in open loop
+    Latency,
+}
 
 /// One kind of work, as options of `vestibule load`.
 struct Work {
+    kind: Kind,
     name: &'static str,
     unit: Unit,
     options: &'static [&'static str],
@@ -40,217 +86,215 @@ enum Unit {
 
 const WORKS: [Work; 6] = [
     Work {
+        kind: Kind::Short,
         name: "short connection, 64 B echo",
         unit: Unit::PerOperation,
         options: &["--mode", "connect", "--sessions", "32"],
     },
+    FEW,
     Work {
-        name: "64 B round trip, 64 sessions",
-        unit: Unit::PerOperation,
-        options: &["--mode", "roundtrip", "--sessions", "64"],
-    },
-    Work {
+        kind: Kind::Many,
         name: "64 B round trip, 2,000 sessions",
         unit: Unit::PerOperation,
         options: &["--mode", "roundtrip", "--sessions", "2000"],
     },
     Work {
+        kind: Kind::Medium,
         name: "16 KiB round trip, 64 sessions",
         unit: Unit::PerOperation,
         options: &["--mode", "roundtrip", "--sessions", "64", "--size", "16KiB"],
     },
     Work {
+        kind: Kind::ToClient,
         name: "bulk to client, 8 sessions",
         unit: Unit::PerGigabyte,
         options: &["--mode", "to-client", "--sessions", "8", "--size", "256KiB"],
     },
     Work {
+        kind: Kind::ToBackend,
         name: "bulk to backend, 8 sessions",
         unit: Unit::PerGigabyte,
         options: &["--mode", "to-backend", "--sessions", "8", "--size", "256KiB"],
     },
 ];
 
+/// The work whose speed is the capacity that latencies refer to.
+const FEW: Work = Work {
+    kind: Kind::Few,
+    name: "64 B round trip, 64 sessions",
+    unit: Unit::PerOperation,
+    options: &["--mode", "roundtrip", "--sessions", "64"],
+};
+
+/// Loads in open loop, in percent of the slowest proxy's capacity.
+const LOADS: [u8; 3] = [20, 50, 80];
+
+/// Percentiles of latency.
+const PERCENTILES: [&str; 3] = ["p50", "p99", "p99.9"];
+
 /// How thorough a run is.
 struct Effort {
-    /// Rounds that count; one more goes before them.
     rounds: usize,
     /// Of each measurement.
-    seconds: &'static str,
-    /// Idle sessions whose memory is measured.
-    idle: u64,
-    peers: bool,
+    span: String,
+    /// Idle sessions whose memory is measured, and how long they are watched.
+    idle: u32,
+    watched: Duration,
 }
-
-const FULL: Effort = Effort { rounds: 5, seconds: "2s", idle: 5_000, peers: true };
-const ONCE: Effort = Effort { rounds: 1, seconds: "200ms", idle: 50, peers: false };
 
 fn main() {
-    let effort = if std::env::args().any(|argument| argument == "--test") { ONCE } else { FULL };
+    let options = Options::parse();
+    let effort = if options.test {
+        Effort { rounds: 1, span: "50ms".to_owned(), idle: 50, watched: Duration::from_secs(1) }
+    } else {
+        let span = format!("{:.0}ms", options.seconds * 1e3);
+        Effort { rounds: options.rounds.max(1), span, idle: 5_000, watched: Duration::from_secs(4) }
+    };
+    let wanted = |kind| options.only.is_empty() || options.only.contains(&kind);
     let dir = tempfile::tempdir().expect("a folder for configurations");
-    let backend = Backend::start();
-    let tenants = dir.path().join("tenants.toml");
-    let written = Command::new(VESTIBULE)
-        .args(["load", "--target", "127.0.0.1:1", "--endpoints", TENANTS, "--pools", "app"])
-        .arg("--write-tenants")
-        .arg(&tenants)
-        .status();
-    assert!(written.is_ok_and(|status| status.success()), "tenants for the directory");
-    let contenders = contender::all(dir.path(), &backend, effort.peers);
+    stage::write_tenants(TENANTS, "app", &dir.path().join("tenants.toml"));
+    let contenders = contender::all(dir.path(), !options.test);
+    let versions: Vec<&str> = contenders.iter().map(|one| one.version.as_str()).collect();
     println!(
-        "kernel {}, {}",
-        kernel(),
-        contenders.iter().map(|one| one.version.as_str()).collect::<Vec<_>>().join(", ")
+        "kernel {}; {}; {} rounds of {}",
+        stage::kernel(),
+        versions.join("; "),
+        effort.rounds,
+        effort.span
     );
-    let mut results = Vec::new();
-    for work in &WORKS {
-        results.push(measure(work, &contenders, &effort));
+
+    let mut rows = Vec::new();
+    // First, before other work has left buffers that idle sessions would be given.
+    if wanted(Kind::Memory) {
+        rows.push(memory(&contenders, &effort));
     }
-    let slowest = slowest_round_trips(&results[1]);
-    for percent in [20, 50, 80] {
-        results.push(latency(&contenders, &effort, slowest * f64::from(percent) / 100.0, percent));
+    let mut few = None;
+    for work in WORKS.iter().filter(|work| wanted(work.kind)) {
+        let row = measure(work, &contenders, &effort);
+        if work.kind == Kind::Few {
+            few = Some(slowest(&row));
+        }
+        rows.push(row);
     }
-    results.push(memory(&contenders, &effort));
-    for result in &results {
-        result.print();
+    let mut capacity = None;
+    if wanted(Kind::Latency) {
+        let slowest = few.unwrap_or_else(|| slowest(&measure(&FEW, &contenders, &effort)));
+        capacity = Some(slowest);
+        println!("latencies are at parts of {slowest:.0} round trips a second, the slowest proxy's capacity");
+        for percent in LOADS {
+            rows.extend(latency(&contenders, &effort, slowest * f64::from(percent) / 100.0, percent));
+        }
     }
-    let report: Vec<Value> = results.iter().map(Row::json).collect();
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("target/relay.json");
-    std::fs::write(&path, format!("{:#}\n", json!({ "kernel": kernel(), "results": report })))
-        .expect("target/relay.json");
+    table::print(&rows, &contenders);
+    let report: Vec<Value> = rows.iter().map(Row::json).collect();
+    stage::write_json(
+        "relay",
+        &json!({ "kernel": stage::kernel(), "versions": versions, "rounds": effort.rounds, "span": effort.span,
+            "slowest_round_trips_per_second": capacity, "results": report }),
+    );
 }
 
-/// One line of the table: a figure for each contender.
-struct Row {
-    name: String,
-    unit: &'static str,
-    figures: BTreeMap<&'static str, f64>,
-    /// Operations, or gigabytes, a second.
-    speeds: BTreeMap<&'static str, f64>,
-}
-
-impl Row {
-    /// The best of the peers, and ours against it.
-    fn print(&self) {
-        let ours = self.figures.get("vestibule").copied().unwrap_or(f64::NAN);
-        let peers = self.figures.iter().filter(|(name, _)| **name != "vestibule" && **name != "direct");
-        let best = peers.map(|(_, figure)| *figure).fold(f64::INFINITY, f64::min);
-        let figures: Vec<String> =
-            self.figures.iter().map(|(name, figure)| format!("{name} {figure:.2}")).collect();
-        let ratio =
-            if best.is_finite() { format!("{:.2} of the best peer", ours / best) } else { String::new() };
-        println!("{:<38} {:<7} {}   {ratio}", self.name, self.unit, figures.join("  "));
-    }
-
-    fn json(&self) -> Value {
-        json!({ "name": self.name, "unit": self.unit, "figures": self.figures, "speeds": self.speeds })
+/// Calls `one` for everybody, round after round; the first round does not count.
+fn alternate(contenders: &[Contender], effort: &Effort, mut one: impl FnMut(&Contender, bool)) {
+    for round in 0..=effort.rounds {
+        for contender in contenders {
+            one(contender, round > 0);
+        }
     }
 }
 
 fn measure(work: &Work, contenders: &[Contender], effort: &Effort) -> Row {
-    let mut figures: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    let mut speeds: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for round in 0..=effort.rounds {
-        for contender in contenders {
-            let before = contender.cpu();
-            let report =
-                load(contender, &[work.options, &["--duration", effort.seconds, "--warmup", "0s"]].concat());
-            let cpu = contender.cpu() - before;
-            let (count, speed) = match work.unit {
-                Unit::PerOperation => {
-                    (number(&report, "operations") / 1e6, number(&report, "operations_per_second"))
-                }
-                Unit::PerGigabyte => {
-                    (number(&report, "bytes") / 1e9, number(&report, "bytes_per_second") / 1e9)
-                }
-            };
-            if round > 0 {
+    let (mut figures, mut speeds) = (Rounds::new(), Rounds::new());
+    alternate(contenders, effort, |contender, counts| {
+        let before = contender.cpu();
+        let report =
+            load(contender, &[work.options, &["--duration", &effort.span, "--warmup", "0s"]].concat());
+        let cpu = contender.cpu() - before;
+        let (count, speed) = match work.unit {
+            Unit::PerOperation => {
+                (number(&report, "operations") / 1e6, number(&report, "operations_per_second"))
+            }
+            Unit::PerGigabyte => (number(&report, "bytes") / 1e9, number(&report, "bytes_per_second") / 1e9),
+        };
+        if counts {
+            if contender.name != DIRECT {
                 figures.entry(contender.name).or_default().push(cpu / count);
-                speeds.entry(contender.name).or_default().push(speed);
             }
+            speeds.entry(contender.name).or_default().push(speed);
         }
-    }
-    let unit = if work.unit == Unit::PerOperation { "CPU us" } else { "s/GB" };
-    Row { name: work.name.to_owned(), unit, figures: medians(figures), speeds: medians(speeds) }
+    });
+    let (unit, speed) = match work.unit {
+        Unit::PerOperation => ("CPU us", "per_second"),
+        Unit::PerGigabyte => ("s/GB", "gigabytes_per_second"),
+    };
+    Row { name: work.name.to_owned(), unit, figures, beside: vec![(speed, speeds)] }
 }
 
-fn slowest_round_trips(row: &Row) -> f64 {
-    row.speeds
-        .iter()
-        .filter(|(name, _)| **name != "direct")
-        .map(|(_, speed)| *speed)
-        .fold(f64::INFINITY, f64::min)
+/// The least of the proxies' speeds.
+fn slowest(row: &Row) -> f64 {
+    let speeds = row.beside.iter().flat_map(|(_, speeds)| speeds);
+    let proxies = speeds.filter(|(name, _)| **name != DIRECT);
+    proxies.map(|(_, speeds)| median(speeds.clone())).fold(f64::INFINITY, f64::min)
 }
 
-/// p99.9 over that of a direct connection, at a fixed rate in open loop.
-fn latency(contenders: &[Contender], effort: &Effort, rate: f64, percent: u32) -> Row {
+/// What each adds to a direct connection's latency of the same round, at a fixed rate in open loop. The direct
+/// connection's own stands in its column.
+fn latency(contenders: &[Contender], effort: &Effort, rate: f64, percent: u8) -> Vec<Row> {
     let rate = format!("{:.0}/s", rate.max(1.0));
-    let mut figures: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for round in 0..=effort.rounds {
-        for contender in contenders {
-            let options = ["--mode", "roundtrip", "--sessions", "64", "--rate", &rate];
-            let report = load(
-                contender,
-                &[&options[..], &["--duration", effort.seconds, "--warmup", "200ms"]].concat(),
-            );
-            if round > 0 {
-                let nanos = report["latency_ns"]["p99.9"].as_f64().expect("a percentile");
-                figures.entry(contender.name).or_default().push(nanos / 1e3);
+    let mut absolute = PERCENTILES.map(|_| Rounds::new());
+    let (mut late, mut not_sent) = (Rounds::new(), Rounds::new());
+    alternate(contenders, effort, |contender, counts| {
+        let options = ["--mode", "roundtrip", "--sessions", "64", "--rate", &rate];
+        let warmup = if effort.rounds > 1 { "200ms" } else { "50ms" };
+        let report =
+            load(contender, &[&options[..], &["--duration", &effort.span, "--warmup", warmup]].concat());
+        if counts {
+            for (percentile, rounds) in PERCENTILES.iter().zip(&mut absolute) {
+                let nanos = report["latency_ns"][percentile].as_f64().expect("a percentile");
+                rounds.entry(contender.name).or_default().push(nanos / 1e3);
             }
+            let max = report["latency_ns"]["max"].as_f64().expect("the longest");
+            late.entry(contender.name).or_default().push(max / 1e3);
+            not_sent.entry(contender.name).or_default().push(number(&report, "not_sent"));
         }
-    }
-    let mut figures = medians(figures);
-    let direct = figures.get("direct").copied().unwrap_or(0.0);
-    for (name, figure) in &mut figures {
-        if *name != "direct" {
-            *figure -= direct;
+    });
+    let rows = PERCENTILES.iter().zip(absolute).map(|(percentile, absolute)| {
+        let mut figures = absolute.clone();
+        let direct = absolute.get(DIRECT).cloned().unwrap_or_default();
+        for (_, rounds) in figures.iter_mut().filter(|(name, _)| **name != DIRECT) {
+            rounds.iter_mut().zip(&direct).for_each(|(figure, direct)| *figure -= direct);
         }
-    }
-    let name = format!("p99.9 added, open loop at {percent} %");
-    Row { name, unit: "us", figures, speeds: BTreeMap::new() }
+        let name = format!("{percentile} added, open loop, {percent} %");
+        let beside = vec![("absolute", absolute), ("max", late.clone()), ("not_sent", not_sent.clone())];
+        Row { name, unit: "us", figures, beside }
+    });
+    rows.collect()
 }
 
-/// Anonymous memory for each idle session, after traffic.
+/// Anonymous memory for each idle session that has had traffic, of processes that have had little.
 fn memory(contenders: &[Contender], effort: &Effort) -> Row {
-    let mut figures = BTreeMap::new();
-    for contender in contenders.iter().filter(|contender| contender.name != "direct") {
+    let mut figures = Rounds::new();
+    for contender in contenders.iter().filter(|contender| contender.name != DIRECT) {
+        // What is taken once for each tenant is no session's.
+        load(contender, &["--mode", "connect", "--sessions", "32", "--duration", "300ms", "--warmup", "0s"]);
         let before = contender.anonymous();
         let sessions = effort.idle.to_string();
         let rate = format!("{}/s", effort.idle);
-        let options = ["--mode", "roundtrip", "--sessions", &sessions, "--rate", &rate, "--duration", "4s"];
+        let span = format!("{}s", effort.watched.as_secs());
+        let options = ["--mode", "roundtrip", "--sessions", &sessions, "--rate", &rate, "--duration", &span];
+        // With a second of warm-up it goes on for one longer than it is watched.
         let mut load = Proc::start(&contender::load_command(contender, &options));
-        std::thread::park_timeout(Duration::from_secs(4));
+        std::thread::park_timeout(effort.watched);
         let grown = contender.anonymous().saturating_sub(before);
         load.wait();
         #[expect(clippy::cast_precision_loss, reason = "bytes of a process")]
-        figures.insert(contender.name, grown as f64 / effort.idle as f64 / 1024.0);
+        let grown = grown as f64;
+        figures.entry(contender.name).or_default().push(grown / f64::from(effort.idle) / 1024.0);
     }
     let name = format!("anonymous memory, {} idle sessions", effort.idle);
-    Row { name, unit: "KiB", figures, speeds: BTreeMap::new() }
+    Row { name, unit: "KiB", figures, beside: Vec::new() }
 }
 
 fn load(contender: &Contender, options: &[&str]) -> Value {
-    let output = contender::load_command(contender, options).output().expect("the load generator");
-    let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
-    assert_eq!(report["misrouted"], 0, "{}: {report}", contender.name);
-    let failed = report["failed"].as_object().map_or(0, serde_json::Map::len);
-    assert!(failed == 0, "{}: {report}", contender.name);
-    report
-}
-
-fn number(report: &Value, key: &str) -> f64 {
-    report[key].as_f64().unwrap_or_else(|| panic!("{key} in {report}"))
-}
-
-fn medians(all: BTreeMap<&str, Vec<f64>>) -> BTreeMap<&str, f64> {
-    let median = |mut values: Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    all.into_iter().map(|(name, values)| (name, median(values))).collect()
-}
-
-fn kernel() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/osrelease")
-        .map_or_else(|_| "?".to_owned(), |text| text.trim().to_owned())
+    stage::load(contender.name, &mut contender::load_command(contender, options))
 }

@@ -12,11 +12,15 @@ pub(super) struct Options {
     listen: Vec<(String, SocketAddr)>,
 }
 
-fn named(text: &str) -> Result<(String, SocketAddr), String> {
+pub(super) fn named(text: &str) -> Result<(String, SocketAddr), String> {
     let (name, address) = text.split_once('=').unwrap_or(("backend", text));
-    let address =
-        address.parse().map_err(|_| format!("must be an IP address and a port, found \"{address}\""))?;
-    Ok((name.to_owned(), address))
+    Ok((name.to_owned(), self::address(address)?))
+}
+
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        format!("must be an IP address and a port, such as \"127.0.0.1:8080\", found \"{text}\"")
+    })
 }
 
 pub(super) fn run(options: &Options) -> ExitCode {
@@ -30,19 +34,29 @@ pub(super) fn run(options: &Options) -> ExitCode {
     runtime.block_on(serve(options))
 }
 
-async fn serve(options: &Options) -> ExitCode {
+/// Starts each; or says which one could not be started.
+pub(super) async fn start(named: &[(String, SocketAddr)]) -> Result<Vec<Backend>, String> {
     let mut backends = Vec::new();
-    for (name, address) in &options.listen {
-        match Backend::start_at(*address, name, Temper::Load).await {
-            Ok(backend) => {
-                println!("{name} listens on {}", backend.address());
-                backends.push(backend);
-            }
-            Err(error) => {
-                eprintln!("{name}: {address}: must be free and local, found: {error}");
-                return ExitCode::FAILURE;
-            }
+    for (name, address) in named {
+        let backend = Backend::start_at(*address, name, Temper::Load).await;
+        backends.push(
+            backend.map_err(|error| format!("{name}: {address}: must be free and local, found: {error}"))?,
+        );
+    }
+    Ok(backends)
+}
+
+async fn serve(options: &Options) -> ExitCode {
+    // Held until the end.
+    let backends = match start(&options.listen).await {
+        Ok(backends) => backends,
+        Err(fault) => {
+            eprintln!("{fault}");
+            return ExitCode::FAILURE;
         }
+    };
+    for backend in &backends {
+        println!("{} listens on {}", backend.name(), backend.address());
     }
     match tokio::signal::ctrl_c().await {
         Ok(()) => ExitCode::SUCCESS,

@@ -13,8 +13,9 @@ use serde_json::json;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::time::interval;
 
-use super::plot;
+use super::{backend, plot};
 use crate::config::unit;
+use crate::id::EndpointId;
 use crate::lab::load::schedule::Skew;
 use crate::lab::load::{self, Mode, Plan, Progress, Report};
 
@@ -31,10 +32,10 @@ const PERCENTILES: [f64; 7] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     /// The proxy's address
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = backend::address)]
     target: SocketAddr,
     /// Play this VPC endpoint; may be given more than once
-    #[arg(long, value_name = "ID", num_args = 1.., conflicts_with = "endpoints")]
+    #[arg(long, value_name = "ID", num_args = 1.., conflicts_with = "endpoints", value_parser = endpoint)]
     endpoint: Vec<String>,
     /// Play so many endpoints with made IDs; without this and --endpoint no header is sent
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -54,9 +55,9 @@ pub(super) struct Options {
     /// Sessions at once
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     sessions: u32,
-    /// Bytes of a message, or of one read or write in the bulk modes; at least 16
-    #[arg(long, value_name = "SIZE", default_value = "64B", value_parser = size)]
-    size: usize,
+    /// Bytes of a message, or of one read or write in the bulk modes; at least 16 [default: 64B, in bulk 128KiB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    size: Option<usize>,
     /// Operations a second of all sessions together (open loop; latency counts from when each was due)
     #[arg(long, value_name = "N/s", value_parser = rate)]
     rate: Option<f64>,
@@ -69,6 +70,9 @@ pub(super) struct Options {
     /// How many connections of a hundred are noise: health checks, empty ones, split headers, unknown endpoints
     #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = percent)]
     noise: u8,
+    /// Serve this backend too, in the same process and as long as the load lasts; may be given more than once
+    #[arg(long, value_name = "NAME=ADDRESS", num_args = 1.., value_parser = backend::named)]
+    serve: Vec<(String, SocketAddr)>,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -98,6 +102,14 @@ impl ModeName {
             Self::ToBackend => Mode::ToBackend,
         }
     }
+
+    /// The bytes of a message, or of one read or write, where nothing is said.
+    const fn size(self) -> usize {
+        match self {
+            Self::Connect | Self::Roundtrip => 64,
+            Self::ToClient | Self::ToBackend => 128 * 1024,
+        }
+    }
 }
 
 fn size(text: &str) -> Result<usize, String> {
@@ -113,6 +125,13 @@ fn rate(text: &str) -> Result<f64, String> {
     let rate = number.parse::<f64>().ok().filter(|rate| rate.is_finite() && *rate > 0.0);
     rate.ok_or_else(|| {
         format!("must be a number of operations a second, such as \"5000/s\", found \"{text}\"")
+    })
+}
+
+fn endpoint(text: &str) -> Result<String, String> {
+    let is_one = EndpointId::from_bytes(text.as_bytes()).is_some();
+    is_one.then(|| text.to_owned()).ok_or_else(|| {
+        format!("must be a VPC endpoint's ID, such as \"vpce-08d2bf15fac5001c9\", found \"{text}\"")
     })
 }
 
@@ -136,11 +155,16 @@ pub(super) fn run(options: &Options) -> ExitCode {
 fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let endpoints = endpoints(options);
     if let Some(path) = &options.write_tenants {
-        std::fs::write(path, tenants(&endpoints)).map_err(|error| {
-            format!("{}: must be a file that can be written, found: {error}", path.display())
-        })?;
+        if endpoints.is_empty() {
+            return Err("--write-tenants: must come with --endpoints or --endpoint, found neither".into());
+        }
+        std::fs::write(path, tenants(&endpoints)).map_err(|error| unwritable(path, &error))?;
         eprintln!("{} tenants written to {}", endpoints.len(), path.display());
         return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(path) = &options.plot {
+        // Said before the load, not after it.
+        std::fs::File::create(path).map_err(|error| unwritable(path, &error))?;
     }
     let plan = Plan {
         target: options.target,
@@ -148,14 +172,18 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         skew: options.skew,
         mode: options.mode.mode(),
         sessions: options.sessions as usize,
-        size: options.size,
+        size: options.size.unwrap_or(options.mode.size()),
         rate: options.rate,
         duration: options.duration,
         warmup: options.warmup,
         noise: options.noise,
     };
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    let report = runtime.block_on(watched(plan))?;
+    let report = runtime.block_on(async {
+        // Held until the load has ended.
+        let _backends = backend::start(&options.serve).await?;
+        watched(plan).await.map_err(|error| error.to_string())
+    })?;
     if options.json {
         println!("{:#}", as_json(&report));
     } else {
@@ -168,10 +196,12 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
 }
 
 fn draw(report: &Report, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
-    let title = format!("{} operations in {:?}", report.operations, report.took);
-    plot::svg(&report.latency, &title, path).map_err(|error| {
-        format!("{}: must be a file that can be written, found: {error}", path.display()).into()
-    })
+    let title = format!("{} operations in {:.1} s", report.operations, report.took.as_secs_f64());
+    plot::svg(&report.latency, &title, path).map_err(|error| unwritable(path, error.as_ref()).into())
+}
+
+fn unwritable(path: &Path, error: &dyn std::error::Error) -> String {
+    format!("{}: must be a file that can be written, found: {error}", path.display())
 }
 
 /// The IDs, each with its pool.
@@ -285,7 +315,6 @@ fn as_json(report: &Report) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::EndpointId;
 
     #[test]
     fn made_ids_are_well_formed_and_differ() {
@@ -302,6 +331,8 @@ mod tests {
         assert_eq!(rate("5000/s"), Ok(5000.0));
         assert!(rate("0/s").is_err() && rate("-1").is_err() && rate("NaN").is_err());
         assert_eq!(percent("5%"), Ok(5));
+        assert_eq!(endpoint("vpce-1a2b3c4d").as_deref(), Ok("vpce-1a2b3c4d"));
+        assert!(endpoint("vpce-zz").is_err());
         assert!(percent("101%").is_err() && percent("x").is_err());
     }
 

@@ -50,35 +50,43 @@ pub(super) fn svg(
     title: &str,
     path: &Path,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    const NINES: [(f64, &str); 5] = [(0.0, "0"), (1.0, "90"), (2.0, "99"), (3.0, "99.9"), (4.0, "99.99")];
-    let steps = (0..=400_i32).map(|step| f64::from(step) / 100.0);
-    let points = steps.map(|nines| {
-        let percentile = 100.0 * (1.0 - 10_f64.powf(-nines));
-        #[expect(clippy::cast_precision_loss, reason = "a picture has fewer digits")]
-        let milliseconds = latency.value_at_percentile(percentile) as f64 / 1e6;
-        (nines, milliseconds)
+    // How many hundredths of nines a percentile has, and its name.
+    const NINES: [(i32, &str); 6] =
+        [(0, "0"), (30, "50"), (100, "90"), (200, "99"), (300, "99.9"), (400, "99.99")];
+    const TEXT: (&str, i32) = ("sans-serif", 15);
+    let points = (0..=400_i32).map(|nines| {
+        let percentile = 100.0 * (1.0 - 10_f64.powf(-f64::from(nines) / 100.0));
+        (nines, latency.value_at_percentile(percentile).max(1))
     });
-    let points: Vec<(f64, f64)> = points.collect();
-    let top = points.last().map_or(1.0, |(_, value)| value * 1.1);
+    let points: Vec<(i32, u64)> = points.collect();
+    // A little room below and above; microseconds and seconds find place in one picture by the logarithm.
+    let least = points.first().map_or(1, |(_, value)| *value);
+    let most = points.last().map_or(1, |(_, value)| *value);
+    let (bottom, top) = ((least - least / 4).max(1), most.saturating_add(most / 4).max(least + 2));
     let root = SVGBackend::new(path, (900, 500)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 20))
         .margin(20)
-        .x_label_area_size(45)
-        .y_label_area_size(70)
-        .build_cartesian_2d(0.0..4.0, 0.0..top)?;
-    let label = |nines: &f64| {
-        let named = NINES.iter().find(|(at, _)| (at - nines).abs() < 1e-6);
+        .x_label_area_size(50)
+        .y_label_area_size(95)
+        .build_cartesian_2d(
+            (0..400).with_key_points(NINES.map(|(at, _)| at).to_vec()),
+            (bottom..top).log_scale(),
+        )?;
+    let label = |nines: &i32| {
+        let named = NINES.iter().find(|(at, _)| at == nines);
         named.map_or(String::new(), |(_, name)| (*name).to_owned())
     };
     chart
         .configure_mesh()
         .x_desc("percentile")
-        .y_desc("latency, ms")
-        .x_labels(NINES.len())
+        .y_desc("latency")
         .x_label_formatter(&label)
-        .y_label_formatter(&|value| format!("{value:.3}"))
+        .y_label_formatter(&|nanos| shown(*nanos))
+        .label_style(TEXT)
+        .axis_desc_style(TEXT)
+        .bold_line_style(BLACK.mix(0.15))
         .light_line_style(WHITE)
         .draw()?;
     chart.draw_series(LineSeries::new(points, BLUE.stroke_width(2)))?;

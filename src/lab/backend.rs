@@ -174,7 +174,7 @@ async fn behave(mut stream: TcpStream, temper: Temper, name: &str, counts: &Coun
             drain(&mut stream, u64::MAX, counts).await.map(|_| ())
         }
         Temper::Mute => drain(&mut stream, u64::MAX, counts).await.map(|_| ()),
-        Temper::Load => load::serve(stream, name, &mut Vec::new()).await,
+        Temper::Load => load::serve(stream, name).await,
     }
 }
 

@@ -60,40 +60,48 @@ impl Tag {
     }
 }
 
+/// What a session is read into at first: room for a small message, and nothing to speak of to clear.
+const SMALL: usize = 4 * 1024;
+
+/// What it is read into, or sent from, once there is more.
+const LARGE: usize = 256 * 1024;
+
 /// Serves one session.
-pub(super) async fn serve(mut stream: TcpStream, name: &str, buffer: &mut Vec<u8>) -> io::Result<()> {
-    buffer.resize(64 * 1024, 0);
-    let mut head = [0; HEAD];
-    stream.read_exact(&mut head).await?;
-    let tag = Tag::new(name);
-    match Request::read(head) {
-        None => Err(io::ErrorKind::InvalidData.into()),
-        Some(Request::Echo) => echo(&mut stream, tag, buffer).await,
-        Some(Request::Source) => {
-            stream.write_all(tag.as_bytes()).await?;
-            loop {
-                stream.write_all(buffer).await?;
-            }
+pub(super) async fn serve(mut stream: TcpStream, name: &str) -> io::Result<()> {
+    let mut buffer = vec![0; SMALL];
+    // The rest of the first message comes with its head, mostly.
+    let mut count = 0;
+    while count < HEAD {
+        match stream.read(buffer.get_mut(count..).unwrap_or_default()).await? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            read => count += read,
         }
-        Some(Request::Sink) => {
-            stream.write_all(tag.as_bytes()).await?;
-            while stream.read(buffer).await? > 0 {}
-            Ok(())
-        }
+    }
+    let Some(head) = buffer.first_chunk_mut() else { return Ok(()) };
+    let request = Request::read(*head).ok_or(io::ErrorKind::InvalidData)?;
+    *head = *Tag::new(name).as_bytes();
+    if request == Request::Echo {
+        return echo(&mut stream, buffer, count).await;
+    }
+    stream.write_all(head).await?;
+    buffer.resize(LARGE, 0);
+    if request == Request::Sink {
+        while stream.read(&mut buffer).await? > 0 {}
+        return Ok(());
+    }
+    loop {
+        stream.write_all(&buffer).await?;
     }
 }
 
-async fn echo(stream: &mut TcpStream, tag: Tag, buffer: &mut [u8]) -> io::Result<()> {
-    // The rest of the first message came with its head, and goes back in one segment with the tag.
-    let (start, rest) = buffer.split_at_mut(HEAD);
-    start.copy_from_slice(tag.as_bytes());
-    let mut count = HEAD + stream.read(rest).await?;
-    if count == HEAD {
-        return Ok(());
-    }
+/// Sends back the `count` bytes that the buffer holds, and what comes after them.
+async fn echo(stream: &mut TcpStream, mut buffer: Vec<u8>, mut count: usize) -> io::Result<()> {
     while count > 0 {
         stream.write_all(buffer.get(..count).unwrap_or_default()).await?;
-        count = stream.read(buffer).await?;
+        if count == buffer.len() {
+            buffer.resize(LARGE, 0);
+        }
+        count = stream.read(&mut buffer).await?;
     }
     Ok(())
 }

@@ -227,12 +227,32 @@ impl Session {
             1 => stream.write_all(&nlb::health_check_header()).await,
             2 => stream.write_all(&nlb::header(client, client, Some(STRANGER))).await,
             _ => {
-                let header = nlb::header(client, client, Some(STRANGER));
-                let (first, second) = header.split_at(self.rolls.usize(1..header.len()));
-                stream.write_all(first).await?;
-                yield_now().await;
-                stream.write_all(second).await
+                let served = timeout(LIMIT, self.split(stream)).await;
+                if let Err(failure) = served.unwrap_or(Err(Failure::Broken)) {
+                    self.failed(failure);
+                }
+                Ok(())
             }
         }
+    }
+
+    /// A header in two parts, as a network may cut it: its session is served and checked like any other.
+    async fn split(&mut self, stream: TcpStream) -> Result<(), Failure> {
+        let local = stream.local_addr().map_err(|_| Failure::Connect)?;
+        let (mut bytes, pool) = self.header(local);
+        if bytes.is_empty() || !matches!(self.plan.mode, Mode::Connect | Mode::RoundTrip) {
+            return Ok(());
+        }
+        // Otherwise the second part would wait for the first one's acknowledgement.
+        stream.set_nodelay(true).map_err(|_| Failure::Connect)?;
+        let cut = self.rolls.usize(1..bytes.len());
+        self.fill(Request::Echo);
+        bytes.extend(&self.buffer);
+        let (first, second) = bytes.split_at(cut);
+        let mut open = Open { stream, pool, tagged: false };
+        open.stream.write_all(first).await.map_err(|_| Failure::Broken)?;
+        yield_now().await;
+        open.stream.write_all(second).await.map_err(|_| Failure::Broken)?;
+        self.answer(&mut open, false).await.map(|_| ())
     }
 }
