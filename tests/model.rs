@@ -406,6 +406,7 @@ fn directory(tenants: u32, endpoints: &BTreeMap<String, u32>) -> Directory {
         enabled: true,
         pool: None,
         routes: Box::default(),
+        quota: Arc::default(),
     };
     let endpoints = endpoints.iter().map(|(text, place)| (text.parse().unwrap(), *place));
     Directory::new((0..tenants).map(tenant).collect(), endpoints)
