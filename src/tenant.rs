@@ -31,7 +31,11 @@ impl Tenant {
     /// # Errors
     /// The rejection of a disabled tenant.
     pub fn admit(&self) -> Result<(), Outcome> {
-        if self.enabled { Ok(()) } else { Err(Outcome::reject(At::Tenant, Why::TenantDisabled)) }
+        if self.enabled {
+            Ok(())
+        } else {
+            Err(Outcome::reject(At::Tenant, self.quota.reject(Why::TenantDisabled)))
+        }
     }
 
     /// The place of the pool for its traffic on `listener`: its route, else its pool, else the listener's.

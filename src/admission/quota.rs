@@ -27,7 +27,7 @@ pub struct Quota {
     limited: AtomicBool,
     share: Option<Arc<Share>>,
     rejected: [AtomicU64; Quota::REASONS.len()],
-    would_reject: [AtomicU64; Quota::REASONS.len() - 1],
+    would_reject: [AtomicU64; 2],
     /// The bucket of the lines that tell of rejections.
     lines_full_at: AtomicU64,
     left_out: AtomicU64,
@@ -39,8 +39,8 @@ const LINES_INTERVAL: u64 = 100_000_000;
 pub const LINES_BURST: u64 = 20;
 
 impl Quota {
-    /// The reasons for which a session is rejected here; the last one is never only observed.
-    pub const REASONS: [Why; 3] = [Why::SessionLimit, Why::SessionRate, Why::Shed];
+    /// The reasons for which a tenant's session is rejected; the first two may be only observed.
+    pub const REASONS: [Why; 4] = [Why::SessionLimit, Why::SessionRate, Why::Shed, Why::TenantDisabled];
 
     /// The quota of a tenant without limits, that has a share of the process.
     #[must_use]
@@ -90,7 +90,8 @@ impl Quota {
         Ok(permit)
     }
 
-    fn reject(&self, why: Why) -> Why {
+    /// Counts a session as rejected for this reason, and passes the reason on.
+    pub fn reject(&self, why: Why) -> Why {
         add(&self.rejected, why);
         why
     }
@@ -210,6 +211,12 @@ impl Quotas {
         Arc::clone(known.entry(tenant.serial()).or_insert_with(|| Quota::new(Arc::clone(&self.share))))
     }
 
+    /// The quota of a tenant that has one.
+    #[must_use]
+    pub fn known(&self, tenant: &Label) -> Option<Arc<Quota>> {
+        lock(&self.known).get(&tenant.serial()).cloned()
+    }
+
     /// Tenants that hold a session now.
     #[must_use]
     pub fn holders(&self) -> usize {
@@ -250,8 +257,8 @@ mod tests {
         quota
     }
 
-    fn rate(ms: u64, burst: u64) -> Option<config::Rate> {
-        Some(config::Rate { interval: Duration::from_millis(ms), burst })
+    fn rate(ms: u64, burst: u64) -> config::Rate {
+        config::Rate { interval: Duration::from_millis(ms), burst }
     }
 
     fn counts(reasons: impl Iterator<Item = (Why, u64)>) -> Vec<u64> {
@@ -260,7 +267,8 @@ mod tests {
 
     #[test]
     fn the_limit_rejects_first_and_takes_nothing_of_the_rate() {
-        let quota = quota(Limits { sessions: Some(1), session_rate: rate(100, 2), ..Limits::default() });
+        let quota =
+            quota(Limits { sessions: Some(1), session_rate: Some(rate(100, 2)), ..Limits::default() });
         assert!(quota.is_limited());
         let first = quota.admit(START).unwrap();
         for _ in 0..10 {
@@ -272,7 +280,7 @@ mod tests {
         assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
         assert_eq!(quota.sessions(), 0, "who the rate rejects gives its slot back");
         assert!(quota.admit(at_ms(100)).is_ok());
-        assert_eq!(counts(quota.rejected()), [10, 1, 0]);
+        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0]);
         assert_eq!(counts(quota.would_reject()), [0, 0]);
     }
 
@@ -281,7 +289,7 @@ mod tests {
         let limits = Limits {
             mode: Mode::Observe,
             sessions: Some(1),
-            session_rate: rate(100, 2),
+            session_rate: Some(rate(100, 2)),
             ..Limits::default()
         };
         let quota = quota(limits);
@@ -294,7 +302,7 @@ mod tests {
         let passed: Vec<_> = (0..3).map(|_| quota.admit(START).unwrap().would_reject()).collect();
         assert_eq!(passed, [None, Some(Why::SessionRate), Some(Why::SessionRate)]);
         assert_eq!(counts(quota.would_reject()), [1, 2]);
-        assert_eq!(counts(quota.rejected()), [0, 0, 0]);
+        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0]);
         assert_eq!(quota.sessions(), 0);
     }
 
@@ -312,7 +320,7 @@ mod tests {
         assert_eq!((quotas.holders(), globex.sessions()), (2, 1));
         drop((held, other));
         assert_eq!(quotas.holders(), 0);
-        assert_eq!(counts(acme.rejected()), [0, 0, 1]);
+        assert_eq!(counts(acme.rejected()), [0, 0, 1, 0]);
     }
 
     #[test]
@@ -352,6 +360,6 @@ mod tests {
 
     #[test]
     fn a_quota_is_small() {
-        assert!(size_of::<Quota>() <= 232, "{}", size_of::<Quota>());
+        assert!(size_of::<Quota>() <= 240, "{}", size_of::<Quota>());
     }
 }
