@@ -1,4 +1,5 @@
-//! Random operations against naive models: the wheel, slots, health, the pick, the directory, endpoint IDs, counters.
+//! Random operations against naive models: the wheel, slots, limits, health, the pick, the directory, endpoint IDs,
+//! counters.
 
 #![allow(
     clippy::unwrap_used,
@@ -27,6 +28,8 @@ use vestibule::pool::health::{Health, Rules, State};
 use vestibule::pool::{Pool, Tried, pick};
 use vestibule::tenant::{self, Directory, Tenant};
 
+#[path = "model/limits.rs"]
+mod limits;
 #[path = "model/meter.rs"]
 mod meter;
 
