@@ -3,6 +3,8 @@
 //! The IDs come in random order, so that the large directory's figure is that of a cold cache line, not of one ID
 //! asked for again and again.
 
+use std::sync::Arc;
+
 use divan::{Bencher, black_box};
 use vestibule::account::Labels;
 use vestibule::id::Claim;
@@ -27,6 +29,7 @@ fn directory(claims: &[Claim]) -> Directory {
         enabled: true,
         pool: None,
         routes: Box::default(),
+        quota: Arc::default(),
     };
     let tenants = (0..claims.len()).map(tenant).collect();
     Directory::new(tenants, claims.iter().filter_map(|claim| claim.id()).zip(0..))

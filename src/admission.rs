@@ -1,3 +1,7 @@
-//! Pure rules of admission: who may come in.
+//! Pure rules of admission: who may come in, and how many bytes may pass.
 
+pub mod budget;
+pub mod quota;
+pub mod rate;
+pub mod share;
 pub mod slots;

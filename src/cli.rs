@@ -28,6 +28,7 @@ enum Command {
     ///
     /// SIGTERM or SIGINT drains: the health check says 503, accepting goes on until the load balancer has stopped
     /// sending, and sessions may end by themselves within the limits of [drain]. A second signal ends it at once.
+    /// SIGHUP reloads: tenants and their limits change while sessions live; a file with a fault changes nothing.
     #[command(after_help = "Example:  vestibule serve --config config/minimal.toml")]
     Serve(Config),
     /// Checks a configuration and prints every fault in it

@@ -265,4 +265,49 @@ pub struct Tenant {
     pub enabled: bool,
     /// Carried into the access log.
     pub labels: BTreeMap<String, String>,
+    /// What it may take at most.
+    pub limits: Limits,
+}
+
+/// What a tenant may take at most; its own keys, and those of the defaults that it does not set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Whether the limits hold or are only counted.
+    pub mode: Mode,
+    /// Sessions at once; at least 1.
+    pub sessions: Option<usize>,
+    /// New sessions.
+    pub session_rate: Option<Rate>,
+    /// Bytes from clients to backends.
+    pub to_backend: Option<Bandwidth>,
+    /// Bytes from backends to clients.
+    pub to_client: Option<Bandwidth>,
+}
+
+/// What becomes of a session or a byte beyond a limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// It is rejected, or it waits.
+    #[default]
+    Enforce,
+    /// It passes, and is counted.
+    Observe,
+}
+
+/// So many in a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// From one to the next, on average; never zero.
+    pub interval: Duration,
+    /// So many at once after a silence; at least 1.
+    pub burst: u64,
+}
+
+/// So many bytes in a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bandwidth {
+    /// Bytes in each second, on average; at least 1,024.
+    pub bytes_per_second: u64,
+    /// Bytes at once after a silence; at least 1, and at most a second's worth.
+    pub burst: u64,
 }

@@ -156,7 +156,7 @@ impl Client {
 }
 
 /// What the listener asks of a header.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Rules {
     /// Whether a checksum has to match.
     pub verify_crc: bool,

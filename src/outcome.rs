@@ -116,8 +116,8 @@ outcomes! {
     UntrustedSource = "untrusted_source": Proxy at Accept;
     /// The listener already has `max-pending` sessions without a whole header.
     PendingLimit = "pending_limit": Proxy at Header;
-    /// The process already has `max-sessions` sessions.
-    Shed = "shed": Proxy at Accept;
+    /// The process already has `max-sessions` sessions; at the step `tenant`, it is near that and the tenant holds more than its share.
+    Shed = "shed": Proxy at Accept, Proxy at Tenant;
     /// No whole header within `timeouts.header`.
     HeaderTimeout = "header_timeout": Proxy at Header;
     /// The connection ended in the middle of its header.
@@ -148,6 +148,10 @@ outcomes! {
     UnknownEndpoint = "unknown_endpoint": Proxy at Tenant;
     /// The tenant's state is `disabled`.
     TenantDisabled = "tenant_disabled": Proxy at Tenant;
+    /// The tenant already has as many sessions as its `limits.sessions`.
+    SessionLimit = "session_limit": Proxy at Tenant;
+    /// The tenant's new sessions come faster than its `limits.session-rate`.
+    SessionRate = "session_rate": Proxy at Tenant;
     /// Neither route, tenant nor listener names a pool.
     NoPool = "no_pool": Proxy at Tenant;
     /// No backend of the pool may be used.

@@ -20,7 +20,7 @@ use self::drain::Stage;
 use self::worker::Post;
 use crate::account::log::QUEUE;
 use crate::admin;
-use crate::config::{Config, Probe};
+use crate::config::{Config, Drain, Probe};
 use crate::probe;
 use crate::state::Live;
 
@@ -128,7 +128,16 @@ impl Server {
             };
             server.threads.push(worker::spawn(post)?);
         }
-        let control = Control { live, crew, config: config.clone(), admin, health, stage, drains };
+        let control = Control {
+            live,
+            crew,
+            path: config.health.path.clone(),
+            drain: config.drain,
+            admin,
+            health,
+            stage,
+            drains,
+        };
         server.threads.push(control.spawn()?);
         Ok(server)
     }
@@ -216,7 +225,9 @@ fn local_address(socket: &TcpListener) -> Result<SocketAddr, StartError> {
 struct Control {
     live: Arc<Live>,
     crew: Arc<crew::Crew>,
-    config: Config,
+    /// The path of the health check.
+    path: String,
+    drain: Drain,
     admin: TcpListener,
     health: TcpListener,
     stage: watch::Sender<Stage>,
@@ -244,11 +255,7 @@ impl Control {
             }
         }
         tokio::spawn(admin::serve(self.admin, Arc::clone(&self.live)));
-        tokio::spawn(admin::health::serve(
-            self.health,
-            self.config.health.path.clone(),
-            Arc::clone(&self.live),
-        ));
-        drain::run(&self.config.drain, &self.live, &self.crew, self.stage, self.drains).await;
+        tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(&self.live)));
+        drain::run(&self.drain, &self.live, &self.crew, self.stage, self.drains).await;
     }
 }

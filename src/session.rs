@@ -1,5 +1,7 @@
 //! One TCP life, from accept to its line in the log: the only place that knows the order of the steps.
 
+pub mod rejections;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -7,10 +9,12 @@ use std::sync::Arc;
 use arc_swap::{ArcSwap, Cache};
 use tokio::net::TcpStream;
 
+use self::rejections::Rejections;
 use crate::accept::{self, Accepted};
-use crate::account::log::{Journal, Record};
+use crate::account::log::{Journal, Marks, Record};
 use crate::account::meter::{Connect, Meter};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
+use crate::admission::quota::Permit;
 use crate::admission::slots::Slots;
 use crate::clock;
 use crate::connect::{self, Failure, Opening};
@@ -36,6 +40,8 @@ pub struct Worker {
     pub pipes: Pipes,
     /// Its end of the access log.
     pub journal: Journal,
+    /// What it has left out of that.
+    pub rejections: Rejections,
     slots: Arc<Slots>,
     snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     rolls: RefCell<fastrand::Rng>,
@@ -50,6 +56,7 @@ impl Worker {
             local,
             pipes: Pipes::new(Arc::clone(&live.pipes)),
             journal,
+            rejections: Rejections::default(),
             slots: Arc::clone(&live.sessions),
             snapshot: RefCell::new(Cache::new(Arc::clone(&live.snapshot))),
             rolls: RefCell::new(fastrand::Rng::new()),
@@ -75,6 +82,7 @@ struct Story<'a> {
     backend: Option<BackendAddr>,
     attempts: u32,
     connect: Option<std::time::Duration>,
+    marks: Marks,
 }
 
 /// Carries a session from its first byte to its last, and accounts for it once, at the end. `aboard` is held as long.
@@ -95,18 +103,23 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
         backend: None,
         attempts: 0,
         connect: None,
+        marks: Marks::default(),
     };
     let steps = Steps { worker: &worker, snapshot: &snapshot, listener, rules };
     let (Ok(outcome) | Err(outcome)) = async {
-        let _permit = worker.slots.take().ok_or(Outcome::reject(At::Accept, Why::Shed))?;
+        let _slot = worker.slots.take().ok_or(Outcome::reject(At::Accept, Why::Shed))?;
         // What leads to forwarding takes more room than forwarding does, and gives it back.
-        let (pair, _load) = Box::pin(steps.lead(accepted, &mut life, &mut story)).await?;
+        let (pair, _permit, _load) = Box::pin(steps.lead(accepted, &mut life, &mut story)).await?;
         Ok(forward::relay(pair, snapshot.patience, &worker.pipes, &mut life).await)
     }
     .await;
     let bytes = life.meter.bytes();
-    let total = life.end(outcome, clock::now());
-    if outcome.is_logged() {
+    let now = clock::now();
+    let total = life.end(outcome, now);
+    if outcome.is_logged()
+        && worker.journal.is_on()
+        && let Some(left_out) = worker.rejections.line(outcome, story.tenant, now)
+    {
         worker.journal.write(&Record {
             time: clock::wall(),
             session,
@@ -122,6 +135,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
             connect_ms: story.connect,
             total_ms: total,
             outcome,
+            marks: Marks { left_out, ..story.marks },
             labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
         });
     }
@@ -143,17 +157,17 @@ impl<'a> Steps<'a> {
         accepted: Accepted,
         life: &mut Life,
         story: &mut Story<'a>,
-    ) -> Result<(Pair, Picked), Outcome> {
+    ) -> Result<(Pair, Permit, Picked), Outcome> {
         let client = self.hear(accepted, life, story).await?;
         let heard = self.place(&client, life, story);
-        let pool = heard.inspect_err(|_| client.connection.reset_on_close())?;
+        let (pool, permit) = heard.inspect_err(|_| client.connection.reset_on_close())?;
         let speaks = pool.send_proxy || client.has_payload();
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
         let dialled = self.dial(pool, opening, life, story).await;
         let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
-        Ok((Pair { client, backend, first }, load))
+        Ok((Pair { client, backend, first }, permit, load))
     }
 
     /// Who speaks.
@@ -175,8 +189,13 @@ impl<'a> Steps<'a> {
         Ok(client)
     }
 
-    /// Whose traffic it is, and where it goes.
-    fn place(&self, client: &Client, life: &mut Life, story: &mut Story<'a>) -> Result<&'a Pool, Outcome> {
+    /// Whose traffic it is, where it goes, and whether there is room for it.
+    fn place(
+        &self,
+        client: &Client,
+        life: &mut Life,
+        story: &mut Story<'a>,
+    ) -> Result<(&'a Pool, Permit), Outcome> {
         let tenant = self.snapshot.directory.find(client.endpoint, self.rules.tenants)?;
         let pool = tenant.pool_on(self.listener, self.rules.pool);
         let pool = pool.and_then(|place| self.snapshot.pools.get(place as usize)).map(Arc::as_ref);
@@ -184,7 +203,10 @@ impl<'a> Steps<'a> {
         story.tenant = Some(tenant);
         story.pool = pool;
         tenant.admit()?;
-        pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))
+        let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
+        let permit = tenant.quota.admit(clock::now()).map_err(|why| Outcome::reject(At::Tenant, why))?;
+        story.marks.would_reject = permit.would_reject();
+        Ok((pool, permit))
     }
 
     /// A connection to a backend: to another one after each failure, while attempts and backends are left.

@@ -9,8 +9,9 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::account::meter::Shard;
-use crate::account::{Label, Labels};
+use crate::account::{Label, Labels, lock};
 use crate::addr::BackendAddr;
+use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
 use crate::clock::wheel::Span;
 use crate::config::{Config, Fallback, Identity, Probe};
@@ -21,6 +22,10 @@ use crate::pool::Pool;
 use crate::pool::backend::Backend;
 use crate::pool::health::{Rules, State};
 use crate::tenant::{self, Directory, Tenant};
+
+mod reload;
+
+pub use self::reload::{Frozen, Reloads};
 
 /// What is in force. It never changes; a new one takes its place.
 #[derive(Debug)]
@@ -38,7 +43,7 @@ pub struct Snapshot {
 }
 
 /// A listener's rules.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Listener {
     /// Its name.
     pub label: Label,
@@ -55,47 +60,67 @@ pub struct Listener {
 impl Snapshot {
     /// Makes a snapshot of a configuration that passed its checks.
     #[must_use]
-    pub fn new(config: &Config, labels: &Labels) -> Self {
-        let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(new_pool(pool, labels))).collect();
-        let pool_places = places(config.pools.iter().map(|pool| &pool.name));
-        let tenant_places = places(config.tenants.iter().map(|tenant| &tenant.name));
-        let listener_places = places(config.listeners.iter().map(|listener| &listener.name));
-        let pool_of =
-            |name: &Option<String>| name.as_ref().and_then(|name| pool_places.get(name.as_str()).copied());
-        let tenants = config.tenants.iter().map(|tenant| Tenant {
-            label: labels.intern(&tenant.name),
-            labels: (!tenant.labels.is_empty()).then(|| Box::new(tenant.labels.clone())),
-            enabled: tenant.enabled,
-            pool: pool_of(&tenant.pool),
-            routes: tenant
-                .routes
-                .iter()
-                .filter_map(|(listener, pool)| {
-                    Some((*listener_places.get(listener.as_str())?, *pool_places.get(pool.as_str())?))
-                })
-                .collect(),
-        });
-        let endpoints = config.tenants.iter().zip(0_u32..);
-        let endpoints =
-            endpoints.flat_map(|(tenant, place)| tenant.endpoints.iter().map(move |id| (*id, place)));
+    pub fn new(config: &Config, labels: &Labels, quotas: &Quotas) -> Self {
+        let pools = config.pools.iter().map(|pool| Arc::new(new_pool(pool, labels))).collect();
         let listeners = config.listeners.iter().map(|listener| Listener {
             label: labels.intern(&listener.name),
             trusted: match &listener.identity {
                 Identity::Header { trusted, .. } | Identity::Fixed { trusted, .. } => trusted.clone(),
             },
             header: header_rules(listener, config),
-            tenants: tenant_rules(&listener.identity, &tenant_places),
-            pool: pool_of(&listener.pool),
+            tenants: tenant::Rules::Fixed(u32::MAX),
+            pool: None,
         });
-        Self {
+        let bare = Self {
             listeners: listeners.collect(),
             pools,
-            directory: Directory::new(tenants.collect(), endpoints),
+            directory: Directory::default(),
             connect: Span::of(config.timeouts.connect),
             patience: Patience {
                 idle: Span::of(config.timeouts.idle),
                 half_close: Span::of(config.timeouts.half_close),
             },
+        };
+        bare.with_tenants(config, labels, quotas)
+    }
+
+    /// The same listeners and pools, with all that they count, and the tenants of another configuration.
+    #[must_use]
+    fn with_tenants(&self, config: &Config, labels: &Labels, quotas: &Quotas) -> Self {
+        let pool_places = places(config.pools.iter().map(|pool| &pool.name));
+        let tenant_places = places(config.tenants.iter().map(|tenant| &tenant.name));
+        let listener_places = places(config.listeners.iter().map(|listener| &listener.name));
+        let pool_of =
+            |name: &Option<String>| name.as_ref().and_then(|name| pool_places.get(name.as_str()).copied());
+        let route = |(listener, pool): (&String, &String)| {
+            Some((*listener_places.get(listener.as_str())?, *pool_places.get(pool.as_str())?))
+        };
+        let tenants = config.tenants.iter().map(|tenant| {
+            let label = labels.intern(&tenant.name);
+            let quota = quotas.find(&label);
+            quota.set(&tenant.limits);
+            Tenant {
+                label,
+                labels: (!tenant.labels.is_empty()).then(|| Box::new(tenant.labels.clone())),
+                enabled: tenant.enabled,
+                pool: pool_of(&tenant.pool),
+                routes: tenant.routes.iter().filter_map(route).collect(),
+                quota,
+            }
+        });
+        let endpoints = config.tenants.iter().zip(0_u32..);
+        let endpoints =
+            endpoints.flat_map(|(tenant, place)| tenant.endpoints.iter().map(move |id| (*id, place)));
+        let listeners = self.listeners.iter().zip(&config.listeners).map(|(listener, config)| Listener {
+            tenants: tenant_rules(&config.identity, &tenant_places),
+            pool: pool_of(&config.pool),
+            ..listener.clone()
+        });
+        Self {
+            listeners: listeners.collect(),
+            pools: self.pools.clone(),
+            directory: Directory::new(tenants.collect(), endpoints),
+            ..*self
         }
     }
 }
@@ -154,6 +179,8 @@ pub struct Live {
     pub shards: Vec<Arc<Shard>>,
     /// Sessions of the process.
     pub sessions: Arc<Slots>,
+    /// What each tenant may take, and what is in use.
+    pub quotas: Quotas,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
     /// Lines of the access log that its writer could not write.
@@ -164,6 +191,8 @@ pub struct Live {
     pub bound: OnceLock<Vec<Vec<SocketAddr>>>,
     /// Backends whose first probe is still out.
     pub unprobed: AtomicUsize,
+    /// How often another configuration took its place.
+    pub reloads: Reloads,
     draining: AtomicBool,
 }
 
@@ -198,21 +227,44 @@ impl Live {
     #[must_use]
     pub fn new(config: &Config, workers: usize, max_sessions: usize, pipes: u64) -> Arc<Self> {
         let labels = Labels::default();
-        let snapshot = Snapshot::new(config, &labels);
+        let sessions = Slots::new(max_sessions);
+        let quotas = Quotas::new(Arc::clone(&sessions));
+        let snapshot = Snapshot::new(config, &labels, &quotas);
         let unprobed = snapshot.pools.iter().filter(|pool| pool.probe != Probe::None);
         let unprobed = unprobed.map(|pool| pool.backends().len()).sum();
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
             labels,
             shards: (0..workers).map(|_| Arc::default()).collect(),
-            sessions: Slots::new(max_sessions),
+            sessions,
+            quotas,
             pipes: Budget::new(pipes * pipe::CAPACITY as u64, workers),
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
             bound: OnceLock::new(),
             unprobed: AtomicUsize::new(unprobed),
+            reloads: Reloads::new(config),
             draining: AtomicBool::new(false),
         })
+    }
+
+    /// Puts another configuration in force: its tenants, their endpoints, routes, labels and limits. Sessions keep what
+    /// they were born with, but for the limits, which hold for them too.
+    ///
+    /// # Errors
+    /// What else differs; nothing has changed then.
+    pub fn reload(&self, config: &Config) -> Result<(), Frozen> {
+        // One at a time, so that the last one that was asked for is in force.
+        let _turn = lock(&self.reloads.turn);
+        if let Err(frozen) = self.reloads.judge(config) {
+            self.reloads.refuse();
+            return Err(frozen);
+        }
+        let next = self.snapshot.load().with_tenants(config, &self.labels, &self.quotas);
+        self.snapshot.store(Arc::new(next));
+        self.quotas.forget_unused();
+        self.reloads.accept();
+        Ok(())
     }
 
     /// From now on the health check says that the process is going.

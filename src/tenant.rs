@@ -1,8 +1,10 @@
 //! The third step: whose traffic it is, by one look into a table.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use crate::account::Label;
+use crate::admission::quota::Quota;
 use crate::id::{Claim, EndpointId};
 use crate::outcome::{At, Outcome, Why};
 
@@ -19,6 +21,8 @@ pub struct Tenant {
     pub pool: Option<u32>,
     /// Places of listeners and of the pools that override both.
     pub routes: Box<[(u32, u32)]>,
+    /// What it may take, and what it has taken; the same over reloads.
+    pub quota: Arc<Quota>,
 }
 
 impl Tenant {
@@ -27,7 +31,11 @@ impl Tenant {
     /// # Errors
     /// The rejection of a disabled tenant.
     pub fn admit(&self) -> Result<(), Outcome> {
-        if self.enabled { Ok(()) } else { Err(Outcome::reject(At::Tenant, Why::TenantDisabled)) }
+        if self.enabled {
+            Ok(())
+        } else {
+            Err(Outcome::reject(At::Tenant, self.quota.reject(Why::TenantDisabled)))
+        }
     }
 
     /// The place of the pool for its traffic on `listener`: its route, else its pool, else the listener's.
@@ -109,6 +117,7 @@ mod tests {
             enabled: name == "acme",
             pool: None,
             routes: Box::default(),
+            quota: Arc::default(),
         });
         let endpoints = [("vpce-00000001", 0), ("vpce-00000002", 1)];
         Directory::new(tenants.collect(), endpoints.map(|(text, place)| (text.parse().unwrap(), place)))
@@ -165,6 +174,7 @@ mod tests {
             enabled: true,
             pool,
             routes: routes.into(),
+            quota: Arc::default(),
         };
         assert_eq!(tenant(None, &[]).pool_on(0, None), None);
         assert_eq!(tenant(None, &[]).pool_on(0, Some(1)), Some(1));

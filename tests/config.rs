@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use vestibule::config::{AccessLog, Balance, Config, Fallback, Faults, Format, Identity, Level, Probe};
+use vestibule::config::{
+    AccessLog, Balance, Bandwidth, Config, Fallback, Faults, Format, Identity, Level, Limits, Mode, Probe,
+    Rate,
+};
 
 fn load(path: impl AsRef<Path>) -> Result<Config, Faults> {
     Config::load(path.as_ref())
@@ -85,6 +88,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     let [tenant] = config.tenants.as_slice() else { panic!("one tenant") };
     assert_eq!((tenant.name.as_str(), tenant.enabled, tenant.pool.as_ref()), ("acme", true, None));
     assert!(tenant.routes.is_empty() && tenant.labels.is_empty());
+    assert_eq!(tenant.limits, Limits::default());
 }
 
 #[test]
@@ -142,6 +146,33 @@ fn what_is_not_the_default_is_read_too() {
     assert_eq!(pool.health, Probe::Tcp { interval, timeout, rise: 1, fall: 1, port: Some(65_535) });
     assert_eq!(config.pools[1].health, Probe::None);
     assert!(!config.tenants[0].enabled);
+}
+
+#[test]
+fn a_tenant_takes_each_limit_that_it_does_not_set_from_the_defaults() {
+    let config = load("tests/config/valid/everything.toml").unwrap();
+    let bandwidth = |bytes_per_second, burst| Some(Bandwidth { bytes_per_second, burst });
+    let rate = |nanos, burst| Some(Rate { interval: Duration::from_nanos(nanos), burst });
+    let acme = Limits {
+        mode: Mode::Observe,
+        sessions: Some(1),
+        session_rate: rate(60_000_000_000 / 7, 3),
+        to_backend: bandwidth(1024, 1024),
+        // A burst goes with its rate: the default's is not taken where the rate is the tenant's own.
+        to_client: bandwidth(2 << 20, (2 << 20) / 10),
+    };
+    assert_eq!(config.tenants[0].limits, acme);
+    let defaults = Limits {
+        mode: Mode::Enforce,
+        sessions: Some(2000),
+        session_rate: rate(5_000_000, 400),
+        to_backend: None,
+        to_client: bandwidth(50 << 20, 50 << 20),
+    };
+    assert_eq!(config.tenants[1].limits, defaults);
+    let reference = load("config/reference.toml").unwrap();
+    let [acme, globex] = [0, 1].map(|place| reference.tenants[place].limits);
+    assert_eq!((acme.sessions, globex.sessions, globex.session_rate), (Some(2000), Some(10_000), None));
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Random operations against naive models: the wheel, slots, health, the pick, the directory, endpoint IDs, counters.
+//! Random operations against naive models: the wheel, slots, limits, health, the pick, the directory, endpoint IDs,
+//! counters.
 
 #![allow(
     clippy::unwrap_used,
@@ -27,6 +28,8 @@ use vestibule::pool::health::{Health, Rules, State};
 use vestibule::pool::{Pool, Tried, pick};
 use vestibule::tenant::{self, Directory, Tenant};
 
+#[path = "model/limits.rs"]
+mod limits;
 #[path = "model/meter.rs"]
 mod meter;
 
@@ -406,6 +409,7 @@ fn directory(tenants: u32, endpoints: &BTreeMap<String, u32>) -> Directory {
         enabled: true,
         pool: None,
         routes: Box::default(),
+        quota: Arc::default(),
     };
     let endpoints = endpoints.iter().map(|(text, place)| (text.parse().unwrap(), *place));
     Directory::new((0..tenants).map(tenant).collect(), endpoints)

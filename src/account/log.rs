@@ -9,7 +9,7 @@ use super::EachWay;
 use super::line::{Stamp, address, decimal, hexadecimal, milliseconds, quote};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::id::{EndpointId, SessionId};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Why};
 
 /// One line. What was never known is left out.
 #[derive(Debug)]
@@ -42,8 +42,38 @@ pub struct Record<'a> {
     pub total_ms: Duration,
     /// Who ended it, at which step, why.
     pub outcome: Outcome,
+    /// What the tenant's limits have to do with it.
+    pub marks: Marks,
     /// The tenant's labels.
     pub labels: Option<&'a BTreeMap<String, String>>,
+}
+
+/// What a tenant's limits have to do with a session that was not rejected, or with the line of one that was.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Marks {
+    /// Why it would have been rejected, were the limits not only observed.
+    pub would_reject: Option<Why>,
+    /// Whether its bytes would have had to wait.
+    pub would_delay: bool,
+    /// Lines that tell of the tenant's rejections and were left out before this one.
+    pub left_out: u64,
+}
+
+impl Marks {
+    fn write(self, to: &mut Vec<u8>) {
+        if let Some(why) = self.would_reject {
+            to.extend_from_slice(br#","would_reject":[""#);
+            to.extend_from_slice(why.word().as_bytes());
+            to.extend_from_slice(br#""]"#);
+        }
+        if self.would_delay {
+            to.extend_from_slice(br#","would_delay":true"#);
+        }
+        if self.left_out > 0 {
+            to.extend_from_slice(br#","left_out":"#);
+            decimal(to, self.left_out);
+        }
+    }
 }
 
 impl Record<'_> {
@@ -78,6 +108,7 @@ impl Record<'_> {
             to.extend_from_slice(word.as_bytes());
         }
         to.extend_from_slice(br#""}"#);
+        self.marks.write(to);
         self.write_labels(to);
         to.extend_from_slice(b"}\n");
     }
@@ -162,6 +193,12 @@ impl Journal {
         Self { batch: RefCell::default(), stamp: RefCell::default(), writer, dropped: Cell::new(0) }
     }
 
+    /// Whether anybody reads the lines.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.writer.is_some()
+    }
+
     /// Adds a line.
     pub fn write(&self, record: &Record<'_>) {
         if self.writer.is_none() {
@@ -203,7 +240,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, sync_channel};
 
     use super::*;
-    use crate::outcome::{At, By, Why};
+    use crate::outcome::{At, By};
 
     fn record(labels: &BTreeMap<String, String>) -> Record<'_> {
         Record {
@@ -221,6 +258,7 @@ mod tests {
             connect_ms: Some(Duration::from_nanos(1_234_567)),
             total_ms: Duration::from_secs(2),
             outcome: Outcome::new(By::Client, At::Forward, Why::Done),
+            marks: Marks::default(),
             labels: Some(labels),
         }
     }
@@ -267,9 +305,32 @@ mod tests {
         });
         journal.flush();
         let line = String::from_utf8(receiver.recv().unwrap().text).unwrap();
-        for key in ["tenant", "endpoint", "client", "pool", "backend", "connect_ms", "labels"] {
+        for key in [
+            "tenant",
+            "endpoint",
+            "client",
+            "pool",
+            "backend",
+            "connect_ms",
+            "labels",
+            "would_reject",
+            "would_delay",
+            "left_out",
+        ] {
             assert!(!line.contains(&format!("\"{key}\":")), "{key} in {line}");
         }
+    }
+
+    #[test]
+    fn what_limits_have_to_do_with_it_is_said_only_where_they_have() {
+        let (journal, receiver) = journal(1);
+        let labels = BTreeMap::new();
+        let marks = Marks { would_reject: Some(Why::SessionLimit), would_delay: true, left_out: 7 };
+        journal.write(&Record { marks, ..record(&labels) });
+        journal.flush();
+        let line = String::from_utf8(receiver.recv().unwrap().text).unwrap();
+        let expected = r#""would_reject":["session_limit"],"would_delay":true,"left_out":7,"labels":{}}"#;
+        assert!(line.trim_end().ends_with(expected), "{line}");
     }
 
     #[test]
@@ -303,6 +364,7 @@ mod tests {
     #[test]
     fn a_log_that_is_off_costs_nothing() {
         let journal = Journal::new(None);
+        assert!(!journal.is_on());
         journal.write(&record(&BTreeMap::new()));
         journal.flush();
         assert_eq!((journal.take_dropped(), journal.batch.borrow().text.capacity()), (0, 0));

@@ -78,6 +78,26 @@ metrics! {
         "Lines of the access log that were dropped because its writer was behind, or could not write them.";
     SESSIONS_LIMIT: Gauge "vestibule_sessions_limit" []
         "Sessions that the process takes at once.";
+    TENANT_SESSIONS: Gauge "vestibule_tenant_sessions" ["tenant"]
+        "Sessions of a tenant that has limits.";
+    TENANT_SESSIONS_LIMIT: Gauge "vestibule_tenant_sessions_limit" ["tenant"]
+        "Sessions that the tenant may have at once, where that is limited.";
+    TENANT_REJECTED: Counter "vestibule_tenant_rejected_total" ["tenant", "why"]
+        "Sessions of the tenant that were rejected: `session_limit`, `session_rate`, `shed`, `tenant_disabled`.";
+    TENANT_WOULD_REJECT: Counter "vestibule_tenant_would_reject_total" ["tenant", "why"]
+        "Sessions of the tenant that would have been rejected, were its limits not only observed.";
+    TENANT_DELAYED: Counter "vestibule_tenant_delayed_seconds_total" ["tenant", "direction"]
+        "How long the tenant's sessions have waited for its bandwidth, all together.";
+    TENANT_WOULD_DELAY: Counter "vestibule_tenant_would_delay_total" ["tenant", "direction"]
+        "Reads that would have had to wait for the tenant's bandwidth, were its limits not only observed.";
+    TENANT_HELD: Gauge "vestibule_tenant_held_bytes" ["tenant", "direction"]
+        "Bytes that the sessions of a tenant with a bandwidth hold, because their other ends do not take them.";
+    RELOADS: Counter "vestibule_config_reloads_total" []
+        "Reloads that put their configuration in force.";
+    RELOADS_REJECTED: Counter "vestibule_config_rejected_total" []
+        "Reloads that were refused, for a fault or for a change that needs a restart; nothing changed.";
+    RELOAD_SUCCESSFUL: Gauge "vestibule_config_last_reload_successful" []
+        "1 where the last reload, or the start, put its configuration in force.";
     TENANTS: Gauge "vestibule_tenants" []
         "Tenants of the live snapshot.";
     DRAINING: Gauge "vestibule_draining" []

@@ -88,6 +88,7 @@ impl Collector for Scrape {
         let mut sheet = Sheet::default();
         process(&mut sheet, &self.live);
         pools(&mut sheet, &self.live);
+        tenants(&mut sheet, &self.live);
         for (worker, shard) in self.live.shards.iter().enumerate() {
             self::worker(&mut sheet, worker, shard);
             routes(&mut sheet, shard);
@@ -205,6 +206,9 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::TENANTS, &[], snapshot.directory.tenants().len() as u64);
     sheet.count(&names::PIPE_MEMORY, &[], live.pipes.used());
     sheet.count(&names::LOG_DROPPED, &[], live.log_lost.load(Ordering::Relaxed));
+    sheet.count(&names::RELOADS, &[], live.reloads.done());
+    sheet.count(&names::RELOADS_REJECTED, &[], live.reloads.refused());
+    sheet.count(&names::RELOAD_SUCCESSFUL, &[], u64::from(live.reloads.last_was_successful()));
     sheet.count(&names::DRAINING, &[], u64::from(live.is_draining()));
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }
@@ -223,6 +227,36 @@ fn pools(sheet: &mut Sheet, live: &Live) {
             let (done, failed) = backend.probes();
             for (result, count) in [("done", done), ("failed", failed)] {
                 sheet.count(&names::BACKEND_PROBES, &[labels[0], labels[1], result], count);
+            }
+        }
+    }
+}
+
+/// What is in use of each tenant's limits, and what they did; of a tenant without limits only that it was rejected.
+/// Tenants that never had a session are left out: of 100,000 they may be most.
+fn tenants(sheet: &mut Sheet, live: &Live) {
+    let routes = live.shards.iter().flat_map(|shard| shard.routes());
+    let labels: BTreeMap<_, _> = routes.map(|route| (route.tenant.serial(), route.tenant.clone())).collect();
+    for label in labels.values() {
+        let (name, Some(quota)) = (label.name(), live.quotas.known(label)) else { continue };
+        if quota.is_limited() {
+            sheet.count(&names::TENANT_SESSIONS, &[name], quota.sessions() as u64);
+        }
+        if let Some(limit) = quota.sessions_limit() {
+            sheet.count(&names::TENANT_SESSIONS_LIMIT, &[name], limit as u64);
+        }
+        for (why, count) in quota.rejected().filter(|(_, count)| *count > 0) {
+            sheet.count(&names::TENANT_REJECTED, &[name, why.word()], count);
+        }
+        for (why, count) in quota.would_reject().filter(|(_, count)| *count > 0) {
+            sheet.count(&names::TENANT_WOULD_REJECT, &[name, why.word()], count);
+        }
+        for direction in Direction::ALL {
+            let (budget, labels) = (quota.budget(direction), [name, direction.word()]);
+            if budget.is_limited() {
+                sheet.add(&names::TENANT_DELAYED, &labels, budget.delayed().as_secs_f64());
+                sheet.count(&names::TENANT_WOULD_DELAY, &labels, budget.would_delay());
+                sheet.count(&names::TENANT_HELD, &labels, budget.held());
             }
         }
     }

@@ -68,14 +68,12 @@ fn pools(page: &mut String, status: &Status) {
 }
 
 fn tenants(page: &mut String, status: &Status) {
-    let numbers = ["sessions", "ended", "ended by proxy", "bytes to backend", "bytes to client"];
-    open(page, "Tenants with traffic", &["tenant"], &numbers);
+    let numbers = ["sessions", "ended", "ended by proxy", "rejected", "bytes to backend", "bytes to client"];
+    open(page, "Tenants with traffic", &["tenant", "sessions at most"], &numbers);
     for tenant in &status.tenants {
-        row(
-            page,
-            &[&tenant.name],
-            &[tenant.sessions, tenant.ended, tenant.ended_by_proxy, tenant.to_backend, tenant.to_client],
-        );
+        let limit = tenant.sessions_limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
+        let ended = [tenant.sessions, tenant.ended, tenant.ended_by_proxy, tenant.rejected];
+        row(page, &[&tenant.name, &limit], &[&ended[..], &[tenant.to_backend, tenant.to_client]].concat());
     }
     page.push_str("</table>");
 }

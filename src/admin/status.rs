@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 
-use crate::account::Direction;
+use crate::account::{Direction, Label};
 use crate::outcome::By;
 use crate::state::{Live, NotReady};
 
@@ -91,6 +91,13 @@ pub struct TenantStatus {
     pub ended: u64,
     /// Sessions that the proxy itself ended: rejections, failed connects and timeouts.
     pub ended_by_proxy: u64,
+    /// Sessions at most, where that is limited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sessions_limit: Option<usize>,
+    /// Sessions that were rejected at the step `tenant`.
+    pub rejected: u64,
+    /// Sessions that would have been, were the limits not only observed.
+    pub would_reject: u64,
     /// Bytes forwarded to backends.
     pub to_backend: u64,
     /// Bytes forwarded to clients.
@@ -164,6 +171,18 @@ fn pools(live: &Live) -> Vec<PoolStatus> {
     pools.collect()
 }
 
+/// A tenant with what its quota says, and nothing of its traffic yet.
+fn tenant(live: &Live, label: &Label) -> TenantStatus {
+    let quota = live.quotas.known(label).unwrap_or_default();
+    TenantStatus {
+        name: label.name().to_owned(),
+        sessions_limit: quota.sessions_limit(),
+        rejected: quota.rejected().map(|(_, count)| count).sum(),
+        would_reject: quota.would_reject().map(|(_, count)| count).sum(),
+        ..TenantStatus::default()
+    }
+}
+
 /// The busiest tenants, and what ended before anybody knew whose it was.
 fn tenants(live: &Live) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>) {
     let mut tenants: BTreeMap<String, TenantStatus> = BTreeMap::new();
@@ -177,8 +196,7 @@ fn tenants(live: &Live) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>) {
             continue;
         }
         let name = route.tenant.name().to_owned();
-        let tenant =
-            tenants.entry(name.clone()).or_insert_with(|| TenantStatus { name, ..TenantStatus::default() });
+        let tenant = tenants.entry(name).or_insert_with(|| tenant(live, &route.tenant));
         tenant.sessions += route.active.value();
         tenant.to_backend += route.bytes.way(Direction::ToBackend).value();
         tenant.to_client += route.bytes.way(Direction::ToClient).value();

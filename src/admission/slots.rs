@@ -11,10 +11,18 @@ pub struct Slots {
 }
 
 impl Slots {
+    /// The limit that is none.
+    pub const UNLIMITED: usize = usize::MAX;
+
     /// `limit` slots, all free.
     #[must_use]
     pub fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { limit: AtomicUsize::new(limit), used: AtomicUsize::new(0) })
+    }
+
+    /// From now on so many; who is in stays, and nobody comes in until there is room.
+    pub fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Release);
     }
 
     /// Takes a slot; `None` where all are taken.
@@ -25,8 +33,23 @@ impl Slots {
 
     /// Exact both ways: nobody comes in over the limit, and nobody is refused because somebody else just was.
     fn reserve(&self) -> bool {
+        self.enter().is_ok()
+    }
+
+    /// Takes a slot, and tells how many were taken before; on failure too. Who comes in has to [`leave`](Self::leave).
+    pub(super) fn enter(&self) -> Result<usize, usize> {
         let room = |used: usize| (used < self.limit()).then_some(used + 1);
-        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).is_ok()
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room)
+    }
+
+    /// Takes a slot even beyond the limit, and tells how many were taken before.
+    pub(super) fn enter_anyway(&self) -> usize {
+        self.used.fetch_add(1, Ordering::AcqRel)
+    }
+
+    /// Gives a slot back, and tells how many are taken still.
+    pub(super) fn leave(&self) -> usize {
+        self.used.fetch_sub(1, Ordering::AcqRel) - 1
     }
 
     /// How many there may be.
@@ -42,13 +65,20 @@ impl Slots {
     }
 }
 
+impl Default for Slots {
+    /// As many as may be.
+    fn default() -> Self {
+        Self { limit: AtomicUsize::new(Self::UNLIMITED), used: AtomicUsize::new(0) }
+    }
+}
+
 /// One slot, given back on drop.
 #[derive(Debug)]
 pub struct Permit(Arc<Slots>);
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::AcqRel);
+        self.0.leave();
     }
 }
 
@@ -68,6 +98,33 @@ mod tests {
         assert_eq!(slots.used(), 1);
         assert!(slots.take().is_some());
         assert!(Slots::new(0).take().is_none());
+    }
+
+    #[test]
+    fn a_lower_limit_lets_the_present_stay() {
+        let slots = Slots::new(3);
+        let mut held: Vec<_> = (0..3).map(|_| slots.take().unwrap()).collect();
+        slots.set_limit(1);
+        assert_eq!((slots.used(), slots.limit()), (3, 1));
+        for left in (1..3).rev() {
+            assert!(slots.take().is_none(), "{left}");
+            held.pop();
+        }
+        assert!(slots.take().is_none());
+        held.pop();
+        held.extend(slots.take());
+        assert_eq!(slots.used(), 1);
+        slots.set_limit(Slots::UNLIMITED);
+        assert!(slots.take().is_some());
+        assert_eq!(Slots::default().limit(), Slots::UNLIMITED);
+    }
+
+    #[test]
+    fn who_comes_in_anyway_is_counted_beyond_the_limit() {
+        let slots = Slots::new(1);
+        assert_eq!(slots.enter(), Ok(0));
+        assert_eq!((slots.enter(), slots.enter_anyway(), slots.used()), (Err(1), 1, 2));
+        assert_eq!((slots.leave(), slots.leave()), (1, 0));
     }
 
     #[test]

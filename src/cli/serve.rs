@@ -1,8 +1,9 @@
 //! `vestibule serve`: the proxy, from its configuration to its last session.
 
 use std::io::{self, IsTerminal};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::level_filters::LevelFilter;
@@ -10,6 +11,7 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use crate::config::{Config, Format, Level, Log};
 use crate::server::{Server, StartError};
+use crate::state::Live;
 
 pub(super) fn run(path: &Path) -> ExitCode {
     let config = match Config::load(path) {
@@ -20,7 +22,7 @@ pub(super) fn run(path: &Path) -> ExitCode {
         }
     };
     let _writer = start_log(&config.log);
-    match serve(&config) {
+    match serve(&config, path) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
@@ -29,7 +31,7 @@ pub(super) fn run(path: &Path) -> ExitCode {
     }
 }
 
-fn serve(config: &Config) -> Result<(), StartError> {
+fn serve(config: &Config, path: &Path) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // The signals are caught before the first thread serves: none can come too early.
     let signals = {
@@ -41,8 +43,9 @@ fn serve(config: &Config) -> Result<(), StartError> {
         }
     };
     let server = Server::start(config)?;
+    let reload = Reload { path: path.to_owned(), live: Arc::clone(server.live()) };
     announce(&server, config);
-    runtime.block_on(until_the_end(server, signals));
+    runtime.block_on(until_the_end(server, signals, &reload));
     tracing::info!("ended");
     Ok(())
 }
@@ -54,27 +57,55 @@ struct Signals {
 }
 
 impl Signals {
-    /// Waits for the next order to end. SIGHUP means a reload elsewhere, and must not end a proxy that has none yet.
-    async fn next(&mut self) {
+    /// Waits for the next order to end; meanwhile SIGHUP reloads.
+    async fn next(&mut self, reload: &Reload) {
         loop {
             tokio::select! {
                 _ = self.terminate.recv() => return,
                 _ = self.interrupt.recv() => return,
-                _ = self.hangup.recv() => tracing::warn!("SIGHUP: this version does not reload; restart it instead"),
+                _ = self.hangup.recv() => reload.run(),
+            }
+        }
+    }
+}
+
+/// What SIGHUP does.
+struct Reload {
+    path: PathBuf,
+    live: Arc<Live>,
+}
+
+impl Reload {
+    /// Reads the configuration again and puts it in force, as a whole or not at all.
+    fn run(&self) {
+        let config = match Config::load(&self.path) {
+            Ok(config) => config,
+            Err(faults) => {
+                self.live.reloads.refuse();
+                faults.iter().for_each(|fault| tracing::error!("{fault}"));
+                tracing::error!(faults = faults.len(), "the reload is refused; what was in force stays");
+                return;
+            }
+        };
+        match self.live.reload(&config) {
+            Ok(()) => tracing::info!(tenants = config.tenants.len(), "reloaded"),
+            Err(frozen) => {
+                tracing::error!("{frozen}");
+                tracing::error!("the reload is refused; what was in force stays");
             }
         }
     }
 }
 
 /// The first signal drains, the second ends.
-async fn until_the_end(server: Server, mut signals: Signals) {
-    signals.next().await;
+async fn until_the_end(server: Server, mut signals: Signals, reload: &Reload) {
+    signals.next(reload).await;
     server.drain();
     let end = server.ender();
     let mut joined = tokio::task::spawn_blocking(move || server.join());
     let ended = tokio::select! {
         ended = &mut joined => ended,
-        () = signals.next() => {
+        () = signals.next(reload) => {
             tracing::warn!("a second signal: ending now");
             end();
             joined.await

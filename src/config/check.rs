@@ -2,6 +2,7 @@
 
 mod address;
 mod build;
+mod limits;
 mod listener;
 mod names;
 mod pool;
@@ -30,6 +31,7 @@ pub(super) fn check(mut written: Written) -> Result<Config, Faults> {
     address::listener_addresses_do_not_overlap(&written, &mut faults);
     pool::rules(&written, &mut faults);
     tenant::rules(&written, &mut faults);
+    limits::rules(&written, &mut faults);
     if faults.is_empty() { Ok(build::config(written)) } else { Err(Faults::sorted(faults)) }
 }
 

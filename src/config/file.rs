@@ -8,7 +8,9 @@ use toml::de::DeTable;
 
 use super::error::{Fault, Faults, Source};
 use super::section::{Field, Head, List, Section, into_array, into_table, quoted, shown};
-use super::written::{Admin, Drain, HealthEndpoint, Listener, Log, Pool, Process, Tenant, Timeouts, Written};
+use super::written::{
+    Admin, Drain, HealthEndpoint, Limits, Listener, Log, Pool, Process, Tenant, Timeouts, Written,
+};
 
 /// Reads a file and all that it includes. Faults of form are handed on with what could be read.
 ///
@@ -153,8 +155,10 @@ impl Reading {
                 "log" => written.log = Log::read(&head, table, faults),
                 "timeouts" => written.timeouts = Timeouts::read(head, table, faults),
                 "drain" => written.drain = Drain::read(&head, table, faults),
-                // What [tenant-defaults] may hold is not built: opening it refuses its keys, and there are no others.
-                _ => Section::open(&head, table, faults).finish(),
+                _ => {
+                    written.default_limits = Limits::of_defaults(&head, table, faults);
+                    written.defaults = Some(head);
+                }
             }
         }
     }

@@ -76,8 +76,8 @@ const UNBUILT: &[Part] = &[
     part("pool.health", "send", All, "must be absent: probes that send and expect are not built in this version"),
     part("pool.health", "expect", All, "must be absent: probes that send and expect are not built in this version"),
     part("pool.health", "send-proxy", All, "must be absent: a PROXY header before a probe is not built in this version"),
-    part("tenant", "limits", All, "must be absent: limits are not built in this version"),
-    part("tenant-defaults", "limits", All, "must be absent: limits are not built in this version"),
+    part("tenant.limits", "flows", All, "must be absent: UDP is not built in this version"),
+    part("tenant.limits", "datagram-rate", All, "must be absent: UDP is not built in this version"),
 ];
 
 const fn part(table: &'static str, key: &'static str, refused: Refused, must: &'static str) -> Part {
@@ -181,7 +181,7 @@ mod tests {
         assert!(UNBUILT.iter().all(
             |part| part.must.starts_with("must be ") && part.must.contains(" not built in this version")
         ));
-        assert_eq!(verdict("tenant", "limits", "{}"), Verdict::Refused);
+        assert_eq!(verdict("tenant.limits", "flows", "5000"), Verdict::Refused);
         assert_eq!(parts_of("timeouts").count(), 0);
     }
 }

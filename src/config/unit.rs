@@ -19,6 +19,10 @@ pub struct Malformed {
 pub const DURATION: &str = "a duration with a unit, such as \"5s\" (ms, s, m or h)";
 /// What a size must be.
 pub const SIZE: &str = "a size with a unit, such as \"64MiB\" (B, KiB, MiB, GiB, KB, MB or GB)";
+/// What a rate must be.
+pub const RATE: &str = "a rate with a unit of time, such as \"200/s\" (s, m or h)";
+/// What a bandwidth must be.
+pub const BANDWIDTH: &str = "a size with a unit in each second, such as \"50MiB/s\"";
 /// What a bind must be.
 pub const PORTS: &str =
     "an IP address and a port or a range of ports, such as \"0.0.0.0:8080\" or \"[::]:8080-8083\"";
@@ -80,6 +84,44 @@ fn counted(
     };
     let count = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(*factor));
     count.ok_or(Malformed { must: limit, because: "" })
+}
+
+/// Reads a whole number and a unit of time behind a slash, as the time from one to the next: from one in an hour to
+/// a million in a second, of which a nanosecond tells even the fastest from its neighbours by a thousandth.
+///
+/// # Errors
+/// Where it has another form, or is slower or faster.
+pub fn rate(text: &str) -> Result<Duration, Malformed> {
+    const FASTEST: u64 = 1_000;
+    let (count, unit) =
+        text.split_once('/').ok_or(Malformed { must: RATE, because: ", which has no unit" })?;
+    if count.is_empty() || !count.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(Malformed { must: RATE, because: "" });
+    }
+    let known = TIMES.iter().find(|(name, _)| *name == unit && unit != "ms");
+    let (_, nanos) =
+        known.ok_or(Malformed { must: RATE, because: ", which has a unit that is not known" })?;
+    let interval = count.parse::<u64>().map_or(Some(0), |count| nanos.checked_div(count));
+    match interval {
+        None => Err(Malformed { must: "more than 0", because: ": state = \"disabled\" carries nothing" }),
+        Some(nanos) if nanos < FASTEST => Err(Malformed { must: "at most 1000000/s", because: "" }),
+        Some(nanos) => Ok(Duration::from_nanos(nanos)),
+    }
+}
+
+/// Reads a size in each second, as bytes.
+///
+/// # Errors
+/// Where it has another form, or is less than a KiB.
+pub fn bandwidth(text: &str) -> Result<u64, Malformed> {
+    const LEAST: u64 = 1 << 10;
+    let per_second = text.strip_suffix("/s");
+    let size =
+        per_second.ok_or(Malformed { must: BANDWIDTH, because: ", which has no \"/s\" at its end" })?;
+    match counted(size, &SIZES, BANDWIDTH, "at most 17179869183GiB/s")? {
+        bytes if bytes < LEAST => Err(Malformed { must: "at least 1KiB/s", because: "" }),
+        bytes => Ok(bytes),
+    }
 }
 
 /// One address with a port, or with several in a row.
@@ -216,6 +258,47 @@ mod tests {
         for text in ["18446744073709551616B", "17179869184GiB"] {
             assert_eq!(size(text).unwrap_err().must, "at most 17179869183GiB", "{text}");
         }
+    }
+
+    #[test]
+    fn rates_are_read_as_the_time_from_one_to_the_next() {
+        for (text, nanos) in [
+            ("200/s", 5_000_000),
+            ("3/s", 333_333_333),
+            ("10/m", 6_000_000_000),
+            ("1/h", 3_600_000_000_000),
+            ("1000000/s", 1_000),
+            ("60000000/m", 1_000),
+        ] {
+            assert_eq!(rate(text), Ok(Duration::from_nanos(nanos)), "{text}");
+        }
+        assert_eq!(why(rate("200")), ", which has no unit");
+        for text in ["200/ms", "200/", "200/sec", "200/S", "200/ s", "200/s "] {
+            assert_eq!(why(rate(text)), ", which has a unit that is not known", "{text}");
+        }
+        for text in ["/s", "-1/s", "1.5/s", " 1/s", "1 /s"] {
+            assert_eq!(rate(text), Err(Malformed { must: RATE, because: "" }), "{text}");
+        }
+        assert_eq!(rate("0/s").unwrap_err().must, "more than 0");
+        for text in ["1000001/s", "60000001/m", "99999999999999999999999/h"] {
+            assert_eq!(rate(text).unwrap_err().must, "at most 1000000/s", "{text}");
+        }
+    }
+
+    #[test]
+    fn bandwidths_are_a_size_in_a_second() {
+        assert_eq!(bandwidth("50MiB/s"), Ok(50 << 20));
+        assert_eq!(bandwidth("1KiB/s"), Ok(1024));
+        assert_eq!(bandwidth("17179869183GiB/s"), Ok(17_179_869_183 << 30));
+        for text in ["50MiB", "50MiB/m", "50", "50MiB/s "] {
+            assert_eq!(why(bandwidth(text)), ", which has no \"/s\" at its end", "{text}");
+        }
+        assert_eq!(why(bandwidth("50/s")), ", which has no unit");
+        assert_eq!(why(bandwidth("50Mbit/s")), ", which has a unit that is not known");
+        for text in ["1023B/s", "0MiB/s"] {
+            assert_eq!(bandwidth(text).unwrap_err().must, "at least 1KiB/s", "{text}");
+        }
+        assert_eq!(bandwidth("17179869184GiB/s").unwrap_err().must, "at most 17179869183GiB/s");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use toml::de::DeValue;
 use super::section::{FromToml, quoted, shown};
 use super::suggest;
 use super::unit::{self, Malformed, Ports};
-use super::{AccessLog, Balance, Fallback, Format, Level};
+use super::{AccessLog, Balance, Fallback, Format, Level, Mode};
 use crate::id::EndpointId;
 
 fn must_be(wanted: &str, value: &DeValue<'_>) -> String {
@@ -127,6 +127,47 @@ pub(super) struct Size(pub(super) u64);
 impl FromToml for Size {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         with_unit(value, unit::SIZE, unit::size).map(Self)
+    }
+}
+
+/// So many sessions at once, at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sessions(pub(super) usize);
+
+impl FromToml for Sessions {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let sessions = Count::<1>::from_toml(value).map(|sessions| Self(sessions.as_usize()));
+        let is_none = Whole::<0, 0>::from_toml(value).is_ok();
+        sessions.map_err(|message| if is_none { message + NOTHING } else { message })
+    }
+}
+
+/// The remedy for a limit of nothing.
+const NOTHING: &str = ": state = \"disabled\" carries nothing";
+
+/// From one to the next, of things that come so many in a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Interval(pub(super) Duration);
+
+impl FromToml for Interval {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        with_unit(value, unit::RATE, unit::rate).map(Self)
+    }
+}
+
+/// A number of bytes in each second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PerSecond(pub(super) u64);
+
+impl FromToml for PerSecond {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        with_unit(value, unit::BANDWIDTH, unit::bandwidth).map(Self)
+    }
+}
+
+impl FromToml for Mode {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        word(value, &[("enforce", Self::Enforce), ("observe", Self::Observe)])
     }
 }
 
@@ -356,6 +397,16 @@ mod tests {
         assert!(refused::<Duration>("true").ends_with("found true"));
         assert!(refused::<Duration>("\"5\"").ends_with("found \"5\", which has no unit"));
         assert_eq!(read("\"2KiB\""), Ok(Size(2048)));
+        assert!(refused::<Interval>("200").ends_with("(s, m or h), found the bare number 200"));
+        assert_eq!(
+            refused::<Interval>("\"0/s\""),
+            "must be more than 0, found \"0/s\": state = \"disabled\" carries nothing"
+        );
+        assert_eq!(read("1"), Ok(Sessions(1)));
+        assert!(refused::<Sessions>("0").ends_with("found 0: state = \"disabled\" carries nothing"));
+        assert!(refused::<Sessions>("-1").ends_with("from 1 to 4294967295, found -1"));
+        assert!(refused::<PerSecond>("5000").ends_with("found the bare number 5000"));
+        assert_eq!(read("\"2KiB/s\""), Ok(PerSecond(2048)));
     }
 
     #[test]

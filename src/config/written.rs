@@ -11,9 +11,10 @@ use super::error::Fault;
 use super::section::{Field, Head, List, Pairs, Section, into_table};
 use super::unit::Ports;
 use super::value::{
-    Count, Name, ProbeKind, Protocol, ProxyProtocol, SendProxy, Size, State, Target, UrlPath, Whole,
+    Count, Interval, Name, PerSecond, ProbeKind, Protocol, ProxyProtocol, SendProxy, Sessions, Size, State,
+    Target, UrlPath, Whole,
 };
-use super::{AccessLog, Balance, Fallback, Format, Level};
+use super::{AccessLog, Balance, Fallback, Format, Level, Mode};
 use crate::id::EndpointId;
 
 /// Everything that was written, in all files, and what was wrong with its form.
@@ -31,6 +32,10 @@ pub(super) struct Written {
     pub(super) listeners: Vec<Listener>,
     pub(super) pools: Vec<Pool>,
     pub(super) tenants: Vec<Tenant>,
+    /// `[tenant-defaults.limits]`
+    pub(super) default_limits: Limits,
+    /// Where `[tenant-defaults]` stands.
+    pub(super) defaults: Option<Head>,
 }
 
 /// `[process]`
@@ -301,6 +306,7 @@ pub(super) struct Tenant {
     pub(super) routes: Field<Pairs<String>>,
     pub(super) state: Field<State>,
     pub(super) labels: Field<Pairs<String>>,
+    pub(super) limits: Limits,
 }
 
 impl Tenant {
@@ -309,7 +315,53 @@ impl Tenant {
         let (name, endpoints) = (section.require("name", "\"acme\""), section.take_list("endpoints"));
         let (pool, routes) = (section.take("pool"), section.take_pairs("routes"));
         let (state, labels) = (section.take("state"), section.take_pairs("labels"));
+        let limits = Limits::within(&mut section);
         section.finish();
-        Self { head, name, endpoints, pool, routes, state, labels }
+        Self { head, name, endpoints, pool, routes, state, labels, limits }
+    }
+}
+
+/// `[tenant.limits]` and `[tenant-defaults.limits]`
+#[derive(Debug, Default)]
+pub(super) struct Limits {
+    pub(super) mode: Field<Mode>,
+    pub(super) sessions: Field<Sessions>,
+    pub(super) session_rate: Field<Interval>,
+    pub(super) session_burst: Field<Count<1>>,
+    pub(super) to_backend: Field<PerSecond>,
+    pub(super) to_backend_burst: Field<Size>,
+    pub(super) to_client: Field<PerSecond>,
+    pub(super) to_client_burst: Field<Size>,
+}
+
+impl Limits {
+    /// Reads `[tenant-defaults]`, which holds nothing else.
+    pub(super) fn of_defaults(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(head, table, faults);
+        let limits = Self::within(&mut section);
+        section.finish();
+        limits
+    }
+
+    fn within(section: &mut Section<'_, '_>) -> Self {
+        match section.take_table("limits") {
+            Field::Given(table) => Self::read(section.nested("tenant.limits", "limits.", table)),
+            Field::Absent | Field::Faulty => Self::default(),
+        }
+    }
+
+    fn read(mut section: Section<'_, '_>) -> Self {
+        let read = Self {
+            mode: section.take("mode"),
+            sessions: section.take("sessions"),
+            session_rate: section.take("session-rate"),
+            session_burst: section.take("session-burst"),
+            to_backend: section.take("to-backend"),
+            to_backend_burst: section.take("to-backend-burst"),
+            to_client: section.take("to-client"),
+            to_client_burst: section.take("to-client-burst"),
+        };
+        section.finish();
+        read
     }
 }

@@ -28,6 +28,9 @@ use crate::state::Live;
 /// Fresh connections that may be on their way to a worker; beyond it, they stay where they were accepted.
 pub(super) const HANDED_OVER: usize = 256;
 
+/// Ticks from one telling of what was left out of the access log to the next: a second.
+const TELLING: u32 = 20;
+
 /// How long accepting rests when descriptors or memory have run out.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -144,6 +147,7 @@ async fn work(mut post: Post) {
     while post.crew.count(number) > 0 {
         sleep(Tick::SPAN / 10).await;
     }
+    shop.worker.rejections.tell();
     shop.worker.journal.flush();
 }
 
@@ -151,11 +155,17 @@ async fn work(mut post: Post) {
 async fn tick(shop: Rc<Shop>) {
     let mut ticks = interval(Tick::SPAN);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut untold = 0;
     loop {
         ticks.tick().await;
         shop.worker.local.advance(clock::now());
         shop.worker.journal.flush();
         shop.worker.local.ledger.worker().log_dropped.add(shop.worker.journal.take_dropped());
+        untold += 1;
+        if untold == TELLING {
+            untold = 0;
+            shop.worker.rejections.tell();
+        }
     }
 }
 

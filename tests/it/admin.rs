@@ -8,7 +8,7 @@ use vestibule::account::names::{self, Kind};
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::outcome::Outcome;
 
-use super::harness::{ACME, Conf, Proxy, STRANGER, exchange, http, http_get, is_reset, read};
+use super::harness::{ACME, Conf, INITECH, Proxy, STRANGER, exchange, http, http_get, is_reset, read};
 
 async fn proxy(acme: &Backend) -> Proxy {
     Conf { acme: vec![acme.address()], ..Conf::default() }.start().await
@@ -105,10 +105,15 @@ fn buckets_add_up(name: &str, family: &Family) {
 #[tokio::test]
 async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed() {
     let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
-    let proxy = proxy(&acme).await;
+    let limits =
+        "mode = \"observe\"\nsessions = 5\nsession-rate = \"1/h\"\nto-backend = \"1GiB/s\"".to_owned();
+    let proxy = Conf { acme: vec![acme.address()], limits, ..Conf::default() }.start().await;
     parse(&http_get(proxy.server().admin(), "/metrics").await);
     exchange(proxy.open(ACME, b"payload").await).await.unwrap();
-    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
+    exchange(proxy.open(ACME, b"too soon").await).await.unwrap();
+    is_reset(&mut proxy.open(INITECH, b"").await).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
+    proxy.ended(&[("tenant", "initech")]).is(1).await;
     let (head, page) = http(proxy.server().admin(), "/metrics", b"").await;
     assert!(head.to_lowercase().contains("\r\ncontent-type: text/plain; version=0.0.4"), "{head}");
     let families = parse(&page);
@@ -202,7 +207,7 @@ async fn the_status_says_what_the_process_is_doing() {
     // The busiest first; those without traffic are left out.
     let tenant = |name, sessions, ended, bytes| {
         json!({"name": name, "sessions": sessions, "ended": ended, "ended_by_proxy": 0,
-            "to_backend": bytes, "to_client": bytes})
+            "rejected": 0, "would_reject": 0, "to_backend": bytes, "to_client": bytes})
     };
     assert_eq!(found["tenants"], json!([tenant("acme", 1, 0, 7), tenant("globex", 0, 1, 8)]));
     assert_eq!(found["unidentified"], json!({"unknown_endpoint": 1}));
@@ -243,12 +248,15 @@ async fn the_page_for_people_has_the_tenants_and_is_whole() {
     let (head, page) = http(proxy.server().admin(), "/", b"").await;
     assert!(head.to_lowercase().contains("\r\ncontent-type: text/html; charset=utf-8"), "{head}");
     is_balanced(&page);
-    let row = "<tr><td>acme</td><td class=\"n\">1</td><td class=\"n\">0</td>";
+    let row = "<tr><td>acme</td><td>-</td><td class=\"n\">1</td><td class=\"n\">0</td>";
     assert!(page.contains(row), "{page}");
     for part in ["ready</span>", "unknown_endpoint", &acme.address().to_string(), "<td>web</td>"] {
         assert!(page.contains(part), "{part} is not in {page}");
     }
-    assert!(!page.contains("<td>globex</td><td class=\"n\">0</td><td class=\"n\">0</td>"), "{page}");
+    assert!(
+        !page.contains("<td>globex</td><td>-</td><td class=\"n\">0</td><td class=\"n\">0</td>"),
+        "{page}"
+    );
     exchange(session).await.unwrap();
     proxy.finish().await;
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -16,6 +17,7 @@ use vestibule::config::Config;
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::lab::nlb;
 use vestibule::server::{Server, StartError};
+use vestibule::state::Frozen;
 
 /// The tenant that a test is about, and its endpoint.
 pub const ACME: &str = "vpce-0acce0000acce0000";
@@ -49,6 +51,8 @@ pub struct Conf {
     pub health: String,
     /// `[pool.health]` of globex's pool.
     pub globex_health: String,
+    /// Keys of acme's `[tenant.limits]`.
+    pub limits: String,
     /// More tables at the end.
     pub more: String,
 }
@@ -67,6 +71,7 @@ impl Default for Conf {
             pool: String::new(),
             health: "kind = \"none\"".to_owned(),
             globex_health: "kind = \"none\"".to_owned(),
+            limits: String::new(),
             more: String::new(),
         }
     }
@@ -109,6 +114,8 @@ name = "acme"
 endpoints = ["{ACME}"]
 pool = "acme"
 labels = {{ plan = "gold" }}
+[tenant.limits]
+{limits}
 [[tenant]]
 name = "globex"
 endpoints = ["{GLOBEX}"]
@@ -129,6 +136,7 @@ state = "disabled"
             pool = self.pool,
             health = self.health,
             globex_health = self.globex_health,
+            limits = self.limits,
             more = self.more,
         )
     }
@@ -145,13 +153,15 @@ state = "disabled"
         let globex = Backend::start("globex-1", Temper::Echo).await.unwrap();
         let text = self.text(globex.address(), log.to_str().unwrap());
         let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        Ok(Proxy { server: Some(Server::start(&config)?), dir, _globex: globex })
+        Ok(Proxy { server: Some(Server::start(&config)?), text, dir, _globex: globex })
     }
 }
 
 /// A proxy under test.
 pub struct Proxy {
     server: Option<Server>,
+    /// Its configuration.
+    text: String,
     dir: TempDir,
     _globex: Backend,
 }
@@ -159,6 +169,16 @@ pub struct Proxy {
 impl Proxy {
     pub fn server(&self) -> &Server {
         self.server.as_ref().unwrap()
+    }
+
+    /// Puts another configuration in force: the present one with `to` in place of `from`.
+    pub fn reload(&mut self, from: &str, to: &str) -> Result<(), Frozen> {
+        assert_eq!(self.text.matches(from).count(), 1, "{from}");
+        let text = self.text.replace(from, to);
+        let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+        self.server().live().reload(&config)?;
+        self.text = text;
+        Ok(())
     }
 
     /// The first address of a listener.
@@ -241,7 +261,11 @@ impl Proxy {
             self.metric(gauge, &[]).is(0).await;
         }
         let live = self.server().live();
-        assert_eq!(live.sessions.used(), 0, "a permit leaked");
+        assert_eq!((live.sessions.used(), live.quotas.holders()), (0, 0), "a permit leaked");
+        for tenant in live.snapshot.load().directory.tenants() {
+            let held = (tenant.quota.sessions(), tenant.quota.pipes.load(Ordering::SeqCst));
+            assert_eq!(held, (0, 0), "{} holds sessions or pipes", tenant.label.name());
+        }
         assert!(
             live.snapshot
                 .load()

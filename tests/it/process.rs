@@ -34,6 +34,13 @@ impl Written {
         Self { _dir: dir, path }
     }
 
+    /// Writes `to` in place of `from`.
+    pub fn rewrite(&self, from: &str, to: &str) {
+        let text = std::fs::read_to_string(&self.path).unwrap();
+        assert!(text.contains(from), "{from}");
+        std::fs::write(&self.path, text.replace(from, to)).unwrap();
+    }
+
     /// Runs the program to its end.
     fn run(&self, command: &str) -> Output {
         Command::new(PROGRAM).arg(command).arg("--config").arg(&self.path).output().unwrap()

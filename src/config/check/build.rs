@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use toml::Spanned;
 
+use super::limits;
 use crate::config::section::{Field, List, Pairs};
 use crate::config::value::{Count, Name, ProbeKind, ProxyProtocol, SendProxy, Size, State, UrlPath, Whole};
 use crate::config::written::{self, Written};
@@ -56,7 +57,7 @@ pub(super) fn config(written: Written) -> Config {
         },
         listeners: written.listeners.into_iter().map(listener).collect(),
         pools: written.pools.into_iter().map(pool).collect(),
-        tenants: written.tenants.into_iter().map(tenant).collect(),
+        tenants: written.tenants.into_iter().map(|own| tenant(own, &written.default_limits)).collect(),
     }
 }
 
@@ -124,8 +125,9 @@ fn probe(written: written::Probe) -> Probe {
     }
 }
 
-fn tenant(written: written::Tenant) -> Tenant {
+fn tenant(written: written::Tenant, defaults: &written::Limits) -> Tenant {
     Tenant {
+        limits: limits::effective(&written.limits, defaults),
         name: name(written.name),
         endpoints: items(written.endpoints),
         pool: written.pool.value(),

@@ -1,0 +1,116 @@
+//! ns to admit a session and to let it go, without limits, with all of them, and where two threads want the same
+//! tenant's; and the memory of an idle tenant. `cargo bench --bench admission`
+
+use std::fmt::Write;
+use std::hint::black_box;
+use std::sync::Arc;
+
+use divan::Bencher;
+use vestibule::account::Labels;
+use vestibule::admission::quota::{Quota, Quotas};
+use vestibule::admission::slots::Slots;
+use vestibule::clock;
+use vestibule::config::{Bandwidth, Config, Limits, Mode, Rate};
+use vestibule::state::Live;
+
+/// Limits that nobody reaches, so that every session takes the whole way.
+fn all() -> Limits {
+    let bandwidth = Some(Bandwidth { bytes_per_second: 1 << 40, burst: 1 << 36 });
+    let session_rate =
+        Some(Rate { interval: std::time::Duration::from_micros(1), burst: u64::from(u32::MAX) });
+    Limits {
+        mode: Mode::Enforce,
+        sessions: Some(1 << 20),
+        session_rate,
+        to_backend: bandwidth,
+        to_client: bandwidth,
+    }
+}
+
+/// A tenant's quota, of a process with room for all.
+fn quota(limits: Limits) -> Arc<Quota> {
+    let quota = Quotas::new(Slots::new(1 << 20)).find(&Labels::default().intern("acme"));
+    quota.set(&limits);
+    quota
+}
+
+/// The clock, which every admission reads; no part of the figures below is less.
+#[divan::bench]
+fn clock_alone(bencher: Bencher) {
+    bencher.bench_local(|| black_box(clock::now()));
+}
+
+#[divan::bench]
+fn no_limits(bencher: Bencher) {
+    let quota = quota(Limits::default());
+    bencher.bench_local(|| drop(black_box(quota.admit(clock::now()))));
+}
+
+#[divan::bench]
+fn all_limits(bencher: Bencher) {
+    let quota = quota(all());
+    bencher.bench_local(|| drop(black_box(quota.admit(clock::now()))));
+}
+
+#[divan::bench(threads = [2], sample_size = 10_000)]
+fn no_limits_contended(bencher: Bencher) {
+    let quota = quota(Limits::default());
+    bencher.bench(|| drop(black_box(quota.admit(clock::now()))));
+}
+
+#[divan::bench(threads = [2], sample_size = 10_000)]
+fn all_limits_contended(bencher: Bencher) {
+    let quota = quota(all());
+    bencher.bench(|| drop(black_box(quota.admit(clock::now()))));
+}
+
+/// What is rejected is dear to nobody: this is what a flood costs.
+#[divan::bench]
+fn rejected_by_the_rate(bencher: Bencher) {
+    let session_rate = Some(Rate { interval: std::time::Duration::from_secs(3600), burst: 1 });
+    let quota = quota(Limits { session_rate, ..all() });
+    drop(quota.admit(clock::now()));
+    bencher.bench_local(|| black_box(quota.admit(clock::now())).is_err());
+}
+
+/// Tenants of the measurement.
+const TENANTS: u32 = 100_000;
+/// Bytes that one of them may take.
+const MOST: i64 = 512;
+
+/// A configuration in which each tenant has one endpoint and every limit.
+fn crowd() -> Config {
+    let mut text = "[[listener]]\nname = \"web\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1\"]\npool = \"app\"\n\
+        [[pool]]\nname = \"app\"\nbackends = [\"127.0.0.1:1\"]\nhealth = { kind = \"none\" }\n"
+        .to_owned();
+    for tenant in 0..TENANTS {
+        writeln!(
+            text,
+            "[[tenant]]\nname = \"tenant-{tenant}\"\nendpoints = [\"vpce-{tenant:017x}\"]\n[tenant.limits]\n\
+             sessions = 2000\nsession-rate = \"200/s\"\nto-backend = \"50MiB/s\"\nto-client = \"100MiB/s\""
+        )
+        .expect("a text takes what is written to it");
+    }
+    Config::parse("crowd.toml", &text).expect("a configuration without a fault")
+}
+
+/// The heap that is held for tenants that have never had a session, as it was asked for.
+fn memory() {
+    let config = crowd();
+    let mut live = None;
+    let held = allocation_counter::measure(|| live = Some(Live::new(&config, 2, 50_000, 0)));
+    let quotas = live.map_or(0, |live| live.quotas.count());
+    assert_eq!(quotas, TENANTS as usize);
+    let each = held.bytes_current / i64::from(TENANTS);
+    println!(
+        "{each} bytes and {} allocations for each of {TENANTS} idle tenants with every limit; {} of these bytes are its quota",
+        held.count_current / i64::from(TENANTS),
+        size_of::<Quota>()
+    );
+    assert!(each <= MOST, "{MOST} bytes are the most");
+}
+
+fn main() {
+    memory();
+    divan::main();
+}

@@ -1,0 +1,365 @@
+//! What one tenant may take and what it has taken: found again by its name, whatever a reload changes.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::budget::Budget;
+use super::rate::{self, Rate};
+use super::share::Share;
+use super::slots::Slots;
+use crate::account::{Direction, EachWay, Label, lock};
+use crate::clock::Moment;
+use crate::config::{Limits, Mode};
+use crate::outcome::Why;
+
+/// One tenant's limits and what is in use of them.
+///
+/// The limits live here and not in the snapshot, so that a reload reaches sessions that were born before it.
+#[derive(Debug, Default)]
+pub struct Quota {
+    sessions: Slots,
+    rate: Rate,
+    budgets: EachWay<Budget>,
+    /// Splice pipes that its sessions hold.
+    pub pipes: AtomicU32,
+    observing: AtomicBool,
+    limited: AtomicBool,
+    share: Option<Arc<Share>>,
+    rejected: [AtomicU64; Quota::REASONS.len()],
+    would_reject: [AtomicU64; 2],
+    /// The bucket of the lines that tell of rejections.
+    lines_full_at: AtomicU64,
+    left_out: AtomicU64,
+}
+
+/// Lines of the access log that tell of one tenant's rejections: so many in a second ...
+const LINES_INTERVAL: u64 = 100_000_000;
+/// ... and so many at once.
+pub const LINES_BURST: u64 = 20;
+
+impl Quota {
+    /// The reasons for which a tenant's session is rejected; the first two may be only observed.
+    pub const REASONS: [Why; 4] = [Why::SessionLimit, Why::SessionRate, Why::Shed, Why::TenantDisabled];
+
+    /// The quota of a tenant without limits, that has a share of the process.
+    #[must_use]
+    pub fn new(share: Arc<Share>) -> Arc<Self> {
+        Arc::new(Self { share: Some(share), ..Self::default() })
+    }
+
+    /// From now on these limits hold. What is in use stays in use.
+    pub fn set(&self, limits: &Limits) {
+        let none = Limits { mode: limits.mode, ..Limits::default() };
+        self.observing.store(limits.mode == Mode::Observe, Ordering::Relaxed);
+        self.limited.store(*limits != none, Ordering::Relaxed);
+        self.sessions.set_limit(limits.sessions.unwrap_or(Slots::UNLIMITED));
+        self.rate.set(limits.session_rate);
+        self.budgets.to_backend.set(limits.to_backend);
+        self.budgets.to_client.set(limits.to_client);
+    }
+
+    /// Admits one more session: by the limit of sessions first, for one that this rejects takes nothing of the rate.
+    ///
+    /// # Errors
+    /// Why not; nothing is held then.
+    pub fn admit(self: &Arc<Self>, now: Moment) -> Result<Permit, Why> {
+        let (held, mut beyond) = match self.sessions.enter() {
+            Ok(held) => (held, None),
+            Err(_) if self.is_observing() => (self.sessions.enter_anyway(), Some(Why::SessionLimit)),
+            Err(_) => return Err(self.reject(Why::SessionLimit)),
+        };
+        if held == 0 {
+            self.share.iter().for_each(|share| share.join());
+        }
+        let mut permit = Permit { quota: Arc::clone(self), would_reject: None };
+        if beyond.is_none() && !self.rate.admit(now) {
+            if !self.is_observing() {
+                return Err(self.reject(Why::SessionRate));
+            }
+            beyond = Some(Why::SessionRate);
+        }
+        // The process is not the tenant's: who only observes its own limits is shed like anybody.
+        if self.share.as_ref().is_some_and(|share| !share.allows(held)) {
+            return Err(self.reject(Why::Shed));
+        }
+        if let Some(why) = beyond {
+            add(&self.would_reject, why);
+            permit.would_reject = beyond;
+        }
+        Ok(permit)
+    }
+
+    /// Counts a session as rejected for this reason, and passes the reason on.
+    pub fn reject(&self, why: Why) -> Why {
+        add(&self.rejected, why);
+        why
+    }
+
+    /// Whether there is any limit.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.limited.load(Ordering::Relaxed)
+    }
+
+    /// Whether the limits are only counted.
+    #[must_use]
+    pub fn is_observing(&self) -> bool {
+        self.observing.load(Ordering::Relaxed)
+    }
+
+    /// Sessions now.
+    #[must_use]
+    pub fn sessions(&self) -> usize {
+        self.sessions.used()
+    }
+
+    /// Sessions at most.
+    #[must_use]
+    pub fn sessions_limit(&self) -> Option<usize> {
+        Some(self.sessions.limit()).filter(|limit| *limit != Slots::UNLIMITED)
+    }
+
+    /// The bytes of one direction.
+    #[must_use]
+    pub fn budget(&self, direction: Direction) -> &Budget {
+        self.budgets.way(direction)
+    }
+
+    /// Each reason with how many sessions were rejected for it.
+    pub fn rejected(&self) -> impl Iterator<Item = (Why, u64)> {
+        Self::REASONS.into_iter().zip(self.rejected.iter().map(|count| count.load(Ordering::Relaxed)))
+    }
+
+    /// Each reason with how many sessions would have been rejected for it.
+    pub fn would_reject(&self) -> impl Iterator<Item = (Why, u64)> {
+        Self::REASONS.into_iter().zip(self.would_reject.iter().map(|count| count.load(Ordering::Relaxed)))
+    }
+
+    /// Whether a rejection has a line in the access log: the first few have, then so many in a second.
+    ///
+    /// # Errors
+    /// It has not, and is counted as left out. Tells whether it is the first of those.
+    pub fn has_line(&self, now: Moment) -> Result<(), bool> {
+        if rate::take(&self.lines_full_at, now, LINES_INTERVAL, LINES_INTERVAL * (LINES_BURST - 1)) {
+            return Ok(());
+        }
+        Err(self.left_out.fetch_add(1, Ordering::AcqRel) == 0)
+    }
+
+    /// Takes the count of lines that were left out since it was last taken.
+    #[must_use]
+    pub fn take_left_out(&self) -> u64 {
+        self.left_out.swap(0, Ordering::AcqRel)
+    }
+}
+
+fn add(counts: &[AtomicU64], why: Why) {
+    let place = Quota::REASONS.iter().position(|reason| *reason == why);
+    if let Some(count) = place.and_then(|place| counts.get(place)) {
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// One session of a tenant, given back on drop.
+#[derive(Debug)]
+pub struct Permit {
+    quota: Arc<Quota>,
+    would_reject: Option<Why>,
+}
+
+impl Permit {
+    /// Whose session it is.
+    #[must_use]
+    pub fn quota(&self) -> &Arc<Quota> {
+        &self.quota
+    }
+
+    /// Why it would have been rejected, were the limits not only observed.
+    #[must_use]
+    pub fn would_reject(&self) -> Option<Why> {
+        self.would_reject
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if self.quota.sessions.leave() == 0 {
+            self.quota.share.iter().for_each(|share| share.part());
+        }
+    }
+}
+
+/// Every tenant's quota, by the number of its label.
+#[derive(Debug)]
+pub struct Quotas {
+    share: Arc<Share>,
+    known: Mutex<HashMap<u32, Arc<Quota>, foldhash::fast::RandomState>>,
+}
+
+impl Quotas {
+    /// None yet; all will share these slots of the process.
+    #[must_use]
+    pub fn new(slots: Arc<Slots>) -> Self {
+        Self { share: Share::new(slots), known: Mutex::default() }
+    }
+
+    /// The quota of a tenant, new or known.
+    #[must_use]
+    pub fn find(&self, tenant: &Label) -> Arc<Quota> {
+        let mut known = lock(&self.known);
+        Arc::clone(known.entry(tenant.serial()).or_insert_with(|| Quota::new(Arc::clone(&self.share))))
+    }
+
+    /// The quota of a tenant that has one.
+    #[must_use]
+    pub fn known(&self, tenant: &Label) -> Option<Arc<Quota>> {
+        lock(&self.known).get(&tenant.serial()).cloned()
+    }
+
+    /// Tenants that hold a session now.
+    #[must_use]
+    pub fn holders(&self) -> usize {
+        self.share.holders()
+    }
+
+    /// Forgets the quotas of tenants that are gone, and that no session holds any more.
+    pub fn forget_unused(&self) {
+        let mut known = lock(&self.known);
+        known.retain(|_, quota| Arc::strong_count(quota) > 1);
+        known.shrink_to_fit();
+    }
+
+    /// How many are known.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        lock(&self.known).len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::account::Labels;
+    use crate::config;
+
+    const START: Moment = Moment::from_nanos(0);
+
+    fn at_ms(ms: u64) -> Moment {
+        START + Duration::from_millis(ms)
+    }
+
+    fn quota(limits: Limits) -> Arc<Quota> {
+        let quota = Quota::new(Share::new(Slots::new(1_000_000)));
+        quota.set(&limits);
+        quota
+    }
+
+    fn rate(ms: u64, burst: u64) -> config::Rate {
+        config::Rate { interval: Duration::from_millis(ms), burst }
+    }
+
+    fn counts(reasons: impl Iterator<Item = (Why, u64)>) -> Vec<u64> {
+        reasons.map(|(_, count)| count).collect()
+    }
+
+    #[test]
+    fn the_limit_rejects_first_and_takes_nothing_of_the_rate() {
+        let quota =
+            quota(Limits { sessions: Some(1), session_rate: Some(rate(100, 2)), ..Limits::default() });
+        assert!(quota.is_limited());
+        let first = quota.admit(START).unwrap();
+        for _ in 0..10 {
+            assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        }
+        drop(first);
+        assert_eq!((quota.sessions(), quota.sessions_limit()), (0, Some(1)));
+        drop(quota.admit(START).unwrap());
+        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
+        assert_eq!(quota.sessions(), 0, "who the rate rejects gives its slot back");
+        assert!(quota.admit(at_ms(100)).is_ok());
+        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0]);
+        assert_eq!(counts(quota.would_reject()), [0, 0]);
+    }
+
+    #[test]
+    fn who_observes_counts_and_lets_pass() {
+        let limits = Limits {
+            mode: Mode::Observe,
+            sessions: Some(1),
+            session_rate: Some(rate(100, 2)),
+            ..Limits::default()
+        };
+        let quota = quota(limits);
+        let first = quota.admit(START).unwrap();
+        assert_eq!(first.would_reject(), None);
+        let second = quota.admit(START).unwrap();
+        assert_eq!(second.would_reject(), Some(Why::SessionLimit));
+        assert_eq!(second.quota().sessions(), 2);
+        drop((first, second));
+        let passed: Vec<_> = (0..3).map(|_| quota.admit(START).unwrap().would_reject()).collect();
+        assert_eq!(passed, [None, Some(Why::SessionRate), Some(Why::SessionRate)]);
+        assert_eq!(counts(quota.would_reject()), [1, 2]);
+        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0]);
+        assert_eq!(quota.sessions(), 0);
+    }
+
+    #[test]
+    fn a_tenant_is_a_holder_from_its_first_session_to_its_last() {
+        let slots = Slots::new(10);
+        let (quotas, labels) = (Quotas::new(Arc::clone(&slots)), Labels::default());
+        let [acme, globex] = ["acme", "globex"].map(|name| quotas.find(&labels.intern(name)));
+        let _process: Vec<_> = (0..9).map(|_| slots.take().unwrap()).collect();
+        let held: Vec<_> = (0..9).map(|_| acme.admit(START).unwrap()).collect();
+        assert_eq!(quotas.holders(), 1);
+        let _tenth = slots.take().unwrap();
+        assert_eq!(acme.admit(START).unwrap_err(), Why::Shed);
+        let other = globex.admit(START).unwrap();
+        assert_eq!((quotas.holders(), globex.sessions()), (2, 1));
+        drop((held, other));
+        assert_eq!(quotas.holders(), 0);
+        assert_eq!(counts(acme.rejected()), [0, 0, 1, 0]);
+    }
+
+    #[test]
+    fn a_quota_is_found_again_as_long_as_somebody_holds_it() {
+        let (quotas, labels) = (Quotas::new(Slots::new(10)), Labels::default());
+        let acme = labels.intern("acme");
+        let permit = quotas.find(&acme).admit(START).unwrap();
+        quotas.forget_unused();
+        assert_eq!((quotas.count(), quotas.find(&acme).sessions()), (1, 1));
+        drop(permit);
+        quotas.forget_unused();
+        assert_eq!(quotas.count(), 0);
+    }
+
+    #[test]
+    fn of_many_rejections_a_few_have_a_line_and_the_others_are_counted() {
+        let quota = Quota::default();
+        let lines = (0..100).filter(|_| quota.has_line(START).is_ok()).count();
+        assert_eq!(u64::try_from(lines).unwrap(), LINES_BURST);
+        assert_eq!(quota.has_line(START), Err(false));
+        assert_eq!((quota.take_left_out(), quota.take_left_out()), (81, 0));
+        assert_eq!(quota.has_line(START), Err(true), "the first since it was told");
+        assert_eq!(quota.has_line(at_ms(100)), Ok(()));
+    }
+
+    #[test]
+    fn a_panic_gives_back_what_it_held() {
+        let quota = quota(Limits::default());
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _permit = quota.admit(START).unwrap();
+            panic!("on purpose");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!((quota.sessions(), quota.is_limited(), quota.sessions_limit()), (0, false, None));
+        assert!(!quota.budget(Direction::ToClient).is_limited());
+    }
+
+    #[test]
+    fn a_quota_is_small() {
+        assert!(size_of::<Quota>() <= 240, "{}", size_of::<Quota>());
+    }
+}

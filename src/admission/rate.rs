@@ -1,0 +1,128 @@
+//! So many in a time: a token bucket on one atomic number, exact over all workers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::clock::Moment;
+use crate::config;
+
+/// A rate with its burst. Without one set, everybody passes.
+///
+/// The bucket is kept as a time (GCRA, ITU-T I.371): when it is full again. Each who passes moves that by one interval;
+/// who would move it further ahead of now than the burst allows is refused. A reload changes interval and burst, never
+/// that time: what was taken stays taken.
+#[derive(Debug, Default)]
+pub struct Rate {
+    full_at: AtomicU64,
+    /// Nanoseconds from one to the next; 0 is no limit.
+    interval: AtomicU64,
+    /// How far ahead of now the bucket's time may be before one more passes: the burst but one.
+    tolerance: AtomicU64,
+}
+
+impl Rate {
+    /// From now on this rate; `None` is no limit.
+    pub fn set(&self, rate: Option<config::Rate>) {
+        let (interval, tolerance) = rate.map_or((0, 0), |rate| {
+            let interval = nanos(rate.interval);
+            (interval, interval.saturating_mul(rate.burst.saturating_sub(1)))
+        });
+        self.tolerance.store(tolerance, Ordering::Relaxed);
+        self.interval.store(interval, Ordering::Relaxed);
+    }
+
+    /// Whether one more may pass now; who may not takes nothing.
+    #[must_use]
+    #[inline]
+    pub fn admit(&self, now: Moment) -> bool {
+        let interval = self.interval.load(Ordering::Relaxed);
+        interval == 0 || take(&self.full_at, now, interval, self.tolerance.load(Ordering::Relaxed))
+    }
+}
+
+/// Takes one, where `full_at` is ahead of now by no more than `tolerance`. One atomic operation, unless another
+/// worker's comes between.
+pub(super) fn take(full_at: &AtomicU64, now: Moment, interval: u64, tolerance: u64) -> bool {
+    let now = now.as_nanos();
+    let one_more = |full_at: u64| {
+        (full_at.saturating_sub(now) <= tolerance).then(|| full_at.max(now).saturating_add(interval))
+    };
+    full_at.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at_ms(ms: u64) -> Moment {
+        Moment::from_nanos(ms * 1_000_000)
+    }
+
+    fn rate(per_second: u64, burst: u64) -> Rate {
+        let rate = Rate::default();
+        rate.set(Some(config::Rate {
+            interval: Duration::from_secs(1) / u32::try_from(per_second).unwrap(),
+            burst,
+        }));
+        rate
+    }
+
+    fn admitted(rate: &Rate, tries: usize, now: Moment) -> usize {
+        (0..tries).filter(|_| rate.admit(now)).count()
+    }
+
+    #[test]
+    fn the_last_of_a_burst_passes_and_the_next_does_not() {
+        let rate = rate(10, 5);
+        assert_eq!(admitted(&rate, 20, at_ms(0)), 5);
+        assert!(!rate.admit(Moment::from_nanos(99_999_999)), "a nanosecond too early");
+        assert!(rate.admit(at_ms(100)));
+        assert!(!rate.admit(at_ms(100)));
+        assert_eq!(admitted(&rate, 20, at_ms(10_000)), 5, "a long silence fills no more than the burst");
+    }
+
+    #[test]
+    fn a_burst_of_one_keeps_the_interval() {
+        let rate = rate(1000, 1);
+        let admitted: usize =
+            (0..10_000).map(|tenth| admitted(&rate, 3, Moment::from_nanos(tenth * 100_000))).sum();
+        assert_eq!(admitted, 1000);
+    }
+
+    #[test]
+    fn no_rate_lets_everybody_pass() {
+        let rate = Rate::default();
+        assert_eq!(admitted(&rate, 100, at_ms(0)), 100);
+        rate.set(None);
+        assert_eq!(admitted(&rate, 100, at_ms(0)), 100);
+    }
+
+    #[test]
+    fn another_rate_holds_at_once_and_gives_nothing_back() {
+        let rate = rate(10, 10);
+        assert_eq!(admitted(&rate, 20, at_ms(0)), 10);
+        rate.set(Some(config::Rate { interval: Duration::from_millis(10), burst: 100 }));
+        assert_eq!(
+            admitted(&rate, 200, at_ms(0)),
+            0,
+            "the bucket is a second behind, of which 990 ms are allowed"
+        );
+        assert_eq!(admitted(&rate, 200, at_ms(1000)), 100);
+        rate.set(Some(config::Rate { interval: Duration::from_secs(3600), burst: 1 }));
+        assert!(!rate.admit(at_ms(1999)));
+        assert!(rate.admit(at_ms(2000)));
+        assert!(!rate.admit(at_ms(3_000_000)));
+    }
+
+    #[test]
+    fn time_that_does_not_move_and_time_at_its_end_are_borne() {
+        let slow = Rate::default();
+        slow.set(Some(config::Rate { interval: Duration::from_secs(3600), burst: u64::from(u32::MAX) }));
+        assert!(slow.admit(at_ms(0)) && slow.admit(Moment::from_nanos(u64::MAX)));
+        assert!(slow.admit(at_ms(0)), "a burst of centuries");
+    }
+}

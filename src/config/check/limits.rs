@@ -1,0 +1,119 @@
+//! The rules of limits, and what holds for a tenant that sets some of them itself.
+
+use std::time::Duration;
+
+use toml::Spanned;
+
+use crate::config::error::Fault;
+use crate::config::section::{Field, Head};
+use crate::config::value::{Count, Interval, PerSecond, Size};
+use crate::config::written::{self, Written};
+use crate::config::{Bandwidth, Limits, Mode, Rate};
+
+/// Every rule, for the defaults and for every tenant.
+pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+    let defaults = &written.default_limits;
+    if let Some(head) = &written.defaults {
+        judge(head, defaults, &written::Limits::default(), faults);
+    }
+    for tenant in &written.tenants {
+        judge(&tenant.head, &tenant.limits, defaults, faults);
+    }
+}
+
+/// Judges what a table says itself; what it takes from the defaults is judged there.
+fn judge(head: &Head, own: &written::Limits, defaults: &written::Limits, faults: &mut Vec<Fault>) {
+    let mut fault = |key: &str, offset: usize, message: String| {
+        faults.push(head.fault_at(offset, &format!("limits.{key}"), message));
+    };
+    if let Some(burst) = &own.session_burst.spanned()
+        && own.session_rate.is_absent()
+        && defaults.session_rate.is_absent()
+    {
+        fault("session-burst", burst.span().start, without("session-rate", &burst.get_ref().0));
+    }
+    let ways = [
+        ("to-backend", "to-backend-burst", &own.to_backend, &own.to_backend_burst, &defaults.to_backend),
+        ("to-client", "to-client-burst", &own.to_client, &own.to_client_burst, &defaults.to_client),
+    ];
+    for (key, burst_key, rate, burst, default) in ways {
+        let Some(burst) = burst.spanned() else { continue };
+        if let Some(message) = wrong_burst(key, rate, burst, default) {
+            fault(burst_key, burst.span().start, message);
+        }
+    }
+}
+
+fn without(rate: &str, burst: &dyn std::fmt::Display) -> String {
+    format!("must be absent where {rate} is, found {burst}")
+}
+
+fn wrong_burst(
+    key: &str,
+    rate: &Field<PerSecond>,
+    burst: &Spanned<Size>,
+    default: &Field<PerSecond>,
+) -> Option<String> {
+    let burst = burst.get_ref().0;
+    match own_or(rate, default) {
+        Field::Absent => Some(without(key, &format_args!("{burst}B"))),
+        Field::Faulty => None,
+        Field::Given(rate) if (1..=rate.get_ref().0).contains(&burst) => None,
+        Field::Given(rate) => {
+            let most = rate.get_ref().0;
+            Some(format!("must be from 1B to {most}B, a second's worth of {key}, found {burst}B"))
+        }
+    }
+}
+
+/// What holds: what a table sets itself, else the default.
+fn own_or<'f, T>(own: &'f Field<T>, default: &'f Field<T>) -> &'f Field<T> {
+    if own.is_absent() { default } else { own }
+}
+
+/// What holds for a tenant: each key that it does not set is the default's. A burst goes with its rate: who sets a
+/// rate does not take the burst that was meant for another.
+pub(super) fn effective(own: &written::Limits, defaults: &written::Limits) -> Limits {
+    let sessions = own_or(&own.sessions, &defaults.sessions);
+    Limits {
+        mode: own_or(&own.mode, &defaults.mode).given().copied().unwrap_or(Mode::Enforce),
+        sessions: sessions.given().map(|sessions| sessions.0),
+        session_rate: session_rate(own, defaults),
+        to_backend: bandwidth(
+            (&own.to_backend, &own.to_backend_burst),
+            (&defaults.to_backend, &defaults.to_backend_burst),
+        ),
+        to_client: bandwidth(
+            (&own.to_client, &own.to_client_burst),
+            (&defaults.to_client, &defaults.to_client_burst),
+        ),
+    }
+}
+
+/// The rate and burst that hold.
+fn pair<'f, R, B>(
+    own: (&'f Field<R>, &'f Field<B>),
+    default: (&'f Field<R>, &'f Field<B>),
+) -> Option<(&'f R, Option<&'f B>)> {
+    let burst = if own.0.is_absent() { own_or(own.1, default.1) } else { own.1 };
+    Some((own_or(own.0, default.0).given()?, burst.given()))
+}
+
+fn session_rate(own: &written::Limits, defaults: &written::Limits) -> Option<Rate> {
+    let (Interval(interval), burst): (_, Option<&Count<1>>) =
+        pair((&own.session_rate, &own.session_burst), (&defaults.session_rate, &defaults.session_burst))?;
+    let in_a_second = Duration::from_secs(1).as_nanos() / interval.as_nanos().max(1);
+    let default = u64::try_from(in_a_second).unwrap_or(u64::MAX).max(1);
+    Some(Rate { interval: *interval, burst: burst.map_or(default, |burst| burst.0) })
+}
+
+/// The least that a burst is by default: a read of a few segments, however slow the rate.
+const LEAST_BURST: u64 = 16 * 1024;
+
+type Way<'f> = (&'f Field<PerSecond>, &'f Field<Size>);
+
+fn bandwidth(own: Way<'_>, defaults: Way<'_>) -> Option<Bandwidth> {
+    let (PerSecond(rate), burst) = pair(own, defaults)?;
+    let default = (rate / 10).max(LEAST_BURST).min(*rate);
+    Some(Bandwidth { bytes_per_second: *rate, burst: burst.map_or(default, |burst| burst.0) })
+}

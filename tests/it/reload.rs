@@ -1,0 +1,183 @@
+//! Another configuration while sessions live: what changes, what stays, and what is refused.
+
+use rustix::process::Signal;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use vestibule::lab::backend::{Backend, Temper};
+
+use super::harness::{ACME, Conf, GLOBEX, Proxy, STRANGER, eventually, exchange, http_get, is_reset, read};
+use super::process::{Serve, World};
+
+async fn start(limits: &str) -> (Backend, Proxy) {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy =
+        Conf { acme: vec![acme.address()], limits: limits.to_owned(), ..Conf::default() }.start().await;
+    (acme, proxy)
+}
+
+async fn carried(proxy: &Proxy) -> TcpStream {
+    let mut stream = proxy.open(ACME, b"x").await;
+    assert_eq!(read(&mut stream, 1).await, b"x");
+    stream
+}
+
+async fn rejected(proxy: &Proxy, endpoint: &str) {
+    is_reset(&mut proxy.open(endpoint, b"x").await).await;
+}
+
+async fn still_lives(session: &mut TcpStream) {
+    session.write_all(b"still").await.unwrap();
+    assert_eq!(read(session, 5).await, b"still");
+}
+
+#[tokio::test]
+async fn a_limit_is_raised_and_lowered_while_sessions_live() {
+    let (_acme, mut proxy) = start("sessions = 1").await;
+    let mut sessions = vec![carried(&proxy).await];
+    rejected(&proxy, ACME).await;
+    proxy.reload("sessions = 1", "sessions = 3").unwrap();
+    sessions.push(carried(&proxy).await);
+    sessions.push(carried(&proxy).await);
+    rejected(&proxy, ACME).await;
+    proxy.metric("vestibule_tenant_sessions_limit", &[("tenant", "acme")]).is(3).await;
+
+    proxy.reload("sessions = 3", "sessions = 2").unwrap();
+    proxy.metric("vestibule_tenant_sessions_limit", &[("tenant", "acme")]).is(2).await;
+    proxy.metric("vestibule_tenant_sessions", &[("tenant", "acme")]).is(3).await;
+    for session in &mut sessions {
+        still_lives(session).await;
+    }
+    // One that goes makes no room yet; the second does.
+    exchange(sessions.pop().unwrap()).await.unwrap();
+    proxy.metric("vestibule_tenant_sessions", &[("tenant", "acme")]).is(2).await;
+    rejected(&proxy, ACME).await;
+    exchange(sessions.pop().unwrap()).await.unwrap();
+    proxy.metric("vestibule_tenant_sessions", &[("tenant", "acme")]).is(1).await;
+    sessions.push(carried(&proxy).await);
+
+    proxy.reload("sessions = 2", "").unwrap();
+    for _ in 0..5 {
+        sessions.push(carried(&proxy).await);
+    }
+    for session in sessions {
+        exchange(session).await.unwrap();
+    }
+    proxy.ended(&[("tenant", "acme"), ("why", "session_limit")]).is(3).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(9).await;
+    proxy.metric("vestibule_config_reloads_total", &[]).is(3).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_rate_that_is_used_up_stays_used_up() {
+    let (_acme, mut proxy) = start("session-rate = \"1/h\"\nsession-burst = 2").await;
+    exchange(carried(&proxy).await).await.unwrap();
+    exchange(carried(&proxy).await).await.unwrap();
+    rejected(&proxy, ACME).await;
+    proxy.reload("session-burst = 2", "session-burst = 3").unwrap();
+    exchange(carried(&proxy).await).await.unwrap();
+    rejected(&proxy, ACME).await;
+    proxy.reload("session-rate = \"1/h\"", "mode = \"observe\"\nsession-rate = \"1/h\"").unwrap();
+    exchange(carried(&proxy).await).await.unwrap();
+    proxy.ended(&[("why", "session_rate")]).is(2).await;
+    proxy.metric("vestibule_tenant_would_reject_total", &[("why", "session_rate")]).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_tenant_that_goes_and_comes_back_finds_what_it_holds() {
+    let (_acme, mut proxy) = start("sessions = 2").await;
+    let mut session = carried(&proxy).await;
+    let listed = format!("name = \"acme\"\nendpoints = [\"{ACME}\"]\npool");
+    let other = format!("name = \"umbrella\"\nendpoints = [\"{STRANGER}\"]\npool");
+    proxy.reload(&listed, &other).unwrap();
+    rejected(&proxy, ACME).await;
+    proxy.ended(&[("why", "unknown_endpoint")]).is(1).await;
+    // The one that came in its place has a count of its own.
+    let mut of_other = proxy.open(STRANGER, b"x").await;
+    assert_eq!(read(&mut of_other, 1).await, b"x");
+    proxy.metric("vestibule_tenant_sessions", &[("tenant", "umbrella")]).is(1).await;
+    still_lives(&mut session).await;
+
+    proxy.reload(&other, &listed).unwrap();
+    proxy.metric("vestibule_tenant_sessions", &[("tenant", "acme")]).is(1).await;
+    let second = carried(&proxy).await;
+    rejected(&proxy, ACME).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "session_limit")]).is(1).await;
+    for session in [session, second, of_other] {
+        exchange(session).await.unwrap();
+    }
+    proxy.ended(&[("why", "done")]).is(3).await;
+    proxy.others_are_unharmed().await;
+    let live = std::sync::Arc::clone(proxy.server().live());
+    proxy.finish().await;
+    live.quotas.forget_unused();
+    assert_eq!(live.quotas.count(), 3, "the other one is forgotten");
+}
+
+#[tokio::test]
+async fn what_needs_a_restart_is_refused_as_a_whole() {
+    let (_acme, mut proxy) = start("sessions = 1").await;
+    let session = carried(&proxy).await;
+    let refused = proxy.reload("[timeouts]\n", "[timeouts]\nidle = \"1s\"\n").unwrap_err();
+    let message = "[timeouts]: must be as it was at the start, for a reload changes tenants only; a change needs a restart";
+    assert_eq!(refused.to_string(), message);
+    proxy.metric("vestibule_config_last_reload_successful", &[]).is(0).await;
+    proxy.metric("vestibule_config_rejected_total", &[]).is(1).await;
+    proxy.metric("vestibule_config_reloads_total", &[]).is(0).await;
+    rejected(&proxy, ACME).await;
+    proxy.reload("sessions = 1", "sessions = 2").unwrap();
+    proxy.metric("vestibule_config_last_reload_successful", &[]).is(1).await;
+    exchange(carried(&proxy).await).await.unwrap();
+    exchange(session).await.unwrap();
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn sighup_reloads_and_a_faulty_file_changes_nothing() {
+    let world = World::new().await;
+    let config = world.config("");
+    let mut serve = Serve::start(&config).await;
+    let session = serve.carried().await;
+    let limits = "pool = \"acme\"\n[tenant.limits]\nsessions = 1\n";
+    config.rewrite("pool = \"acme\"\n", limits);
+    serve.signal(Signal::HUP);
+    assert_eq!(serve.says("reloaded").await["tenants"], 2);
+    is_reset(&mut serve.open(ACME, b"x").await).await;
+
+    config.rewrite("sessions = 1", "sessions = 0");
+    serve.signal(Signal::HUP);
+    let refused = serve.says("the reload is refused; what was in force stays").await;
+    assert_eq!((&refused["level"], &refused["faults"]), (&"ERROR".into(), &1.into()));
+    let fault = |line: &serde_json::Value| {
+        line["message"].as_str().is_some_and(|text| text.contains("limits.sessions: must be"))
+    };
+    assert!(serve.log().iter().any(fault));
+    is_reset(&mut serve.open(ACME, b"x").await).await;
+    let value = async |name: &str| {
+        let page = http_get(serve.admin, "/metrics").await;
+        page.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
+    };
+    assert_eq!(value("vestibule_config_last_reload_successful").await, Some(0.0));
+
+    config.rewrite("sessions = 0", "sessions = 9");
+    config.rewrite("workers = 2", "workers = 3");
+    serve.signal(Signal::HUP);
+    let message = "[process]: must be as it was at the start";
+    serve.says(message).await;
+    config.rewrite("workers = 3", "workers = 2");
+    serve.signal(Signal::HUP);
+    eventually("the second reload", async || {
+        (value("vestibule_config_reloads_total").await == Some(2.0)).then_some(())
+    })
+    .await;
+    assert_eq!(value("vestibule_config_rejected_total").await, Some(2.0));
+    assert_eq!(value("vestibule_config_last_reload_successful").await, Some(1.0));
+    exchange(serve.carried().await).await.unwrap();
+    exchange(session).await.unwrap();
+    assert_eq!(exchange(serve.open(GLOBEX, b"unharmed").await).await.unwrap(), b"unharmed");
+    serve.end().await;
+}
