@@ -18,8 +18,21 @@ pub(crate) struct Contender {
 
 /// The load's connection to the backend without anybody between.
 pub(crate) const DIRECT: &str = "direct";
-/// Ours.
+/// Ours, with every limit on.
 pub(crate) const OURS: &str = "vestibule";
+/// Ours without limits: what they cost.
+const UNLIMITED: &str = "no limits";
+/// nginx that passes a half-close on, as everybody else here does.
+const HALF_CLOSING: &str = "nginx half-close";
+
+/// Who else may be measured.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Also {
+    /// Ours without limits
+    Unlimited,
+    /// nginx with `proxy_half_close on`
+    HalfClosing,
+}
 
 /// `vestibule load` against one of them, with the backend in the same process: on the one core that is left to both,
 /// nobody's work then waits for the other process's turn.
@@ -32,6 +45,11 @@ pub(crate) fn load_command(contender: &Contender, options: &[&str]) -> Command {
     }
     command.args(["--pools", "app"]).args(options);
     command
+}
+
+/// Whether it is somebody else's proxy.
+pub(crate) fn is_peer(name: &str) -> bool {
+    name != DIRECT && name != OURS && name != UNLIMITED
 }
 
 impl Contender {
@@ -49,7 +67,8 @@ impl Contender {
         Self { name, version, target, backend, process: Some(process) }
     }
 
-    pub(crate) fn is_peer(&self) -> bool {
+    /// Whether ours is compared with it.
+    pub(crate) fn is_compared(&self) -> bool {
         self.name != DIRECT && self.name != OURS
     }
 
@@ -64,14 +83,17 @@ impl Contender {
     }
 }
 
-/// Everybody who is installed.
-pub(crate) fn all(dir: &Path, peers: bool) -> Vec<Contender> {
+/// Everybody who is installed, and `also` these.
+pub(crate) fn all(dir: &Path, peers: bool, also: &[Also]) -> Vec<Contender> {
     // Nobody listens there between two loads, and nobody probes it.
     let backend = free();
     let mut all = vec![
         Contender { name: DIRECT, version: DIRECT.to_owned(), target: backend, backend, process: None },
-        ours(dir, backend),
+        ours(dir, backend, OURS, LIMITS),
     ];
+    if also.contains(&Also::Unlimited) {
+        all.push(ours(dir, backend, UNLIMITED, ""));
+    }
     if !peers {
         return all;
     }
@@ -83,19 +105,29 @@ pub(crate) fn all(dir: &Path, peers: bool) -> Vec<Contender> {
         None => println!("left out: haproxy is not installed"),
     }
     match version("nginx", "-v") {
-        Some(version) if Path::new(STREAM_MODULE).exists() => all.push(nginx(dir, backend, version)),
+        Some(version) if Path::new(STREAM_MODULE).exists() => {
+            if also.contains(&Also::HalfClosing) {
+                all.push(nginx(dir, backend, HALF_CLOSING, version.clone(), "proxy_half_close on;"));
+            }
+            all.push(nginx(dir, backend, "nginx", version, ""));
+        }
         _ => println!("left out: nginx with its stream module is not installed"),
     }
     all
 }
 
-/// What ours is measured with beside the defaults. Limits go here once they are built: every tenant of the run has
-/// these.
-const TENANT_DEFAULTS: &str = "";
+/// The limits of every tenant: all of them are on, and none is ever reached.
+const LIMITS: &str = r#"
+[tenant-defaults.limits]
+sessions = 100000
+session-rate = "1000000/s"
+to-backend = "100GiB/s"
+to-client = "100GiB/s"
+"#;
 
-fn ours(dir: &Path, backend: SocketAddr) -> Contender {
+fn ours(dir: &Path, backend: SocketAddr, name: &'static str, limits: &str) -> Contender {
     let target = free();
-    let path = dir.join("vestibule.toml");
+    let path = dir.join(format!("{name}.toml"));
     let text = format!(
         r#"
 include = ["tenants.toml"]
@@ -115,15 +147,16 @@ trusted-sources = ["127.0.0.0/8"]
 name = "app"
 backends = ["{backend}"]
 health = {{ kind = "none" }}
-{TENANT_DEFAULTS}
+{limits}
 "#,
         free(),
         free(),
-        dir.join("access.log").display(),
+        dir.join(format!("{name}.log")).display(),
     );
     std::fs::write(&path, text).expect("a configuration");
     let command = [VESTIBULE, "serve", "--config", path.to_str().expect("a path")];
-    Contender::start(OURS, format!("vestibule {}", env!("CARGO_PKG_VERSION")), target, backend, &command)
+    let version = format!("{name} {}", env!("CARGO_PKG_VERSION"));
+    Contender::start(name, version, target, backend, &command)
 }
 
 fn haproxy(dir: &Path, backend: SocketAddr, name: &'static str, version: &str, option: &str) -> Contender {
@@ -146,16 +179,22 @@ fn haproxy(dir: &Path, backend: SocketAddr, name: &'static str, version: &str, o
 /// Where Debian puts it.
 const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-fn nginx(dir: &Path, backend: SocketAddr, version: String) -> Contender {
+fn nginx(
+    dir: &Path,
+    backend: SocketAddr,
+    name: &'static str,
+    version: String,
+    directives: &str,
+) -> Contender {
     let target = free();
-    let path = dir.join("nginx.conf");
+    let path = dir.join(format!("{name}.conf"));
     let text = format!(
-        "load_module {STREAM_MODULE};\ndaemon off;\nmaster_process off;\nworker_rlimit_nofile 20000;\npid {pid};\n\
-         error_log {log};\nevents {{ worker_connections 19000; }}\nstream {{ server {{\n  \
-         listen {target} proxy_protocol backlog=4096;\n  tcp_nodelay on;\n  proxy_pass {backend};\n}} }}\n",
-        pid = dir.join("nginx.pid").display(),
-        log = dir.join("nginx.log").display(),
+        "load_module {STREAM_MODULE};\ndaemon off;\nmaster_process off;\nworker_rlimit_nofile 20000;\npid \"{pid}\";\n\
+         error_log \"{log}\";\nevents {{ worker_connections 19000; }}\nstream {{ server {{\n  \
+         listen {target} proxy_protocol backlog=4096;\n  tcp_nodelay on;\n  {directives}\n  proxy_pass {backend};\n}} }}\n",
+        pid = dir.join(format!("{name}.pid")).display(),
+        log = dir.join(format!("{name}.log")).display(),
     );
     std::fs::write(&path, text).expect("a configuration");
-    Contender::start("nginx", version, target, backend, &["nginx", "-c", path.to_str().expect("a path")])
+    Contender::start(name, version, target, backend, &["nginx", "-c", path.to_str().expect("a path")])
 }

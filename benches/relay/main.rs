@@ -22,7 +22,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
-use self::contender::{Contender, DIRECT};
+use self::contender::{Also, Contender, DIRECT};
 use self::stage::{Proc, median, number};
 use self::table::{Rounds, Row};
 
@@ -34,6 +34,9 @@ struct Options {
     /// Measure these alone
     #[arg(long, value_enum, num_args = 1.., value_delimiter = ',')]
     only: Vec<Kind>,
+    /// Measure these too
+    #[arg(long, value_enum, num_args = 1.., value_delimiter = ',')]
+    also: Vec<Also>,
     /// Rounds that count; one more goes before them
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -153,7 +156,7 @@ fn main() {
     let wanted = |kind| options.only.is_empty() || options.only.contains(&kind);
     let dir = tempfile::tempdir().expect("a folder for configurations");
     stage::write_tenants(TENANTS, "app", &dir.path().join("tenants.toml"));
-    let contenders = contender::all(dir.path(), !options.test);
+    let contenders = contender::all(dir.path(), !options.test, &options.also);
     let versions: Vec<&str> = contenders.iter().map(|one| one.version.as_str()).collect();
     println!(
         "kernel {}; {}; {} rounds of {}",

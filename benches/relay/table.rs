@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::contender::{Contender, DIRECT, OURS};
+use super::contender::{Contender, DIRECT, OURS, is_peer};
 use super::stage::median;
 
 /// A figure of each round, for each contender.
@@ -55,7 +55,7 @@ impl Row {
     /// Ours against the peer that was best in each round.
     fn ratio_to_best(&self) -> Option<Ratio> {
         let ours = self.figures.get(OURS)?;
-        let peers = self.figures.iter().filter(|(name, _)| **name != OURS && **name != DIRECT);
+        let peers = self.figures.iter().filter(|(name, _)| is_peer(name));
         let peers: Vec<&Vec<f64>> = peers.map(|(_, figures)| figures).collect();
         let best = |round: usize| {
             let figures = peers.iter().filter_map(|figures| figures.get(round)).copied();
@@ -82,7 +82,7 @@ impl Row {
 
 /// All rows: a column for each contender, ours over the best peer with its least and most, and ours over each.
 pub(crate) fn print(rows: &[Row], contenders: &[Contender]) {
-    let peers: Vec<&str> = contenders.iter().filter(|one| one.is_peer()).map(|one| one.name).collect();
+    let peers: Vec<&str> = contenders.iter().filter(|one| one.is_compared()).map(|one| one.name).collect();
     let mut head = format!("\n{:<38}{:<8}", "work", "unit");
     for contender in contenders {
         head += &format!("{:>16}", contender.name);
