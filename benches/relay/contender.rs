@@ -1,36 +1,10 @@
 //! Who is measured: each as a child process, pinned to the proxy's core.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::Command;
 
-/// The binary under measurement, built with this bench's profile.
-pub(crate) const VESTIBULE: &str = env!("CARGO_BIN_EXE_vestibule");
-
-/// A child process that ends with its handle.
-pub(crate) struct Proc(Child);
-
-impl Proc {
-    pub(crate) fn start(command: &Command) -> Self {
-        let mut again = Command::new(command.get_program());
-        again.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self(again.spawn().expect("a child process"))
-    }
-
-    pub(crate) fn wait(&mut self) {
-        let status = self.0.wait().expect("the child's end");
-        assert!(status.success(), "{status}");
-    }
-}
-
-impl Drop for Proc {
-    fn drop(&mut self) {
-        // It may have ended already.
-        self.0.kill().unwrap_or_default();
-        self.0.wait().map(|_| ()).unwrap_or_default();
-    }
-}
+use super::process::{Proc, VESTIBULE, free, ready};
 
 /// The backend of all of them.
 pub(crate) struct Backend {
@@ -207,20 +181,4 @@ fn nginx(dir: &Path, backend: &Backend, version: String) -> Contender {
     );
     std::fs::write(&path, text).expect("a configuration");
     Contender::start("nginx", version, target, &["nginx", "-c", path.to_str().expect("a path")])
-}
-
-/// An address that nobody listens on.
-fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port")
-}
-
-/// Waits until somebody listens.
-fn ready(address: SocketAddr) {
-    for _ in 0..500 {
-        if TcpStream::connect(address).is_ok() {
-            return;
-        }
-        std::thread::park_timeout(Duration::from_millis(10));
-    }
-    panic!("nobody listens on {address}");
 }

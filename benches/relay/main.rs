@@ -11,6 +11,7 @@
 )]
 
 mod contender;
+mod process;
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -18,7 +19,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use self::contender::{Backend, Contender, Proc, VESTIBULE};
+use self::contender::{Backend, Contender};
+use self::process::{Proc, VESTIBULE};
 
 /// The endpoint that the load plays; the other tenants only fill the directory.
 const TENANTS: &str = "1000";
