@@ -1,6 +1,8 @@
 //! Pure rules of admission: who may come in, and how many bytes may pass.
 
 pub mod budget;
+pub mod pacer;
+pub mod purse;
 pub mod quota;
 pub mod rate;
 pub mod share;

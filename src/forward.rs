@@ -4,8 +4,10 @@
 //! the session borrows. An idle session owns neither.
 
 mod copy;
+pub mod pace;
 pub mod pipe;
 mod splice;
+mod way;
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -17,7 +19,8 @@ use rustix::io::Errno;
 use tokio::net::TcpStream;
 
 use self::copy::Spill;
-use self::pipe::{Pipe, Pipes};
+use self::pace::Lent;
+use self::way::{Broken, Phase, Way};
 use crate::account::{Direction, EachWay};
 use crate::clock::wheel::{Span, Tick};
 use crate::life::{Cut, Life, Local};
@@ -26,20 +29,10 @@ use crate::outcome::{At, By, Outcome, Why};
 /// The bytes that one direction may move in one turn; then the worker's other sessions get theirs.
 const TURN: usize = 512 * 1024;
 
-/// A read that fills at least this much of the scratch buffer is a large one.
-const LARGE: usize = crate::life::SCRATCH / 2;
-
-/// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
-const LARGE_READS: u8 = 2;
-
-/// So many small splices in a row, and it goes back to copying: a splice is two calls more than a copy of a
-/// small message is worth.
-const SMALL_SPLICES: u8 = 3;
-
 /// A pipe that nothing went through for so long goes back to the store.
 const PIPE_REST: Duration = Duration::from_secs(1);
 
-/// While bytes are held, how often both sockets are asked whether they were reset.
+/// While bytes are held, or wait for bandwidth, how often both sockets are asked whether they were reset.
 const LOOK: Duration = Duration::from_secs(2);
 
 /// A session that has lived so long gets keepalive on both its sides: a short one is spared eight calls, or two
@@ -78,9 +71,12 @@ pub struct Patience {
 /// Forwards both ways until both ends have ended, or the session has to.
 ///
 /// A half-close is passed on when everything before it has been; a reset on one side is a reset on the other.
-pub fn relay<'a>(pair: Pair, patience: Patience, pipes: &'a Pipes, life: &'a mut Life) -> Relay<'a> {
+pub fn relay<'a>(pair: Pair, patience: Patience, lent: Lent<'a>, life: &'a mut Life) -> Relay<'a> {
+    lent.charge_first(pair.first.len());
     let now = life.tick();
     let mut ways = EachWay { to_backend: Way::new(now), to_client: Way::new(now) };
+    // The client's socket has TCP_NODELAY from the listening socket.
+    ways.to_client.prompt = true;
     ways.to_backend.spill = Spill::new(pair.first);
     Relay {
         client: pair.client,
@@ -89,13 +85,12 @@ pub fn relay<'a>(pair: Pair, patience: Patience, pipes: &'a Pipes, life: &'a mut
         patience,
         rest: Span::of(PIPE_REST),
         settles: Some(now.after(Span::of(SETTLED))),
-        prompt: false,
         look: Span::of(LOOK),
         looks_at: None,
         first_end: None,
         broken: None,
         ended: false,
-        pipes,
+        lent,
         local: Rc::clone(life.local()),
         life,
     }
@@ -111,8 +106,6 @@ pub struct Relay<'a> {
     rest: Span,
     /// When the session will have settled, until it has.
     settles: Option<Tick>,
-    /// Whether the backend's socket has TCP_NODELAY. The client's has it from the listening socket.
-    prompt: bool,
     look: Span,
     /// When both sockets are asked for an error, while bytes are held.
     looks_at: Option<Tick>,
@@ -121,56 +114,9 @@ pub struct Relay<'a> {
     /// Whose connection broke, and how, while the other direction was still to be emptied.
     broken: Option<(By, Why)>,
     ended: bool,
-    pipes: &'a Pipes,
+    lent: Lent<'a>,
     local: Rc<Local>,
     life: &'a mut Life,
-}
-
-/// One direction.
-#[derive(Debug)]
-struct Way {
-    /// Bytes that were read and could not be written at once.
-    spill: Spill,
-    /// Held while the direction splices. Never has bytes while `spill` has.
-    pipe: Option<Pipe>,
-    /// Large reads in a row while copying, small splices in a row while splicing.
-    streak: u8,
-    phase: Phase,
-    /// When bytes last moved.
-    moved: Tick,
-}
-
-/// How far a direction has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Bytes go.
-    Open,
-    /// The source has ended; what it had sent before is still on its way.
-    Draining,
-    /// Everything has been passed on, and so has the end.
-    Shut,
-    /// The sink takes nothing any more.
-    Dead,
-}
-
-/// Which end of a direction failed.
-enum Broken {
-    Source(io::Error),
-    Sink(io::Error),
-}
-
-impl Way {
-    fn new(now: Tick) -> Self {
-        Self { spill: Spill::default(), pipe: None, streak: 0, phase: Phase::Open, moved: now }
-    }
-
-    fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Shut | Phase::Dead)
-    }
-
-    fn pending(&self) -> bool {
-        !self.spill.is_empty() || self.pipe.as_ref().is_some_and(|pipe| !pipe.is_empty())
-    }
 }
 
 impl Future for Relay<'_> {
@@ -179,11 +125,14 @@ impl Future for Relay<'_> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
         let this = &mut *self;
         for direction in Direction::ALL {
-            if let Poll::Ready(Err(broken)) = this.pump(direction, context)
-                && let Some(outcome) = this.broke(direction, &broken)
+            let mut left = TURN;
+            let pumped = this.pump(direction, &mut left, context);
+            if let Poll::Ready(Err(broken)) = &pumped
+                && let Some(outcome) = this.broke(direction, broken)
             {
                 return Poll::Ready(this.reset(outcome));
             }
+            this.rest(direction, pumped.is_pending() && left == 0);
         }
         if this.ways.to_backend.is_over() && this.ways.to_client.is_over() {
             return Poll::Ready(this.both_ended());
@@ -196,8 +145,14 @@ impl Future for Relay<'_> {
 }
 
 impl Relay<'_> {
-    /// Moves one direction's bytes until one of its ends has to be waited for. Ready once there is nothing left to do.
-    fn pump(&mut self, direction: Direction, context: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+    /// Moves one direction's bytes until one of its ends, or the tenant's bandwidth, has to be waited for, or nothing
+    /// is `left` of its turn. Ready once there is nothing left to do.
+    fn pump(
+        &mut self,
+        direction: Direction,
+        left: &mut usize,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<(), Broken>> {
         let other_over = match direction {
             Direction::ToBackend => self.ways.to_client.is_over(),
             Direction::ToClient => self.ways.to_backend.is_over(),
@@ -207,11 +162,10 @@ impl Relay<'_> {
             Direction::ToClient => (&mut self.backend, &mut self.client),
         };
         let way = self.ways.way_mut(direction);
-        let mut left = TURN;
         loop {
             // 1. What is held goes first: nothing is read, and no end passed on, before it has gone.
             if !way.spill.is_empty() {
-                be_prompt(&mut self.prompt, direction, sink, self.life);
+                way.be_prompt(sink, &self.life.meter);
                 let count = ready!(way.spill.poll_write(sink, context)).map_err(Broken::Sink)?;
                 self.life.meter.forwarded(direction, count, false);
                 way.moved = self.life.tick();
@@ -232,49 +186,55 @@ impl Relay<'_> {
                     }
                     way.phase = Phase::Shut;
                     self.first_end.get_or_insert(ends(direction).0);
-                    self.pipes.give_back(way.pipe.take(), self.life);
+                    self.lent.give_back(way.pipe.take(), self.life);
                     way.moved = self.life.tick();
                     return Poll::Ready(Ok(()));
                 }
                 Phase::Open => {}
             }
-            way.adapt(self.pipes, self.life);
-            if left == 0 {
+            way.adapt(self.lent, self.life);
+            if *left == 0 {
                 // Woken only after the worker has looked at its sockets. A plain wake-up would have this session
                 // polled up to 61 times before (tokio's event interval): 30 MiB, and the others wait for all of it.
                 ready!(pin!(tokio::task::yield_now()).poll(context));
-                left = TURN;
+                *left = TURN;
             }
-            // 2. What comes next.
-            let count = if let Some(pipe) = &mut way.pipe {
+            if way.pipe.is_some() {
                 // A pipe is not filled for a sink that takes nothing: it would only be held. A copy finds out by its
                 // write, which takes everything nearly always, and asks no socket before.
                 ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
-                let count = ready!(splice::poll_in(source, pipe, context)).map_err(Broken::Source)?;
-                if count == 0 {
-                    // Either the end, or an urgent byte before it: the kernel's splice stops there and says 0. A read
-                    // knows the one, and passes the other.
-                    self.pipes.give_back(way.pipe.take(), self.life);
-                    continue;
-                }
-                count
-            } else {
-                let mut scratch = self.local.scratch.borrow_mut();
-                let read = ready!(copy::poll_read(source, &mut scratch, context)).map_err(Broken::Source)?;
-                if !read.is_empty() {
-                    be_prompt(&mut self.prompt, direction, sink, self.life);
-                    let count = way.spill.poll_write_first(read, sink, context).map_err(Broken::Sink)?;
-                    self.life.meter.forwarded(direction, count, false);
-                }
-                read.len()
-            };
-            left = left.saturating_sub(count);
+            }
+            // 2. What comes next, and no more than the tenant's bandwidth has for it.
+            let want = way.appetite();
+            let grant = self.lent.poll_grant(direction, &mut way.purse, want, source, self.life, context);
+            let grant = ready!(grant).map_err(Broken::Source)?;
+            let most = grant.most();
+            let read = way.bring(direction, (source, sink), most, &self.local, &mut self.life.meter, context);
+            self.life.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
+            let count = ready!(read)?;
+            if count == 0 && way.pipe.is_some() {
+                // Either the end, or an urgent byte before it: the kernel's splice stops there and says 0. A read
+                // knows the one, and passes the other.
+                self.lent.give_back(way.pipe.take(), self.life);
+                continue;
+            }
+            *left = left.saturating_sub(count);
             if count == 0 {
                 way.phase = Phase::Draining;
             } else {
                 way.moved = self.life.tick();
                 way.note(count);
             }
+        }
+    }
+
+    /// At the end of a direction's turn: it leaves the queue for bandwidth, unless it waits there or `goes_on`.
+    fn rest(&mut self, direction: Direction, goes_on: bool) {
+        let way = self.ways.way_mut(direction);
+        let held = way.held();
+        if self.lent.rest(direction, &mut way.purse, held, goes_on) {
+            // What it waited was not its silence.
+            way.moved = self.life.tick();
         }
     }
 
@@ -293,7 +253,7 @@ impl Relay<'_> {
                 let way = self.ways.way_mut(direction);
                 way.phase = Phase::Dead;
                 way.spill = Spill::default();
-                self.pipes.give_back(way.pipe.take(), self.life);
+                self.lent.give_back(way.pipe.take(), self.life);
                 self.broken.get_or_insert((sink, why(error)));
                 None
             }
@@ -318,7 +278,9 @@ impl Relay<'_> {
         };
         loop {
             let now = self.life.tick();
-            let moved = self.ways.to_backend.moved.max(self.ways.to_client.moved);
+            // Who waits for bandwidth is silent through no fault of its own.
+            let moved =
+                if self.waits() { now } else { self.ways.to_backend.moved.max(self.ways.to_client.moved) };
             let allowed = self.life.idle(patience);
             let deadline = moved.after(allowed);
             if deadline <= now {
@@ -342,10 +304,15 @@ impl Relay<'_> {
         }
     }
 
-    /// While bytes are held for a sink that takes none, their source is not read, and its reset would not be noticed
-    /// before the session has been silent for too long: so it is asked from time to time.
+    /// Whether a direction waits for its tenant's bandwidth.
+    fn waits(&self) -> bool {
+        self.ways.to_backend.purse.has_joined() || self.ways.to_client.purse.has_joined()
+    }
+
+    /// While bytes are held for a sink that takes none, or wait for bandwidth, their source is not read, and its reset
+    /// would not be noticed before the session has been silent for too long: so it is asked from time to time.
     fn look_for_resets(&mut self, now: Tick) -> Option<Outcome> {
-        if !self.ways.to_backend.pending() && !self.ways.to_client.pending() {
+        if !self.ways.to_backend.pending() && !self.ways.to_client.pending() && !self.waits() {
             self.looks_at = None;
             return None;
         }
@@ -385,7 +352,7 @@ impl Relay<'_> {
             if rested > now {
                 next = Some(next.map_or(rested, |next| next.min(rested)));
             } else if pipe.is_empty() {
-                self.pipes.give_back(way.pipe.take(), self.life);
+                self.lent.give_back(way.pipe.take(), self.life);
                 way.streak = 0;
             }
         }
@@ -420,28 +387,9 @@ impl Drop for Relay<'_> {
             self.reset(Outcome::reject(At::Forward, Why::Drained));
         }
         for direction in Direction::ALL {
-            self.pipes.give_back(self.ways.way_mut(direction).pipe.take(), self.life);
-        }
-    }
-}
-
-impl Way {
-    /// Takes down how much one read or splice brought.
-    fn note(&mut self, count: usize) {
-        let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
-        self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
-    }
-
-    /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.
-    fn adapt(&mut self, pipes: &Pipes, life: &Life) {
-        if self.pipe.is_some() {
-            if self.streak >= SMALL_SPLICES {
-                pipes.give_back(self.pipe.take(), life);
-                self.streak = 0;
-            }
-        } else if self.streak >= LARGE_READS {
-            self.pipe = pipes.take(life);
-            self.streak = 0;
+            let way = self.ways.way_mut(direction);
+            self.lent.give_back(way.pipe.take(), self.life);
+            self.lent.end(direction, &mut way.purse);
         }
     }
 }
@@ -451,15 +399,6 @@ const fn ends(direction: Direction) -> (By, By) {
     match direction {
         Direction::ToBackend => (By::Client, By::Backend),
         Direction::ToClient => (By::Backend, By::Client),
-    }
-}
-
-/// Sets TCP_NODELAY before the second write to the backend; the first leaves at once without it.
-fn be_prompt(prompt: &mut bool, direction: Direction, backend: &TcpStream, life: &Life) {
-    if direction == Direction::ToBackend && !*prompt && life.meter.bytes().to_backend > 0 {
-        *prompt = true;
-        // A connection that has gone says so when it is written to.
-        backend.set_nodelay(true).unwrap_or_default();
     }
 }
 

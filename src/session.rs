@@ -14,10 +14,12 @@ use crate::accept::{self, Accepted};
 use crate::account::log::{Journal, Marks, Record};
 use crate::account::meter::{Connect, Meter};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
+use crate::admission::pacer::Pacer;
 use crate::admission::quota::Permit;
 use crate::admission::slots::Slots;
 use crate::clock;
 use crate::connect::{self, Failure, Opening};
+use crate::forward::pace::Lent;
 use crate::forward::pipe::Pipes;
 use crate::forward::{self, Pair};
 use crate::header::{self, Client};
@@ -38,6 +40,8 @@ pub struct Worker {
     pub local: Rc<Local>,
     /// Its pipes.
     pub pipes: Pipes,
+    /// Its queues for bandwidth.
+    pub pacer: RefCell<Pacer>,
     /// Its end of the access log.
     pub journal: Journal,
     /// What it has left out of that.
@@ -55,6 +59,7 @@ impl Worker {
             number,
             local,
             pipes: Pipes::new(Arc::clone(&live.pipes)),
+            pacer: RefCell::default(),
             journal,
             rejections: Rejections::default(),
             slots: Arc::clone(&live.sessions),
@@ -109,11 +114,13 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
     let (Ok(outcome) | Err(outcome)) = async {
         let _slot = worker.slots.take().ok_or(Outcome::reject(At::Accept, Why::Shed))?;
         // What leads to forwarding takes more room than forwarding does, and gives it back.
-        let (pair, _permit, _load) = Box::pin(steps.lead(accepted, &mut life, &mut story)).await?;
-        Ok(forward::relay(pair, snapshot.patience, &worker.pipes, &mut life).await)
+        let (pair, permit, _load) = Box::pin(steps.lead(accepted, &mut life, &mut story)).await?;
+        let lent = Lent { pipes: &worker.pipes, pacer: &worker.pacer, quota: permit.quota() };
+        Ok(forward::relay(pair, snapshot.patience, lent, &mut life).await)
     }
     .await;
     let bytes = life.meter.bytes();
+    story.marks.would_delay = life.would_delay;
     let now = clock::now();
     let total = life.end(outcome, now);
     if outcome.is_logged()

@@ -1,5 +1,5 @@
 //! Random operations against naive models: the wheel, slots, limits, health, the pick, the directory, endpoint IDs,
-//! counters.
+//! counters, bandwidth.
 
 #![allow(
     clippy::unwrap_used,
@@ -32,6 +32,8 @@ use vestibule::tenant::{self, Directory, Tenant};
 mod limits;
 #[path = "model/meter.rs"]
 mod meter;
+#[path = "model/pace.rs"]
+mod pace;
 
 // The timing wheel.
 

@@ -90,6 +90,8 @@ metrics! {
         "How long the tenant's sessions have waited for its bandwidth, all together.";
     TENANT_WOULD_DELAY: Counter "vestibule_tenant_would_delay_total" ["tenant", "direction"]
         "Reads that would have had to wait for the tenant's bandwidth, were its limits not only observed.";
+    TENANT_WAITING: Gauge "vestibule_tenant_waiting" ["tenant", "direction"]
+        "Sessions of the tenant that wait for its bandwidth.";
     TENANT_HELD: Gauge "vestibule_tenant_held_bytes" ["tenant", "direction"]
         "Bytes that the sessions of a tenant with a bandwidth hold, because their other ends do not take them.";
     RELOADS: Counter "vestibule_config_reloads_total" []

@@ -256,6 +256,7 @@ fn tenants(sheet: &mut Sheet, live: &Live) {
             if budget.is_limited() {
                 sheet.add(&names::TENANT_DELAYED, &labels, budget.delayed().as_secs_f64());
                 sheet.count(&names::TENANT_WOULD_DELAY, &labels, budget.would_delay());
+                sheet.count(&names::TENANT_WAITING, &labels, budget.waiting());
                 sheet.count(&names::TENANT_HELD, &labels, budget.held());
             }
         }

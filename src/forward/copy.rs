@@ -24,6 +24,10 @@ impl Spill {
         self.written >= self.bytes.len()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len().saturating_sub(self.written)
+    }
+
     /// Writes some of it; how much.
     pub(super) fn poll_write(
         &mut self,

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 
+use crate::admission::quota::Quota;
 use crate::life::Life;
 
 /// The bytes that a pipe is asked to hold.
@@ -61,6 +62,11 @@ impl Budget {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// The pipes that could still be opened.
+    fn free(&self) -> u64 {
+        self.limit.saturating_sub(self.used()) / CAPACITY as u64
+    }
+
     fn share(self: &Arc<Self>) -> Option<Share> {
         let room = |used: u64| used.checked_add(CAPACITY as u64).filter(|used| *used <= self.limit);
         self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).ok()?;
@@ -89,11 +95,21 @@ impl Pipe {
         self.held == 0
     }
 
-    /// Moves what `source` has into the empty pipe; 0 at its end.
-    pub(super) fn fill(&mut self, source: impl AsFd) -> io::Result<usize> {
+    /// The bytes in it.
+    pub(super) fn held(&self) -> usize {
+        self.held
+    }
+
+    /// The bytes that it may have.
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity as usize
+    }
+
+    /// Moves what `source` has into the empty pipe, up to `most` bytes; 0 at its end.
+    pub(super) fn fill(&mut self, source: impl AsFd, most: usize) -> io::Result<usize> {
         debug_assert!(self.is_empty(), "EAGAIN would have two meanings");
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-        self.held = splice(source, None, &self.write, None, self.capacity as usize, flags)?;
+        self.held = splice(source, None, &self.write, None, self.capacity().min(most), flags)?;
         Ok(self.held)
     }
 
@@ -120,24 +136,47 @@ impl Pipes {
         Self { budget, kept: RefCell::default() }
     }
 
-    /// An empty pipe; `None` where the budget, the descriptors or the kernel's own limit are spent: then copying
-    /// goes on.
-    pub(super) fn take(&self, life: &Life) -> Option<Pipe> {
-        let pipe = self.kept.borrow_mut().pop().or_else(|| self.budget.share().and_then(Pipe::open));
+    /// An empty pipe; `None` where the tenant has enough of them, or where the budget, the descriptors or the
+    /// kernel's own limit are spent: then copying goes on.
+    pub(super) fn take(&self, tenant: &Quota, life: &Life) -> Option<Pipe> {
+        let pipe = if self.hold(tenant) {
+            let pipe = self.kept.borrow_mut().pop().or_else(|| self.budget.share().and_then(Pipe::open));
+            if pipe.is_none() {
+                release(tenant);
+            }
+            pipe
+        } else {
+            None
+        };
         let worker = life.meter.worker();
         if pipe.is_some() { &worker.pipes } else { &worker.pipes_refused }.add(1);
         pipe
     }
 
-    /// Takes a pipe back. One with bytes in it is closed: they were another session's.
-    pub(super) fn give_back(&self, pipe: Option<Pipe>, life: &Life) {
+    /// Counts one pipe more for a tenant, if it may have one.
+    ///
+    /// A tenant holds no more than are free (Choudhury and Hahne, "Dynamic queue length thresholds", 1998, with alpha
+    /// 1): half of all where it is alone, a third each where two want more, and the last ones are left for others.
+    fn hold(&self, tenant: &Quota) -> bool {
+        let free = self.budget.free() + self.kept.borrow().len() as u64;
+        let room = |held: u32| (u64::from(held) < free.max(1)).then(|| held.saturating_add(1));
+        tenant.pipes.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).is_ok()
+    }
+
+    /// Takes a pipe of a tenant back. One with bytes in it is closed: they were another session's.
+    pub(super) fn give_back(&self, pipe: Option<Pipe>, tenant: &Quota, life: &Life) {
         let Some(pipe) = pipe else { return };
+        release(tenant);
         life.meter.worker().pipes.sub(1);
         let mut kept = self.kept.borrow_mut();
         if pipe.is_empty() && kept.len() < self.budget.kept {
             kept.push(pipe);
         }
     }
+}
+
+fn release(tenant: &Quota) {
+    tenant.pipes.fetch_sub(1, Ordering::AcqRel);
 }
 
 #[cfg(test)]
@@ -162,43 +201,70 @@ mod tests {
     #[test]
     fn the_budget_holds_to_the_pipe() {
         let shard = Arc::new(Shard::default());
-        let life = life(&shard);
+        let (life, tenant, other) = (life(&shard), Quota::default(), Quota::default());
         let budget = Budget::new(2 * CAPACITY as u64, 1);
         let pipes = Pipes::new(Arc::clone(&budget));
-        let one = pipes.take(&life).unwrap();
-        let two = pipes.take(&life).unwrap();
-        assert!(pipes.take(&life).is_none());
+        let one = pipes.take(&tenant, &life).unwrap();
+        let two = pipes.take(&other, &life).unwrap();
+        assert!(pipes.take(&Quota::default(), &life).is_none());
         assert_eq!(shard.worker.pipes.value(), 2);
         assert_eq!(shard.worker.pipes_refused.value(), 1);
-        pipes.give_back(Some(one), &life);
-        pipes.give_back(None, &life);
+        pipes.give_back(Some(one), &tenant, &life);
+        pipes.give_back(None, &tenant, &life);
         assert_eq!(budget.used(), 2 * CAPACITY as u64, "a kept pipe still has its memory");
-        pipes.give_back(pipes.take(&life), &life);
-        pipes.give_back(Some(two), &life);
+        pipes.give_back(pipes.take(&tenant, &life), &tenant, &life);
+        pipes.give_back(Some(two), &other, &life);
+        assert_eq!([&tenant, &other].map(|tenant| tenant.pipes.load(Ordering::Relaxed)), [0, 0]);
         assert_eq!(budget.used(), CAPACITY as u64, "a worker keeps half of the budget at most");
         assert_eq!(shard.worker.pipes.value(), 0);
         drop(pipes);
         assert_eq!(budget.used(), 0);
-        assert!(Pipes::new(Budget::new(CAPACITY as u64 - 1, 1)).take(&life).is_none());
+        assert!(Pipes::new(Budget::new(CAPACITY as u64 - 1, 1)).take(&tenant, &life).is_none());
         assert_eq!(life.end(Outcome::reject(At::Forward, Why::Drained), Moment::default()), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_tenant_holds_no_more_than_are_free() {
+        let life = life(&Arc::default());
+        let pipes = Pipes::new(Budget::new(8 * CAPACITY as u64, 1));
+        let tenants = [0; 4].map(|_| Quota::default());
+        let mut held = Vec::new();
+        for tenant in &tenants {
+            while let Some(pipe) = pipes.take(tenant, &life) {
+                held.push((tenant, pipe));
+            }
+        }
+        let counts = || tenants.each_ref().map(|tenant| tenant.pipes.load(Ordering::Relaxed));
+        assert_eq!(
+            counts(),
+            [4, 2, 1, 1],
+            "each finds half of what the others left, and one if there is one"
+        );
+        for (tenant, pipe) in held.drain(..) {
+            pipes.give_back(Some(pipe), tenant, &life);
+        }
+        assert_eq!(counts(), [0; 4]);
+        let kept: Vec<_> = (0..4).map(|_| pipes.take(&tenants[3], &life)).collect();
+        assert!(kept.iter().all(Option::is_some), "those that the worker keeps are free, too");
+        assert!(pipes.take(&tenants[3], &life).is_none());
     }
 
     #[test]
     fn a_pipe_with_bytes_in_it_is_never_used_again() {
         let shard = Arc::new(Shard::default());
-        let life = life(&shard);
+        let (life, tenant) = (life(&shard), Quota::default());
         let pipes = Pipes::new(Budget::new(CAPACITY as u64, 1));
-        let mut pipe = pipes.take(&life).unwrap();
+        let mut pipe = pipes.take(&tenant, &life).unwrap();
         let (source, sink) = std::os::unix::net::UnixStream::pair().unwrap();
         std::io::Write::write_all(&mut &sink, b"secret").unwrap();
-        assert_eq!(pipe.fill(&source).unwrap(), 6);
+        assert_eq!(pipe.fill(&source, usize::MAX).unwrap(), 6);
         assert!(!pipe.is_empty());
-        pipes.give_back(Some(pipe), &life);
+        pipes.give_back(Some(pipe), &tenant, &life);
         assert!(pipes.kept.borrow().is_empty());
-        let mut pipe = pipes.take(&life).expect("its share of the budget came back");
+        let mut pipe = pipes.take(&tenant, &life).expect("its share of the budget came back");
         assert!(pipe.is_empty());
         std::io::Write::write_all(&mut &sink, b"plain").unwrap();
-        assert_eq!(pipe.fill(&source).unwrap(), 5);
+        assert_eq!(pipe.fill(&source, usize::MAX).unwrap(), 5);
         assert_eq!(pipe.empty_into(&source).unwrap(), 5);
         assert!(pipe.is_empty());
     }
@@ -206,13 +272,13 @@ mod tests {
     #[test]
     fn a_worker_keeps_few() {
         let shard = Arc::new(Shard::default());
-        let life = life(&shard);
+        let (life, tenant) = (life(&shard), Quota::default());
         let budget = Budget::new(u64::MAX, 1);
         let pipes = Pipes::new(Arc::clone(&budget));
-        let taken: Vec<_> = (0..=KEPT).map(|_| pipes.take(&life)).collect();
+        let taken: Vec<_> = (0..=KEPT).map(|_| pipes.take(&tenant, &life)).collect();
         for pipe in taken {
             assert!(pipe.is_some());
-            pipes.give_back(pipe, &life);
+            pipes.give_back(pipe, &tenant, &life);
         }
         assert_eq!(budget.used(), (KEPT * CAPACITY) as u64);
     }

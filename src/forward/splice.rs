@@ -13,15 +13,16 @@ use tokio::net::TcpStream;
 
 use super::pipe::Pipe;
 
-/// Fills an empty pipe with what the source has; 0 at its end.
+/// Fills an empty pipe with what the source has, up to `most` bytes; 0 at its end.
 pub(super) fn poll_in(
     source: &TcpStream,
     pipe: &mut Pipe,
+    most: usize,
     context: &mut Context<'_>,
 ) -> Poll<io::Result<usize>> {
     loop {
         ready!(source.poll_read_ready(context))?;
-        match source.try_io(Interest::READABLE, || pipe.fill(source)) {
+        match source.try_io(Interest::READABLE, || pipe.fill(source, most)) {
             Err(error) if is_transient(&error) => {}
             result => return Poll::Ready(result),
         }

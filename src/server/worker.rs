@@ -158,7 +158,9 @@ async fn tick(shop: Rc<Shop>) {
     let mut untold = 0;
     loop {
         ticks.tick().await;
-        shop.worker.local.advance(clock::now());
+        let now = clock::now();
+        shop.worker.local.advance(now);
+        shop.worker.pacer.borrow_mut().advance(now);
         shop.worker.journal.flush();
         shop.worker.local.ledger.worker().log_dropped.add(shop.worker.journal.take_dropped());
         untold += 1;

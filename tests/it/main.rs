@@ -10,6 +10,7 @@
 )]
 
 mod admin;
+mod bandwidth;
 mod forward;
 mod harness;
 mod header;

@@ -1,0 +1,259 @@
+//! Limits at full speed: how exact a bandwidth is, how equally sessions share it, and what tenants do to each other.
+//!
+//! `cargo bench --bench fairness` takes some minutes; `-- --test` some seconds. Nothing is pinned: proxy, load and
+//! backend share the machine, and whoever disturbs runs at the lowest priority. Bandwidths are the proxy's own counts
+//! of bytes that it passed on. The table is also written to target/fairness.json.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a bench that cannot go on says so by panicking"
+)]
+
+mod greedy;
+mod neighbour;
+#[path = "../stage/mod.rs"]
+mod stage;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use self::neighbour::Neighbour;
+use self::stage::{Proc, VESTIBULE, free, ready};
+
+/// The tenant that does what it likes, the one beside it, and the one whose bandwidth is measured.
+const A: &str = "vpce-0aaaaaaaaaaaaaaaa";
+const B: &str = "vpce-0bbbbbbbbbbbbbbbb";
+const METERED: &str = "vpce-0cccccccccccccccc";
+
+/// The metered tenant's bandwidth each way, in bytes.
+const RATE: u64 = 32 << 20;
+
+/// How thorough a run is.
+#[derive(Clone, Copy)]
+struct Effort {
+    /// Each bandwidth is measured so long, ...
+    measured: Duration,
+    /// ... after so long.
+    left_out: Duration,
+    /// The sessions that share it.
+    sessions: &'static [usize],
+    /// B beside each neighbour, and alone before and after.
+    beside: Duration,
+    rounds: usize,
+}
+
+const FULL: Effort = Effort {
+    measured: Duration::from_secs(10),
+    left_out: Duration::from_secs(2),
+    sessions: &[1, 10, 1000],
+    beside: Duration::from_secs(5),
+    rounds: 5,
+};
+const ONCE: Effort = Effort {
+    measured: Duration::from_millis(300),
+    left_out: Duration::from_millis(200),
+    sessions: &[1, 10],
+    beside: Duration::from_millis(300),
+    rounds: 1,
+};
+
+/// The proxy under test and its backend.
+struct Bench {
+    target: SocketAddr,
+    admin: SocketAddr,
+    /// Held for their end.
+    _processes: [Proc; 2],
+}
+
+fn main() {
+    let arguments: Vec<_> = std::env::args().collect();
+    if neighbour::act(&arguments) {
+        return;
+    }
+    let effort = if arguments.iter().any(|argument| argument == "--test") { ONCE } else { FULL };
+    let dir = tempfile::tempdir().expect("a folder for the configuration");
+    let mut report = Vec::new();
+    println!("bandwidth of {} MiB/s, over {:?}", RATE >> 20, effort.measured);
+    for mode in ["to-client", "to-backend"] {
+        for sessions in effort.sessions {
+            // A proxy of its own for each: what the last one's sockets still hold would be let through for a while.
+            let ratio = Bench::start(dir.path()).accuracy(mode, *sessions, &effort);
+            println!("  {mode:<12} {sessions:>5} sessions   {:+.2} %", (ratio - 1.0) * 100.0);
+            report.push(json!({ "name": "accuracy", "mode": mode, "sessions": sessions, "ratio": ratio }));
+        }
+    }
+    let (index, workers) = greedy::share(&Bench::start(dir.path()), 50, effort.left_out, effort.measured);
+    println!(
+        "50 greedy sessions, {} and {} on the two workers: Jain's index {index:.4}",
+        workers[0], workers[1]
+    );
+    report.push(json!({ "name": "jain", "index": index, "workers": workers }));
+    report.extend(beside(&Bench::start(dir.path()), &effort));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fairness.json");
+    std::fs::create_dir_all(path.parent().expect("a folder")).expect("target");
+    std::fs::write(&path, format!("{:#}\n", json!(report))).expect("target/fairness.json");
+}
+
+/// B alone and beside each neighbour, in alternating rounds; the median of each.
+fn beside(bench: &Bench, effort: &Effort) -> Vec<Value> {
+    let mut rows: Vec<(Neighbour, Vec<Figures>)> =
+        Neighbour::ALL.into_iter().map(|neighbour| (neighbour, Vec::new())).collect();
+    for _ in 0..effort.rounds {
+        for (neighbour, figures) in &mut rows {
+            figures.push(neighbour.beside(bench, || bench.load_of_b(effort.beside)));
+        }
+    }
+    let medians: Vec<_> =
+        rows.iter().map(|(neighbour, figures)| (*neighbour, Figures::median(figures))).collect();
+    let alone = medians[0].1;
+    println!(
+        "B at half of its limits: 4 KiB round trips at 2,000/s, and 100 new sessions/s; in brackets against alone"
+    );
+    println!(
+        "  {:<34} {:>20} {:>20} {:>20} {:>20}",
+        "A", "p99, us", "round trips/s", "p99 of new, us", "new/s"
+    );
+    let mut report = Vec::new();
+    for (neighbour, figures) in &medians {
+        let name = neighbour.name();
+        print!("  {name:<34}");
+        for (figure, alone) in figures.0.iter().zip(alone.0) {
+            print!(" {:>20}", format!("{figure:.0} ({:.2})", figure / alone));
+        }
+        println!();
+        let [p99, rate, new_p99, new_rate] = figures.0;
+        report.push(json!({ "name": "beside", "a": name, "p99_us": p99, "round_trips_per_second": rate,
+            "new_p99_us": new_p99, "new_per_second": new_rate }));
+    }
+    report
+}
+
+/// Of B: the 99th percentile of a round trip in microseconds and round trips a second, and the same of new sessions.
+#[derive(Clone, Copy)]
+struct Figures([f64; 4]);
+
+impl Figures {
+    fn median(all: &[Self]) -> Self {
+        Self(std::array::from_fn(|column| {
+            let mut values: Vec<_> = all.iter().map(|figures| figures.0[column]).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        }))
+    }
+}
+
+impl Bench {
+    fn start(dir: &Path) -> Self {
+        let [backend, target, admin] = [free(), free(), free()];
+        let mut command = Command::new(VESTIBULE);
+        command.args(["backend", "--listen"]).arg(format!("app={backend}"));
+        let behind = Proc::start(&command);
+        ready(backend);
+        let tenant = |name, endpoint, limits: &str| {
+            format!(
+                "[[tenant]]\nname = \"{name}\"\nendpoints = [\"{endpoint}\"]\n[tenant.limits]\n{limits}\n"
+            )
+        };
+        let each_way = |bandwidth| format!("to-backend = \"{bandwidth}\"\nto-client = \"{bandwidth}\"\n");
+        let text = format!(
+            "[process]\nworkers = 2\n[admin]\nbind = \"{admin}\"\n[health]\nbind = \"{}\"\n[log]\naccess = \"{}\"\n\
+             [[listener]]\nname = \"web\"\nbind = \"{target}\"\ntrusted-sources = [\"127.0.0.0/8\"]\npool = \"app\"\n\
+             [[pool]]\nname = \"app\"\nbackends = [\"{backend}\"]\n{}{}{}",
+            free(),
+            dir.join("access.log").display(),
+            tenant("a", A, &(each_way("8MiB/s") + "session-rate = \"100/s\"")),
+            tenant("b", B, &(each_way("16MiB/s") + "session-rate = \"200/s\"")),
+            tenant("metered", METERED, &each_way(&format!("{RATE}B/s"))),
+        );
+        let path = dir.join("vestibule.toml");
+        std::fs::write(&path, text).expect("a configuration");
+        let mut command = Command::new(VESTIBULE);
+        command.args(["serve", "--config"]).arg(&path);
+        let proxy = Proc::start(&command);
+        ready(target);
+        ready(admin);
+        Self { target, admin, _processes: [behind, proxy] }
+    }
+
+    fn load(&self, endpoint: &str, options: &[&str]) -> Command {
+        let mut command = Command::new(VESTIBULE);
+        command.args(["load", "--json", "--target"]).arg(self.target.to_string());
+        command.args(["--endpoint", endpoint, "--pools", "app"]).args(options);
+        command
+    }
+
+    /// What B measures.
+    fn load_of_b(&self, duration: Duration) -> Figures {
+        let seconds = format!("{}ms", duration.as_millis());
+        let run = |options: &[&str]| {
+            let mut command = self.load(B, options);
+            command.args(["--duration", &seconds, "--warmup", "200ms"]);
+            let output = command.output().expect("the load generator");
+            let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+            let figure = |value: &Value| value.as_f64().expect("a number");
+            [figure(&report["latency_ns"]["p99"]) / 1e3, figure(&report["operations_per_second"])]
+        };
+        std::thread::scope(|scope| {
+            let trips = ["--mode", "roundtrip", "--size", "4KiB", "--rate", "2000/s", "--sessions", "32"];
+            let trips = scope.spawn(move || run(&trips));
+            let [new_p99, new_rate] = run(&["--mode", "connect", "--rate", "100/s", "--sessions", "16"]);
+            let [p99, rate] = trips.join().expect("round trips");
+            Figures([p99, rate, new_p99, new_rate])
+        })
+    }
+
+    /// The metered tenant's bandwidth over what it should be.
+    fn accuracy(&self, mode: &str, sessions: usize, effort: &Effort) -> f64 {
+        let all =
+            format!("{}ms", (effort.left_out + effort.measured + Duration::from_millis(500)).as_millis());
+        let sessions = sessions.to_string();
+        let options = [
+            "--mode",
+            mode,
+            "--sessions",
+            &sessions,
+            "--size",
+            "64KiB",
+            "--warmup",
+            "0s",
+            "--duration",
+            &all,
+        ];
+        let mut load = Proc::start(&self.load(METERED, &options));
+        let direction = mode.replace('-', "_");
+        let labels = [("tenant", "metered"), ("direction", direction.as_str())];
+        std::thread::park_timeout(effort.left_out);
+        let (start, before) = (now(), self.metric("vestibule_forwarded_bytes_total", &labels));
+        std::thread::park_timeout(effort.measured);
+        let (took, after) = (now() - start, self.metric("vestibule_forwarded_bytes_total", &labels));
+        load.wait();
+        #[expect(clippy::cast_precision_loss, reason = "a rate has fewer digits")]
+        let expected = RATE as f64 * took.as_secs_f64();
+        (after - before) / expected
+    }
+
+    /// The sum of a metric's series that have these labels.
+    fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let mut stream = TcpStream::connect(self.admin).expect("the admin server");
+        stream.write_all(b"GET /metrics HTTP/1.0\r\nhost: bench\r\n\r\n").expect("a request");
+        let mut page = String::new();
+        stream.read_to_string(&mut page).expect("the metrics");
+        let series =
+            page.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{')));
+        let series = series.filter(|line| {
+            labels.iter().all(|(label, value)| line.contains(&format!("{label}=\"{value}\"")))
+        });
+        series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "a bench measures")]
+fn now() -> Instant {
+    Instant::now()
+}

@@ -1,0 +1,130 @@
+//! What A does while B is measured: always in processes of its own, at the lowest priority, so that what B feels is
+//! the proxy's and the kernel's doing and not A's load generator on the same cores.
+
+use std::io::{ErrorKind, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::Duration;
+
+use vestibule::lab::nlb;
+
+use super::stage::Proc;
+use super::{A, Bench, Figures, now};
+
+/// One kind of neighbour.
+#[derive(Clone, Copy)]
+pub(super) enum Neighbour {
+    /// None: B is alone.
+    Nobody,
+    /// All the bytes that it may, and more.
+    Bandwidth,
+    /// New sessions, 50 times as many as it may.
+    Sessions,
+    /// Connections that are closed at once.
+    Connections,
+    /// Connections with half a header.
+    Halves,
+}
+
+/// Connections in a second of the flood: as many as the sessions.
+const FLOOD: u32 = 5000;
+
+/// Connections with half a header at once; they stay until the proxy ends them.
+const HALVES: usize = 500;
+
+/// How long a neighbour goes on at most, whoever forgets it.
+const LONGEST: Duration = Duration::from_secs(60);
+
+impl Neighbour {
+    pub(super) const ALL: [Self; 5] =
+        [Self::Nobody, Self::Bandwidth, Self::Sessions, Self::Connections, Self::Halves];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Nobody => "is not there",
+            Self::Bandwidth => "16 greedy sessions each way",
+            Self::Sessions => "50 times its session rate",
+            Self::Connections => "5,000 empty connections a second",
+            Self::Halves => "500 connections with half a header",
+        }
+    }
+
+    /// Runs `measure` beside it.
+    pub(super) fn beside(self, bench: &Bench, measure: impl FnOnce() -> Figures) -> Figures {
+        let load =
+            |options: &[&str]| bench.load(A, &[options, &["--duration", "60s", "--warmup", "0s"]].concat());
+        let commands = match self {
+            Self::Nobody => Vec::new(),
+            Self::Bandwidth => ["to-client", "to-backend"]
+                .map(|mode| load(&["--mode", mode, "--sessions", "16", "--size", "64KiB"]))
+                .into(),
+            Self::Sessions => vec![load(&["--mode", "connect", "--sessions", "256", "--rate", "5000/s"])],
+            Self::Connections => vec![ourselves("connections", bench.target)],
+            Self::Halves => vec![ourselves("halves", bench.target)],
+        };
+        let _processes: Vec<_> = commands.iter().map(|command| Proc::start(&humble(command))).collect();
+        // A moment for it to begin.
+        std::thread::park_timeout(Duration::from_millis(300));
+        measure()
+    }
+}
+
+/// The same command at the lowest priority.
+fn humble(command: &Command) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "19"]).arg(command.get_program()).args(command.get_args());
+    nice
+}
+
+/// This bench as a neighbour.
+fn ourselves(kind: &str, target: SocketAddr) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--neighbour", kind, &target.to_string()]);
+    command
+}
+
+/// Acts as a neighbour, where the arguments ask for it; whether they did.
+pub(super) fn act(arguments: &[String]) -> bool {
+    let Some(at) = arguments.iter().position(|argument| argument == "--neighbour") else { return false };
+    let target = arguments[at + 2].parse().expect("an address");
+    match arguments[at + 1].as_str() {
+        "connections" => flood(target),
+        _ => halves(target),
+    }
+    true
+}
+
+/// Connects and closes, at a bounded pace.
+fn flood(target: SocketAddr) {
+    let start = now();
+    let mut due = start;
+    while due < start + LONGEST {
+        // A port that is not to be had is no reason to stop.
+        drop(TcpStream::connect(target));
+        due += Duration::from_secs(1) / FLOOD;
+        std::thread::park_timeout(due.saturating_duration_since(now()));
+    }
+}
+
+/// Holds connections that have sent half a header; those that the proxy has ended are replaced.
+fn halves(target: SocketAddr) {
+    let header = nlb::header(SocketAddr::from(([10, 100, 0, 10], 4000)), target, Some(A));
+    let open = || -> std::io::Result<TcpStream> {
+        let mut stream = TcpStream::connect(target)?;
+        stream.write_all(&header[..header.len() / 2])?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    };
+    let start = now();
+    let mut held: Vec<TcpStream> = Vec::new();
+    while now() < start + LONGEST {
+        // Nothing is ever sent to them: whatever can be read is their end.
+        held.retain(|stream| stream.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock));
+        while held.len() < HALVES
+            && let Ok(stream) = open()
+        {
+            held.push(stream);
+        }
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,302 @@
+//! How one direction of a session stands with its tenant's bandwidth: what it may read next, and what it has had.
+//!
+//! A direction that asks for little gets it at once, whoever else waits: up to its share of each tick it goes into
+//! the tenant's debt. One that asks for more takes what is there, as long as nobody waits; else it joins the queue.
+
+use std::sync::Arc;
+use std::task::Waker;
+
+use super::pacer::{Key, Pacer};
+use super::quota::Quota;
+use crate::account::Direction;
+use crate::clock::Moment;
+use crate::clock::wheel::Tick;
+
+/// One direction's state.
+#[derive(Debug, Default)]
+pub struct Purse {
+    /// Its place in the queue, while it has one.
+    key: Option<Key>,
+    /// The tick of its last read, and the bytes that it has had in it.
+    window: Tick,
+    used: u32,
+    /// Bytes that it has read and its sink does not take.
+    held: u32,
+}
+
+/// What a direction may read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grant {
+    /// As much as it likes.
+    Free,
+    /// As much as it likes, and it is counted what would have been.
+    Watched,
+    /// So many bytes, of the bucket.
+    Taken(u64),
+    /// So many bytes, of what it was granted in the queue.
+    Queued(u64),
+}
+
+impl Grant {
+    /// The bytes that may be read.
+    #[must_use]
+    pub fn most(self) -> usize {
+        match self {
+            Self::Free | Self::Watched => usize::MAX,
+            Self::Taken(bytes) | Self::Queued(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),
+        }
+    }
+}
+
+/// Where a direction asks: whose budget it is, and who waits for it on this worker.
+#[derive(Debug)]
+pub struct Desk<'a> {
+    /// The tenant's.
+    pub quota: &'a Arc<Quota>,
+    /// The worker's.
+    pub pacer: &'a mut Pacer,
+    /// Which of the two budgets.
+    pub direction: Direction,
+}
+
+impl Purse {
+    /// Whether it stands in the queue: it waits, or uses what it was granted.
+    #[must_use]
+    pub fn has_joined(&self) -> bool {
+        self.key.is_some()
+    }
+
+    /// Whether it waits.
+    #[must_use]
+    pub fn is_waiting(&self, pacer: &Pacer) -> bool {
+        self.key.as_ref().is_some_and(|key| pacer.is_waiting(key))
+    }
+
+    /// Asks for up to `want` bytes; `None` where it has to wait, and is woken by `waker` then. Only who has something
+    /// to read asks.
+    pub fn ask(
+        &mut self,
+        desk: &mut Desk<'_>,
+        want: u64,
+        waker: &Waker,
+        tick: Tick,
+        now: Moment,
+    ) -> Option<Grant> {
+        let budget = desk.quota.budget(desk.direction);
+        if self.window != tick {
+            (self.window, self.used) = (tick, 0);
+        }
+        if desk.quota.is_observing() || !budget.is_limited() {
+            self.leave(desk.pacer, now);
+            return Some(if budget.is_limited() { Grant::Watched } else { Grant::Free });
+        }
+        if let Some(key) = &self.key {
+            return desk.pacer.poll(key, waker, now).map(|granted| Grant::Queued(granted.min(want)));
+        }
+        let mut taken = 0;
+        if budget.waiting() == 0 {
+            taken = budget.take(want, budget.worth_while(want), now);
+        }
+        let left = budget.share(desk.quota.sessions() as u64).saturating_sub(self.used.into());
+        if taken == 0 && left > 0 {
+            taken = budget.overdraw(want.min(left), now);
+        }
+        if taken > 0 {
+            return Some(Grant::Taken(taken));
+        }
+        self.key = Some(desk.pacer.join(desk.quota, desk.direction, waker, now));
+        None
+    }
+
+    /// Takes down that of a grant `count` bytes were read; whether they would have had to wait, were the limit in
+    /// force.
+    pub fn settle(&mut self, desk: &mut Desk<'_>, grant: Grant, count: u64, now: Moment) -> bool {
+        let budget = desk.quota.budget(desk.direction);
+        let used = self.used;
+        self.used = used.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+        match grant {
+            Grant::Free => {}
+            Grant::Watched => {
+                let share = budget.share(desk.quota.sessions() as u64);
+                let waits = count > 0 && !budget.charge(count, now) && u64::from(self.used) > share;
+                if waits {
+                    budget.add_would_delay();
+                }
+                return waits;
+            }
+            Grant::Taken(bytes) => budget.give_back(bytes.saturating_sub(count)),
+            Grant::Queued(_) => {
+                if let Some(key) = &self.key {
+                    desk.pacer.spend(key, count);
+                }
+            }
+        }
+        false
+    }
+
+    /// Leaves the queue, if it stands there.
+    pub fn leave(&mut self, pacer: &mut Pacer, now: Moment) {
+        if let Some(key) = self.key.take() {
+            pacer.leave(key, now);
+        }
+    }
+
+    /// Whether it was taken down that it holds bytes.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.held > 0
+    }
+
+    /// Takes down how many bytes it holds that its sink does not take.
+    pub fn hold(&mut self, quota: &Quota, direction: Direction, bytes: usize) {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        if bytes != self.held {
+            quota.budget(direction).hold(self.held, bytes);
+            self.held = bytes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{Bandwidth, Limits, Mode};
+
+    const WAY: Direction = Direction::ToBackend;
+
+    /// What a read brings at most.
+    const READ: u64 = 64 * 1024;
+
+    fn at_ms(ms: u64) -> Moment {
+        Moment::from_nanos((60_000 + ms) * 1_000_000)
+    }
+
+    fn tick(ms: u64) -> Tick {
+        Tick::at(Duration::from_millis(ms))
+    }
+
+    struct Bench {
+        quota: Arc<Quota>,
+        pacer: Pacer,
+    }
+
+    impl Bench {
+        fn new(mode: Mode, limit: Option<Bandwidth>) -> Self {
+            let quota = Arc::new(Quota::default());
+            quota.set(&Limits { mode, to_backend: limit, ..Limits::default() });
+            Self { quota, pacer: Pacer::default() }
+        }
+
+        fn desk(&mut self) -> Desk<'_> {
+            Desk { quota: &self.quota, pacer: &mut self.pacer, direction: WAY }
+        }
+
+        fn ask(&mut self, purse: &mut Purse, ms: u64) -> Option<Grant> {
+            purse.ask(&mut self.desk(), READ, Waker::noop(), tick(ms), at_ms(ms))
+        }
+
+        /// Asks and reads so much; whether it would have had to wait.
+        fn read(&mut self, purse: &mut Purse, count: u64, ms: u64) -> bool {
+            let grant = self.ask(purse, ms).unwrap();
+            assert!(grant.most() as u64 >= count, "{grant:?}");
+            purse.settle(&mut self.desk(), grant, count, at_ms(ms))
+        }
+    }
+
+    /// 200,000 bytes a second, of which a tenth at once: a tick's share is 10,000.
+    const LIMIT: Option<Bandwidth> = Some(Bandwidth { bytes_per_second: 200_000, burst: 20_000 });
+
+    #[test]
+    fn without_a_limit_nothing_is_asked() {
+        let (mut bench, mut purse) = (Bench::new(Mode::Enforce, None), Purse::default());
+        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Free));
+        assert!(!bench.read(&mut purse, READ, 0));
+        assert_eq!(Grant::Free.most(), usize::MAX);
+    }
+
+    #[test]
+    fn a_greedy_one_has_the_burst_its_share_and_then_its_turn() {
+        let (mut bench, mut purse) = (Bench::new(Mode::Enforce, LIMIT), Purse::default());
+        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Taken(20_000)));
+        // It reads half, and finds the rest again.
+        purse.settle(&mut bench.desk(), Grant::Taken(20_000), 10_000, at_ms(0));
+        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Taken(10_000)));
+        purse.settle(&mut bench.desk(), Grant::Taken(10_000), 10_000, at_ms(0));
+        // The share of this tick is used up, too.
+        assert_eq!(bench.ask(&mut purse, 10), None);
+        assert!(purse.has_joined() && purse.is_waiting(&bench.pacer));
+        bench.pacer.advance(at_ms(50));
+        assert!(!purse.is_waiting(&bench.pacer));
+        assert_eq!(bench.ask(&mut purse, 50), Some(Grant::Queued(10_000)));
+        purse.settle(&mut bench.desk(), Grant::Queued(10_000), 4_000, at_ms(50));
+        assert_eq!(bench.ask(&mut purse, 51), Some(Grant::Queued(6_000)));
+        purse.leave(&mut bench.pacer, at_ms(51));
+        assert!(!purse.has_joined() && bench.pacer.is_empty());
+    }
+
+    #[test]
+    fn a_light_one_passes_those_who_wait_up_to_its_share() {
+        let (mut bench, mut greedy, mut light) =
+            (Bench::new(Mode::Enforce, LIMIT), Purse::default(), Purse::default());
+        bench.read(&mut greedy, 20_000, 0);
+        assert_eq!(bench.ask(&mut greedy, 0), None);
+        for message in 0..9 {
+            assert_eq!(bench.ask(&mut light, message), Some(Grant::Taken(10_000 - message * 1_000)));
+            let granted = Grant::Taken(10_000 - message * 1_000);
+            assert!(!light.settle(&mut bench.desk(), granted, 1_000, at_ms(message)));
+        }
+        assert_eq!(bench.ask(&mut light, 49), Some(Grant::Taken(1_000)));
+        light.settle(&mut bench.desk(), Grant::Taken(1_000), 1_000, at_ms(49));
+        assert_eq!(bench.ask(&mut light, 49), None, "more than its share waits in line");
+        assert_eq!(bench.quota.budget(WAY).waiting(), 2);
+        light.leave(&mut bench.pacer, at_ms(49));
+        assert_eq!(
+            bench.ask(&mut light, 50),
+            Some(Grant::Taken(10_000)),
+            "the next tick has a share of its own"
+        );
+        light.settle(&mut bench.desk(), Grant::Taken(10_000), 0, at_ms(50));
+        greedy.leave(&mut bench.pacer, at_ms(50));
+        assert_eq!(bench.quota.budget(WAY).waiting(), 0);
+    }
+
+    #[test]
+    fn who_is_only_watched_never_waits() {
+        let (mut bench, mut purse) = (Bench::new(Mode::Observe, LIMIT), Purse::default());
+        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Watched));
+        assert!(!bench.read(&mut purse, 20_000, 0));
+        assert!(bench.read(&mut purse, READ, 0), "the burst is used up");
+        assert!(!bench.read(&mut purse, 10_000, 50), "its share of another tick");
+        assert!(bench.read(&mut purse, 1, 50));
+        assert!(!bench.read(&mut purse, 0, 50), "an end costs nothing");
+        assert_eq!(bench.quota.budget(WAY).would_delay(), 2);
+    }
+
+    #[test]
+    fn whoever_waits_goes_on_when_the_limit_goes() {
+        let (mut bench, mut purse) = (Bench::new(Mode::Enforce, LIMIT), Purse::default());
+        bench.read(&mut purse, 20_000, 0);
+        assert_eq!(bench.ask(&mut purse, 0), None);
+        bench.quota.set(&Limits::default());
+        assert_eq!(bench.ask(&mut purse, 1), Some(Grant::Free));
+        assert!(!purse.has_joined());
+    }
+
+    #[test]
+    fn what_is_held_is_counted_once() {
+        let (bench, mut purse) = (Bench::new(Mode::Enforce, LIMIT), Purse::default());
+        for held in [0, 5, 5, 3] {
+            purse.hold(&bench.quota, WAY, held);
+            assert_eq!((bench.quota.budget(WAY).held(), purse.holds()), (held as u64, held > 0));
+        }
+        purse.hold(&bench.quota, WAY, 0);
+        assert_eq!(bench.quota.budget(WAY).held(), 0);
+    }
+
+    #[test]
+    fn a_purse_is_small() {
+        assert!(size_of::<Purse>() <= 16);
+    }
+}

@@ -1,0 +1,117 @@
+//! How a tenant's bandwidth holds a direction back: what is not granted is not read, and stays with its sender.
+//!
+//! A direction that waits is asked for nothing: neither its socket nor a timer. It is woken at the tick that grants
+//! it something. What it has read goes on unhindered, and the end after it.
+
+use std::cell::RefCell;
+use std::io;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::net::TcpStream;
+
+use super::pipe::{Pipe, Pipes};
+use crate::account::Direction;
+use crate::admission::pacer::Pacer;
+use crate::admission::purse::{Desk, Grant, Purse};
+use crate::admission::quota::Quota;
+use crate::clock;
+use crate::life::Life;
+
+/// What a worker lends to a session, and in whose name.
+#[derive(Clone, Copy, Debug)]
+pub struct Lent<'a> {
+    /// The worker's pipes.
+    pub pipes: &'a Pipes,
+    /// The worker's queues for bandwidth.
+    pub pacer: &'a RefCell<Pacer>,
+    /// What its tenant may have.
+    pub quota: &'a Arc<Quota>,
+}
+
+impl Lent<'_> {
+    /// A pipe, where there is one for the tenant.
+    pub(super) fn take_pipe(self, life: &Life) -> Option<Pipe> {
+        self.pipes.take(self.quota, life)
+    }
+
+    /// Takes a pipe back.
+    pub(super) fn give_back(self, pipe: Option<Pipe>, life: &Life) {
+        self.pipes.give_back(pipe, self.quota, life);
+    }
+
+    /// Asks how much of `want` a direction may read: once there is something to read, and something for it.
+    #[inline]
+    pub(super) fn poll_grant(
+        self,
+        direction: Direction,
+        purse: &mut Purse,
+        want: usize,
+        source: &TcpStream,
+        life: &Life,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<Grant>> {
+        if !purse.has_joined() {
+            if !self.quota.budget(direction).is_limited() {
+                return Poll::Ready(Ok(Grant::Free));
+            }
+            // Who has nothing to read must not stand in the way of those who have.
+            ready!(source.poll_read_ready(context))?;
+        }
+        let mut desk = Desk { quota: self.quota, pacer: &mut self.pacer.borrow_mut(), direction };
+        let granted = purse.ask(&mut desk, want as u64, context.waker(), life.tick(), clock::now());
+        granted.map_or(Poll::Pending, |grant| Poll::Ready(Ok(grant)))
+    }
+
+    /// Takes down what was read of a grant; nothing, where it is pending or failed. Whether it would have had to wait,
+    /// were the limit not only observed.
+    pub(super) fn settle<E>(
+        self,
+        direction: Direction,
+        purse: &mut Purse,
+        grant: Grant,
+        read: &Poll<Result<usize, E>>,
+    ) -> bool {
+        if grant == Grant::Free {
+            return false;
+        }
+        let count = if let Poll::Ready(Ok(count)) = read { *count as u64 } else { 0 };
+        let now = if grant == Grant::Watched { clock::now() } else { clock::Moment::default() };
+        let mut desk = Desk { quota: self.quota, pacer: &mut self.pacer.borrow_mut(), direction };
+        purse.settle(&mut desk, grant, count, now)
+    }
+
+    /// Pays for bytes that came with the header.
+    pub(super) fn charge_first(self, bytes: usize) {
+        let budget = self.quota.budget(Direction::ToBackend);
+        if bytes > 0 && budget.is_limited() {
+            budget.charge(bytes as u64, clock::now());
+        }
+    }
+
+    /// At the end of a turn: takes down what is held, and has a direction leave the queue that cannot use its grant,
+    /// because one of its sockets has to be waited for or because it is over. Whether it left.
+    pub(super) fn rest(self, direction: Direction, purse: &mut Purse, held: usize, goes_on: bool) -> bool {
+        if purse.holds() || self.quota.budget(direction).is_limited() {
+            purse.hold(self.quota, direction, held);
+        }
+        // A task that has used up its turn, ours or tokio's, comes back at once, and wants to find its grant.
+        if !purse.has_joined() || goes_on || !tokio::task::coop::has_budget_remaining() {
+            return false;
+        }
+        let mut pacer = self.pacer.borrow_mut();
+        let leaves = !purse.is_waiting(&pacer);
+        if leaves {
+            purse.leave(&mut pacer, clock::now());
+        }
+        leaves
+    }
+
+    /// At the end of a session: nothing is held, and nothing waited for.
+    pub(super) fn end(self, direction: Direction, purse: &mut Purse) {
+        purse.hold(self.quota, direction, 0);
+        if purse.has_joined() {
+            purse.leave(&mut self.pacer.borrow_mut(), clock::now());
+        }
+    }
+}

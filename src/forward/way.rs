@@ -1,0 +1,149 @@
+//! One direction of a session: what it holds, how far it has come, and whether it copies or splices.
+
+use std::io;
+use std::task::{Context, Poll, ready};
+
+use tokio::net::TcpStream;
+
+use super::copy::{self, Spill};
+use super::pace::Lent;
+use super::pipe::Pipe;
+use super::splice;
+use crate::account::Direction;
+use crate::account::meter::Meter;
+use crate::admission::purse::Purse;
+use crate::clock::wheel::Tick;
+use crate::life::{Life, Local, SCRATCH};
+
+/// A read that fills at least this much of the scratch buffer is a large one.
+const LARGE: usize = SCRATCH / 2;
+
+/// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
+const LARGE_READS: u8 = 2;
+
+/// So many small splices in a row, and it goes back to copying: a splice is two calls more than a copy of a
+/// small message is worth.
+const SMALL_SPLICES: u8 = 3;
+
+/// One direction.
+#[derive(Debug)]
+pub(super) struct Way {
+    /// Bytes that were read and could not be written at once.
+    pub(super) spill: Spill,
+    /// Held while the direction splices. Never has bytes while `spill` has.
+    pub(super) pipe: Option<Pipe>,
+    /// Large reads in a row while copying, small splices in a row while splicing.
+    pub(super) streak: u8,
+    pub(super) phase: Phase,
+    /// Whether the sink has TCP_NODELAY.
+    pub(super) prompt: bool,
+    /// When bytes last moved.
+    pub(super) moved: Tick,
+    /// What the tenant's bandwidth has for it.
+    pub(super) purse: Purse,
+}
+
+/// How far a direction has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Bytes go.
+    Open,
+    /// The source has ended; what it had sent before is still on its way.
+    Draining,
+    /// Everything has been passed on, and so has the end.
+    Shut,
+    /// The sink takes nothing any more.
+    Dead,
+}
+
+/// Which end of a direction failed.
+pub(super) enum Broken {
+    Source(io::Error),
+    Sink(io::Error),
+}
+
+impl Way {
+    pub(super) fn new(now: Tick) -> Self {
+        Self {
+            spill: Spill::default(),
+            pipe: None,
+            streak: 0,
+            phase: Phase::Open,
+            prompt: false,
+            moved: now,
+            purse: Purse::default(),
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Shut | Phase::Dead)
+    }
+
+    /// The bytes that were read and not passed on.
+    pub(super) fn held(&self) -> usize {
+        self.spill.len() + self.pipe.as_ref().map_or(0, Pipe::held)
+    }
+
+    pub(super) fn pending(&self) -> bool {
+        !self.spill.is_empty() || self.pipe.as_ref().is_some_and(|pipe| !pipe.is_empty())
+    }
+
+    /// What the next read or splice brings at most.
+    pub(super) fn appetite(&self) -> usize {
+        self.pipe.as_ref().map_or(SCRATCH, Pipe::capacity)
+    }
+
+    /// Reads or splices once, up to `most` bytes, and after a read writes what the sink takes; how much came. 0 is
+    /// the source's end, or with a pipe perhaps not: then it has to be read.
+    pub(super) fn bring(
+        &mut self,
+        direction: Direction,
+        (source, sink): (&mut TcpStream, &mut TcpStream),
+        most: usize,
+        local: &Local,
+        meter: &mut Meter,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<usize, Broken>> {
+        if let Some(pipe) = &mut self.pipe {
+            return splice::poll_in(source, pipe, most, context).map_err(Broken::Source);
+        }
+        let mut scratch = local.scratch.borrow_mut();
+        let most = most.min(scratch.len());
+        let room = scratch.get_mut(..most).unwrap_or_default();
+        let read = ready!(copy::poll_read(source, room, context)).map_err(Broken::Source)?;
+        if !read.is_empty() {
+            self.be_prompt(sink, meter);
+            let count = self.spill.poll_write_first(read, sink, context).map_err(Broken::Sink)?;
+            meter.forwarded(direction, count, false);
+        }
+        Poll::Ready(Ok(read.len()))
+    }
+
+    /// Sets TCP_NODELAY before the second write to the backend; the first leaves at once without it.
+    pub(super) fn be_prompt(&mut self, backend: &TcpStream, meter: &Meter) {
+        if !self.prompt && meter.bytes().to_backend > 0 {
+            self.prompt = true;
+            // A connection that has gone says so when it is written to.
+            backend.set_nodelay(true).unwrap_or_default();
+        }
+    }
+
+    /// Takes down how much one read or splice brought.
+    pub(super) fn note(&mut self, count: usize) {
+        let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
+        self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
+    }
+
+    /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.
+    pub(super) fn adapt(&mut self, lent: Lent<'_>, life: &Life) {
+        if self.pipe.is_some() {
+            if self.streak >= SMALL_SPLICES {
+                lent.give_back(self.pipe.take(), life);
+                self.streak = 0;
+            }
+        } else if self.streak >= LARGE_READS {
+            self.pipe = lent.take_pipe(life);
+            self.streak = 0;
+        }
+    }
+}
