@@ -30,14 +30,14 @@ use crate::outcome::{At, By, Outcome, Why};
 const TURN: usize = 512 * 1024;
 
 /// A pipe that nothing went through for so long goes back to the store.
-const PIPE_REST: Duration = Duration::from_secs(1);
+const PIPE_REST: Span = Span::of(Duration::from_secs(1));
 
 /// While bytes are held, or wait for bandwidth, how often both sockets are asked whether they were reset.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Span = Span::of(Duration::from_secs(2));
 
 /// A session that has lived so long gets keepalive on both its sides: a short one is spared eight calls, or two
 /// timers of the kernel's where a listening socket hands it down.
-const SETTLED: Duration = Duration::from_secs(5);
+const SETTLED: Span = Span::of(Duration::from_secs(5));
 
 /// How a silent connection is asked whether it is still there: NLB and security groups forget it after 350 s, so
 /// the first question comes well before (AWS, "Connection idle timeout").
@@ -83,10 +83,8 @@ pub fn relay<'a>(pair: Pair, patience: Patience, lent: Lent<'a>, life: &'a mut L
         backend: pair.backend,
         ways,
         patience,
-        rest: Span::of(PIPE_REST),
-        settles: Some(now.after(Span::of(SETTLED))),
-        look: Span::of(LOOK),
-        looks_at: None,
+        settles: now.after(SETTLED),
+        looks_at: Tick::NEVER,
         first_end: None,
         broken: None,
         ended: false,
@@ -103,12 +101,10 @@ pub struct Relay<'a> {
     backend: TcpStream,
     ways: EachWay<Way>,
     patience: Patience,
-    rest: Span,
     /// When the session will have settled, until it has.
-    settles: Option<Tick>,
-    look: Span,
+    settles: Tick,
     /// When both sockets are asked for an error, while bytes are held.
-    looks_at: Option<Tick>,
+    looks_at: Tick,
     /// Who ended first, when one has.
     first_end: Option<By>,
     /// Whose connection broke, and how, while the other direction was still to be emptied.
@@ -210,7 +206,7 @@ impl Relay<'_> {
             let grant = ready!(grant).map_err(Broken::Source)?;
             let most = grant.most();
             let read = way.bring(direction, (source, sink), most, &self.local, &mut self.life.meter, context);
-            self.life.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
+            self.life.meter.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
             let count = ready!(read)?;
             if count == 0 && way.pipe.is_some() {
                 // Either the end, or an urgent byte before it: the kernel's splice stops there and says 0. A read
@@ -290,10 +286,7 @@ impl Relay<'_> {
             if let Some(outcome) = self.look_for_resets(now) {
                 return Some(self.reset(outcome));
             }
-            let next = [self.settle(now), self.rest_pipes(now), self.looks_at]
-                .into_iter()
-                .flatten()
-                .fold(deadline, Tick::min);
+            let next = deadline.min(self.settle(now)).min(self.rest_pipes(now)).min(self.looks_at);
             self.life.wake_at(next);
             match self.life.poll_cut(context) {
                 None => return None,
@@ -313,14 +306,15 @@ impl Relay<'_> {
     /// would not be noticed before the session has been silent for too long: so it is asked from time to time.
     fn look_for_resets(&mut self, now: Tick) -> Option<Outcome> {
         if !self.ways.to_backend.pending() && !self.ways.to_client.pending() && !self.waits() {
-            self.looks_at = None;
+            self.looks_at = Tick::NEVER;
             return None;
         }
-        let due = *self.looks_at.get_or_insert(now.after(self.look));
+        let due = self.looks_at;
+        self.looks_at = due.min(now.after(LOOK));
         if due > now {
             return None;
         }
-        self.looks_at = Some(now.after(self.look));
+        self.looks_at = now.after(LOOK);
         let failed = |socket: &TcpStream| socket.take_error().ok().flatten();
         let (by, error) = match (failed(&self.client), failed(&self.backend)) {
             (Some(error), _) => (By::Client, error),
@@ -331,9 +325,9 @@ impl Relay<'_> {
     }
 
     /// Turns keepalive on, once the session is no short one; when that will be.
-    fn settle(&mut self, now: Tick) -> Option<Tick> {
-        if self.settles.is_some_and(|settles| settles <= now) {
-            self.settles = None;
+    fn settle(&mut self, now: Tick) -> Tick {
+        if self.settles <= now {
+            self.settles = Tick::NEVER;
             for socket in [&self.client, &self.backend] {
                 // A connection that cannot be asked is found dead by its timeouts.
                 socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive()).unwrap_or_default();
@@ -343,14 +337,14 @@ impl Relay<'_> {
     }
 
     /// Gives back the pipes that nothing goes through; when the next has rested long enough.
-    fn rest_pipes(&mut self, now: Tick) -> Option<Tick> {
-        let mut next: Option<Tick> = None;
+    fn rest_pipes(&mut self, now: Tick) -> Tick {
+        let mut next = Tick::NEVER;
         for direction in Direction::ALL {
             let way = self.ways.way_mut(direction);
             let Some(pipe) = &way.pipe else { continue };
-            let rested = way.moved.after(self.rest);
+            let rested = way.moved.after(PIPE_REST);
             if rested > now {
-                next = Some(next.map_or(rested, |next| next.min(rested)));
+                next = next.min(rested);
             } else if pipe.is_empty() {
                 self.lent.give_back(way.pipe.take(), self.life);
                 way.streak = 0;

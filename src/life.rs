@@ -103,15 +103,13 @@ pub struct Life {
     pub started: Moment,
     /// The session's counters.
     pub meter: Meter,
-    /// Whether it would have had to wait for bandwidth, were its tenant's limits not only observed.
-    pub would_delay: bool,
 }
 
 impl Life {
     /// A life that starts at `now`.
     #[must_use]
     pub fn new(local: Rc<Local>, meter: Meter, now: Moment) -> Self {
-        Self { timer: Timer { local, key: None }, started: now, meter, would_delay: false }
+        Self { timer: Timer { local, key: None }, started: now, meter }
     }
 
     /// What the worker's sessions share.

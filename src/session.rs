@@ -5,6 +5,7 @@ pub mod rejections;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
 use tokio::net::TcpStream;
@@ -86,7 +87,8 @@ struct Story<'a> {
     pool: Option<&'a Pool>,
     backend: Option<BackendAddr>,
     attempts: u32,
-    connect: Option<std::time::Duration>,
+    /// In microseconds.
+    connect_us: Option<u32>,
     marks: Marks,
 }
 
@@ -107,7 +109,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
         pool: None,
         backend: None,
         attempts: 0,
-        connect: None,
+        connect_us: None,
         marks: Marks::default(),
     };
     let steps = Steps { worker: &worker, snapshot: &snapshot, listener, rules };
@@ -120,7 +122,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
     }
     .await;
     let bytes = life.meter.bytes();
-    story.marks.would_delay = life.would_delay;
+    story.marks.would_delay = life.meter.would_delay;
     let now = clock::now();
     let total = life.end(outcome, now);
     if outcome.is_logged()
@@ -139,7 +141,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
             backend: story.backend,
             attempts: story.attempts,
             bytes,
-            connect_ms: story.connect,
+            connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
             total_ms: total,
             outcome,
             marks: Marks { left_out, ..story.marks },
@@ -235,7 +237,8 @@ impl<'a> Steps<'a> {
             match self.dial_one(pool, &picked, opening, life).await {
                 Ok(socket) => {
                     let took = clock::now().since(start);
-                    story.connect = Some(took);
+                    story.connect_us =
+                        Some(u32::try_from((took.as_nanos() + 500) / 1000).unwrap_or(u32::MAX));
                     life.meter.tried(picked.label(), Connect::Done);
                     life.meter.connected(took);
                     return Ok((socket, picked));

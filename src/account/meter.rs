@@ -293,6 +293,8 @@ pub struct Meter {
     /// The step it has come to, for an end without an outcome.
     at: At,
     ended: bool,
+    /// Whether the session would have had to wait for bandwidth, were its tenant's limits not only observed.
+    pub would_delay: bool,
 }
 
 impl Meter {
@@ -311,6 +313,7 @@ impl Meter {
             bytes: EachWay::default(),
             at: At::Header,
             ended: false,
+            would_delay: false,
         }
     }
 

@@ -15,6 +15,9 @@ impl Tick {
     /// How long a tick is. A timeout is late by up to two of them, and never early.
     pub const SPAN: Duration = Duration::from_millis(50);
 
+    /// A tick that does not come: 6.8 years after the start.
+    pub const NEVER: Self = Self(u32::MAX);
+
     /// The tick at `elapsed` since the wheel's start.
     #[must_use]
     pub fn at(elapsed: Duration) -> Self {
@@ -35,9 +38,10 @@ pub struct Span(u32);
 impl Span {
     /// At least `duration`: rounded up, and one tick more for the part of the present one that has passed.
     #[must_use]
-    pub fn of(duration: Duration) -> Self {
-        let ticks = duration.as_nanos().div_ceil(Tick::SPAN.as_nanos());
-        Self(u32::try_from(ticks).unwrap_or(u32::MAX).saturating_add(1))
+    #[expect(clippy::cast_possible_truncation, reason = "what does not fit is cut before")]
+    pub const fn of(duration: Duration) -> Self {
+        let ticks = duration.as_nanos().div_ceil(Tick::SPAN.as_nanos()) + 1;
+        Self(if ticks > u32::MAX as u128 { u32::MAX } else { ticks as u32 })
     }
 }
 

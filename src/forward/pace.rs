@@ -31,12 +31,12 @@ pub struct Lent<'a> {
 
 impl Lent<'_> {
     /// A pipe, where there is one for the tenant.
-    pub(super) fn take_pipe(self, life: &Life) -> Option<Pipe> {
+    pub(super) fn take_pipe(self, life: &Life) -> Option<Box<Pipe>> {
         self.pipes.take(self.quota, life)
     }
 
     /// Takes a pipe back.
-    pub(super) fn give_back(self, pipe: Option<Pipe>, life: &Life) {
+    pub(super) fn give_back(self, pipe: Option<Box<Pipe>>, life: &Life) {
         self.pipes.give_back(pipe, self.quota, life);
     }
 

@@ -81,12 +81,12 @@ impl Drop for Share {
 }
 
 impl Pipe {
-    fn open(share: Share) -> Option<Self> {
+    fn open(share: Share) -> Option<Box<Self>> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         // Refused over the user's soft limit: then what the kernel gave decides.
         let capacity = fcntl_setpipe_size(&write, CAPACITY).or_else(|_| fcntl_getpipe_size(&write)).ok()?;
         let capacity = u32::try_from(capacity).ok().filter(|capacity| *capacity as usize >= USABLE)?;
-        Some(Self { read, write, held: 0, capacity, _share: share })
+        Some(Box::new(Self { read, write, held: 0, capacity, _share: share }))
     }
 
     /// Whether nothing is in it.
@@ -126,7 +126,8 @@ impl Pipe {
 #[derive(Debug)]
 pub struct Pipes {
     budget: Arc<Budget>,
-    kept: RefCell<Vec<Pipe>>,
+    #[expect(clippy::vec_box, reason = "a session holds it boxed, and takes it as it is")]
+    kept: RefCell<Vec<Box<Pipe>>>,
 }
 
 impl Pipes {
@@ -138,7 +139,7 @@ impl Pipes {
 
     /// An empty pipe; `None` where the tenant has enough of them, or where the budget, the descriptors or the
     /// kernel's own limit are spent: then copying goes on.
-    pub(super) fn take(&self, tenant: &Quota, life: &Life) -> Option<Pipe> {
+    pub(super) fn take(&self, tenant: &Quota, life: &Life) -> Option<Box<Pipe>> {
         let pipe = if self.hold(tenant) {
             let pipe = self.kept.borrow_mut().pop().or_else(|| self.budget.share().and_then(Pipe::open));
             if pipe.is_none() {
@@ -164,7 +165,7 @@ impl Pipes {
     }
 
     /// Takes a pipe of a tenant back. One with bytes in it is closed: they were another session's.
-    pub(super) fn give_back(&self, pipe: Option<Pipe>, tenant: &Quota, life: &Life) {
+    pub(super) fn give_back(&self, pipe: Option<Box<Pipe>>, tenant: &Quota, life: &Life) {
         let Some(pipe) = pipe else { return };
         release(tenant);
         life.meter.worker().pipes.sub(1);

@@ -30,8 +30,8 @@ const SMALL_SPLICES: u8 = 3;
 pub(super) struct Way {
     /// Bytes that were read and could not be written at once.
     pub(super) spill: Spill,
-    /// Held while the direction splices. Never has bytes while `spill` has.
-    pub(super) pipe: Option<Pipe>,
+    /// Held while the direction splices. Never has bytes while `spill` has. Boxed, because most sessions never splice.
+    pub(super) pipe: Option<Box<Pipe>>,
     /// Large reads in a row while copying, small splices in a row while splicing.
     pub(super) streak: u8,
     pub(super) phase: Phase,
@@ -81,7 +81,7 @@ impl Way {
 
     /// The bytes that were read and not passed on.
     pub(super) fn held(&self) -> usize {
-        self.spill.len() + self.pipe.as_ref().map_or(0, Pipe::held)
+        self.spill.len() + self.pipe.as_ref().map_or(0, |pipe| pipe.held())
     }
 
     pub(super) fn pending(&self) -> bool {
@@ -90,7 +90,7 @@ impl Way {
 
     /// What the next read or splice brings at most.
     pub(super) fn appetite(&self) -> usize {
-        self.pipe.as_ref().map_or(SCRATCH, Pipe::capacity)
+        self.pipe.as_ref().map_or(SCRATCH, |pipe| pipe.capacity())
     }
 
     /// Reads or splices once, up to `most` bytes, and after a read writes what the sink takes; how much came. 0 is
