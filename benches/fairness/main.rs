@@ -68,7 +68,7 @@ struct Bench {
     target: SocketAddr,
     admin: SocketAddr,
     /// Held for their end.
-    _processes: [Proc; 2],
+    _processes: [Proc; 3],
 }
 
 fn main() {
@@ -150,26 +150,32 @@ impl Figures {
 
 impl Bench {
     fn start(dir: &Path) -> Self {
-        let [backend, target, admin] = [free(), free(), free()];
+        let [backend, of_a, target, admin] = [free(), free(), free(), free()];
         let mut command = Command::new(VESTIBULE);
         command.args(["backend", "--listen"]).arg(format!("app={backend}"));
         let behind = Proc::start(&command);
         ready(backend);
-        let tenant = |name, endpoint, limits: &str| {
+        // A's has no thread in common with B's, and is A's doing like its load.
+        let mut command = Command::new(VESTIBULE);
+        command.args(["backend", "--listen"]).arg(format!("other={of_a}"));
+        let behind_a = Proc::start(&neighbour::humble(&command));
+        ready(of_a);
+        let tenant = |name, endpoint, pool, limits: &str| {
             format!(
-                "[[tenant]]\nname = \"{name}\"\nendpoints = [\"{endpoint}\"]\n[tenant.limits]\n{limits}\n"
+                "[[tenant]]\nname = \"{name}\"\nendpoints = [\"{endpoint}\"]\npool = \"{pool}\"\n[tenant.limits]\n{limits}\n"
             )
         };
         let each_way = |bandwidth| format!("to-backend = \"{bandwidth}\"\nto-client = \"{bandwidth}\"\n");
         let text = format!(
             "[process]\nworkers = 2\n[admin]\nbind = \"{admin}\"\n[health]\nbind = \"{}\"\n[log]\naccess = \"{}\"\n\
              [[listener]]\nname = \"web\"\nbind = \"{target}\"\ntrusted-sources = [\"127.0.0.0/8\"]\npool = \"app\"\n\
-             [[pool]]\nname = \"app\"\nbackends = [\"{backend}\"]\n{}{}{}",
+             [[pool]]\nname = \"app\"\nbackends = [\"{backend}\"]\n\
+             [[pool]]\nname = \"other\"\nbackends = [\"{of_a}\"]\n{}{}{}",
             free(),
             dir.join("access.log").display(),
-            tenant("a", A, &(each_way("8MiB/s") + "session-rate = \"100/s\"")),
-            tenant("b", B, &(each_way("16MiB/s") + "session-rate = \"200/s\"")),
-            tenant("metered", METERED, &each_way(&format!("{RATE}B/s"))),
+            tenant("a", A, "other", &(each_way("8MiB/s") + "session-rate = \"100/s\"")),
+            tenant("b", B, "app", &(each_way("16MiB/s") + "session-rate = \"200/s\"")),
+            tenant("metered", METERED, "app", &each_way(&format!("{RATE}B/s"))),
         );
         let path = dir.join("vestibule.toml");
         std::fs::write(&path, text).expect("a configuration");
@@ -178,13 +184,14 @@ impl Bench {
         let proxy = Proc::start(&command);
         ready(target);
         ready(admin);
-        Self { target, admin, _processes: [behind, proxy] }
+        Self { target, admin, _processes: [behind, behind_a, proxy] }
     }
 
     fn load(&self, endpoint: &str, options: &[&str]) -> Command {
         let mut command = Command::new(VESTIBULE);
         command.args(["load", "--json", "--target"]).arg(self.target.to_string());
-        command.args(["--endpoint", endpoint, "--pools", "app"]).args(options);
+        let pool = if endpoint == A { "other" } else { "app" };
+        command.args(["--endpoint", endpoint, "--pools", pool]).args(options);
         command
     }
 

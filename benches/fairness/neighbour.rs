@@ -70,7 +70,7 @@ impl Neighbour {
 }
 
 /// The same command at the lowest priority.
-fn humble(command: &Command) -> Command {
+pub(super) fn humble(command: &Command) -> Command {
     let mut nice = Command::new("nice");
     nice.args(["-n", "19"]).arg(command.get_program()).args(command.get_args());
     nice
