@@ -3,6 +3,7 @@
 //! Each worker counts in cells of its own, which nobody else writes; a scrape adds them up. So a byte forwarded
 //! costs a plain addition: no lock, no label, no shared cache line.
 
+mod attempt;
 pub mod latency;
 mod line;
 pub mod log;

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use super::attempt::Connect;
 use super::latency::Recorder;
 use super::{Cell64, Direction, EachWay, Label, lock};
 use crate::outcome::{At, By, Outcome, Why};
@@ -51,47 +52,6 @@ pub struct ListenerCells {
     pub pending: Cell64,
     /// From accept to the end, of the sessions that are logged.
     pub duration: Recorder,
-}
-
-/// How an attempt to connect ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum Connect {
-    Done,
-    Refused,
-    Timeout,
-    Unreachable,
-    NoLocalPort,
-    Shortage,
-    Failed,
-}
-
-impl Connect {
-    /// Every result.
-    pub const ALL: [Self; 7] = [
-        Self::Done,
-        Self::Refused,
-        Self::Timeout,
-        Self::Unreachable,
-        Self::NoLocalPort,
-        Self::Shortage,
-        Self::Failed,
-    ];
-
-    /// The word in metrics.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Done => "done",
-            Self::Refused => "connect_refused",
-            Self::Timeout => "connect_timeout",
-            Self::Unreachable => "connect_unreachable",
-            Self::NoLocalPort => "no_local_port",
-            Self::Shortage => "shortage",
-            Self::Failed => "connect_failed",
-        }
-    }
 }
 
 /// What is counted for one backend of one pool.
@@ -458,7 +418,6 @@ mod tests {
         assert_eq!(ended(&shard), [("acme".to_owned(), "done by client at forward".to_owned(), 1)]);
         assert_eq!(shard.pools()[0].connect_time.times().count(), 1);
         assert_eq!(shard.listeners()[0].duration.times().count(), 1);
-        assert_eq!(Connect::ALL.map(Connect::word).len(), 7);
     }
 
     #[test]

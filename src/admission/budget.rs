@@ -3,7 +3,7 @@
 //!
 //! The bucket is a generic cell rate algorithm over bytes on one atomic number, the moment up to which everything
 //! that was taken has been paid for. Who waits gets an equal part of all that comes in while it waits: the first
-//! worker to look deals it out to everybody, and each worker passes on at its own tick what its sessions were dealt.
+//! worker to look deals it out to everybody, and each worker passes on at its own time what its sessions were dealt.
 //! So it does not matter when the workers' ticks come, nor how many of the sessions each of them has.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +19,7 @@ const FINE: u64 = 64;
 /// A second in those parts.
 const SECOND: u128 = 1_000_000_000 * FINE as u128;
 
-/// However small the burst: what comes in during two ticks is kept. Those who wait are served once a tick, and a
+/// However small the burst: what comes in during two ticks is kept. Who begins to wait is served at the next, and a
 /// smaller bucket would run over in between.
 const KEPT: u64 = 2 * fine(Tick::SPAN);
 
@@ -37,7 +37,7 @@ const LEAST_SHARE: u64 = 1024;
 const MOST_SHARE: u64 = 64 * 1024;
 
 /// Nobody is made to read less than this, as far as the burst has it: a read costs the same however little it brings.
-pub const QUANTUM: u64 = 4096;
+pub const QUANTUM: u64 = 16 * 1024;
 
 /// The bits of the crowd's number that count heads. The others are what each has been dealt, in sixteenths of a byte.
 const HEADS: u32 = 24;

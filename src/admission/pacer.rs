@@ -1,4 +1,4 @@
-//! Whose turn it is: the sessions of one worker that wait for a tenant's bandwidth, served once in each tick.
+//! Whose turn it is: the sessions of one worker that wait for a tenant's bandwidth, served several times in each tick.
 //!
 //! Pure: time comes in as a [`Moment`], and a session is a [`Waker`]. A session joins when it is refused, and stays
 //! for as long as it has something to read: while it waits, and while it uses what it was granted. For all that time
@@ -332,11 +332,11 @@ mod tests {
 
     #[test]
     fn where_there_is_little_the_first_get_enough_and_the_others_keep_their_turn() {
-        let (quota, mut pacer) = (quota(200_000), Pacer::default());
+        let (quota, mut pacer) = (quota(800_000), Pacer::default());
         let keys: Vec<_> = (0..5).map(|_| pacer.join(&quota, WAY, Waker::noop(), at_ms(0))).collect();
         let mut served = vec![0; keys.len()];
         for tick in 1..=10 {
-            // 10,000 bytes, of which two get 4096 each; at times there is enough for a third.
+            // 40,000 bytes, of which two get 16 KiB each; at times there is enough for a third.
             pacer.advance(at_ms(tick * 50));
             // In which order they come back does not matter.
             for (key, sum) in keys.iter().zip(&mut served).rev() {
@@ -350,12 +350,12 @@ mod tests {
             let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
             assert!(most - least <= QUANTUM, "{served:?}");
         }
-        assert_eq!(served.iter().sum::<u64>() / QUANTUM, 100_000 / QUANTUM);
+        assert_eq!(served.iter().sum::<u64>() / QUANTUM, 400_000 / QUANTUM);
     }
 
     #[test]
     fn whoever_goes_is_no_longer_in_the_way() {
-        let (quota, mut pacer) = (quota(100_000), Pacer::default());
+        let (quota, mut pacer) = (quota(400_000), Pacer::default());
         let mut keys: Vec<_> =
             (0..6).map(|_| Some(pacer.join(&quota, WAY, Waker::noop(), at_ms(0)))).collect();
         // The first, one in the middle, and the last.

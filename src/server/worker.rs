@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 
 use super::crew::{Aboard, Crew, OpenDoor};
 use super::drain::{self, Stage};
@@ -151,13 +151,17 @@ async fn work(mut post: Post) {
     shop.worker.journal.flush();
 }
 
+/// While sessions wait for their tenant's bandwidth, how often it is granted. What comes in during a whole tick is
+/// milliseconds of work where it is granted at once, and everybody else's sessions would wait for the end of it.
+const PART: Duration = Duration::from_millis(5);
+
 /// Drives the worker's coarse time, and hands its lines of the access log on.
 async fn tick(shop: Rc<Shop>) {
     let mut ticks = interval(Tick::SPAN);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut untold = 0;
     loop {
-        ticks.tick().await;
+        next(&mut ticks, &shop).await;
         let now = clock::now();
         shop.worker.local.advance(now);
         shop.worker.pacer.borrow_mut().advance(now);
@@ -169,6 +173,17 @@ async fn tick(shop: Rc<Shop>) {
             shop.worker.rejections.tell();
         }
     }
+}
+
+/// Waits for the next tick, and grants bandwidth meanwhile to those who wait for it.
+async fn next(ticks: &mut Interval, shop: &Shop) {
+    while !shop.worker.pacer.borrow().is_empty() {
+        if timeout(PART, ticks.tick()).await.is_ok() {
+            return;
+        }
+        shop.worker.pacer.borrow_mut().advance(clock::now());
+    }
+    ticks.tick().await;
 }
 
 /// Accepts at one door until the process stops accepting.
