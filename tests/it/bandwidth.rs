@@ -80,26 +80,21 @@ fn flood(mut to: TcpStream) -> JoinHandle<()> {
     tokio::spawn(async move { Bytes::new(1).send(&mut to, 1 << 50).await.unwrap_or_default() })
 }
 
-/// A pause of a reader: a tick was used up.
-const PAUSE: Duration = Duration::from_millis(20);
-
-/// Reads until `end`; how many bytes a second came from `start` on, from the end of one pause to that of another.
+/// Reads until `end`; how many bytes a second came from the first read after `start` to the first after `end`.
 async fn measure(mut from: TcpStream, start: Moment, end: Moment) -> f64 {
-    let (mut chunk, mut count, mut last) = (vec![0; 64 * 1024], 0, start);
-    let mut pauses = Vec::new();
+    let (mut chunk, mut count) = (vec![0; 64 * 1024], 0);
+    let mut first = None;
     loop {
         let read = timeout(LIMIT, from.read(&mut chunk)).await.expect("bytes within the limit").unwrap();
         let now = clock::now();
-        if now >= start && now.since(last) > PAUSE {
-            pauses.push((now, count));
+        if now >= start {
+            let (begun, before) = *first.get_or_insert((now, count));
+            if now >= end {
+                return float(count - before) / now.since(begun).as_secs_f64();
+            }
         }
-        if now >= end {
-            break;
-        }
-        (count, last) = (count + read as u64, now);
+        count += read as u64;
     }
-    let [(first, before), .., (last, after)] = pauses[..] else { panic!("it was not held back") };
-    float(after - before) / last.since(first).as_secs_f64()
 }
 
 /// How long the bursts of the start are left out, and then how long is measured.
