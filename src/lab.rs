@@ -7,17 +7,27 @@ pub mod load;
 pub mod nlb;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 
 /// The tasks behind a handle: all of them end with it.
 type Tasks = JoinSet<()>;
 
-/// A listening socket on loopback.
-async fn listen() -> io::Result<(TcpListener, SocketAddr)> {
-    let socket = TcpListener::bind("127.0.0.1:0").await?;
+/// Connections that may wait to be accepted; the kernel cuts it to `net.core.somaxconn`. Thousands of sessions start
+/// at once, and one that finds the queue full waits for retransmissions, up to 16 s.
+const BACKLOG: u32 = 65_535;
+
+/// A port of loopback that the system chooses.
+const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// A listening socket, and where it listens.
+async fn listen(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    let socket = socket.listen(BACKLOG)?;
     let address = socket.local_addr()?;
     Ok((socket, address))
 }

@@ -14,9 +14,9 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, join};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 
-use super::{Tasks, accept, listen, reap};
+use super::{ANYWHERE, Tasks, accept, listen, reap};
 use crate::header::read_optional;
 
 /// How a backend behaves.
@@ -69,7 +69,7 @@ impl Backend {
     /// # Errors
     /// Where loopback has no port left.
     pub async fn start(name: &str, temper: Temper) -> io::Result<Self> {
-        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), name, temper).await
+        Self::start_at(ANYWHERE, name, temper).await
     }
 
     /// Starts a backend at an address.
@@ -77,8 +77,7 @@ impl Backend {
     /// # Errors
     /// Where the address cannot be bound.
     pub async fn start_at(address: SocketAddr, name: &str, temper: Temper) -> io::Result<Self> {
-        let socket = TcpListener::bind(address).await?;
-        let address = socket.local_addr()?;
+        let (socket, address) = listen(address).await?;
         let name: Arc<str> = name.into();
         let counts = Arc::new(Counts::default());
         let mut tasks = Tasks::new();
@@ -105,7 +104,7 @@ impl Backend {
     /// # Errors
     /// Where loopback has no port left.
     pub async fn refusing() -> io::Result<SocketAddr> {
-        Ok(listen().await?.1)
+        Ok(listen(ANYWHERE).await?.1)
     }
 
     /// Its name.

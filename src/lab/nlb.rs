@@ -14,7 +14,7 @@ use proxy_protocol::version2::{ProxyAddresses, ProxyCommand, ProxyTransportProto
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{Tasks, accept, listen, reap};
+use super::{ANYWHERE, Tasks, accept, listen, reap};
 
 /// The length that NLB pads its headers to.
 const PADDED: usize = 100;
@@ -114,7 +114,7 @@ impl Nlb {
         let mut tasks = Tasks::new();
         let (mut addresses, mut counts) = (Vec::new(), Vec::new());
         for endpoint in endpoints {
-            let (socket, address) = listen().await?;
+            let (socket, address) = listen(ANYWHERE).await?;
             let count = Arc::new(AtomicU64::new(0));
             addresses.push(address);
             counts.push(Arc::clone(&count));
