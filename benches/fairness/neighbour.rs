@@ -1,5 +1,5 @@
-//! What A does while B is measured: always in processes of its own, at the lowest priority, so that what B feels is
-//! the proxy's and the kernel's doing and not A's load generator on the same cores.
+//! What A does while B is measured: always in processes of its own, in the scheduler's idle class, so that what B feels
+//! is the proxy's and the kernel's doing and not A's load generator on the same cores.
 
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -70,11 +70,12 @@ impl Neighbour {
     }
 }
 
-/// The same command at the lowest priority.
+/// The same command in the idle class, which every other task preempts at once (sched(7), `SCHED_IDLE`); one that is
+/// merely nice keeps its core to the end of its slice, some milliseconds.
 pub(super) fn humble(command: &Command) -> Command {
-    let mut nice = Command::new("nice");
-    nice.args(["-n", "19"]).arg(command.get_program()).args(command.get_args());
-    nice
+    let mut idle = Command::new("chrt");
+    idle.args(["--idle", "0"]).arg(command.get_program()).args(command.get_args());
+    idle
 }
 
 /// This bench as a neighbour.
