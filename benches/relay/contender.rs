@@ -85,31 +85,32 @@ impl Contender {
 
 /// Everybody who is installed, and `also` these.
 pub(crate) fn all(dir: &Path, peers: bool, also: &[Also]) -> Vec<Contender> {
-    // Nobody listens there between two loads, and nobody probes it.
+    // Nobody listens there between two loads, and nobody probes it. Each has one of its own: the ports that one's closed
+    // connections leave in TIME_WAIT are those that the next one's `connect` would have to search through.
     let backend = free();
     let mut all = vec![
         Contender { name: DIRECT, version: DIRECT.to_owned(), target: backend, backend, process: None },
-        ours(dir, backend, OURS, LIMITS),
+        ours(dir, free(), OURS, LIMITS),
     ];
     if also.contains(&Also::Unlimited) {
-        all.push(ours(dir, backend, UNLIMITED, ""));
+        all.push(ours(dir, free(), UNLIMITED, ""));
     }
     if !peers {
         return all;
     }
     match version("haproxy", "-v") {
         Some(version) => {
-            all.push(haproxy(dir, backend, "haproxy", &version, ""));
-            all.push(haproxy(dir, backend, "haproxy-splice", &version, "option splice-auto"));
+            all.push(haproxy(dir, free(), "haproxy", &version, ""));
+            all.push(haproxy(dir, free(), "haproxy-splice", &version, "option splice-auto"));
         }
         None => println!("left out: haproxy is not installed"),
     }
     match version("nginx", "-v") {
         Some(version) if Path::new(STREAM_MODULE).exists() => {
             if also.contains(&Also::HalfClosing) {
-                all.push(nginx(dir, backend, HALF_CLOSING, version.clone(), "proxy_half_close on;"));
+                all.push(nginx(dir, free(), HALF_CLOSING, version.clone(), "proxy_half_close on;"));
             }
-            all.push(nginx(dir, backend, "nginx", version, ""));
+            all.push(nginx(dir, free(), "nginx", version, ""));
         }
         _ => println!("left out: nginx with its stream module is not installed"),
     }
