@@ -197,10 +197,12 @@ fn main() {
     );
 }
 
-/// Calls `one` for everybody, round after round; the first round does not count.
+/// Calls `one` for everybody, round after round; the first round does not count. Each round begins with another one:
+/// who comes after whom is a part of what is measured.
 fn alternate(contenders: &[Contender], effort: &Effort, mut one: impl FnMut(&Contender, bool)) {
     for round in 0..=effort.rounds {
-        for contender in contenders {
+        let (last, first) = contenders.split_at(round % contenders.len());
+        for contender in first.iter().chain(last) {
             one(contender, round > 0);
         }
     }
