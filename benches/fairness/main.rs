@@ -1,8 +1,8 @@
 //! Limits at full speed: how exact a bandwidth is, how equally sessions share it, and what tenants do to each other.
 //!
 //! `cargo bench --bench fairness` takes some minutes; `-- --test` some seconds. Nothing is pinned: proxy, load and
-//! backend share the machine, and whoever disturbs runs in the scheduler's idle class. Bandwidths are the proxy's own counts
-//! of bytes that it passed on. The table is also written to target/fairness.json.
+//! backend share the machine, and whoever disturbs runs in the scheduler's idle class. Bandwidths are the proxy's own
+//! counts of bytes that it passed on. The table is also written to target/fairness.json.
 #![allow(
     clippy::expect_used,
     clippy::panic,

@@ -14,8 +14,8 @@ use crate::life::Life;
 /// The bytes that a pipe is asked to hold.
 ///
 /// 256 KiB: a stream costs 0.18 s/GB, against 0.26 with the kernel's own 64 KiB. 1 MiB brings 0.14 for a stream without
-/// pauses and nothing for chunks, and a budget of 64 MiB would hold a quarter of the pipes (`cargo bench --bench splice`,
-/// 2026-11-25, kernel 6.18).
+/// pauses and little for chunks, and the same pipe memory would hold a quarter of the pipes (`cargo bench --bench
+/// splice`, 2026-11-25, kernel 6.18).
 pub const CAPACITY: usize = 256 * 1024;
 
 /// A pipe with less is slower than copying. The kernel gives two pages once a user's pipes are over
