@@ -34,6 +34,22 @@ pub(crate) enum Also {
     HalfClosing,
 }
 
+/// Another build of ours, to see what a change does.
+#[derive(Clone)]
+pub(crate) struct Other {
+    name: &'static str,
+    program: String,
+}
+
+impl std::str::FromStr for Other {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (name, program) = text.split_once('=').ok_or("NAME=PATH is meant")?;
+        Ok(Self { name: name.to_owned().leak(), program: program.to_owned() })
+    }
+}
+
 /// `vestibule load` against one of them, with the backend in the same process: on the one core that is left to both,
 /// nobody's work then waits for the other process's turn.
 pub(crate) fn load_command(contender: &Contender, options: &[&str]) -> Command {
@@ -49,7 +65,7 @@ pub(crate) fn load_command(contender: &Contender, options: &[&str]) -> Command {
 
 /// Whether it is somebody else's proxy.
 pub(crate) fn is_peer(name: &str) -> bool {
-    name != DIRECT && name != OURS && name != UNLIMITED
+    name.starts_with("haproxy") || name.starts_with("nginx")
 }
 
 impl Contender {
@@ -84,17 +100,18 @@ impl Contender {
 }
 
 /// Everybody who is installed, and `also` these.
-pub(crate) fn all(dir: &Path, peers: bool, also: &[Also]) -> Vec<Contender> {
+pub(crate) fn all(dir: &Path, peers: bool, also: &[Also], others: &[Other]) -> Vec<Contender> {
     // Nobody listens there between two loads, and nobody probes it. Each has one of its own: the ports that one's closed
     // connections leave in TIME_WAIT are those that the next one's `connect` would have to search through.
     let backend = free();
     let mut all = vec![
         Contender { name: DIRECT, version: DIRECT.to_owned(), target: backend, backend, process: None },
-        ours(dir, free(), OURS, LIMITS),
+        ours(dir, free(), OURS, VESTIBULE, LIMITS),
     ];
     if also.contains(&Also::Unlimited) {
-        all.push(ours(dir, free(), UNLIMITED, ""));
+        all.push(ours(dir, free(), UNLIMITED, VESTIBULE, ""));
     }
+    all.extend(others.iter().map(|other| ours(dir, free(), other.name, &other.program, LIMITS)));
     if !peers {
         return all;
     }
@@ -126,7 +143,7 @@ to-backend = "100GiB/s"
 to-client = "100GiB/s"
 "#;
 
-fn ours(dir: &Path, backend: SocketAddr, name: &'static str, limits: &str) -> Contender {
+fn ours(dir: &Path, backend: SocketAddr, name: &'static str, program: &str, limits: &str) -> Contender {
     let target = free();
     let path = dir.join(format!("{name}.toml"));
     let text = format!(
@@ -155,7 +172,7 @@ health = {{ kind = "none" }}
         dir.join(format!("{name}.log")).display(),
     );
     std::fs::write(&path, text).expect("a configuration");
-    let command = [VESTIBULE, "serve", "--config", path.to_str().expect("a path")];
+    let command = [program, "serve", "--config", path.to_str().expect("a path")];
     let version = format!("{name} {}", env!("CARGO_PKG_VERSION"));
     Contender::start(name, version, target, backend, &command)
 }

@@ -22,7 +22,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
-use self::contender::{Also, Contender, DIRECT};
+use self::contender::{Also, Contender, DIRECT, Other};
 use self::stage::{Proc, median, number};
 use self::table::{Rounds, Row};
 
@@ -37,6 +37,15 @@ struct Options {
     /// Measure these too
     #[arg(long, value_enum, num_args = 1.., value_delimiter = ',')]
     also: Vec<Also>,
+    /// Measure this build of vestibule too
+    #[arg(long, value_name = "NAME=PATH")]
+    other: Vec<Other>,
+    /// Leave HAProxy and nginx out
+    #[arg(long)]
+    no_peers: bool,
+    /// Loads in open loop, in percent of the slowest proxy's capacity
+    #[arg(long, num_args = 1.., value_delimiter = ',', default_values_t = [20, 50, 80])]
+    loads: Vec<u8>,
     /// Rounds that count; one more goes before them
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -129,9 +138,6 @@ const FEW: Work = Work {
     options: &["--mode", "roundtrip", "--sessions", "64"],
 };
 
-/// Loads in open loop, in percent of the slowest proxy's capacity.
-const LOADS: [u8; 3] = [20, 50, 80];
-
 /// Percentiles of latency.
 const PERCENTILES: [&str; 3] = ["p50", "p99", "p99.9"];
 
@@ -156,7 +162,7 @@ fn main() {
     let wanted = |kind| options.only.is_empty() || options.only.contains(&kind);
     let dir = tempfile::tempdir().expect("a folder for configurations");
     stage::write_tenants(TENANTS, "app", &dir.path().join("tenants.toml"));
-    let contenders = contender::all(dir.path(), !options.test, &options.also);
+    let contenders = contender::all(dir.path(), !options.test && !options.no_peers, &options.also, &options.other);
     let versions: Vec<&str> = contenders.iter().map(|one| one.version.as_str()).collect();
     println!(
         "kernel {}; {}; {} rounds of {}",
@@ -184,7 +190,7 @@ fn main() {
         let slowest = few.unwrap_or_else(|| slowest(&measure(&FEW, &contenders, &effort)));
         capacity = Some(slowest);
         println!("latencies are at parts of {slowest:.0} round trips a second, the slowest proxy's capacity");
-        for percent in LOADS {
+        for percent in options.loads {
             rows.extend(latency(&contenders, &effort, slowest * f64::from(percent) / 100.0, percent));
         }
     }
