@@ -162,7 +162,8 @@ fn main() {
     let wanted = |kind| options.only.is_empty() || options.only.contains(&kind);
     let dir = tempfile::tempdir().expect("a folder for configurations");
     stage::write_tenants(TENANTS, "app", &dir.path().join("tenants.toml"));
-    let contenders = contender::all(dir.path(), !options.test && !options.no_peers, &options.also, &options.other);
+    let contenders =
+        contender::all(dir.path(), !options.test && !options.no_peers, &options.also, &options.other);
     let versions: Vec<&str> = contenders.iter().map(|one| one.version.as_str()).collect();
     println!(
         "kernel {}; {}; {} rounds of {}",
