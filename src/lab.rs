@@ -3,6 +3,7 @@
 //! when its handle is dropped.
 
 pub mod backend;
+pub mod day;
 pub mod load;
 pub mod nlb;
 

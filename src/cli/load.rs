@@ -17,7 +17,7 @@ use super::{backend, plot};
 use crate::config::unit;
 use crate::id::EndpointId;
 use crate::lab::load::schedule::Skew;
-use crate::lab::load::{self, Mode, Plan, Progress, Report};
+use crate::lab::load::{self, MOST_CLIENTS, Mode, Plan, Progress, Report};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -67,6 +67,9 @@ pub(super) struct Options {
     /// How long before that is not
     #[arg(long, default_value = "1s", value_parser = unit::duration)]
     warmup: Duration,
+    /// How many client addresses are played, at random
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_CLIENTS)))]
+    clients: u32,
     /// How many connections of a hundred are noise: health checks, empty ones, split headers, unknown endpoints
     #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = percent)]
     noise: u8,
@@ -176,6 +179,7 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         rate: options.rate,
         duration: options.duration,
         warmup: options.warmup,
+        clients: options.clients,
         noise: options.noise,
     };
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;

@@ -13,8 +13,9 @@ use axum::http::{Request, Response, header};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use socket2::{SockFilter, SockRef};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, join};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use super::{ANYWHERE, Tasks, accept, listen, reap};
 use crate::header::read_optional;
@@ -51,6 +52,7 @@ pub enum Temper {
 pub struct Backend {
     name: Arc<str>,
     address: SocketAddr,
+    socket: Arc<TcpListener>,
     counts: Arc<Counts>,
     /// Held for their end.
     _tasks: Tasks,
@@ -78,14 +80,16 @@ impl Backend {
     /// Where the address cannot be bound.
     pub async fn start_at(address: SocketAddr, name: &str, temper: Temper) -> io::Result<Self> {
         let (socket, address) = listen(address).await?;
+        let socket = Arc::new(socket);
         let name: Arc<str> = name.into();
         let counts = Arc::new(Counts::default());
         let mut tasks = Tasks::new();
         let (own_name, own_counts) = (Arc::clone(&name), Arc::clone(&counts));
+        let door = Arc::clone(&socket);
         tasks.spawn(async move {
             let mut sessions = Tasks::new();
             loop {
-                let stream = accept(&socket).await;
+                let stream = accept(&door).await;
                 reap(&mut sessions);
                 own_counts.sessions.fetch_add(1, Ordering::Relaxed);
                 own_counts.open.fetch_add(1, Ordering::Relaxed);
@@ -96,7 +100,7 @@ impl Backend {
                 });
             }
         });
-        Ok(Self { name, address, counts, _tasks: tasks })
+        Ok(Self { name, address, socket, counts, _tasks: tasks })
     }
 
     /// An address where nothing listens.
@@ -119,6 +123,16 @@ impl Backend {
         self.address
     }
 
+    /// Whether it hears new connections. One that does not drops their first segment, as a host that is gone would; those
+    /// that stand go on. So a backend can end without a session that it has taken and never served.
+    ///
+    /// # Errors
+    /// Where the kernel takes no filter.
+    pub fn hear(&self, hears: bool) -> io::Result<()> {
+        let socket = SockRef::from(&*self.socket);
+        if hears { socket.detach_filter() } else { socket.attach_filter(&NO_SYN) }
+    }
+
     /// Connections so far.
     #[must_use]
     pub fn sessions(&self) -> u64 {
@@ -137,6 +151,15 @@ impl Backend {
         self.counts.received.load(Ordering::Relaxed)
     }
 }
+
+/// Drops segments with SYN: the flags are byte 13 of the TCP header, where a socket's filter begins (`tcp_filter` in
+/// net/ipv4/`tcp_ipv4.c`).
+const NO_SYN: [SockFilter; 4] = [
+    SockFilter::new(0x30, 0, 0, 13),
+    SockFilter::new(0x45, 0, 1, 0x02),
+    SockFilter::new(0x06, 0, 0, 0),
+    SockFilter::new(0x06, 0, 0, u32::MAX),
+];
 
 /// Counts a connection as open as long as it lives.
 struct Open(Arc<Counts>);

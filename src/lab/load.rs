@@ -8,6 +8,8 @@ pub mod http;
 pub mod schedule;
 mod session;
 
+pub use self::session::MOST_CLIENTS;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
@@ -59,6 +61,8 @@ pub struct Plan {
     pub duration: Duration,
     /// How long before that is not.
     pub warmup: Duration,
+    /// How many clients the connections are from, at least 1; drawn at random, all as often.
+    pub clients: u32,
     /// How many of a hundred connections are noise: health checks, empty connections, split headers, unknown IDs.
     pub noise: u8,
 }

@@ -37,6 +37,7 @@ async fn proxy() -> (Proxy, [Backend; 2]) {
 
 fn plan(proxy: &Proxy, mode: Mode) -> Plan {
     Plan {
+        clients: 1,
         target: proxy.address("web"),
         endpoints: vec![(ACME.to_owned(), "acme".to_owned()), (SECOND.to_owned(), "other".to_owned())],
         skew: Skew::Uniform,

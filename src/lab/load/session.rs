@@ -22,6 +22,12 @@ use crate::lab::nlb;
 /// An operation that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// The first client is 10.100.0.10; after 10.255.255.255 comes 10.0.0.0.
+const FIRST_CLIENT: u32 = u32::from_be_bytes([0, 100, 0, 10]);
+
+/// Clients at most: the addresses of 10.0.0.0/8.
+pub const MOST_CLIENTS: u32 = 1 << 24;
+
 /// An endpoint ID that nobody lists.
 const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
 
@@ -183,7 +189,9 @@ impl Session {
         let drawn = self.plan.endpoints.get(self.shares.draw(self.rolls.f64()));
         let Some((endpoint, pool)) = drawn else { return (Vec::new(), String::new()) };
         self.connections = self.connections.wrapping_add(1);
-        let client = SocketAddr::from(([10, 100, 0, 10], self.connections));
+        let number = self.rolls.u32(..self.plan.clients.clamp(1, MOST_CLIENTS));
+        let [_, b, c, d] = (number + FIRST_CLIENT).to_be_bytes();
+        let client = SocketAddr::from(([10, b, c, d], self.connections));
         let target = if local.is_ipv4() { self.plan.target } else { SocketAddr::from(([10, 0, 0, 5], 0)) };
         (nlb::header(client, target, Some(endpoint)), pool.clone())
     }
