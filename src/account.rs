@@ -7,8 +7,11 @@ mod attempt;
 pub mod latency;
 mod line;
 pub mod log;
+pub mod lookup;
 pub mod meter;
 pub mod names;
+
+pub use self::attempt::Verdict;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};

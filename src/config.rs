@@ -5,6 +5,7 @@ mod error;
 mod file;
 mod section;
 mod suggest;
+mod target;
 mod unbuilt;
 pub mod unit;
 mod value;
@@ -12,6 +13,7 @@ mod written;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -35,6 +37,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// `[drain]`
     pub drain: Drain,
+    /// `[dns]`
+    pub dns: Dns,
     /// `[[listener]]`, in the order of the files.
     pub listeners: Vec<Listener>,
     /// `[[pool]]`, in the order of the files.
@@ -155,6 +159,19 @@ pub struct Drain {
     pub deadline: Duration,
 }
 
+/// How the names of backends are looked up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dns {
+    /// Who is asked; empty is who the system asks, by `/etc/resolv.conf`.
+    pub servers: Vec<SocketAddr>,
+    /// What one question to one server may take; never zero.
+    pub timeout: Duration,
+    /// An answer counts at least this long, whatever its own time to live; never zero, and at most `max_ttl`.
+    pub min_ttl: Duration,
+    /// An answer counts at most this long.
+    pub max_ttl: Duration,
+}
+
 /// A bound address, or several, with its rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
@@ -209,16 +226,79 @@ pub struct Pool {
     pub name: String,
     /// How a backend is picked.
     pub balance: Balance,
-    /// The backends. Never empty; no address twice.
-    pub backends: Vec<SocketAddr>,
+    /// The backends. Never empty; no target twice.
+    pub backends: Vec<Backend>,
+    /// A zone whose backends are used first; at least one backend is in it.
+    pub prefer_zone: Option<String>,
     /// Whether the client's header is passed on.
     pub send_proxy: bool,
     /// Backends tried before the first byte is forwarded; at least 1.
     pub attempts: u32,
+    /// Attempts beyond the first, for each hundred sessions; 0 to 100.
+    pub retry_budget: u32,
+    /// How long a backend that comes back takes to get its whole weight.
+    pub slow_start: Duration,
     /// Local addresses to connect from; empty is the system's choice.
     pub source_addresses: Vec<IpAddr>,
-    /// The active check.
-    pub health: Probe,
+    /// Who waits where every backend is full.
+    pub queue: Queue,
+    /// Percent of the backends that must be sound for their health to count; 0 to 100.
+    pub panic_threshold: u32,
+    /// The active check; `None` takes every backend for healthy.
+    pub health: Option<Probe>,
+    /// The passive check.
+    pub ejection: Ejection,
+}
+
+/// One backend of a pool, or all that a name leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Where it is.
+    pub target: Target,
+    /// Its share in relation to the others'; 0 to 1,000, and 0 gives it no new sessions.
+    pub weight: u32,
+    /// The zone that it is in.
+    pub zone: Option<String>,
+    /// Sessions at once; at least 1.
+    pub max_sessions: Option<u32>,
+    /// Whether it is used only where no other can be.
+    pub backup: bool,
+}
+
+/// Where a backend accepts.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// At this address.
+    Address(SocketAddr),
+    /// At each address that this host name has (A and AAAA records).
+    Host {
+        /// The name, in lower case.
+        name: String,
+        /// The port, not 0.
+        port: u16,
+    },
+    /// At each target of this service name's SRV records, such as `_http._tcp.example.com` (RFC 2782).
+    Service(String),
+}
+
+/// Sessions that wait because every backend has its `max-sessions`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// How many may wait; 0 is none.
+    pub length: usize,
+    /// How long each may wait.
+    pub timeout: Duration,
+}
+
+/// The passive check: what real sessions say of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ejection {
+    /// Failures in a row that eject a backend; 0 is never.
+    pub consecutive_failures: u32,
+    /// The first time out; it doubles with each ejection that follows.
+    pub base_time: Duration,
+    /// Percent of the pool's backends that may be out at once; 0 to 100.
+    pub max_percent: u32,
 }
 
 /// How a backend is picked.
@@ -226,27 +306,57 @@ pub struct Pool {
 pub enum Balance {
     /// Each in turn.
     RoundRobin,
+    /// The one with the fewest sessions for its weight.
+    LeastSessions,
     /// The less loaded of two at random.
     P2c,
+    /// By the client's address: the same client, the same backend.
+    Maglev,
+    /// By the endpoint's ID: the same endpoint, the same backend.
+    MaglevEndpoint,
 }
 
 /// The active check of a pool's backends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Probe {
-    /// None: every backend is taken for healthy.
-    None,
-    /// A connection is opened and closed.
-    Tcp {
-        /// From one probe of a backend to its next.
-        interval: Duration,
-        /// What one probe may take; at most the interval.
-        timeout: Duration,
-        /// Successes in a row that make a backend healthy; at least 1.
-        rise: u32,
-        /// Failures in a row that make it unhealthy; at least 1.
-        fall: u32,
-        /// Another port than the traffic's.
-        port: Option<u16>,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// From one probe of a backend to its next.
+    pub interval: Duration,
+    /// What one probe may take; at most the interval.
+    pub timeout: Duration,
+    /// Successes in a row that make a backend healthy; at least 1.
+    pub rise: u32,
+    /// Failures in a row that make it unhealthy; at least 1.
+    pub fall: u32,
+    /// Another port than the traffic's.
+    pub port: Option<u16>,
+    /// Whether a PROXY header with the command LOCAL comes first.
+    pub send_proxy: bool,
+    /// What is asked.
+    pub ask: Ask,
+}
+
+/// What a probe asks, once it is connected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Nothing: it was accepted.
+    Connect,
+    /// `GET path` by HTTP/1.1.
+    Http {
+        /// The path and query, with the leading slash.
+        path: String,
+        /// The Host header; `None` is the backend's address.
+        host: Option<String>,
+        /// Statuses that are good. Never empty.
+        expect_status: Vec<RangeInclusive<u16>>,
+    },
+    /// Some bytes there, some bytes back.
+    Exchange {
+        /// What is sent; it may be empty, where the server speaks first.
+        send: Vec<u8>,
+        /// What must come back; never empty.
+        expect: Vec<u8>,
+        /// Whether the answer must begin with it; else it must contain it.
+        prefix: bool,
     },
 }
 

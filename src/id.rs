@@ -49,6 +49,12 @@ fn digit(byte: u8) -> u8 {
 impl EndpointId {
     const SHORT: u8 = 0x10;
 
+    /// Its digits as a number that no other ID has.
+    #[must_use]
+    pub fn number(self) -> u128 {
+        u128::from(self.high) << 64 | u128::from(self.low)
+    }
+
     /// Reads an ID as it stands in the AWS TLV; `None` where it is not well-formed.
     #[inline]
     #[must_use]

@@ -17,6 +17,7 @@ pub mod life;
 pub mod outcome;
 pub mod pool;
 pub mod probe;
+pub mod resolve;
 pub mod server;
 pub mod session;
 pub mod state;

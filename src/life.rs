@@ -137,6 +137,12 @@ impl Life {
         self.timer.local.drain_idle.get().is_some()
     }
 
+    /// Whether the drain's deadline has passed, and every session is ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.timer.local.over.get()
+    }
+
     /// Sets the deadline.
     pub fn wake_at(&mut self, deadline: Tick) {
         let mut wheel = self.timer.local.wheel.borrow_mut();
@@ -149,7 +155,7 @@ impl Life {
     /// Has `context`'s task woken at the deadline; tells whether that is now, or the process cannot wait.
     #[must_use]
     pub fn poll_cut(&self, context: &Context<'_>) -> Option<Cut> {
-        if self.timer.local.over.get() {
+        if self.is_over() {
             return Some(Cut::Drained);
         }
         let key = self.timer.key.as_ref()?;
@@ -262,7 +268,9 @@ mod tests {
         assert_eq!((life.idle(span_ms(5000)), life.is_draining()), (span_ms(1000), true));
         assert_eq!(life.idle(span_ms(5)), span_ms(5));
         assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Pending);
+        assert!(!life.is_over());
         life.local().end_all();
+        assert!(life.is_over());
         assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Ready(Err(Cut::Drained)));
     }
 }

@@ -156,6 +156,10 @@ outcomes! {
     NoPool = "no_pool": Proxy at Tenant;
     /// No backend of the pool may be used.
     NoBackend = "no_backend": Proxy at Pool;
+    /// Every backend of the pool that may be used has its `max-sessions`, and so many wait already as may.
+    PoolFull = "pool_full": Proxy at Pool;
+    /// No backend of the pool had room within `queue.timeout`.
+    QueueTimeout = "queue_timeout": Proxy at Pool;
     /// The last backend tried refused the connection.
     ConnectRefused = "connect_refused": Backend at Connect;
     /// The last backend tried did not answer within `timeouts.connect`.
@@ -177,7 +181,7 @@ outcomes! {
     /// The connection broke without a reset: keepalive or retransmission went unanswered, or its network is gone.
     Unanswered = "unanswered": Client at Header, Client at Forward, Backend at Forward;
     /// The process is draining, and the session was silent or the deadline passed.
-    Drained = "drained": Proxy at Header, Proxy at Connect, Proxy at Forward;
+    Drained = "drained": Proxy at Header, Proxy at Pool, Proxy at Connect, Proxy at Forward;
     /// A fault in vestibule itself; the log has the panic's message. Please report it.
     Internal = "internal": Proxy at Header, Proxy at Connect, Proxy at Forward;
 }

@@ -1,19 +1,55 @@
 //! Pure rules of a pool: which backends may be used, and which one is next.
 
 pub mod backend;
+pub mod cause;
+pub mod ejection;
 pub mod health;
+pub mod least;
+pub mod maglev;
 pub mod pick;
+pub mod picked;
+pub mod queue;
+pub mod retry;
+pub mod roster;
+pub mod standing;
 
-use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
-use self::backend::{Backend, Picked};
-use self::health::State;
-use crate::account::Label;
-use crate::config::{Balance, Probe};
+use self::backend::{Backend, Traits};
+use self::cause::Cause;
+pub use self::cause::Failed;
+use self::health::{Rules, State};
+pub use self::picked::Picked;
+use self::queue::{Place, Queue};
+use self::retry::Budget;
+use self::roster::Way;
+pub use self::roster::{Nobody, Roster, Tried};
+use crate::account::lookup::Lookups;
+use crate::account::{Label, Labels, Verdict, lock};
+use crate::addr::BackendAddr;
+use crate::clock::Moment;
+use crate::config::{Probe, Target};
+
+/// Addresses that one name may lead to.
+pub const MOST_ADDRESSES: u32 = 64;
+
+const NOBODY_YET: u32 = u32::MAX - 1;
+const SEVERAL: u32 = u32::MAX;
+
+/// Slots of one name: more than addresses, so that one can rest.
+const SLOTS: u32 = 2 * MOST_ADDRESSES;
+
+/// The least time from one roster of a pool to its next: thousands of first probes do not make thousands of them.
+const RENEWAL: Duration = Duration::from_millis(100);
+
+/// How long a backend takes to come back from an ejection where its pool has no slow start: what put it out were real
+/// sessions, and all of them at once would do it again.
+const GENTLE: Duration = Duration::from_secs(10);
 
 /// Interchangeable backends with one policy.
 #[derive(Debug)]
@@ -27,246 +63,416 @@ pub struct Pool {
     /// Local addresses to connect from; empty is the system's choice.
     pub sources: Vec<IpAddr>,
     /// The active check.
-    pub probe: Probe,
-    balance: Balance,
-    backends: Vec<Arc<Backend>>,
-    /// The places of those that may be used: all that are healthy, or else all that are unknown.
-    usable: ArcSwap<Vec<usize>>,
-    turn: AtomicUsize,
+    pub probe: Option<Probe>,
+    /// How long a session may wait for a backend with room.
+    pub queue_timeout: Duration,
+    way: Way,
+    slow_start: Duration,
+    panic_threshold: u32,
+    ejection: ejection::Rules,
+    names: Vec<Name>,
+    roster: ArcSwap<Roster>,
+    queue: Option<Arc<Queue>>,
+    /// The one tenant whose sessions came here so far, [`NOBODY_YET`], or [`SEVERAL`].
+    tenant: AtomicU32,
+    retries: Budget,
+    retried: AtomicU64,
+    not_retried: AtomicU64,
+    /// When the roster was last made anew; held while it is.
+    changing: Mutex<Moment>,
+    /// When [`tend`](Self::tend) has something to do, in nanoseconds.
+    due: AtomicU64,
 }
 
-/// Backends that one session has tried already.
-#[derive(Debug, Default)]
-pub struct Tried {
-    /// Most sessions try one, and need no list.
-    first: Option<usize>,
-    others: Vec<usize>,
+/// A name that leads to backends.
+#[derive(Debug)]
+struct Name {
+    target: Target,
+    /// The first slot of its addresses.
+    first: u32,
+    /// How many slots were given: a slot rests before its next backend, as sessions of the one before may still end.
+    given: AtomicU32,
+    /// What holds for all of its addresses.
+    traits: Traits,
+    lookups: Arc<Lookups>,
 }
 
-impl Tried {
-    /// How many.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.others.len()
-    }
+/// What an operator is told of a backend that is treated in another way than before.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Which one.
+    pub backend: Label,
+    /// What it is now: a word of [`State`], or `ejected`.
+    pub state: &'static str,
+    /// Why: a word of [`Cause`].
+    pub why: &'static str,
+    /// Where it is ejected, for how long.
+    pub out_for: Option<Duration>,
+}
 
-    /// Whether none was tried.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.first.is_none()
-    }
+/// One address that a name leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The address.
+    pub address: SocketAddr,
+    /// Its weight, where the name says one.
+    pub weight: Option<u32>,
+    /// Whether the name says that it is a backup.
+    pub is_backup: bool,
+}
 
-    fn has(&self, place: usize) -> bool {
-        self.first == Some(place) || self.others.contains(&place)
-    }
-
-    fn add(&mut self, place: usize) {
-        if self.first.is_some() {
-            self.others.push(place);
-        } else {
-            self.first = Some(place);
-        }
+impl Change {
+    /// Tells the operator.
+    pub fn log(&self, pool: &Pool) {
+        tracing::info!(
+            pool = pool.label.name(),
+            backend = self.backend.name(),
+            state = self.state,
+            why = self.why,
+            out_for = self.out_for.map(tracing::field::debug),
+            usable = pool.usable(),
+            "backend changed"
+        );
     }
 }
 
 impl Pool {
-    /// A pool as configured; its backends are unknown until their first probe, or healthy where there is none.
+    /// A pool as configured; its backends are unknown until their first probe, or healthy where there is none. Names lead
+    /// nowhere until they are [resolved](Self::resolve).
     #[must_use]
-    pub fn new(label: Label, config: &crate::config::Pool, backends: Vec<Arc<Backend>>) -> Self {
+    pub fn new(config: &crate::config::Pool, labels: &Labels) -> Self {
+        let mut slots = 0;
+        let (mut fixed, mut names) = (Vec::new(), Vec::new());
+        for backend in &config.backends {
+            let traits = Traits {
+                weight: backend.weight,
+                is_backup: backend.backup,
+                max_sessions: backend.max_sessions,
+                is_preferred: backend.zone.is_some() && backend.zone == config.prefer_zone,
+                zone: backend.zone.as_deref().map(Arc::from),
+            };
+            if let Target::Address(address) = backend.target {
+                fixed.push((address, slots, traits));
+                slots += 1;
+            } else {
+                names.push(Name {
+                    target: backend.target.clone(),
+                    first: slots,
+                    given: AtomicU32::new(0),
+                    lookups: Arc::default(),
+                    traits,
+                });
+                slots += SLOTS;
+            }
+        }
         let pool = Self {
-            label,
+            label: labels.intern(&config.name),
             attempts: config.attempts,
             send_proxy: config.send_proxy,
             sources: config.source_addresses.clone(),
-            probe: config.health,
-            balance: config.balance,
-            backends,
-            usable: ArcSwap::default(),
-            turn: AtomicUsize::new(0),
+            probe: config.health.clone(),
+            queue_timeout: config.queue.timeout,
+            way: Way::new(config.balance, slots),
+            slow_start: config.slow_start,
+            panic_threshold: config.panic_threshold,
+            ejection: ejection::Rules {
+                consecutive_failures: config.ejection.consecutive_failures,
+                base: config.ejection.base_time,
+                max_percent: config.ejection.max_percent,
+            },
+            names,
+            roster: ArcSwap::default(),
+            queue: (config.queue.length > 0).then(|| Queue::new(config.queue.length)),
+            tenant: AtomicU32::new(NOBODY_YET),
+            retries: Budget::new(config.retry_budget),
+            retried: AtomicU64::new(0),
+            not_retried: AtomicU64::new(0),
+            changing: Mutex::default(),
+            due: AtomicU64::new(u64::MAX),
         };
-        pool.refresh();
+        let start = (Moment::default(), Cause::Start);
+        let backends = fixed.into_iter().map(|(address, slot, traits)| {
+            Arc::new(pool.new_backend(BackendAddr(address), labels, slot, traits, start))
+        });
+        pool.renew(lock(&pool.changing), backends.collect(), Moment::default());
         pool
     }
 
-    /// All its backends.
-    #[must_use]
-    pub fn backends(&self) -> &[Arc<Backend>] {
-        &self.backends
+    fn new_backend(
+        &self,
+        address: BackendAddr,
+        labels: &Labels,
+        slot: u32,
+        traits: Traits,
+        changed: (Moment, Cause),
+    ) -> Backend {
+        let health = match &self.probe {
+            None => (Rules { rise: 1, fall: 1 }, State::Healthy),
+            Some(probe) => (Rules { rise: probe.rise, fall: probe.fall }, State::Unknown),
+        };
+        let label = labels.intern(&address.to_string());
+        let mut backend = Backend::new(address, label, slot, traits, health, changed);
+        (backend.seat, backend.queue) = (self.way.seat(), self.queue.clone());
+        backend
     }
 
-    /// Looks again which backends may be used; called after a change of health, never by a session.
-    pub fn refresh(&self) {
-        let places = |state| {
-            let backends = self.backends.iter().enumerate();
-            backends
-                .filter(|(_, backend)| backend.state() == state)
-                .map(|(place, _)| place)
-                .collect::<Vec<_>>()
-        };
-        let mut usable = places(State::Healthy);
-        if usable.is_empty() {
-            usable = places(State::Unknown);
-        }
-        self.usable.store(Arc::new(usable));
+    /// Who is in it now.
+    #[must_use]
+    pub fn roster(&self) -> Arc<Roster> {
+        self.roster.load_full()
     }
 
     /// How many backends may be used.
     #[must_use]
     pub fn usable(&self) -> usize {
-        self.usable.load().len()
+        self.roster.load().used().len()
+    }
+
+    /// The names that lead to backends.
+    pub fn names(&self) -> impl Iterator<Item = &Target> {
+        self.names.iter().map(|name| &name.target)
+    }
+
+    /// How the lookups of each of these names ended.
+    pub fn lookups(&self) -> impl Iterator<Item = &Arc<Lookups>> {
+        self.names.iter().map(|name| &name.lookups)
+    }
+
+    /// How many sessions wait for a backend with room.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.queue.as_ref().map_or(0, |queue| queue.waiting())
+    }
+
+    /// Attempts beyond the first that were made, and that the budget had nothing left for.
+    #[must_use]
+    pub fn retries(&self) -> (u64, u64) {
+        (self.retried.load(Ordering::Relaxed), self.not_retried.load(Ordering::Relaxed))
+    }
+
+    /// Takes in a new session of a tenant, by its label's serial number.
+    pub fn arrived(&self, tenant: u32) {
+        self.retries.deposit();
+        let known = self.tenant.load(Ordering::Relaxed);
+        if known != tenant && known != SEVERAL {
+            let first = known == NOBODY_YET;
+            self.tenant.store(if first { tenant } else { SEVERAL }, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a session may make another attempt.
+    #[must_use]
+    pub fn may_retry(&self, now: Moment) -> bool {
+        let may = self.retries.withdraw(now);
+        let count = if may { &self.retried } else { &self.not_retried };
+        count.fetch_add(1, Ordering::Relaxed);
+        may
+    }
+
+    /// Takes in one probe's result.
+    pub fn observe(
+        &self,
+        backend: &Backend,
+        verdict: Verdict,
+        took: Duration,
+        now: Moment,
+    ) -> Option<Change> {
+        let renewed = lock(&self.changing);
+        // What a name leads to later comes into a pool that already works.
+        let is_late = backend.summary().changed.1 == Cause::Resolved && self.usable() > 0;
+        if !backend.observe(verdict, took, self.slow_start, is_late, now) {
+            return None;
+        }
+        self.renew_soon(renewed, now);
+        Some(change(backend, None))
+    }
+
+    /// Takes in that a session failed at a backend before the backend's first byte. The backend gets no new session from now
+    /// on where that ejects it; the roster follows with the next [`tend`](Self::tend), for nothing of its size is made
+    /// between two packets of a session.
+    ///
+    /// Where several tenants share the pool, resets that are all one tenant's eject nobody: it may be what that tenant
+    /// sends, and the others must not pay for it.
+    pub fn failed(&self, backend: &Backend, failed: Failed, now: Moment) -> Option<Change> {
+        let most = self.ejection.consecutive_failures;
+        let (count, is_of_one) = backend.failed(failed);
+        if count < most || most == 0 || backend.is_ejected() {
+            return None;
+        }
+        if is_of_one && self.tenant.load(Ordering::Relaxed) == SEVERAL {
+            return None;
+        }
+        // A roster takes its time, and a session waits for none: the next failure comes to the same end.
+        let _turn = match self.changing.try_lock() {
+            Ok(turn) => turn,
+            Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        let roster = self.roster();
+        let out = roster.backends().iter().filter(|other| other.is_ejected()).count();
+        if backend.is_ejected() || backend.is_gone() || out >= self.ejection.most(roster.backends().len()) {
+            return None;
+        }
+        let time = backend.eject(self.ejection, failed.into(), now);
+        self.due.store(0, Ordering::Release);
+        Some(change(backend, Some(time)))
+    }
+
+    /// Does what is due by now: ends ejections, and goes on with slow starts. Costs one read where nothing is due.
+    pub fn tend(&self, now: Moment) -> Vec<Change> {
+        if now.as_nanos() < self.due.load(Ordering::Acquire) {
+            return Vec::new();
+        }
+        let renewed = lock(&self.changing);
+        let roster = self.roster();
+        let gentle = if self.slow_start.is_zero() { GENTLE } else { self.slow_start };
+        let over = roster.backends().iter().filter(|backend| backend.expire(gentle, now));
+        let changes = over.map(|backend| change(backend, None)).collect();
+        self.renew(renewed, roster.backends().to_vec(), now);
+        changes
+    }
+
+    /// Takes in what the name at `place` of [`names`](Self::names) leads to: the backends that are new, to be probed.
+    pub fn resolve(
+        &self,
+        place: usize,
+        found: &[Resolved],
+        labels: &Labels,
+        now: Moment,
+    ) -> (Vec<Arc<Backend>>, Vec<Change>) {
+        let (mut fresh, mut changes) = (Vec::new(), Vec::new());
+        let Some(Name { first, given, traits, .. }) = self.names.get(place) else { return (fresh, changes) };
+        let slots = *first..first + SLOTS;
+        let renewed = lock(&self.changing);
+        let roster = self.roster();
+        let (own, mut all): (Vec<_>, Vec<_>) =
+            roster.backends().iter().cloned().partition(|backend| slots.contains(&backend.slot()));
+        let found = found.get(..found.len().min(MOST_ADDRESSES as usize)).unwrap_or_default();
+        let mut kept: Vec<Arc<Backend>> = Vec::new();
+        for backend in own {
+            let Some(resolved) = found.iter().find(|resolved| resolved.address == backend.address().0) else {
+                backend.retire(now);
+                changes.push(change(&backend, None));
+                continue;
+            };
+            if backend.reweigh(weight(traits, resolved), traits.is_backup || resolved.is_backup, now) {
+                changes.push(change(&backend, None));
+            }
+            kept.push(backend);
+        }
+        for resolved in found {
+            let address = BackendAddr(resolved.address);
+            if all.iter().chain(&kept).any(|backend| backend.address() == address) {
+                continue;
+            }
+            let next = || first + given.fetch_add(1, Ordering::Relaxed) % SLOTS;
+            let is_free = |slot: &u32| kept.iter().all(|backend| backend.slot() != *slot);
+            let Some(slot) = slots.clone().map(|_| next()).find(is_free) else { break };
+            let traits = Traits {
+                weight: weight(traits, resolved),
+                is_backup: traits.is_backup || resolved.is_backup,
+                ..traits.clone()
+            };
+            let backend = Arc::new(self.new_backend(address, labels, slot, traits, (now, Cause::Resolved)));
+            changes.push(change(&backend, None));
+            fresh.push(Arc::clone(&backend));
+            kept.push(backend);
+        }
+        all.append(&mut kept);
+        if !changes.is_empty() {
+            self.renew(renewed, all, now);
+        }
+        (fresh, changes)
+    }
+
+    /// Makes the roster anew, or has it made when its time has come.
+    fn renew_soon(&self, renewed: MutexGuard<'_, Moment>, now: Moment) {
+        let next = *renewed + RENEWAL;
+        if now >= next {
+            self.renew(renewed, self.roster().backends().to_vec(), now);
+        } else {
+            self.due.fetch_min(next.as_nanos(), Ordering::AcqRel);
+        }
+    }
+
+    fn renew(&self, mut renewed: MutexGuard<'_, Moment>, mut backends: Vec<Arc<Backend>>, now: Moment) {
+        backends.sort_unstable_by_key(|backend| backend.slot());
+        // Before anybody is looked at: who is ejected from now on is due at once.
+        self.due.store(u64::MAX, Ordering::Release);
+        let mut due = u64::MAX;
+        let mut look = |backend: Arc<Backend>| {
+            let (seen, next) = backend.seen(now);
+            due = due.min(next.map_or(u64::MAX, Moment::as_nanos));
+            (backend, seen)
+        };
+        let all = backends.into_iter().map(&mut look).collect();
+        self.roster.store(Arc::new(Roster::new(all, self.panic_threshold, &self.way, &self.roster.load())));
+        self.due.fetch_min(due, Ordering::AcqRel);
+        *renewed = now;
+        drop(renewed);
+        self.serve();
+    }
+
+    /// Gives those who wait what room there is.
+    fn serve(&self) {
+        if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
+            self.roster.load().used().iter().for_each(|backend| queue.serve(backend));
+        }
+    }
+
+    /// A place in the line for a backend with room; `None` where it is full, or there is none.
+    #[must_use]
+    pub fn wait(&self) -> Option<Place> {
+        let place = self.queue.as_ref()?.join();
+        self.serve();
+        place
+    }
+
+    /// What Maglev looks up: equal for the same client, or for the same endpoint. Others need none.
+    #[must_use]
+    pub fn key(&self, client: impl FnOnce() -> u64, endpoint: impl FnOnce() -> u64) -> u64 {
+        self.way.key(client, endpoint)
     }
 
     /// Picks a backend that was not tried yet, and takes it down as tried. `roll` is a random number.
     ///
-    /// No lock: with 64 workers each pick reads one snapshot of the usable and, for round-robin, adds to one counter.
-    #[must_use]
-    pub fn pick(&self, roll: u64, tried: &mut Tried) -> Option<Picked> {
-        let usable = self.usable.load();
-        let place = if tried.is_empty() {
-            self.choose(&usable, roll)?
-        } else {
-            // Another attempt takes no turn of round-robin: it would be the turn of the next session, and with one
-            // dead backend of two every session would start with the dead one.
-            let left: Vec<usize> = usable.iter().copied().filter(|place| !tried.has(*place)).collect();
-            self.less_loaded(&left, roll)?
-        };
-        tried.add(place);
-        self.backends.get(place).map(Picked::new)
-    }
-
-    fn choose(&self, places: &[usize], roll: u64) -> Option<usize> {
-        match self.balance {
-            Balance::RoundRobin => {
-                let index = pick::round_robin(self.turn.fetch_add(1, Ordering::Relaxed), places.len())?;
-                places.get(index).copied()
+    /// No lock: with 64 workers each pick reads one roster and, for round-robin, adds to one counter.
+    ///
+    /// # Errors
+    /// Why there is nobody.
+    pub fn pick(&self, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
+        let roster = self.roster.load();
+        let picked = if tried.is_empty() {
+            // Who waits already was here before.
+            if self.waiting() > 0 {
+                return Err(Nobody::Free);
             }
-            Balance::P2c => self.less_loaded(places, roll),
-        }
+            let first = roster.first(&self.way, key, roll);
+            // Sessions may have put it out since the roster was made.
+            first.filter(|backend| backend.is_used()).and_then(Picked::take)
+        } else {
+            None
+        };
+        let picked = picked.map_or_else(|| roster.next(&self.way, key, roll, tried), Ok)?;
+        tried.add(&picked);
+        Ok(picked)
     }
+}
 
-    fn less_loaded(&self, places: &[usize], roll: u64) -> Option<usize> {
-        let backend = |index: usize| places.get(index).and_then(|place| self.backends.get(*place));
-        let load = |index: usize| backend(index).map_or(u32::MAX, |backend| backend.load());
-        places.get(pick::p2c(roll, places.len(), load)?).copied()
-    }
+fn weight(traits: &Traits, resolved: &Resolved) -> u32 {
+    if traits.weight == 0 { 0 } else { resolved.weight.unwrap_or(traits.weight) }
+}
+
+fn change(backend: &Backend, out_for: Option<Duration>) -> Change {
+    let state = if backend.is_gone() {
+        "gone"
+    } else if backend.is_ejected() {
+        "ejected"
+    } else {
+        backend.state().word()
+    };
+    Change { backend: backend.label().clone(), state, why: backend.summary().changed.1.word(), out_for }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-    use std::net::SocketAddr;
-
-    use super::*;
-    use crate::account::Labels;
-    use crate::addr::BackendAddr;
-    use crate::pool::health::Rules;
-
-    fn pool(balance: Balance, count: u16) -> Pool {
-        let labels = Labels::default();
-        let addresses: Vec<SocketAddr> = (0..count).map(|n| ([10, 0, 0, 1], 1000 + n).into()).collect();
-        let config = crate::config::Pool {
-            name: "shared".to_owned(),
-            balance,
-            backends: addresses.clone(),
-            send_proxy: false,
-            attempts: 3,
-            source_addresses: Vec::new(),
-            health: Probe::None,
-        };
-        let backends = addresses
-            .iter()
-            .map(|address| {
-                let label = labels.intern(&address.to_string());
-                Arc::new(Backend::new(
-                    BackendAddr(*address),
-                    label,
-                    Rules { rise: 1, fall: 1 },
-                    State::Unknown,
-                ))
-            })
-            .collect();
-        Pool::new(labels.intern("shared"), &config, backends)
-    }
-
-    fn port(picked: &Picked) -> u16 {
-        picked.address().0.port()
-    }
-
-    fn observe(pool: &Pool, place: usize, healthy: bool) {
-        pool.backends()[place].observe(healthy);
-        pool.refresh();
-    }
-
-    #[test]
-    fn round_robin_takes_each_in_turn() {
-        let pool = pool(Balance::RoundRobin, 3);
-        let ports: Vec<u16> = (0..6).map(|_| port(&pool.pick(0, &mut Tried::default()).unwrap())).collect();
-        assert_eq!(ports, [1000, 1001, 1002, 1000, 1001, 1002]);
-    }
-
-    #[test]
-    fn another_attempt_takes_no_turn() {
-        let pool = pool(Balance::RoundRobin, 2);
-        let firsts: Vec<u16> = (0..4)
-            .map(|roll| {
-                let mut tried = Tried::default();
-                let first = port(&pool.pick(roll, &mut tried).unwrap());
-                assert_ne!(port(&pool.pick(roll, &mut tried).unwrap()), first);
-                first
-            })
-            .collect();
-        assert_eq!(firsts, [1000, 1001, 1000, 1001]);
-    }
-
-    #[test]
-    fn p2c_takes_the_less_loaded_of_two() {
-        let pool = pool(Balance::P2c, 2);
-        let _busy = pool.pick(0, &mut Tried::default()).unwrap();
-        let free = pool.backends().iter().position(|backend| backend.load() == 0).unwrap();
-        for roll in [0, 1, u64::MAX, 0x1234_5678_9ABC_DEF0] {
-            assert_eq!(usize::from(port(&pool.pick(roll, &mut Tried::default()).unwrap())) - 1000, free);
-        }
-    }
-
-    #[test]
-    fn nobody_is_picked_from_a_pool_of_nobody() {
-        for balance in [Balance::RoundRobin, Balance::P2c] {
-            let pool = pool(balance, 0);
-            let mut tried = Tried::default();
-            assert!(pool.pick(u64::MAX, &mut tried).is_none());
-            assert!(tried.is_empty() && pool.usable() == 0);
-        }
-    }
-
-    #[test]
-    fn nobody_is_tried_twice_and_then_nobody_is_left() {
-        for balance in [Balance::RoundRobin, Balance::P2c] {
-            let pool = pool(balance, 3);
-            let mut tried = Tried::default();
-            let mut ports: Vec<u16> =
-                (0..3).map(|roll| port(&pool.pick(roll << 32 | roll, &mut tried).unwrap())).collect();
-            ports.sort_unstable();
-            assert_eq!(ports, [1000, 1001, 1002]);
-            assert_eq!(tried.len(), 3);
-            assert!(pool.pick(0, &mut tried).is_none());
-        }
-    }
-
-    #[test]
-    fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
-        let pool = pool(Balance::RoundRobin, 3);
-        assert_eq!(pool.usable(), 3, "all are unknown");
-        observe(&pool, 1, true);
-        assert_eq!(port(&pool.pick(0, &mut Tried::default()).unwrap()), 1001);
-        observe(&pool, 1, false);
-        let mut shares = BTreeMap::new();
-        for _ in 0..10 {
-            *shares.entry(port(&pool.pick(0, &mut Tried::default()).unwrap())).or_insert(0) += 1;
-        }
-        assert_eq!(shares, BTreeMap::from([(1000, 5), (1002, 5)]));
-        observe(&pool, 0, false);
-        observe(&pool, 2, false);
-        assert_eq!(pool.usable(), 0);
-        assert!(pool.pick(0, &mut Tried::default()).is_none());
-    }
-}
+mod tests;

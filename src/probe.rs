@@ -1,88 +1,218 @@
 //! Active health checks: each backend is asked at its interval, by tasks of the control thread.
 
-use std::net::IpAddr;
+pub mod answer;
+pub mod ask;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::sync::Semaphore;
+use tokio::time::sleep;
 
-use crate::account::meter::Connect;
-use crate::addr::BackendAddr;
+use crate::account::Verdict;
+use crate::clock::{self, Moment};
 use crate::config::Probe;
-use crate::connect::{self, Opening};
 use crate::pool::Pool;
+use crate::pool::backend::Backend;
 
-/// The first probes of a pool's backends start so far apart, so that thousands do not start at once.
-const STAGGER: Duration = Duration::from_millis(2);
+/// First probes start at least so close to each other, so that a few backends are known at once.
+const STEP: Duration = Duration::from_millis(2);
 
-/// Probes the backend at `place` of `pool` for ever; `first` is called after the first result.
-/// Returns at once where the pool has no probe.
-pub async fn run(pool: Arc<Pool>, place: usize, first: impl FnOnce()) {
-    let Probe::Tcp { interval: every, timeout: limit, port, .. } = pool.probe else { return };
-    let Some(backend) = pool.backends().get(place) else { return };
-    let mut address = backend.address();
-    if let Some(port) = port {
-        address.0.set_port(port);
+/// From one warning that a backend's probes cannot be sent to the next.
+const WARNING: Duration = Duration::from_secs(60);
+
+/// Room for the probes of the process: each holds a descriptor, of those that the process keeps back.
+///
+/// Where there are fewer lanes than probes want, those come later than their interval says, in turn, and none is left out.
+#[derive(Debug)]
+pub struct Lanes(Semaphore);
+
+impl Lanes {
+    /// Room for so many probes under way at once.
+    #[must_use]
+    pub fn new(at_once: usize) -> Self {
+        Self(Semaphore::new(at_once))
     }
-    let stagger = STAGGER.saturating_mul(u32::try_from(place).unwrap_or(u32::MAX));
-    sleep(stagger.min(every / 2)).await;
-    let mut ticks = interval(every);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut first = Some(first);
+}
+
+/// The place of a backend among those whose first probes are due together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Its place, from 0.
+    pub place: usize,
+    /// How many they are.
+    pub of: usize,
+}
+
+/// Probes a backend of `pool` until it is gone from there. `first` is called once: after the first result, or where the
+/// backend is gone before. Returns at once, without that call, where the pool has no probe.
+///
+/// What a probe waits for its lane is neither its time nor a failure.
+pub async fn run(
+    pool: Arc<Pool>,
+    backend: Arc<Backend>,
+    turn: Turn,
+    lanes: Arc<Lanes>,
+    first: impl FnOnce(),
+) {
+    let Some(probe) = &pool.probe else { return };
+    let mut rhythm = Rhythm::new(probe, turn, clock::now());
+    let (mut first, mut warned) = (Some(first), None);
     loop {
-        ticks.tick().await;
-        let result = tcp(address, &pool.sources, limit).await;
+        sleep(rhythm.due.since(clock::now())).await;
+        if backend.is_gone() {
+            break;
+        }
+        // Nobody closes it.
+        let Ok(lane) = lanes.0.acquire().await else { break };
+        let start = clock::now();
+        let verdict = ask::ask(backend.address(), &pool.sources, probe).await;
+        drop(lane);
+        if backend.is_gone() {
+            break;
+        }
+        let now = clock::now();
+        if let Some(change) = pool.observe(&backend, verdict, now.since(start), now) {
+            change.log(&pool);
+        }
         if let Some(first) = first.take() {
             first();
         }
         // What is short here is no fault of the backend's: a busy process must not take its backends for dead.
-        if matches!(result, Connect::Shortage | Connect::NoLocalPort) {
-            tracing::warn!(
-                backend = backend.label().name(),
-                reason = result.word(),
-                "a probe could not be sent"
-            );
-            continue;
+        if verdict.is_success().is_none() && is_due(warned, now) {
+            warn(&pool, &backend, verdict);
+            warned = Some(now);
         }
-        if let Some(state) = backend.observe(result == Connect::Done) {
-            pool.refresh();
-            tracing::info!(
-                pool = pool.label.name(),
-                backend = backend.label().name(),
-                state = state.word(),
-                probe = result.word(),
-                usable = pool.usable(),
-                "backend changed"
-            );
+        rhythm.advance(now, Duration::from_nanos(fastrand::u64(0..=rhythm.most_jitter())));
+    }
+    if let Some(first) = first {
+        first();
+    }
+}
+
+fn is_due(warned: Option<Moment>, now: Moment) -> bool {
+    warned.is_none_or(|warned| now.since(warned) >= WARNING)
+}
+
+fn warn(pool: &Pool, backend: &Backend, verdict: Verdict) {
+    tracing::warn!(
+        pool = pool.label.name(),
+        backend = backend.label().name(),
+        reason = verdict.word(),
+        "a probe could not be sent"
+    );
+}
+
+/// When a backend is probed.
+#[derive(Debug)]
+struct Rhythm {
+    interval: Duration,
+    due: Moment,
+}
+
+impl Rhythm {
+    /// The first probes of all are spread over what the interval leaves beside a probe's time, so that the first round is
+    /// over within it; over half of it where that is more, for then few take their whole time.
+    fn new(probe: &Probe, turn: Turn, now: Moment) -> Self {
+        let span = probe.interval.saturating_sub(probe.timeout).max(probe.interval / 2);
+        let parts = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let step = STEP.min(span / parts(turn.of).max(1));
+        let offset = step.saturating_mul(parts(turn.place)).min(span);
+        Self { interval: probe.interval, due: now + offset }
+    }
+
+    /// The greatest jitter of [`advance`](Self::advance), in nanoseconds: a fifth of the interval.
+    fn most_jitter(&self) -> u64 {
+        u64::try_from((self.interval / 5).as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// The next probe is due nine tenths of the interval, and the jitter, after this one was: however long that took, the
+    /// mean is the interval. Where that is more than an interval ago, what was missed is missed.
+    fn advance(&mut self, now: Moment, jitter: Duration) {
+        self.due = self.due + self.interval / 10 * 9 + jitter;
+        if now.since(self.due) > self.interval {
+            self.due = now;
         }
     }
 }
 
-/// Opens a connection as a session would, from each source in turn as long as only the local ports are at fault, and
-/// resets it: a close would leave a port in TIME_WAIT for each probe.
-async fn tcp(address: BackendAddr, sources: &[IpAddr], limit: Duration) -> Connect {
-    let mut result = Connect::NoLocalPort;
-    for source in connect::sources(sources, address, 0) {
-        result = attempt(address, source, limit).await;
-        if result != Connect::NoLocalPort {
-            break;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Ask;
+
+    const START: Moment = Moment::from_nanos(1_000_000_000);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn rhythm(interval: Duration, timeout: Duration, place: usize, of: usize) -> Rhythm {
+        let probe =
+            Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask: Ask::Connect };
+        Rhythm::new(&probe, Turn { place, of }, START)
+    }
+
+    #[test]
+    fn the_first_round_is_over_within_the_interval() {
+        for (interval, timeout, of, place, expected_ms) in [
+            (5 * SECOND, SECOND, 1, 0, 0),
+            (5 * SECOND, SECOND, 3, 2, 4),
+            (5 * SECOND, SECOND, 2_000, 1_999, 3_998),
+            (5 * SECOND, SECOND, 10_000, 5_000, 2_000),
+            (5 * SECOND, SECOND, 10_000, 10_000, 4_000),
+            (5 * SECOND, 5 * SECOND, 10_000, 10_000, 2_500),
+            (5 * SECOND, SECOND, 0, 0, 0),
+        ] {
+            let due = rhythm(interval, timeout, place, of).due;
+            assert_eq!(
+                due.since(START).as_millis(),
+                expected_ms,
+                "{place} of {of}, {timeout:?} of {interval:?}"
+            );
         }
     }
-    result
-}
 
-async fn attempt(address: BackendAddr, source: Option<IpAddr>, limit: Duration) -> Connect {
-    let connected = async {
-        let socket = connect::start(address, source, Opening::Listens)?;
-        socket.writable().await?;
-        socket.take_error()?.map_or(Ok(socket), Err)
-    };
-    match timeout(limit, connected).await {
-        Ok(Ok(socket)) => {
-            socket.set_zero_linger().unwrap_or_default();
-            Connect::Done
+    #[test]
+    fn the_mean_rate_is_kept_however_long_a_probe_takes() {
+        let mut rhythm = rhythm(SECOND, SECOND, 0, 1);
+        let (mut least, mut most) = (SECOND, SECOND);
+        let mut random = fastrand::Rng::with_seed(7);
+        for _ in 0..10_000 {
+            let before = rhythm.due;
+            let now = before + SECOND.mul_f64(random.f64());
+            rhythm.advance(now, Duration::from_nanos(random.u64(0..=rhythm.most_jitter())));
+            let gap = rhythm.due.since(before);
+            (least, most) = (least.min(gap), most.max(gap));
         }
-        Ok(Err(error)) => connect::classify(&error),
-        Err(_) => Connect::Timeout,
+        let millis = |span: Duration| span.as_secs_f64() * 1e3;
+        assert!((900.0..905.0).contains(&millis(least)), "{least:?}");
+        assert!((1_095.0..=1_100.0).contains(&millis(most)), "{most:?}");
+        let mean = millis(rhythm.due.since(START)) / 1e4;
+        assert!((998.0..1_002.0).contains(&mean), "{mean}");
+    }
+
+    #[test]
+    fn what_was_missed_is_not_made_up_for() {
+        let mut rhythm = rhythm(SECOND, SECOND, 0, 1);
+        let late = START + 100 * SECOND;
+        rhythm.advance(late, SECOND / 10);
+        assert_eq!(rhythm.due, late);
+        rhythm.advance(late + SECOND * 2, SECOND / 10);
+        assert_eq!(rhythm.due, late + SECOND, "at most one");
+    }
+
+    #[test]
+    fn a_shortage_is_told_once_in_a_minute() {
+        assert!(is_due(None, START));
+        assert!(!is_due(Some(START), START + Duration::from_millis(59_999)));
+        assert!(is_due(Some(START), START + WARNING));
+    }
+
+    #[test]
+    fn a_waiting_probe_takes_little_memory() {
+        let (interval, timeout) = (5 * SECOND, SECOND);
+        let probe =
+            Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask: Ask::Connect };
+        let backend = crate::addr::BackendAddr("127.0.0.1:1".parse().unwrap());
+        let size = size_of_val(&ask::ask(backend, &[], &probe));
+        assert!(size < 2_048, "{size} bytes for each backend");
     }
 }

@@ -4,6 +4,7 @@ mod crew;
 mod drain;
 mod limits;
 mod listen;
+mod upkeep;
 mod worker;
 mod writer;
 
@@ -20,8 +21,9 @@ use self::drain::Stage;
 use self::worker::Post;
 use crate::account::log::QUEUE;
 use crate::admin;
-use crate::config::{Config, Drain, Probe};
-use crate::probe;
+use crate::config::{Config, Drain};
+use crate::probe::Lanes;
+use crate::resolve::{NoServers, Resolver};
 use crate::state::Live;
 
 pub use self::limits::Capacity;
@@ -57,6 +59,9 @@ pub enum StartError {
         /// The hard limit.
         found: u64,
     },
+    /// A pool has names, and there is nobody to ask for them.
+    #[error("dns.servers: must name a server where pools have host names, for {0}")]
+    NoServers(#[from] NoServers),
     /// A thread or its runtime could not be made.
     #[error("a worker thread could not be started: {0}")]
     Thread(#[from] io::Error),
@@ -88,11 +93,13 @@ impl Server {
     pub fn start(config: &Config) -> Result<Self, StartError> {
         let workers = limits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
-        let capacity = limits::capacity(&config.process, workers, sockets)?;
+        let capacity = limits::capacity(config, workers, sockets)?;
         let live = Live::new(config, workers, capacity.sessions, capacity.pipes);
         let admin = listen::page("admin", config.admin.bind)?;
         let health = listen::page("health", config.health.bind)?;
         listen::try_sources(config)?;
+        let named = live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0);
+        let resolver = named.then(|| Resolver::new(&config.dns).map(Arc::new)).transpose()?;
         let doors = listen::doors(config, workers)?;
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
@@ -130,6 +137,8 @@ impl Server {
         }
         let control = Control {
             live,
+            lanes: Arc::new(Lanes::new(capacity.probes)),
+            resolver,
             crew,
             path: config.health.path.clone(),
             drain: config.drain,
@@ -224,6 +233,8 @@ fn local_address(socket: &TcpListener) -> Result<SocketAddr, StartError> {
 /// What the control thread runs.
 struct Control {
     live: Arc<Live>,
+    lanes: Arc<Lanes>,
+    resolver: Option<Arc<Resolver>>,
     crew: Arc<crew::Crew>,
     /// The path of the health check.
     path: String,
@@ -240,20 +251,9 @@ impl Control {
         std::thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(self.run()))
     }
 
-    /// Pages and probes, until the process is over.
+    /// Pages, probes and lookups, until the process is over.
     async fn run(self) {
-        for pool in &self.live.snapshot.load().pools {
-            if pool.probe == Probe::None {
-                continue;
-            }
-            for place in 0..pool.backends().len() {
-                let live = Arc::clone(&self.live);
-                let first = move || {
-                    live.unprobed.fetch_sub(1, std::sync::atomic::Ordering::AcqRel);
-                };
-                tokio::spawn(probe::run(Arc::clone(pool), place, first));
-            }
-        }
+        upkeep::start(&self.live, &self.lanes, self.resolver.as_ref());
         tokio::spawn(admin::serve(self.admin, Arc::clone(&self.live)));
         tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(&self.live)));
         drain::run(&self.drain, &self.live, &self.crew, self.stage, self.drains).await;

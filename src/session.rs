@@ -3,6 +3,7 @@
 pub mod rejections;
 
 use std::cell::RefCell;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,16 +20,17 @@ use crate::admission::pacer::Pacer;
 use crate::admission::quota::Permit;
 use crate::admission::slots::Slots;
 use crate::clock;
+use crate::clock::wheel::Span;
 use crate::connect::{self, Failure, Opening};
 use crate::forward::pace::Lent;
 use crate::forward::pipe::Pipes;
 use crate::forward::{self, Pair};
 use crate::header::{self, Client};
 use crate::id::{EndpointId, SessionId};
-use crate::life::{Life, Local};
-use crate::outcome::{At, Outcome, Why};
-use crate::pool::backend::Picked;
-use crate::pool::{Pool, Tried};
+use crate::life::{Cut, Life, Local};
+use crate::outcome::{At, By, Outcome, Why};
+use crate::pool::queue::Place;
+use crate::pool::{Failed, Nobody, Picked, Pool, Tried, pick};
 use crate::state::{Listener, Live, Snapshot};
 use crate::tenant::Tenant;
 
@@ -116,9 +118,11 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
     let (Ok(outcome) | Err(outcome)) = async {
         let _slot = worker.slots.take().ok_or(Outcome::reject(At::Accept, Why::Shed))?;
         // What leads to forwarding takes more room than forwarding does, and gives it back.
-        let (pair, permit, _load) = Box::pin(steps.lead(accepted, &mut life, &mut story)).await?;
+        let (pair, permit, picked) = Box::pin(steps.lead(accepted, &mut life, &mut story)).await?;
         let lent = Lent { pipes: &worker.pipes, pacer: &worker.pacer, quota: permit.quota() };
-        Ok(forward::relay(pair, snapshot.patience, lent, &mut life).await)
+        let outcome = forward::relay(pair, snapshot.patience, lent, &mut life).await;
+        judge(&picked, outcome, &life, &story);
+        Ok(outcome)
     }
     .await;
     let bytes = life.meter.bytes();
@@ -172,7 +176,7 @@ impl<'a> Steps<'a> {
         let (pool, permit) = heard.inspect_err(|_| client.connection.reset_on_close())?;
         let speaks = pool.send_proxy || client.has_payload();
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
-        let dialled = self.dial(pool, opening, life, story).await;
+        let dialled = self.dial(pool, &client, opening, life, story).await;
         let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
@@ -218,20 +222,37 @@ impl<'a> Steps<'a> {
         Ok((pool, permit))
     }
 
-    /// A connection to a backend: to another one after each failure, while attempts and backends are left.
+    /// A connection to a backend: to another one after each failure, while attempts, budget and backends are left.
     async fn dial(
         &self,
         pool: &Pool,
+        client: &Client,
         opening: Opening,
         life: &mut Life,
         story: &mut Story<'a>,
     ) -> Result<(TcpStream, Picked), Outcome> {
-        let start = clock::now();
+        pool.arrived(story.tenant.map_or(0, |tenant| tenant.label.serial()));
+        let key = pool.key(|| by_client(client), || by_endpoint(client));
         let mut tried = Tried::default();
         let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
-        while story.attempts < pool.attempts
-            && let Some(picked) = pool.pick(self.worker.roll(), &mut tried)
-        {
+        let mut start = clock::now();
+        while story.attempts < pool.attempts {
+            let picked = match pool.pick(key, self.worker.roll(), &mut tried) {
+                Ok(picked) => picked,
+                // A session that could not connect does not wait as well.
+                Err(Nobody::Free) if tried.is_empty() => {
+                    let place = pool.wait().ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
+                    let waited = wait(place, pool.queue_timeout, life).await;
+                    let now = clock::now();
+                    story.marks.queued = Some(now.since(start));
+                    start = now;
+                    tried.add_picked(waited?)
+                }
+                Err(Nobody::Free | Nobody::Usable) => break,
+            };
+            if story.attempts > 0 && !pool.may_retry(clock::now()) {
+                break;
+            }
             story.attempts += 1;
             story.backend = Some(picked.address());
             match self.dial_one(pool, &picked, opening, life).await {
@@ -241,12 +262,19 @@ impl<'a> Steps<'a> {
                         Some(u32::try_from((took.as_nanos() + 500) / 1000).unwrap_or(u32::MAX));
                     life.meter.tried(picked.label(), Connect::Done);
                     life.meter.connected(took);
+                    picked.connected();
                     return Ok((socket, picked));
                 }
                 Err(failure) => {
                     failed = failure.outcome();
                     let Failure::Backend(result) = failure else { break };
                     life.meter.tried(picked.label(), result);
+                    // What is short here is not the backend's fault.
+                    if !matches!(result, Connect::NoLocalPort | Connect::Shortage) {
+                        pool.failed(&picked, Failed::Connect, clock::now())
+                            .iter()
+                            .for_each(|change| change.log(pool));
+                    }
                 }
             }
         }
@@ -273,4 +301,43 @@ impl<'a> Steps<'a> {
         }
         result
     }
+}
+
+/// What a session that was forwarded says of its backend.
+fn judge(picked: &Picked, outcome: Outcome, life: &Life, story: &Story<'_>) {
+    if life.meter.bytes().to_client > 0 {
+        picked.answered();
+    } else if outcome.by == By::Backend && matches!(outcome.why, Why::Reset | Why::Unanswered) {
+        let (Some(pool), Some(tenant)) = (story.pool, story.tenant) else { return };
+        let failed = Failed::Reset { tenant: tenant.label.serial() };
+        pool.failed(picked, failed, clock::now()).iter().for_each(|change| change.log(pool));
+    }
+}
+
+/// Waits in line for a backend with room.
+async fn wait(place: Place, at_most: Duration, life: &mut Life) -> Result<Picked, Outcome> {
+    life.wake_at(life.tick().after(Span::of(at_most)));
+    let waited = life.watch(place).await;
+    // Room that is there because all sessions end is room for nobody.
+    waited.and_then(|picked| if life.is_over() { Err(Cut::Drained) } else { Ok(picked) }).map_err(|cut| {
+        let why = match cut {
+            Cut::Expired => Why::QueueTimeout,
+            Cut::Drained => Why::Drained,
+        };
+        Outcome::reject(At::Pool, why)
+    })
+}
+
+/// The same for the same client, whatever its port.
+fn by_client(client: &Client) -> u64 {
+    match client.address.map(|address| address.0.ip()) {
+        Some(IpAddr::V4(ip)) => pick::hash(&ip.octets()),
+        Some(IpAddr::V6(ip)) => pick::hash(&ip.octets()),
+        None => 0,
+    }
+}
+
+/// The same for the same endpoint; where there is none, for the same client.
+fn by_endpoint(client: &Client) -> u64 {
+    client.endpoint.id().map_or_else(|| by_client(client), |id| pick::hash(&id.number().to_be_bytes()))
 }

@@ -10,17 +10,14 @@ use ipnet::IpNet;
 
 use crate::account::meter::Shard;
 use crate::account::{Label, Labels, lock};
-use crate::addr::BackendAddr;
 use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
 use crate::clock::wheel::Span;
-use crate::config::{Config, Fallback, Identity, Probe};
+use crate::config::{Config, Fallback, Identity};
 use crate::forward::Patience;
 use crate::forward::pipe::{self, Budget};
 use crate::header;
 use crate::pool::Pool;
-use crate::pool::backend::Backend;
-use crate::pool::health::{Rules, State};
 use crate::tenant::{self, Directory, Tenant};
 
 mod reload;
@@ -61,7 +58,7 @@ impl Snapshot {
     /// Makes a snapshot of a configuration that passed its checks.
     #[must_use]
     pub fn new(config: &Config, labels: &Labels, quotas: &Quotas) -> Self {
-        let pools = config.pools.iter().map(|pool| Arc::new(new_pool(pool, labels))).collect();
+        let pools = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, labels))).collect();
         let listeners = config.listeners.iter().map(|listener| Listener {
             label: labels.intern(&listener.name),
             trusted: match &listener.identity {
@@ -130,17 +127,6 @@ fn places<'a>(names: impl Iterator<Item = &'a String>) -> HashMap<&'a str, u32> 
     names.map(String::as_str).zip(0..).collect()
 }
 
-fn new_pool(config: &crate::config::Pool, labels: &Labels) -> Pool {
-    let (rules, state) = match config.health {
-        Probe::None => (Rules { rise: 1, fall: 1 }, State::Healthy),
-        Probe::Tcp { rise, fall, .. } => (Rules { rise, fall }, State::Unknown),
-    };
-    let backends = config.backends.iter().map(|address| {
-        Arc::new(Backend::new(BackendAddr(*address), labels.intern(&address.to_string()), rules, state))
-    });
-    Pool::new(labels.intern(&config.name), config, backends.collect())
-}
-
 fn header_rules(listener: &crate::config::Listener, config: &Config) -> Option<header::Rules> {
     match listener.identity {
         Identity::Header { verify_crc, .. } => Some(header::Rules {
@@ -189,7 +175,7 @@ pub struct Live {
     pub stopped_doors: AtomicUsize,
     /// Every address of each listener, by the listener's place, once it is bound.
     pub bound: OnceLock<Vec<Vec<SocketAddr>>>,
-    /// Backends whose first probe is still out.
+    /// Backends whose first probe is still out, and names that were not yet looked up.
     pub unprobed: AtomicUsize,
     /// How often another configuration took its place.
     pub reloads: Reloads,
@@ -230,8 +216,11 @@ impl Live {
         let sessions = Slots::new(max_sessions);
         let quotas = Quotas::new(Arc::clone(&sessions));
         let snapshot = Snapshot::new(config, &labels, &quotas);
-        let unprobed = snapshot.pools.iter().filter(|pool| pool.probe != Probe::None);
-        let unprobed = unprobed.map(|pool| pool.backends().len()).sum();
+        let unknown = |pool: &Arc<Pool>| {
+            let probed = if pool.probe.is_some() { pool.roster().backends().len() } else { 0 };
+            probed + pool.names().count()
+        };
+        let unprobed = snapshot.pools.iter().map(unknown).sum();
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
             labels,

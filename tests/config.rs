@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use vestibule::config::{
-    AccessLog, Balance, Bandwidth, Config, Fallback, Faults, Format, Identity, Level, Limits, Mode, Probe,
-    Rate,
+    AccessLog, Ask, Backend, Balance, Bandwidth, Config, Dns, Ejection, Fallback, Faults, Format, Identity,
+    Level, Limits, Mode, Probe, Queue, Rate, Target,
 };
 
 fn load(path: impl AsRef<Path>) -> Result<Config, Faults> {
@@ -83,7 +83,19 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     assert_eq!((pool.balance, pool.attempts, pool.send_proxy), (Balance::P2c, 3, false));
     assert!(pool.source_addresses.is_empty());
     let (interval, timeout) = (Duration::from_secs(5), Duration::from_secs(2));
-    assert_eq!(pool.health, Probe::Tcp { interval, timeout, rise: 2, fall: 3, port: None });
+    let probe =
+        Probe { interval, timeout, rise: 2, fall: 3, port: None, send_proxy: false, ask: Ask::Connect };
+    assert_eq!(pool.health, Some(probe));
+    assert_eq!((pool.prefer_zone.as_ref(), pool.slow_start), (None, Duration::ZERO));
+    assert_eq!((pool.retry_budget, pool.panic_threshold), (20, 0));
+    assert_eq!(pool.queue, Queue { length: 0, timeout: Duration::from_secs(1) });
+    let base_time = Duration::from_secs(30);
+    assert_eq!(pool.ejection, Ejection { consecutive_failures: 5, base_time, max_percent: 50 });
+    let backend = &pool.backends[0];
+    assert_eq!((backend.weight, backend.zone.as_ref(), backend.max_sessions), (100, None, None));
+    assert!(!backend.backup);
+    let [timeout, min_ttl, max_ttl] = [2, 1, 60].map(Duration::from_secs);
+    assert_eq!(config.dns, Dns { servers: Vec::new(), timeout, min_ttl, max_ttl });
 
     let [tenant] = config.tenants.as_slice() else { panic!("one tenant") };
     assert_eq!((tenant.name.as_str(), tenant.enabled, tenant.pool.as_ref()), ("acme", true, None));
@@ -112,6 +124,25 @@ fn the_reference_is_valid_and_says_the_defaults() {
         (default.balance, default.attempts, default.send_proxy)
     );
     assert_eq!(ours.health, default.health);
+    assert_eq!(
+        (
+            &ours.prefer_zone,
+            ours.retry_budget,
+            ours.slow_start,
+            ours.queue,
+            ours.panic_threshold,
+            ours.ejection
+        ),
+        (
+            &default.prefer_zone,
+            default.retry_budget,
+            default.slow_start,
+            default.queue,
+            default.panic_threshold,
+            default.ejection
+        )
+    );
+    assert_eq!(reference.dns, minimal.dns);
     let names: Vec<_> = reference.tenants.iter().map(|tenant| tenant.name.as_str()).collect();
     assert_eq!(names, ["acme", "globex"], "the include is read");
     assert_eq!(reference.tenants[0].routes["postgres"], "acme-db");
@@ -143,9 +174,72 @@ fn what_is_not_the_default_is_read_too() {
     assert_eq!((pool.balance, pool.attempts, pool.send_proxy), (Balance::RoundRobin, 100, true));
     assert_eq!(pool.source_addresses.len(), 2);
     let (interval, timeout) = (Duration::from_secs(1), Duration::from_secs(1));
-    assert_eq!(pool.health, Probe::Tcp { interval, timeout, rise: 1, fall: 1, port: Some(65_535) });
-    assert_eq!(config.pools[1].health, Probe::None);
+    let ask = Ask::Connect;
+    let probe = Probe { interval, timeout, rise: 1, fall: 1, port: Some(65_535), send_proxy: true, ask };
+    assert_eq!(pool.health, Some(probe));
+    assert_eq!(config.pools[1].health, None);
     assert!(!config.tenants[0].enabled);
+}
+
+#[test]
+fn every_key_of_a_pool_is_read() {
+    let config = load("tests/config/valid/everything.toml").unwrap();
+    let [app, _, http, bare, exchange, names] = config.pools.as_slice() else { panic!("six pools") };
+    let backend = |target, weight| Backend { target, weight, zone: None, max_sessions: None, backup: false };
+    let address = |address: &str| Target::Address(address.parse().unwrap());
+    let host = |name: &str, port| Target::Host { name: name.to_owned(), port };
+    let zoned = Backend {
+        zone: Some("usw2-az1".to_owned()),
+        max_sessions: Some(1),
+        backup: true,
+        ..backend(address("[fd00::10]:80"), 0)
+    };
+    let bounded = Backend { max_sessions: Some(u32::MAX), ..backend(host("db.internal", 65_535), 1000) };
+    let service = backend(Target::Service("_http._tcp.example.com".to_owned()), 100);
+    assert_eq!(app.backends, [backend(address("10.0.1.10:80"), 100), zoned, bounded, service]);
+    assert_eq!(app.prefer_zone.as_deref(), Some("usw2-az1"));
+    assert_eq!((app.retry_budget, app.slow_start), (100, Duration::from_secs(30)));
+    let short = Duration::from_millis(1);
+    assert_eq!(app.queue, Queue { length: 100_000, timeout: short });
+    assert_eq!(app.panic_threshold, 100);
+    assert_eq!(app.ejection, Ejection { consecutive_failures: 1000, base_time: short, max_percent: 100 });
+
+    assert_eq!(http.prefer_zone, None);
+    let ways = [http, bare, exchange].map(|pool| pool.balance);
+    assert_eq!(ways, [Balance::MaglevEndpoint, Balance::LeastSessions, Balance::Maglev]);
+    let asks = [http, bare, exchange, names].map(|pool| pool.health.clone().unwrap().ask);
+    let expected = [
+        Ask::Http {
+            path: "/live?deep=1".to_owned(),
+            host: Some("example.com:8080".to_owned()),
+            expect_status: vec![100..=100, 200..=399, 599..=599],
+        },
+        Ask::Http { path: "/".to_owned(), host: None, expect_status: std::iter::once(200..=399).collect() },
+        Ask::Exchange { send: b"PING\r\n".to_vec(), expect: vec![10, 11], prefix: true },
+        Ask::Exchange { send: Vec::new(), expect: b"220 ".to_vec(), prefix: false },
+    ];
+    assert_eq!(asks, expected);
+    let targets: Vec<_> = names.backends.iter().map(|backend| backend.target.to_string()).collect();
+    assert_eq!(targets, ["db.internal:80", "db.internal:81"]);
+}
+
+#[test]
+fn name_servers_have_the_port_of_dns_where_none_is_written() {
+    let dns = load("tests/config/valid/everything.toml").unwrap().dns;
+    let servers: Vec<_> = dns.servers.iter().map(ToString::to_string).collect();
+    assert_eq!(servers, ["10.0.0.2:53", "10.0.0.3:5353", "[fd00::2]:53", "[fd00::3]:65535"]);
+    let times = [dns.timeout, dns.min_ttl, dns.max_ttl].map(|time| time.as_millis());
+    assert_eq!(times, [1, 120_000, 120_000]);
+}
+
+#[test]
+fn one_time_to_live_alone_is_no_slip_for_the_other() {
+    let minimal = std::fs::read_to_string("config/minimal.toml").unwrap();
+    let with = |dns: &str| Config::parse("dns.toml", &format!("{minimal}\n[dns]\n{dns}\n"));
+    let seconds = Duration::from_secs;
+    assert_eq!(with("min-ttl = \"60s\"").unwrap().dns.min_ttl, seconds(60));
+    assert_eq!(with("max-ttl = \"1s\"").unwrap().dns.max_ttl, seconds(1));
+    assert!(with("min-ttl = \"61s\"").is_err() && with("max-ttl = \"999ms\"").is_err());
 }
 
 #[test]

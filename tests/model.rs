@@ -1,5 +1,5 @@
-//! Random operations against naive models: the wheel, slots, limits, health, the pick, the directory, endpoint IDs,
-//! counters, bandwidth.
+//! Random operations against naive models: the wheel, slots, limits, pools, the directory, endpoint IDs, counters,
+//! bandwidth.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,8 +7,7 @@
     reason = "a test that meets the unexpected has failed"
 )]
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Wake, Waker};
@@ -17,23 +16,31 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use vestibule::account::Labels;
-use vestibule::addr::BackendAddr;
 use vestibule::admission::slots::Slots;
 use vestibule::clock::wheel::{Key, Tick, Wheel};
-use vestibule::config::{self, Balance, Probe};
+use vestibule::config;
 use vestibule::id::{Claim, EndpointId};
 use vestibule::outcome::Why;
-use vestibule::pool::backend::{Backend, Picked};
-use vestibule::pool::health::{Health, Rules, State};
-use vestibule::pool::{Pool, Tried, pick};
 use vestibule::tenant::{self, Directory, Tenant};
 
+#[path = "model/day.rs"]
+mod day;
+#[path = "model/least.rs"]
+mod least;
 #[path = "model/limits.rs"]
 mod limits;
+#[path = "model/maglev.rs"]
+mod maglev;
 #[path = "model/meter.rs"]
 mod meter;
+#[path = "model/naive.rs"]
+mod naive;
 #[path = "model/pace.rs"]
 mod pace;
+#[path = "model/pool.rs"]
+mod pool;
+#[path = "model/whole.rs"]
+mod whole;
 
 // The timing wheel.
 
@@ -188,208 +195,6 @@ proptest! {
         }
         drop(held);
         prop_assert_eq!(slots.used(), 0);
-    }
-}
-
-// Health.
-
-/// What to believe after these results: the first decides, then so many equal ones at the end.
-fn believed(rules: Rules, start: State, results: &[bool]) -> State {
-    let mut state = start;
-    for seen in 1..=results.len() {
-        let seen = &results[..seen];
-        let ends_with = |result: bool, count: u32| {
-            let tail = seen.iter().rev().take(count as usize).filter(|one| **one == result).count();
-            tail == count as usize
-        };
-        state = match state {
-            State::Unknown if seen[0] => State::Healthy,
-            State::Unknown => State::Unhealthy,
-            State::Healthy if ends_with(false, rules.fall) => State::Unhealthy,
-            State::Unhealthy if ends_with(true, rules.rise) => State::Healthy,
-            same @ (State::Healthy | State::Unhealthy) => same,
-        };
-    }
-    state
-}
-
-proptest! {
-    #[test]
-    fn health_is_what_the_last_results_say(
-        rise in 1..6_u32,
-        fall in 1..6_u32,
-        start in prop::sample::select(vec![State::Unknown, State::Healthy, State::Unhealthy]),
-        results in prop::collection::vec(prop_oneof![3 => Just(true), 2 => Just(false)], 0..60),
-    ) {
-        let rules = Rules { rise, fall };
-        let mut health = Health::new(rules, start);
-        for seen in 0..results.len() {
-            let before = believed(rules, start, &results[..seen]);
-            let after = believed(rules, start, &results[..=seen]);
-            prop_assert_eq!(health.observe(results[seen]), (before != after).then_some(after));
-            prop_assert_eq!(health.state(), after);
-        }
-    }
-}
-
-// The pick.
-
-fn pool(balance: Balance, count: u16) -> Pool {
-    let labels = Labels::default();
-    let addresses: Vec<SocketAddr> = (0..count).map(|place| ([10, 0, 0, 1], 1000 + place).into()).collect();
-    let config = config::Pool {
-        name: "shared".to_owned(),
-        balance,
-        backends: addresses.clone(),
-        send_proxy: false,
-        attempts: 3,
-        source_addresses: Vec::new(),
-        health: Probe::None,
-    };
-    let backend = |address: SocketAddr| {
-        let label = labels.intern(&address.to_string());
-        let rules = Rules { rise: 1, fall: 1 };
-        Arc::new(Backend::new(BackendAddr(address), label, rules, State::Unknown))
-    };
-    let backends = addresses.into_iter().map(backend).collect();
-    Pool::new(labels.intern("shared"), &config, backends)
-}
-
-fn place(picked: &Picked) -> usize {
-    usize::from(picked.address().0.port() - 1000)
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    /// A session that tries so many backends, and keeps the last.
-    Session(Vec<u64>),
-    /// Of the sessions, this one ends.
-    End(Index),
-    /// A probe's result.
-    Probe(Index, bool),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        4 => prop::collection::vec(any::<u64>(), 1..5).prop_map(Step::Session),
-        2 => any::<Index>().prop_map(Step::End),
-        2 => (any::<Index>(), any::<bool>()).prop_map(|(which, result)| Step::Probe(which, result)),
-    ]
-}
-
-fn run_the_pool(balance: Balance, count: u16, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let pool = pool(balance, count);
-    let mut states = vec![State::Unknown; usize::from(count)];
-    let mut loads = vec![0_u32; usize::from(count)];
-    let mut sessions = Vec::new();
-    for step in steps {
-        let all = |state| (0..states.len()).filter(|place| states[*place] == state).collect::<Vec<_>>();
-        let usable = Some(all(State::Healthy)).filter(|some| !some.is_empty()).unwrap_or(all(State::Unknown));
-        prop_assert_eq!(pool.usable(), usable.len());
-        match step {
-            Step::Session(rolls) => {
-                let (mut tried, mut places) = (Tried::default(), BTreeSet::new());
-                let mut last: Option<Picked> = None;
-                for roll in rolls {
-                    let left: Vec<_> =
-                        usable.iter().copied().filter(|place| !places.contains(place)).collect();
-                    // The attempt before is over when the next is made.
-                    drop(last.take());
-                    let Some(picked) = pool.pick(roll, &mut tried) else {
-                        prop_assert!(left.is_empty());
-                        break;
-                    };
-                    let place = place(&picked);
-                    prop_assert!(left.contains(&place));
-                    let heaviest = left.iter().map(|place| loads[*place]).max().unwrap_or_default();
-                    let others =
-                        left.iter().filter(|other| **other != place && loads[**other] == heaviest).count();
-                    if balance == Balance::P2c && left.len() > 1 {
-                        prop_assert!(
-                            loads[place] < heaviest || others > 0,
-                            "the most loaded of all never wins"
-                        );
-                    }
-                    places.insert(place);
-                    prop_assert_eq!((tried.len(), tried.is_empty()), (places.len(), false));
-                    last = Some(picked);
-                }
-                if let Some(picked) = last {
-                    loads[place(&picked)] += 1;
-                    sessions.push(picked);
-                }
-            }
-            Step::End(which) if !sessions.is_empty() => {
-                let ended = sessions.swap_remove(which.index(sessions.len()));
-                loads[place(&ended)] -= 1;
-            }
-            Step::End(_) => {}
-            Step::Probe(which, result) => {
-                let which = which.index(states.len());
-                let state = if result { State::Healthy } else { State::Unhealthy };
-                let changed = (states[which] != state).then_some(state);
-                prop_assert_eq!(pool.backends()[which].observe(result), changed);
-                pool.refresh();
-                states[which] = state;
-            }
-        }
-        let shown: Vec<u32> = pool.backends().iter().map(|backend| backend.load()).collect();
-        prop_assert_eq!(&shown, &loads);
-    }
-    drop(sessions);
-    prop_assert!(pool.backends().iter().all(|backend| backend.load() == 0));
-    Ok(())
-}
-
-proptest! {
-    #[test]
-    fn nobody_unhealthy_or_tried_is_picked_in_turn(count in 1..8_u16, steps in prop::collection::vec(step(), 0..60)) {
-        run_the_pool(Balance::RoundRobin, count, steps)?;
-    }
-
-    #[test]
-    fn nobody_unhealthy_or_tried_is_picked_by_load(count in 1..8_u16, steps in prop::collection::vec(step(), 0..60)) {
-        run_the_pool(Balance::P2c, count, steps)?;
-    }
-
-    #[test]
-    fn round_robin_is_even_from_wherever_it_starts(count in 1..30_u16, skipped in 0..50_u16, rounds in 1..10_usize) {
-        let pool = pool(Balance::RoundRobin, count);
-        for _ in 0..skipped {
-            drop(pool.pick(0, &mut Tried::default()));
-        }
-        let picked: Vec<_> = (0..usize::from(count) * rounds)
-            .map(|_| place(&pool.pick(0, &mut Tried::default()).unwrap()))
-            .collect();
-        for round in picked.chunks(usize::from(count)) {
-            prop_assert_eq!(round.iter().collect::<BTreeSet<_>>().len(), usize::from(count));
-        }
-    }
-
-    #[test]
-    fn p2c_takes_the_less_loaded_of_the_two_that_the_roll_names(
-        roll in any::<u64>(),
-        loads in prop::collection::vec(0..4_u32, 2..40),
-    ) {
-        let (len, high, low) = (loads.len() as u64, roll >> 32, roll & 0xFFFF_FFFF);
-        let first = (high * len) >> 32;
-        let second = (first + 1 + ((low * (len - 1)) >> 32)) % len;
-        let [first, second] = [first, second].map(|place| usize::try_from(place).unwrap());
-        prop_assert_ne!(first, second);
-        let picked = pick::p2c(roll, loads.len(), |place| loads[place]).unwrap();
-        prop_assert_eq!(picked, if loads[second] < loads[first] { second } else { first });
-    }
-
-    #[test]
-    fn p2c_looks_at_two_loads_and_no_more(roll in any::<u64>(), len in 2..5000_usize) {
-        let looks = AtomicUsize::new(0);
-        let picked = pick::p2c(roll, len, |place| {
-            assert!(place < len);
-            looks.fetch_add(1, Ordering::Relaxed);
-            0
-        });
-        prop_assert!(picked.is_some());
-        prop_assert_eq!(looks.into_inner(), 2);
     }
 }
 

@@ -41,9 +41,136 @@ impl Connect {
     }
 }
 
+/// How a probe ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Verdict {
+    /// The backend does what is asked of it.
+    Passed,
+    /// Nothing listens there.
+    ConnectRefused,
+    /// It did not accept in time.
+    ConnectTimeout,
+    /// There is no way to it.
+    ConnectUnreachable,
+    /// The connection failed in another way.
+    ConnectFailed,
+    /// It reset the connection before its answer was whole.
+    Reset,
+    /// It ended the connection before its answer was whole.
+    Closed,
+    /// Its answer was not whole in time.
+    AnswerTimeout,
+    /// Its answer has no end within the bytes that are read.
+    AnswerTooLong,
+    /// Its answer is no HTTP/1 response.
+    AnswerMalformed,
+    /// It answers with TLS, and was asked in the clear.
+    AnswerTls,
+    /// Its HTTP status is none of the expected.
+    UnexpectedStatus,
+    /// Its answer is not the expected one.
+    UnexpectedAnswer,
+    /// No local port was left: says nothing of the backend.
+    NoLocalPort,
+    /// Descriptors or memory were short here: says nothing of the backend.
+    Shortage,
+}
+
+impl Verdict {
+    /// Every result.
+    pub const ALL: [Self; 15] = [
+        Self::Passed,
+        Self::ConnectRefused,
+        Self::ConnectTimeout,
+        Self::ConnectUnreachable,
+        Self::ConnectFailed,
+        Self::Reset,
+        Self::Closed,
+        Self::AnswerTimeout,
+        Self::AnswerTooLong,
+        Self::AnswerMalformed,
+        Self::AnswerTls,
+        Self::UnexpectedStatus,
+        Self::UnexpectedAnswer,
+        Self::NoLocalPort,
+        Self::Shortage,
+    ];
+
+    /// The word in log, metrics and status.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::ConnectRefused => "connect_refused",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::ConnectUnreachable => "connect_unreachable",
+            Self::ConnectFailed => "connect_failed",
+            Self::Reset => "reset",
+            Self::Closed => "closed",
+            Self::AnswerTimeout => "answer_timeout",
+            Self::AnswerTooLong => "answer_too_long",
+            Self::AnswerMalformed => "answer_malformed",
+            Self::AnswerTls => "answer_tls",
+            Self::UnexpectedStatus => "unexpected_status",
+            Self::UnexpectedAnswer => "unexpected_answer",
+            Self::NoLocalPort => "no_local_port",
+            Self::Shortage => "shortage",
+        }
+    }
+
+    /// Whether the backend works; `None` where the probe says nothing of it.
+    #[must_use]
+    pub const fn is_success(self) -> Option<bool> {
+        match self {
+            Self::Passed => Some(true),
+            Self::NoLocalPort | Self::Shortage => None,
+            Self::ConnectRefused
+            | Self::ConnectTimeout
+            | Self::ConnectUnreachable
+            | Self::ConnectFailed
+            | Self::Reset
+            | Self::Closed
+            | Self::AnswerTimeout
+            | Self::AnswerTooLong
+            | Self::AnswerMalformed
+            | Self::AnswerTls
+            | Self::UnexpectedStatus
+            | Self::UnexpectedAnswer => Some(false),
+        }
+    }
+}
+
+impl From<Connect> for Verdict {
+    fn from(result: Connect) -> Self {
+        match result {
+            Connect::Done => Self::Passed,
+            Connect::Refused => Self::ConnectRefused,
+            Connect::Timeout => Self::ConnectTimeout,
+            Connect::Unreachable => Self::ConnectUnreachable,
+            Connect::NoLocalPort => Self::NoLocalPort,
+            Connect::Shortage => Self::Shortage,
+            Connect::Failed => Self::ConnectFailed,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_probe_that_could_not_be_sent_is_no_verdict() {
+        let silent = Verdict::ALL.into_iter().filter(|verdict| verdict.is_success().is_none());
+        assert_eq!(silent.collect::<Vec<_>>(), [Verdict::NoLocalPort, Verdict::Shortage]);
+        for result in Connect::ALL {
+            let same = result == Connect::Done || Verdict::from(result).word() == result.word();
+            assert!(same, "{result:?}");
+        }
+        let words: std::collections::BTreeSet<_> = Verdict::ALL.map(Verdict::word).into();
+        assert_eq!(words.len(), Verdict::ALL.len());
+        assert!(Verdict::ALL.iter().enumerate().all(|(place, verdict)| *verdict as usize == place));
+    }
 
     #[test]
     fn every_result_has_a_word_of_its_own() {

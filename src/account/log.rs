@@ -48,9 +48,11 @@ pub struct Record<'a> {
     pub labels: Option<&'a BTreeMap<String, String>>,
 }
 
-/// What a tenant's limits have to do with a session that was not rejected, or with the line of one that was.
+/// What most lines do not have: how a session waited, and what its tenant's limits have to do with it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Marks {
+    /// How long it waited for a backend with room.
+    pub queued: Option<Duration>,
     /// Why it would have been rejected, were the limits not only observed.
     pub would_reject: Option<Why>,
     /// Whether its bytes would have had to wait.
@@ -61,6 +63,10 @@ pub struct Marks {
 
 impl Marks {
     fn write(self, to: &mut Vec<u8>) {
+        if let Some(span) = self.queued {
+            to.extend_from_slice(br#","queued_ms":"#);
+            milliseconds(to, span);
+        }
         if let Some(why) = self.would_reject {
             to.extend_from_slice(br#","would_reject":[""#);
             to.extend_from_slice(why.word().as_bytes());
@@ -325,11 +331,12 @@ mod tests {
     fn what_limits_have_to_do_with_it_is_said_only_where_they_have() {
         let (journal, receiver) = journal(1);
         let labels = BTreeMap::new();
-        let marks = Marks { would_reject: Some(Why::SessionLimit), would_delay: true, left_out: 7 };
+        let queued = Some(Duration::from_micros(1_500));
+        let marks = Marks { queued, would_reject: Some(Why::SessionLimit), would_delay: true, left_out: 7 };
         journal.write(&Record { marks, ..record(&labels) });
         journal.flush();
         let line = String::from_utf8(receiver.recv().unwrap().text).unwrap();
-        let expected = r#""would_reject":["session_limit"],"would_delay":true,"left_out":7,"labels":{}}"#;
+        let expected = r#""queued_ms":1.5,"would_reject":["session_limit"],"would_delay":true,"left_out":7,"labels":{}}"#;
         assert!(line.trim_end().ends_with(expected), "{line}");
     }
 

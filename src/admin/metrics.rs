@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use prometheus::core::{Collector, Desc};
 use prometheus::process_collector::ProcessCollector;
@@ -16,7 +16,8 @@ use crate::account::latency::{Recorder, Times};
 use crate::account::meter::Shard;
 use crate::account::names::{self, Kind, Metric};
 use crate::account::{Direction, EachWay};
-use crate::pool::health::State;
+use crate::clock::{self, Moment};
+use crate::pool::health::{FULL, State};
 use crate::state::Live;
 
 /// The bounds of the connect time's buckets.
@@ -213,20 +214,47 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }
 
-/// What probes say, which no worker counts.
+/// What probes, names and sessions say of backends, which no worker counts.
 fn pools(sheet: &mut Sheet, live: &Live) {
+    let (now, wall) = (clock::now(), clock::wall());
+    let unix = |moment: Moment| {
+        let then = wall.checked_sub(now.since(moment)).unwrap_or(UNIX_EPOCH);
+        then.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    };
     for pool in &live.snapshot.load().pools {
-        for backend in pool.backends() {
-            let labels = [pool.label.name(), backend.label().name()];
+        let (name, roster) = (pool.label.name(), pool.roster());
+        sheet.count(&names::POOL_GROUND, &[name, roster.ground().word()], 1);
+        sheet.count(&names::POOL_USABLE, &[name], roster.used().len() as u64);
+        sheet.count(&names::POOL_QUEUED, &[name], pool.waiting() as u64);
+        let (made, refused) = pool.retries();
+        sheet.count(&names::POOL_RETRIES, &[name, "made"], made);
+        sheet.count(&names::POOL_RETRIES, &[name, "refused"], refused);
+        for (target, lookups) in pool.names().zip(pool.lookups()) {
+            let target = target.to_string();
+            for (lookup, count) in lookups.counts().filter(|(_, count)| *count > 0) {
+                sheet.count(&names::LOOKUPS, &[name, &target, lookup.word()], count);
+            }
+        }
+        for backend in roster.backends() {
+            let labels = [name, backend.label().name()];
             let healthy = match backend.state() {
                 State::Healthy => 1.0,
                 State::Unhealthy => 0.0,
                 State::Unknown => -1.0,
             };
             sheet.add(&names::BACKEND_HEALTHY, &labels, healthy);
-            let (done, failed) = backend.probes();
-            for (result, count) in [("done", done), ("failed", failed)] {
-                sheet.count(&names::BACKEND_PROBES, &[labels[0], labels[1], result], count);
+            sheet.add(&names::BACKEND_WEIGHT, &labels, f64::from(backend.weight()) / f64::from(FULL));
+            sheet.count(&names::BACKEND_RESETS, &labels, backend.early_resets());
+            sheet.count(&names::BACKEND_EJECTED, &labels, u64::from(backend.is_ejected()));
+            sheet.count(&names::BACKEND_EJECTIONS, &labels, backend.ejections());
+            let (changed, cause) = backend.summary().changed;
+            sheet.add(&names::BACKEND_CHANGED, &[labels[0], labels[1], cause.word()], unix(changed));
+            if pool.probe.is_some() {
+                let took = Duration::from_micros(backend.probe_us().into());
+                sheet.add(&names::BACKEND_PROBE_TIME, &labels, took.as_secs_f64());
+            }
+            for (verdict, count) in backend.probes().filter(|(_, count)| *count > 0) {
+                sheet.count(&names::BACKEND_PROBES, &[labels[0], labels[1], verdict.word()], count);
             }
         }
     }

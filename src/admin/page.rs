@@ -1,6 +1,7 @@
 //! `/`: the status for people, one page without scripts.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use super::status::Status;
 
@@ -38,6 +39,7 @@ pub(super) fn html(status: &Status) -> String {
     );
     listeners(&mut page, status);
     pools(&mut page, status);
+    backends(&mut page, status);
     tenants(&mut page, status);
     unidentified(&mut page, status);
     page.push_str("</body></html>\n");
@@ -54,14 +56,35 @@ fn listeners(page: &mut String, status: &Status) {
 }
 
 fn pools(page: &mut String, status: &Status) {
-    open(page, "Pools", &["pool", "backend", "state"], &["sessions", "probes done", "probes failed"]);
+    open(page, "Pools", &["pool", "used are"], &["usable", "queued", "retries", "retries refused"]);
+    for pool in &status.pools {
+        let waiting = [pool.usable as u64, pool.queued as u64];
+        row(
+            page,
+            &[&pool.name, pool.ground],
+            &[&waiting[..], &[pool.retries, pool.retries_refused]].concat(),
+        );
+    }
+    page.push_str("</table>");
+}
+
+fn backends(page: &mut String, status: &Status) {
+    let texts = ["pool", "backend", "zone", "state", "since", "because", "weight"];
+    open(page, "Backends", &texts, &["sessions", "ejections", "probes passed", "probes failed"]);
     for pool in &status.pools {
         for backend in &pool.backends {
-            row(
-                page,
-                &[&pool.name, &backend.address, backend.state],
-                &[u64::from(backend.sessions), backend.probes_done, backend.probes_failed],
-            );
+            let since = Duration::from_secs(backend.changed_seconds_ago);
+            let since = humantime::format_duration(since).to_string();
+            let zone = backend.zone.as_deref().unwrap_or("-");
+            let weight = if (backend.weight_in_force - f64::from(backend.weight)).abs() < 0.01 {
+                backend.weight.to_string()
+            } else {
+                format!("{:.1} of {}", backend.weight_in_force, backend.weight)
+            };
+            let texts = [&pool.name, &backend.address, zone, backend.state, &since, backend.why, &weight];
+            let probes = [backend.probes_done, backend.probes_failed];
+            let sessions = u64::from(backend.sessions);
+            row(page, &texts, &[&[sessions, backend.ejections], &probes[..]].concat());
         }
     }
     page.push_str("</table>");
@@ -102,7 +125,7 @@ fn row(page: &mut String, texts: &[&str], numbers: &[u64]) {
     for text in texts {
         let class = match *text {
             "healthy" => " class=\"good\"",
-            "unhealthy" => " class=\"bad\"",
+            "unhealthy" | "ejected" | "panic" | "nobody" => " class=\"bad\"",
             "unknown" => " class=\"dim\"",
             _ => "",
         };

@@ -6,7 +6,10 @@ use std::net::SocketAddr;
 use serde::Serialize;
 
 use crate::account::{Direction, Label};
+use crate::clock::{self, Moment};
 use crate::outcome::By;
+use crate::pool::backend::Backend;
+use crate::pool::health::FULL;
 use crate::state::{Live, NotReady};
 
 /// Tenants shown: those with the most sessions now, then those with the most sessions ever. A bound, so that a page
@@ -59,8 +62,16 @@ pub struct ListenerStatus {
 pub struct PoolStatus {
     /// Its name.
     pub name: String,
-    /// Backends that may be used.
+    /// Backends that get new sessions.
     pub usable: usize,
+    /// Why those are used: `healthy`, `backup`, `unknown`, `ejected`, `panic`; or `nobody` is.
+    pub ground: &'static str,
+    /// Sessions that wait for a backend with room.
+    pub queued: usize,
+    /// Attempts beyond a session's first that were made.
+    pub retries: u64,
+    /// Attempts that the retry budget had nothing left for.
+    pub retries_refused: u64,
     /// All of them.
     pub backends: Vec<BackendStatus>,
 }
@@ -70,10 +81,35 @@ pub struct PoolStatus {
 pub struct BackendStatus {
     /// Its address.
     pub address: String,
-    /// What probes say: `unknown`, `healthy` or `unhealthy`.
+    /// What probes say: `unknown`, `healthy` or `unhealthy`; or `ejected`, by sessions.
     pub state: &'static str,
+    /// Why it was last put in or out.
+    pub why: &'static str,
+    /// How long ago that was.
+    pub changed_seconds_ago: u64,
+    /// While it is ejected, for how much longer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ejected_seconds_more: Option<u64>,
+    /// How often it was ejected.
+    pub ejections: u64,
+    /// Its weight as configured or resolved.
+    pub weight: u32,
+    /// The weight in force; 0 gets no new sessions.
+    pub weight_in_force: f64,
+    /// Whether it is used only where no other can be.
+    pub backup: bool,
+    /// The zone that it is in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
     /// Sessions now, those being connected included.
     pub sessions: u32,
+    /// Sessions at most, where that is limited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sessions_limit: Option<u32>,
+    /// Sessions that it reset, or lost, before its first byte.
+    pub early_resets: u64,
+    /// How long its last probe took.
+    pub probe_ms: f64,
     /// Probes that succeeded.
     pub probes_done: u64,
     /// Probes that failed.
@@ -149,26 +185,47 @@ fn listeners(live: &Live) -> Vec<ListenerStatus> {
 }
 
 fn pools(live: &Live) -> Vec<PoolStatus> {
-    let snapshot = live.snapshot.load();
-    let pools = snapshot.pools.iter().map(|pool| PoolStatus {
-        name: pool.label.name().to_owned(),
-        usable: pool.usable(),
-        backends: pool
-            .backends()
-            .iter()
-            .map(|backend| {
-                let (probes_done, probes_failed) = backend.probes();
-                BackendStatus {
-                    address: backend.address().to_string(),
-                    state: backend.state().word(),
-                    sessions: backend.load(),
-                    probes_done,
-                    probes_failed,
-                }
-            })
-            .collect(),
+    let (snapshot, now) = (live.snapshot.load(), clock::now());
+    let pools = snapshot.pools.iter().map(|pool| {
+        let (roster, (retries, retries_refused)) = (pool.roster(), pool.retries());
+        PoolStatus {
+            name: pool.label.name().to_owned(),
+            usable: roster.used().len(),
+            ground: roster.ground().word(),
+            queued: pool.waiting(),
+            retries,
+            retries_refused,
+            backends: roster.backends().iter().map(|backend| self::backend(backend, now)).collect(),
+        }
     });
     pools.collect()
+}
+
+fn backend(backend: &Backend, now: Moment) -> BackendStatus {
+    let summary = backend.summary();
+    let (changed, cause) = summary.changed;
+    let probes = |success| {
+        let probes = backend.probes().filter(|(verdict, _)| verdict.is_success() == Some(success));
+        probes.map(|(_, count)| count).sum()
+    };
+    BackendStatus {
+        address: backend.address().to_string(),
+        state: if backend.is_ejected() { "ejected" } else { backend.state().word() },
+        why: cause.word(),
+        changed_seconds_ago: now.since(changed).as_secs(),
+        ejected_seconds_more: summary.ejected_until.map(|until| until.since(now).as_secs()),
+        ejections: backend.ejections(),
+        weight: summary.weight,
+        weight_in_force: f64::from(backend.weight()) / f64::from(FULL),
+        backup: summary.is_backup,
+        zone: backend.zone().map(str::to_owned),
+        sessions: backend.load(),
+        sessions_limit: backend.max_sessions(),
+        early_resets: backend.early_resets(),
+        probe_ms: f64::from(backend.probe_us()) / 1000.0,
+        probes_done: probes(true),
+        probes_failed: probes(false),
+    }
 }
 
 /// A tenant with what its quota says, and nothing of its traffic yet.

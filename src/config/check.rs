@@ -2,10 +2,12 @@
 
 mod address;
 mod build;
+mod dns;
 mod limits;
 mod listener;
 mod names;
 mod pool;
+mod probe;
 mod tenant;
 
 use std::time::Duration;
@@ -29,6 +31,7 @@ pub(super) fn check(mut written: Written) -> Result<Config, Faults> {
     there_is_a_listener(&written, &mut faults);
     listener::rules(&written, &mut faults);
     address::listener_addresses_do_not_overlap(&written, &mut faults);
+    dns::rules(&written, &mut faults);
     pool::rules(&written, &mut faults);
     tenant::rules(&written, &mut faults);
     limits::rules(&written, &mut faults);
@@ -113,6 +116,11 @@ fn timeouts_are_more_than_0s(written: &Written, faults: &mut Vec<Fault>) {
     for (key, timeout) in keys {
         faults.extend(no_time(timeout).map(|(offset, message)| head.fault_at(offset, key, message)));
     }
+}
+
+/// A time in words, and whether it is one that nobody wrote.
+fn told(time: Duration, field: &Field<Duration>) -> String {
+    format!("{time:?}{}", if field.is_absent() { " (the default)" } else { "" })
 }
 
 /// What is wrong with a time that must not be 0.

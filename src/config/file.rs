@@ -9,7 +9,7 @@ use toml::de::DeTable;
 use super::error::{Fault, Faults, Source};
 use super::section::{Field, Head, List, Section, into_array, into_table, quoted, shown};
 use super::written::{
-    Admin, Drain, HealthEndpoint, Limits, Listener, Log, Pool, Process, Tenant, Timeouts, Written,
+    Admin, Dns, Drain, HealthEndpoint, Limits, Listener, Log, Pool, Process, Tenant, Timeouts, Written,
 };
 
 /// Reads a file and all that it includes. Faults of form are handed on with what could be read.
@@ -155,6 +155,7 @@ impl Reading {
                 "log" => written.log = Log::read(&head, table, faults),
                 "timeouts" => written.timeouts = Timeouts::read(head, table, faults),
                 "drain" => written.drain = Drain::read(&head, table, faults),
+                "dns" => written.dns = Dns::read(head, table, faults),
                 _ => {
                     written.default_limits = Limits::of_defaults(&head, table, faults);
                     written.defaults = Some(head);
@@ -240,7 +241,8 @@ impl Reading {
 }
 
 /// The tables of the main file that stand once.
-const SINGLES: [&str; 7] = ["process", "admin", "health", "log", "timeouts", "drain", "tenant-defaults"];
+const SINGLES: [&str; 8] =
+    ["process", "admin", "health", "log", "timeouts", "drain", "dns", "tenant-defaults"];
 
 /// What the TOML parser says of a key that stands twice.
 const DUPLICATE: &str = "duplicate key";

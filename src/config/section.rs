@@ -196,6 +196,12 @@ impl<'i, 'f> Section<'i, 'f> {
         Section { head, prefix, offset, table, known, refused, faults: self.faults }.without_unbuilt(kind)
     }
 
+    /// Says beforehand which keys there are. Needed where two of them are alike: one is no slip for the other.
+    pub(super) fn knowing(mut self, keys: &[&'static str]) -> Self {
+        self.known.extend_from_slice(keys);
+        self
+    }
+
     /// Refuses what is not built yet of a table of this kind.
     fn without_unbuilt(mut self, kind: &str) -> Self {
         for part in unbuilt::parts_of(kind) {
@@ -251,6 +257,7 @@ impl<'i, 'f> Section<'i, 'f> {
         self.table.keys().map(Spanned::get_ref).any(|left| {
             left.len().abs_diff(key.len()) <= 3
                 && left.bytes().next() == key.bytes().next()
+                && !self.known.contains(&left.as_ref())
                 && suggest::closest(left, std::iter::once(key)).is_some()
         })
     }

@@ -1,5 +1,7 @@
 //! What a key may hold: numbers, words, addresses and names, each with the message for anything else.
 
+mod pool;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,10 +9,11 @@ use std::time::Duration;
 use ipnet::IpNet;
 use toml::de::DeValue;
 
+pub(super) use self::pool::{Bytes, HostHeader, Match, PathAndQuery, PreferZone, ProbeKind, SendProxy};
 use super::section::{FromToml, quoted, shown};
 use super::suggest;
 use super::unit::{self, Malformed, Ports};
-use super::{AccessLog, Balance, Fallback, Format, Level, Mode};
+use super::{AccessLog, Fallback, Format, Level, Mode};
 use crate::id::EndpointId;
 
 fn must_be(wanted: &str, value: &DeValue<'_>) -> String {
@@ -192,16 +195,23 @@ impl FromToml for SocketAddr {
     }
 }
 
-/// Where a backend accepts.
+/// Who is asked for the addresses of names; the port is DNS's own where none is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Target(pub(super) SocketAddr);
+pub(super) struct Nameserver(pub(super) SocketAddr);
 
-impl FromToml for Target {
+impl FromToml for Nameserver {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        const PORT: u16 = 53;
         let reachable = |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified();
-        text(value, "an IP address and a port, such as \"10.0.1.10:80\" or \"[fd00::10]:80\"", |text| {
-            text.parse().ok().filter(reachable).map(Self)
-        })
+        text(
+            value,
+            "an IP address, with a port or without, such as \"10.0.0.2\" or \"[fd00::2]:53\"",
+            |text| {
+                let address =
+                    text.parse().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::new(ip, PORT)));
+                address.ok().filter(reachable).map(Self)
+            },
+        )
     }
 }
 
@@ -301,35 +311,6 @@ impl FromToml for AccessLog {
             "off" => Some(Self::Off),
             path => Some(Self::File(PathBuf::from(path))),
         })
-    }
-}
-
-impl FromToml for Balance {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("p2c", Self::P2c), ("round-robin", Self::RoundRobin)])
-    }
-}
-
-/// Whether the client's header is passed on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct SendProxy(pub(super) bool);
-
-impl FromToml for SendProxy {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("off", Self(false)), ("v2", Self(true))])
-    }
-}
-
-/// What a probe does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ProbeKind {
-    None,
-    Tcp,
-}
-
-impl FromToml for ProbeKind {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("tcp", Self::Tcp), ("none", Self::None)])
     }
 }
 
@@ -434,10 +415,17 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_can_be_reached() {
-        assert_eq!(read("\"[::1]:80\""), Ok(Target("[::1]:80".parse().unwrap())));
-        for text in ["\"10.0.0.1:0\"", "\"0.0.0.0:80\"", "\"[::]:80\"", "\"10.0.0.1\"", "80"] {
-            assert!(read::<Target>(text).is_err(), "{text}");
+    fn a_name_server_has_a_port_by_default() {
+        for (text, address) in [
+            ("\"10.0.0.2\"", "10.0.0.2:53"),
+            ("\"10.0.0.2:5353\"", "10.0.0.2:5353"),
+            ("\"fd00::2\"", "[fd00::2]:53"),
+            ("\"[fd00::2]:65535\"", "[fd00::2]:65535"),
+        ] {
+            assert_eq!(read(text), Ok(Nameserver(address.parse().unwrap())), "{text}");
+        }
+        for text in ["\"10.0.0.2:0\"", "\"0.0.0.0\"", "\"[::]:53\"", "\"ns.example\"", "\"\"", "53"] {
+            assert!(read::<Nameserver>(text).is_err(), "{text}");
         }
     }
 

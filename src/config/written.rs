@@ -1,20 +1,22 @@
 //! What stands in the tables, key by key, before anything is said about what it means.
 
-use std::net::{IpAddr, SocketAddr};
+mod pool;
+
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml::de::DeTable;
 
+pub(super) use self::pool::{Backend, Pool, Probe};
 use super::error::Fault;
-use super::section::{Field, Head, List, Pairs, Section, into_table};
+use super::section::{Field, Head, List, Pairs, Section};
 use super::unit::Ports;
 use super::value::{
-    Count, Interval, Name, PerSecond, ProbeKind, Protocol, ProxyProtocol, SendProxy, Sessions, Size, State,
-    Target, UrlPath, Whole,
+    Count, Interval, Name, Nameserver, PerSecond, Protocol, ProxyProtocol, Sessions, Size, State, UrlPath,
+    Whole,
 };
-use super::{AccessLog, Balance, Fallback, Format, Level, Mode};
+use super::{AccessLog, Fallback, Format, Level, Mode};
 use crate::id::EndpointId;
 
 /// Everything that was written, in all files, and what was wrong with its form.
@@ -29,6 +31,7 @@ pub(super) struct Written {
     pub(super) log: Log,
     pub(super) timeouts: Timeouts,
     pub(super) drain: Drain,
+    pub(super) dns: Dns,
     pub(super) listeners: Vec<Listener>,
     pub(super) pools: Vec<Pool>,
     pub(super) tenants: Vec<Tenant>,
@@ -156,6 +159,26 @@ impl Drain {
     }
 }
 
+/// `[dns]`
+#[derive(Debug, Default)]
+pub(super) struct Dns {
+    pub(super) head: Option<Head>,
+    pub(super) servers: Field<List<Nameserver>>,
+    pub(super) timeout: Field<Duration>,
+    pub(super) min_ttl: Field<Duration>,
+    pub(super) max_ttl: Field<Duration>,
+}
+
+impl Dns {
+    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(&head, table, faults).knowing(&["min-ttl", "max-ttl"]);
+        let (servers, timeout) = (section.take_list("servers"), section.take("timeout"));
+        let (min_ttl, max_ttl) = (section.take("min-ttl"), section.take("max-ttl"));
+        section.finish();
+        Self { head: Some(head), servers, timeout, min_ttl, max_ttl }
+    }
+}
+
 /// `[[listener]]`
 #[derive(Debug)]
 pub(super) struct Listener {
@@ -199,100 +222,6 @@ impl Listener {
             tenant,
             max_pending,
         }
-    }
-}
-
-/// `[[pool]]`
-#[derive(Debug)]
-pub(super) struct Pool {
-    pub(super) head: Head,
-    pub(super) name: Field<Name>,
-    pub(super) balance: Field<Balance>,
-    pub(super) backends: Field<List<Target>>,
-    pub(super) send_proxy: Field<SendProxy>,
-    pub(super) attempts: Field<Whole<1, 100>>,
-    pub(super) source_addresses: Field<List<IpAddr>>,
-    pub(super) health: Probe,
-}
-
-impl Pool {
-    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
-        let mut section = Section::open(&head, table, faults);
-        let (name, balance) = (section.require("name", "\"shared\""), section.take("balance"));
-        let backends = backends(&mut section);
-        let (send_proxy, attempts) = (section.take("send-proxy"), section.take("attempts"));
-        let source_addresses = section.take_list("source-addresses");
-        let health = match section.take_table("health") {
-            Field::Given(table) => Probe::read(section.nested("pool.health", "health.", table)),
-            Field::Absent | Field::Faulty => Probe::default(),
-        };
-        section.finish();
-        Self { head, name, balance, backends, send_proxy, attempts, source_addresses, health }
-    }
-}
-
-/// Reads the list of backends, in which a text is short for a table with nothing but an address.
-fn backends(section: &mut Section<'_, '_>) -> Field<List<Target>> {
-    const KEY: &str = "backends";
-    let example = "[\"10.0.1.10:80\"]";
-    let value = match section.take_raw(KEY) {
-        Field::Given(value) => value,
-        Field::Faulty => return Field::Faulty,
-        Field::Absent => {
-            section.missing(KEY, example);
-            return Field::Faulty;
-        }
-    };
-    let span = value.span();
-    let Some(values) = section.array(KEY, value) else { return Field::Faulty };
-    let written = values.len();
-    let items: Vec<_> = values.into_iter().filter_map(|value| backend(section, value)).collect();
-    let complete = items.len() == written;
-    Field::Given(Spanned::new(span, List { items, complete }))
-}
-
-fn backend<'i>(pool: &mut Section<'i, '_>, value: Spanned<DeValue<'i>>) -> Option<Spanned<Target>> {
-    let span = value.span();
-    let table = into_table(value.into_inner()).unwrap_or_else(|short| {
-        let mut table = DeTable::new();
-        table.insert(Spanned::new(span.clone(), ADDRESS.into()), Spanned::new(span.clone(), short));
-        table
-    });
-    let mut section = pool.nested("backend", "backends.", Spanned::new(span, table));
-    let address = section.require(ADDRESS, "\"10.0.1.10:80\"");
-    section.finish();
-    match address {
-        Field::Given(address) => Some(address),
-        Field::Absent | Field::Faulty => None,
-    }
-}
-
-/// The key of a backend that a text stands for.
-const ADDRESS: &str = "address";
-
-/// `[pool.health]`
-#[derive(Debug, Default)]
-pub(super) struct Probe {
-    pub(super) kind: Field<ProbeKind>,
-    pub(super) interval: Field<Duration>,
-    pub(super) timeout: Field<Duration>,
-    pub(super) rise: Field<Count<1>>,
-    pub(super) fall: Field<Count<1>>,
-    pub(super) port: Field<Whole<1, 65_535>>,
-}
-
-impl Probe {
-    fn read(mut section: Section<'_, '_>) -> Self {
-        let read = Self {
-            kind: section.take("kind"),
-            interval: section.take("interval"),
-            timeout: section.take("timeout"),
-            rise: section.take("rise"),
-            fall: section.take("fall"),
-            port: section.take("port"),
-        };
-        section.finish();
-        read
     }
 }
 

@@ -1,5 +1,9 @@
 //! What probes say of a backend: so many successes in a row raise it, so many failures fell it.
 
+use std::time::Duration;
+
+use crate::clock::Moment;
+
 /// What is believed of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -22,6 +26,36 @@ impl State {
             Self::Unhealthy => "unhealthy",
         }
     }
+}
+
+impl From<u8> for State {
+    fn from(state: u8) -> Self {
+        match state {
+            state if state == Self::Healthy as u8 => Self::Healthy,
+            state if state == Self::Unhealthy as u8 => Self::Unhealthy,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// The parts of a whole weight.
+pub const FULL: u32 = 64;
+
+/// The least time from one part of a slow start to the next.
+const STEP: Duration = Duration::from_millis(100);
+
+/// How much counts of a backend that has been coming back since `since` and takes `span` for it, from 1 to [`FULL`]; and
+/// when there will be more, where it is not all.
+#[must_use]
+pub fn ramp(since: Moment, span: Duration, now: Moment) -> (u32, Option<Moment>) {
+    let passed = now.since(since);
+    if passed >= span {
+        return (FULL, None);
+    }
+    let parts = passed.as_nanos() * u128::from(FULL) / span.as_nanos().max(1);
+    let parts = u32::try_from(parts).unwrap_or(FULL).clamp(1, FULL);
+    let step = (span / FULL).max(STEP).min(span.saturating_sub(passed));
+    (parts, Some(now + step))
 }
 
 /// How many in a row it takes; both at least 1.
@@ -99,6 +133,22 @@ mod tests {
         assert_eq!(observe(&mut health, "-+-+"), [None; 4]);
         assert_eq!(health.observe(true), Some(State::Healthy));
         assert_eq!(health.state().word(), "healthy");
+    }
+
+    #[test]
+    fn who_comes_back_grows_in_a_line() {
+        let at = |milliseconds| Moment::default() + Duration::from_millis(milliseconds);
+        let span = Duration::from_secs(64);
+        assert_eq!(ramp(at(0), span, at(0)), (1, Some(at(1_000))));
+        assert_eq!(ramp(at(5), span, at(32_005)), (32, Some(at(33_005))));
+        assert_eq!(ramp(at(0), span, at(63_500)), (63, Some(at(64_000))), "not beyond the end");
+        assert_eq!(ramp(at(0), span, at(64_000)), (FULL, None));
+        assert_eq!(
+            ramp(at(0), Duration::from_millis(640), at(0)),
+            (1, Some(at(100))),
+            "no more often than this"
+        );
+        assert_eq!(ramp(at(0), Duration::ZERO, at(0)), (FULL, None));
     }
 
     #[test]

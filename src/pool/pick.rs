@@ -1,76 +1,205 @@
-//! Who is next: algorithms as pure functions over places.
+//! Who is next: algorithms as pure functions over places with weights.
 
-/// Each in turn; `turn` counts up and may wrap.
-#[must_use]
-pub fn round_robin(turn: usize, len: usize) -> Option<usize> {
-    turn.checked_rem(len)
+/// Weights added up: a number below their sum is a place, and each place has as many numbers as its weight.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shares {
+    /// For each place the sum of the weights up to it and with it.
+    ends: Vec<u32>,
+    /// The one weight that all have, where they do.
+    equal: Option<u32>,
 }
 
-/// The less loaded of two different places, drawn by the two halves of `roll`; of equals, the first drawn.
+impl Shares {
+    /// The shares of these weights, none of which is 0; their sum must be one of 32 bits.
+    #[must_use]
+    pub fn new(weights: &[u32]) -> Self {
+        let mut sum = 0_u32;
+        let add = |weight: &u32| {
+            sum = sum.saturating_add(*weight);
+            sum
+        };
+        let equal = weights.first().copied().filter(|first| weights.iter().all(|weight| weight == first));
+        Self { ends: weights.iter().map(add).collect(), equal }
+    }
+
+    /// How many places there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    fn total(&self) -> u32 {
+        self.ends.last().copied().unwrap_or(0)
+    }
+
+    /// The numbers of a place: the first, and how many.
+    fn numbers(&self, place: usize) -> (u32, u32) {
+        let end = self.ends.get(place).copied().unwrap_or(0);
+        let start = place.checked_sub(1).and_then(|before| self.ends.get(before)).copied().unwrap_or(0);
+        (start, end - start)
+    }
+
+    fn at(&self, number: u32) -> usize {
+        match self.equal {
+            Some(weight) => usize::try_from(number / weight.max(1)).unwrap_or(usize::MAX),
+            None => self.ends.partition_point(|end| *end <= number),
+        }
+    }
+}
+
+/// 2^64 over the golden ratio: of all steps around a circle, the one whose points lie most evenly at any time (Knuth, "The
+/// Art of Computer Programming", volume 3, section 6.4).
+pub const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// A hash that is the same in every process and every release: what it places stays where it is over restarts (XXH3).
+#[must_use]
+pub fn hash(bytes: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(bytes)
+}
+
+/// Each in turn, as often as its weight; `turn` counts up and may wrap.
+///
+/// Equal weights rotate. Otherwise turns are spread over the weights by the golden ratio, so that a heavy place's turns
+/// lie among the others' and not in a row, without a schedule that would have to be kept or locked.
+#[must_use]
+pub fn round_robin(turn: usize, shares: &Shares) -> Option<usize> {
+    if shares.equal.is_some() {
+        return turn.checked_rem(shares.len());
+    }
+    let spread = (turn as u64).wrapping_mul(GOLDEN);
+    Some(shares.at(scale(spread >> 32, shares.total())?))
+}
+
+/// The less loaded of two different places, drawn by their weights with the two halves of `roll`; of equals, the first
+/// drawn. A load counts in relation to its place's weight.
 ///
 /// Mitzenmacher, "The power of two choices in randomized load balancing", 1996: the longest queue grows with
 /// log log n instead of log n, and no worker needs to look at more than two loads.
 #[must_use]
-pub fn p2c(roll: u64, len: usize, load: impl Fn(usize) -> u32) -> Option<usize> {
-    let first = scale(roll >> 32, len)?;
-    let Some(step) = scale(roll & 0xFFFF_FFFF, len - 1) else { return Some(first) };
-    let second = (first + 1 + step) % len;
-    Some(if load(second) < load(first) { second } else { first })
+pub fn p2c(roll: u64, shares: &Shares, load: impl Fn(usize) -> u32) -> Option<usize> {
+    let first = shares.at(scale(roll >> 32, shares.total())?);
+    let (start, weight) = shares.numbers(first);
+    // The second is drawn from the numbers that are not the first's.
+    let Some(number) = scale(roll & 0xFFFF_FFFF, shares.total() - weight) else { return Some(first) };
+    let second = shares.at(if number < start { number } else { number + weight });
+    let relative = |place: usize, other: u32| u64::from(load(place)) * u64::from(other);
+    let (_, weight_of_second) = shares.numbers(second);
+    let lighter = relative(second, weight) < relative(first, weight_of_second);
+    Some(if lighter { second } else { first })
 }
 
-/// Spreads 32 random bits over `len` places without a division; the bias is at most `len / 2^32`.
-fn scale(bits: u64, len: usize) -> Option<usize> {
-    let place = (u128::from(bits) * len as u128) >> 32;
-    usize::try_from(place).ok().filter(|place| *place < len)
+/// Spreads 32 random bits over numbers below `len` without a division; the bias is at most `len / 2^32`. None where
+/// there are no numbers.
+fn scale(bits: u64, len: u32) -> Option<u32> {
+    let number = (bits * u64::from(len)) >> 32;
+    u32::try_from(number).ok().filter(|number| *number < len)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn equal(len: usize) -> Shares {
+        Shares::new(&vec![7; len])
+    }
+
+    fn roll(state: &mut u64) -> u64 {
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *state ^ (*state >> 29)
+    }
+
     #[test]
     fn nobody_is_picked_from_nobody() {
-        assert_eq!(round_robin(7, 0), None);
-        assert_eq!(p2c(u64::MAX, 0, |_| 0), None);
+        assert_eq!(round_robin(7, &equal(0)), None);
+        assert_eq!(p2c(u64::MAX, &equal(0), |_| 0), None);
+        assert!(equal(0).is_empty() && equal(2).len() == 2);
     }
 
     #[test]
-    fn turns_wrap() {
-        assert_eq!(round_robin(usize::MAX, 10), Some(usize::MAX % 10));
-        assert_eq!(round_robin(0, 1), Some(0));
+    fn equal_turns_rotate_and_wrap() {
+        assert_eq!(round_robin(usize::MAX, &equal(10)), Some(usize::MAX % 10));
+        assert_eq!(round_robin(0, &equal(1)), Some(0));
     }
 
     #[test]
-    fn one_is_picked_from_one() {
-        for roll in [0, 1, u64::MAX] {
-            assert_eq!(p2c(roll, 1, |_| 9), Some(0));
-        }
-    }
-
-    #[test]
-    fn two_places_are_never_the_same_and_the_less_loaded_wins() {
-        for high in [0_u64, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
-            for low in [0, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
-                let looked = std::cell::RefCell::new(Vec::new());
-                let picked = p2c(high << 32 | low, 5, |place| {
-                    looked.borrow_mut().push(place);
-                    [5, 4, 3, 2, 1][place]
-                });
-                let looked = looked.into_inner();
-                assert_ne!(looked[0], looked[1]);
-                assert_eq!(picked, looked.iter().copied().max());
+    fn turns_go_by_weight_and_lie_apart() {
+        let weights = [500, 100, 1, 399];
+        let shares = Shares::new(&weights);
+        let mut counts = [0_u32; 4];
+        let mut in_a_row = 0;
+        for turn in 0..100_000 {
+            let place = round_robin(turn, &shares).unwrap();
+            counts[place] += 1;
+            in_a_row = if place == 0 { in_a_row + 1 } else { 0 };
+            assert!(in_a_row <= 2, "half of the turns, and three of them in a row at {turn}");
+            for (count, weight) in counts.iter().zip(weights) {
+                let due = f64::from(weight) / 1_000.0 * f64::from(u32::try_from(turn).unwrap() + 1);
+                assert!((f64::from(*count) - due).abs() < 6.0, "{counts:?} at {turn}");
             }
         }
     }
 
     #[test]
-    fn of_equals_the_first_drawn_is_taken_so_that_all_get_their_share() {
-        let mut shares = [0_u32; 4];
-        let mut roll = 1_u64;
-        for _ in 0..40_000 {
-            roll = roll.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            shares[p2c(roll, 4, |_| 0).unwrap()] += 1;
+    fn one_is_picked_from_one() {
+        for roll in [0, 1, u64::MAX] {
+            assert_eq!(p2c(roll, &equal(1), |_| 9), Some(0));
         }
-        assert!(shares.iter().all(|share| (9_500..10_500).contains(share)), "{shares:?}");
+    }
+
+    #[test]
+    fn two_places_are_never_the_same_and_the_less_loaded_wins() {
+        for shares in [equal(5), Shares::new(&[1, 1000, 3, 40, 7])] {
+            for high in [0_u64, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
+                for low in [0, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
+                    let looked = std::cell::RefCell::new(Vec::new());
+                    let picked = p2c(high << 32 | low, &shares, |place| {
+                        looked.borrow_mut().push(place);
+                        0
+                    });
+                    let looked = looked.into_inner();
+                    assert_ne!(looked[0], looked[1]);
+                    assert_eq!(picked, Some(looked[1]), "of equals the first drawn");
+                }
+            }
+        }
+        let loads = [5, 4, 3, 2, 1];
+        let mut state = 1;
+        for _ in 0..1_000 {
+            let looked = std::cell::RefCell::new(Vec::new());
+            let picked = p2c(roll(&mut state), &equal(5), |place| {
+                looked.borrow_mut().push(place);
+                loads[place]
+            });
+            assert_eq!(picked, looked.into_inner().iter().copied().max());
+        }
+    }
+
+    #[test]
+    fn a_load_counts_in_relation_to_the_weight() {
+        let shares = Shares::new(&[100, 300]);
+        for (loads, wanted) in [([1, 2], 1), ([1, 4], 0)] {
+            for roll in [0, u64::MAX, 1 << 63] {
+                assert_eq!(p2c(roll, &shares, |place| loads[place]), Some(wanted));
+            }
+        }
+    }
+
+    #[test]
+    fn without_load_all_get_their_share() {
+        let weights = [10, 20, 30, 40];
+        let shares = Shares::new(&weights);
+        let (mut counts, mut state) = ([0_u32; 4], 1);
+        for _ in 0..100_000 {
+            counts[p2c(roll(&mut state), &shares, |_| 0).unwrap()] += 1;
+        }
+        for (count, weight) in counts.iter().zip(weights) {
+            assert!(count.abs_diff(weight * 1_000) < 1_000, "{counts:?}");
+        }
     }
 }

@@ -3,8 +3,9 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::StartError;
-use crate::config::Process;
+use crate::config::{Config, Pool, Process, Target};
 use crate::forward::pipe;
+use crate::pool::MOST_ADDRESSES;
 
 /// How many sessions the process can carry, and what that was computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub struct Capacity {
     pub possible: usize,
     /// Splice pipes at once.
     pub pipes: u64,
+    /// Probes at once.
+    pub probes: usize,
     /// The file-descriptor limit in force.
     pub descriptors: u64,
     /// Worker threads.
@@ -27,8 +30,10 @@ const PER_SESSION: u64 = 2;
 const PER_PIPE: u64 = 2;
 /// Descriptors of a worker beside its listening sockets: epoll, its waker, its timer.
 const PER_WORKER: u64 = 4;
-/// Descriptors for everything else: standard streams, logs, probes, pages, and 128 health checks at once.
+/// Descriptors for everything else: standard streams, logs, pages, lookups of names, and 128 health checks at once.
 const RESERVE: u64 = 256;
+/// Probes at once, however few backends there are.
+const FEWEST_PROBES: u64 = 16;
 
 /// Worker threads: as configured, or one for each processor that the process may use.
 pub(super) fn workers(configured: usize) -> usize {
@@ -39,22 +44,40 @@ pub(super) fn workers(configured: usize) -> usize {
 }
 
 /// Raises the soft descriptor limit to the hard one, and computes what it allows.
-pub(super) fn capacity(process: &Process, workers: usize, listening: usize) -> Result<Capacity, StartError> {
+pub(super) fn capacity(config: &Config, workers: usize, listening: usize) -> Result<Capacity, StartError> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     // An ordinary user may do this; where it is refused, the soft limit stays.
     let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     let descriptors = if raised.is_ok() { maximum } else { current }.unwrap_or(u64::MAX);
-    compute(process, workers, listening, descriptors)
+    compute(&config.process, probes(&config.pools), workers, listening, descriptors)
+}
+
+/// Probes that are under way at once where every backend of every pool takes its whole time: with so many, one pool's black
+/// holes make nobody else's probes late.
+fn probes(pools: &[Pool]) -> u64 {
+    let of_pool = |pool: &Pool| {
+        let Some(probe) = &pool.health else { return 0 };
+        let names =
+            pool.backends.iter().filter(|backend| !matches!(backend.target, Target::Address(_))).count();
+        let backends = (pool.backends.len() - names) as u128 + names as u128 * u128::from(MOST_ADDRESSES);
+        let at_once = (backends * probe.timeout.as_nanos()).div_ceil(probe.interval.as_nanos().max(1));
+        u64::try_from(at_once).unwrap_or(u64::MAX)
+    };
+    pools.iter().map(of_pool).fold(FEWEST_PROBES, u64::saturating_add)
 }
 
 fn compute(
     process: &Process,
+    probes: u64,
     workers: usize,
     listening: usize,
     descriptors: u64,
 ) -> Result<Capacity, StartError> {
     let pipes = process.pipe_memory / pipe::CAPACITY as u64;
     let fixed = RESERVE + workers as u64 * (PER_WORKER + listening as u64);
+    // Beyond an eighth, probes wait for each other.
+    let probes = probes.min((descriptors / 8).max(FEWEST_PROBES));
+    let fixed = fixed + probes;
     // Pipes take what they need of the rest, but never more than a quarter: without one a session copies.
     let rest = descriptors.saturating_sub(fixed);
     let pipes = pipes.min(rest / 4 / PER_PIPE);
@@ -64,7 +87,8 @@ fn compute(
         return Err(StartError::Descriptors { needed: fixed + PER_SESSION, found: descriptors });
     }
     let sessions = if process.max_sessions == 0 { possible } else { process.max_sessions };
-    Ok(Capacity { sessions, possible, pipes, descriptors, workers })
+    let probes = usize::try_from(probes).unwrap_or(usize::MAX);
+    Ok(Capacity { sessions, possible, pipes, probes, descriptors, workers })
 }
 
 #[cfg(test)]
@@ -76,7 +100,7 @@ mod tests {
     }
 
     fn sessions(process: &Process, descriptors: u64) -> Result<usize, String> {
-        compute(process, 2, 3, descriptors)
+        compute(process, 16, 2, 3, descriptors)
             .map(|capacity| capacity.sessions)
             .map_err(|error| error.to_string())
     }
@@ -84,17 +108,45 @@ mod tests {
     #[test]
     fn sessions_take_what_listeners_pipes_and_reserve_leave() {
         let mib_64 = 64 * 1024 * 1024;
-        assert_eq!(sessions(&process(0, mib_64), 20_000), Ok((20_000 - 256 - 14 - 512) / 2));
-        assert_eq!(sessions(&process(0, 0), 20_000), Ok((20_000 - 256 - 14) / 2));
-        assert_eq!(sessions(&process(0, u64::MAX / 4), 1_270), Ok((1_000 - 250) / 2));
+        assert_eq!(sessions(&process(0, mib_64), 20_000), Ok((20_000 - 272 - 14 - 512) / 2));
+        assert_eq!(sessions(&process(0, 0), 20_000), Ok((20_000 - 272 - 14) / 2));
+        assert_eq!(sessions(&process(0, u64::MAX / 4), 1_286), Ok((1_000 - 250) / 2));
         assert_eq!(sessions(&process(7, mib_64), 20_000), Ok(7));
     }
 
     #[test]
     fn too_few_descriptors_are_an_error_with_a_remedy() {
-        assert_eq!(sessions(&process(0, 0), 272), Ok(1));
-        let message = sessions(&process(0, 0), 271).unwrap_err();
-        assert!(message.contains("must be at least 272, found 271; raise LimitNOFILE"), "{message}");
+        assert_eq!(sessions(&process(0, 0), 288), Ok(1));
+        let message = sessions(&process(0, 0), 287).unwrap_err();
+        assert!(message.contains("must be at least 288, found 287; raise LimitNOFILE"), "{message}");
+    }
+
+    #[test]
+    fn probes_have_room_for_every_backend_to_take_its_time() {
+        let text = r#"
+            [[listener]]
+            name = "web"
+            bind = "0.0.0.0:8080"
+            trusted-sources = ["10.0.0.0/16"]
+            pool = "app"
+            [[pool]]
+            name = "app"
+            backends = ["10.0.1.10:80", "10.0.1.11:80", "app.example.com:80"]
+            [pool.health]
+            interval = "5s"
+            timeout = "2s"
+            [[pool]]
+            name = "bare"
+            backends = ["10.0.1.10:80"]
+            [pool.health]
+            kind = "none"
+            [[tenant]]
+            name = "acme"
+        "#;
+        let config = Config::parse("test.toml", text).unwrap();
+        assert_eq!(probes(&config.pools), 16 + 27, "66 backends, two fifths of the time");
+        let most = compute(&config.process, u64::MAX, 2, 3, 20_000).unwrap();
+        assert_eq!(most.probes, 2_500);
     }
 
     #[test]

@@ -30,6 +30,7 @@ impl Reloads {
             log: config.log.clone(),
             timeouts: config.timeouts,
             drain: config.drain,
+            dns: config.dns.clone(),
             listeners: config.listeners.clone(),
             pools: config.pools.clone(),
             tenants: Vec::new(),
@@ -45,7 +46,7 @@ impl Reloads {
 
     /// Finds the first table that differs and must not.
     pub(super) fn judge(&self, config: &Config) -> Result<(), Frozen> {
-        let Config { process, admin, health, log, timeouts, drain, listeners, pools, tenants: _ } =
+        let Config { process, admin, health, log, timeouts, drain, dns, listeners, pools, tenants: _ } =
             &self.first;
         let tables = [
             ("[process]", *process == config.process),
@@ -54,6 +55,7 @@ impl Reloads {
             ("[log]", *log == config.log),
             ("[timeouts]", *timeouts == config.timeouts),
             ("[drain]", *drain == config.drain),
+            ("[dns]", *dns == config.dns),
         ];
         if let Some((table, _)) = tables.iter().find(|(_, same)| !same) {
             return Err(Frozen((*table).to_owned()));
@@ -123,6 +125,8 @@ mod tests {
         idle = "350s"
         [drain]
         idle = "30s"
+        [dns]
+        servers = ["10.0.0.2"]
         [[listener]]
         name = "web"
         bind = "0.0.0.0:8080"
@@ -149,8 +153,10 @@ mod tests {
             ("\"info\"", "\"warn\"", "[log]"),
             ("350s", "351s", "[timeouts]"),
             ("idle = \"30s\"", "idle = \"31s\"", "[drain]"),
+            ("10.0.0.2", "10.0.0.3", "[dns]"),
             ("10.0.0.0/16", "10.1.0.0/16", "listener \"web\""),
             ("10.0.1.10:80", "10.0.1.11:80", "pool \"app\""),
+            ("[\"10.0.1.10:80\"]", "[{ address = \"10.0.1.10:80\", weight = 99 }]", "pool \"app\""),
         ] {
             assert_eq!(frozen(TEXT, &TEXT.replace(before, after)).as_deref(), Some(table));
         }

@@ -8,7 +8,11 @@ use vestibule::account::names::{self, Kind};
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::outcome::Outcome;
 
+use super::dns::Names;
 use super::harness::{ACME, Conf, INITECH, Proxy, STRANGER, exchange, http, http_get, is_reset, read};
+
+use super::raw::{Held, Raw};
+use super::sessions::{ROUND_ROBIN, usable, with};
 
 async fn proxy(acme: &Backend) -> Proxy {
     Conf { acme: vec![acme.address()], ..Conf::default() }.start().await
@@ -107,7 +111,16 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
     let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
     let limits =
         "mode = \"observe\"\nsessions = 5\nsession-rate = \"1/h\"\nto-backend = \"1GiB/s\"".to_owned();
-    let proxy = Conf { acme: vec![acme.address()], limits, ..Conf::default() }.start().await;
+    let names = Names::start().await;
+    let more = format!(
+        "[[pool]]\nname = \"named\"\nbackends = [\"app.example.com:80\"]\n[dns]\nservers = [\"{}\"]",
+        names.address()
+    );
+    let health = "kind = \"tcp\"".to_owned();
+    let proxy = Conf { acme: vec![acme.address()], health, limits, more, ..Conf::default() }.start().await;
+    proxy.metric("vestibule_backend_probes_total", &[("result", "passed")]).is_at_least(1).await;
+    let lookup = [("pool", "named"), ("name", "app.example.com:80"), ("result", "no_such_name")];
+    proxy.metric("vestibule_name_lookups_total", &lookup).is_at_least(1).await;
     parse(&http_get(proxy.server().admin(), "/metrics").await);
     exchange(proxy.open(ACME, b"payload").await).await.unwrap();
     exchange(proxy.open(ACME, b"too soon").await).await.unwrap();
@@ -199,9 +212,15 @@ async fn the_status_says_what_the_process_is_doing() {
     let listener =
         json!({"name": "web", "addresses": [proxy.address("web").to_string()], "accepted": 3, "pending": 0});
     assert_eq!(found["listeners"], json!([listener]));
+    let mut shown = found["pools"][0].clone();
+    assert!(shown["backends"][0]["changed_seconds_ago"].take().is_u64(), "{shown}");
     let backend = json!({"address": acme.address().to_string(), "state": "healthy", "sessions": 1,
-        "probes_done": 0, "probes_failed": 0});
-    assert_eq!(found["pools"][0], json!({"name": "acme", "usable": 1, "backends": [backend]}));
+        "why": "start", "changed_seconds_ago": null, "ejections": 0, "early_resets": 0,
+        "weight": 100, "weight_in_force": 100.0, "backup": false,
+        "probe_ms": 0.0, "probes_done": 0, "probes_failed": 0});
+    let expected = json!({"name": "acme", "usable": 1, "ground": "healthy", "queued": 0,
+        "retries": 0, "retries_refused": 0, "backends": [backend]});
+    assert_eq!(shown, expected);
     assert_eq!(found["pools"].as_array().unwrap().len(), 2);
     assert_eq!(found["tenants_known"], 3);
     // The busiest first; those without traffic are left out.
@@ -217,6 +236,70 @@ async fn the_status_says_what_the_process_is_doing() {
     let found = status(&proxy).await;
     assert_eq!((&found["ready"], &found["not_ready"]), (&json!(false), &json!("draining")));
     exchange(session).await.unwrap();
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn status_and_page_say_who_is_used_and_why() {
+    let (refusing, failing, raw) = (Held::bind(), Held::bind(), Raw::bind().await);
+    let conf = Conf {
+        backends: vec![
+            with(refusing.address(), "weight = 7, zone = \"usw2-az1\""),
+            with(failing.address(), "weight = 5"),
+            with(raw.address(), "backup = true, max-sessions = 1, zone = \"usw2-az2\""),
+        ],
+        pool: format!("{ROUND_ROBIN}\nqueue = {{ length = 5, timeout = \"60s\" }}"),
+        health: "kind = \"none\"\n[pool.ejection]\nconsecutive-failures = 1\nbase-time = \"10m\"\nmax-percent = 70"
+            .to_owned(),
+        ..Conf::default()
+    };
+    let proxy = conf.start().await;
+    // Both primaries refuse, and are out at their first failure each.
+    let first = raw.session(&proxy).await;
+    usable(&proxy, 1).await;
+    let second = proxy.open(ACME, b"second").await;
+    proxy.metric("vestibule_pool_sessions_queued", &[("pool", "acme")]).is(1).await;
+
+    let pool = status(&proxy).await["pools"][0].clone();
+    let of_pool = |key: &str| pool[key].clone();
+    assert_eq!(
+        [of_pool("ground"), of_pool("usable"), of_pool("queued")],
+        [json!("backup"), json!(1), json!(1)]
+    );
+    assert_eq!([of_pool("retries"), of_pool("retries_refused")], [json!(2), json!(0)]);
+    let of = |place: usize, key: &str| pool["backends"][place][key].clone();
+    for (place, weight) in [(0, 7), (1, 5)] {
+        assert_eq!([of(place, "state"), of(place, "why")], ["ejected", "connect_failures"]);
+        assert_eq!([of(place, "weight"), of(place, "weight_in_force")], [json!(weight), json!(0.0)]);
+        assert_eq!(of(place, "ejections"), 1);
+        assert!((500..=600).contains(&of(place, "ejected_seconds_more").as_u64().unwrap()), "{pool}");
+    }
+    assert_eq!(
+        [of(0, "zone"), of(1, "zone"), of(2, "zone")],
+        [json!("usw2-az1"), json!(null), json!("usw2-az2")]
+    );
+    assert_eq!(
+        [of(2, "backup"), of(2, "sessions_limit"), of(2, "sessions")],
+        [json!(true), json!(1), json!(1)]
+    );
+    assert_eq!([of(2, "state"), of(2, "why")], ["healthy", "start"]);
+
+    let page = http_get(proxy.server().admin(), "/").await;
+    is_balanced(&page);
+    let numbers = "<td class=\"n\">1</td><td class=\"n\">1</td><td class=\"n\">2</td><td class=\"n\">0</td>";
+    let refused = refusing.address();
+    for part in [
+        format!("<td>acme</td><td>backup</td>{numbers}"),
+        format!("<td>{refused}</td><td>usw2-az1</td><td class=\"bad\">ejected</td>"),
+        "<td>connect_failures</td><td>0.0 of 7</td>".to_owned(),
+        "<td>usw2-az2</td><td class=\"good\">healthy</td>".to_owned(),
+    ] {
+        assert!(page.contains(&part), "{part} is not in {page}");
+    }
+    proxy.others_are_unharmed().await;
+    drop((first, second));
+    drop(raw.accept().await);
+    proxy.ended(&[("tenant", "acme")]).is(2).await;
     proxy.finish().await;
 }
 

@@ -35,6 +35,8 @@ pub const LIMIT: Duration = Duration::from_secs(20);
 pub struct Conf {
     /// Backends of acme's pool.
     pub acme: Vec<SocketAddr>,
+    /// More of them: a TOML value each, a text or a table.
+    pub backends: Vec<String>,
     /// Worker threads.
     pub workers: usize,
     /// More keys of `[process]`.
@@ -61,6 +63,7 @@ impl Default for Conf {
     fn default() -> Self {
         Self {
             acme: Vec::new(),
+            backends: Vec::new(),
             workers: 2,
             process: String::new(),
             timeouts: String::new(),
@@ -79,7 +82,8 @@ impl Default for Conf {
 
 impl Conf {
     fn text(&self, globex: SocketAddr, log: &str) -> String {
-        let acme: Vec<_> = self.acme.iter().map(|address| format!("\"{address}\"")).collect();
+        let acme = self.acme.iter().map(|address| format!("\"{address}\""));
+        let acme: Vec<_> = acme.chain(self.backends.iter().cloned()).collect();
         format!(
             r#"
 [process]
@@ -257,6 +261,7 @@ impl Proxy {
             "vestibule_backend_sessions_active",
             "vestibule_worker_sessions_active",
             "vestibule_pipes_in_use",
+            "vestibule_pool_sessions_queued",
         ] {
             self.metric(gauge, &[]).is(0).await;
         }
@@ -266,14 +271,9 @@ impl Proxy {
             let held = (tenant.quota.sessions(), tenant.quota.pipes.load(Ordering::SeqCst));
             assert_eq!(held, (0, 0), "{} holds sessions or pipes", tenant.label.name());
         }
-        assert!(
-            live.snapshot
-                .load()
-                .pools
-                .iter()
-                .flat_map(|pool| pool.backends())
-                .all(|backend| backend.load() == 0)
-        );
+        for pool in &live.snapshot.load().pools {
+            assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+        }
         let accepted = self.value("vestibule_connections_accepted_total", &[]).await;
         let ended = self.value("vestibule_sessions_ended_total", &[]).await;
         assert!((accepted - ended).abs() < 0.5, "{accepted} accepted and {ended} ended");
@@ -325,8 +325,12 @@ impl Metric<'_> {
 
 /// A header as NLB writes it, of a client whose address every consumer has.
 pub fn header(endpoint: &str) -> Vec<u8> {
-    let client = "10.100.0.10:40000".parse().unwrap();
-    nlb::header(client, "10.0.0.5:8080".parse().unwrap(), Some(endpoint))
+    header_of("10.100.0.10:40000", endpoint)
+}
+
+/// A header as NLB writes it, of any client.
+pub fn header_of(client: &str, endpoint: &str) -> Vec<u8> {
+    nlb::header(client.parse().unwrap(), "10.0.0.5:8080".parse().unwrap(), Some(endpoint))
 }
 
 /// A connection without delay.
@@ -368,7 +372,7 @@ pub async fn are_read(streams: impl IntoIterator<Item = &TcpStream>) {
 }
 
 /// An address as `/proc/net/tcp` has it.
-fn in_hex(address: SocketAddr) -> String {
+pub fn in_hex(address: SocketAddr) -> String {
     let std::net::IpAddr::V4(ip) = address.ip() else { panic!("{address} is not IPv4") };
     format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), address.port())
 }

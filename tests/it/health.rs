@@ -132,20 +132,22 @@ async fn without_a_usable_backend_it_says_so_until_there_is_one() {
     let no_backend = [("tenant", "acme"), ("by", "proxy"), ("at", "pool"), ("why", "no_backend")];
     proxy.ended(&no_backend).is(1).await;
     proxy.metric("vestibule_backend_healthy", &[]).is(0).await;
-    proxy.metric("vestibule_backend_probes_total", &[("result", "failed")]).is_at_least(2).await;
-    proxy.metric("vestibule_backend_probes_total", &[("result", "done")]).is(0).await;
+    proxy.metric("vestibule_backend_probes_total", &[("result", "connect_refused")]).is_at_least(2).await;
+    proxy.metric("vestibule_backend_probes_total", &[("result", "passed")]).is(0).await;
     assert_eq!(acme.sessions(), 0);
 
     let probed = open_port(address);
     says(&proxy, 200, "ok").await;
     proxy.metric("vestibule_backend_healthy", &[]).is(2).await;
+    // Another change within a tenth of a second reaches the pool at the end of that.
+    proxy.metric("vestibule_pool_usable_backends", &[]).is(2).await;
     assert_eq!(exchange(proxy.open(ACME, b"payload").await).await.unwrap(), b"payload");
 
     drop(probed);
     says(&proxy, 503, "no_backend").await;
     let _probed = open_port(address);
     says(&proxy, 200, "ok").await;
-    proxy.metric("vestibule_backend_healthy", &[]).is(2).await;
+    proxy.metric("vestibule_pool_usable_backends", &[]).is(2).await;
     proxy.ended(&no_backend).is(1).await;
     proxy.others_are_unharmed().await;
     proxy.finish().await;
@@ -157,7 +159,7 @@ async fn one_usable_pool_is_enough() {
     let (_probed, address) = closed_port(0).unwrap();
     let health = format!("interval = \"100ms\"\ntimeout = \"100ms\"\nfall = 1\nport = {}", address.port());
     let proxy = Conf { acme: vec![acme.address()], health, ..Conf::default() }.start().await;
-    proxy.metric("vestibule_backend_healthy", &[("pool", "acme")]).is(0).await;
+    proxy.metric("vestibule_pool_usable_backends", &[("pool", "acme")]).is(0).await;
     says(&proxy, 200, "ok").await;
     is_reset(&mut proxy.open(ACME, b"payload").await).await;
     proxy.ended(&[("tenant", "acme"), ("at", "pool"), ("why", "no_backend")]).is(1).await;

@@ -10,7 +10,12 @@
 )]
 
 mod admin;
+mod balance;
 mod bandwidth;
+mod checks;
+mod comeback;
+mod dns;
+mod ejection;
 mod forward;
 mod harness;
 mod header;
@@ -18,15 +23,22 @@ mod health;
 mod limits;
 mod listener;
 mod load;
+mod maglev;
 mod malformed;
 mod mixed;
+mod names;
+mod naming;
 mod peers;
 mod pending;
 mod pool;
+mod probe;
 mod process;
+mod queue;
 mod raw;
 mod reload;
+mod retry;
 mod send_proxy;
+mod sessions;
 mod share;
 mod shortage;
 mod smoke;

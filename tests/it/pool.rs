@@ -1,37 +1,12 @@
 //! Which backend a session goes to, what happens when it cannot, and what probes say.
 
-use std::net::SocketAddr;
-
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vestibule::clock;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::Backend;
 
-use super::harness::{ACME, Conf, Proxy, eventually, exchange, header, http_get, is_reset, read};
+use super::harness::{ACME, Conf, Proxy, eventually, header, http_get, read};
 use super::raw::{Held, Raw, Swallow};
-
-const ROUND_ROBIN: &str = "balance = \"round-robin\"";
-
-async fn greeting(name: &str) -> Backend {
-    Backend::start(name, Temper::Greeting).await.unwrap()
-}
-
-/// One session with a message, and the name of the backend that it came to.
-async fn asked(proxy: &Proxy) -> String {
-    let answer = String::from_utf8(exchange(proxy.open(ACME, b"hello").await).await.unwrap()).unwrap();
-    answer.strip_suffix("\nhello").unwrap_or_else(|| panic!("{answer:?}")).to_owned()
-}
-
-/// One session that comes to nobody.
-async fn is_turned_away(proxy: &Proxy) {
-    let mut client = proxy.open(ACME, b"hello").await;
-    is_reset(&mut client).await;
-}
-
-async fn connects(proxy: &Proxy, backend: SocketAddr, result: &str, count: u32) {
-    let backend = backend.to_string();
-    let labels = [("pool", "acme"), ("backend", backend.as_str()), ("result", result)];
-    proxy.metric("vestibule_backend_connects_total", &labels).is(count).await;
-}
+use super::sessions::{ROUND_ROBIN, asked, connects, greeting, is_turned_away, usable};
 
 #[tokio::test]
 async fn round_robin_gives_each_its_share_to_the_session() {
@@ -186,13 +161,14 @@ async fn becomes(proxy: &Proxy, expected: i64) -> (i64, i64, i64) {
 /// read before its probes are.
 async fn probed(proxy: &Proxy) -> (i64, i64, i64) {
     let page = http_get(proxy.server().admin(), "/metrics").await;
-    let value = |name: &str, label: &str| {
+    let sum = |name: &str, is: &dyn Fn(&str) -> bool| {
         let of_acme = |line: &&str| line.starts_with(name) && line.contains("pool=\"acme\"");
-        let line = page.lines().filter(of_acme).find(|line| line.contains(label));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap()
+        let lines = page.lines().filter(of_acme).filter(|line| is(line));
+        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<i64>().unwrap()).sum()
     };
-    let probes = "vestibule_backend_probes_total";
-    (value("vestibule_backend_healthy", ""), value(probes, "\"done\""), value(probes, "\"failed\""))
+    let (probes, is_success) = ("vestibule_backend_probes_total", |line: &str| line.contains("\"passed\""));
+    let failed = sum(probes, &|line| !is_success(line));
+    (sum("vestibule_backend_healthy", &|_| true), sum(probes, &is_success), failed)
 }
 
 #[tokio::test]
@@ -206,6 +182,7 @@ async fn a_backend_falls_after_so_many_probes_and_rises_after_so_many() {
     drop(listening);
     let failed = becomes(&proxy, 0).await.2;
     assert!(failed >= 3, "it fell after {failed} probes");
+    usable(&proxy, 0).await;
     is_turned_away(&proxy).await;
     let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "pool"), ("why", "no_backend")];
     proxy.ended(&labels).is(1).await;
@@ -217,6 +194,7 @@ async fn a_backend_falls_after_so_many_probes_and_rises_after_so_many() {
     let listening = held.listen();
     let done = becomes(&proxy, 1).await.1;
     assert!(done - done_before >= 2, "it rose after {} probes", done - done_before);
+    usable(&proxy, 1).await;
     let mut client = proxy.open(ACME, b"hello").await;
     // Probes are connections too: they come before the session's, and end without a byte.
     let mut session = loop {
@@ -241,9 +219,10 @@ async fn only_the_healthy_are_used_while_there_are_any() {
     let conf = Conf { acme, health, pool: format!("{ROUND_ROBIN}\nattempts = 1"), ..Conf::default() };
     let proxy = conf.start().await;
     let probes = |result| [("pool", "acme"), ("result", result)];
-    proxy.metric("vestibule_backend_probes_total", &probes("done")).is(1).await;
-    proxy.metric("vestibule_backend_probes_total", &probes("failed")).is(1).await;
+    proxy.metric("vestibule_backend_probes_total", &probes("passed")).is(1).await;
+    proxy.metric("vestibule_backend_probes_total", &probes("connect_refused")).is(1).await;
     proxy.metric("vestibule_backend_healthy", &[("pool", "acme")]).is(1).await;
+    usable(&proxy, 1).await;
     for _ in 0..10 {
         assert_eq!(asked(&proxy).await, "acme-1");
     }

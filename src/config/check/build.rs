@@ -7,11 +7,14 @@ use toml::Spanned;
 
 use super::limits;
 use crate::config::section::{Field, List, Pairs};
-use crate::config::value::{Count, Name, ProbeKind, ProxyProtocol, SendProxy, Size, State, UrlPath, Whole};
+use crate::config::value::{
+    Bytes, Count, Match, Name, PathAndQuery, PreferZone, ProbeKind, ProxyProtocol, SendProxy, Size, State,
+    UrlPath, Whole,
+};
 use crate::config::written::{self, Written};
 use crate::config::{
-    AccessLog, Admin, Balance, Config, Drain, Fallback, Format, HealthEndpoint, Identity, Level, Listener,
-    Log, Pool, Probe, Process, Tenant, Timeouts,
+    AccessLog, Admin, Ask, Backend, Balance, Config, Dns, Drain, Ejection, Fallback, Format, HealthEndpoint,
+    Identity, Level, Listener, Log, Pool, Probe, Process, Queue, Tenant, Timeouts,
 };
 
 /// Where the admin pages are read, by default: from this machine only.
@@ -22,6 +25,10 @@ pub(super) const HEALTH_BIND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 /// What one probe may take, by default.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// An answer to a question for a name counts at least this long, by default.
+pub(super) const MIN_TTL: Duration = Duration::from_secs(1);
+/// And at most this long.
+pub(super) const MAX_TTL: Duration = Duration::from_secs(60);
 /// Bytes of all splice pipes together, by default: 64 MiB.
 const PIPE_MEMORY: u64 = 64 << 20;
 
@@ -54,6 +61,12 @@ pub(super) fn config(written: Written) -> Config {
             quiet: seconds(written.drain.quiet, 10),
             idle: seconds(written.drain.idle, 30),
             deadline: seconds(written.drain.deadline, 300),
+        },
+        dns: Dns {
+            servers: items(written.dns.servers).into_iter().map(|server| server.0).collect(),
+            timeout: seconds(written.dns.timeout, 2),
+            min_ttl: written.dns.min_ttl.or(MIN_TTL),
+            max_ttl: written.dns.max_ttl.or(MAX_TTL),
         },
         listeners: written.listeners.into_iter().map(listener).collect(),
         pools: written.pools.into_iter().map(pool).collect(),
@@ -100,29 +113,70 @@ fn listener(written: written::Listener) -> Listener {
 }
 
 fn pool(written: written::Pool) -> Pool {
+    let ejection = written.ejection;
     Pool {
         name: name(written.name),
         balance: written.balance.or(Balance::P2c),
-        backends: items(written.backends).into_iter().map(|backend| backend.0).collect(),
+        backends: items(written.backends).into_iter().filter_map(backend).collect(),
+        prefer_zone: written.prefer_zone.or(PreferZone(None)).0,
         send_proxy: written.send_proxy.or(SendProxy(false)).0,
         attempts: written.attempts.or(Whole(3)).as_u32(),
+        retry_budget: written.retry_budget.or(Whole(20)).as_u32(),
+        slow_start: seconds(written.slow_start, 0),
         source_addresses: items(written.source_addresses),
+        queue: Queue {
+            length: written.queue.length.or(Whole(0)).as_usize(),
+            timeout: seconds(written.queue.timeout, 1),
+        },
+        panic_threshold: written.panic_threshold.or(Whole(0)).as_u32(),
         health: probe(written.health),
+        ejection: Ejection {
+            consecutive_failures: ejection.consecutive_failures.or(Whole(5)).as_u32(),
+            base_time: seconds(ejection.base_time, 30),
+            max_percent: ejection.max_percent.or(Whole(50)).as_u32(),
+        },
     }
 }
 
-fn probe(written: written::Probe) -> Probe {
+/// A backend with its target, which must be there.
+fn backend(written: written::Backend) -> Option<Backend> {
+    Some(Backend {
+        target: written.address.value()?,
+        weight: written.weight.or(Whole(100)).as_u32(),
+        zone: written.zone.value().map(|zone| zone.0),
+        max_sessions: written.max_sessions.value().map(Whole::as_u32),
+        backup: written.backup.or(false),
+    })
+}
+
+fn probe(written: written::Probe) -> Option<Probe> {
     let count = |field: Field<Count<1>>, default| field.or(Whole(default)).as_u32();
-    match written.kind.or(ProbeKind::Tcp) {
-        ProbeKind::None => Probe::None,
-        ProbeKind::Tcp => Probe::Tcp {
-            interval: written.interval.or(PROBE_INTERVAL),
-            timeout: written.timeout.or(PROBE_TIMEOUT),
-            rise: count(written.rise, 2),
-            fall: count(written.fall, 3),
-            port: written.port.value().map(Whole::as_u16),
+    let ask = match written.kind.or(ProbeKind::Tcp) {
+        ProbeKind::None => return None,
+        ProbeKind::Tcp => Ask::Connect,
+        ProbeKind::Http => Ask::Http {
+            path: written.path.or(PathAndQuery("/".to_owned())).0,
+            host: written.host.value().map(|host| host.0),
+            expect_status: match written.expect_status {
+                Field::Absent => vec![200..=399],
+                given @ (Field::Given(_) | Field::Faulty) => items(given),
+            },
         },
-    }
+        ProbeKind::Exchange => Ask::Exchange {
+            send: written.send.or(Bytes(Vec::new())).0,
+            expect: written.expect.or(Bytes(Vec::new())).0,
+            prefix: written.matching.or(Match::Contains) == Match::Prefix,
+        },
+    };
+    Some(Probe {
+        interval: written.interval.or(PROBE_INTERVAL),
+        timeout: written.timeout.or(PROBE_TIMEOUT),
+        rise: count(written.rise, 2),
+        fall: count(written.fall, 3),
+        port: written.port.value().map(Whole::as_u16),
+        send_proxy: written.send_proxy.or(false),
+        ask,
+    })
 }
 
 fn tenant(written: written::Tenant, defaults: &written::Limits) -> Tenant {

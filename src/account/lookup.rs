@@ -1,0 +1,98 @@
+//! How the lookup of a name ended: a closed set, so that it can be a metric's label.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How a lookup ended. What lies further back says less of the name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Lookup {
+    /// With addresses.
+    Found,
+    /// There is no such name.
+    NoSuchName,
+    /// The name has no address, or its service is not available.
+    NoAddress,
+    /// A server does not answer us.
+    Refused,
+    /// A server could not find out, or not understand.
+    ServerFailure,
+    /// The answer could not be read.
+    Malformed,
+    /// There was no answer in time.
+    Timeout,
+    /// No server could be reached.
+    Network,
+    /// Descriptors or memory were short here.
+    Shortage,
+}
+
+impl Lookup {
+    /// Every result.
+    pub const ALL: [Self; 9] = [
+        Self::Found,
+        Self::NoSuchName,
+        Self::NoAddress,
+        Self::Refused,
+        Self::ServerFailure,
+        Self::Malformed,
+        Self::Timeout,
+        Self::Network,
+        Self::Shortage,
+    ];
+
+    /// The word in log, metrics and status.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Found => "found",
+            Self::NoSuchName => "no_such_name",
+            Self::NoAddress => "no_address",
+            Self::Refused => "refused",
+            Self::ServerFailure => "server_failure",
+            Self::Malformed => "malformed",
+            Self::Timeout => "timeout",
+            Self::Network => "network",
+            Self::Shortage => "shortage",
+        }
+    }
+
+    /// Whether a server knows it: all others may be another at the next try.
+    #[must_use]
+    pub const fn is_answer(self) -> bool {
+        matches!(self, Self::Found | Self::NoSuchName | Self::NoAddress)
+    }
+}
+
+/// The lookups of one name by result.
+#[derive(Debug, Default)]
+pub struct Lookups([AtomicU64; Lookup::ALL.len()]);
+
+impl Lookups {
+    /// How many ended so.
+    pub fn counts(&self) -> impl Iterator<Item = (Lookup, u64)> + '_ {
+        Lookup::ALL.into_iter().zip(self.0.iter().map(|count| count.load(Ordering::Relaxed)))
+    }
+
+    /// Counts one.
+    pub fn count(&self, lookup: Lookup) {
+        if let Some(count) = self.0.get(lookup as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_result_has_a_word_and_a_count_of_its_own() {
+        let lookups = Lookups::default();
+        for (times, lookup) in (1..).zip(Lookup::ALL) {
+            (0..times).for_each(|_| lookups.count(lookup));
+        }
+        let counts: Vec<_> = lookups.counts().collect();
+        assert_eq!(counts, Lookup::ALL.into_iter().zip(1..).collect::<Vec<_>>());
+        let words: std::collections::BTreeSet<_> = Lookup::ALL.map(Lookup::word).into();
+        assert_eq!(words.len(), Lookup::ALL.len());
+    }
+}

@@ -1,0 +1,40 @@
+//! The rules of looking names up.
+
+use crate::config::error::Fault;
+use crate::config::section::Head;
+use crate::config::written::{Dns, Written};
+
+use super::build::{MAX_TTL, MIN_TTL};
+use super::{no_time, told};
+
+/// Every rule.
+pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+    let dns = &written.dns;
+    let Some(head) = &dns.head else { return };
+    looking_up_takes_time(head, dns, faults);
+    faults.extend(the_least_time_to_live_is_at_most_the_most(head, dns));
+}
+
+/// An answer that counts for no time at all would be asked for without end.
+fn looking_up_takes_time(head: &Head, dns: &Dns, faults: &mut Vec<Fault>) {
+    for (key, time) in [("timeout", &dns.timeout), ("min-ttl", &dns.min_ttl), ("max-ttl", &dns.max_ttl)] {
+        faults.extend(no_time(time).map(|(offset, message)| head.fault_at(offset, key, message)));
+    }
+}
+
+fn the_least_time_to_live_is_at_most_the_most(head: &Head, dns: &Dns) -> Option<Fault> {
+    let (min, max) = (*dns.min_ttl.effective(&MIN_TTL)?, *dns.max_ttl.effective(&MAX_TTL)?);
+    if min <= max || max.is_zero() {
+        return None;
+    }
+    let (key, at) = match (dns.min_ttl.spanned(), dns.max_ttl.spanned()) {
+        (Some(min), _) => ("min-ttl", min.span().start),
+        (None, max) => ("max-ttl", max?.span().start),
+    };
+    let message = format!(
+        "must leave min-ttl at most max-ttl, found a min-ttl of {} and a max-ttl of {}",
+        told(min, &dns.min_ttl),
+        told(max, &dns.max_ttl)
+    );
+    Some(head.fault_at(at, key, message))
+}

@@ -1,0 +1,114 @@
+//! The rules of a pool's active check.
+
+use std::time::Duration;
+
+use crate::config::error::Fault;
+use crate::config::section::quoted;
+use crate::config::value::{Count, ProbeKind};
+use crate::config::written::Pool;
+
+use super::build::{PROBE_INTERVAL, PROBE_TIMEOUT};
+use super::{no_time, told};
+
+/// Every rule, for one pool.
+pub(super) fn rules(pool: &Pool, faults: &mut Vec<Fault>) {
+    probes_take_time(pool, faults);
+    faults.extend(a_probe_ends_before_the_next(pool));
+    without_probes_nothing_is_said_of_them(pool, faults);
+    nothing_is_said_of_another_kind(pool, faults);
+    faults.extend(an_exchange_expects_something(pool));
+    faults.extend(some_status_is_good(pool));
+}
+
+fn probes_take_time(pool: &Pool, faults: &mut Vec<Fault>) {
+    for (key, time) in [("health.interval", &pool.health.interval), ("health.timeout", &pool.health.timeout)]
+    {
+        faults.extend(no_time(time).map(|(offset, message)| pool.head.fault_at(offset, key, message)));
+    }
+}
+
+fn a_probe_ends_before_the_next(pool: &Pool) -> Option<Fault> {
+    let probe = &pool.health;
+    let interval = *probe.interval.effective(&PROBE_INTERVAL)?;
+    let timeout = *probe.timeout.effective(&PROBE_TIMEOUT)?;
+    if timeout <= interval || interval.is_zero() {
+        return None;
+    }
+    let (key, at) = match (probe.timeout.spanned(), probe.interval.spanned()) {
+        (Some(timeout), _) => ("health.timeout", timeout.span().start),
+        (None, interval) => ("health.interval", interval?.span().start),
+    };
+    let message = format!(
+        "must leave a probe time to end before the next begins, found a timeout of {} and an interval of {}",
+        told(timeout, &probe.timeout),
+        told(interval, &probe.interval)
+    );
+    Some(pool.head.fault_at(at, key, message))
+}
+
+fn without_probes_nothing_is_said_of_them(pool: &Pool, faults: &mut Vec<Fault>) {
+    let probe = &pool.health;
+    if probe.kind.given() != Some(&ProbeKind::None) {
+        return;
+    }
+    let time = |time: &Duration| format!("{time:?}");
+    let count = |count: &Count<1>| count.0.to_string();
+    let keys = [
+        ("health.interval", probe.interval.said(time)),
+        ("health.timeout", probe.timeout.said(time)),
+        ("health.rise", probe.rise.said(count)),
+        ("health.fall", probe.fall.said(count)),
+        ("health.port", probe.port.said(|port| port.0.to_string())),
+        ("health.send-proxy", probe.send_proxy.said(bool::to_string)),
+    ];
+    for (key, written) in keys {
+        let Some((offset, found)) = written else { continue };
+        let message =
+            format!("must be absent where kind = \"none\", because nothing is probed, found {found}");
+        faults.push(pool.head.fault_at(offset, key, message));
+    }
+}
+
+fn nothing_is_said_of_another_kind(pool: &Pool, faults: &mut Vec<Fault>) {
+    use ProbeKind::{Exchange, Http};
+    let probe = &pool.health;
+    let Some(kind) = probe.kind.effective(&ProbeKind::Tcp) else { return };
+    let keys = [
+        (Http, "health.path", probe.path.said(|path| quoted(&path.0))),
+        (Http, "health.host", probe.host.said(|host| quoted(&host.0))),
+        (Http, "health.expect-status", probe.expect_status.said(|_| "a list".to_owned())),
+        (Exchange, "health.send", probe.send.said(|bytes| counted(&bytes.0))),
+        (Exchange, "health.expect", probe.expect.said(|bytes| counted(&bytes.0))),
+        (Exchange, "health.match", probe.matching.said(|way| quoted(way.word()))),
+    ];
+    let default = if probe.kind.is_absent() { " (the default)" } else { "" };
+    for (owner, key, written) in keys {
+        let Some((offset, found)) = written.filter(|_| owner != *kind) else { continue };
+        let message = format!(
+            "must be absent where kind = \"{}\"{default}, because it belongs to kind = \"{}\", found {found}",
+            kind.word(),
+            owner.word()
+        );
+        faults.push(pool.head.fault_at(offset, key, message));
+    }
+}
+
+fn counted(bytes: &[u8]) -> String {
+    format!("a text of {} bytes", bytes.len())
+}
+
+fn an_exchange_expects_something(pool: &Pool) -> Option<Fault> {
+    let probe = &pool.health;
+    let kind = probe.kind.spanned().filter(|kind| *kind.get_ref() == ProbeKind::Exchange)?;
+    let message = "must be present where kind = \"exchange\", such as expect = \"PONG\", found none";
+    let fault = pool.head.fault_at(kind.span().start, "health.expect", message.to_owned());
+    probe.expect.is_absent().then_some(fault)
+}
+
+fn some_status_is_good(pool: &Pool) -> Option<Fault> {
+    // Of another kind, it is a fault already that there is a list.
+    let statuses = pool.health.expect_status.spanned().filter(|statuses| statuses.get_ref().is_empty())?;
+    pool.health.kind.given().filter(|kind| **kind == ProbeKind::Http)?;
+    let message = "must hold at least one status, such as \"200-399\", found an empty list";
+    Some(pool.head.fault_at(statuses.span().start, "health.expect-status", message.to_owned()))
+}

@@ -1,0 +1,327 @@
+//! What the keys of a pool may hold: targets, ways of balancing, zones, and what a probe asks.
+
+use std::ops::RangeInclusive;
+
+use toml::de::DeValue;
+
+use super::{Name, must_be, text, word};
+use crate::config::section::{FromToml, quoted};
+use crate::config::{Balance, Target, target};
+
+impl FromToml for Target {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| must_be(target::TARGET, value))?;
+        target::target(text)
+            .map_err(|malformed| format!("{malformed}, found {}{}", quoted(text), malformed.because))
+    }
+}
+
+impl FromToml for Balance {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let ways = [
+            ("p2c", Self::P2c),
+            ("round-robin", Self::RoundRobin),
+            ("least-sessions", Self::LeastSessions),
+            ("maglev", Self::Maglev),
+            ("maglev-endpoint", Self::MaglevEndpoint),
+        ];
+        word(value, &ways)
+    }
+}
+
+/// Whether the client's header is passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::config) struct SendProxy(pub(in crate::config) bool);
+
+impl FromToml for SendProxy {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        word(value, &[("off", Self(false)), ("v2", Self(true))])
+    }
+}
+
+/// The zone whose backends are used first, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct PreferZone(pub(in crate::config) Option<String>);
+
+impl FromToml for PreferZone {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        if value.as_str() == Some("") {
+            return Ok(Self(None));
+        }
+        match Name::from_toml(value) {
+            Ok(zone) => Ok(Self(Some(zone.0))),
+            Err(_) => Err(must_be("the name of a zone that a backend has, or \"\" for none", value)),
+        }
+    }
+}
+
+/// What a probe does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::config) enum ProbeKind {
+    None,
+    Tcp,
+    Http,
+    Exchange,
+}
+
+impl ProbeKind {
+    const WORDS: [(&str, Self); 4] =
+        [("tcp", Self::Tcp), ("http", Self::Http), ("exchange", Self::Exchange), ("none", Self::None)];
+
+    /// As it is written.
+    pub(in crate::config) fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Tcp => "tcp",
+            Self::Http => "http",
+            Self::Exchange => "exchange",
+        }
+    }
+}
+
+impl FromToml for ProbeKind {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        word(value, &Self::WORDS)
+    }
+}
+
+/// The path of a URL, with or without a query.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct PathAndQuery(pub(in crate::config) String);
+
+impl FromToml for PathAndQuery {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'#';
+        text(value, "a path that begins with \"/\", such as \"/healthz\" or \"/healthz?deep=1\"", |text| {
+            (text.starts_with('/') && text.bytes().all(plain)).then(|| Self(text.to_owned()))
+        })
+    }
+}
+
+/// What the Host header of a probe says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct HostHeader(pub(in crate::config) String);
+
+impl FromToml for HostHeader {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        /// A name, a colon and a port.
+        const LONGEST: usize = 253 + 6;
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte);
+        text(
+            value,
+            "a host, with a port or without, such as \"example.com\" or \"example.com:8080\"",
+            |text| {
+                let fits = (1..=LONGEST).contains(&text.len()) && text.bytes().all(plain);
+                fits.then(|| Self(text.to_owned()))
+            },
+        )
+    }
+}
+
+/// Statuses of HTTP: one, or all from one to another.
+impl FromToml for RangeInclusive<u16> {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        const WANTED: &str =
+            "a text with a status or a range of them, from 100 to 599, such as \"200\" or \"200-399\"";
+        let statuses = text(value, WANTED, |text| {
+            let (from, to) = text.split_once('-').unwrap_or((text, text));
+            Some(status(from)?..=status(to)?)
+        })?;
+        if statuses.is_empty() { Err(must_be(WANTED, value) + ", which is reversed") } else { Ok(statuses) }
+    }
+}
+
+fn status(digits: &str) -> Option<u16> {
+    let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+    digits.parse().ok().filter(|status| plain && (100..=599).contains(status))
+}
+
+/// Bytes that a probe sends or expects, at least so many: a text, or hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct Bytes<const LEAST: usize>(pub(in crate::config) Vec<u8>);
+
+impl<const LEAST: usize> FromToml for Bytes<LEAST> {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        /// A probe holds so much at once.
+        const MOST: usize = 4096;
+        let wanted = "a text, or \"hex:\" and pairs of hexadecimal digits, such as \"hex:0a0b\"";
+        let bytes = text(value, wanted, |text| match text.strip_prefix("hex:") {
+            Some(digits) => unhex(digits),
+            None => Some(text.as_bytes().to_vec()),
+        })?;
+        if (LEAST..=MOST).contains(&bytes.len()) {
+            return Ok(Self(bytes));
+        }
+        Err(format!("must be {LEAST} to {MOST} bytes long, found {}", bytes.len()))
+    }
+}
+
+fn unhex(digits: &str) -> Option<Vec<u8>> {
+    let nibble = |digit: u8| char::from(digit).to_digit(16).and_then(|nibble| u8::try_from(nibble).ok());
+    let (pairs, rest) = digits.as_bytes().as_chunks::<2>();
+    let bytes = pairs.iter().map(|[high, low]| Some(nibble(*high)? << 4 | nibble(*low)?));
+    if rest.is_empty() { bytes.collect() } else { None }
+}
+
+/// Where in an answer the expected bytes must stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::config) enum Match {
+    Contains,
+    Prefix,
+}
+
+impl Match {
+    /// As it is written.
+    pub(in crate::config) fn word(self) -> &'static str {
+        match self {
+            Self::Contains => "contains",
+            Self::Prefix => "prefix",
+        }
+    }
+}
+
+impl FromToml for Match {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        word(value, &[Self::Contains, Self::Prefix].map(|way| (way.word(), way)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read<T: FromToml>(text: &str) -> Result<T, String> {
+        T::from_toml(DeValue::parse(text).unwrap().get_ref())
+    }
+
+    fn refused<T: FromToml>(text: &str) -> String {
+        read::<T>(text).map(|_| ()).unwrap_err()
+    }
+
+    #[test]
+    fn a_target_says_what_is_wrong_with_it() {
+        assert_eq!(read("\"[::1]:80\""), Ok(Target::Address("[::1]:80".parse().unwrap())));
+        let wrong = refused::<Target>("\"10.0.0.1:0\"");
+        assert!(wrong.ends_with(", found \"10.0.0.1:0\", whose port is none from 1 to 65535"), "{wrong}");
+        let wrong = refused::<Target>("80");
+        assert!(wrong.starts_with("must be an address and a port, such as") && wrong.ends_with(", found 80"));
+    }
+
+    #[test]
+    fn every_way_of_balancing_has_its_word() {
+        for (text, way) in [
+            ("\"p2c\"", Balance::P2c),
+            ("\"round-robin\"", Balance::RoundRobin),
+            ("\"least-sessions\"", Balance::LeastSessions),
+            ("\"maglev\"", Balance::Maglev),
+            ("\"maglev-endpoint\"", Balance::MaglevEndpoint),
+        ] {
+            assert_eq!(read(text), Ok(way));
+        }
+        assert!(refused::<Balance>("\"magleb\"").ends_with("did you mean \"maglev\"?"));
+    }
+
+    #[test]
+    fn every_word_of_a_kind_is_read_as_that_kind() {
+        for (word, kind) in ProbeKind::WORDS {
+            assert_eq!(kind.word(), word);
+            assert_eq!(read(&format!("\"{word}\"")), Ok(kind));
+        }
+    }
+
+    #[test]
+    fn a_preferred_zone_may_be_none() {
+        assert_eq!(read("\"\""), Ok(PreferZone(None)));
+        assert_eq!(read("\"usw2-az1\""), Ok(PreferZone(Some("usw2-az1".to_owned()))));
+        for text in ["\"a b\"", "0", "false"] {
+            assert!(refused::<PreferZone>(text).starts_with("must be the name of a zone"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_path_may_have_a_query() {
+        for path in ["/", "/healthz", "/healthz?deep=1&a=%20"] {
+            assert_eq!(read(&format!("\"{path}\"")), Ok(PathAndQuery(path.to_owned())));
+        }
+        for text in ["\"\"", "\"healthz\"", "\"/a b\"", "\"/a#b\"", "\"/\\r\\n\"", "\"/\u{e9}\"", "5"] {
+            assert!(read::<PathAndQuery>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_host_header_is_a_host_and_perhaps_a_port() {
+        for host in ["example.com", "example.com:8080", "10.0.0.1", "[fd00::1]:80", "a_b", &"a".repeat(259)] {
+            assert_eq!(read(&format!("\"{host}\"")), Ok(HostHeader(host.to_owned())));
+        }
+        for host in ["", "a b", "a/b", "a\\r\\nb: c", "a@b", &"a".repeat(260)] {
+            assert!(read::<HostHeader>(&format!("\"{host}\"")).is_err(), "{host}");
+        }
+    }
+
+    #[test]
+    fn statuses_are_100_to_599() {
+        for (text, statuses) in [
+            ("\"200\"", 200..=200),
+            ("\"200-399\"", 200..=399),
+            ("\"100-599\"", 100..=599),
+            ("\"204-204\"", 204..=204),
+        ] {
+            assert_eq!(read(text), Ok(statuses), "{text}");
+        }
+        for text in [
+            "\"99\"",
+            "\"600\"",
+            "\"99-200\"",
+            "\"200-600\"",
+            "\"200-\"",
+            "\"-\"",
+            "\"+200\"",
+            "\"2xx\"",
+            "200",
+        ] {
+            let wrong = refused::<RangeInclusive<u16>>(text);
+            assert!(wrong.starts_with("must be a text with a status") && wrong.ends_with(text), "{wrong}");
+        }
+        assert!(refused::<RangeInclusive<u16>>("\"399-398\"").ends_with(", which is reversed"));
+    }
+
+    #[test]
+    fn bytes_are_a_text_or_hexadecimal() {
+        let bytes = |bytes: &[u8]| Ok(Bytes::<0>(bytes.to_vec()));
+        for (text, expected) in [
+            ("\"\"", bytes(b"")),
+            ("\"PING\\r\\n\"", bytes(b"PING\r\n")),
+            ("\"hex:\"", bytes(b"")),
+            ("\"hex:0a0B\"", bytes(b"\x0a\x0b")),
+            ("\"hex:fF00\"", bytes(b"\xff\x00")),
+            ("\"Hex:0\"", bytes(b"Hex:0")),
+        ] {
+            assert_eq!(read(text), expected, "{text}");
+        }
+        for text in ["\"hex:0\"", "\"hex:0g\"", "\"hex:0a 0b\"", "\"hex:\u{e9}\"", "\"hex:+1\"", "5"] {
+            assert!(refused::<Bytes<0>>(text).starts_with("must be a text, or \"hex:\""), "{text}");
+        }
+    }
+
+    #[test]
+    fn bytes_have_bounds() {
+        for text in [
+            "\"a\"".to_owned(),
+            format!("\"{}\"", "a".repeat(4096)),
+            format!("\"hex:{}\"", "0a".repeat(4096)),
+        ] {
+            assert!(read::<Bytes<1>>(&text).is_ok());
+        }
+        assert_eq!(refused::<Bytes<1>>("\"\""), "must be 1 to 4096 bytes long, found 0");
+        for text in [format!("\"{}\"", "a".repeat(4097)), format!("\"hex:{}\"", "0a".repeat(4097))] {
+            assert_eq!(refused::<Bytes<0>>(&text), "must be 0 to 4096 bytes long, found 4097");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_matched_in_one_of_two_ways() {
+        assert_eq!(read("\"contains\""), Ok(Match::Contains));
+        assert_eq!(read("\"prefix\""), Ok(Match::Prefix));
+        assert_eq!(refused::<Match>("\"suffix\""), "must be \"contains\" or \"prefix\", found \"suffix\"");
+    }
+}

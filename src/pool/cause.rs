@@ -1,0 +1,79 @@
+//! Why a backend is treated in another way than before, and what a session says of it: closed sets.
+
+use crate::account::Verdict;
+
+/// Why a backend was last treated in another way than before: a closed set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// It was there from the start.
+    Start,
+    /// A probe, with its result.
+    Probe(Verdict),
+    /// Sessions could not connect to it, too often in a row: it is ejected.
+    ConnectFailures,
+    /// It reset sessions before its first byte, too often in a row: it is ejected.
+    Resets,
+    /// Its ejection is over.
+    EjectionOver,
+    /// Its name led to it for the first time, or with another weight.
+    Resolved,
+    /// Its name does not lead to it any more.
+    NotResolved,
+}
+
+/// How a session failed at a backend before the backend's first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failed {
+    /// It could not connect.
+    Connect,
+    /// It was reset, or lost its connection.
+    Reset {
+        /// Whose session it was, by its label's serial number.
+        tenant: u32,
+    },
+}
+
+impl From<Failed> for Cause {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Connect => Self::ConnectFailures,
+            Failed::Reset { .. } => Self::Resets,
+        }
+    }
+}
+
+impl Cause {
+    /// The word in log, metrics and status.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Probe(verdict) => verdict.word(),
+            Self::ConnectFailures => "connect_failures",
+            Self::Resets => "resets",
+            Self::EjectionOver => "ejection_over",
+            Self::Resolved => "resolved",
+            Self::NotResolved => "not_resolved",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cause_has_a_word() {
+        let causes = [
+            Cause::Start,
+            Cause::ConnectFailures,
+            Cause::Resets,
+            Cause::EjectionOver,
+            Cause::Resolved,
+            Cause::NotResolved,
+            Cause::Probe(Verdict::Passed),
+        ];
+        let words: std::collections::BTreeSet<_> = causes.map(Cause::word).into();
+        assert_eq!(words.len(), causes.len());
+    }
+}

@@ -1,0 +1,134 @@
+//! The passive verdict: a backend that fails real sessions in a row is left out for a time.
+
+use std::time::Duration;
+
+use crate::clock::Moment;
+
+/// The longest time out, however often a backend was ejected.
+pub const LONGEST: Duration = Duration::from_secs(600);
+
+/// When a backend is ejected, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// Failures in a row that eject it; 0 is never.
+    pub consecutive_failures: u32,
+    /// The first time out; it doubles with each ejection that follows.
+    pub base: Duration,
+    /// Percent of the pool's backends that may be out at once.
+    pub max_percent: u32,
+}
+
+impl Rules {
+    /// How many of so many backends may be out at once. At least one where ejection is wanted at all, or it would do nothing
+    /// for small pools; never all of several, for then nobody would be left.
+    #[must_use]
+    pub fn most(self, backends: usize) -> usize {
+        let percent = usize::try_from(self.max_percent).unwrap_or(100);
+        if percent == 0 { 0 } else { (backends * percent / 100).max(1).min(backends.saturating_sub(1)) }
+    }
+
+    /// The time out after so many ejections.
+    #[must_use]
+    pub fn time(self, times: u32) -> Duration {
+        let doubled = 1_u32.checked_shl(times.saturating_sub(1)).unwrap_or(u32::MAX);
+        self.base.saturating_mul(doubled).min(LONGEST.max(self.base))
+    }
+}
+
+/// The times out of one backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ejection {
+    /// Ejections that count for the length of the next.
+    times: u32,
+    /// While it is out, when that ends.
+    until: Option<Moment>,
+    /// While it is in, since when.
+    since: Moment,
+}
+
+impl Ejection {
+    /// While it is out, when that ends.
+    #[must_use]
+    pub fn until(self) -> Option<Moment> {
+        self.until
+    }
+
+    /// Whether it is out.
+    #[must_use]
+    pub fn is_out(self) -> bool {
+        self.until.is_some()
+    }
+
+    /// Puts it out; for how long. A probe that succeeds does not end it: what failed was not a probe.
+    ///
+    /// For each base time that it was in since the last ejection ended, one ejection is forgotten.
+    pub fn eject(&mut self, rules: Rules, now: Moment) -> Duration {
+        let good = now.since(self.since).as_nanos().checked_div(rules.base.as_nanos()).unwrap_or(u128::MAX);
+        self.times = self.times.saturating_sub(u32::try_from(good).unwrap_or(u32::MAX)).saturating_add(1);
+        let time = rules.time(self.times);
+        self.until = Some(now + time);
+        time
+    }
+
+    /// Lets it in again where its time is over; whether that is so.
+    pub fn expire(&mut self, now: Moment) -> bool {
+        let over = self.until.is_some_and(|until| now >= until);
+        if over {
+            self.until = None;
+            self.since = now;
+        }
+        over
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: Rules = Rules { consecutive_failures: 3, base: Duration::from_secs(30), max_percent: 50 };
+
+    fn at(seconds: u64) -> Moment {
+        Moment::from_nanos(0) + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn its_time_ends_at_its_end_and_not_before() {
+        let mut ejection = Ejection::default();
+        ejection.eject(RULES, at(100));
+        assert!(!ejection.expire(at(129)) && ejection.is_out());
+        assert!(ejection.expire(at(130)) && !ejection.is_out());
+        assert!(!ejection.expire(at(131)), "once");
+    }
+
+    #[test]
+    fn times_double_up_to_ten_minutes_and_decay() {
+        let mut ejection = Ejection::default();
+        let mut now = 0;
+        for seconds in [30, 60, 120, 240, 480, 600, 600] {
+            assert_eq!(ejection.eject(RULES, at(now)), Duration::from_secs(seconds));
+            now += seconds;
+            assert!(ejection.expire(at(now)));
+        }
+        // Five base times in: seven ejections count as two, and the next is the third.
+        assert_eq!(ejection.eject(RULES, at(now + 150)), Duration::from_secs(120));
+        assert!(ejection.expire(at(now + 10_000)));
+        assert_eq!(ejection.eject(RULES, at(now + 20_000)), Duration::from_secs(30));
+    }
+
+    #[test]
+    fn a_base_above_ten_minutes_is_kept_and_none_is_none() {
+        let hour = Rules { base: Duration::from_secs(3_600), ..RULES };
+        assert_eq!((hour.time(1), hour.time(9)), (Duration::from_secs(3_600), Duration::from_secs(3_600)));
+        let mut ejection = Ejection::default();
+        assert_eq!(ejection.eject(Rules { base: Duration::ZERO, ..RULES }, at(0)), Duration::ZERO);
+        assert!(ejection.expire(at(0)));
+        assert_eq!(RULES.time(u32::MAX), LONGEST);
+    }
+
+    #[test]
+    fn some_may_be_out_but_never_all() {
+        let most = |percent, backends| Rules { max_percent: percent, ..RULES }.most(backends);
+        assert_eq!((most(50, 10), most(50, 3), most(10, 3), most(0, 10)), (5, 1, 1, 0));
+        assert_eq!((most(100, 10), most(100, 1), most(50, 0)), (9, 0, 0));
+    }
+}

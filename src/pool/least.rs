@@ -1,0 +1,276 @@
+//! The least loaded of many without a look at each: a tournament whose winner stands at its root.
+//!
+//! Every backend is a leaf, and every node above holds the better of its two. A change of one leaf plays the games from
+//! there to the root again: ten of them for 1,000 backends. Workers play at the same time without a lock: a node is
+//! replaced only if it is still what was read, and a player that loses this twice has been overtaken by one who saw as much
+//! (Jayanti, "f-arrays: implementation and applications", PODC 2002, section 3).
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// Bits of a node, from the top: sessions in relation to the weight, its turn, and the leaf.
+const STAMP_BITS: u32 = 20;
+const LEAF_BITS: u32 = 16;
+/// A unit that leaves no two loads equal that are not.
+const EXACT: u32 = 1 << 20;
+/// Half of all stamps: what is less ahead than this is ahead.
+const HALF: u64 = 1 << (STAMP_BITS - 1);
+/// How far a turn of the greatest weight, 64,000 parts, moves a stamp: far enough that weights differ by their share.
+const STRIDE: u64 = 20 * 64_000;
+/// A leaf that nobody may be sent to.
+const NOBODY: u64 = u64::MAX;
+
+/// The tournament of a pool's backends.
+#[derive(Debug)]
+pub struct Tournament {
+    /// The root is the first, and the children of `n` are `2n + 1` and `2n + 2`; the leaves are the last half.
+    nodes: Vec<AtomicU64>,
+    leaves: usize,
+    /// Sessions count in whole multiples of this weight's share.
+    unit: AtomicU32,
+    /// The stamp of the last pick. Each pick moves its backend's stamp on, the further the smaller its weight, and of equals
+    /// the one that is furthest behind wins: so equals have turns by weight (Waldspurger and Weihl, "Stride scheduling",
+    /// 1995).
+    turn: AtomicU64,
+}
+
+impl Tournament {
+    /// A tournament in which nobody takes part yet, for at most 65,535 backends.
+    #[must_use]
+    pub fn new(count: usize) -> Self {
+        let leaves = count.max(1).next_power_of_two();
+        let nodes = (0..2 * leaves - 1).map(|_| AtomicU64::new(NOBODY)).collect();
+        Self { nodes, leaves, unit: AtomicU32::new(EXACT), turn: AtomicU64::new(0) }
+    }
+
+    /// From the next change of each backend on, sessions count by how many a backend of this weight would have: so those
+    /// that are equally full but for a part of one session are equals, and have turns by weight. Else whoever has a small
+    /// weight and no session would always be the emptiest, and get more than its share.
+    pub fn count_by(&self, unit: u32) {
+        self.unit.store(unit, Ordering::SeqCst);
+    }
+
+    /// Who has least.
+    #[must_use]
+    pub fn winner(&self) -> Option<usize> {
+        let root = self.nodes.first()?.load(Ordering::SeqCst);
+        (root != NOBODY).then(|| usize::try_from(root & mask(LEAF_BITS)).ok())?
+    }
+
+    /// Takes in that a backend was picked, and has its turn behind it. `look` says how many sessions it has and what its
+    /// weight is.
+    pub fn picked(&self, leaf: usize, look: impl Fn() -> (u32, u32)) {
+        let turn = self.turn.load(Ordering::Relaxed);
+        let (_, weight) = look();
+        let base = self.stamp(leaf, turn, weight).filter(|stamp| is_ahead(*stamp, turn)).unwrap_or(turn);
+        if base != turn {
+            self.turn.store(base, Ordering::Relaxed);
+        }
+        self.play(leaf, (base + stride(weight)) & mask(STAMP_BITS), look);
+    }
+
+    /// Takes in how many sessions a backend has now, and its weight; without a weight nobody is sent there.
+    pub fn changed(&self, leaf: usize, look: impl Fn() -> (u32, u32)) {
+        let turn = self.turn.load(Ordering::Relaxed);
+        let (_, weight) = look();
+        let stamp = self.stamp(leaf, turn, weight).unwrap_or(turn);
+        self.play(leaf, stamp, look);
+    }
+
+    /// The stamp of a backend that takes part, if it is within one turn of the last pick's. Who was out or busy for long has
+    /// its turn now: it neither has all those that it missed nor, where the stamps went round meanwhile, waits for its old
+    /// one to come again.
+    fn stamp(&self, leaf: usize, turn: u64, weight: u32) -> Option<u64> {
+        let node = self.node(self.leaves - 1 + leaf)?.load(Ordering::SeqCst);
+        let (stamp, stride) = (node >> LEAF_BITS & mask(STAMP_BITS), stride(weight));
+        let is_recent = stamp.wrapping_sub(turn).wrapping_add(stride) & mask(STAMP_BITS) <= 2 * stride;
+        (node != NOBODY && is_recent).then_some(stamp)
+    }
+
+    fn node(&self, at: usize) -> Option<&AtomicU64> {
+        self.nodes.get(at)
+    }
+
+    /// Puts a leaf in its place and plays its games up to the root.
+    fn play(&self, leaf: usize, stamp: u64, look: impl Fn() -> (u32, u32)) {
+        let mut at = self.leaves - 1 + leaf;
+        let Some(own) = self.node(at) else { return };
+        // Who stored what has changed since looks again: the last to store has stored what is so.
+        let unit = self.unit.load(Ordering::SeqCst);
+        let mut seen = look();
+        loop {
+            own.store(node((seen.0, unit), seen.1, stamp, leaf), Ordering::SeqCst);
+            let again = look();
+            if again == seen {
+                break;
+            }
+            seen = again;
+        }
+        while at > 0 {
+            at = (at - 1) / 2;
+            // Whoever put there what is there plays on from there.
+            if self.replay(at).or_else(|| self.replay(at)) == Some(false) {
+                return;
+            }
+        }
+    }
+
+    /// Plays one game: whether that changed who won; `None` where another player was faster.
+    fn replay(&self, at: usize) -> Option<bool> {
+        let (node, left, right) = (self.node(at)?, self.node(2 * at + 1)?, self.node(2 * at + 2)?);
+        let before = node.load(Ordering::SeqCst);
+        let better = better(left.load(Ordering::SeqCst), right.load(Ordering::SeqCst));
+        if before == better {
+            return Some(false);
+        }
+        node.compare_exchange(before, better, Ordering::SeqCst, Ordering::SeqCst).ok().map(|_| true)
+    }
+}
+
+const fn mask(bits: u32) -> u64 {
+    (1 << bits) - 1
+}
+
+/// How far a turn moves a stamp.
+fn stride(weight: u32) -> u64 {
+    (STRIDE / u64::from(weight.max(1))).min(HALF / 4)
+}
+
+fn node((load, unit): (u32, u32), weight: u32, stamp: u64, leaf: usize) -> u64 {
+    // 28 bits; beyond them all are equally full.
+    let Some(relative) = (u64::from(load) * u64::from(unit)).checked_div(u64::from(weight)) else {
+        return NOBODY;
+    };
+    let relative = relative.min(mask(64 - STAMP_BITS - LEAF_BITS) - 1);
+    relative << (STAMP_BITS + LEAF_BITS) | stamp << LEAF_BITS | leaf as u64
+}
+
+/// Whether a stamp is ahead of another, in the arithmetic of serial numbers (RFC 1982), for stamps wrap.
+fn is_ahead(stamp: u64, other: u64) -> bool {
+    let ahead = stamp.wrapping_sub(other) & mask(STAMP_BITS);
+    ahead > 0 && ahead < HALF
+}
+
+/// The one with fewer sessions; of equals the one whose turn is first.
+fn better(left: u64, right: u64) -> u64 {
+    let load = |node: u64| node >> (STAMP_BITS + LEAF_BITS);
+    let stamp = |node: u64| node >> LEAF_BITS & mask(STAMP_BITS);
+    if load(left) != load(right) || stamp(left) == stamp(right) {
+        left.min(right)
+    } else if is_ahead(stamp(left), stamp(right)) {
+        right
+    } else {
+        left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_wins_where_nobody_takes_part() {
+        assert_eq!(Tournament::new(0).winner(), None);
+        let tournament = Tournament::new(3);
+        tournament.changed(1, || (5, 0));
+        assert_eq!(tournament.winner(), None);
+    }
+
+    #[test]
+    fn the_least_loaded_in_relation_to_its_weight_wins() {
+        let tournament = Tournament::new(5);
+        for (leaf, load, weight) in [(0, 10, 100), (1, 4, 50), (2, 1, 1), (3, 90, 1000), (4, 0, 0)] {
+            tournament.changed(leaf, || (load, weight));
+        }
+        assert_eq!(tournament.winner(), Some(1));
+        tournament.changed(1, || (5, 50));
+        assert_eq!(tournament.winner(), Some(3));
+        tournament.changed(3, || (100, 1000));
+        tournament.changed(2, || (0, 1));
+        assert_eq!(tournament.winner(), Some(2));
+    }
+
+    #[test]
+    fn equals_take_turns_over_the_wrap_of_the_stamps() {
+        let tournament = Tournament::new(3);
+        for leaf in 0..3 {
+            tournament.changed(leaf, || (0, 7));
+        }
+        tournament.turn.store(mask(STAMP_BITS) - 20, Ordering::Relaxed);
+        for leaf in 0..3 {
+            tournament.picked(leaf, || (0, 7));
+        }
+        for turn in 0..60 {
+            let winner = tournament.winner().unwrap();
+            assert_eq!(winner, turn % 3);
+            tournament.picked(winner, || (1, 7));
+            tournament.changed(winner, || (0, 7));
+        }
+    }
+
+    #[test]
+    fn equals_have_turns_by_weight_and_who_was_out_does_not_catch_up() {
+        let tournament = Tournament::new(4);
+        let weights = [6_400, 12_800, 0, 44_800];
+        let mut counts = [0_u32; 4];
+        for (leaf, weight) in weights.into_iter().enumerate() {
+            tournament.changed(leaf, || (0, weight));
+        }
+        let turns = |count: u32, counts: &mut [u32; 4]| {
+            for _ in 0..count {
+                let winner = tournament.winner().unwrap();
+                tournament.picked(winner, || (0, weights[winner]));
+                counts[winner] += 1;
+            }
+        };
+        turns(10_000, &mut counts);
+        for (count, due) in counts.into_iter().zip([1_000, 2_000, 0, 7_000]) {
+            assert!(count.abs_diff(due) <= due / 50, "{counts:?}");
+        }
+        tournament.changed(0, || (0, 0));
+        turns(10_000, &mut counts);
+        tournament.changed(0, || (0, weights[0]));
+        let mut after = [0; 4];
+        turns(1_000, &mut after);
+        assert!(after[0].abs_diff(100) <= 5, "{after:?}");
+    }
+
+    #[test]
+    fn less_than_a_session_of_the_least_is_no_difference() {
+        let tournament = Tournament::new(2);
+        tournament.count_by(50);
+        tournament.changed(0, || (0, 50));
+        tournament.changed(1, || (3, 200));
+        assert_eq!(tournament.winner(), Some(0), "equals, and the first has its turn");
+        tournament.picked(0, || (0, 50));
+        assert_eq!(tournament.winner(), Some(1));
+        tournament.changed(1, || (4, 200));
+        assert_eq!(tournament.winner(), Some(0));
+        tournament.changed(0, || (1, 50));
+        assert_eq!(tournament.winner(), Some(1), "one and four of four times the weight are as much");
+    }
+
+    #[test]
+    fn many_players_at_once_leave_the_true_winner() {
+        let tournament = Tournament::new(100);
+        for leaf in 0..100 {
+            tournament.changed(leaf, || (3, 10));
+        }
+        std::thread::scope(|scope| {
+            for player in 0..4_usize {
+                let tournament = &tournament;
+                scope.spawn(move || {
+                    for turn in 0..10_000_u32 {
+                        tournament.changed(player * 25 + turn as usize % 25, || (turn % 50, 10));
+                    }
+                });
+            }
+        });
+        for leaf in 0..100 {
+            let loads = |other: usize| if other == leaf { 0 } else { 1 };
+            for other in 0..100 {
+                tournament.changed(other, || (loads(other), 10));
+            }
+            assert_eq!(tournament.winner(), Some(leaf));
+        }
+    }
+}

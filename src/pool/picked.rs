@@ -1,0 +1,85 @@
+//! A backend that a session was given: what it carries, and the room that it gives back.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::backend::Backend;
+
+/// A backend that carries one session more as long as this lives.
+#[derive(Debug)]
+pub struct Picked(Arc<Backend>);
+
+impl Picked {
+    /// A session more, where there is room for it.
+    #[must_use]
+    pub fn take(backend: &Arc<Backend>) -> Option<Self> {
+        let room = backend.room.load(Ordering::SeqCst);
+        if room == u32::MAX {
+            backend.load.fetch_add(1, Ordering::SeqCst);
+        } else {
+            let more = |load: u32| (load < room).then_some(load + 1);
+            backend.load.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
+        }
+        if let Some(seat) = &backend.seat {
+            seat.picked(backend.slot() as usize, || backend.standing());
+        }
+        Some(Self(Arc::clone(backend)))
+    }
+
+    /// The backend, which may outlive the session.
+    #[must_use]
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.0
+    }
+}
+
+impl std::ops::Deref for Picked {
+    type Target = Backend;
+
+    fn deref(&self) -> &Backend {
+        &self.0
+    }
+}
+
+impl Drop for Picked {
+    fn drop(&mut self) {
+        self.0.load.fetch_sub(1, Ordering::SeqCst);
+        // The seat of one that is gone may be another's.
+        if let Some(seat) = self.0.seat.as_ref().filter(|_| !self.0.is_gone()) {
+            seat.changed(self.0.slot() as usize, || self.0.standing());
+        }
+        if let Some(queue) = &self.0.queue {
+            queue.serve(&self.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::backend::Traits;
+    use crate::pool::health::FULL;
+
+    fn backend(max_sessions: Option<u32>) -> Arc<Backend> {
+        Arc::new(Backend::alone("10.0.0.1:80", Traits { max_sessions, ..Traits::default() }))
+    }
+
+    #[test]
+    fn its_load_is_its_sessions() {
+        let backend = backend(None);
+        let picked = Picked::take(&backend).unwrap();
+        assert_eq!((picked.load(), picked.label().name()), (1, "10.0.0.1:80"));
+        drop(picked);
+        assert_eq!(backend.load(), 0);
+    }
+
+    #[test]
+    fn the_last_that_has_room_is_let_in_and_the_next_is_not() {
+        let backend = backend(Some(2));
+        let held: Vec<_> = (0..2).map(|_| Picked::take(&backend).unwrap()).collect();
+        assert!(Picked::take(&backend).is_none() && !backend.has_room());
+        drop(held);
+        assert!(backend.has_room() && backend.load() == 0);
+        assert_eq!((backend.room_at(FULL), backend.room_at(FULL / 2), backend.room_at(1)), (2, 1, 1));
+    }
+}

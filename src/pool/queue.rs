@@ -1,0 +1,182 @@
+//! Sessions that wait because every backend of their pool has as many as it may have: first come, first served.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+
+use super::backend::Backend;
+use super::picked::Picked;
+use crate::account::lock;
+
+/// The line of one pool. Locked only while somebody waits.
+#[derive(Debug)]
+pub struct Queue {
+    length: usize,
+    waiting: AtomicUsize,
+    line: Mutex<VecDeque<Arc<Ticket>>>,
+}
+
+/// What a session that waits will be given.
+#[derive(Debug, Default)]
+struct Ticket(Mutex<Desk>);
+
+#[derive(Debug, Default)]
+struct Desk {
+    picked: Option<Picked>,
+    waker: Option<Waker>,
+}
+
+/// A place in the line: ready with a backend when it is its turn. Dropping it leaves the line.
+#[derive(Debug)]
+pub struct Place {
+    queue: Arc<Queue>,
+    ticket: Arc<Ticket>,
+}
+
+impl Queue {
+    /// A line for so many.
+    #[must_use]
+    pub fn new(length: usize) -> Arc<Self> {
+        Arc::new(Self { length, waiting: AtomicUsize::new(0), line: Mutex::default() })
+    }
+
+    /// How many wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    /// Takes the last place; `None` where the line is as long as it may be. Whoever has joined must have the pool served
+    /// once: a backend that became free a moment before has seen nobody wait.
+    #[must_use]
+    pub fn join(self: &Arc<Self>) -> Option<Place> {
+        let mut line = lock(&self.line);
+        if line.len() >= self.length {
+            return None;
+        }
+        let ticket = Arc::<Ticket>::default();
+        line.push_back(Arc::clone(&ticket));
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        Some(Place { queue: Arc::clone(self), ticket })
+    }
+
+    /// Gives away what room a backend has.
+    pub fn serve(&self, backend: &Arc<Backend>) {
+        while self.waiting() > 0 {
+            let next = {
+                let mut line = lock(&self.line);
+                if line.is_empty() {
+                    return;
+                }
+                if !backend.is_used() {
+                    return;
+                }
+                let Some(picked) = Picked::take(backend) else { return };
+                self.waiting.fetch_sub(1, Ordering::SeqCst);
+                line.pop_front().map(|ticket| (ticket, picked))
+            };
+            let Some((ticket, picked)) = next else { return };
+            let waker = {
+                let mut desk = lock(&ticket.0);
+                desk.picked = Some(picked);
+                desk.waker.take()
+            };
+            waker.into_iter().for_each(Waker::wake);
+        }
+    }
+}
+
+impl Future for Place {
+    type Output = Picked;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Picked> {
+        let mut desk = lock(&self.ticket.0);
+        if let Some(picked) = desk.picked.take() {
+            return Poll::Ready(picked);
+        }
+        desk.waker = Some(context.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        {
+            let mut line = lock(&self.queue.line);
+            let place = line.iter().position(|ticket| Arc::ptr_eq(ticket, &self.ticket));
+            if place.and_then(|place| line.remove(place)).is_some() {
+                self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        // What it was given and never took goes to the next in line, and that takes the lock.
+        let given = lock(&self.ticket.0).picked.take();
+        drop(given);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use super::*;
+    use crate::pool::backend::Traits;
+
+    fn backend(queue: &Arc<Queue>, most: u32) -> Arc<Backend> {
+        let mut backend =
+            Backend::alone("10.0.0.1:80", Traits { max_sessions: Some(most), ..Traits::default() });
+        backend.queue = Some(Arc::clone(queue));
+        Arc::new(backend)
+    }
+
+    fn poll(place: &mut Place) -> Option<Picked> {
+        match pin!(place).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(picked) => Some(picked),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn the_first_is_served_first_and_the_line_has_an_end() {
+        let queue = Queue::new(2);
+        let backend = backend(&queue, 1);
+        let held = Picked::take(&backend).unwrap();
+        assert!(Picked::take(&backend).is_none(), "it is full");
+        let (mut first, mut second) = (queue.join().unwrap(), queue.join().unwrap());
+        assert!(queue.join().is_none() && queue.waiting() == 2);
+        assert!(poll(&mut first).is_none() && poll(&mut second).is_none());
+        drop(held);
+        assert!(poll(&mut second).is_none());
+        let held = poll(&mut first).unwrap();
+        assert_eq!((queue.waiting(), backend.load()), (1, 1));
+        drop(held);
+        assert!(poll(&mut second).is_some());
+        assert_eq!((queue.waiting(), backend.load()), (0, 0));
+    }
+
+    #[test]
+    fn who_leaves_keeps_nothing() {
+        let queue = Queue::new(9);
+        let backend = backend(&queue, 1);
+        let held = Picked::take(&backend).unwrap();
+        let (first, gone, mut last) = (queue.join().unwrap(), queue.join().unwrap(), queue.join().unwrap());
+        drop(gone);
+        assert_eq!(queue.waiting(), 2);
+        drop(held);
+        // It was given a backend and goes without it: the next one gets it.
+        drop(first);
+        assert!(poll(&mut last).is_some());
+        assert_eq!((queue.waiting(), backend.load()), (0, 0));
+    }
+
+    #[test]
+    fn nobody_is_sent_where_nobody_may_go() {
+        let queue = Queue::new(1);
+        let backend = backend(&queue, 5);
+        backend.set(0, u32::MAX);
+        let mut place = queue.join().unwrap();
+        queue.serve(&backend);
+        assert!(poll(&mut place).is_none() && backend.load() == 0);
+    }
+}

@@ -1,0 +1,237 @@
+//! Who is in a pool now, who of them is used, and who of those a session gets.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::backend::Backend;
+use super::health::{FULL, State};
+use super::least::Tournament;
+use super::maglev::{Entry, Plan, Table};
+use super::pick::{self, Shares};
+use super::picked::Picked;
+use super::standing::{Ground, Seen, weigh};
+use crate::config::Balance;
+
+/// Times that Maglev asks its table for another backend, before all that are left are looked at.
+const REHASHES: u64 = 8;
+
+/// Who is in a pool now, and who of them is used. Immutable: a new one takes its place.
+#[derive(Debug, Default)]
+pub struct Roster {
+    /// All of them, by rising slots.
+    backends: Vec<Arc<Backend>>,
+    used: Vec<Arc<Backend>>,
+    shares: Shares,
+    /// What the table is made of, as long as the backends are the same.
+    plan: Arc<Plan>,
+    table: Table,
+    ground: Ground,
+}
+
+/// How a pool picks, and what it keeps for that from one pick to the next.
+#[derive(Debug)]
+pub(super) struct Way {
+    balance: Balance,
+    turn: AtomicUsize,
+    tournament: Option<Arc<Tournament>>,
+}
+
+/// Why nobody was picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nobody {
+    /// No backend may be used, or each that may was tried.
+    Usable,
+    /// Each that may be used has as many sessions as it may have.
+    Free,
+}
+
+/// Backends that one session has tried already, by slot.
+#[derive(Debug, Default)]
+pub struct Tried {
+    /// Most sessions try one, and need no list.
+    first: Option<u32>,
+    others: Vec<u32>,
+}
+
+impl Tried {
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.others.len()
+    }
+
+    /// Whether none was tried.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+
+    fn has(&self, backend: &Backend) -> bool {
+        self.first == Some(backend.slot()) || self.others.contains(&backend.slot())
+    }
+
+    /// Takes down one that was not picked here.
+    #[must_use]
+    pub fn add_picked(&mut self, picked: Picked) -> Picked {
+        self.add(&picked);
+        picked
+    }
+
+    pub(super) fn add(&mut self, backend: &Backend) {
+        if self.first.is_some() {
+            self.others.push(backend.slot());
+        } else {
+            self.first = Some(backend.slot());
+        }
+    }
+}
+
+impl Way {
+    /// A way for at most so many backends.
+    pub(super) fn new(balance: Balance, slots: u32) -> Self {
+        let slots = usize::try_from(slots).unwrap_or(usize::MAX);
+        let tournament = (balance == Balance::LeastSessions).then(|| Arc::new(Tournament::new(slots)));
+        Self { balance, turn: AtomicUsize::new(0), tournament }
+    }
+
+    /// Where a backend says that its load has changed.
+    pub(super) fn seat(&self) -> Option<Arc<Tournament>> {
+        self.tournament.clone()
+    }
+
+    /// What Maglev looks up: equal for the same client, or for the same endpoint. Others need none.
+    pub(super) fn key(&self, client: impl FnOnce() -> u64, endpoint: impl FnOnce() -> u64) -> u64 {
+        match self.balance {
+            Balance::Maglev => client(),
+            Balance::MaglevEndpoint => endpoint(),
+            Balance::RoundRobin | Balance::LeastSessions | Balance::P2c => 0,
+        }
+    }
+
+    fn is_maglev(&self) -> bool {
+        matches!(self.balance, Balance::Maglev | Balance::MaglevEndpoint)
+    }
+}
+
+impl Roster {
+    /// Decides who of `all`, by rising slots, is used, and has them know.
+    pub(super) fn new(
+        all: Vec<(Arc<Backend>, Seen)>,
+        panic_threshold: u32,
+        way: &Way,
+        before: &Self,
+    ) -> Self {
+        let (backends, seen): (Vec<_>, Vec<_>) = all.into_iter().unzip();
+        let (ground, weights) = weigh(&seen, panic_threshold);
+        if let Some(tournament) = &way.tournament {
+            let weights = seen.iter().zip(&weights).filter(|(_, weight)| **weight > 0);
+            // The whole weight of those in use: one that comes back is a small part of its own.
+            let least = weights.map(|(seen, _)| seen.weight).min().unwrap_or(1);
+            tournament.count_by(least * FULL);
+        }
+        let mut used = Vec::new();
+        let mut of_used = Vec::new();
+        for ((backend, seen), weight) in backends.iter().zip(&seen).zip(weights) {
+            backend.set(weight, backend.room_at(if ground == Ground::Panic { FULL } else { seen.ramp }));
+            if weight > 0 {
+                used.push(Arc::clone(backend));
+                of_used.push(weight);
+            }
+        }
+        let (plan, table) = if way.is_maglev() {
+            let entries = entries(&backends, &seen);
+            let is_same = before.plan.is_of(&entries) && !entries.is_empty();
+            let plan = if is_same { Arc::clone(&before.plan) } else { Arc::new(Plan::new(&entries)) };
+            let table = Table::of(&plan, &entries);
+            (plan, table)
+        } else {
+            Default::default()
+        };
+        Self { backends, used, shares: Shares::new(&of_used), plan, table, ground }
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn backends(&self) -> &[Arc<Backend>] {
+        &self.backends
+    }
+
+    /// Those that are used.
+    #[must_use]
+    pub fn used(&self) -> &[Arc<Backend>] {
+        &self.used
+    }
+
+    /// Why they are used.
+    #[must_use]
+    pub fn ground(&self) -> Ground {
+        self.ground
+    }
+
+    /// Who is first asked; he may have no room.
+    pub(super) fn first(&self, way: &Way, key: u64, roll: u64) -> Option<&Arc<Backend>> {
+        let used = |place: usize| self.used.get(place);
+        match way.balance {
+            Balance::RoundRobin => {
+                used(pick::round_robin(way.turn.fetch_add(1, Ordering::Relaxed), &self.shares)?)
+            }
+            Balance::P2c => {
+                let load = |place: usize| used(place).map_or(u32::MAX, |backend| backend.load());
+                used(pick::p2c(roll, &self.shares, load)?)
+            }
+            Balance::Maglev | Balance::MaglevEndpoint => {
+                self.backends.get(usize::from(self.table.find(key)?))
+            }
+            Balance::LeastSessions => {
+                let slot = u32::try_from(way.tournament.as_ref()?.winner()?).ok()?;
+                let place = self.backends.binary_search_by_key(&slot, |backend| backend.slot()).ok()?;
+                self.backends.get(place)
+            }
+        }
+    }
+
+    /// Who is asked where that did not do, with room and not yet tried.
+    ///
+    /// It takes no turn of round-robin: that would be the turn of the next session, and with one dead backend of two
+    /// every session would start with the dead one.
+    pub(super) fn next(&self, way: &Way, key: u64, roll: u64, tried: &Tried) -> Result<Picked, Nobody> {
+        if way.is_maglev() {
+            // The same client finds the same second backend.
+            for turn in 1..=REHASHES {
+                let place = self.table.find(key.wrapping_add(turn.wrapping_mul(pick::GOLDEN)));
+                let backend = place.and_then(|place| self.backends.get(usize::from(place)));
+                let is_left = |backend: &&Arc<Backend>| backend.is_used() && !tried.has(backend);
+                let picked = backend.filter(is_left).and_then(Picked::take);
+                if let Some(picked) = picked {
+                    return Ok(picked);
+                }
+            }
+        }
+        let is_left = |backend: &&Arc<Backend>| !tried.has(backend);
+        let mut left: Vec<_> = self.used.iter().filter(is_left).filter(|backend| backend.is_used()).collect();
+        if left.is_empty() && !tried.is_empty() {
+            // Whoever else is not known to be down: better than a session that fails.
+            let others = self.backends.iter().filter(|backend| {
+                !backend.is_used() && backend.state() != State::Unhealthy && backend.summary().weight > 0
+            });
+            left = others.filter(is_left).collect();
+        }
+        if left.is_empty() {
+            return Err(Nobody::Usable);
+        }
+        left.retain(|backend| backend.has_room());
+        let weights: Vec<u32> = left.iter().map(|backend| backend.weight().max(1)).collect();
+        let load = |place: usize| left.get(place).map_or(u32::MAX, |backend| backend.load());
+        let place = pick::p2c(roll, &Shares::new(&weights), load).ok_or(Nobody::Free)?;
+        left.get(place).and_then(|backend| Picked::take(backend)).ok_or(Nobody::Free)
+    }
+}
+
+fn entries(backends: &[Arc<Backend>], seen: &[Seen]) -> Vec<Entry> {
+    let entries = backends.iter().zip(seen).map(|(backend, seen)| Entry {
+        name: pick::hash(backend.label().name().as_bytes()),
+        whole: if seen.is_backup { 0 } else { seen.weight * FULL },
+        weight: backend.weight(),
+    });
+    entries.collect()
+}

@@ -1,0 +1,454 @@
+//! What a pool does with what probes, sessions, names and time say.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::config::{Ask, Balance, Ejection};
+use crate::pool::health::FULL;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn at(milliseconds: u64) -> Moment {
+    Moment::default() + Duration::from_millis(milliseconds)
+}
+
+fn target(port: u16) -> crate::config::Backend {
+    let target = Target::Address(([10, 0, 0, 1], port).into());
+    crate::config::Backend { target, weight: 100, zone: None, max_sessions: None, backup: false }
+}
+
+/// So many backends, on ports from 1000 on, that are probed every second.
+fn config(balance: Balance, count: u16) -> crate::config::Pool {
+    crate::config::Pool {
+        name: "shared".to_owned(),
+        balance,
+        backends: (0..count).map(|n| target(1000 + n)).collect(),
+        prefer_zone: None,
+        send_proxy: false,
+        attempts: 3,
+        retry_budget: 20,
+        slow_start: Duration::ZERO,
+        source_addresses: Vec::new(),
+        queue: crate::config::Queue { length: 0, timeout: SECOND },
+        panic_threshold: 0,
+        health: Some(Probe {
+            interval: SECOND,
+            timeout: SECOND,
+            rise: 1,
+            fall: 2,
+            port: None,
+            send_proxy: false,
+            ask: Ask::Connect,
+        }),
+        ejection: Ejection { consecutive_failures: 3, base_time: 30 * SECOND, max_percent: 50 },
+    }
+}
+
+fn pool(config: &crate::config::Pool) -> Pool {
+    Pool::new(config, &Labels::default())
+}
+
+/// A pool whose backends all passed their first probe.
+fn healthy(config: &crate::config::Pool) -> Pool {
+    let pool = pool(config);
+    for place in 0..pool.roster().backends().len() {
+        assert!(probe(&pool, place, true, at(0)).is_some());
+    }
+    pool.tend(at(100));
+    pool
+}
+
+fn backend(pool: &Pool, place: usize) -> Arc<Backend> {
+    Arc::clone(&pool.roster().backends()[place])
+}
+
+fn probe(pool: &Pool, place: usize, success: bool, now: Moment) -> Option<Change> {
+    let verdict = if success { Verdict::Passed } else { Verdict::AnswerTimeout };
+    pool.observe(&backend(pool, place), verdict, SECOND, now)
+}
+
+fn port(backend: &Backend) -> u16 {
+    backend.address().0.port()
+}
+
+fn pick(pool: &Pool, roll: u64) -> Result<u16, Nobody> {
+    pool.pick(roll, roll, &mut Tried::default()).map(|picked| port(&picked))
+}
+
+/// How many of so many sessions, which end at once, each port has.
+fn shares(pool: &Pool, sessions: u32) -> BTreeMap<u16, u32> {
+    let mut shares = BTreeMap::new();
+    for session in 0..sessions {
+        let roll = pick::hash(&session.to_be_bytes());
+        *shares.entry(pick(pool, roll).unwrap()).or_default() += 1;
+    }
+    shares
+}
+
+const ALL: [Balance; 5] =
+    [Balance::RoundRobin, Balance::LeastSessions, Balance::P2c, Balance::Maglev, Balance::MaglevEndpoint];
+
+#[test]
+fn round_robin_takes_each_in_turn_and_another_attempt_takes_no_turn() {
+    let pool = healthy(&config(Balance::RoundRobin, 2));
+    for expected in [1000, 1001, 1000, 1001] {
+        let mut tried = Tried::default();
+        assert_eq!(port(&pool.pick(0, 7, &mut tried).unwrap()), expected);
+        assert_eq!(port(&pool.pick(0, 7, &mut tried).unwrap()), 2001 - expected);
+    }
+}
+
+#[test]
+fn p2c_and_least_sessions_take_the_less_loaded() {
+    for balance in [Balance::P2c, Balance::LeastSessions] {
+        let pool = healthy(&config(balance, 2));
+        let busy = pool.pick(0, 0, &mut Tried::default()).unwrap();
+        for roll in [0, 1, u64::MAX, 0x1234_5678_9ABC_DEF0] {
+            assert_eq!(pick(&pool, roll), Ok(2001 - port(&busy)), "{balance:?}");
+        }
+    }
+}
+
+#[test]
+fn least_sessions_gives_each_its_part_of_what_is_held() {
+    let mut config = config(Balance::LeastSessions, 3);
+    config.backends[2].weight = 200;
+    let pool = healthy(&config);
+    let held: Vec<_> = (0..40).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    let loads: Vec<u32> = pool.roster().backends().iter().map(|backend| backend.load()).collect();
+    assert_eq!(loads, [10, 10, 20]);
+    drop(held);
+    assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+}
+
+#[test]
+fn maglev_sends_a_key_to_its_backend_and_to_the_same_second_one() {
+    for balance in [Balance::Maglev, Balance::MaglevEndpoint] {
+        let pool = healthy(&config(balance, 10));
+        for key in 0..100 {
+            let key = pick::hash(&[key]);
+            let pair = |roll| {
+                let mut tried = Tried::default();
+                let mut next = || port(&pool.pick(key, roll, &mut tried).unwrap());
+                (next(), next())
+            };
+            let (first, second) = pair(1);
+            assert_ne!(first, second);
+            assert_eq!(pair(u64::MAX), (first, second));
+        }
+        let keys = [pool.key(|| 5, || 6), healthy(&config(Balance::P2c, 1)).key(|| 5, || 6)];
+        assert_eq!(keys, [if balance == Balance::Maglev { 5 } else { 6 }, 0]);
+    }
+}
+
+#[test]
+fn nobody_is_tried_twice_and_then_nobody_is_left() {
+    for balance in ALL {
+        assert_eq!(pick(&pool(&config(balance, 0)), 7), Err(Nobody::Usable));
+        let pool = healthy(&config(balance, 3));
+        let mut tried = Tried::default();
+        let mut ports: Vec<u16> =
+            (0..3).map(|roll| port(&pool.pick(9, roll << 32 | roll, &mut tried).unwrap())).collect();
+        ports.sort_unstable();
+        assert_eq!(ports, [1000, 1001, 1002], "{balance:?}");
+        assert_eq!((tried.len(), tried.is_empty()), (3, false));
+        assert_eq!(pool.pick(9, 0, &mut tried).unwrap_err(), Nobody::Usable);
+    }
+}
+
+#[test]
+fn shares_go_by_weight_in_every_algorithm() {
+    for balance in ALL {
+        let mut config = config(balance, 4);
+        for (backend, weight) in config.backends.iter_mut().zip([100, 200, 0, 700]) {
+            backend.weight = weight;
+        }
+        let pool = healthy(&config);
+        let shares = shares(&pool, 20_000);
+        for (port, share) in [(1000, 2_000_u32), (1001, 4_000), (1003, 14_000)] {
+            assert!(shares[&port].abs_diff(share) < share / 20, "{balance:?}: {shares:?}");
+        }
+        assert_eq!(shares.len(), 3, "a weight of 0 gets nothing");
+    }
+}
+
+#[test]
+fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
+    for balance in ALL {
+        let pool = pool(&config(balance, 3));
+        assert_eq!((pool.usable(), pool.roster().ground().word()), (3, "unknown"));
+        let change = probe(&pool, 1, true, at(1_000)).unwrap();
+        assert_eq!((change.state, change.why, change.backend.name()), ("healthy", "passed", "10.0.0.1:1001"));
+        assert_eq!((pick(&pool, 5), pool.usable()), (Ok(1001), 1));
+        // The second of two failures counts.
+        assert!(probe(&pool, 1, false, at(2_000)).is_none());
+        assert_eq!(probe(&pool, 1, false, at(3_000)).unwrap().why, "answer_timeout");
+        assert_eq!((pick(&pool, 5).is_ok_and(|port| port != 1001), pool.usable()), (true, 2));
+        assert!(probe(&pool, 0, false, at(4_000)).is_some() && probe(&pool, 2, false, at(5_000)).is_some());
+        assert_eq!((pool.usable(), pick(&pool, 5)), (0, Err(Nobody::Usable)));
+        assert_eq!(pool.roster().ground().word(), "nobody");
+    }
+}
+
+#[test]
+fn without_probes_all_are_healthy() {
+    let config = crate::config::Pool { health: None, ..config(Balance::P2c, 2) };
+    let pool = pool(&config);
+    assert_eq!((pool.usable(), pool.roster().ground().word()), (2, "healthy"));
+}
+
+#[test]
+fn thousands_of_first_results_make_few_rosters() {
+    let pool = pool(&config(Balance::P2c, 3));
+    assert!(probe(&pool, 0, true, at(50)).is_some());
+    assert_eq!(pool.roster().ground().word(), "unknown", "the roster is 50 ms old");
+    assert!(pool.tend(at(99)).is_empty());
+    assert_eq!(pool.roster().ground().word(), "unknown");
+    pool.tend(at(100));
+    assert_eq!(pool.usable(), 1);
+    assert!(probe(&pool, 1, true, at(200)).is_some());
+    assert_eq!(pool.usable(), 2, "the roster was 100 ms old");
+}
+
+fn fail(pool: &Pool, place: usize, failed: Failed, times: u32, now: Moment) -> Option<Change> {
+    (0..times).filter_map(|_| pool.failed(&backend(pool, place), failed, now)).last()
+}
+
+#[test]
+fn the_third_failure_in_a_row_ejects_at_once_and_time_brings_back_gently() {
+    for balance in ALL {
+        let pool = healthy(&config(balance, 4));
+        assert!(fail(&pool, 0, Failed::Connect, 2, at(500)).is_none());
+        backend(&pool, 0).connected();
+        assert!(fail(&pool, 0, Failed::Connect, 2, at(600)).is_none());
+        let change = fail(&pool, 0, Failed::Connect, 1, at(700)).unwrap();
+        assert_eq!(
+            (change.state, change.why, change.out_for),
+            ("ejected", "connect_failures", Some(30 * SECOND))
+        );
+        // Nobody goes there, though the roster is as it was.
+        let without = (0..200).all(|roll| pick(&pool, pick::hash(&[roll])) != Ok(1000));
+        assert!(without && pool.usable() == 4, "{balance:?}");
+        pool.tend(at(800));
+        assert_eq!(pool.usable(), 3);
+        // A probe's success does not bring it back.
+        assert!(probe(&pool, 0, true, at(900)).is_none());
+        assert!(pool.tend(at(30_699)).is_empty() && pool.usable() == 3);
+        let over = pool.tend(at(30_700));
+        assert_eq!((over[0].state, over[0].why, over.len()), ("healthy", "ejection_over", 1));
+        assert_eq!((pool.usable(), backend(&pool, 0).weight()), (4, 100), "1 of 64 parts");
+        pool.tend(at(35_700));
+        assert_eq!(backend(&pool, 0).weight(), 100 * FULL / 2, "half of ten seconds");
+        pool.tend(at(40_700));
+        assert_eq!((backend(&pool, 0).weight(), backend(&pool, 0).ejections()), (100 * FULL, 1));
+        // Again within its base time, twice as long.
+        let again = fail(&pool, 0, Failed::Connect, 3, at(45_000)).unwrap();
+        assert_eq!(again.out_for, Some(60 * SECOND));
+    }
+}
+
+#[test]
+fn no_more_than_half_is_ejected_and_the_rest_stays() {
+    let pool = healthy(&config(Balance::P2c, 4));
+    for place in 0..4 {
+        let change = fail(&pool, place, Failed::Connect, 10, at(500));
+        assert_eq!(change.is_some(), place < 2);
+    }
+    pool.tend(at(600));
+    assert_eq!((pool.usable(), pool.roster().ground().word()), (2, "healthy"));
+    let off = config(Balance::P2c, 4);
+    let off = crate::config::Pool { ejection: Ejection { consecutive_failures: 0, ..off.ejection }, ..off };
+    assert!(fail(&healthy(&off), 0, Failed::Connect, 100, at(500)).is_none());
+}
+
+#[test]
+fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
+    let of = |tenant| Failed::Reset { tenant };
+    let alone = healthy(&config(Balance::P2c, 2));
+    (0..5).for_each(|_| alone.arrived(7));
+    assert_eq!(fail(&alone, 0, of(7), 3, at(500)).unwrap().why, "resets");
+    let shared = healthy(&config(Balance::P2c, 2));
+    shared.arrived(7);
+    shared.arrived(8);
+    assert!(fail(&shared, 0, of(7), 50, at(500)).is_none());
+    assert_eq!(backend(&shared, 0).early_resets(), 50);
+    backend(&shared, 0).answered();
+    assert!(fail(&shared, 0, of(7), 2, at(500)).is_none());
+    assert!(fail(&shared, 0, of(8), 1, at(500)).is_some(), "two tenants see it");
+}
+
+#[test]
+fn when_all_that_are_left_fail_an_ejected_one_is_better_than_nobody() {
+    let pool = healthy(&config(Balance::RoundRobin, 2));
+    fail(&pool, 0, Failed::Connect, 3, at(500));
+    pool.tend(at(600));
+    let mut tried = Tried::default();
+    assert_eq!(port(&pool.pick(0, 0, &mut tried).unwrap()), 1001);
+    assert_eq!(port(&pool.pick(0, 0, &mut tried).unwrap()), 1000);
+    // Sessions leave it, but where the other one is unhealthy, it is used by all.
+    probe(&pool, 1, false, at(1_000));
+    probe(&pool, 1, false, at(2_000));
+    assert_eq!((pool.roster().ground().word(), pick(&pool, 0)), ("ejected", Ok(1000)));
+}
+
+#[test]
+fn who_was_down_comes_back_slowly_and_who_starts_does_not() {
+    let config = crate::config::Pool { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
+    let pool = healthy(&config);
+    assert_eq!(backend(&pool, 0).weight(), 100 * FULL);
+    probe(&pool, 0, false, at(1_000));
+    probe(&pool, 0, false, at(2_000));
+    assert!(probe(&pool, 0, true, at(10_000)).is_some());
+    for (milliseconds, parts) in [(10_000, 1), (42_000, 32), (73_000, 63), (74_000, FULL)] {
+        pool.tend(at(milliseconds));
+        assert_eq!(backend(&pool, 0).weight(), 100 * parts, "at {milliseconds} ms");
+    }
+}
+
+#[test]
+fn a_slow_start_holds_for_the_sessions_at_once_too() {
+    let mut config = crate::config::Pool { slow_start: 64 * SECOND, ..config(Balance::P2c, 1) };
+    config.backends[0].max_sessions = Some(32);
+    let pool = healthy(&config);
+    probe(&pool, 0, false, at(1_000));
+    probe(&pool, 0, false, at(2_000));
+    probe(&pool, 0, true, at(10_000));
+    pool.tend(at(26_000));
+    let held: Vec<_> = (0..8).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    assert_eq!(pick(&pool, 0), Err(Nobody::Free), "a quarter of 32");
+    drop(held);
+    assert_eq!(pick(&pool, 0), Ok(1000));
+}
+
+#[test]
+fn in_a_panic_all_are_used() {
+    let config = crate::config::Pool { panic_threshold: 50, ..config(Balance::P2c, 3) };
+    let pool = healthy(&config);
+    for (place, ground) in [(0, "healthy"), (1, "panic")] {
+        probe(&pool, place, false, at(1_000));
+        probe(&pool, place, false, at(2_000));
+        pool.tend(at(3_000));
+        assert_eq!(pool.roster().ground().word(), ground);
+    }
+    assert_eq!((pool.usable(), shares(&pool, 900).len()), (3, 3));
+}
+
+#[test]
+fn who_waits_is_served_in_turn_and_nobody_passes_by() {
+    let mut config = config(Balance::P2c, 2);
+    config.queue.length = 2;
+    config.backends.iter_mut().for_each(|backend| backend.max_sessions = Some(1));
+    let pool = healthy(&config);
+    let mut held: Vec<_> = (0..2).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    assert_eq!(pick(&pool, 0), Err(Nobody::Free));
+    let mut places = [pool.wait().unwrap(), pool.wait().unwrap()];
+    assert!(pool.wait().is_none() && pool.waiting() == 2);
+    held.pop();
+    assert_eq!(pick(&pool, 0), Err(Nobody::Free), "the one with room is the first waiter's");
+    let mut poll = |place: usize| {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        let polled = std::pin::Pin::new(&mut places[place]).poll(&mut context);
+        matches!(polled, std::task::Poll::Ready(_))
+    };
+    assert!(!poll(1) && poll(0), "in turn");
+    assert!(poll(1) && pool.waiting() == 0, "the first one's session is over already");
+    assert!(pick(&pool, 0).is_ok());
+    assert!(healthy(&self::config(Balance::P2c, 1)).wait().is_none(), "there is no queue");
+}
+
+#[test]
+fn retries_are_a_part_of_the_sessions_once_the_first_hundred_are_used_up() {
+    let pool = healthy(&config(Balance::P2c, 2));
+    assert!((0..100).all(|_| pool.may_retry(at(0))));
+    assert!(!pool.may_retry(at(0)));
+    (0..10).for_each(|_| pool.arrived(1));
+    assert_eq!((0..10).filter(|_| pool.may_retry(at(0))).count(), 2);
+    assert_eq!(pool.retries(), (102, 9));
+}
+
+fn named(balance: Balance) -> crate::config::Pool {
+    let mut config = config(balance, 1);
+    let name = Target::Host { name: "app.example.com".to_owned(), port: 80 };
+    config.backends.push(crate::config::Backend { target: name, weight: 50, ..target(0) });
+    config
+}
+
+fn found(hosts: &[u8]) -> Vec<Resolved> {
+    let resolved =
+        |host: &u8| Resolved { address: ([10, 0, 9, *host], 80).into(), weight: None, is_backup: false };
+    hosts.iter().map(resolved).collect()
+}
+
+#[test]
+fn a_name_leads_to_backends_that_come_and_go() {
+    let (labels, pool) = (Labels::default(), healthy(&named(Balance::LeastSessions)));
+    assert_eq!((pool.names().count(), pool.usable()), (1, 1));
+    let (fresh, changes) = pool.resolve(0, &found(&[1, 2]), &labels, at(1_000));
+    assert_eq!((fresh.len(), changes.len()), (2, 2));
+    assert_eq!((changes[0].state, changes[0].why), ("unknown", "resolved"));
+    for backend in &fresh {
+        pool.observe(backend, Verdict::Passed, SECOND, at(2_000));
+    }
+    pool.tend(at(3_000));
+    assert_eq!(pool.usable(), 3);
+    assert!(pool.roster().used().iter().any(|backend| backend.weight() == 50 * FULL));
+    // The same answer changes nothing; another one keeps what it can.
+    let (again, changes) = pool.resolve(0, &found(&[2, 1]), &labels, at(4_000));
+    assert!(again.is_empty() && changes.is_empty());
+    let held: Vec<_> = (0..8).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    let (fresh, changes) = pool.resolve(0, &found(&[2, 3]), &labels, at(5_000));
+    assert_eq!((fresh.len(), changes[0].state, changes[0].why), (1, "gone", "not_resolved"));
+    assert!(held.iter().any(|picked| picked.is_gone()), "its sessions may finish");
+    // What was given back by one that is gone is nobody else's.
+    drop(held);
+    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(6_000));
+    pool.tend(at(7_000));
+    let ports: std::collections::BTreeSet<_> =
+        (0..60).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap().address()).collect();
+    assert_eq!(ports.len(), 3, "{ports:?}");
+    assert!(pool.resolve(9, &found(&[1]), &labels, at(8_000)).1.is_empty(), "there is no such name");
+}
+
+#[test]
+fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
+    let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
+    let mut answer = found(&[1]);
+    let (fresh, _) = pool.resolve(0, &answer, &labels, at(1_000));
+    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(2_000));
+    pool.tend(at(3_000));
+    answer[0].weight = Some(7);
+    let (_, changes) = pool.resolve(0, &answer, &labels, at(4_000));
+    assert_eq!((changes.len(), fresh[0].weight()), (1, 7 * FULL));
+    answer[0].is_backup = true;
+    pool.resolve(0, &answer, &labels, at(5_000));
+    assert_eq!((fresh[0].weight(), pool.usable()), (0, 1));
+    // For months, more addresses than there are slots.
+    for turn in 0..10_u8 {
+        let hosts: Vec<u8> = (0..80).map(|host| host + turn * 13).collect();
+        let (_, changes) = pool.resolve(0, &found(&hosts), &labels, at(6_000));
+        assert!(!changes.is_empty());
+        assert_eq!(pool.roster().backends().len(), 65);
+    }
+    let slots: std::collections::BTreeSet<_> =
+        pool.roster().backends().iter().map(|backend| backend.slot()).collect();
+    assert_eq!(slots.len(), 65);
+    // An address that stands in the list already is not there twice.
+    let double = [Resolved { address: ([10, 0, 0, 1], 1000).into(), weight: None, is_backup: false }];
+    pool.resolve(0, &double, &labels, at(7_000));
+    assert_eq!(pool.roster().backends().len(), 1);
+}
+
+#[test]
+fn zones_are_preferred_and_spill_only_what_is_missing() {
+    let mut config = crate::config::Pool { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 4) };
+    for (backend, zone) in config.backends.iter_mut().zip(["a", "a", "b", "b"]) {
+        backend.zone = Some(zone.to_owned());
+    }
+    let pool = healthy(&config);
+    assert_eq!(shares(&pool, 1_000).keys().copied().collect::<Vec<_>>(), [1000, 1001]);
+    probe(&pool, 0, false, at(1_000));
+    probe(&pool, 0, false, at(2_000));
+    let shares = shares(&pool, 10_000);
+    assert!(shares[&1001].abs_diff(5_000) < 300 && shares[&1002].abs_diff(2_500) < 300, "{shares:?}");
+    assert_eq!(backend(&pool, 3).zone(), Some("b"));
+}

@@ -1,0 +1,166 @@
+//! One probe: a connection, a question and its answer, all within one time and all of them bounded.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::task::Poll;
+
+use rustix::io::Errno;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::task::yield_now;
+use tokio::time::timeout;
+
+use super::answer::Answer;
+use crate::account::Verdict;
+use crate::account::meter::Connect;
+use crate::addr::BackendAddr;
+use crate::config::{Ask, Probe};
+use crate::connect::{self, Opening};
+use crate::wire;
+
+/// Bytes of one read.
+const READ: usize = 4096;
+
+/// Probes a backend once, from each source in turn as long as only the local ports are at fault; over after
+/// `probe.timeout` at the latest. The connection is reset in the end, and never closed: a close would leave a port in
+/// TIME_WAIT for each probe.
+pub async fn ask(backend: BackendAddr, sources: &[IpAddr], probe: &Probe) -> Verdict {
+    let mut late = Verdict::ConnectTimeout;
+    let ended = timeout(probe.timeout, converse(backend, sources, probe, &mut late)).await;
+    match ended {
+        Ok(Ok(verdict)) => verdict,
+        Ok(Err(error)) => match Errno::from_io_error(&error) {
+            // Where it comes before anything is asked, the backend has accepted, and changed its mind.
+            Some(Errno::CONNRESET | Errno::PIPE) => Verdict::Reset,
+            Some(Errno::TIMEDOUT) => late,
+            _ => connect::classify(&error).into(),
+        },
+        Err(_) => late,
+    }
+}
+
+/// `late` is what it means if the time is over.
+async fn converse(
+    backend: BackendAddr,
+    sources: &[IpAddr],
+    probe: &Probe,
+    late: &mut Verdict,
+) -> io::Result<Verdict> {
+    let mut address = backend.0;
+    if let Some(port) = probe.port {
+        address.set_port(port);
+    }
+    let question = question(address, probe);
+    let opening = if question.is_empty() { Opening::Listens } else { Opening::Speaks };
+    let mut socket = connect(BackendAddr(address), sources, opening).await?;
+    *late = Verdict::AnswerTimeout;
+    socket.write_all(&question).await?;
+    let Some(mut answer) = Answer::new(&probe.ask) else { return Ok(Verdict::Passed) };
+    loop {
+        socket.readable().await?;
+        if let Poll::Ready(verdict) = read(&socket, &mut answer)? {
+            return Ok(verdict);
+        }
+        // Whoever sends without an end has the control thread for one read, and then it is the others' turn.
+        yield_now().await;
+    }
+}
+
+async fn connect(address: BackendAddr, sources: &[IpAddr], opening: Opening) -> io::Result<TcpStream> {
+    let mut result = Err(Errno::ADDRNOTAVAIL.into());
+    for source in connect::sources(sources, address, 0) {
+        result = attempt(address, source, opening).await;
+        if !matches!(&result, Err(error) if connect::classify(error) == Connect::NoLocalPort) {
+            break;
+        }
+    }
+    result
+}
+
+async fn attempt(address: BackendAddr, source: Option<IpAddr>, opening: Opening) -> io::Result<TcpStream> {
+    let socket = connect::start(address, source, opening)?;
+    // Now, so that it holds wherever this ends.
+    socket.set_zero_linger()?;
+    socket.writable().await?;
+    socket.take_error()?.map_or(Ok(socket), Err)
+}
+
+/// Here and not in [`converse`], whose future would keep the bytes for every backend all the time.
+fn read(socket: &TcpStream, answer: &mut Answer<'_>) -> io::Result<Poll<Verdict>> {
+    let mut bytes = [0; READ];
+    match socket.try_read(&mut bytes) {
+        Ok(0) => Ok(Poll::Ready(answer.end())),
+        Ok(count) => Ok(answer.feed(bytes.get(..count).unwrap_or(&bytes))),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Poll::Pending),
+        Err(error) => Err(error),
+    }
+}
+
+/// What is sent: in one piece, so that the answer to the first part cannot end the connection before the second.
+fn question(address: SocketAddr, probe: &Probe) -> Vec<u8> {
+    let mut bytes = if probe.send_proxy { wire::Builder::local().build() } else { Vec::new() };
+    match &probe.ask {
+        Ask::Connect => {}
+        Ask::Http { path, host, .. } => {
+            // An IPv6 address without its zone, which is of no use to others (RFC 9844, 6).
+            let own = || SocketAddr::new(address.ip(), address.port()).to_string();
+            let host = host.clone().unwrap_or_else(own);
+            let version = env!("CARGO_PKG_VERSION");
+            let request = format!(
+                "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: vestibule/{version}\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+            );
+            bytes.extend(request.bytes());
+        }
+        Ask::Exchange { send, .. } => bytes.extend(send),
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn asked(address: &str, send_proxy: bool, ask: Ask) -> Vec<u8> {
+        let (interval, timeout) = (Duration::from_secs(5), Duration::from_secs(1));
+        let probe = Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy, ask };
+        question(address.parse().unwrap(), &probe)
+    }
+
+    fn get(host: Option<&str>) -> Ask {
+        Ask::Http {
+            path: "/up?x=1".to_owned(),
+            host: host.map(str::to_owned),
+            expect_status: vec![200..=200],
+        }
+    }
+
+    #[test]
+    fn the_request_names_its_host() {
+        for (address, host, expected) in [
+            ("10.0.0.1:80", None, "10.0.0.1:80"),
+            ("[fd00::1]:8080", None, "[fd00::1]:8080"),
+            ("[fe80::1%7]:8080", None, "[fe80::1]:8080"),
+            ("10.0.0.1:80", Some("shop.example.com"), "shop.example.com"),
+        ] {
+            let request = String::from_utf8(asked(address, false, get(host))).unwrap();
+            let lines: Vec<_> = request.split("\r\n").collect();
+            let agent = concat!("User-Agent: vestibule/", env!("CARGO_PKG_VERSION"));
+            let host = format!("Host: {expected}");
+            let head = ["GET /up?x=1 HTTP/1.1", &host, agent, "Accept: */*", "Connection: close", "", ""];
+            assert_eq!(lines, head);
+        }
+    }
+
+    #[test]
+    fn a_header_comes_first_and_speaks_for_nobody() {
+        let local = [&wire::SIGNATURE[..], &[0x20, 0, 0, 0]].concat();
+        let exchange = Ask::Exchange { send: b"PING".to_vec(), expect: b"PONG".to_vec(), prefix: true };
+        assert_eq!(asked("10.0.0.1:80", true, Ask::Connect), local);
+        assert_eq!(asked("10.0.0.1:80", false, Ask::Connect), b"");
+        assert_eq!(asked("10.0.0.1:80", true, exchange.clone()), [&local[..], b"PING"].concat());
+        assert_eq!(asked("10.0.0.1:80", false, exchange), b"PING");
+        assert!(asked("10.0.0.1:80", true, get(None)).starts_with(&[&local[..], b"GET /"].concat()));
+    }
+}

@@ -1,0 +1,99 @@
+//! Names as backends: each is looked up as long as its answers hold, by a task of the control thread.
+
+pub mod answer;
+mod ask;
+pub mod pace;
+
+use std::sync::Arc;
+
+use tokio::time::sleep;
+
+use self::answer::{Answer, Memory};
+pub use self::ask::{NoServers, Resolver};
+use self::pace::{Pace, spread};
+use crate::account::Labels;
+pub use crate::account::lookup::{Lookup, Lookups};
+use crate::clock;
+use crate::config::Target;
+use crate::pool::Pool;
+use crate::pool::backend::Backend;
+
+/// Looks up the name at `place` of `pool` for ever; returns at once where there is none. Each new backend is given to `fresh`,
+/// which has it probed; after the first lookup, whatever its end, and after those of its backends, `first` is called.
+///
+/// A lookup that fails, or finds nothing, leaves the backends as they are: what a name led to last is a better guess than
+/// nothing at all.
+pub async fn run(
+    resolver: Arc<Resolver>,
+    pool: Arc<Pool>,
+    place: usize,
+    lookups: Arc<Lookups>,
+    labels: &Labels,
+    first: impl FnOnce(),
+    fresh: impl Fn(Arc<Backend>),
+) {
+    let Some(target) = pool.names().nth(place).cloned() else { return first() };
+    let (min, max) = resolver.bounds();
+    let mut times = Pace::new(min, max);
+    let mut teller = Teller { pool: &pool, name: name(&target), left_out: 0 };
+    let (mut memory, mut first) = (Memory::default(), Some(first));
+    loop {
+        let result = resolver.look_up(&target, &mut memory).await;
+        lookups.count(result.as_ref().map_or_else(|lookup| *lookup, |_| Lookup::Found));
+        let wait = match result {
+            Ok(answer) => {
+                teller.found(&answer, times.is_failing());
+                let (backends, changes) = pool.resolve(place, &answer.found, labels, clock::now());
+                for change in changes {
+                    change.log(&pool);
+                }
+                backends.into_iter().for_each(&fresh);
+                times.found(answer.ttl)
+            }
+            Err(lookup) => {
+                teller.failed(lookup, times.is_failing());
+                times.failed()
+            }
+        };
+        if let Some(first) = first.take() {
+            first();
+        }
+        sleep(spread(wait, fastrand::f64())).await;
+    }
+}
+
+fn name(target: &Target) -> String {
+    match target {
+        Target::Address(address) => address.to_string(),
+        Target::Host { name, .. } | Target::Service(name) => name.clone(),
+    }
+}
+
+/// Tells the operator what changes, not what stays.
+struct Teller<'a> {
+    pool: &'a Pool,
+    name: String,
+    /// Addresses of the last answer that are not used.
+    left_out: usize,
+}
+
+impl Teller<'_> {
+    fn found(&mut self, answer: &Answer, was_failing: bool) {
+        let (pool, name, addresses) = (self.pool.label.name(), self.name.as_str(), answer.found.len());
+        if was_failing {
+            tracing::info!(pool, name, addresses, "a name is resolved again");
+        }
+        if answer.left_out > 0 && self.left_out == 0 {
+            let left_out = answer.left_out;
+            tracing::warn!(pool, name, addresses, left_out, "a name has more addresses than are used");
+        }
+        self.left_out = answer.left_out;
+    }
+
+    fn failed(&self, lookup: Lookup, was_failing: bool) {
+        if !was_failing {
+            let (pool, name, reason) = (self.pool.label.name(), self.name.as_str(), lookup.word());
+            tracing::warn!(pool, name, reason, "a name could not be resolved: its backends stay as they are");
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! What the records of an answer mean: which addresses, with which weights, and for how long.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use hickory_resolver::proto::rr::{Name, RData, Record};
+
+use super::Lookup;
+use crate::pool::{MOST_ADDRESSES, Resolved};
+
+/// The weight of the heaviest where weights must be scaled, and the most that a backend may have.
+const HEAVIEST: u64 = 1_000;
+
+/// What a name leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its addresses: never empty, none twice, and [`MOST_ADDRESSES`] at most. The same records give the same order.
+    pub found: Vec<Resolved>,
+    /// How many more there were.
+    pub left_out: usize,
+    /// How long it holds, by its records.
+    pub ttl: Duration,
+}
+
+/// What a question was answered with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said<T> {
+    /// What the records lead to; never empty.
+    pub found: Vec<T>,
+    /// The least time to live, in seconds.
+    pub ttl: u32,
+}
+
+/// The answers for the two families of a host: A, then AAAA.
+pub type Families = [Result<Said<IpAddr>, Lookup>; 2];
+
+/// A record of a service (RFC 2782).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// The lowest is used first.
+    pub priority: u16,
+    /// The share among those of the same priority.
+    pub weight: u16,
+    /// Who offers it.
+    pub host: Name,
+    /// At which port; not 0.
+    pub port: u16,
+}
+
+/// Follows the aliases of an answer from `name`: what they end at, and the least time to live of those that were followed.
+#[must_use]
+pub fn follow(name: &Name, records: &[Record]) -> (Name, u32) {
+    let (mut end, mut ttl) = (name.clone(), u32::MAX);
+    // An answer may run in a circle.
+    for _ in records {
+        let mut alias = records.iter().filter(|record| record.name == end);
+        let Some((target, own)) = alias.find_map(as_alias) else { break };
+        (end, ttl) = (target.clone(), ttl.min(own));
+    }
+    (end, ttl)
+}
+
+fn as_alias(record: &Record) -> Option<(&Name, u32)> {
+    let RData::CNAME(target) = &record.data else { return None };
+    Some((&target.0, time_to_live(record)))
+}
+
+/// In seconds; one that has the highest bit is 0 (RFC 2181, 8).
+fn time_to_live(record: &Record) -> u32 {
+    if record.ttl > i32::MAX.unsigned_abs() { 0 } else { record.ttl }
+}
+
+/// The addresses that the records of `name` say, in order, and the least time to live of those records. Addresses that no
+/// backend can have are left out.
+#[must_use]
+pub fn addresses(name: &Name, records: &[Record]) -> Said<IpAddr> {
+    let own = records.iter().filter(|record| record.name == *name);
+    let (found, ttls): (BTreeSet<_>, Vec<_>) = own
+        .filter_map(|record| {
+            let address = record.data.ip_addr()?;
+            is_usable(address).then_some((address, time_to_live(record)))
+        })
+        .unzip();
+    Said { found: found.into_iter().collect(), ttl: least(ttls) }
+}
+
+fn is_usable(address: IpAddr) -> bool {
+    let is_mapped = matches!(address, IpAddr::V6(address) if address.to_ipv4_mapped().is_some());
+    let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
+    !is_mapped && !is_broadcast && !address.is_unspecified() && !address.is_multicast()
+}
+
+/// The services that the records of `name` say, the preferred first, and the least time to live of those records. The target `.` says that the service is not available (RFC 2782).
+#[must_use]
+pub fn services(name: &Name, records: &[Record]) -> Said<Service> {
+    let own = records.iter().filter(|record| record.name == *name);
+    let (found, ttls): (BTreeSet<_>, Vec<_>) = own
+        .filter_map(|record| {
+            let RData::SRV(said) = &record.data else { return None };
+            let host = said.target.to_lowercase();
+            let is_offered = !host.is_root() && said.port != 0;
+            let service = (said.priority, Reverse(said.weight), host, said.port);
+            is_offered.then_some((service, time_to_live(record)))
+        })
+        .unzip();
+    let service = |(priority, Reverse(weight), host, port)| Service { priority, weight, host, port };
+    let found = found.into_iter().map(service).collect();
+    Said { found, ttl: least(ttls) }
+}
+
+fn least(ttls: Vec<u32>) -> u32 {
+    ttls.into_iter().min().unwrap_or(u32::MAX)
+}
+
+/// What a host's addresses at a port are.
+#[must_use]
+pub fn of_host(said: Said<IpAddr>, port: u16) -> Option<Answer> {
+    let resolved =
+        |address| Resolved { address: SocketAddr::new(address, port), weight: None, is_backup: false };
+    let found: BTreeSet<_> = said.found.into_iter().collect();
+    limited(found.into_iter().map(resolved).collect(), said.ttl)
+}
+
+/// What the services' hosts' addresses are: those of the lowest priority, and all others as backups. A weight is that of all
+/// addresses of its host together.
+#[must_use]
+pub fn of_service(said: &Said<Service>, hosts: &BTreeMap<Name, Said<IpAddr>>) -> Option<Answer> {
+    let known = || said.found.iter().filter_map(|service| Some((service, hosts.get(&service.host)?)));
+    // Where nothing is known of the preferred, the next are no backups: there is nobody to wait for.
+    let preferred = known().map(|(service, _)| service.priority).min()?;
+    let mut shares: BTreeMap<(u16, SocketAddr), Share> = BTreeMap::new();
+    for (service, host) in known() {
+        for address in &host.found {
+            let place = (service.priority, SocketAddr::new(*address, service.port));
+            shares.entry(place).or_default().add(service.weight, host.found.len());
+        }
+    }
+    let mut seen = BTreeSet::new();
+    shares.retain(|(_, address), _| seen.insert(*address));
+    let [primaries, backups] = [false, true].map(|is_backup| {
+        let own = shares.iter().filter(|((priority, _), _)| (*priority != preferred) == is_backup);
+        Scale::new(own.map(|(_, share)| *share))
+    });
+    let found = shares.iter().map(|((priority, address), share)| {
+        let is_backup = *priority != preferred;
+        let scale = if is_backup { backups } else { primaries };
+        Resolved { address: *address, weight: scale.weight(*share), is_backup }
+    });
+    let ttls = said.found.iter().filter_map(|service| hosts.get(&service.host)).map(|host| host.ttl);
+    limited(found.collect(), ttls.fold(said.ttl, u32::min))
+}
+
+fn limited(mut found: Vec<Resolved>, ttl: u32) -> Option<Answer> {
+    let left_out = found.len().saturating_sub(MOST_ADDRESSES as usize);
+    found.truncate(MOST_ADDRESSES as usize);
+    let ttl = Duration::from_secs(ttl.into());
+    (!found.is_empty()).then_some(Answer { found, left_out, ttl })
+}
+
+/// An address's part of its host's weight, in [`PARTS`](Self::PARTS).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Share(u64);
+
+impl Share {
+    /// A whole weight is so many.
+    const PARTS: u64 = 1 << 20;
+
+    fn add(&mut self, weight: u16, among: usize) {
+        let among = u64::try_from(among).unwrap_or(u64::MAX).max(1);
+        self.0 = self.0.saturating_add(u64::from(weight) * Self::PARTS / among);
+    }
+}
+
+/// How shares become weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scale {
+    /// All are zero: they are equal (RFC 2782).
+    Equal,
+    /// Each is a weight as it stands.
+    AsSaid,
+    /// This one becomes [`HEAVIEST`], and the others in relation.
+    To(Share),
+}
+
+impl Scale {
+    fn new(shares: impl Iterator<Item = Share> + Clone) -> Self {
+        let largest = shares.clone().max().unwrap_or_default();
+        let is_weight = |Share(parts): Share| {
+            parts % Share::PARTS == 0 && (1..=HEAVIEST).contains(&(parts / Share::PARTS))
+        };
+        if largest.0 == 0 {
+            Self::Equal
+        } else if shares.into_iter().all(is_weight) {
+            Self::AsSaid
+        } else {
+            Self::To(largest)
+        }
+    }
+
+    /// Never 0: one with the weight 0 among others has a very small chance of being picked (RFC 2782), not none.
+    fn weight(self, Share(parts): Share) -> Option<u32> {
+        let weight = match self {
+            Self::Equal => return None,
+            Self::AsSaid => parts / Share::PARTS,
+            Self::To(Share(largest)) => {
+                let whole = u128::from(parts) * u128::from(HEAVIEST) + u128::from(largest) / 2;
+                u64::try_from(whole / u128::from(largest.max(1))).unwrap_or(HEAVIEST)
+            }
+        };
+        u32::try_from(weight.clamp(1, HEAVIEST)).ok()
+    }
+}
+
+/// What the questions for each host's families were last answered with: where one fails, this still holds.
+#[derive(Debug, Default)]
+pub struct Memory(BTreeMap<Name, [Vec<IpAddr>; 2]>);
+
+/// What is known of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Its addresses; none where there never was one, or where it has none.
+    pub addresses: Said<IpAddr>,
+    /// How its lookup ended: found, where one family at least has addresses now.
+    pub lookup: Lookup,
+}
+
+impl Memory {
+    /// Takes in the answers for a host.
+    pub fn settle(&mut self, host: &Name, families: Families) -> Known {
+        let last = self.0.entry(host.clone()).or_default();
+        let (mut addresses, mut worst) = (Said { found: Vec::new(), ttl: u32::MAX }, None);
+        let mut is_found = false;
+        for (last, family) in last.iter_mut().zip(families) {
+            match family {
+                Ok(said) => {
+                    is_found = true;
+                    addresses.ttl = addresses.ttl.min(said.ttl);
+                    *last = said.found;
+                }
+                Err(lookup) => {
+                    worst = worst.max(Some(lookup));
+                    // That there is none is an answer too.
+                    if lookup.is_answer() {
+                        last.clear();
+                    }
+                }
+            }
+            addresses.found.extend_from_slice(last);
+        }
+        let lookup = if is_found { Lookup::Found } else { worst.unwrap_or(Lookup::NoAddress) };
+        Known { addresses, lookup }
+    }
+
+    /// Forgets every host but these.
+    pub fn keep(&mut self, hosts: &BTreeSet<Name>) {
+        self.0.retain(|host, _| hosts.contains(host));
+    }
+}
+
+#[cfg(test)]
+mod tests;

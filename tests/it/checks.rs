@@ -1,0 +1,108 @@
+//! Probes as the configuration has them, and the word that each has for what it found.
+
+use std::net::SocketAddr;
+
+use tokio::io::AsyncWriteExt;
+use vestibule::lab::backend::{Backend, Temper};
+use vestibule::wire::SIGNATURE;
+
+use super::harness::{Conf, Proxy, read};
+use super::raw::{Held, Raw, Swallow};
+use super::sessions::{asked, changed, greeting, is};
+
+const EXCHANGE: &str = "kind = \"exchange\"\nexpect = ";
+
+async fn start(address: SocketAddr, health: &str) -> Proxy {
+    Conf { acme: vec![address], health: health.to_owned(), ..Conf::default() }.start().await
+}
+
+/// The probe of a backend says this.
+async fn says(address: SocketAddr, health: &str, word: &str) {
+    let proxy = start(address, health).await;
+    let labels = [("pool", "acme"), ("result", word)];
+    proxy.metric("vestibule_backend_probes_total", &labels).is_at_least(1).await;
+    is(&proxy, "vestibule_backend_healthy", address, u32::from(word == "passed")).await;
+    changed(&proxy, address, word).await;
+    let all = proxy.value("vestibule_backend_probes_total", &[("pool", "acme")]).await;
+    let own = proxy.value("vestibule_backend_probes_total", &labels).await;
+    assert!(own >= all, "{word} and others");
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn each_verdict_has_its_word() {
+    let quick = "interval = \"300ms\"\ntimeout = \"300ms\"\n";
+    for (temper, health, word) in [
+        (Temper::BlackHole, "kind = \"tcp\"", "passed"),
+        (Temper::Http, "kind = \"http\"\npath = \"/up?x=1\"\nhost = \"db.internal\"", "passed"),
+        (Temper::Http, "kind = \"http\"\nexpect-status = [\"204\", \"200-201\"]", "passed"),
+        (Temper::Http, "kind = \"http\"\nexpect-status = [\"500-599\"]", "unexpected_status"),
+        (Temper::Greeting, "kind = \"http\"", "answer_malformed"),
+        (Temper::Echo, &format!("{EXCHANGE}\"hex:494e47\"\nsend = \"hex:50494e470d0a\""), "passed"),
+        (Temper::Echo, &format!("{EXCHANGE}\"ING\"\nsend = \"PING\"\nmatch = \"contains\""), "passed"),
+        (
+            Temper::Echo,
+            &format!("{EXCHANGE}\"ING\"\nsend = \"PING\"\nmatch = \"prefix\""),
+            "unexpected_answer",
+        ),
+        (Temper::Greeting, &format!("{EXCHANGE}\"acme\"\nmatch = \"prefix\""), "passed"),
+        (Temper::HalfClosing, &format!("{EXCHANGE}\"bye\\nbye\"\nmatch = \"prefix\""), "closed"),
+        (Temper::HalfClosing, &format!("{EXCHANGE}\"hello\""), "unexpected_answer"),
+        (Temper::Reset, &format!("{EXCHANGE}\"hello\""), "reset"),
+        (Temper::Mute, &format!("{quick}{EXCHANGE}\"hello\""), "answer_timeout"),
+        (Temper::Source(1 << 24), &format!("{EXCHANGE}\"vestibule\""), "answer_too_long"),
+    ] {
+        let backend = Backend::start("acme-1", temper).await.unwrap();
+        says(backend.address(), health, word).await;
+    }
+    let refusing = Held::bind();
+    for health in ["kind = \"tcp\"", "kind = \"http\""] {
+        says(refusing.address(), health, "connect_refused").await;
+    }
+    if let Some(swallow) = Swallow::start().await {
+        says(swallow.address(), quick, "connect_timeout").await;
+    }
+}
+
+#[tokio::test]
+async fn tls_where_plain_text_was_asked_is_told() {
+    let raw = Raw::bind().await;
+    let proxy = start(raw.address(), "kind = \"http\"").await;
+    // An alert of TLS 1.2: unexpected message.
+    raw.accept().await.write_all(b"\x15\x03\x03\x00\x02\x02\x0a").await.unwrap();
+    let labels = [("pool", "acme"), ("result", "answer_tls")];
+    proxy.metric("vestibule_backend_probes_total", &labels).is(1).await;
+    changed(&proxy, raw.address(), "answer_tls").await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn a_header_comes_before_the_question_where_that_is_wanted() {
+    let raw = Raw::bind().await;
+    let health = format!("{EXCHANGE}\"PONG\"\nsend = \"PING\"\nsend-proxy = true");
+    let proxy = start(raw.address(), &health).await;
+    let mut probe = raw.accept().await;
+    let expected = [&SIGNATURE[..], &[0x20, 0, 0, 0], b"PING"].concat();
+    assert_eq!(read(&mut probe, expected.len()).await, expected);
+    probe.write_all(b"PONG").await.unwrap();
+    let labels = [("pool", "acme"), ("result", "passed")];
+    proxy.metric("vestibule_backend_probes_total", &labels).is(1).await;
+    is(&proxy, "vestibule_backend_healthy", raw.address(), 1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn another_port_may_be_probed_than_that_of_the_traffic() {
+    let (served, probed) = (greeting("acme-1").await, Backend::start("up", Temper::Http).await.unwrap());
+    let health = format!("kind = \"http\"\nport = {}", probed.address().port());
+    let proxy = start(served.address(), &health).await;
+    is(&proxy, "vestibule_backend_healthy", served.address(), 1).await;
+    assert_eq!((served.sessions(), probed.sessions() > 0), (0, true));
+    assert_eq!(asked(&proxy).await, "acme-1");
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}

@@ -1,0 +1,434 @@
+//! Probes against servers that do what servers should, and what they should not.
+
+use std::cell::Cell;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+use vestibule::account::{Labels, Verdict};
+use vestibule::addr::BackendAddr;
+use vestibule::clock;
+use vestibule::config::{self, Ask, Balance, Ejection, Probe, Queue, Target};
+use vestibule::pool::backend::Backend;
+use vestibule::pool::health::State;
+use vestibule::pool::{Pool, Resolved};
+use vestibule::probe::ask::ask;
+use vestibule::probe::{Lanes, Turn, run};
+use vestibule::wire::SIGNATURE;
+
+/// Probes at once.
+const AT_ONCE: usize = 64;
+
+use super::harness::{LIMIT, closed_port, connect, eventually, in_hex, is_reset, open_port};
+
+/// A probe with all the time of the test.
+fn probe(ask: Ask) -> Probe {
+    let (interval, timeout) = (LIMIT, LIMIT);
+    Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask }
+}
+
+fn get() -> Ask {
+    Ask::Http { path: "/up".to_owned(), host: None, expect_status: vec![200..=299] }
+}
+
+fn banner(expect: &str) -> Ask {
+    Ask::Exchange { send: Vec::new(), expect: expect.into(), prefix: true }
+}
+
+fn ping() -> Ask {
+    Ask::Exchange { send: b"PING\r\n".to_vec(), expect: b"PONG".to_vec(), prefix: false }
+}
+
+async fn ask_at(address: SocketAddr, probe: &Probe) -> Verdict {
+    timeout(LIMIT * 2, ask(BackendAddr(address), &[], probe)).await.expect("a probe has its own limit")
+}
+
+/// What a probe says of a server that does this, and what became of that.
+async fn probed<T>(probe: &Probe, serve: impl AsyncFnOnce(TcpStream) -> T) -> (Verdict, T) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let served = async {
+        let (stream, _) = timeout(LIMIT, listener.accept()).await.unwrap().unwrap();
+        serve(stream).await
+    };
+    tokio::join!(ask_at(address, probe), served)
+}
+
+/// Reads the question up to its last bytes.
+async fn question(stream: &mut TcpStream, end: &[u8]) -> Vec<u8> {
+    let mut question = Vec::new();
+    while !question.ends_with(end) {
+        let count = timeout(LIMIT, stream.read_buf(&mut question)).await.unwrap().unwrap();
+        assert!(count > 0, "an end after {:?}", String::from_utf8_lossy(&question));
+    }
+    question
+}
+
+/// The verdict where a server reads the question and says this; the probe's side is reset, whatever it was.
+async fn answered(ask: Ask, answer: &[u8]) -> Verdict {
+    let end: &[u8] = match ask {
+        Ask::Http { .. } => b"\r\n\r\n",
+        Ask::Connect | Ask::Exchange { .. } => b"\r\n",
+    };
+    let serve = async |mut stream: TcpStream| {
+        question(&mut stream, end).await;
+        stream.write_all(answer).await.unwrap();
+        stream
+    };
+    let (verdict, mut stream) = probed(&probe(ask), serve).await;
+    is_reset(&mut stream).await;
+    verdict
+}
+
+/// Sends the same for ever; how that ended.
+async fn flood(stream: &mut TcpStream, bytes: &[u8]) -> io::ErrorKind {
+    let endless = async {
+        loop {
+            if let Err(error) = stream.write_all(bytes).await {
+                break error.kind();
+            }
+        }
+    };
+    timeout(LIMIT, endless).await.expect("an end of the connection")
+}
+
+#[tokio::test]
+async fn nobody_listens() {
+    let (_socket, address) = closed_port(0).unwrap();
+    for ask in [Ask::Connect, get(), ping()] {
+        assert_eq!(ask_at(address, &probe(ask)).await, Verdict::ConnectRefused);
+    }
+}
+
+#[tokio::test]
+async fn nobody_accepts() {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    socket.listen(0).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let rows = |place: usize, state: &'static str| {
+        let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+        let found = table.lines().filter(|row| {
+            let columns: Vec<_> = row.split_ascii_whitespace().collect();
+            columns[place] == in_hex(address) && columns[3] == state
+        });
+        found.map(str::to_owned).collect::<Vec<_>>()
+    };
+    // A listener's row has in its second queue who waits to be accepted: with one, this one is full.
+    let _first = connect(address).await;
+    eventually("a full backlog", async || rows(1, "0A")[0].contains(":00000001").then_some(())).await;
+    let limit = Duration::from_millis(300);
+    for ask in [Ask::Connect, get()] {
+        let start = clock::now();
+        let verdict = ask_at(address, &Probe { timeout: limit, ..probe(ask) }).await;
+        assert_eq!(verdict, Verdict::ConnectTimeout);
+        let took = clock::now().since(start);
+        assert!(took >= limit && took < LIMIT / 2, "{took:?}");
+        assert_eq!(rows(2, "02"), [""; 0], "none is left that still connects");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_is_all_that_is_asked_for() {
+    let (verdict, mut stream) = probed(&probe(Ask::Connect), async |stream| stream).await;
+    assert_eq!(verdict, Verdict::Passed);
+    is_reset(&mut stream).await;
+}
+
+#[tokio::test]
+async fn silence_is_over_in_time() {
+    for ask in [get(), banner("220 "), ping()] {
+        let limit = Duration::from_millis(300);
+        let start = clock::now();
+        let serve = async |stream: TcpStream| stream;
+        let (verdict, mut stream) = probed(&Probe { timeout: limit, ..probe(ask) }, serve).await;
+        assert_eq!(verdict, Verdict::AnswerTimeout);
+        let took = clock::now().since(start);
+        assert!(took >= limit && took < LIMIT / 2, "{took:?}");
+        let mut bytes = Vec::new();
+        let end = timeout(LIMIT, stream.read_to_end(&mut bytes)).await.unwrap();
+        assert_eq!(end.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset));
+    }
+}
+
+#[tokio::test]
+async fn one_time_is_for_all_of_it() {
+    // Each byte is early enough, and all of them are not.
+    let limit = Duration::from_millis(300);
+    let serve = async |mut stream: TcpStream| {
+        question(&mut stream, b"\r\n\r\n").await;
+        stream.write_all(b"HTTP/1.1 200 OK\r\na: ").await.unwrap();
+        let mut ticks = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            ticks.tick().await;
+            if stream.write_all(b"x").await.is_err() {
+                break;
+            }
+        }
+    };
+    let (verdict, ()) = probed(&Probe { timeout: limit, ..probe(get()) }, serve).await;
+    assert_eq!(verdict, Verdict::AnswerTimeout);
+}
+
+#[tokio::test]
+async fn an_answer_without_an_end_is_not_read_to_its_end() {
+    for (ask, start, more) in [
+        (get(), &b"HTTP/1.1 200 OK\r\na: "[..], &[b'x'; 512][..]),
+        (get(), b"HTTP/1.1 200 OK\r\n", b"a: b\r\n"),
+        (get(), b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (ping(), b"", &[b'P'; 16_384]),
+    ] {
+        let begun = clock::now();
+        let serve = async |mut stream: TcpStream| {
+            stream.write_all(start).await.unwrap();
+            flood(&mut stream, more).await
+        };
+        let (verdict, end) = probed(&probe(ask), serve).await;
+        assert_eq!(verdict, Verdict::AnswerTooLong);
+        assert!(matches!(end, io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe), "{end:?}");
+        assert!(clock::now().since(begun) < LIMIT / 2);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_says_what_it_says() {
+    for (answer, expected) in [
+        (&b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..], Verdict::Passed),
+        (b"HTTP/1.0 204 No Content\r\n\r\n", Verdict::Passed),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", Verdict::Passed),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", Verdict::UnexpectedStatus),
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\nThe plain HTTP request was sent to HTTPS port",
+            Verdict::UnexpectedStatus,
+        ),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", Verdict::AnswerMalformed),
+        (b"\x15\x03\x01\0\x02\x02\x46", Verdict::AnswerTls),
+    ] {
+        assert_eq!(answered(get(), answer).await, expected, "{}", String::from_utf8_lossy(answer));
+    }
+    assert_eq!(answered(ping(), b"+PONG\r\n").await, Verdict::Passed);
+    let whole = Ask::Exchange { send: b"PING\r\n".to_vec(), expect: b"PONG".to_vec(), prefix: true };
+    assert_eq!(answered(whole, b"-LOADING\r\n").await, Verdict::UnexpectedAnswer);
+}
+
+#[tokio::test]
+async fn a_server_may_speak_first_and_in_pieces() {
+    let serve = async |mut stream: TcpStream| {
+        for byte in *b"220 mail" {
+            stream.write_all(&[byte]).await.unwrap_or_default();
+            tokio::task::yield_now().await;
+        }
+        stream
+    };
+    let (verdict, _stream) = probed(&probe(banner("220 ")), serve).await;
+    assert_eq!(verdict, Verdict::Passed);
+}
+
+#[tokio::test]
+async fn a_reset_and_an_end_are_told_apart() {
+    for (ask, end, said, expected) in [
+        (get(), &b"\r\n\r\n"[..], &b""[..], Verdict::Closed),
+        (get(), b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n", Verdict::Closed),
+        (ping(), b"\r\n", b"", Verdict::Closed),
+        (ping(), b"\r\n", b"-ERR", Verdict::UnexpectedAnswer),
+        (banner("220 "), b"", b"", Verdict::Closed),
+        (banner("220 "), b"", b"22", Verdict::Closed),
+    ] {
+        for is_reset in [false, true] {
+            let serve = async |mut stream: TcpStream| {
+                if !end.is_empty() {
+                    question(&mut stream, end).await;
+                }
+                stream.write_all(said).await.unwrap();
+                if is_reset {
+                    stream.set_zero_linger().unwrap();
+                }
+            };
+            let (verdict, ()) = probed(&probe(ask.clone()), serve).await;
+            let expected = if is_reset { Verdict::Reset } else { expected };
+            assert_eq!(verdict, expected, "{}", String::from_utf8_lossy(said));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_header_comes_first_and_is_nobodys() {
+    let local = [&SIGNATURE[..], &[0x20, 0, 0, 0]].concat();
+    for (ask, rest) in [(Ask::Connect, ""), (ping(), "PING\r\n"), (get(), "GET /up HTTP/1.1\r\n")] {
+        let serve = async |mut stream: TcpStream| {
+            let mut header = [0; 16];
+            timeout(LIMIT, stream.read_exact(&mut header)).await.unwrap().unwrap();
+            let mut start = vec![0; rest.len()];
+            timeout(LIMIT, stream.read_exact(&mut start)).await.unwrap().unwrap();
+            stream.write_all(b"HTTP/1.1 200 PONG\r\n\r\n").await.unwrap_or_default();
+            (header, String::from_utf8(start).unwrap())
+        };
+        let (verdict, (header, start)) = probed(&Probe { send_proxy: true, ..probe(ask) }, serve).await;
+        assert_eq!(verdict, Verdict::Passed);
+        assert_eq!((&header[..], &start[..]), (&local[..], rest));
+    }
+}
+
+#[tokio::test]
+async fn another_port_is_asked_by_its_own_name() {
+    let listener = TcpListener::bind("[::1]:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let traffic = "[::1]:1".parse().unwrap();
+    let probe = Probe { port: Some(port), ..probe(get()) };
+    let served = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let question = question(&mut stream, b"\r\n\r\n").await;
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+        String::from_utf8(question).unwrap()
+    };
+    let (verdict, question) = tokio::join!(ask_at(traffic, &probe), served);
+    assert_eq!(verdict, Verdict::Passed);
+    assert!(question.contains(&format!("\r\nHost: [::1]:{port}\r\n")), "{question}");
+}
+
+#[tokio::test]
+async fn sources_are_tried_in_turn_while_only_ports_are_at_fault() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = BackendAddr(listener.local_addr().unwrap());
+    // An address that is not this machine's (RFC 5737) has no ports here.
+    let [foreign, own] = [[192, 0, 2, 1], [127, 0, 0, 7]].map(|ip| IpAddr::V4(Ipv4Addr::from(ip)));
+    let probe = probe(Ask::Connect);
+    assert_eq!(ask(address, &[foreign], &probe).await, Verdict::NoLocalPort);
+    assert_eq!(ask(address, &[foreign, own], &probe).await, Verdict::Passed);
+    let (_, from) = listener.accept().await.unwrap();
+    assert_eq!(from.ip(), own);
+}
+
+/// A pool of one name, and the backends that it leads to.
+fn pool(probe: Probe, source_addresses: Vec<IpAddr>, found: &[SocketAddr]) -> (Arc<Pool>, Vec<Arc<Backend>>) {
+    let named = config::Backend {
+        target: Target::Host { name: "backend.test".to_owned(), port: 1 },
+        weight: 1,
+        zone: None,
+        max_sessions: None,
+        backup: false,
+    };
+    let config = config::Pool {
+        name: "probed".to_owned(),
+        balance: Balance::RoundRobin,
+        backends: vec![named; found.len().max(1)],
+        prefer_zone: None,
+        send_proxy: false,
+        attempts: 1,
+        retry_budget: 0,
+        slow_start: Duration::ZERO,
+        source_addresses,
+        queue: Queue { length: 0, timeout: LIMIT },
+        panic_threshold: 0,
+        health: Some(probe),
+        ejection: Ejection { consecutive_failures: 0, base_time: LIMIT, max_percent: 0 },
+    };
+    let labels = Labels::default();
+    let pool = Arc::new(Pool::new(&config, &labels));
+    let mut backends = Vec::new();
+    for (place, address) in found.iter().enumerate() {
+        let resolved = [Resolved { address: *address, weight: None, is_backup: false }];
+        backends.extend(pool.resolve(place, &resolved, &labels, clock::now()).0);
+    }
+    assert_eq!(backends.len(), found.len());
+    (pool, backends)
+}
+
+fn count(backend: &Backend, verdict: Verdict) -> u64 {
+    backend.probes().find(|(other, _)| *other == verdict).map_or(0, |(_, count)| count)
+}
+
+#[tokio::test]
+async fn a_backend_is_probed_until_it_is_gone() {
+    let (_socket, address) = closed_port(0).unwrap();
+    let probe = Probe { interval: Duration::from_millis(20), ..probe(Ask::Connect) };
+    let (pool, backends) = pool(probe, Vec::new(), &[address]);
+    let backend = Arc::clone(&backends[0]);
+    let firsts = Arc::new(AtomicUsize::new(0));
+    let first = {
+        let firsts = Arc::clone(&firsts);
+        move || {
+            firsts.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    let turn = Turn { place: 0, of: 1 };
+    let running =
+        tokio::spawn(run(Arc::clone(&pool), Arc::clone(&backend), turn, Arc::new(Lanes::new(1)), first));
+    for state in [State::Unhealthy, State::Healthy, State::Unhealthy, State::Healthy] {
+        let listener = (state == State::Healthy).then(|| open_port(address));
+        eventually(state.word(), async || (backend.state() == state).then_some(())).await;
+        drop(listener);
+    }
+    assert!(count(&backend, Verdict::Passed) >= 2 && count(&backend, Verdict::ConnectRefused) >= 2);
+    pool.resolve(0, &[], &Labels::default(), clock::now());
+    timeout(LIMIT, running).await.expect("an end, as the backend is gone").unwrap();
+    assert_eq!(firsts.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn who_is_gone_before_its_first_probe_is_not_waited_for() {
+    let (_socket, address) = closed_port(0).unwrap();
+    let (pool, backends) = pool(probe(Ask::Connect), Vec::new(), &[address]);
+    pool.resolve(0, &[], &Labels::default(), clock::now());
+    let is_first = Cell::new(false);
+    let turn = Turn { place: 0, of: 1 };
+    let running = run(Arc::clone(&pool), Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1)), || {
+        is_first.set(true);
+    });
+    timeout(LIMIT, running).await.unwrap();
+    assert!(is_first.get());
+    assert_eq!(backends[0].probes().map(|(_, count)| count).sum::<u64>(), 0);
+}
+
+#[tokio::test]
+async fn a_probe_that_could_not_be_sent_says_nothing_of_its_backend() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let foreign = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+    let probe = Probe { interval: Duration::from_millis(20), ..probe(Ask::Connect) };
+    let (pool, backends) = pool(probe, vec![foreign], &[listener.local_addr().unwrap()]);
+    let turn = Turn { place: 0, of: 1 };
+    let running = tokio::spawn(run(pool, Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1)), || ()));
+    let many = async || (count(&backends[0], Verdict::NoLocalPort) >= 5).then_some(());
+    eventually("probes that cannot be sent", many).await;
+    assert_eq!(backends[0].state(), State::Unknown);
+    running.abort();
+}
+
+#[tokio::test]
+async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others() {
+    const MORE: usize = 36;
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let addresses = (1..).take(AT_ONCE + MORE).map(|last| SocketAddr::from(([127, 0, 1, last], port)));
+    let (pool, backends) = pool(probe(ping()), Vec::new(), &addresses.collect::<Vec<_>>());
+    let lanes = Arc::new(Lanes::new(AT_ONCE));
+    for (place, backend) in backends.iter().enumerate() {
+        let turn = Turn { place, of: backends.len() };
+        tokio::spawn(run(Arc::clone(&pool), Arc::clone(backend), turn, Arc::clone(&lanes), || ()));
+    }
+    let accept = async || timeout(LIMIT, listener.accept()).await.unwrap().unwrap().0;
+    let mut held = Vec::new();
+    while held.len() < AT_ONCE {
+        held.push(accept().await);
+    }
+    // All first probes are due by now, and no more come.
+    let pause = Duration::from_millis(500);
+    timeout(pause, listener.accept()).await.expect_err("no more than have a lane");
+    for mut stream in held {
+        stream.write_all(b"PONG").await.unwrap();
+    }
+    for _ in 0..MORE {
+        accept().await.write_all(b"PONG").await.unwrap();
+    }
+    let healthy = || backends.iter().filter(|backend| backend.state() == State::Healthy).count();
+    eventually("all to be healthy", async || (healthy() == backends.len()).then_some(())).await;
+    let quick = backends.iter().filter(|backend| Duration::from_micros(backend.probe_us().into()) < pause);
+    let quick = quick.count();
+    assert!((MORE / 2..=MORE).contains(&quick), "{quick} of {MORE} took less than they waited");
+}

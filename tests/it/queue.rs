@@ -1,0 +1,196 @@
+//! Sessions that wait because every backend has as many as it may have.
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use super::harness::{ACME, Conf, Proxy, is_reset, read};
+use super::raw::{Held, Raw};
+use super::sessions::{ROUND_ROBIN, asked, connects, greeting, is, is_turned_away, with};
+
+/// A proxy whose one backend may have `most` sessions.
+async fn proxy(raw: &Raw, most: u32, queue: &str) -> Proxy {
+    let backends = vec![with(raw.address(), &format!("max-sessions = {most}"))];
+    Conf { backends, pool: queue.to_owned(), ..Conf::default() }.start().await
+}
+
+async fn queued(proxy: &Proxy, count: u32) {
+    proxy.metric("vestibule_pool_sessions_queued", &[("pool", "acme")]).is(count).await;
+}
+
+/// Sessions that ended at the pool, by the proxy.
+async fn ended(proxy: &Proxy, why: &str, count: u32) {
+    let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "pool"), ("why", why)];
+    proxy.ended(&labels).is(count).await;
+}
+
+/// A session that waits, the last of so many.
+async fn waiting(proxy: &Proxy, message: &[u8], count: u32) -> TcpStream {
+    let client = proxy.open(ACME, message).await;
+    queued(proxy, count).await;
+    client
+}
+
+/// The backend's next session begins with these bytes.
+async fn accepted(raw: &Raw, expected: &[u8]) -> TcpStream {
+    let mut stream = raw.accept().await;
+    assert_eq!(read(&mut stream, expected.len()).await, expected);
+    stream
+}
+
+#[tokio::test]
+async fn the_last_with_room_goes_through_the_next_wait_in_order_and_beyond_the_length_is_no_place() {
+    let raw = Raw::bind().await;
+    let proxy = proxy(&raw, 2, "queue = { length = 2, timeout = \"60s\" }").await;
+    let (first, second) = (raw.session(&proxy).await, raw.session(&proxy).await);
+    queued(&proxy, 0).await;
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 2).await;
+    let third = waiting(&proxy, b"third", 1).await;
+    let fourth = waiting(&proxy, b"fourth", 2).await;
+    is_turned_away(&proxy).await;
+    ended(&proxy, "pool_full", 1).await;
+    let line = proxy.logged("pool_full").await;
+    assert_eq!((&line["attempts"], line["backend"].is_null()), (&0.into(), true));
+    assert!(line["queued_ms"].is_null(), "it did not wait: {line}");
+
+    drop(first);
+    let third = (third, accepted(&raw, b"third").await);
+    queued(&proxy, 1).await;
+    drop(second);
+    let mut fourth = (fourth, accepted(&raw, b"fourth").await);
+    queued(&proxy, 0).await;
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 2).await;
+    fourth.1.write_all(b"welcome").await.unwrap();
+    assert_eq!(read(&mut fourth.0, 7).await, b"welcome");
+    proxy.others_are_unharmed().await;
+    drop((third, fourth));
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(4).await;
+    connects(&proxy, raw.address(), "done", 4).await;
+    let lines = proxy.finish_with_log().await;
+    let waited: Vec<_> = lines.iter().filter_map(|line| line["queued_ms"].as_f64()).collect();
+    assert_eq!(waited.len(), 2, "{lines:?}");
+    assert!(waited.iter().all(|span| *span > 0.0));
+}
+
+#[tokio::test]
+async fn without_a_queue_nobody_waits() {
+    let raw = Raw::bind().await;
+    let proxy = proxy(&raw, 1, "").await;
+    let held = raw.session(&proxy).await;
+    is_turned_away(&proxy).await;
+    ended(&proxy, "pool_full", 1).await;
+    drop(held);
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 0).await;
+    let held = raw.session(&proxy).await;
+    proxy.others_are_unharmed().await;
+    drop(held);
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn who_waits_too_long_is_reset_and_the_next_is_served() {
+    let raw = Raw::bind().await;
+    let proxy = proxy(&raw, 1, "queue = { length = 2, timeout = \"300ms\" }").await;
+    let held = raw.session(&proxy).await;
+    let mut late = waiting(&proxy, b"late", 1).await;
+    is_reset(&mut late).await;
+    ended(&proxy, "queue_timeout", 1).await;
+    queued(&proxy, 0).await;
+    let line = proxy.logged("queue_timeout").await;
+    assert!(line["queued_ms"].as_f64().unwrap() >= 250.0, "a tick of 50 ms may have passed: {line}");
+    assert_eq!((&line["attempts"], line["backend"].is_null()), (&0.into(), true));
+    drop(held);
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 0).await;
+    let held = raw.session(&proxy).await;
+    proxy.others_are_unharmed().await;
+    drop(held);
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn the_end_of_a_drain_ends_who_waits() {
+    let raw = Raw::bind().await;
+    let conf = Conf {
+        // On two, one may still be served what the other's end has left.
+        workers: 1,
+        backends: vec![with(raw.address(), "max-sessions = 1")],
+        pool: "queue = { length = 2, timeout = \"60s\" }".to_owned(),
+        drain: "notice = \"0s\"\nquiet = \"0s\"\nidle = \"60s\"\ndeadline = \"300ms\"".to_owned(),
+        ..Conf::default()
+    };
+    let mut proxy = conf.start().await;
+    let held = raw.session(&proxy).await;
+    let mut late = waiting(&proxy, b"late", 1).await;
+    proxy.others_are_unharmed().await;
+    proxy.server().drain();
+    is_reset(&mut late).await;
+    proxy.end().await;
+    let lines = proxy.log();
+    let of = |at: &str| lines.iter().filter(|line| line["outcome"]["at"] == at).collect::<Vec<_>>();
+    let (pool, drained) = (of("pool"), |line: &serde_json::Value| line["outcome"]["why"] == "drained");
+    assert!(pool.len() == 1 && drained(pool[0]) && pool[0]["outcome"]["by"] == "proxy", "{lines:?}");
+    assert!(pool[0]["queued_ms"].as_f64().unwrap() > 0.0, "{lines:?}");
+    assert_eq!(of("forward").into_iter().filter(|line| drained(line)).count(), 1, "{lines:?}");
+    drop(held);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_while_it_waits_leaves_nothing_behind() {
+    let raw = Raw::bind().await;
+    let proxy = proxy(&raw, 1, "queue = { length = 3, timeout = \"60s\" }").await;
+    let held = raw.session(&proxy).await;
+    let gone = waiting(&proxy, b"gone", 1).await;
+    let next = waiting(&proxy, b"next", 2).await;
+    gone.set_zero_linger().unwrap();
+    drop(gone);
+    drop(held);
+    // The backend may see one that is over at once; then it is the next one's turn.
+    let mut session = raw.accept().await;
+    let mut first = [0; 4];
+    let read_first = tokio::io::AsyncReadExt::read_exact(&mut session, &mut first).await;
+    if read_first.is_err() || &first != b"next" {
+        drop(session);
+        session = accepted(&raw, b"next").await;
+    }
+    queued(&proxy, 0).await;
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 1).await;
+    proxy.others_are_unharmed().await;
+    drop((next, session));
+    proxy.ended(&[("tenant", "acme")]).is(3).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn one_full_backend_is_passed_over_while_another_has_room() {
+    let (raw, good) = (Raw::bind().await, greeting("acme-1").await);
+    let backends = vec![with(raw.address(), "max-sessions = 1"), with(good.address(), "weight = 100")];
+    let pool = format!("{ROUND_ROBIN}\nqueue = {{ length = 1 }}");
+    let proxy = Conf { backends, pool, ..Conf::default() }.start().await;
+    let held = raw.session(&proxy).await;
+    for _ in 0..6 {
+        assert_eq!(asked(&proxy).await, "acme-1");
+    }
+    connects(&proxy, raw.address(), "done", 1).await;
+    queued(&proxy, 0).await;
+    proxy.others_are_unharmed().await;
+    drop(held);
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(7).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn who_could_not_connect_does_not_wait_as_well() {
+    let (refusing, raw) = (Held::bind(), Raw::bind().await);
+    let backends = vec![with(raw.address(), "max-sessions = 1"), with(refusing.address(), "weight = 100")];
+    let pool = format!("{ROUND_ROBIN}\nqueue = {{ length = 1, timeout = \"60s\" }}");
+    let proxy = Conf { backends, pool, ..Conf::default() }.start().await;
+    let held = raw.session(&proxy).await;
+    is_turned_away(&proxy).await;
+    proxy.ended(&[("tenant", "acme"), ("at", "connect"), ("why", "connect_refused")]).is(1).await;
+    queued(&proxy, 0).await;
+    proxy.others_are_unharmed().await;
+    drop(held);
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
+    proxy.finish().await;
+}

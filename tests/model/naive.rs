@@ -1,0 +1,197 @@
+//! The naive model of a pool: what was said of each backend, and who may be picked for that.
+
+use vestibule::pool::health::{Rules, State};
+
+use super::pool::believed;
+use super::*;
+
+/// The parts of a whole weight.
+const PARTS: u32 = 64;
+
+/// What is known of one backend, written down as it was said.
+#[derive(Clone, Debug)]
+pub(super) struct One {
+    results: Vec<bool>,
+    pub(super) not_connected: u32,
+    pub(super) resets: Vec<u32>,
+    /// When its time out ends, in milliseconds.
+    pub(super) until: Option<u64>,
+    /// When its times out ended, and how long they count.
+    times: u32,
+    since: u64,
+    /// Since when it comes back, and how long that takes.
+    back: Option<(u64, u64)>,
+    pub(super) load: u32,
+}
+
+pub(super) struct Model {
+    pub(super) config: config::Pool,
+    pub(super) all: Vec<One>,
+    pub(super) now: u64,
+    pub(super) tenants: Vec<u32>,
+}
+
+impl Model {
+    pub(super) fn new(config: &config::Pool) -> Self {
+        let one = One {
+            results: Vec::new(),
+            not_connected: 0,
+            resets: Vec::new(),
+            until: None,
+            times: 0,
+            since: 0,
+            back: None,
+            load: 0,
+        };
+        let all = vec![one; config.backends.len()];
+        Self { config: config.clone(), all, now: 0, tenants: Vec::new() }
+    }
+
+    pub(super) fn state(&self, place: usize) -> State {
+        match &self.config.health {
+            None => {
+                let (rules, start) = (Rules { rise: 1, fall: 1 }, State::Healthy);
+                believed(rules, start, &self.all[place].results)
+            }
+            Some(probe) => {
+                let rules = Rules { rise: probe.rise, fall: probe.fall };
+                believed(rules, State::Unknown, &self.all[place].results)
+            }
+        }
+    }
+
+    pub(super) fn is_out(&self, place: usize) -> bool {
+        self.all[place].until.is_some()
+    }
+
+    /// How much of it is back, in parts.
+    fn parts(&self, place: usize, now: u64) -> u32 {
+        match self.all[place].back {
+            Some((since, span)) if now < since + span => {
+                u32::try_from((now.saturating_sub(since)) * u64::from(PARTS) / span).unwrap().max(1)
+            }
+            _ => PARTS,
+        }
+    }
+
+    /// The sessions that it may have.
+    pub(super) fn room(&self, place: usize, now: u64) -> u32 {
+        let parts = if self.is_panic() { PARTS } else { self.parts(place, now) };
+        self.config.backends[place].max_sessions.map_or(u32::MAX, |most| (most * parts / PARTS).max(1))
+    }
+
+    fn is_panic(&self) -> bool {
+        let of = |backups: bool| {
+            (0..self.all.len()).filter(move |place| {
+                self.config.backends[*place].weight > 0 && self.config.backends[*place].backup == backups
+            })
+        };
+        let is_sound = |place: &usize| self.state(*place) != State::Unhealthy && !self.is_out(*place);
+        let is_good = |place: &usize| self.state(*place) == State::Healthy && !self.is_out(*place);
+        let sound = of(false).filter(is_sound).count();
+        let wanted = self.config.panic_threshold as usize * of(false).count();
+        sound * 100 < wanted && (sound > 0 || !of(true).any(|place| is_good(&place)))
+    }
+
+    /// The weights in force, in parts.
+    pub(super) fn weights(&self, now: u64) -> Vec<u32> {
+        let backends = &self.config.backends;
+        let places = || 0..self.all.len();
+        if self.is_panic() {
+            return backends.iter().map(|it| if it.backup { 0 } else { it.weight * PARTS }).collect();
+        }
+        let rank = |place: usize| match (self.state(place), self.is_out(place), backends[place].backup) {
+            (State::Unhealthy, ..) => None,
+            (State::Healthy, false, false) => Some(0),
+            (State::Healthy, false, true) => Some(1),
+            (State::Unknown, false, false) => Some(2),
+            (State::Unknown, false, true) => Some(3),
+            (State::Healthy | State::Unknown, true, false) => Some(4),
+            (State::Healthy | State::Unknown, true, true) => Some(5),
+        };
+        let with_weight = |place: usize| backends[place].weight > 0;
+        let best = places().filter(|place| with_weight(*place)).filter_map(rank).min();
+        let is_used = |place: usize| best.is_some() && rank(place) == best;
+        let own = |place: usize| {
+            if is_used(place) { backends[place].weight * self.parts(place, now) } else { 0 }
+        };
+        let mut weights: Vec<_> = places().map(own).collect();
+        let is_near = |place: usize| {
+            self.config.prefer_zone.is_some() && backends[place].zone == self.config.prefer_zone
+        };
+        let near: u64 = places().filter(|place| is_near(*place)).map(|place| u64::from(weights[place])).sum();
+        let far: u64 = places().filter(|place| !is_near(*place)).map(|place| u64::from(weights[place])).sum();
+        let whole: u64 = places()
+            .filter(|place| is_near(*place) && !backends[*place].backup)
+            .map(|place| u64::from(backends[place].weight * PARTS))
+            .sum();
+        if near > 0 && far > 0 {
+            for place in places().filter(|place| !is_near(*place)) {
+                let missing = whole.saturating_sub(near);
+                let share = u64::from(weights[place]) * missing / far;
+                let least = u64::from(missing > 0 && weights[place] > 0);
+                weights[place] = u32::try_from(share.max(least).min(64_000)).unwrap();
+            }
+        }
+        weights
+    }
+
+    /// Times at which the roster may have been made: it follows a slow start in steps.
+    pub(super) fn times(&self) -> Vec<u64> {
+        let from = self.now.saturating_sub(160);
+        let mut times: Vec<_> = (from..=self.now).collect();
+        times.reverse();
+        times.retain(|now| {
+            let changes = |place: usize| self.parts(place, *now) != self.parts(place, now.saturating_sub(1));
+            *now == self.now || *now == from || (0..self.all.len()).any(changes)
+        });
+        times
+    }
+
+    /// Ends what is over.
+    pub(super) fn tend(&mut self) {
+        let span = match self.config.slow_start.as_secs() {
+            0 => 10_000,
+            seconds => seconds * 1_000,
+        };
+        for one in &mut self.all {
+            if one.until.is_some_and(|until| self.now >= until) {
+                (one.until, one.since, one.back) = (None, self.now, Some((self.now, span)));
+                (one.not_connected, one.resets) = (0, Vec::new());
+            }
+        }
+    }
+
+    pub(super) fn probed(&mut self, place: usize, success: bool) -> bool {
+        let before = self.state(place);
+        self.all[place].results.push(success);
+        let after = self.state(place);
+        if (before, after) == (State::Unhealthy, State::Healthy) {
+            let span = u64::try_from(self.config.slow_start.as_millis()).unwrap();
+            self.all[place].back = (span > 0).then_some((self.now, span));
+        }
+        before != after
+    }
+
+    /// Whether so many failures in a row eject it; then it is out.
+    pub(super) fn ejects(&mut self, place: usize, failures: u32, is_of_one: bool) -> Option<Duration> {
+        let rules = self.config.ejection;
+        let count = self.all.len();
+        let out = (0..count).filter(|place| self.is_out(*place)).count() + 1;
+        let within = out * 100 <= count * rules.max_percent as usize || out == 1;
+        let is_wanted = rules.max_percent > 0 && rules.consecutive_failures > 0;
+        let is_shielded = is_of_one && self.tenants.len() > 1;
+        let enough = failures >= rules.consecutive_failures;
+        if !enough || !is_wanted || is_shielded || self.is_out(place) || !within || out >= count {
+            return None;
+        }
+        let base = rules.base_time.as_secs() * 1_000;
+        let one = &mut self.all[place];
+        one.times = one.times.saturating_sub(u32::try_from((self.now - one.since) / base).unwrap()) + 1;
+        let time = (0..one.times.min(20)).fold(base, |time, turn| if turn == 0 { base } else { time * 2 });
+        let time = time.min(600_000.max(base));
+        one.until = Some(self.now + time);
+        (one.not_connected, one.resets) = (0, Vec::new());
+        Some(Duration::from_millis(time))
+    }
+}
