@@ -266,7 +266,7 @@ mod tests {
             }
         });
         for leaf in 0..100 {
-            let loads = |other: usize| if other == leaf { 0 } else { 1 };
+            let loads = |other: usize| u32::from(other != leaf);
             for other in 0..100 {
                 tournament.changed(other, || (loads(other), 10));
             }

@@ -301,7 +301,9 @@ mod tests {
                     assert!(before == after || usize::from(before) == gone);
                 }
                 // While it comes back, it has its part and no more.
-                left.iter_mut().for_each(|entry| (entry.whole, entry.weight) = (64, 64));
+                for entry in &mut left {
+                    (entry.whole, entry.weight) = (64, 64);
+                }
                 left[gone].weight = 16;
                 let shares = shares(&Table::new(&left), count);
                 let due = without.places.len() * 16 / (64 * (count - 1) + 16);

@@ -345,13 +345,13 @@ fn who_waits_is_served_in_turn_and_nobody_passes_by() {
     assert!(pool.wait().is_none() && pool.waiting() == 2);
     held.pop();
     assert_eq!(pick(&pool, 0), Err(Nobody::Free), "the one with room is the first waiter's");
-    let mut poll = |place: usize| {
+    let mut is_served = |place: usize| {
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         let polled = std::pin::Pin::new(&mut places[place]).poll(&mut context);
         matches!(polled, std::task::Poll::Ready(_))
     };
-    assert!(!poll(1) && poll(0), "in turn");
-    assert!(poll(1) && pool.waiting() == 0, "the first one's session is over already");
+    assert!(!is_served(1) && is_served(0), "in turn");
+    assert!(is_served(1) && pool.waiting() == 0, "the first one's session is over already");
     assert!(pick(&pool, 0).is_ok());
     assert!(healthy(&self::config(Balance::P2c, 1)).wait().is_none(), "there is no queue");
 }

@@ -10,10 +10,15 @@ use crate::config::{Target, suggest};
 
 use super::{no_time, probe};
 
+/// Addresses, and names, of one pool at most.
+const MOST_ADDRESSES: usize = 32_000;
+const MOST_NAMES: usize = 256;
+
 /// Every rule, for every pool.
 pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
     for pool in &written.pools {
         faults.extend(a_pool_has_a_backend(pool));
+        faults.extend(no_pool_has_more_than_can_be_told_apart(pool));
         no_backend_stands_twice(pool, faults);
         source_addresses_can_reach_a_backend(pool, faults);
         faults.extend(the_preferred_zone_has_a_backend(pool));
@@ -27,6 +32,20 @@ fn a_pool_has_a_backend(pool: &Pool) -> Option<Fault> {
     let backends = pool.backends.spanned().filter(|backends| backends.get_ref().is_empty())?;
     let message = "must hold at least one backend, such as \"10.0.1.10:80\", found an empty list";
     Some(pool.head.fault_at(backends.span().start, "backends", message.to_owned()))
+}
+
+/// Backends are numbered in 16 bits, and each name has 128 numbers for its addresses to come and go.
+fn no_pool_has_more_than_can_be_told_apart(pool: &Pool) -> Option<Fault> {
+    let list = pool.backends.spanned()?;
+    let targets = || pool.backends().filter_map(|backend| backend.address.given());
+    let addresses = targets().filter(|target| matches!(target, Target::Address(_))).count();
+    let names = targets().count() - addresses;
+    let message = format!(
+        "must hold at most {MOST_ADDRESSES} addresses and {MOST_NAMES} names, found {addresses} and {names}; give a tenant or \
+         a listener a pool of its own"
+    );
+    let fault = || pool.head.fault_at(list.span().start, "backends", message);
+    (addresses > MOST_ADDRESSES || names > MOST_NAMES).then(fault)
 }
 
 fn no_backend_stands_twice(pool: &Pool, faults: &mut Vec<Fault>) {
@@ -106,4 +125,39 @@ fn who_waits_waits_for_a_backend_that_was_full(pool: &Pool) -> Option<Fault> {
         "must be 0 where no backend has max-sessions, because none is ever full and nobody waits, found {found}"
     );
     Some(pool.head.fault_at(length.span().start, "queue.length", message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn fault(addresses: usize, names: usize) -> Option<String> {
+        let address = |number: usize| format!("\"10.0.{}.{}:80\"", number / 256, number % 256);
+        let name = |number: usize| format!("\"app-{number}.example.com:80\"");
+        let backends: Vec<_> = (0..addresses).map(address).chain((0..names).map(name)).collect();
+        let text = format!(
+            "[[listener]]\nname = \"web\"\nbind = \"0.0.0.0:8080\"\ntrusted-sources = [\"10.0.0.0/16\"]\npool = \"app\"\n\
+             [[pool]]\nname = \"app\"\nbackends = [{}]\n[[tenant]]\nname = \"acme\"\n",
+            backends.join(", ")
+        );
+        Config::parse("test.toml", &text).err().map(|faults| faults.to_string())
+    }
+
+    #[test]
+    fn so_many_can_be_told_apart_and_one_more_cannot() {
+        assert_eq!((fault(MOST_ADDRESSES, 0), fault(0, MOST_NAMES)), (None, None));
+        for (addresses, names, found) in
+            [(MOST_ADDRESSES + 1, 0, "found 32001 and 0"), (1, MOST_NAMES + 1, "found 1 and 257")]
+        {
+            let said = fault(addresses, names).unwrap();
+            assert!(
+                said.contains(
+                    "test.toml:8: pool \"app\": backends: must hold at most 32000 addresses and 256 names"
+                ),
+                "{said}"
+            );
+            assert!(said.contains(found), "{said}");
+        }
+    }
 }
