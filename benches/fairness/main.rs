@@ -94,41 +94,55 @@ fn main() {
         workers[0], workers[1]
     );
     report.push(json!({ "name": "jain", "index": index, "workers": workers }));
-    report.extend(beside(&Bench::start(dir.path()), &effort));
+    let apart = tempfile::tempdir().expect("another folder");
+    report.extend(beside(&Bench::start(dir.path()), &Bench::start(apart.path()), &effort));
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fairness.json");
     std::fs::create_dir_all(path.parent().expect("a folder")).expect("target");
     std::fs::write(&path, format!("{:#}\n", json!(report))).expect("target/fairness.json");
 }
 
-/// B alone and beside each neighbour, in alternating rounds; the median of each.
-fn beside(bench: &Bench, effort: &Effort) -> Vec<Value> {
-    let mut rows: Vec<(Neighbour, Vec<Figures>)> =
-        Neighbour::ALL.into_iter().map(|neighbour| (neighbour, Vec::new())).collect();
+/// B alone and beside each neighbour, in alternating rounds; the median of each. Each neighbour comes twice: through B's
+/// proxy, and through a proxy of its own, where it takes as much of the machine and nothing of B's proxy.
+fn beside(bench: &Bench, other: &Bench, effort: &Effort) -> Vec<Value> {
+    let through = |neighbour: Neighbour| {
+        let proxies = [Some(bench), neighbour.is_there().then_some(other)];
+        proxies.into_iter().flatten().map(move |proxy| (neighbour, proxy))
+    };
+    let mut rows: Vec<_> = Neighbour::ALL
+        .into_iter()
+        .flat_map(through)
+        .map(|(neighbour, proxy)| (neighbour, proxy, Vec::new()))
+        .collect();
     for _ in 0..effort.rounds {
-        for (neighbour, figures) in &mut rows {
-            figures.push(neighbour.beside(bench, || bench.load_of_b(effort.beside)));
+        for (neighbour, proxy, figures) in &mut rows {
+            figures.push(neighbour.beside(proxy, || bench.load_of_b(effort.beside)));
         }
     }
-    let medians: Vec<_> =
-        rows.iter().map(|(neighbour, figures)| (*neighbour, Figures::median(figures))).collect();
-    let alone = medians[0].1;
+    let medians: Vec<_> = rows
+        .iter()
+        .map(|(neighbour, proxy, figures)| {
+            (*neighbour, std::ptr::eq(*proxy, other), Figures::median(figures))
+        })
+        .collect();
+    let alone = medians[0].2;
     println!(
-        "B at half of its limits: 4 KiB round trips at 2,000/s, and 100 new sessions/s; in brackets against alone"
+        "B at half of its limits: 4 KiB round trips at 2,000/s, and 100 new sessions/s; in brackets against alone; each \
+         neighbour through B's proxy, then through one of its own"
     );
     println!(
         "  {:<34} {:>20} {:>20} {:>20} {:>20}",
         "A", "p99, us", "round trips/s", "p99 of new, us", "new/s"
     );
     let mut report = Vec::new();
-    for (neighbour, figures) in &medians {
+    for (neighbour, is_apart, figures) in &medians {
         let name = neighbour.name();
-        print!("  {name:<34}");
+        print!("  {:<34}", if *is_apart { "  through a proxy of its own" } else { name });
         for (figure, alone) in figures.0.iter().zip(alone.0) {
             print!(" {:>20}", format!("{figure:.0} ({:.2})", figure / alone));
         }
         println!();
         let [p99, rate, new_p99, new_rate] = figures.0;
-        report.push(json!({ "name": "beside", "a": name, "p99_us": p99, "round_trips_per_second": rate,
+        report.push(json!({ "name": "beside", "a": name, "apart": is_apart, "p99_us": p99, "round_trips_per_second": rate,
             "new_p99_us": new_p99, "new_per_second": new_rate }));
     }
     report

@@ -40,6 +40,10 @@ impl Neighbour {
     pub(super) const ALL: [Self; 6] =
         [Self::Nobody, Self::Bandwidth, Self::Sessions, Self::Connections, Self::Halves, Self::Nobody];
 
+    pub(super) fn is_there(self) -> bool {
+        !matches!(self, Self::Nobody)
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Nobody => "is not there",
@@ -50,7 +54,7 @@ impl Neighbour {
         }
     }
 
-    /// Runs `measure` beside it.
+    /// Runs `measure` while it uses `bench`'s proxy.
     pub(super) fn beside(self, bench: &Bench, measure: impl FnOnce() -> Figures) -> Figures {
         let load =
             |options: &[&str]| bench.load(A, &[options, &["--duration", "60s", "--warmup", "0s"]].concat());
