@@ -6,6 +6,7 @@ pub mod ejection;
 pub mod health;
 pub mod least;
 pub mod maglev;
+mod naming;
 pub mod pick;
 pub mod picked;
 pub mod queue;
@@ -13,7 +14,7 @@ pub mod retry;
 pub mod roster;
 pub mod standing;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
@@ -24,6 +25,8 @@ use self::backend::{Backend, Traits};
 use self::cause::Cause;
 pub use self::cause::Failed;
 use self::health::{Rules, State};
+pub use self::naming::{MOST_ADDRESSES, Resolved};
+use self::naming::{Name, SLOTS};
 pub use self::picked::Picked;
 use self::queue::{Place, Queue};
 use self::retry::Budget;
@@ -35,14 +38,8 @@ use crate::addr::BackendAddr;
 use crate::clock::Moment;
 use crate::config::{Probe, Target};
 
-/// Addresses that one name may lead to.
-pub const MOST_ADDRESSES: u32 = 64;
-
 const NOBODY_YET: u32 = u32::MAX - 1;
 const SEVERAL: u32 = u32::MAX;
-
-/// Slots of one name: more than addresses, so that one can rest.
-const SLOTS: u32 = 2 * MOST_ADDRESSES;
 
 /// The least time from one roster of a pool to its next: thousands of first probes do not make thousands of them.
 const RENEWAL: Duration = Duration::from_millis(100);
@@ -78,23 +75,19 @@ pub struct Pool {
     retries: Budget,
     retried: AtomicU64,
     not_retried: AtomicU64,
-    /// When the roster was last made anew; held while it is.
-    changing: Mutex<Moment>,
+    /// Held while the roster is made anew.
+    changing: Mutex<Changing>,
     /// When [`tend`](Self::tend) has something to do, in nanoseconds.
     due: AtomicU64,
 }
 
-/// A name that leads to backends.
-#[derive(Debug)]
-struct Name {
-    target: Target,
-    /// The first slot of its addresses.
-    first: u32,
-    /// How many slots were given: a slot rests before its next backend, as sessions of the one before may still end.
-    given: AtomicU32,
-    /// What holds for all of its addresses.
-    traits: Traits,
-    lookups: Arc<Lookups>,
+/// What is to become of a roster.
+#[derive(Debug, Default)]
+struct Changing {
+    /// When it was last made anew.
+    renewed: Moment,
+    /// Who will be in it, where that are not those who are.
+    next: Option<Vec<Arc<Backend>>>,
 }
 
 /// What an operator is told of a backend that is treated in another way than before.
@@ -108,17 +101,6 @@ pub struct Change {
     pub why: &'static str,
     /// Where it is ejected, for how long.
     pub out_for: Option<Duration>,
-}
-
-/// One address that a name leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Resolved {
-    /// The address.
-    pub address: SocketAddr,
-    /// Its weight, where the name says one.
-    pub weight: Option<u32>,
-    /// Whether the name says that it is a backup.
-    pub is_backup: bool,
 }
 
 impl Change {
@@ -155,13 +137,7 @@ impl Pool {
                 fixed.push((address, slots, traits));
                 slots += 1;
             } else {
-                names.push(Name {
-                    target: backend.target.clone(),
-                    first: slots,
-                    given: AtomicU32::new(0),
-                    lookups: Arc::default(),
-                    traits,
-                });
+                names.push(Name::new(backend.target.clone(), slots, traits));
                 slots += SLOTS;
             }
         }
@@ -194,7 +170,10 @@ impl Pool {
         let backends = fixed.into_iter().map(|(address, slot, traits)| {
             Arc::new(pool.new_backend(BackendAddr(address), labels, slot, traits, start))
         });
-        pool.renew(lock(&pool.changing), backends.collect(), Moment::default());
+        let backends = backends.collect();
+        let mut changing = lock(&pool.changing);
+        changing.next = Some(backends);
+        pool.renew(changing, Moment::default());
         pool
     }
 
@@ -260,6 +239,11 @@ impl Pool {
         }
     }
 
+    /// Whether several tenants use it.
+    fn is_shared(&self) -> bool {
+        self.tenant.load(Ordering::Relaxed) == SEVERAL
+    }
+
     /// Whether a session may make another attempt.
     #[must_use]
     pub fn may_retry(&self, now: Moment) -> bool {
@@ -277,13 +261,13 @@ impl Pool {
         took: Duration,
         now: Moment,
     ) -> Option<Change> {
-        let renewed = lock(&self.changing);
+        let changing = lock(&self.changing);
         // What a name leads to later comes into a pool that already works.
         let is_late = backend.summary().changed.1 == Cause::Resolved && self.usable() > 0;
         if !backend.observe(verdict, took, self.slow_start, is_late, now) {
             return None;
         }
-        self.renew_soon(renewed, now);
+        self.renew_soon(changing, now);
         Some(change(backend, None))
     }
 
@@ -291,15 +275,11 @@ impl Pool {
     /// on where that ejects it; the roster follows with the next [`tend`](Self::tend), for nothing of its size is made
     /// between two packets of a session.
     ///
-    /// Where several tenants share the pool, resets that are all one tenant's eject nobody: it may be what that tenant
-    /// sends, and the others must not pay for it.
+    /// Where several tenants share the pool, resets of one tenant's in a row count once: it may be what that tenant sends, and
+    /// the others must not pay for it.
     pub fn failed(&self, backend: &Backend, failed: Failed, now: Moment) -> Option<Change> {
         let most = self.ejection.consecutive_failures;
-        let (count, is_of_one) = backend.failed(failed);
-        if count < most || most == 0 || backend.is_ejected() {
-            return None;
-        }
-        if is_of_one && self.tenant.load(Ordering::Relaxed) == SEVERAL {
+        if backend.failed(failed, self.is_shared()) < most || most == 0 || backend.is_ejected() {
             return None;
         }
         // A roster takes its time, and a session waits for none: the next failure comes to the same end.
@@ -323,79 +303,27 @@ impl Pool {
         if now.as_nanos() < self.due.load(Ordering::Acquire) {
             return Vec::new();
         }
-        let renewed = lock(&self.changing);
+        let changing = lock(&self.changing);
         let roster = self.roster();
-        let gentle = if self.slow_start.is_zero() { GENTLE } else { self.slow_start };
+        let gentle = self.slow_start.max(GENTLE);
         let over = roster.backends().iter().filter(|backend| backend.expire(gentle, now));
         let changes = over.map(|backend| change(backend, None)).collect();
-        self.renew(renewed, roster.backends().to_vec(), now);
+        self.renew(changing, now);
         changes
     }
 
-    /// Takes in what the name at `place` of [`names`](Self::names) leads to: the backends that are new, to be probed.
-    pub fn resolve(
-        &self,
-        place: usize,
-        found: &[Resolved],
-        labels: &Labels,
-        now: Moment,
-    ) -> (Vec<Arc<Backend>>, Vec<Change>) {
-        let (mut fresh, mut changes) = (Vec::new(), Vec::new());
-        let Some(Name { first, given, traits, .. }) = self.names.get(place) else { return (fresh, changes) };
-        let slots = *first..first + SLOTS;
-        let renewed = lock(&self.changing);
-        let roster = self.roster();
-        let (own, mut all): (Vec<_>, Vec<_>) =
-            roster.backends().iter().cloned().partition(|backend| slots.contains(&backend.slot()));
-        let found = found.get(..found.len().min(MOST_ADDRESSES as usize)).unwrap_or_default();
-        let mut kept: Vec<Arc<Backend>> = Vec::new();
-        for backend in own {
-            let Some(resolved) = found.iter().find(|resolved| resolved.address == backend.address().0) else {
-                backend.retire(now);
-                changes.push(change(&backend, None));
-                continue;
-            };
-            if backend.reweigh(weight(traits, resolved), traits.is_backup || resolved.is_backup, now) {
-                changes.push(change(&backend, None));
-            }
-            kept.push(backend);
-        }
-        for resolved in found {
-            let address = BackendAddr(resolved.address);
-            if all.iter().chain(&kept).any(|backend| backend.address() == address) {
-                continue;
-            }
-            let next = || first + given.fetch_add(1, Ordering::Relaxed) % SLOTS;
-            let is_free = |slot: &u32| kept.iter().all(|backend| backend.slot() != *slot);
-            let Some(slot) = slots.clone().map(|_| next()).find(is_free) else { break };
-            let traits = Traits {
-                weight: weight(traits, resolved),
-                is_backup: traits.is_backup || resolved.is_backup,
-                ..traits.clone()
-            };
-            let backend = Arc::new(self.new_backend(address, labels, slot, traits, (now, Cause::Resolved)));
-            changes.push(change(&backend, None));
-            fresh.push(Arc::clone(&backend));
-            kept.push(backend);
-        }
-        all.append(&mut kept);
-        if !changes.is_empty() {
-            self.renew(renewed, all, now);
-        }
-        (fresh, changes)
-    }
-
-    /// Makes the roster anew, or has it made when its time has come.
-    fn renew_soon(&self, renewed: MutexGuard<'_, Moment>, now: Moment) {
-        let next = *renewed + RENEWAL;
-        if now >= next {
-            self.renew(renewed, self.roster().backends().to_vec(), now);
+    /// Makes the roster anew, or has it made when its time has come; at once where there is nobody in it.
+    fn renew_soon(&self, changing: MutexGuard<'_, Changing>, now: Moment) {
+        let next = changing.renewed + RENEWAL;
+        if now >= next || self.roster.load().backends().is_empty() {
+            self.renew(changing, now);
         } else {
             self.due.fetch_min(next.as_nanos(), Ordering::AcqRel);
         }
     }
 
-    fn renew(&self, mut renewed: MutexGuard<'_, Moment>, mut backends: Vec<Arc<Backend>>, now: Moment) {
+    fn renew(&self, mut changing: MutexGuard<'_, Changing>, now: Moment) {
+        let mut backends = changing.next.take().unwrap_or_else(|| self.roster().backends().to_vec());
         backends.sort_unstable_by_key(|backend| backend.slot());
         // Before anybody is looked at: who is ejected from now on is due at once.
         self.due.store(u64::MAX, Ordering::Release);
@@ -408,24 +336,25 @@ impl Pool {
         let all = backends.into_iter().map(&mut look).collect();
         self.roster.store(Arc::new(Roster::new(all, self.panic_threshold, &self.way, &self.roster.load())));
         self.due.fetch_min(due, Ordering::AcqRel);
-        *renewed = now;
-        drop(renewed);
+        changing.renewed = now;
+        drop(changing);
         self.serve();
     }
 
     /// Gives those who wait what room there is.
     fn serve(&self) {
         if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
-            self.roster.load().used().iter().for_each(|backend| queue.serve(backend));
+            self.roster.load().backends().iter().for_each(|backend| queue.serve(backend));
         }
     }
 
-    /// A place in the line for a backend with room; `None` where it is full, or there is none.
+    /// A place for one of the tenant's sessions in the line for a backend with room; `None` where it is full, half of it is
+    /// that tenant's and the pool is not only its own, or there is none.
     #[must_use]
-    pub fn wait(&self) -> Option<Place> {
-        let place = self.queue.as_ref()?.join();
+    pub fn wait(&self, tenant: u32) -> Option<Place> {
+        let place = self.queue.as_ref()?.join(tenant, self.is_shared())?;
         self.serve();
-        place
+        Some(place)
     }
 
     /// What Maglev looks up: equal for the same client, or for the same endpoint. Others need none.
@@ -443,8 +372,8 @@ impl Pool {
     pub fn pick(&self, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
         let roster = self.roster.load();
         let picked = if tried.is_empty() {
-            // Who waits already was here before.
-            if self.waiting() > 0 {
+            // Who waits already was here before; but where nobody is in use, nobody needs to wait.
+            if self.waiting() > 0 && !roster.used().is_empty() {
                 return Err(Nobody::Free);
             }
             let first = roster.first(&self.way, key, roll);
@@ -457,10 +386,6 @@ impl Pool {
         tried.add(&picked);
         Ok(picked)
     }
-}
-
-fn weight(traits: &Traits, resolved: &Resolved) -> u32 {
-    if traits.weight == 0 { 0 } else { resolved.weight.unwrap_or(traits.weight) }
 }
 
 fn change(backend: &Backend, out_for: Option<Duration>) -> Change {

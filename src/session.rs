@@ -231,7 +231,8 @@ impl<'a> Steps<'a> {
         life: &mut Life,
         story: &mut Story<'a>,
     ) -> Result<(TcpStream, Picked), Outcome> {
-        pool.arrived(story.tenant.map_or(0, |tenant| tenant.label.serial()));
+        let tenant = story.tenant.map_or(0, |tenant| tenant.label.serial());
+        pool.arrived(tenant);
         let key = pool.key(|| by_client(client), || by_endpoint(client));
         let mut tried = Tried::default();
         let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
@@ -241,7 +242,7 @@ impl<'a> Steps<'a> {
                 Ok(picked) => picked,
                 // A session that could not connect does not wait as well.
                 Err(Nobody::Free) if tried.is_empty() => {
-                    let place = pool.wait().ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
+                    let place = pool.wait(tenant).ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
                     let waited = wait(place, pool.queue_timeout, life).await;
                     let now = clock::now();
                     story.marks.queued = Some(now.since(start));

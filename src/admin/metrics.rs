@@ -1,6 +1,6 @@
 //! `/metrics`: every worker's cells added up, as Prometheus text.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, UNIX_EPOCH};
@@ -17,6 +17,8 @@ use crate::account::meter::Shard;
 use crate::account::names::{self, Kind, Metric};
 use crate::account::{Direction, EachWay};
 use crate::clock::{self, Moment};
+use crate::pool::Pool;
+use crate::pool::backend::Backend;
 use crate::pool::health::{FULL, State};
 use crate::state::Live;
 
@@ -90,11 +92,18 @@ impl Collector for Scrape {
         process(&mut sheet, &self.live);
         pools(&mut sheet, &self.live);
         tenants(&mut sheet, &self.live);
+        let snapshot = self.live.snapshot.load();
+        let of_pool = |pool: &Arc<Pool>| {
+            let backends = pool.roster().backends().to_vec();
+            let (pool, serial) = (pool.label.serial(), |backend: Arc<Backend>| backend.label().serial());
+            backends.into_iter().map(move |backend| (pool, serial(backend)))
+        };
+        let known = snapshot.pools.iter().flat_map(of_pool).collect();
         for (worker, shard) in self.live.shards.iter().enumerate() {
             self::worker(&mut sheet, worker, shard);
             routes(&mut sheet, shard);
             listeners(&mut sheet, shard);
-            backends(&mut sheet, shard);
+            backends(&mut sheet, shard, &known);
         }
         sheet.families()
     }
@@ -335,8 +344,13 @@ fn listeners(sheet: &mut Sheet, shard: &Shard) {
     }
 }
 
-fn backends(sheet: &mut Sheet, shard: &Shard) {
+/// Backends that their pool has, or that have sessions: a name's old addresses would grow the page for ever.
+fn backends(sheet: &mut Sheet, shard: &Shard, known: &HashSet<(u32, u32)>) {
     for cells in shard.backends() {
+        let is_known = known.contains(&(cells.pool.serial(), cells.backend.serial()));
+        if !is_known && cells.active.value() == 0 {
+            continue;
+        }
         let labels = [cells.pool.name(), cells.backend.name()];
         sheet.count(&names::BACKEND_ACTIVE, &labels, cells.active.value());
         sheet.each_way(&names::BACKEND_BYTES, &labels, cells.bytes.values());

@@ -35,9 +35,6 @@ impl Default for Traits {
     }
 }
 
-/// No serial number of a tenant.
-const SEVERAL: u32 = u32::MAX;
-
 /// A backend.
 #[derive(Debug)]
 pub struct Backend {
@@ -53,14 +50,16 @@ pub struct Backend {
     state: AtomicU8,
     is_ejected: AtomicBool,
     is_gone: AtomicBool,
+    is_spare: AtomicBool,
     /// The weight in force, in [`FULL`]ths of a unit, and the sessions that it may have.
     weight: AtomicU32,
     pub(super) room: AtomicU32,
-    pub(super) load: AtomicU32,
+    /// Shared with one of the same address that was here before, as long as that has sessions.
+    pub(super) load: Arc<AtomicU32>,
     /// Failures in a row, of connecting and of sessions that were reset before the first byte.
     connect_failures: AtomicU32,
     resets: AtomicU32,
-    /// The one tenant whose sessions all of these resets ended, or [`SEVERAL`].
+    /// The tenant whose session the last of them was.
     reset_for: AtomicU32,
     early_resets: AtomicU64,
     ejections: AtomicU64,
@@ -128,12 +127,13 @@ impl Backend {
             state: AtomicU8::new(state as u8),
             is_ejected: AtomicBool::new(false),
             is_gone: AtomicBool::new(false),
+            is_spare: AtomicBool::new(false),
             weight: AtomicU32::new(0),
             room: AtomicU32::new(u32::MAX),
-            load: AtomicU32::new(0),
+            load: Arc::default(),
             connect_failures: AtomicU32::new(0),
             resets: AtomicU32::new(0),
-            reset_for: AtomicU32::new(SEVERAL),
+            reset_for: AtomicU32::new(0),
             early_resets: AtomicU64::new(0),
             ejections: AtomicU64::new(0),
             probes: Default::default(),
@@ -189,6 +189,12 @@ impl Backend {
     #[must_use]
     pub fn is_used(&self) -> bool {
         self.weight() > 0
+    }
+
+    /// Whether it gets the sessions that those in use have no room for.
+    #[must_use]
+    pub fn is_spare(&self) -> bool {
+        self.is_spare.load(Ordering::SeqCst)
     }
 
     /// Whether it has room for a session more.
@@ -276,19 +282,16 @@ impl Backend {
         true
     }
 
-    /// Counts a failure of a session; how many there have been in a row, and whether all were resets of one tenant's.
-    pub(super) fn failed(&self, failed: Failed) -> (u32, bool) {
+    /// Counts a failure of a session; how many there have been in a row. Where several tenants share the pool, resets of one
+    /// of them in a row count once: it may be what that tenant sends.
+    pub(super) fn failed(&self, failed: Failed, is_shared: bool) -> u32 {
         let Failed::Reset { tenant } = failed else {
-            return (self.connect_failures.fetch_add(1, Ordering::AcqRel).saturating_add(1), false);
+            return self.connect_failures.fetch_add(1, Ordering::AcqRel).saturating_add(1);
         };
         self.early_resets.fetch_add(1, Ordering::Relaxed);
-        let count = self.resets.fetch_add(1, Ordering::AcqRel).saturating_add(1);
-        let known = self.reset_for.load(Ordering::Acquire);
-        let all = if count == 1 || known == tenant { tenant } else { SEVERAL };
-        if all != known {
-            self.reset_for.store(all, Ordering::Release);
-        }
-        (count, all != SEVERAL)
+        let is_same = self.reset_for.swap(tenant, Ordering::AcqRel) == tenant;
+        let more = u32::from(!is_shared || !is_same || self.resets.load(Ordering::Acquire) == 0);
+        self.resets.fetch_add(more, Ordering::AcqRel).saturating_add(more)
     }
 
     /// Takes in that a session could connect. Nearly always there is nothing to take back, and nothing is written.
@@ -315,7 +318,7 @@ impl Backend {
         self.connect_failures.store(0, Ordering::Relaxed);
         self.resets.store(0, Ordering::Relaxed);
         drop(chart);
-        self.set(0, self.room.load(Ordering::SeqCst));
+        self.set(0, self.room.load(Ordering::SeqCst), false);
         time
     }
 
@@ -349,7 +352,7 @@ impl Backend {
     pub(super) fn retire(&self, now: Moment) {
         lock(&self.chart).changed = (now, Cause::NotResolved);
         self.is_gone.store(true, Ordering::Release);
-        self.set(0, 0);
+        self.set(0, 0, false);
     }
 
     /// What is known of it, and when time alone will change that.
@@ -377,8 +380,9 @@ impl Backend {
         self.max_sessions.map_or(u32::MAX, |most| u32::try_from(part(most).max(1)).unwrap_or(u32::MAX))
     }
 
-    /// Puts a weight and a room in force.
-    pub(super) fn set(&self, weight: u32, room: u32) {
+    /// Puts a weight and a room in force, and whether it helps out where those in use are full.
+    pub(super) fn set(&self, weight: u32, room: u32, is_spare: bool) {
+        self.is_spare.store(is_spare, Ordering::SeqCst);
         self.weight.store(weight, Ordering::SeqCst);
         self.room.store(room, Ordering::SeqCst);
         if let Some(seat) = &self.seat {
@@ -409,7 +413,7 @@ impl Backend {
         let address = BackendAddr(address.parse().unwrap());
         let backend =
             Self::new(address, label, 0, traits, (rules, State::Healthy), (Moment::default(), Cause::Start));
-        backend.set(100 * FULL, backend.room_at(FULL));
+        backend.set(100 * FULL, backend.room_at(FULL), false);
         backend
     }
 }
@@ -441,15 +445,21 @@ mod tests {
     fn failures_count_in_a_row_and_each_kind_for_itself() {
         let backend = backend(None);
         let (one, other) = (Failed::Reset { tenant: 1 }, Failed::Reset { tenant: 2 });
-        assert_eq!(
-            (backend.failed(Failed::Connect), backend.failed(Failed::Connect)),
-            ((1, false), (2, false))
-        );
-        assert_eq!((backend.failed(one), backend.failed(one)), ((1, true), (2, true)));
+        let failed = |failed| backend.failed(failed, false);
+        assert_eq!((failed(Failed::Connect), failed(Failed::Connect)), (1, 2));
+        assert_eq!((failed(one), failed(one)), (1, 2));
         backend.connected();
-        assert_eq!((backend.failed(Failed::Connect), backend.failed(other)), ((1, false), (3, false)));
-        assert_eq!(backend.failed(one), (4, false), "they were not all one tenant's");
+        assert_eq!((failed(Failed::Connect), failed(other)), (1, 3));
         backend.answered();
-        assert_eq!(backend.failed(other), (1, true));
+        assert_eq!(failed(one), 1);
+        let failed = |failed| backend.failed(failed, true);
+        backend.answered();
+        assert_eq!(
+            [one, one, other, other, one].map(failed),
+            [1, 1, 2, 2, 3],
+            "of one in a row the first counts"
+        );
+        backend.answered();
+        assert_eq!([one, one].map(failed), [1, 1]);
     }
 }

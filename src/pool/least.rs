@@ -2,8 +2,8 @@
 //!
 //! Every backend is a leaf, and every node above holds the better of its two. A change of one leaf plays the games from
 //! there to the root again: ten of them for 1,000 backends. Workers play at the same time without a lock: a node is
-//! replaced only if it is still what was read, and a player that loses this twice has been overtaken by one who saw as much
-//! (Jayanti, "f-arrays: implementation and applications", PODC 2002, section 3).
+//! replaced only if it is still what was read, and whoever replaced one looks once more (after Jayanti, "f-arrays:
+//! implementation and applications", PODC 2002, section 3).
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -95,10 +95,11 @@ impl Tournament {
         let mut at = self.leaves - 1 + leaf;
         let Some(own) = self.node(at) else { return };
         // Who stored what has changed since looks again: the last to store has stored what is so.
-        let unit = self.unit.load(Ordering::SeqCst);
+        let look = || (look(), self.unit.load(Ordering::SeqCst));
         let mut seen = look();
         loop {
-            own.store(node((seen.0, unit), seen.1, stamp, leaf), Ordering::SeqCst);
+            let ((load, weight), unit) = seen;
+            own.store(node((load, unit), weight, stamp, leaf), Ordering::SeqCst);
             let again = look();
             if again == seen {
                 break;
@@ -108,21 +109,35 @@ impl Tournament {
         while at > 0 {
             at = (at - 1) / 2;
             // Whoever put there what is there plays on from there.
-            if self.replay(at).or_else(|| self.replay(at)) == Some(false) {
+            if !self.replay(at) {
                 return;
             }
         }
     }
 
-    /// Plays one game: whether that changed who won; `None` where another player was faster.
-    fn replay(&self, at: usize) -> Option<bool> {
-        let (node, left, right) = (self.node(at)?, self.node(2 * at + 1)?, self.node(2 * at + 2)?);
-        let before = node.load(Ordering::SeqCst);
-        let better = better(left.load(Ordering::SeqCst), right.load(Ordering::SeqCst));
-        if before == better {
-            return Some(false);
+    /// Plays one game until its node holds the better of its two; whether anybody changed that meanwhile.
+    ///
+    /// Who has put a winner there looks again: it may have been overtaken on its way, and whoever overtook it found the
+    /// node as it had to be, and left.
+    fn replay(&self, at: usize) -> bool {
+        let (Some(node), Some(left), Some(right)) =
+            (self.node(at), self.node(2 * at + 1), self.node(2 * at + 2))
+        else {
+            return false;
+        };
+        let mut is_changed = false;
+        loop {
+            let before = node.load(Ordering::SeqCst);
+            let better = better(left.load(Ordering::SeqCst), right.load(Ordering::SeqCst));
+            if before == better {
+                return is_changed;
+            }
+            is_changed = true;
+            // Where another player was faster, what it put is looked at like one's own.
+            if node.compare_exchange(before, better, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+                std::hint::spin_loop();
+            }
         }
-        node.compare_exchange(before, better, Ordering::SeqCst, Ordering::SeqCst).ok().map(|_| true)
     }
 }
 

@@ -1,8 +1,9 @@
 //! Sessions that wait because every backend of their pool has as many as it may have: first come, first served.
 
-use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
@@ -15,12 +16,24 @@ use crate::account::lock;
 pub struct Queue {
     length: usize,
     waiting: AtomicUsize,
-    line: Mutex<VecDeque<Arc<Ticket>>>,
+    line: Mutex<Line>,
 }
 
-/// What a session that waits will be given.
 #[derive(Debug, Default)]
-struct Ticket(Mutex<Desk>);
+struct Line {
+    tickets: VecDeque<Arc<Ticket>>,
+    /// How many of them are each tenant's.
+    of_tenant: HashMap<u32, usize>,
+}
+
+/// A session that waits.
+#[derive(Debug)]
+struct Ticket {
+    tenant: u32,
+    /// Until it has its turn, or leaves.
+    is_waiting: AtomicBool,
+    desk: Mutex<Desk>,
+}
 
 #[derive(Debug, Default)]
 struct Desk {
@@ -48,38 +61,44 @@ impl Queue {
         self.waiting.load(Ordering::SeqCst)
     }
 
-    /// Takes the last place; `None` where the line is as long as it may be. Whoever has joined must have the pool served
-    /// once: a backend that became free a moment before has seen nobody wait.
+    /// Takes the last place; `None` where the line is as long as it may be, or, `is_shared` by several tenants, half of it is
+    /// this one's. Whoever has joined must have the pool served once: a backend that became free a moment before has seen
+    /// nobody wait.
     #[must_use]
-    pub fn join(self: &Arc<Self>) -> Option<Place> {
-        let mut line = lock(&self.line);
-        if line.len() >= self.length {
+    pub fn join(self: &Arc<Self>, tenant: u32, is_shared: bool) -> Option<Place> {
+        // A line that is full is not worth a lock.
+        if self.waiting() >= self.length {
             return None;
         }
-        let ticket = Arc::<Ticket>::default();
-        line.push_back(Arc::clone(&ticket));
+        let mut line = lock(&self.line);
+        let own = line.of_tenant.get(&tenant).copied().unwrap_or(0);
+        if line.tickets.len() >= self.length || is_shared && own >= self.length.div_ceil(2) {
+            return None;
+        }
+        line.of_tenant.insert(tenant, own + 1);
+        let ticket = Arc::new(Ticket { tenant, is_waiting: AtomicBool::new(true), desk: Mutex::default() });
+        line.tickets.push_back(Arc::clone(&ticket));
         self.waiting.fetch_add(1, Ordering::SeqCst);
         Some(Place { queue: Arc::clone(self), ticket })
     }
 
     /// Gives away what room a backend has.
     pub fn serve(&self, backend: &Arc<Backend>) {
-        while self.waiting() > 0 {
+        // Without the lock first: a full pool's every session comes by here. Whoever joins and whoever makes room do so
+        // before they look, so one of the two sees the other.
+        while self.waiting() > 0 && (backend.is_used() || backend.is_spare()) && backend.has_room() {
             let next = {
                 let mut line = lock(&self.line);
-                if line.is_empty() {
-                    return;
-                }
-                if !backend.is_used() {
+                if line.tickets.is_empty() {
                     return;
                 }
                 let Some(picked) = Picked::take(backend) else { return };
                 self.waiting.fetch_sub(1, Ordering::SeqCst);
-                line.pop_front().map(|ticket| (ticket, picked))
+                line.take(0).map(|ticket| (ticket, picked))
             };
             let Some((ticket, picked)) = next else { return };
             let waker = {
-                let mut desk = lock(&ticket.0);
+                let mut desk = lock(&ticket.desk);
                 desk.picked = Some(picked);
                 desk.waker.take()
             };
@@ -88,11 +107,25 @@ impl Queue {
     }
 }
 
+impl Line {
+    fn take(&mut self, place: usize) -> Option<Arc<Ticket>> {
+        let ticket = self.tickets.remove(place)?;
+        ticket.is_waiting.store(false, Ordering::Release);
+        if let Entry::Occupied(mut own) = self.of_tenant.entry(ticket.tenant) {
+            *own.get_mut() -= 1;
+            if *own.get() == 0 {
+                own.remove();
+            }
+        }
+        Some(ticket)
+    }
+}
+
 impl Future for Place {
     type Output = Picked;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Picked> {
-        let mut desk = lock(&self.ticket.0);
+        let mut desk = lock(&self.ticket.desk);
         if let Some(picked) = desk.picked.take() {
             return Poll::Ready(picked);
         }
@@ -104,14 +137,17 @@ impl Future for Place {
 impl Drop for Place {
     fn drop(&mut self) {
         {
-            let mut line = lock(&self.queue.line);
-            let place = line.iter().position(|ticket| Arc::ptr_eq(ticket, &self.ticket));
-            if place.and_then(|place| line.remove(place)).is_some() {
-                self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
+            // Nearly always it has had its turn, and the line need not be looked through.
+            if self.ticket.is_waiting.load(Ordering::Acquire) {
+                let mut line = lock(&self.queue.line);
+                let place = line.tickets.iter().position(|ticket| Arc::ptr_eq(ticket, &self.ticket));
+                if place.and_then(|place| line.take(place)).is_some() {
+                    self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
+                }
             }
         }
         // What it was given and never took goes to the next in line, and that takes the lock.
-        let given = lock(&self.ticket.0).picked.take();
+        let given = lock(&self.ticket.desk).picked.take();
         drop(given);
     }
 }
@@ -143,8 +179,8 @@ mod tests {
         let backend = backend(&queue, 1);
         let held = Picked::take(&backend).unwrap();
         assert!(Picked::take(&backend).is_none(), "it is full");
-        let (mut first, mut second) = (queue.join().unwrap(), queue.join().unwrap());
-        assert!(queue.join().is_none() && queue.waiting() == 2);
+        let (mut first, mut second) = (queue.join(1, false).unwrap(), queue.join(1, false).unwrap());
+        assert!(queue.join(1, false).is_none() && queue.waiting() == 2);
         assert!(poll(&mut first).is_none() && poll(&mut second).is_none());
         drop(held);
         assert!(poll(&mut second).is_none());
@@ -156,11 +192,24 @@ mod tests {
     }
 
     #[test]
+    fn one_of_several_tenants_has_half_of_the_line_at_most() {
+        let queue = Queue::new(3);
+        let one: Vec<_> = (0..2).map(|_| queue.join(1, true).unwrap()).collect();
+        assert!(queue.join(1, true).is_none());
+        let other = queue.join(2, true);
+        assert!(other.is_some() && queue.join(3, true).is_none(), "it is full");
+        drop((one, other));
+        let alone: Vec<_> = (0..3).map(|_| queue.join(1, false).unwrap()).collect();
+        assert_eq!((alone.len(), queue.waiting()), (3, 3));
+    }
+
+    #[test]
     fn who_leaves_keeps_nothing() {
         let queue = Queue::new(9);
         let backend = backend(&queue, 1);
         let held = Picked::take(&backend).unwrap();
-        let (first, gone, mut last) = (queue.join().unwrap(), queue.join().unwrap(), queue.join().unwrap());
+        let (first, gone, mut last) =
+            (queue.join(1, false).unwrap(), queue.join(1, false).unwrap(), queue.join(1, false).unwrap());
         drop(gone);
         assert_eq!(queue.waiting(), 2);
         drop(held);
@@ -174,8 +223,8 @@ mod tests {
     fn nobody_is_sent_where_nobody_may_go() {
         let queue = Queue::new(1);
         let backend = backend(&queue, 5);
-        backend.set(0, u32::MAX);
-        let mut place = queue.join().unwrap();
+        backend.set(0, u32::MAX, false);
+        let mut place = queue.join(1, false).unwrap();
         queue.serve(&backend);
         assert!(poll(&mut place).is_none() && backend.load() == 0);
     }

@@ -129,10 +129,16 @@ impl Roster {
             let least = weights.map(|(seen, _)| seen.weight).min().unwrap_or(1);
             tournament.count_by(least * FULL);
         }
+        // Room grows with whoever has come furthest: where all come back, there is room for all sessions at once.
+        let ramps = seen.iter().zip(&weights).filter(|(_, weight)| **weight > 0).map(|(seen, _)| seen.ramp);
+        let lead = ramps.max().unwrap_or(FULL).max(1);
         let mut used = Vec::new();
         let mut of_used = Vec::new();
         for ((backend, seen), weight) in backends.iter().zip(&seen).zip(weights) {
-            backend.set(weight, backend.room_at(if ground == Ground::Panic { FULL } else { seen.ramp }));
+            let ramp = if ground == Ground::Panic { FULL } else { (seen.ramp * FULL / lead).min(FULL) };
+            // Of another zone, and as sound as those in use: where all of these are full, it helps out.
+            let is_spare = ground == Ground::Healthy && weight == 0 && seen.is_of(ground) && !seen.is_backup;
+            backend.set(weight, backend.room_at(ramp), is_spare && seen.weight > 0);
             if weight > 0 {
                 used.push(Arc::clone(backend));
                 of_used.push(weight);
@@ -209,21 +215,42 @@ impl Roster {
         }
         let is_left = |backend: &&Arc<Backend>| !tried.has(backend);
         let mut left: Vec<_> = self.used.iter().filter(is_left).filter(|backend| backend.is_used()).collect();
-        if left.is_empty() && !tried.is_empty() {
-            // Whoever else is not known to be down: better than a session that fails.
+        if left.is_empty() {
+            // All that were in use were tried, or sessions have put them out since. Whoever else is not known to be down is
+            // better than a session that fails.
             let others = self.backends.iter().filter(|backend| {
-                !backend.is_used() && backend.state() != State::Unhealthy && backend.summary().weight > 0
+                let is_down = backend.state() == State::Unhealthy || backend.is_gone();
+                !backend.is_used() && !is_down && backend.summary().weight > 0
             });
             left = others.filter(is_left).collect();
+            if left.iter().any(|backend| !backend.is_ejected()) {
+                left.retain(|backend| !backend.is_ejected());
+            }
         }
         if left.is_empty() {
             return Err(Nobody::Usable);
         }
-        left.retain(|backend| backend.has_room());
-        let weights: Vec<u32> = left.iter().map(|backend| backend.weight().max(1)).collect();
-        let load = |place: usize| left.get(place).map_or(u32::MAX, |backend| backend.load());
-        let place = pick::p2c(roll, &Shares::new(&weights), load).ok_or(Nobody::Free)?;
-        left.get(place).and_then(|backend| Picked::take(backend)).ok_or(Nobody::Free)
+        any_with_room(left, roll)
+            .or_else(|| {
+                let spare =
+                    self.backends.iter().filter(|backend| backend.is_spare() && !backend.is_ejected());
+                any_with_room(spare.filter(is_left).collect(), roll)
+            })
+            .ok_or(Nobody::Free)
+    }
+}
+
+/// One of these that has room, the less loaded of two; another where somebody else was faster.
+fn any_with_room(mut all: Vec<&Arc<Backend>>, roll: u64) -> Option<Picked> {
+    all.retain(|backend| backend.has_room());
+    loop {
+        let weights: Vec<u32> = all.iter().map(|backend| backend.weight().max(1)).collect();
+        let load = |place: usize| all.get(place).map_or(u32::MAX, |backend| backend.load());
+        let place = pick::p2c(roll, &Shares::new(&weights), load)?;
+        if let Some(picked) = all.get(place).and_then(|backend| Picked::take(backend)) {
+            return Some(picked);
+        }
+        all.swap_remove(place);
     }
 }
 

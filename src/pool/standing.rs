@@ -19,6 +19,20 @@ pub struct Seen {
     pub is_preferred: bool,
 }
 
+impl Seen {
+    /// Whether it is as sound as those who are used on this ground.
+    #[must_use]
+    pub fn is_of(&self, ground: Ground) -> bool {
+        let is_in = |state| self.state == state && !self.is_ejected;
+        match ground {
+            Ground::Healthy | Ground::Backup => is_in(State::Healthy),
+            Ground::Unknown => is_in(State::Unknown),
+            Ground::Ejected => self.state != State::Unhealthy,
+            Ground::Panic | Ground::Nobody => false,
+        }
+    }
+}
+
 /// Why those who are used are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ground {
@@ -65,13 +79,6 @@ pub fn weigh(all: &[Seen], panic_threshold: u32) -> (Ground, Vec<u32>) {
             all.iter().map(|seen| if seen.is_backup { 0 } else { seen.weight * FULL }).collect(),
         );
     }
-    let is_in = |seen: &Seen, state| seen.state == state && !seen.is_ejected;
-    let is_of = |seen: &Seen, ground| match ground {
-        Ground::Healthy | Ground::Backup => is_in(seen, State::Healthy),
-        Ground::Unknown => is_in(seen, State::Unknown),
-        Ground::Ejected => seen.state != State::Unhealthy,
-        Ground::Panic | Ground::Nobody => false,
-    };
     let tiers = [
         (Ground::Healthy, false),
         (Ground::Backup, true),
@@ -81,7 +88,7 @@ pub fn weigh(all: &[Seen], panic_threshold: u32) -> (Ground, Vec<u32>) {
         (Ground::Ejected, true),
     ];
     for (ground, is_backup) in tiers {
-        let is_used = |seen: &Seen| seen.is_backup == is_backup && is_of(seen, ground);
+        let is_used = |seen: &Seen| seen.is_backup == is_backup && seen.is_of(ground);
         let weight = |seen: &Seen| if is_used(seen) { seen.weight * seen.ramp.clamp(1, FULL) } else { 0 };
         let mut weights: Vec<u32> = all.iter().map(weight).collect();
         if weights.iter().any(|weight| *weight > 0) {

@@ -272,9 +272,8 @@ fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
     shared.arrived(8);
     assert!(fail(&shared, 0, of(7), 50, at(500)).is_none());
     assert_eq!(backend(&shared, 0).early_resets(), 50);
-    backend(&shared, 0).answered();
-    assert!(fail(&shared, 0, of(7), 2, at(500)).is_none());
-    assert!(fail(&shared, 0, of(8), 1, at(500)).is_some(), "two tenants see it");
+    assert!(fail(&shared, 0, of(8), 50, at(500)).is_none(), "each of them once");
+    assert!(fail(&shared, 0, of(7), 1, at(500)).is_some(), "in turns: it is the backend");
 }
 
 #[test]
@@ -306,18 +305,90 @@ fn who_was_down_comes_back_slowly_and_who_starts_does_not() {
 }
 
 #[test]
-fn a_slow_start_holds_for_the_sessions_at_once_too() {
-    let mut config = crate::config::Pool { slow_start: 64 * SECOND, ..config(Balance::P2c, 1) };
-    config.backends[0].max_sessions = Some(32);
+fn a_slow_start_holds_for_the_sessions_at_once_too_but_for_who_leads() {
+    let mut config = crate::config::Pool { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
+    config.backends.iter_mut().for_each(|backend| backend.max_sessions = Some(32));
     let pool = healthy(&config);
-    probe(&pool, 0, false, at(1_000));
-    probe(&pool, 0, false, at(2_000));
+    let falls = |place| (1..3).for_each(|second| drop(probe(&pool, place, false, at(second * 1_000))));
+    falls(0);
     probe(&pool, 0, true, at(10_000));
     pool.tend(at(26_000));
-    let held: Vec<_> = (0..8).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
-    assert_eq!(pick(&pool, 0), Err(Nobody::Free), "a quarter of 32");
+    let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut Tried::default()).ok()).collect();
+    let loads = |place| backend(&pool, place).load();
+    assert_eq!((loads(0), loads(1)), (8, 32), "a quarter of 32, and all");
     drop(held);
+    // Where all come back, there is room for all at once.
+    falls(0);
+    falls(1);
+    probe(&pool, 0, true, at(30_000));
+    pool.tend(at(31_000));
+    let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut Tried::default()).ok()).collect();
+    assert_eq!((held.len(), pool.usable()), (32, 1));
+}
+
+#[test]
+fn an_ejection_turns_nobody_away_before_the_roster_follows() {
+    let mut config = config(Balance::P2c, 2);
+    config.backends[1].backup = true;
+    let pool = healthy(&config);
     assert_eq!(pick(&pool, 0), Ok(1000));
+    assert!(fail(&pool, 0, Failed::Connect, 3, at(500)).is_some());
+    assert_eq!(pick(&pool, 0), Ok(1001), "the healthy backup, and not who was put out");
+    pool.tend(at(600));
+    assert_eq!((pick(&pool, 0), pool.roster().ground().word()), (Ok(1001), "backup"));
+}
+
+#[test]
+fn a_full_zone_is_helped_by_the_others() {
+    let mut config = crate::config::Pool { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 3) };
+    for (backend, zone) in config.backends.iter_mut().zip(["a", "b", "b"]) {
+        (backend.zone, backend.max_sessions) = (Some(zone.to_owned()), Some(1));
+    }
+    config.queue.length = 1;
+    let pool = healthy(&config);
+    let mut held: Vec<_> = (0..3).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    assert_eq!(port(&held[0]), 1000);
+    assert_eq!(pick(&pool, 0), Err(Nobody::Free));
+    let mut place = pool.wait(1).unwrap();
+    held.truncate(2);
+    let polled =
+        std::pin::Pin::new(&mut place).poll(&mut std::task::Context::from_waker(std::task::Waker::noop()));
+    assert!(matches!(polled, std::task::Poll::Ready(picked) if port(&picked) != 1000));
+}
+
+#[test]
+fn who_comes_where_nobody_is_in_use_does_not_wait_with_the_others() {
+    let mut config = config(Balance::P2c, 1);
+    config.queue.length = 5;
+    config.backends[0].max_sessions = Some(1);
+    let pool = healthy(&config);
+    let _held = pool.pick(0, 0, &mut Tried::default()).unwrap();
+    let _place = pool.wait(1).unwrap();
+    assert_eq!(pick(&pool, 0), Err(Nobody::Free));
+    (1..3).for_each(|second| drop(probe(&pool, 0, false, at(second * 1_000))));
+    assert_eq!(pick(&pool, 0), Err(Nobody::Usable));
+}
+
+#[test]
+fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its_sessions() {
+    let (labels, mut config) = (Labels::default(), named(Balance::P2c));
+    config.health = None;
+    config.backends[1].max_sessions = Some(2);
+    let pool = pool(&config);
+    pool.resolve(0, &found(&[1]), &labels, at(1_000));
+    let held: Vec<_> =
+        std::iter::repeat_with(|| pool.pick(0, 0, &mut Tried::default()).unwrap()).take(6).collect();
+    let of_name = || held.iter().filter(|picked| picked.address().0.port() == 80).count();
+    assert_eq!((of_name(), pool.usable()), (2, 2));
+    pool.resolve(0, &found(&[]), &labels, at(1_050));
+    assert_eq!(pool.usable(), 2, "the roster is 50 ms old");
+    assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "but nobody goes there");
+    pool.resolve(0, &found(&[1]), &labels, at(1_060));
+    pool.tend(at(1_100));
+    assert_eq!((pool.usable(), pool.roster().backends()[1].load()), (2, 2));
+    assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "it is full");
+    drop(held);
+    assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
 }
 
 #[test]
@@ -341,8 +412,8 @@ fn who_waits_is_served_in_turn_and_nobody_passes_by() {
     let pool = healthy(&config);
     let mut held: Vec<_> = (0..2).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
     assert_eq!(pick(&pool, 0), Err(Nobody::Free));
-    let mut places = [pool.wait().unwrap(), pool.wait().unwrap()];
-    assert!(pool.wait().is_none() && pool.waiting() == 2);
+    let mut places = [pool.wait(1).unwrap(), pool.wait(1).unwrap()];
+    assert!(pool.wait(1).is_none() && pool.waiting() == 2);
     held.pop();
     assert_eq!(pick(&pool, 0), Err(Nobody::Free), "the one with room is the first waiter's");
     let mut is_served = |place: usize| {
@@ -353,7 +424,7 @@ fn who_waits_is_served_in_turn_and_nobody_passes_by() {
     assert!(!is_served(1) && is_served(0), "in turn");
     assert!(is_served(1) && pool.waiting() == 0, "the first one's session is over already");
     assert!(pick(&pool, 0).is_ok());
-    assert!(healthy(&self::config(Balance::P2c, 1)).wait().is_none(), "there is no queue");
+    assert!(healthy(&self::config(Balance::P2c, 1)).wait(1).is_none(), "there is no queue");
 }
 
 #[test]

@@ -41,14 +41,27 @@ pub(super) fn start(live: &Arc<Live>, lanes: &Arc<Lanes>, resolver: Option<&Arc<
             tokio::spawn(tools.clone().follow(resolver, Arc::clone(pool), place));
         }
     }
-    tokio::spawn(tend(Arc::clone(live)));
+    let live = Arc::clone(live);
+    tokio::spawn(async move {
+        // Without it no ejection would end.
+        while let Err(error) = tokio::spawn(tend(Arc::clone(&live))).await {
+            tracing::error!(%error, "a fault in vestibule itself while pools were tended; it goes on");
+        }
+    });
 }
 
-/// What is called when the first word of a backend or a name is in.
+/// What is called when the first word of a backend or a name is in. It counts when it is dropped, whatever happened: the
+/// process must not be starting for ever.
 fn known(live: &Arc<Live>) -> impl FnOnce() + Send + use<> {
-    let live = Arc::clone(live);
-    move || {
-        live.unprobed.fetch_sub(1, Ordering::AcqRel);
+    let awaited = Awaited(Arc::clone(live));
+    move || drop(awaited)
+}
+
+struct Awaited(Arc<Live>);
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        self.0.unprobed.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

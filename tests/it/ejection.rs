@@ -124,13 +124,17 @@ async fn resets_of_one_tenant_alone_eject_nobody_whom_others_need_and_those_of_t
     ejections(&proxy, resetting.address(), 0).await;
     usable(&proxy, 2).await;
 
+    // Each of two tenants in turn: the second of these is the third that counts.
     is_reset_for(&proxy, UMBRELLA).await;
+    ejections(&proxy, resetting.address(), 0).await;
+    assert_eq!(asked(&proxy).await, "acme-1");
+    is_reset_for(&proxy, ACME).await;
     ejected(&proxy, resetting.address(), 1).await;
     changed(&proxy, resetting.address(), "resets").await;
     for _ in 0..10 {
         assert_eq!(asked(&proxy).await, "acme-1");
     }
-    is(&proxy, "vestibule_backend_early_resets_total", resetting.address(), 7).await;
+    is(&proxy, "vestibule_backend_early_resets_total", resetting.address(), 8).await;
     ejections(&proxy, resetting.address(), 1).await;
     proxy.others_are_unharmed().await;
     proxy.finish().await;

@@ -103,6 +103,7 @@ impl Kept {
     }
 
     fn backends(&self) -> Vec<String> {
+        self.pool.tend(vestibule::clock::now());
         let mut backends: Vec<_> =
             self.pool.roster().backends().iter().map(|backend| backend.address().to_string()).collect();
         backends.sort();

@@ -13,7 +13,9 @@ const PARTS: u32 = 64;
 pub(super) struct One {
     results: Vec<bool>,
     pub(super) not_connected: u32,
-    pub(super) resets: Vec<u32>,
+    resets: u32,
+    /// Whose session the last of them was.
+    reset_for: Option<u32>,
     /// When its time out ends, in milliseconds.
     pub(super) until: Option<u64>,
     /// When its times out ended, and how long they count.
@@ -36,7 +38,8 @@ impl Model {
         let one = One {
             results: Vec::new(),
             not_connected: 0,
-            resets: Vec::new(),
+            resets: 0,
+            reset_for: None,
             until: None,
             times: 0,
             since: 0,
@@ -76,7 +79,11 @@ impl Model {
 
     /// The sessions that it may have.
     pub(super) fn room(&self, place: usize, now: u64) -> u32 {
-        let parts = if self.is_panic() { PARTS } else { self.parts(place, now) };
+        let weights = self.weights(now);
+        let used = (0..weights.len()).filter(|place| weights[*place] > 0);
+        let lead = used.map(|place| self.parts(place, now)).max().unwrap_or(PARTS);
+        let own = (self.parts(place, now) * PARTS / lead).min(PARTS);
+        let parts = if self.is_panic() { PARTS } else { own };
         self.config.backends[place].max_sessions.map_or(u32::MAX, |most| (most * parts / PARTS).max(1))
     }
 
@@ -150,14 +157,11 @@ impl Model {
 
     /// Ends what is over.
     pub(super) fn tend(&mut self) {
-        let span = match self.config.slow_start.as_secs() {
-            0 => 10_000,
-            seconds => seconds * 1_000,
-        };
+        let span = (self.config.slow_start.as_secs() * 1_000).max(10_000);
         for one in &mut self.all {
             if one.until.is_some_and(|until| self.now >= until) {
                 (one.until, one.since, one.back) = (None, self.now, Some((self.now, span)));
-                (one.not_connected, one.resets) = (0, Vec::new());
+                (one.not_connected, one.resets) = (0, 0);
             }
         }
     }
@@ -173,16 +177,39 @@ impl Model {
         before != after
     }
 
+    /// So many resets in a row, of which those that follow one of the same tenant's do not count where there are several.
+    pub(super) fn reset(&mut self, place: usize, tenant: u32) -> u32 {
+        let is_shared = self.tenants.len() > 1;
+        let one = &mut self.all[place];
+        if !is_shared || one.resets == 0 || one.reset_for != Some(tenant) {
+            one.resets += 1;
+        }
+        one.reset_for = Some(tenant);
+        one.resets
+    }
+
+    pub(super) fn answered(&mut self, place: usize) {
+        self.all[place].resets = 0;
+    }
+
+    /// Those that are as sound as those in use, and are not, because of their zone.
+    pub(super) fn spare(&self) -> Vec<usize> {
+        let is_good = |place: &usize| {
+            let own = &self.config.backends[*place];
+            self.state(*place) == State::Healthy && !self.is_out(*place) && own.weight > 0 && !own.backup
+        };
+        if self.is_panic() { Vec::new() } else { (0..self.all.len()).filter(is_good).collect() }
+    }
+
     /// Whether so many failures in a row eject it; then it is out.
-    pub(super) fn ejects(&mut self, place: usize, failures: u32, is_of_one: bool) -> Option<Duration> {
+    pub(super) fn ejects(&mut self, place: usize, failures: u32) -> Option<Duration> {
         let rules = self.config.ejection;
         let count = self.all.len();
         let out = (0..count).filter(|place| self.is_out(*place)).count() + 1;
         let within = out * 100 <= count * rules.max_percent as usize || out == 1;
         let is_wanted = rules.max_percent > 0 && rules.consecutive_failures > 0;
-        let is_shielded = is_of_one && self.tenants.len() > 1;
         let enough = failures >= rules.consecutive_failures;
-        if !enough || !is_wanted || is_shielded || self.is_out(place) || !within || out >= count {
+        if !enough || !is_wanted || self.is_out(place) || !within || out >= count {
             return None;
         }
         let base = rules.base_time.as_secs() * 1_000;
@@ -191,7 +218,7 @@ impl Model {
         let time = (0..one.times.min(20)).fold(base, |time, turn| if turn == 0 { base } else { time * 2 });
         let time = time.min(600_000.max(base));
         one.until = Some(self.now + time);
-        (one.not_connected, one.resets) = (0, Vec::new());
+        (one.not_connected, one.resets) = (0, 0);
         Some(Duration::from_millis(time))
     }
 }

@@ -268,7 +268,7 @@ proptest! {
         for turn in turns {
             match turn {
                 Turn::Join => {
-                    let place = pool.wait();
+                    let place = pool.wait(1);
                     let waiting = line.iter().filter(|(_, is_given)| !is_given).count();
                     prop_assert_eq!(place.is_some(), waiting < length);
                     line.extend(place.map(|place| (place, false)));

@@ -125,18 +125,15 @@ impl Run {
                     self.model.all[place].not_connected += 1;
                     let change = self.pool.failed(&backend, Failed::Connect, self.now());
                     let count = self.model.all[place].not_connected;
-                    self.ejected(place, change.and_then(|change| change.out_for), count, false)?;
+                    self.ejected(place, change.and_then(|change| change.out_for), count)?;
                 }
             }
             Act::Reset(which, tenant, times) => {
                 for _ in 0..times {
                     let (place, backend) = self.backend(which);
-                    self.model.all[place].resets.push(tenant);
+                    let count = self.model.reset(place, tenant);
                     let change = self.pool.failed(&backend, Failed::Reset { tenant }, self.now());
-                    let resets = &self.model.all[place].resets;
-                    let count = u32::try_from(resets.len()).unwrap();
-                    let is_of_one = resets.iter().all(|other| *other == tenant);
-                    self.ejected(place, change.and_then(|change| change.out_for), count, is_of_one)?;
+                    self.ejected(place, change.and_then(|change| change.out_for), count)?;
                 }
             }
             Act::Connected(which) => {
@@ -147,7 +144,7 @@ impl Run {
             Act::Answered(which) => {
                 let (place, backend) = self.backend(which);
                 backend.answered();
-                self.model.all[place].resets.clear();
+                self.model.answered(place);
             }
             Act::Arrived(tenant) => {
                 self.pool.arrived(tenant);
@@ -156,8 +153,10 @@ impl Run {
                 }
             }
             Act::Wait => {
-                let place = self.pool.wait();
-                prop_assert_eq!(place.is_some(), self.line.len() < self.model.config.queue.length);
+                let place = self.pool.wait(1);
+                let length = self.model.config.queue.length;
+                let most = if self.model.tenants.len() > 1 { length.div_ceil(2) } else { length };
+                prop_assert_eq!(place.is_some(), self.line.len() < most);
                 self.line.extend(place);
             }
             Act::Leave(which) if !self.line.is_empty() => {
@@ -180,9 +179,8 @@ impl Run {
         place: usize,
         out_for: Option<Duration>,
         failures: u32,
-        is_of_one: bool,
     ) -> Result<(), TestCaseError> {
-        let expected = self.model.ejects(place, failures, is_of_one);
+        let expected = self.model.ejects(place, failures);
         prop_assert_eq!(out_for, expected);
         if expected.is_some() {
             // At once, whatever the roster says.
@@ -210,16 +208,24 @@ impl Run {
                 .filter(|place| self.model.config.backends[*place].weight > 0)
                 .filter(|place| self.model.state(*place) != State::Unhealthy)
                 .collect();
-            let allowed = if first.is_empty() && !places.is_empty() { others } else { first };
+            let mut allowed = if first.is_empty() { others } else { first };
+            if self.used.iter().all(|place| places.contains(place))
+                && allowed.iter().any(|place| !self.model.is_out(*place))
+            {
+                allowed.retain(|place| !self.model.is_out(*place));
+            }
             let has_room = |place: &usize| self.pool.roster().backends()[*place].has_room();
+            let spare: Vec<_> = self.model.spare().into_iter().filter(left).collect();
             match picked {
                 Ok(picked) => {
                     let place = place(&picked);
                     prop_assert!(left(&place), "{} was tried", place);
-                    let is_allowed = allowed.contains(&place) || self.since.contains(&place);
-                    let is_other = !self.is_settled && !places.is_empty();
+                    let helps = spare.contains(&place) && !allowed.iter().any(has_room);
+                    let is_allowed = allowed.contains(&place) || self.since.contains(&place) || helps;
+                    let is_other = !self.is_settled;
                     prop_assert!(is_allowed || is_other, "{} is none of {:?}", place, allowed);
-                    prop_assert!(!places.is_empty() || self.line.is_empty(), "somebody waits");
+                    let waits = !self.line.is_empty() && !self.used.is_empty() && self.is_settled;
+                    prop_assert!(!places.is_empty() || !waits, "somebody waits");
                     self.check_pick(place, &allowed)?;
                     self.model.all[place].load += 1;
                     places.push(place);
@@ -227,8 +233,8 @@ impl Run {
                     last = Some(picked);
                 }
                 Err(why) if self.is_settled => {
-                    let waits = places.is_empty() && !self.line.is_empty();
-                    let free = allowed.iter().filter(|place| has_room(place)).count();
+                    let waits = places.is_empty() && !self.line.is_empty() && !self.used.is_empty();
+                    let free = allowed.iter().chain(&spare).filter(|place| has_room(place)).count();
                     prop_assert!(waits || free == 0, "{:?} with room in {:?}", why, allowed);
                     prop_assert_eq!(why == Nobody::Usable, allowed.is_empty() && !waits);
                     break;
@@ -246,7 +252,7 @@ impl Run {
         let before = self.model.all[place].load;
         let most = self.model.config.backends[place].max_sessions.unwrap_or(u32::MAX);
         prop_assert!(before < most);
-        let is_first = self.used.len() == allowed.len();
+        let is_first = self.used.len() == allowed.len() && self.used.contains(&place);
         if self.model.config.balance == Balance::LeastSessions && is_first && self.is_settled {
             let backends = &self.model.config.backends;
             let unit = self.used.iter().map(|place| backends[*place].weight * 64).min().unwrap_or(1);
@@ -278,7 +284,8 @@ impl Run {
             };
             prop_assert!(!is_over, "somebody passed by");
             let place = place(&picked);
-            prop_assert!(self.used.contains(&place) || self.since.contains(&place));
+            let helps = self.model.spare().contains(&place);
+            prop_assert!(self.used.contains(&place) || self.since.contains(&place) || helps);
             self.model.all[place].load += 1;
             self.held.push(picked);
         }

@@ -1,0 +1,133 @@
+//! Names as backends: the addresses of each come and go as its answers say.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::backend::{Backend, Traits};
+use super::cause::Cause;
+use super::{Change, Pool, change};
+use crate::account::lookup::Lookups;
+use crate::account::{Labels, lock};
+use crate::addr::BackendAddr;
+use crate::clock::Moment;
+use crate::config::Target;
+
+/// Addresses that one name may lead to.
+pub const MOST_ADDRESSES: u32 = 64;
+
+/// Slots of one name: more than addresses, so that one can rest.
+pub(super) const SLOTS: u32 = 2 * MOST_ADDRESSES;
+
+/// A name that leads to backends.
+#[derive(Debug)]
+pub(super) struct Name {
+    pub(super) target: Target,
+    /// The first slot of its addresses.
+    first: u32,
+    /// How many slots were given: a slot rests before its next backend, as sessions of the one before may still end.
+    given: AtomicU32,
+    /// What holds for all of its addresses.
+    traits: Traits,
+    pub(super) lookups: Arc<Lookups>,
+    /// Addresses that it does not lead to any more, with sessions that go on.
+    left: Mutex<Vec<(BackendAddr, Arc<AtomicU32>)>>,
+}
+
+/// One address that a name leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The address.
+    pub address: SocketAddr,
+    /// Its weight, where the name says one.
+    pub weight: Option<u32>,
+    /// Whether the name says that it is a backup.
+    pub is_backup: bool,
+}
+
+impl Name {
+    pub(super) fn new(target: Target, first: u32, traits: Traits) -> Self {
+        let (given, lookups, left) = (AtomicU32::new(0), Arc::default(), Mutex::default());
+        Self { target, first, given, traits, lookups, left }
+    }
+
+    /// Its sessions are counted on, should its address come back before they end.
+    fn leave(&self, backend: &Backend) {
+        let mut left = lock(&self.left);
+        left.retain(|(_, load)| load.load(Ordering::SeqCst) > 0);
+        left.push((backend.address(), Arc::clone(&backend.load)));
+    }
+
+    fn load_of(&self, address: BackendAddr) -> Option<Arc<AtomicU32>> {
+        let mut left = lock(&self.left);
+        let place = left.iter().position(|(other, _)| *other == address)?;
+        Some(left.swap_remove(place).1)
+    }
+
+    /// What holds for one of its addresses. A weight of 0 drains all of them.
+    fn traits_of(&self, resolved: &Resolved) -> Traits {
+        let own = &self.traits;
+        let weight = if own.weight == 0 { 0 } else { resolved.weight.unwrap_or(own.weight) };
+        Traits { weight, is_backup: own.is_backup || resolved.is_backup, ..own.clone() }
+    }
+}
+
+impl Pool {
+    /// Takes in what the name at `place` of [`names`](Self::names) leads to: the backends that are new, to be probed.
+    pub fn resolve(
+        &self,
+        place: usize,
+        found: &[Resolved],
+        labels: &Labels,
+        now: Moment,
+    ) -> (Vec<Arc<Backend>>, Vec<Change>) {
+        let (mut fresh, mut changes) = (Vec::new(), Vec::new());
+        let Some(name) = self.names.get(place) else { return (fresh, changes) };
+        let slots = name.first..name.first + SLOTS;
+        let mut changing = lock(&self.changing);
+        let all = changing.next.take().unwrap_or_else(|| self.roster().backends().to_vec());
+        let (own, mut all): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|backend| slots.contains(&backend.slot()));
+        let found = found.get(..found.len().min(MOST_ADDRESSES as usize)).unwrap_or_default();
+        let mut kept: Vec<Arc<Backend>> = Vec::new();
+        for backend in own {
+            let Some(resolved) = found.iter().find(|resolved| resolved.address == backend.address().0) else {
+                backend.retire(now);
+                name.leave(&backend);
+                changes.push(change(&backend, None));
+                continue;
+            };
+            let traits = name.traits_of(resolved);
+            if backend.reweigh(traits.weight, traits.is_backup, now) {
+                changes.push(change(&backend, None));
+            }
+            kept.push(backend);
+        }
+        let mut known: HashSet<SocketAddr> = kept.iter().map(|backend| backend.address().0).collect();
+        if found.iter().any(|resolved| !known.contains(&resolved.address)) {
+            known.extend(all.iter().map(|backend| backend.address().0));
+        }
+        for resolved in found.iter().filter(|resolved| known.insert(resolved.address)) {
+            let next = || name.first + name.given.fetch_add(1, Ordering::Relaxed) % SLOTS;
+            let is_free = |slot: &u32| kept.iter().all(|backend| backend.slot() != *slot);
+            let Some(slot) = slots.clone().map(|_| next()).find(is_free) else { break };
+            let address = BackendAddr(resolved.address);
+            let traits = name.traits_of(resolved);
+            let mut backend = self.new_backend(address, labels, slot, traits, (now, Cause::Resolved));
+            if let Some(load) = name.load_of(address) {
+                backend.load = load;
+            }
+            let backend = Arc::new(backend);
+            changes.push(change(&backend, None));
+            fresh.push(Arc::clone(&backend));
+            kept.push(backend);
+        }
+        all.append(&mut kept);
+        changing.next = Some(all);
+        if !changes.is_empty() {
+            self.renew_soon(changing, now);
+        }
+        (fresh, changes)
+    }
+}
