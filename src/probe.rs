@@ -108,6 +108,8 @@ fn warn(pool: &Pool, backend: &Backend, verdict: Verdict) {
 struct Rhythm {
     interval: Duration,
     due: Moment,
+    /// From the first probe to the second, until that is due.
+    second: Option<Duration>,
 }
 
 impl Rhythm {
@@ -118,7 +120,10 @@ impl Rhythm {
         let parts = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let step = STEP.min(span / parts(turn.of).max(1));
         let offset = step.saturating_mul(parts(turn.place)).min(span);
-        Self { interval: probe.interval, due: now + offset }
+        // The second probes spread over the whole interval, and so do all that follow.
+        let rest = probe.interval.saturating_sub(span);
+        let second = span + (rest / parts(turn.of).max(1)).saturating_mul(parts(turn.place)).min(rest);
+        Self { interval: probe.interval, due: now + offset, second: Some(second) }
     }
 
     /// The greatest jitter of [`advance`](Self::advance), in nanoseconds: a fifth of the interval.
@@ -129,7 +134,10 @@ impl Rhythm {
     /// The next probe is due nine tenths of the interval, and the jitter, after this one was: however long that took, the
     /// mean is the interval. Where that is more than an interval ago, what was missed is missed.
     fn advance(&mut self, now: Moment, jitter: Duration) {
-        self.due = self.due + self.interval / 10 * 9 + jitter;
+        self.due = match self.second.take() {
+            Some(second) => self.due + second,
+            None => self.due + self.interval / 10 * 9 + jitter,
+        };
         if now.since(self.due) > self.interval {
             self.due = now;
         }
@@ -171,8 +179,18 @@ mod tests {
     }
 
     #[test]
+    fn the_second_round_is_spread_over_the_whole_interval() {
+        for (place, first_ms, second_ms) in [(0, 0, 4_000), (1_000, 2_000, 6_500), (1_999, 3_998, 8_997)] {
+            let mut rhythm = rhythm(5 * SECOND, SECOND, place, 2_000);
+            assert_eq!(rhythm.due.since(START).as_millis(), first_ms);
+            rhythm.advance(rhythm.due, SECOND);
+            assert_eq!(rhythm.due.since(START).as_millis(), second_ms);
+        }
+    }
+
+    #[test]
     fn the_mean_rate_is_kept_however_long_a_probe_takes() {
-        let mut rhythm = rhythm(SECOND, SECOND, 0, 1);
+        let mut rhythm = Rhythm { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
         let (mut least, mut most) = (SECOND, SECOND);
         let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..10_000 {
@@ -191,7 +209,7 @@ mod tests {
 
     #[test]
     fn what_was_missed_is_not_made_up_for() {
-        let mut rhythm = rhythm(SECOND, SECOND, 0, 1);
+        let mut rhythm = Rhythm { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
         let late = START + 100 * SECOND;
         rhythm.advance(late, SECOND / 10);
         assert_eq!(rhythm.due, late);

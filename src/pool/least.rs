@@ -117,25 +117,27 @@ impl Tournament {
 
     /// Plays one game until its node holds the better of its two; whether anybody changed that meanwhile.
     ///
-    /// Who has put a winner there looks again: it may have been overtaken on its way, and whoever overtook it found the
-    /// node as it had to be, and left.
+    /// Who has put a winner there looks whether its two are still what they were: whoever changed them since may have found
+    /// the node as it had to be, and left.
     fn replay(&self, at: usize) -> bool {
         let (Some(node), Some(left), Some(right)) =
             (self.node(at), self.node(2 * at + 1), self.node(2 * at + 2))
         else {
             return false;
         };
+        let look = || (left.load(Ordering::SeqCst), right.load(Ordering::SeqCst));
         let mut is_changed = false;
         loop {
             let before = node.load(Ordering::SeqCst);
-            let better = better(left.load(Ordering::SeqCst), right.load(Ordering::SeqCst));
+            let seen = look();
+            let better = better(seen.0, seen.1);
             if before == better {
                 return is_changed;
             }
             is_changed = true;
-            // Where another player was faster, what it put is looked at like one's own.
-            if node.compare_exchange(before, better, Ordering::SeqCst, Ordering::SeqCst).is_err() {
-                std::hint::spin_loop();
+            let put = node.compare_exchange(before, better, Ordering::SeqCst, Ordering::SeqCst);
+            if put.is_ok() && look() == seen {
+                return true;
             }
         }
     }

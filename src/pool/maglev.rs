@@ -5,7 +5,7 @@
 
 /// Sizes of tables: primes, so that every step visits every place. Two only: with the size every key moves, and few pools
 /// grow beyond the first, which is the one of the paper.
-const SIZES: [u32; 2] = [65_537, 655_373];
+const SIZES: [u32; 2] = [65_537, 262_139];
 
 /// Places for each backend in the smaller table, at least. A backend that is taken off the list moves 1.5 times its own
 /// keys with these, and 2.6 times with 109 (600 backends); one that is out of use for a while moves its own.
@@ -332,7 +332,7 @@ mod tests {
     #[test]
     fn the_largest_table_has_places_for_thousands() {
         let table = Table::new(&entries(&vec![1; 5_000]));
-        assert_eq!(table.places.len(), 655_373);
-        assert!(shares(&table, 5_000).iter().all(|share| (131..=132).contains(share)));
+        assert_eq!(table.places.len(), 262_139);
+        assert!(shares(&table, 5_000).iter().all(|share| (52..=53).contains(share)));
     }
 }

@@ -7,6 +7,8 @@ pub struct Shares {
     ends: Vec<u32>,
     /// The one weight that all have, where they do.
     equal: Option<u32>,
+    /// The smallest weight.
+    least: u32,
 }
 
 impl Shares {
@@ -19,7 +21,8 @@ impl Shares {
             sum
         };
         let equal = weights.first().copied().filter(|first| weights.iter().all(|weight| weight == first));
-        Self { ends: weights.iter().map(add).collect(), equal }
+        let least = weights.iter().copied().min().unwrap_or(0);
+        Self { ends: weights.iter().map(add).collect(), equal, least }
     }
 
     /// How many places there are.
@@ -77,7 +80,9 @@ pub fn round_robin(turn: usize, shares: &Shares) -> Option<usize> {
 }
 
 /// The less loaded of two different places, drawn by their weights with the two halves of `roll`; of equals, the first
-/// drawn. A load counts in relation to its place's weight.
+/// drawn. A load counts in relation to its place's weight: as so many whole sessions of the smallest weight, a part of one
+/// by chance. Without chance one session on a small weight would count for more than it is, or on a large one, and where
+/// sessions are few, shares would be off by a tenth.
 ///
 /// Mitzenmacher, "The power of two choices in randomized load balancing", 1996: the longest queue grows with
 /// log log n instead of log n, and no worker needs to look at more than two loads.
@@ -88,9 +93,18 @@ pub fn p2c(roll: u64, shares: &Shares, load: impl Fn(usize) -> u32) -> Option<us
     // The second is drawn from the numbers that are not the first's.
     let Some(number) = scale(roll & 0xFFFF_FFFF, shares.total() - weight) else { return Some(first) };
     let second = shares.at(if number < start { number } else { number + weight });
-    let relative = |place: usize, other: u32| u64::from(load(place)) * u64::from(other);
-    let (_, weight_of_second) = shares.numbers(second);
-    let lighter = relative(second, weight) < relative(first, weight_of_second);
+    let lighter = if shares.equal.is_some() {
+        load(second) < load(first)
+    } else {
+        // Other bits than those that drew the two.
+        let chance = (roll ^ roll >> 32).wrapping_mul(GOLDEN);
+        let whole = |place: usize, weight: u32, chance: u64| {
+            let part = scale(chance, weight).unwrap_or(0);
+            (u64::from(load(place)) * u64::from(shares.least) + u64::from(part)) / u64::from(weight.max(1))
+        };
+        let (_, weight_of_second) = shares.numbers(second);
+        whole(second, weight_of_second, chance >> 32) < whole(first, weight, chance & 0xFFFF_FFFF)
+    };
     Some(if lighter { second } else { first })
 }
 
@@ -183,9 +197,42 @@ mod tests {
     #[test]
     fn a_load_counts_in_relation_to_the_weight() {
         let shares = Shares::new(&[100, 300]);
-        for (loads, wanted) in [([1, 2], 1), ([1, 4], 0)] {
-            for roll in [0, u64::MAX, 1 << 63] {
-                assert_eq!(p2c(roll, &shares, |place| loads[place]), Some(wanted));
+        let mut state = 1;
+        for (loads, second_of_a_thousand) in
+            [([1, 0], 1_000..=1_000), ([1, 6], 0..=0), ([2, 3], 1_000..=1_000)]
+        {
+            let picks = (0..1_000).map(|_| p2c(roll(&mut state), &shares, |place| loads[place]).unwrap());
+            let second = picks.filter(|place| *place == 1).count();
+            assert!(second_of_a_thousand.contains(&second), "{second} for {loads:?}");
+        }
+        // Two thirds of a session against one: less in a third of all cases, and in the others the first drawn.
+        let picks = (0..30_000).map(|_| p2c(roll(&mut state), &shares, |place| [1, 2][place]).unwrap());
+        let second = picks.filter(|place| *place == 1).count();
+        let due = 30_000 / 3 + 20_000 * 3 / 4;
+        assert!(second.abs_diff(due) < 500, "{second} for {due}");
+    }
+
+    #[test]
+    fn where_sessions_are_few_shares_go_by_weight_all_the_same() {
+        let weights = [100, 150, 200, 250, 100, 150, 200, 250];
+        let shares = Shares::new(&weights);
+        for at_once in [2, 4, 8, 40] {
+            let (mut loads, mut counts, mut state) = ([0_u32; 8], [0_u32; 8], 1);
+            let mut held = std::collections::VecDeque::new();
+            for _ in 0..200_000 {
+                let place = p2c(roll(&mut state), &shares, |place| loads[place]).unwrap();
+                (loads[place], counts[place]) = (loads[place] + 1, counts[place] + 1);
+                held.push_back(place);
+                if held.len() == at_once {
+                    loads[held.pop_front().unwrap()] -= 1;
+                }
+            }
+            for (count, weight) in counts.iter().zip(weights) {
+                let due = 200_000 * weight / 1_400;
+                assert!(
+                    count.abs_diff(due) <= due / 33,
+                    "{count} for {due} with {at_once} at once: {counts:?}"
+                );
             }
         }
     }

@@ -354,14 +354,26 @@ proptest! {
         let draw = |slips: &[usize], bits: u64| slips.get(((bits * slips.len() as u64) >> 32) as usize).copied();
         let first = draw(&slips(None), roll >> 32).unwrap();
         let second = draw(&slips(Some(first)), roll & 0xFFFF_FFFF).unwrap_or(first);
-        let relative = |place: usize| f64::from(places[place].1) / f64::from(places[place].0);
+        // Whole sessions of the smallest weight: at least, and at most.
+        let least = places.iter().map(|(weight, _)| *weight).min().unwrap();
+        let whole = |place: usize| {
+            let (weight, load) = places[place];
+            (load * least / weight, (load * least).div_ceil(weight))
+        };
         let looks = AtomicUsize::new(0);
         let weights: Vec<_> = places.iter().map(|(weight, _)| *weight).collect();
         let picked = pick::p2c(roll, &Shares::new(&weights), |place| {
             looks.fetch_add(1, Ordering::Relaxed);
             places[place].1
         });
-        prop_assert_eq!(picked, Some(if relative(second) < relative(first) { second } else { first }));
+        let (of_first, of_second) = (whole(first), whole(second));
+        if of_second.1 < of_first.0 {
+            prop_assert_eq!(picked, Some(second));
+        } else if of_second.0 >= of_first.1 {
+            prop_assert_eq!(picked, Some(first));
+        } else {
+            prop_assert!(picked == Some(first) || picked == Some(second), "by chance");
+        }
         prop_assert_eq!(looks.into_inner(), if places.len() > 1 { 2 } else { 0 }, "and no more");
     }
 }
