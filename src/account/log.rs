@@ -51,8 +51,9 @@ pub struct Record<'a> {
 /// What most lines do not have: how a session waited, and what its tenant's limits have to do with it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Marks {
-    /// How long it waited for a backend with room.
-    pub queued: Option<Duration>,
+    /// How long it waited for a backend with room, in microseconds; 0 where it did not. Few bytes, as it lives as long as
+    /// its session.
+    pub queued_us: u32,
     /// Why it would have been rejected, were the limits not only observed.
     pub would_reject: Option<Why>,
     /// Whether its bytes would have had to wait.
@@ -63,9 +64,9 @@ pub struct Marks {
 
 impl Marks {
     fn write(self, to: &mut Vec<u8>) {
-        if let Some(span) = self.queued {
+        if self.queued_us > 0 {
             to.extend_from_slice(br#","queued_ms":"#);
-            milliseconds(to, span);
+            milliseconds(to, Duration::from_micros(self.queued_us.into()));
         }
         if let Some(why) = self.would_reject {
             to.extend_from_slice(br#","would_reject":[""#);
@@ -331,8 +332,8 @@ mod tests {
     fn what_limits_have_to_do_with_it_is_said_only_where_they_have() {
         let (journal, receiver) = journal(1);
         let labels = BTreeMap::new();
-        let queued = Some(Duration::from_micros(1_500));
-        let marks = Marks { queued, would_reject: Some(Why::SessionLimit), would_delay: true, left_out: 7 };
+        let marks =
+            Marks { queued_us: 1_500, would_reject: Some(Why::SessionLimit), would_delay: true, left_out: 7 };
         journal.write(&Record { marks, ..record(&labels) });
         journal.flush();
         let line = String::from_utf8(receiver.recv().unwrap().text).unwrap();

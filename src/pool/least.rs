@@ -106,10 +106,11 @@ impl Tournament {
             }
             seen = again;
         }
+        let turn = self.turn.load(Ordering::Relaxed);
         while at > 0 {
             at = (at - 1) / 2;
             // Whoever put there what is there plays on from there.
-            if !self.replay(at) {
+            if !self.replay(at, turn) {
                 return;
             }
         }
@@ -119,7 +120,7 @@ impl Tournament {
     ///
     /// Who has put a winner there looks whether its two are still what they were: whoever changed them since may have found
     /// the node as it had to be, and left.
-    fn replay(&self, at: usize) -> bool {
+    fn replay(&self, at: usize, turn: u64) -> bool {
         let (Some(node), Some(left), Some(right)) =
             (self.node(at), self.node(2 * at + 1), self.node(2 * at + 2))
         else {
@@ -130,7 +131,7 @@ impl Tournament {
         loop {
             let before = node.load(Ordering::SeqCst);
             let seen = look();
-            let better = better(seen.0, seen.1);
+            let better = better(seen.0, seen.1, turn);
             if before == better {
                 return is_changed;
             }
@@ -154,8 +155,10 @@ fn stride(weight: u32) -> u64 {
 
 fn node((load, unit): (u32, u32), weight: u32, stamp: u64, leaf: usize) -> u64 {
     // 28 bits; beyond them all are equally full.
-    let Some(relative) = (u64::from(load) * u64::from(unit)).checked_div(u64::from(weight)) else {
-        return NOBODY;
+    let relative = match weight {
+        0 => return NOBODY,
+        _ if weight == unit => u64::from(load),
+        _ => u64::from(load) * u64::from(unit) / u64::from(weight),
     };
     let relative = relative.min(mask(64 - STAMP_BITS - LEAF_BITS) - 1);
     relative << (STAMP_BITS + LEAF_BITS) | stamp << LEAF_BITS | leaf as u64
@@ -167,17 +170,15 @@ fn is_ahead(stamp: u64, other: u64) -> bool {
     ahead > 0 && ahead < HALF
 }
 
-/// The one with fewer sessions; of equals the one whose turn is first.
-fn better(left: u64, right: u64) -> u64 {
-    let load = |node: u64| node >> (STAMP_BITS + LEAF_BITS);
-    let stamp = |node: u64| node >> LEAF_BITS & mask(STAMP_BITS);
-    if load(left) != load(right) || stamp(left) == stamp(right) {
-        left.min(right)
-    } else if is_ahead(stamp(left), stamp(right)) {
-        right
-    } else {
-        left
-    }
+/// The one with fewer sessions; of equals the one whose turn is first, as seen from the turn that it is.
+///
+/// Which of the two that is nobody can foretell, least of all a processor: a branch would cost more than all the rest.
+fn better(left: u64, right: u64, turn: u64) -> u64 {
+    let key = |node: u64| {
+        let stamp = (node >> LEAF_BITS).wrapping_sub(turn).wrapping_add(HALF) & mask(STAMP_BITS);
+        node & !(mask(STAMP_BITS) << LEAF_BITS) | stamp << LEAF_BITS
+    };
+    std::hint::select_unpredictable(key(left) <= key(right), left, right)
 }
 
 #[cfg(test)]
