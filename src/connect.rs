@@ -92,7 +92,9 @@ pub fn sources(
     address: BackendAddr,
     start: usize,
 ) -> impl Iterator<Item = Option<IpAddr>> + '_ {
-    let of_family = move || all.iter().copied().filter(move |ip| ip.is_ipv4() == address.0.is_ipv4());
+    // Not the address itself: a session keeps room for the closure while it connects.
+    let is_ipv4 = address.0.is_ipv4();
+    let of_family = move || all.iter().copied().filter(move |ip| ip.is_ipv4() == is_ipv4);
     let count = of_family().count();
     let chosen = of_family().chain(of_family()).skip(start % count.max(1)).take(count).map(Some);
     chosen.chain((count == 0).then_some(None))

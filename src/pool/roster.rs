@@ -45,29 +45,40 @@ pub enum Nobody {
     Free,
 }
 
-/// Backends that one session has tried already, by slot.
-#[derive(Debug, Default)]
+/// Backends that one session has tried already, by slot. Few bytes, as a session keeps room for it while it connects.
+#[derive(Debug)]
 pub struct Tried {
-    /// Most sessions try one, and need no list.
-    first: Option<u32>,
-    others: Vec<u32>,
+    /// Most sessions try one, and need no list; [`Tried::NOBODY`] at first.
+    first: u32,
+    #[expect(clippy::box_collection, reason = "nearly always there is none")]
+    others: Option<Box<Vec<u32>>>,
+}
+
+impl Default for Tried {
+    fn default() -> Self {
+        Self { first: Self::NOBODY, others: None }
+    }
 }
 
 impl Tried {
+    /// No slot: there are fewer.
+    const NOBODY: u32 = u32::MAX;
+
     /// How many.
     #[must_use]
     pub fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.others.len()
+        usize::from(!self.is_empty()) + self.others.as_ref().map_or(0, |others| others.len())
     }
 
     /// Whether none was tried.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.first.is_none()
+        self.first == Self::NOBODY
     }
 
     fn has(&self, backend: &Backend) -> bool {
-        self.first == Some(backend.slot()) || self.others.contains(&backend.slot())
+        let is_other = || self.others.as_ref().is_some_and(|others| others.contains(&backend.slot()));
+        self.first == backend.slot() || is_other()
     }
 
     /// Takes down one that was not picked here.
@@ -78,10 +89,10 @@ impl Tried {
     }
 
     pub(super) fn add(&mut self, backend: &Backend) {
-        if self.first.is_some() {
-            self.others.push(backend.slot());
+        if self.is_empty() {
+            self.first = backend.slot();
         } else {
-            self.first = Some(backend.slot());
+            self.others.get_or_insert_default().push(backend.slot());
         }
     }
 }

@@ -1,0 +1,97 @@
+//! What a pool does with the answers of its names.
+
+use super::*;
+
+fn named(balance: Balance) -> crate::config::Pool {
+    let mut config = config(balance, 1);
+    let name = Target::Host { name: "app.example.com".to_owned(), port: 80 };
+    config.backends.push(crate::config::Backend { target: name, weight: 50, ..target(0) });
+    config
+}
+
+fn found(hosts: &[u8]) -> Vec<Resolved> {
+    let resolved =
+        |host: &u8| Resolved { address: ([10, 0, 9, *host], 80).into(), weight: None, is_backup: false };
+    hosts.iter().map(resolved).collect()
+}
+
+#[test]
+fn a_name_leads_to_backends_that_come_and_go() {
+    let (labels, pool) = (Labels::default(), healthy(&named(Balance::LeastSessions)));
+    assert_eq!((pool.names().count(), pool.usable()), (1, 1));
+    let (fresh, changes) = pool.resolve(0, &found(&[1, 2]), &labels, at(1_000));
+    assert_eq!((fresh.len(), changes.len()), (2, 2));
+    assert_eq!((changes[0].state, changes[0].why), ("unknown", "resolved"));
+    for backend in &fresh {
+        pool.observe(backend, Verdict::Passed, SECOND, at(2_000));
+    }
+    pool.tend(at(3_000));
+    assert_eq!(pool.usable(), 3);
+    assert!(pool.roster().used().iter().any(|backend| backend.weight() == 50 * FULL));
+    // The same answer changes nothing; another one keeps what it can.
+    let (again, changes) = pool.resolve(0, &found(&[2, 1]), &labels, at(4_000));
+    assert!(again.is_empty() && changes.is_empty());
+    let held: Vec<_> = (0..8).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    let (fresh, changes) = pool.resolve(0, &found(&[2, 3]), &labels, at(5_000));
+    assert_eq!((fresh.len(), changes[0].state, changes[0].why), (1, "gone", "not_resolved"));
+    assert!(held.iter().any(|picked| picked.is_gone()), "its sessions may finish");
+    // What was given back by one that is gone is nobody else's.
+    drop(held);
+    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(6_000));
+    pool.tend(at(7_000));
+    let ports: std::collections::BTreeSet<_> =
+        (0..60).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap().address()).collect();
+    assert_eq!(ports.len(), 3, "{ports:?}");
+    assert!(pool.resolve(9, &found(&[1]), &labels, at(8_000)).1.is_empty(), "there is no such name");
+}
+
+#[test]
+fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
+    let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
+    let mut answer = found(&[1]);
+    let (fresh, _) = pool.resolve(0, &answer, &labels, at(1_000));
+    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(2_000));
+    pool.tend(at(3_000));
+    answer[0].weight = Some(7);
+    let (_, changes) = pool.resolve(0, &answer, &labels, at(4_000));
+    assert_eq!((changes.len(), fresh[0].weight()), (1, 7 * FULL));
+    answer[0].is_backup = true;
+    pool.resolve(0, &answer, &labels, at(5_000));
+    assert_eq!((fresh[0].weight(), pool.usable()), (0, 1));
+    // For months, more addresses than there are slots.
+    for turn in 0..10_u8 {
+        let hosts: Vec<u8> = (0..80).map(|host| host + turn * 13).collect();
+        let (_, changes) = pool.resolve(0, &found(&hosts), &labels, at(6_000));
+        assert!(!changes.is_empty());
+        assert_eq!(pool.roster().backends().len(), 65);
+    }
+    let slots: std::collections::BTreeSet<_> =
+        pool.roster().backends().iter().map(|backend| backend.slot()).collect();
+    assert_eq!(slots.len(), 65);
+    // An address that stands in the list already is not there twice.
+    let double = [Resolved { address: ([10, 0, 0, 1], 1000).into(), weight: None, is_backup: false }];
+    pool.resolve(0, &double, &labels, at(7_000));
+    assert_eq!(pool.roster().backends().len(), 1);
+}
+
+#[test]
+fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its_sessions() {
+    let (labels, mut config) = (Labels::default(), named(Balance::P2c));
+    config.health = None;
+    config.backends[1].max_sessions = Some(2);
+    let pool = pool(&config);
+    pool.resolve(0, &found(&[1]), &labels, at(1_000));
+    let held: Vec<_> =
+        std::iter::repeat_with(|| pool.pick(0, 0, &mut Tried::default()).unwrap()).take(6).collect();
+    let of_name = || held.iter().filter(|picked| picked.address().0.port() == 80).count();
+    assert_eq!((of_name(), pool.usable()), (2, 2));
+    pool.resolve(0, &found(&[]), &labels, at(1_050));
+    assert_eq!(pool.usable(), 2, "the roster is 50 ms old");
+    assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "but nobody goes there");
+    pool.resolve(0, &found(&[1]), &labels, at(1_060));
+    pool.tend(at(1_100));
+    assert_eq!((pool.usable(), pool.roster().backends()[1].load()), (2, 2));
+    assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "it is full");
+    drop(held);
+    assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+}
