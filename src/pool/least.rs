@@ -1,7 +1,7 @@
 //! The least loaded of many without a look at each: a tournament whose winner stands at its root.
 //!
-//! Every backend is a leaf, and every node above holds the better of its two. A change of one leaf plays the games from
-//! there to the root again: ten of them for 1,000 backends. Workers play at the same time without a lock: a node is
+//! Every backend is a leaf, and every node above holds the best of its four. A change of one leaf plays the games from
+//! there to the root again: five of them for 1,000 backends. Workers play at the same time without a lock: a node is
 //! replaced only if it is still what was read, and whoever replaced one looks once more (after Jayanti, "f-arrays:
 //! implementation and applications", PODC 2002, section 3).
 
@@ -22,7 +22,7 @@ const NOBODY: u64 = u64::MAX;
 /// The tournament of a pool's backends.
 #[derive(Debug)]
 pub struct Tournament {
-    /// The root is the first, and the children of `n` are `2n + 1` and `2n + 2`; the leaves are the last half.
+    /// The root is the first, and the children of `n` are `4n + 1` to `4n + 4`; the leaves come last.
     nodes: Vec<AtomicU64>,
     leaves: usize,
     /// Sessions count in whole multiples of this weight's share.
@@ -37,8 +37,9 @@ impl Tournament {
     /// A tournament in which nobody takes part yet, for at most 65,535 backends.
     #[must_use]
     pub fn new(count: usize) -> Self {
-        let leaves = count.max(1).next_power_of_two();
-        let nodes = (0..2 * leaves - 1).map(|_| AtomicU64::new(NOBODY)).collect();
+        let bits = count.max(1).next_power_of_two().trailing_zeros();
+        let leaves = 1_usize << (bits + bits % 2);
+        let nodes = (0..leaves + leaves / 3).map(|_| AtomicU64::new(NOBODY)).collect();
         Self { nodes, leaves, unit: AtomicU32::new(EXACT), turn: AtomicU64::new(0) }
     }
 
@@ -80,10 +81,15 @@ impl Tournament {
     /// its turn now: it neither has all those that it missed nor, where the stamps went round meanwhile, waits for its old
     /// one to come again.
     fn stamp(&self, leaf: usize, turn: u64, weight: u32) -> Option<u64> {
-        let node = self.node(self.leaves - 1 + leaf)?.load(Ordering::SeqCst);
+        let node = self.node(self.first_leaf() + leaf)?.load(Ordering::SeqCst);
         let (stamp, stride) = (node >> LEAF_BITS & mask(STAMP_BITS), stride(weight));
         let is_recent = stamp.wrapping_sub(turn).wrapping_add(stride) & mask(STAMP_BITS) <= 2 * stride;
         (node != NOBODY && is_recent).then_some(stamp)
+    }
+
+    /// The nodes above the leaves come first: a third as many, rounded down.
+    fn first_leaf(&self) -> usize {
+        self.leaves / 3
     }
 
     fn node(&self, at: usize) -> Option<&AtomicU64> {
@@ -92,7 +98,7 @@ impl Tournament {
 
     /// Puts a leaf in its place and plays its games up to the root.
     fn play(&self, leaf: usize, stamp: u64, look: impl Fn() -> (u32, u32)) {
-        let mut at = self.leaves - 1 + leaf;
+        let mut at = self.first_leaf() + leaf;
         let Some(own) = self.node(at) else { return };
         // Who stored what has changed since looks again: the last to store has stored what is so.
         let look = || (look(), self.unit.load(Ordering::SeqCst));
@@ -108,7 +114,7 @@ impl Tournament {
         }
         let turn = self.turn.load(Ordering::Relaxed);
         while at > 0 {
-            at = (at - 1) / 2;
+            at = (at - 1) / 4;
             // Whoever put there what is there plays on from there.
             if !self.replay(at, turn) {
                 return;
@@ -116,27 +122,25 @@ impl Tournament {
         }
     }
 
-    /// Plays one game until its node holds the better of its two; whether anybody changed that meanwhile.
+    /// Plays one game until its node holds the best of its four; whether anybody changed that meanwhile.
     ///
-    /// Who has put a winner there looks whether its two are still what they were: whoever changed them since may have found
+    /// Who has put a winner there looks whether its four are still what they were: whoever changed them since may have found
     /// the node as it had to be, and left.
     fn replay(&self, at: usize, turn: u64) -> bool {
-        let (Some(node), Some(left), Some(right)) =
-            (self.node(at), self.node(2 * at + 1), self.node(2 * at + 2))
-        else {
-            return false;
-        };
-        let look = || (left.load(Ordering::SeqCst), right.load(Ordering::SeqCst));
+        let four = self.nodes.get(4 * at + 1..4 * at + 5).and_then(|four| <&[_; 4]>::try_from(four).ok());
+        let (Some(node), Some(four)) = (self.node(at), four) else { return false };
+        let look = || four.each_ref().map(|child: &AtomicU64| child.load(Ordering::SeqCst));
         let mut is_changed = false;
         loop {
             let before = node.load(Ordering::SeqCst);
             let seen = look();
-            let better = better(seen.0, seen.1, turn);
-            if before == better {
+            let [one, two, three, four] = seen;
+            let best = better(better(one, two, turn), better(three, four, turn), turn);
+            if before == best {
                 return is_changed;
             }
             is_changed = true;
-            let put = node.compare_exchange(before, better, Ordering::SeqCst, Ordering::SeqCst);
+            let put = node.compare_exchange(before, best, Ordering::SeqCst, Ordering::SeqCst);
             if put.is_ok() && look() == seen {
                 return true;
             }
