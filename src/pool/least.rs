@@ -5,11 +5,17 @@
 //! replaced only if it is still what was read, and whoever replaced one looks once more (after Jayanti, "f-arrays:
 //! implementation and applications", PODC 2002, section 3).
 
+use std::hint::select_unpredictable;
+use std::iter::zip;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// Bits of a node, from the top: sessions in relation to the weight, its turn, and the leaf.
+/// How many play one game.
+const PLAYERS: usize = 10;
+/// Bits of a node, from the top: sessions in relation to the weight, one that is never set, its turn, and the leaf.
 const STAMP_BITS: u32 = 20;
 const LEAF_BITS: u32 = 16;
+/// Takes the carry of a sum of stamps, so that it does not reach the sessions.
+const CARRY: u64 = 1 << (STAMP_BITS + LEAF_BITS);
 /// A unit that leaves no two loads equal that are not.
 const EXACT: u32 = 1 << 20;
 /// Half of all stamps: what is less ahead than this is ahead.
@@ -17,7 +23,7 @@ const HALF: u64 = 1 << (STAMP_BITS - 1);
 /// How far a turn of the greatest weight, 64,000 parts, moves a stamp: far enough that weights differ by their share.
 const STRIDE: u32 = 20 * 64_000;
 /// A leaf that nobody may be sent to.
-const NOBODY: u64 = u64::MAX;
+const NOBODY: u64 = !CARRY;
 
 /// The tournament of a pool's backends.
 #[derive(Debug)]
@@ -37,9 +43,11 @@ impl Tournament {
     /// A tournament in which nobody takes part yet, for at most 65,535 backends.
     #[must_use]
     pub fn new(count: usize) -> Self {
-        let bits = count.max(1).next_power_of_two().trailing_zeros();
-        let leaves = 1_usize << (bits + bits % 2);
-        let nodes = (0..leaves + leaves / 3).map(|_| AtomicU64::new(NOBODY)).collect();
+        let mut leaves = PLAYERS;
+        while leaves < count {
+            leaves *= PLAYERS;
+        }
+        let nodes = (0..leaves + above(leaves)).map(|_| AtomicU64::new(NOBODY)).collect();
         Self { nodes, leaves, unit: AtomicU32::new(EXACT), turn: AtomicU64::new(0) }
     }
 
@@ -53,56 +61,61 @@ impl Tournament {
     /// Who has least.
     #[must_use]
     pub fn winner(&self) -> Option<usize> {
-        let root = self.nodes.first()?.load(Ordering::SeqCst);
-        (root != NOBODY).then(|| usize::try_from(root & mask(LEAF_BITS)).ok())?
+        let best = best(read(self.players(0)?), self.turn.load(Ordering::Relaxed));
+        (best != NOBODY).then(|| usize::try_from(best & mask(LEAF_BITS)).ok())?
     }
 
     /// Takes in that a backend was picked, and has its turn behind it. `look` says how many sessions it has and what its
     /// weight is.
     pub fn picked(&self, leaf: usize, look: impl Fn() -> (u32, u32)) {
         let turn = self.turn.load(Ordering::Relaxed);
-        let (_, weight) = look();
-        let base = self.stamp(leaf, turn, weight).filter(|stamp| is_ahead(*stamp, turn)).unwrap_or(turn);
+        let now = look();
+        let stride = stride(now.1);
+        let base = self.stamp(leaf, turn, stride).filter(|stamp| is_ahead(*stamp, turn)).unwrap_or(turn);
         if base != turn {
             self.turn.store(base, Ordering::Relaxed);
         }
-        self.play(leaf, (base + stride(weight)) & mask(STAMP_BITS), look);
+        self.play(leaf, (base + stride) & mask(STAMP_BITS), now, look);
     }
 
     /// Takes in how many sessions a backend has now, and its weight; without a weight nobody is sent there.
     pub fn changed(&self, leaf: usize, look: impl Fn() -> (u32, u32)) {
         let turn = self.turn.load(Ordering::Relaxed);
-        let (_, weight) = look();
-        let stamp = self.stamp(leaf, turn, weight).unwrap_or(turn);
-        self.play(leaf, stamp, look);
+        let now = look();
+        let stamp = self.stamp(leaf, turn, stride(now.1)).unwrap_or(turn);
+        self.play(leaf, stamp, now, look);
     }
 
     /// The stamp of a backend that takes part, if it is within one turn of the last pick's. Who was out or busy for long has
     /// its turn now: it neither has all those that it missed nor, where the stamps went round meanwhile, waits for its old
     /// one to come again.
-    fn stamp(&self, leaf: usize, turn: u64, weight: u32) -> Option<u64> {
+    fn stamp(&self, leaf: usize, turn: u64, stride: u64) -> Option<u64> {
         let node = self.node(self.first_leaf() + leaf)?.load(Ordering::SeqCst);
-        let (stamp, stride) = (node >> LEAF_BITS & mask(STAMP_BITS), stride(weight));
+        let stamp = node >> LEAF_BITS & mask(STAMP_BITS);
         let is_recent = stamp.wrapping_sub(turn).wrapping_add(stride) & mask(STAMP_BITS) <= 2 * stride;
         (node != NOBODY && is_recent).then_some(stamp)
     }
 
-    /// The nodes above the leaves come first: a third as many, rounded down.
     fn first_leaf(&self) -> usize {
-        self.leaves / 3
+        above(self.leaves)
     }
 
     fn node(&self, at: usize) -> Option<&AtomicU64> {
         self.nodes.get(at)
     }
 
+    /// Those who play one game.
+    fn players(&self, game: usize) -> Option<&[AtomicU64; PLAYERS]> {
+        self.nodes.get(game * PLAYERS..)?.first_chunk()
+    }
+
     /// Puts a leaf in its place and plays its games up to the root.
-    fn play(&self, leaf: usize, stamp: u64, look: impl Fn() -> (u32, u32)) {
+    fn play(&self, leaf: usize, stamp: u64, now: (u32, u32), look: impl Fn() -> (u32, u32)) {
         let mut at = self.first_leaf() + leaf;
         let Some(own) = self.node(at) else { return };
         // Who stored what has changed since looks again: the last to store has stored what is so.
         let look = || (look(), self.unit.load(Ordering::SeqCst));
-        let mut seen = look();
+        let mut seen = (now, self.unit.load(Ordering::SeqCst));
         loop {
             let ((load, weight), unit) = seen;
             own.store(node((load, unit), weight, stamp, leaf), Ordering::SeqCst);
@@ -113,39 +126,48 @@ impl Tournament {
             seen = again;
         }
         let turn = self.turn.load(Ordering::Relaxed);
-        while at > 0 {
-            at = (at - 1) / 4;
+        // The last game is played by whoever asks for its winner.
+        while at >= PLAYERS {
+            let game = at / PLAYERS;
+            at = game - 1;
             // Whoever put there what is there plays on from there.
-            if !self.replay(at, turn) {
+            if !self.replay(at, game, turn) {
                 return;
             }
         }
     }
 
-    /// Plays one game until its node holds the best of its four; whether anybody changed that meanwhile.
+    /// Plays a game until its node holds the best of its players; whether anybody changed that meanwhile.
     ///
-    /// Who has put a winner there looks whether its four are still what they were: whoever changed them since may have found
-    /// the node as it had to be, and left.
-    fn replay(&self, at: usize, turn: u64) -> bool {
-        let four = self.nodes.get(4 * at + 1..4 * at + 5).and_then(|four| <&[_; 4]>::try_from(four).ok());
-        let (Some(node), Some(four)) = (self.node(at), four) else { return false };
-        let look = || four.each_ref().map(|child: &AtomicU64| child.load(Ordering::SeqCst));
+    /// Who has put a winner there looks whether the players are still what they were: whoever changed one since may have
+    /// found the node as it had to be, and left.
+    fn replay(&self, at: usize, game: usize, turn: u64) -> bool {
+        let (Some(node), Some(players)) = (self.node(at), self.players(game)) else { return false };
         let mut is_changed = false;
         loop {
             let before = node.load(Ordering::SeqCst);
-            let seen = look();
-            let [one, two, three, four] = seen;
-            let best = better(better(one, two, turn), better(three, four, turn), turn);
+            let seen = read(players);
+            let best = best(seen, turn);
             if before == best {
                 return is_changed;
             }
             is_changed = true;
             let put = node.compare_exchange(before, best, Ordering::SeqCst, Ordering::SeqCst);
-            if put.is_ok() && look() == seen {
+            if put.is_ok() && zip(players, seen).all(|(player, seen)| player.load(Ordering::SeqCst) == seen) {
                 return true;
             }
         }
     }
+}
+
+/// How many nodes stand before so many leaves.
+fn above(leaves: usize) -> usize {
+    // A tenth, and a hundredth, and so on.
+    (leaves - 1) / (PLAYERS - 1) - 1
+}
+
+fn read(players: &[AtomicU64; PLAYERS]) -> [u64; PLAYERS] {
+    players.each_ref().map(|player| player.load(Ordering::SeqCst))
 }
 
 const fn mask(bits: u32) -> u64 {
@@ -159,14 +181,14 @@ fn stride(weight: u32) -> u64 {
 }
 
 fn node((load, unit): (u32, u32), weight: u32, stamp: u64, leaf: usize) -> u64 {
-    // 28 bits; beyond them all are equally full.
+    // 27 bits; beyond them all are equally full.
     let relative = match weight {
         0 => return NOBODY,
         _ if weight == unit => u64::from(load),
         _ => u64::from(load) * u64::from(unit) / u64::from(weight),
     };
-    let relative = relative.min(mask(64 - STAMP_BITS - LEAF_BITS) - 1);
-    relative << (STAMP_BITS + LEAF_BITS) | stamp << LEAF_BITS | leaf as u64
+    let relative = relative.min(mask(63 - STAMP_BITS - LEAF_BITS) - 1);
+    relative << (1 + STAMP_BITS + LEAF_BITS) | stamp << LEAF_BITS | leaf as u64
 }
 
 /// Whether a stamp is ahead of another, in the arithmetic of serial numbers (RFC 1982), for stamps wrap.
@@ -175,15 +197,18 @@ fn is_ahead(stamp: u64, other: u64) -> bool {
     ahead > 0 && ahead < HALF
 }
 
-/// The one with fewer sessions; of equals the one whose turn is first, as seen from the turn that it is.
+/// The one with the fewest sessions; of equals the one whose turn is first, as seen from the turn that it is.
 ///
-/// Which of the two that is nobody can foretell, least of all a processor: a branch would cost more than all the rest.
-fn better(left: u64, right: u64, turn: u64) -> u64 {
-    let key = |node: u64| {
-        let stamp = (node >> LEAF_BITS).wrapping_sub(turn).wrapping_add(HALF) & mask(STAMP_BITS);
-        node & !(mask(STAMP_BITS) << LEAF_BITS) | stamp << LEAF_BITS
-    };
-    std::hint::select_unpredictable(key(left) <= key(right), left, right)
+/// Which that is nobody can foretell, least of all a processor: a branch would cost more than all the rest.
+fn best(players: [u64; PLAYERS], turn: u64) -> u64 {
+    let now = HALF.wrapping_sub(turn) & mask(STAMP_BITS);
+    let [a, b, c, d, e, f, g, h, i, j] = players.map(|player| player.wrapping_add(now << LEAF_BITS) & !CARRY);
+    let less = |left: u64, right: u64| select_unpredictable(left <= right, left, right);
+    // In pairs, for they do not wait for each other.
+    let (first, second) = (less(less(a, b), less(c, d)), less(less(e, f), less(g, h)));
+    let least = less(less(first, second), less(i, j));
+    let then = turn.wrapping_sub(HALF) & mask(STAMP_BITS);
+    least.wrapping_add(then << LEAF_BITS) & !CARRY
 }
 
 #[cfg(test)]

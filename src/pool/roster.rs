@@ -200,9 +200,14 @@ impl Roster {
                 self.backends.get(usize::from(self.table.find(key)?))
             }
             Balance::LeastSessions => {
-                let slot = u32::try_from(way.tournament.as_ref()?.winner()?).ok()?;
-                let place = self.backends.binary_search_by_key(&slot, |backend| backend.slot()).ok()?;
-                self.backends.get(place)
+                let winner = way.tournament.as_ref()?.winner()?;
+                let slot = u32::try_from(winner).ok()?;
+                // Slots are places as long as no name's address has left.
+                let is_there = |backend: &&Arc<Backend>| backend.slot() == slot;
+                self.backends.get(winner).filter(is_there).or_else(|| {
+                    let place = self.backends.binary_search_by_key(&slot, |backend| backend.slot()).ok()?;
+                    self.backends.get(place)
+                })
             }
         }
     }
