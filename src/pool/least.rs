@@ -202,11 +202,9 @@ fn is_ahead(stamp: u64, other: u64) -> bool {
 /// Which that is nobody can foretell, least of all a processor: a branch would cost more than all the rest.
 fn best(players: [u64; PLAYERS], turn: u64) -> u64 {
     let now = HALF.wrapping_sub(turn) & mask(STAMP_BITS);
-    let [a, b, c, d, e, f, g, h, i, j] = players.map(|player| player.wrapping_add(now << LEAF_BITS) & !CARRY);
-    let less = |left: u64, right: u64| select_unpredictable(left <= right, left, right);
-    // In pairs, for they do not wait for each other.
-    let (first, second) = (less(less(a, b), less(c, d)), less(less(e, f), less(g, h)));
-    let least = less(less(first, second), less(i, j));
+    let keys = players.map(|player| player.wrapping_add(now << LEAF_BITS) & !CARRY);
+    let least =
+        keys.into_iter().fold(u64::MAX, |left, right| select_unpredictable(left <= right, left, right));
     let then = turn.wrapping_sub(HALF) & mask(STAMP_BITS);
     least.wrapping_add(then << LEAF_BITS) & !CARRY
 }
