@@ -24,6 +24,8 @@ fn all() -> Limits {
         session_rate,
         to_backend: bandwidth,
         to_client: bandwidth,
+        flows: Some(1 << 20),
+        datagram_rate: session_rate,
     }
 }
 

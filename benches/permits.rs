@@ -71,8 +71,7 @@ fn limits(random: &mut Rng) -> Limits {
         mode: if random.u8(..) < 32 { Mode::Observe } else { Mode::Enforce },
         sessions: (random.u8(..) < 200).then(|| random.usize(1..40)),
         session_rate: (random.u8(..) < 48).then(|| Rate { interval, burst: random.u64(1..50) }),
-        to_backend: None,
-        to_client: None,
+        ..Limits::default()
     }
 }
 

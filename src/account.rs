@@ -4,10 +4,12 @@
 //! costs a plain addition: no lock, no label, no shared cache line.
 
 mod attempt;
+mod cells;
 pub mod latency;
 mod line;
 pub mod log;
 pub mod lookup;
+pub mod loss;
 pub mod meter;
 pub mod names;
 

@@ -144,6 +144,8 @@ pub struct Timeouts {
     pub idle: Duration,
     /// One side has ended and the other sends nothing.
     pub half_close: Duration,
+    /// No datagram of a flow in either direction.
+    pub flow_idle: Duration,
 }
 
 /// How the process ends without dropping what it holds.
@@ -172,6 +174,16 @@ pub struct Dns {
     pub max_ttl: Duration,
 }
 
+/// What is spoken at a listener, or asked in a probe.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Protocol {
+    /// Connections: sessions.
+    #[default]
+    Tcp,
+    /// Datagrams: flows.
+    Udp,
+}
+
 /// A bound address, or several, with its rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
@@ -179,6 +191,8 @@ pub struct Listener {
     pub name: String,
     /// Every address, port ranges spelled out. Never empty.
     pub bind: Vec<SocketAddr>,
+    /// What is spoken there.
+    pub protocol: Protocol,
     /// Who speaks, and how it is known.
     pub identity: Identity,
     /// The pool of a tenant that names none.
@@ -351,6 +365,8 @@ pub enum Ask {
     },
     /// Some bytes there, some bytes back.
     Exchange {
+        /// A connection, or a datagram.
+        protocol: Protocol,
         /// What is sent; it may be empty, where the server speaks first.
         send: Vec<u8>,
         /// What must come back; never empty.
@@ -392,6 +408,10 @@ pub struct Limits {
     pub to_backend: Option<Bandwidth>,
     /// Bytes from backends to clients.
     pub to_client: Option<Bandwidth>,
+    /// Flows at once; at least 1.
+    pub flows: Option<usize>,
+    /// Datagrams of flows, both directions together.
+    pub datagram_rate: Option<Rate>,
 }
 
 /// What becomes of a session or a byte beyond a limit.

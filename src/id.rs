@@ -112,7 +112,7 @@ impl std::str::FromStr for EndpointId {
 pub struct MalformedEndpointId;
 
 /// What a header says of the VPC endpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Claim {
     /// It names none.
     #[default]

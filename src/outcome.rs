@@ -124,6 +124,10 @@ outcomes! {
     HeaderTruncated = "header_truncated": Client at Header;
     /// The first bytes are not the PROXY v2 signature.
     NoSignature = "no_signature": Proxy at Header;
+    /// A datagram without a header, from a sender that has no flow.
+    NoHeader = "no_header": Proxy at Header;
+    /// A datagram without a header, from a sender that has several flows.
+    Ambiguous = "ambiguous": Proxy at Header;
     /// The header's version is not 2.
     BadVersion = "bad_version": Proxy at Header;
     /// The header's command is neither LOCAL nor PROXY.
@@ -152,6 +156,8 @@ outcomes! {
     SessionLimit = "session_limit": Proxy at Tenant;
     /// The tenant's new sessions come faster than its `limits.session-rate`.
     SessionRate = "session_rate": Proxy at Tenant;
+    /// The tenant already has as many flows as its `limits.flows`, and none that was silent for long.
+    FlowLimit = "flow_limit": Proxy at Tenant;
     /// Neither route, tenant nor listener names a pool.
     NoPool = "no_pool": Proxy at Tenant;
     /// No backend of the pool may be used.
@@ -172,14 +178,16 @@ outcomes! {
     Shortage = "shortage": Proxy at Connect, Proxy at Header, Client at Forward, Backend at Forward;
     /// The connection to the last backend tried failed in another way.
     ConnectFailed = "connect_failed": Backend at Connect;
-    /// The connection was reset, and the other side was reset in turn.
+    /// The connection was reset, and the other side was reset in turn; of a flow: its backend's host said that nobody listens there any more.
     Reset = "reset": Client at Header, Client at Forward, Backend at Forward;
-    /// No byte in either direction for `timeouts.idle`.
+    /// No byte in either direction for `timeouts.idle`; no datagram for `timeouts.flow-idle`.
     IdleTimeout = "idle_timeout": Proxy at Forward;
     /// One side ended and the other sent nothing for `timeouts.half-close`.
     HalfCloseTimeout = "half_close_timeout": Proxy at Forward;
     /// The connection broke without a reset: keepalive or retransmission went unanswered, or its network is gone.
     Unanswered = "unanswered": Client at Header, Client at Forward, Backend at Forward;
+    /// The flow was silent, and another one needed its place.
+    Evicted = "evicted": Proxy at Forward;
     /// The process is draining, and the session was silent or the deadline passed.
     Drained = "drained": Proxy at Header, Proxy at Pool, Proxy at Connect, Proxy at Forward;
     /// A fault in vestibule itself; the log has the panic's message. Please report it.

@@ -1,9 +1,6 @@
 //! One TCP life, from accept to its line in the log: the only place that knows the order of the steps.
 
-pub mod rejections;
-
 use std::cell::RefCell;
-use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,7 +9,6 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, Cache};
 use tokio::net::TcpStream;
 
-use self::rejections::Rejections;
 use crate::accept::{self, Accepted};
 use crate::account::log::{Journal, Marks, Record};
 use crate::account::meter::{Connect, Meter};
@@ -32,6 +28,7 @@ use crate::life::{Cut, Life, Local};
 use crate::outcome::{At, By, Outcome, Why};
 use crate::pool::queue::Place;
 use crate::pool::{Failed, Nobody, Picked, Pool, Tried, pick};
+use crate::state::rejections::Rejections;
 use crate::state::{Listener, Live, Snapshot};
 use crate::tenant::Tenant;
 
@@ -156,6 +153,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
             backend: story.backend,
             attempts: story.attempts,
             bytes,
+            datagrams: None,
             connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
             total_ms: total,
             outcome,
@@ -193,7 +191,8 @@ impl<'a> Steps<'a> {
         let (pool, permit) = heard.inspect_err(|_| client.connection.reset_on_close())?;
         let speaks = pool.send_proxy || client.has_payload();
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
-        let key = pool.key(|| by_client(&client), || by_endpoint(&client));
+        let key = pool
+            .key(|| pick::by_client(client.address), || pick::by_endpoint(client.endpoint, client.address));
         let dialled = self.dial(pool, key, opening, life, story).await;
         let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
@@ -343,20 +342,6 @@ async fn wait(place: Place, at_most: Duration, life: &mut Life) -> Result<Picked
         };
         Outcome::reject(At::Pool, why)
     })
-}
-
-/// The same for the same client, whatever its port.
-fn by_client(client: &Client) -> u64 {
-    match client.address.map(|address| address.0.ip()) {
-        Some(IpAddr::V4(ip)) => pick::hash(&ip.octets()),
-        Some(IpAddr::V6(ip)) => pick::hash(&ip.octets()),
-        None => 0,
-    }
-}
-
-/// The same for the same endpoint; where there is none, for the same client.
-fn by_endpoint(client: &Client) -> u64 {
-    client.endpoint.id().map_or_else(|| by_client(client), |id| pick::hash(&id.number().to_be_bytes()))
 }
 
 /// Rounded; beyond an hour and a quarter all are as long.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
@@ -20,6 +21,7 @@ use crate::header;
 use crate::pool::Pool;
 use crate::tenant::{self, Directory, Tenant};
 
+pub mod rejections;
 mod reload;
 
 pub use self::reload::{Frozen, Reloads};
@@ -167,6 +169,8 @@ pub struct Live {
     pub sessions: Arc<Slots>,
     /// What each tenant may take, and what is in use.
     pub quotas: Quotas,
+    /// How long a flow may be silent.
+    pub flow_idle: Duration,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
     /// Lines of the access log that its writer could not write.
@@ -227,6 +231,7 @@ impl Live {
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions,
             quotas,
+            flow_idle: config.timeouts.flow_idle,
             pipes: Budget::new(pipes * pipe::CAPACITY as u64, workers),
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),

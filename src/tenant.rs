@@ -87,16 +87,23 @@ impl Directory {
     /// The rejection, where it is nobody's.
     #[inline]
     pub fn find(&self, claim: Claim, rules: Rules) -> Result<&Tenant, Outcome> {
-        let (place, why) = match rules {
+        let (place, why) = self.place(claim, rules);
+        let tenant = place.and_then(|place| self.tenants.get(place as usize));
+        tenant.ok_or(Outcome::reject(At::Tenant, why))
+    }
+
+    /// The place of the tenant whose traffic it is, and why it is rejected where it is nobody's.
+    #[inline]
+    #[must_use]
+    pub fn place(&self, claim: Claim, rules: Rules) -> (Option<u32>, Why) {
+        match rules {
             Rules::Fixed(place) => (Some(place), Why::NoEndpoint),
             Rules::ByEndpoint { absent, unknown } => match claim {
                 Claim::Absent => (absent, Why::NoEndpoint),
                 Claim::Malformed => (unknown, Why::UnknownEndpoint),
                 Claim::Id(id) => (self.endpoints.get(&id).copied().or(unknown), Why::UnknownEndpoint),
             },
-        };
-        let tenant = place.and_then(|place| self.tenants.get(place as usize));
-        tenant.ok_or(Outcome::reject(At::Tenant, why))
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use vestibule::config::{
     AccessLog, Ask, Backend, Balance, Bandwidth, Config, Dns, Ejection, Fallback, Faults, Format, Identity,
-    Level, Limits, Mode, Probe, Queue, Rate, Target,
+    Level, Limits, Mode, Probe, Protocol, Queue, Rate, Target,
 };
 
 fn load(path: impl AsRef<Path>) -> Result<Config, Faults> {
@@ -215,8 +215,13 @@ fn every_key_of_a_pool_is_read() {
             expect_status: vec![100..=100, 200..=399, 599..=599],
         },
         Ask::Http { path: "/".to_owned(), host: None, expect_status: std::iter::once(200..=399).collect() },
-        Ask::Exchange { send: b"PING\r\n".to_vec(), expect: vec![10, 11], prefix: true },
-        Ask::Exchange { send: Vec::new(), expect: b"220 ".to_vec(), prefix: false },
+        Ask::Exchange {
+            protocol: Protocol::Tcp,
+            send: b"PING\r\n".to_vec(),
+            expect: vec![10, 11],
+            prefix: true,
+        },
+        Ask::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: b"220 ".to_vec(), prefix: false },
     ];
     assert_eq!(asks, expected);
     let targets: Vec<_> = names.backends.iter().map(|backend| backend.target.to_string()).collect();
@@ -254,6 +259,9 @@ fn a_tenant_takes_each_limit_that_it_does_not_set_from_the_defaults() {
         to_backend: bandwidth(1024, 1024),
         // A burst goes with its rate: the default's is not taken where the rate is the tenant's own.
         to_client: bandwidth(2 << 20, (2 << 20) / 10),
+        flows: Some(5),
+        // By default a burst of datagrams is what comes in a tenth of a second.
+        datagram_rate: rate(50_000, 2_000),
     };
     assert_eq!(config.tenants[0].limits, acme);
     let defaults = Limits {
@@ -262,6 +270,8 @@ fn a_tenant_takes_each_limit_that_it_does_not_set_from_the_defaults() {
         session_rate: rate(5_000_000, 400),
         to_backend: None,
         to_client: bandwidth(50 << 20, 50 << 20),
+        flows: Some(70),
+        datagram_rate: rate(1_000_000, 7),
     };
     assert_eq!(config.tenants[1].limits, defaults);
     let reference = load("config/reference.toml").unwrap();

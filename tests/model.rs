@@ -17,6 +17,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use vestibule::account::Labels;
 use vestibule::admission::slots::Slots;
+use vestibule::clock::Moment;
 use vestibule::clock::wheel::{Key, Tick, Wheel};
 use vestibule::config;
 use vestibule::id::{Claim, EndpointId};
@@ -25,6 +26,8 @@ use vestibule::tenant::{self, Directory, Tenant};
 
 #[path = "model/day.rs"]
 mod day;
+#[path = "model/flow.rs"]
+mod flow;
 #[path = "model/least.rs"]
 mod least;
 #[path = "model/limits.rs"]

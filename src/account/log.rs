@@ -36,6 +36,8 @@ pub struct Record<'a> {
     pub attempts: u32,
     /// Bytes forwarded.
     pub bytes: EachWay<u64>,
+    /// Datagrams forwarded, where it is a flow.
+    pub datagrams: Option<EachWay<u64>>,
     /// From the pick of the first backend to the connection.
     pub connect_ms: Option<Duration>,
     /// From accept to the end.
@@ -100,6 +102,13 @@ impl Record<'_> {
         to.extend_from_slice(br#","to_client":"#);
         decimal(to, self.bytes.to_client);
         to.push(b'}');
+        if let Some(datagrams) = self.datagrams {
+            to.extend_from_slice(br#","datagrams":{"to_backend":"#);
+            decimal(to, datagrams.to_backend);
+            to.extend_from_slice(br#","to_client":"#);
+            decimal(to, datagrams.to_client);
+            to.push(b'}');
+        }
         if let Some(span) = self.connect_ms {
             to.extend_from_slice(br#","connect_ms":"#);
             milliseconds(to, span);
@@ -262,6 +271,7 @@ mod tests {
             backend: Some(BackendAddr("10.0.1.10:80".parse().unwrap())),
             attempts: 1,
             bytes: EachWay { to_backend: 1, to_client: 2 },
+            datagrams: None,
             connect_ms: Some(Duration::from_nanos(1_234_567)),
             total_ms: Duration::from_secs(2),
             outcome: Outcome::new(By::Client, At::Forward, Why::Done),

@@ -8,137 +8,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 pub use super::attempt::Connect;
+pub use super::cells::{BackendCells, ListenerCells, PoolCells, RouteCells, Shard, WorkerCells};
 use super::latency::Recorder;
+use super::loss::Loss;
 use super::{Cell64, Direction, EachWay, Label, lock};
 use crate::outcome::{At, By, Outcome, Why};
-
-/// What is counted for one listener, tenant and pool. Before a session's tenant is known, the two are empty.
-#[derive(Debug)]
-pub struct RouteCells {
-    /// The listener.
-    pub listener: Label,
-    /// The tenant, or the empty name.
-    pub tenant: Label,
-    /// The pool, or the empty name.
-    pub pool: Label,
-    /// Sessions now.
-    pub active: Cell64,
-    /// Bytes forwarded.
-    pub bytes: EachWay<Cell64>,
-    ended: Vec<Cell64>,
-}
-
-impl RouteCells {
-    /// Every outcome of the closed set with its count.
-    pub fn ended(&self) -> impl Iterator<Item = (Outcome, u64)> {
-        Outcome::ALL.iter().copied().zip(self.ended.iter().map(Cell64::value))
-    }
-}
-
-/// What is counted for one listener.
-#[derive(Debug)]
-pub struct ListenerCells {
-    /// The listener.
-    pub listener: Label,
-    /// Connections accepted.
-    pub accepted: Cell64,
-    /// Accept errors that were the peer's: it had gone already.
-    pub errors_peer: Cell64,
-    /// Accept errors for want of descriptors or memory.
-    pub errors_shortage: Cell64,
-    /// Accept errors that stopped the listener.
-    pub errors_fatal: Cell64,
-    /// Sessions without a whole header, now.
-    pub pending: Cell64,
-    /// From accept to the end, of the sessions that are logged.
-    pub duration: Recorder,
-}
-
-/// What is counted for one backend of one pool.
-#[derive(Debug)]
-pub struct BackendCells {
-    /// The pool.
-    pub pool: Label,
-    /// The backend.
-    pub backend: Label,
-    /// Sessions now.
-    pub active: Cell64,
-    /// Bytes forwarded.
-    pub bytes: EachWay<Cell64>,
-    connects: [Cell64; Connect::ALL.len()],
-}
-
-impl BackendCells {
-    /// Every result of an attempt to connect with its count.
-    pub fn connects(&self) -> impl Iterator<Item = (Connect, u64)> {
-        Connect::ALL.into_iter().zip(self.connects.iter().map(Cell64::value))
-    }
-}
-
-/// What is counted for one pool.
-#[derive(Debug)]
-pub struct PoolCells {
-    /// The pool.
-    pub pool: Label,
-    /// How long successful attempts to connect took.
-    pub connect_time: Recorder,
-}
-
-/// What is counted for a worker.
-#[derive(Debug, Default)]
-pub struct WorkerCells {
-    /// Sessions whose tenant was found: health checks and strangers are not among them.
-    pub identified: Cell64,
-    /// Bytes that went through a buffer.
-    pub copied: EachWay<Cell64>,
-    /// Bytes that went through a pipe, and never into user space.
-    pub spliced: EachWay<Cell64>,
-    /// Pipes that sessions hold now.
-    pub pipes: Cell64,
-    /// Times that a session wanted a pipe and none was to be had: it went on copying.
-    pub pipes_refused: Cell64,
-    /// Fresh connections handed to a worker with fewer sessions.
-    pub handed_over: Cell64,
-    /// Lines of the access log that were dropped because its writer was behind.
-    pub log_dropped: Cell64,
-}
-
-/// One worker's cells, as a scrape reads them.
-#[derive(Debug, Default)]
-pub struct Shard {
-    routes: Mutex<Vec<Arc<RouteCells>>>,
-    listeners: Mutex<Vec<Arc<ListenerCells>>>,
-    backends: Mutex<Vec<Arc<BackendCells>>>,
-    pools: Mutex<Vec<Arc<PoolCells>>>,
-    /// The worker's own.
-    pub worker: WorkerCells,
-}
-
-impl Shard {
-    /// All routes so far.
-    #[must_use]
-    pub fn routes(&self) -> Vec<Arc<RouteCells>> {
-        lock(&self.routes).clone()
-    }
-
-    /// All listeners so far.
-    #[must_use]
-    pub fn listeners(&self) -> Vec<Arc<ListenerCells>> {
-        lock(&self.listeners).clone()
-    }
-
-    /// All backends so far.
-    #[must_use]
-    pub fn backends(&self) -> Vec<Arc<BackendCells>> {
-        lock(&self.backends).clone()
-    }
-
-    /// All pools so far.
-    #[must_use]
-    pub fn pools(&self) -> Vec<Arc<PoolCells>> {
-        lock(&self.pools).clone()
-    }
-}
 
 /// The cells that a worker has found so far, by the numbers of their labels.
 type Index<K, C> = RefCell<HashMap<K, Arc<C>, foldhash::fast::FixedState>>;
@@ -220,6 +94,9 @@ impl Ledger {
             pool: pool.clone(),
             active: Cell64::default(),
             bytes: EachWay::default(),
+            datagrams: EachWay::default(),
+            lost: Default::default(),
+            would_lose: Default::default(),
             ended: Outcome::ALL.iter().map(|_| Cell64::default()).collect(),
         })
     }
@@ -291,14 +168,32 @@ impl Meter {
     pub fn tried(&mut self, backend: &Label, result: Connect) {
         self.at = At::Connect;
         let cells = self.ledger.backend(&self.route.pool, backend);
-        if let Some(count) = cells.connects.get(result as usize) {
-            count.add(1);
-        }
+        cells.count(result);
         if result == Connect::Done {
-            cells.active.add(1);
-            self.at = At::Forward;
-            self.backend = Some(cells);
+            self.stay(cells);
         }
+    }
+
+    /// Goes to a backend of which nobody knows yet whether it is there.
+    pub fn assume(&mut self, backend: &Label) {
+        let cells = self.ledger.backend(&self.route.pool, backend);
+        self.stay(cells);
+    }
+
+    /// Counts what became of the backend that was [assumed](Self::assume); it is left where it was not there.
+    pub fn learn(&mut self, result: Connect) {
+        let Some(cells) = &self.backend else { return };
+        cells.count(result);
+        if result != Connect::Done {
+            cells.active.sub(1);
+            self.backend = None;
+        }
+    }
+
+    fn stay(&mut self, cells: Arc<BackendCells>) {
+        cells.active.add(1);
+        self.at = At::Forward;
+        self.backend = Some(cells);
     }
 
     /// Records how long the successful attempt took.
@@ -316,6 +211,28 @@ impl Meter {
         }
         let worker = &self.ledger.shard.worker;
         if spliced { &worker.spliced } else { &worker.copied }.way(direction).add(bytes);
+    }
+
+    /// Counts datagrams that went out together.
+    #[inline]
+    pub fn passed(&mut self, direction: Direction, datagrams: u64, bytes: u64) {
+        self.forwarded(direction, bytes, false);
+        self.route.datagrams.way(direction).add(datagrams);
+    }
+
+    /// Counts datagrams that were dropped.
+    pub fn lost(&self, direction: Direction, loss: Loss, datagrams: u64) {
+        if let Some(count) = self.route.lost.get(loss as usize) {
+            count.way(direction).add(datagrams);
+        }
+    }
+
+    /// Counts a datagram that a limit would have dropped, were it not only observed.
+    pub fn would_lose(&mut self, direction: Direction, loss: Loss) {
+        self.would_delay = true;
+        if let Some(count) = self.route.would_lose.get(loss as usize) {
+            count.way(direction).add(1);
+        }
     }
 
     /// The bytes that this session has forwarded.

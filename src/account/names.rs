@@ -37,17 +37,23 @@ macro_rules! metrics {
 
 metrics! {
     ACCEPTED: Counter "vestibule_connections_accepted_total" ["listener"]
-        "Connections accepted.";
+        "Connections accepted, and datagrams that began a flow or were not let in.";
     ACCEPT_ERRORS: Counter "vestibule_accept_errors_total" ["listener", "class"]
         "Errors of accept: `peer` (it had gone), `shortage` (descriptors or memory; accepting pauses), `fatal` (the listener stopped).";
     PENDING: Gauge "vestibule_sessions_pending" ["listener"]
         "Sessions that have not yet sent a whole header.";
     ACTIVE: Gauge "vestibule_sessions_active" ["listener", "tenant", "pool"]
-        "Sessions now; tenant and pool are empty until they are known.";
+        "Sessions and flows now; tenant and pool are empty until they are known.";
     ENDED: Counter "vestibule_sessions_ended_total" ["listener", "tenant", "pool", "by", "at", "why"]
-        "Sessions that ended, by outcome. Every accepted connection ends in exactly one.";
+        "Sessions and flows that ended, by outcome. Every accepted connection ends in exactly one, and so does every datagram that begins a flow or is not let in.";
     BYTES: Counter "vestibule_forwarded_bytes_total" ["listener", "tenant", "pool", "direction"]
         "Bytes forwarded.";
+    DATAGRAMS: Counter "vestibule_forwarded_datagrams_total" ["listener", "tenant", "pool", "direction"]
+        "Datagrams of flows forwarded.";
+    DATAGRAMS_DROPPED: Counter "vestibule_datagrams_dropped_total" ["listener", "tenant", "pool", "direction", "why"]
+        "Datagrams that were dropped while their flow went on: `rate`, `bandwidth`, `too_long`, `full`, `shortage`, `refused`, `unreachable`.";
+    DATAGRAMS_WOULD_DROP: Counter "vestibule_datagrams_would_drop_total" ["listener", "tenant", "pool", "direction", "why"]
+        "Datagrams that the tenant's limits would have dropped, were they not only observed.";
     MODE_BYTES: Counter "vestibule_forward_mode_bytes_total" ["mode", "direction"]
         "Bytes forwarded by `copy` through a buffer, or by `splice` inside the kernel.";
     PIPES: Gauge "vestibule_pipes_in_use" []
@@ -104,10 +110,14 @@ metrics! {
         "Sessions of a tenant that has limits.";
     TENANT_SESSIONS_LIMIT: Gauge "vestibule_tenant_sessions_limit" ["tenant"]
         "Sessions that the tenant may have at once, where that is limited.";
+    TENANT_FLOWS: Gauge "vestibule_tenant_flows" ["tenant"]
+        "Flows of a tenant that has limits.";
+    TENANT_FLOWS_LIMIT: Gauge "vestibule_tenant_flows_limit" ["tenant"]
+        "Flows that the tenant may have at once, where that is limited.";
     TENANT_REJECTED: Counter "vestibule_tenant_rejected_total" ["tenant", "why"]
-        "Sessions of the tenant that were rejected: `session_limit`, `session_rate`, `shed`, `tenant_disabled`.";
+        "Sessions and flows of the tenant that were rejected: `session_limit`, `session_rate`, `flow_limit`, `shed`, `tenant_disabled`.";
     TENANT_WOULD_REJECT: Counter "vestibule_tenant_would_reject_total" ["tenant", "why"]
-        "Sessions of the tenant that would have been rejected, were its limits not only observed.";
+        "Sessions and flows of the tenant that would have been rejected, were its limits not only observed.";
     TENANT_DELAYED: Counter "vestibule_tenant_delayed_seconds_total" ["tenant", "direction"]
         "How long the tenant's sessions have waited for its bandwidth, all together.";
     TENANT_WOULD_DELAY: Counter "vestibule_tenant_would_delay_total" ["tenant", "direction"]

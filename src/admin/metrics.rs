@@ -279,6 +279,12 @@ fn tenants(sheet: &mut Sheet, live: &Live) {
         if quota.is_limited() {
             sheet.count(&names::TENANT_SESSIONS, &[name], quota.sessions() as u64);
         }
+        if quota.is_limited() && (quota.flows() > 0 || quota.flows_limit().is_some()) {
+            sheet.count(&names::TENANT_FLOWS, &[name], quota.flows() as u64);
+        }
+        if let Some(limit) = quota.flows_limit() {
+            sheet.count(&names::TENANT_FLOWS_LIMIT, &[name], limit as u64);
+        }
         if let Some(limit) = quota.sessions_limit() {
             sheet.count(&names::TENANT_SESSIONS_LIMIT, &[name], limit as u64);
         }
@@ -324,6 +330,17 @@ fn routes(sheet: &mut Sheet, shard: &Shard) {
         // Without a pool nothing is ever forwarded.
         if !route.pool.name().is_empty() {
             sheet.each_way(&names::BYTES, &labels, route.bytes.values());
+        }
+        if route.datagrams.values() != EachWay::default() {
+            sheet.each_way(&names::DATAGRAMS, &labels, route.datagrams.values());
+        }
+        let lost = route.lost().map(|(loss, counts)| (&names::DATAGRAMS_DROPPED, loss, counts));
+        let would = route.would_lose().map(|(loss, counts)| (&names::DATAGRAMS_WOULD_DROP, loss, counts));
+        for (metric, loss, counts) in lost.chain(would) {
+            for direction in Direction::ALL.into_iter().filter(|way| *counts.way(*way) > 0) {
+                let drop = [direction.word(), loss.word()];
+                sheet.count(metric, &[&labels[..], &drop].concat(), *counts.way(direction));
+            }
         }
     }
 }

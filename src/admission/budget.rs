@@ -124,6 +124,16 @@ impl Budget {
         self.spend(want, least, terms, now, now.saturating_add(terms.tolerance))
     }
 
+    /// Takes all of `bytes`, or nothing; whether it did. Where others wait, all that comes in is theirs: then it may go as
+    /// far into debt as those who send little. More than the burst is taken where nothing was.
+    pub fn take_whole(&self, bytes: u64, now: Moment) -> bool {
+        let Some(terms) = self.terms() else { return true };
+        let now = at(now);
+        let room = if self.waiting() > 0 { terms.tolerance + DEBT } else { terms.tolerance };
+        let end = now.saturating_add(room.max(terms.span(bytes)));
+        bytes == 0 || self.spend(bytes, bytes, terms, now, end) == bytes
+    }
+
     /// Takes up to `want` bytes that need not be there yet, as far as the debt allows.
     pub fn overdraw(&self, want: u64, now: Moment) -> u64 {
         let Some(terms) = self.terms() else { return want };

@@ -1,5 +1,7 @@
 //! What one tenant may take and what it has taken: found again by its name, whatever a reload changes.
 
+mod flows;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,6 +15,8 @@ use crate::clock::Moment;
 use crate::config::{Limits, Mode};
 use crate::outcome::Why;
 
+pub use self::flows::{Excess, FlowPermit, Passage};
+
 /// One tenant's limits and what is in use of them.
 ///
 /// The limits live here and not in the snapshot, so that a reload reaches sessions that were born before it.
@@ -20,6 +24,8 @@ use crate::outcome::Why;
 pub struct Quota {
     sessions: Slots,
     rate: Rate,
+    flows: Slots,
+    datagrams: Rate,
     budgets: EachWay<Budget>,
     /// Splice pipes that its sessions hold.
     pub pipes: AtomicU32,
@@ -27,7 +33,7 @@ pub struct Quota {
     limited: AtomicBool,
     share: Option<Arc<Share>>,
     rejected: [AtomicU64; Quota::REASONS.len()],
-    would_reject: [AtomicU64; 2],
+    would_reject: [AtomicU64; Quota::OBSERVED],
     /// The bucket of the lines that tell of rejections.
     lines_full_at: AtomicU64,
     left_out: AtomicU64,
@@ -39,8 +45,10 @@ const LINES_INTERVAL: u64 = 100_000_000;
 pub const LINES_BURST: u64 = 20;
 
 impl Quota {
-    /// The reasons for which a tenant's session is rejected; the first two may be only observed.
-    pub const REASONS: [Why; 4] = [Why::SessionLimit, Why::SessionRate, Why::Shed, Why::TenantDisabled];
+    /// The reasons for which a tenant's session or flow is rejected; the first three may be only observed.
+    pub const REASONS: [Why; 5] =
+        [Why::SessionLimit, Why::SessionRate, Why::FlowLimit, Why::Shed, Why::TenantDisabled];
+    const OBSERVED: usize = 3;
 
     /// The quota of a tenant without limits, that has a share of the process.
     #[must_use]
@@ -55,6 +63,8 @@ impl Quota {
         self.limited.store(*limits != none, Ordering::Relaxed);
         self.sessions.set_limit(limits.sessions.unwrap_or(Slots::UNLIMITED));
         self.rate.set(limits.session_rate);
+        self.flows.set_limit(limits.flows.unwrap_or(Slots::UNLIMITED));
+        self.datagrams.set(limits.datagram_rate);
         self.budgets.to_backend.set(limits.to_backend);
         self.budgets.to_client.set(limits.to_client);
     }
@@ -280,8 +290,8 @@ mod tests {
         assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
         assert_eq!(quota.sessions(), 0, "who the rate rejects gives its slot back");
         assert!(quota.admit(at_ms(100)).is_ok());
-        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0]);
-        assert_eq!(counts(quota.would_reject()), [0, 0]);
+        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0]);
+        assert_eq!(counts(quota.would_reject()), [0, 0, 0]);
     }
 
     #[test]
@@ -301,8 +311,8 @@ mod tests {
         drop((first, second));
         let passed: Vec<_> = (0..3).map(|_| quota.admit(START).unwrap().would_reject()).collect();
         assert_eq!(passed, [None, Some(Why::SessionRate), Some(Why::SessionRate)]);
-        assert_eq!(counts(quota.would_reject()), [1, 2]);
-        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0]);
+        assert_eq!(counts(quota.would_reject()), [1, 2, 0]);
+        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0, 0]);
         assert_eq!(quota.sessions(), 0);
     }
 
@@ -320,7 +330,7 @@ mod tests {
         assert_eq!((quotas.holders(), globex.sessions()), (2, 1));
         drop((held, other));
         assert_eq!(quotas.holders(), 0);
-        assert_eq!(counts(acme.rejected()), [0, 0, 1, 0]);
+        assert_eq!(counts(acme.rejected()), [0, 0, 0, 1, 0]);
     }
 
     #[test]
@@ -360,6 +370,7 @@ mod tests {
 
     #[test]
     fn a_quota_is_small() {
-        assert!(size_of::<Quota>() <= 240, "{}", size_of::<Quota>());
+        // With the counts of its Arc, the allocator gives it 320.
+        assert!(size_of::<Quota>() <= 304, "{}", size_of::<Quota>());
     }
 }

@@ -43,6 +43,12 @@ impl Span {
         let ticks = duration.as_nanos().div_ceil(Tick::SPAN.as_nanos()) + 1;
         Self(if ticks > u32::MAX as u128 { u32::MAX } else { ticks as u32 })
     }
+
+    /// How long that is at most.
+    #[must_use]
+    pub fn duration(self) -> Duration {
+        Tick::SPAN * self.0
+    }
 }
 
 /// Who waits on the wheel. Valid until it is removed.

@@ -33,6 +33,7 @@ pub(super) fn check(mut written: Written) -> Result<Config, Faults> {
     address::listener_addresses_do_not_overlap(&written, &mut faults);
     dns::rules(&written, &mut faults);
     pool::rules(&written, &mut faults);
+    probe::a_probe_asks_where_somebody_listens(&written, &mut faults);
     tenant::rules(&written, &mut faults);
     limits::rules(&written, &mut faults);
     if faults.is_empty() { Ok(build::config(written)) } else { Err(Faults::sorted(faults)) }
@@ -112,6 +113,7 @@ fn timeouts_are_more_than_0s(written: &Written, faults: &mut Vec<Fault>) {
         ("connect", &timeouts.connect),
         ("idle", &timeouts.idle),
         ("half-close", &timeouts.half_close),
+        ("flow-idle", &timeouts.flow_idle),
     ];
     for (key, timeout) in keys {
         faults.extend(no_time(timeout).map(|(offset, message)| head.fault_at(offset, key, message)));

@@ -210,13 +210,12 @@ impl<'i, 'f> Section<'i, 'f> {
         self
     }
 
-    /// Takes out a key that is not built yet, unless its value is one that is.
+    /// Takes out a key that is not built yet.
     fn refuse(&mut self, part: &unbuilt::Part) {
         self.known.push(part.key);
         let Some(value) = self.table.get(part.key) else { return };
         let (offset, value) = (value.span().start, value.get_ref());
         match part.verdict(value) {
-            unbuilt::Verdict::Built => return,
             unbuilt::Verdict::Inert => {}
             unbuilt::Verdict::Refused => {
                 let message = format!("{}, found {}", part.must, shown(value));

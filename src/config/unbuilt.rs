@@ -19,15 +19,11 @@ enum Refused {
     All,
     /// Each but the one that asks for nothing.
     AllBut(fn(&DeValue<'_>) -> bool),
-    /// Those that ask for what is not built.
-    Those(fn(&DeValue<'_>) -> bool),
 }
 
 /// What becomes of a value.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It is read as any other.
-    Built,
     /// It asks for nothing, and nobody reads it.
     Inert,
     /// It is a fault.
@@ -40,8 +36,6 @@ impl Part {
         match self.refused {
             Refused::AllBut(inert) if inert(value) => Verdict::Inert,
             Refused::All | Refused::AllBut(_) => Verdict::Refused,
-            Refused::Those(asks) if asks(value) => Verdict::Refused,
-            Refused::Those(_) => Verdict::Built,
         }
     }
 }
@@ -51,15 +45,12 @@ pub(super) fn parts_of(kind: &str) -> impl Iterator<Item = &'static Part> {
     UNBUILT.iter().filter(move |part| part.table == kind)
 }
 
-use Refused::{All, AllBut, Those};
+use Refused::{All, AllBut};
 
 #[rustfmt::skip]
 const UNBUILT: &[Part] = &[
     part("process", "watch", AllBut(is_false), "must be false: reloading when a file changes is not built in this version"),
     part("admin", "socket", All, "must be absent: the control socket is not built in this version"),
-    part("listener", "protocol", Those(is_udp), "must be \"tcp\": UDP is not built in this version"),
-    part("tenant.limits", "flows", All, "must be absent: UDP is not built in this version"),
-    part("tenant.limits", "datagram-rate", All, "must be absent: UDP is not built in this version"),
 ];
 
 const fn part(table: &'static str, key: &'static str, refused: Refused, must: &'static str) -> Part {
@@ -68,10 +59,6 @@ const fn part(table: &'static str, key: &'static str, refused: Refused, must: &'
 
 fn is_false(value: &DeValue<'_>) -> bool {
     value.as_bool() == Some(false)
-}
-
-fn is_udp(value: &DeValue<'_>) -> bool {
-    value.as_str() == Some("udp")
 }
 
 #[cfg(test)]
@@ -93,17 +80,11 @@ mod tests {
     }
 
     #[test]
-    fn values_that_are_built_are_left_to_be_read() {
-        assert_eq!(verdict("listener", "protocol", "\"tcp\""), Verdict::Built);
-        assert_eq!(verdict("listener", "protocol", "\"udp\""), Verdict::Refused);
-    }
-
-    #[test]
     fn every_message_says_that_it_is_not_built() {
         assert!(UNBUILT.iter().all(
             |part| part.must.starts_with("must be ") && part.must.contains(" not built in this version")
         ));
-        assert_eq!(verdict("tenant.limits", "flows", "5000"), Verdict::Refused);
+        assert_eq!(verdict("admin", "socket", "\"/run/x\""), Verdict::Refused);
         assert_eq!(parts_of("pool").count(), 0);
     }
 }

@@ -13,7 +13,7 @@ pub(super) use self::pool::{Bytes, HostHeader, Match, PathAndQuery, PreferZone, 
 use super::section::{FromToml, quoted, shown};
 use super::suggest;
 use super::unit::{self, Malformed, Ports};
-use super::{AccessLog, Fallback, Format, Level, Mode};
+use super::{AccessLog, Fallback, Format, Level, Mode, Protocol};
 use crate::id::EndpointId;
 
 fn must_be(wanted: &str, value: &DeValue<'_>) -> String {
@@ -260,15 +260,9 @@ impl FromToml for ProxyProtocol {
     }
 }
 
-/// What a listener speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Protocol {
-    Tcp,
-}
-
 impl FromToml for Protocol {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("tcp", Self::Tcp)])
+        word(value, &[("tcp", Self::Tcp), ("udp", Self::Udp)])
     }
 }
 
@@ -406,7 +400,7 @@ mod tests {
             refused::<Level>("\"wran\""),
             "must be \"error\", \"warn\", \"info\", \"debug\" or \"trace\", found \"wran\": did you mean \"warn\"?"
         );
-        assert_eq!(refused::<Protocol>("\"quic\""), "must be \"tcp\", found \"quic\"");
+        assert_eq!(refused::<Protocol>("\"quic\""), "must be \"tcp\" or \"udp\", found \"quic\"");
         assert_eq!(
             refused::<Format>("1979-05-27"),
             "must be \"json\" or \"text\", found the date 1979-05-27"

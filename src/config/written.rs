@@ -13,10 +13,9 @@ use super::error::Fault;
 use super::section::{Field, Head, List, Pairs, Section};
 use super::unit::Ports;
 use super::value::{
-    Count, Interval, Name, Nameserver, PerSecond, Protocol, ProxyProtocol, Sessions, Size, State, UrlPath,
-    Whole,
+    Count, Interval, Name, Nameserver, PerSecond, ProxyProtocol, Sessions, Size, State, UrlPath, Whole,
 };
-use super::{AccessLog, Fallback, Format, Level, Mode};
+use super::{AccessLog, Fallback, Format, Level, Mode, Protocol};
 use crate::id::EndpointId;
 
 /// Everything that was written, in all files, and what was wrong with its form.
@@ -124,6 +123,7 @@ pub(super) struct Timeouts {
     pub(super) connect: Field<Duration>,
     pub(super) idle: Field<Duration>,
     pub(super) half_close: Field<Duration>,
+    pub(super) flow_idle: Field<Duration>,
 }
 
 impl Timeouts {
@@ -131,8 +131,9 @@ impl Timeouts {
         let mut section = Section::open(&head, table, faults);
         let (header, connect) = (section.take("header"), section.take("connect"));
         let (idle, half_close) = (section.take("idle"), section.take("half-close"));
+        let flow_idle = section.take("flow-idle");
         section.finish();
-        Self { head: Some(head), header, connect, idle, half_close }
+        Self { head: Some(head), header, connect, idle, half_close, flow_idle }
     }
 }
 
@@ -185,6 +186,7 @@ pub(super) struct Listener {
     pub(super) head: Head,
     pub(super) name: Field<Name>,
     pub(super) bind: Field<List<Ports>>,
+    pub(super) protocol: Field<Protocol>,
     pub(super) proxy_protocol: Field<ProxyProtocol>,
     pub(super) trusted_sources: Field<List<IpNet>>,
     pub(super) verify_crc: Field<bool>,
@@ -200,8 +202,7 @@ impl Listener {
         let mut section = Section::open(&head, table, faults);
         let name = section.require("name", "\"web\"");
         let bind = section.require_one_or_many("bind", "\"0.0.0.0:8080\"");
-        // TCP is all there is, so the word is judged and then of no further use.
-        section.take::<Protocol>("protocol");
+        let protocol = section.take("protocol");
         let (proxy_protocol, tenant) = (section.take("proxy-protocol"), section.take("tenant"));
         let (trusted_sources, verify_crc) =
             (section.take_list("trusted-sources"), section.take("verify-crc"));
@@ -213,6 +214,7 @@ impl Listener {
             head,
             name,
             bind,
+            protocol,
             proxy_protocol,
             trusted_sources,
             verify_crc,
@@ -261,6 +263,9 @@ pub(super) struct Limits {
     pub(super) to_backend_burst: Field<Size>,
     pub(super) to_client: Field<PerSecond>,
     pub(super) to_client_burst: Field<Size>,
+    pub(super) flows: Field<Sessions>,
+    pub(super) datagram_rate: Field<Interval>,
+    pub(super) datagram_burst: Field<Count<1>>,
 }
 
 impl Limits {
@@ -289,6 +294,9 @@ impl Limits {
             to_backend_burst: section.take("to-backend-burst"),
             to_client: section.take("to-client"),
             to_client_burst: section.take("to-client-burst"),
+            flows: section.take("flows"),
+            datagram_rate: section.take("datagram-rate"),
+            datagram_burst: section.take("datagram-burst"),
         };
         section.finish();
         read

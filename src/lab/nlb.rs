@@ -22,12 +22,27 @@ const PADDED: usize = 100;
 /// The header of a client's connection as NLB writes it: CRC32C, the endpoint's ID where there is one, padding.
 #[must_use]
 pub fn header(client: SocketAddr, destination: SocketAddr, endpoint: Option<&str>) -> Vec<u8> {
+    of_a_client(ProxyTransportProtocol::Stream, client, destination, endpoint)
+}
+
+/// The header in front of a client's datagram: the same, but for the transport.
+#[must_use]
+pub fn datagram_header(client: SocketAddr, destination: SocketAddr, endpoint: Option<&str>) -> Vec<u8> {
+    of_a_client(ProxyTransportProtocol::Datagram, client, destination, endpoint)
+}
+
+fn of_a_client(
+    transport: ProxyTransportProtocol,
+    client: SocketAddr,
+    destination: SocketAddr,
+    endpoint: Option<&str>,
+) -> Vec<u8> {
     let addresses = match (client, destination) {
         (SocketAddr::V4(source), SocketAddr::V4(destination)) => ProxyAddresses::Ipv4 { source, destination },
         (SocketAddr::V6(source), SocketAddr::V6(destination)) => ProxyAddresses::Ipv6 { source, destination },
         _ => ProxyAddresses::Unspec,
     };
-    with_tlvs(ProxyCommand::Proxy, ProxyTransportProtocol::Stream, addresses, endpoint)
+    with_tlvs(ProxyCommand::Proxy, transport, addresses, endpoint)
 }
 
 /// The header of a health check: LOCAL, with the family of TCP over IPv4 and no addresses, as captures show it

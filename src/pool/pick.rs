@@ -1,5 +1,10 @@
 //! Who is next: algorithms as pure functions over places with weights.
 
+use std::net::IpAddr;
+
+use crate::addr::ClientAddr;
+use crate::id::Claim;
+
 /// Weights added up: a number below their sum is a place, and each place has as many numbers as its weight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shares {
@@ -64,6 +69,22 @@ pub const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 #[must_use]
 pub fn hash(bytes: &[u8]) -> u64 {
     xxhash_rust::xxh3::xxh3_64(bytes)
+}
+
+/// The same for the same client, whatever its port.
+#[must_use]
+pub fn by_client(client: Option<ClientAddr>) -> u64 {
+    match client.map(|client| client.0.ip()) {
+        Some(IpAddr::V4(ip)) => hash(&ip.octets()),
+        Some(IpAddr::V6(ip)) => hash(&ip.octets()),
+        None => 0,
+    }
+}
+
+/// The same for the same endpoint; where there is none, for the same client.
+#[must_use]
+pub fn by_endpoint(endpoint: Claim, client: Option<ClientAddr>) -> u64 {
+    endpoint.id().map_or_else(|| by_client(client), |id| hash(&id.number().to_be_bytes()))
 }
 
 /// Each in turn, as often as its weight; `turn` counts up and may wrap.

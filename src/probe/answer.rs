@@ -203,6 +203,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::Protocol;
 
     fn http() -> Ask {
         let expect_status = vec![200..=299, 404..=404];
@@ -210,7 +211,7 @@ mod tests {
     }
 
     fn exchange(expect: &[u8], prefix: bool) -> Ask {
-        Ask::Exchange { send: Vec::new(), expect: expect.to_vec(), prefix }
+        Ask::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: expect.to_vec(), prefix }
     }
 
     /// What comes of pieces; where they do not decide, what comes of the end after them.

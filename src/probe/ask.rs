@@ -1,12 +1,12 @@
 //! One probe: a connection, a question and its answer, all within one time and all of them bounded.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::task::Poll;
 
 use rustix::io::Errno;
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::yield_now;
 use tokio::time::timeout;
 
@@ -14,7 +14,7 @@ use super::answer::Answer;
 use crate::account::Verdict;
 use crate::account::meter::Connect;
 use crate::addr::BackendAddr;
-use crate::config::{Ask, Probe};
+use crate::config::{Ask, Probe, Protocol};
 use crate::connect::{self, Opening};
 use crate::wire;
 
@@ -51,6 +51,9 @@ async fn converse(
         address.set_port(port);
     }
     let question = question(address, probe);
+    if let Ask::Exchange { protocol: Protocol::Udp, .. } = probe.ask {
+        return datagram(BackendAddr(address), sources, &question, probe, late).await;
+    }
     let opening = if question.is_empty() { Opening::Listens } else { Opening::Speaks };
     let mut socket = connect(BackendAddr(address), sources, opening).await?;
     *late = Verdict::AnswerTimeout;
@@ -63,6 +66,47 @@ async fn converse(
         }
         // Whoever sends without an end has the control thread for one read, and then it is the others' turn.
         yield_now().await;
+    }
+}
+
+/// Asks by a datagram; the first that comes back decides. Nobody but the backend is heard.
+async fn datagram(
+    address: BackendAddr,
+    sources: &[IpAddr],
+    question: &[u8],
+    probe: &Probe,
+    late: &mut Verdict,
+) -> io::Result<Verdict> {
+    let source = connect::sources(sources, address, 0).next().flatten();
+    let any = if address.0.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind(SocketAddr::new(source.unwrap_or(any), 0)).await?;
+    socket.connect(address.0).await?;
+    *late = Verdict::AnswerTimeout;
+    socket.send(question).await?;
+    let Some(mut answer) = Answer::new(&probe.ask) else { return Ok(Verdict::Passed) };
+    loop {
+        let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if ready.is_error()
+            && let Some(error) = socket.take_error()?
+        {
+            return Err(error);
+        }
+        if let Some(verdict) = hear(&socket, &mut answer)? {
+            return Ok(verdict);
+        }
+    }
+}
+
+/// Here for the same reason as [`read`].
+fn hear(socket: &UdpSocket, answer: &mut Answer<'_>) -> io::Result<Option<Verdict>> {
+    let mut bytes = [0; READ];
+    match socket.try_recv(&mut bytes) {
+        Ok(count) => {
+            let fed = answer.feed(bytes.get(..count).unwrap_or(&bytes));
+            Ok(Some(if let Poll::Ready(verdict) = fed { verdict } else { answer.end() }))
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -156,7 +200,12 @@ mod tests {
     #[test]
     fn a_header_comes_first_and_speaks_for_nobody() {
         let local = [&wire::SIGNATURE[..], &[0x20, 0, 0, 0]].concat();
-        let exchange = Ask::Exchange { send: b"PING".to_vec(), expect: b"PONG".to_vec(), prefix: true };
+        let exchange = Ask::Exchange {
+            protocol: Protocol::Tcp,
+            send: b"PING".to_vec(),
+            expect: b"PONG".to_vec(),
+            prefix: true,
+        };
         assert_eq!(asked("10.0.0.1:80", true, Ask::Connect), local);
         assert_eq!(asked("10.0.0.1:80", false, Ask::Connect), b"");
         assert_eq!(asked("10.0.0.1:80", true, exchange.clone()), [&local[..], b"PING"].concat());

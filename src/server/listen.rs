@@ -1,12 +1,12 @@
 //! Listening sockets: every worker has its own of each address, and the kernel spreads connections over them.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::StartError;
-use crate::config::Config;
+use crate::config::{self, Config};
 
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
@@ -17,7 +17,16 @@ pub(super) struct Doors {
     /// Each listener with the addresses it got.
     pub(super) addresses: Vec<(String, Vec<SocketAddr>)>,
     /// For each worker: its sockets, each with the place of its listener.
-    pub(super) sockets: Vec<Vec<(u32, TcpListener)>>,
+    pub(super) sockets: Vec<Vec<(u32, Bound)>>,
+}
+
+/// A socket of one worker, by its listener's protocol.
+#[derive(Debug)]
+pub(super) enum Bound {
+    /// Connections are accepted here.
+    Tcp(TcpListener),
+    /// Datagrams are received here.
+    Udp(UdpSocket),
 }
 
 /// Binds every address of every listener, once for each worker.
@@ -34,7 +43,11 @@ pub(super) fn doors(config: &Config, workers: usize) -> Result<Doors, StartError
                     address,
                     error,
                 };
-                let socket = open(address, true).map_err(refused)?;
+                let socket = match listener.protocol {
+                    config::Protocol::Tcp => open(address, true).map(Bound::Tcp),
+                    config::Protocol::Udp => open_udp(address).map(Bound::Udp),
+                };
+                let socket = socket.map_err(refused)?;
                 address = socket.local_addr().map_err(refused)?;
                 sockets.push((place, socket));
             }
@@ -43,6 +56,15 @@ pub(super) fn doors(config: &Config, workers: usize) -> Result<Doors, StartError
         doors.addresses.push((listener.name.clone(), bound));
     }
     Ok(doors)
+}
+
+impl Bound {
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Tcp(socket) => socket.local_addr(),
+            Self::Udp(socket) => socket.local_addr(),
+        }
+    }
 }
 
 /// Binds a port of every source address once: one that is not this machine's would fail every session.
@@ -82,5 +104,17 @@ fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn open_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    let kind = Type::DGRAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::UDP))?;
+    // One socket for each worker, and a sender's datagrams always come to the same one: the kernel goes by the addresses.
+    socket.set_reuse_port(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
     Ok(socket.into())
 }

@@ -1,7 +1,6 @@
 //! A worker: one thread, one runtime, its own listening sockets, its own sessions.
 
 use std::io;
-use std::net::TcpListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,11 +15,13 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 
 use super::crew::{Aboard, Crew, OpenDoor};
 use super::drain::{self, Stage};
+use super::listen::Bound;
 use crate::accept::{Accepted, Door, Trouble};
 use crate::account::log::{Batch, Journal};
 use crate::account::meter::Ledger;
 use crate::clock;
 use crate::clock::wheel::Tick;
+use crate::flow::Flows;
 use crate::life::Local;
 use crate::session::{self, Worker};
 use crate::state::Live;
@@ -48,7 +49,7 @@ pub(super) struct Post {
     pub(super) number: u16,
     pub(super) live: Arc<Live>,
     pub(super) crew: Arc<Crew>,
-    pub(super) doors: Vec<(u32, TcpListener)>,
+    pub(super) doors: Vec<(u32, Bound)>,
     pub(super) others: Vec<mpsc::Sender<Fresh>>,
     pub(super) handed_over: mpsc::Receiver<Fresh>,
     pub(super) stages: watch::Receiver<Stage>,
@@ -74,6 +75,8 @@ struct Shop {
     live: Arc<Live>,
     crew: Arc<Crew>,
     others: Vec<mpsc::Sender<Fresh>>,
+    /// Where a listener is UDP.
+    flows: Option<Rc<Flows<Aboard>>>,
 }
 
 impl Shop {
@@ -98,6 +101,19 @@ impl Shop {
         self.carry(Fresh { accepted, listener, aboard: self.crew.board(self.number()) });
     }
 
+    /// Hands the lines of the access log on.
+    fn flush(&self) {
+        self.worker.journal.flush();
+        let of_flows = self.flows.as_ref().map_or(0, |flows| flows.flush());
+        self.worker.local.ledger.worker().log_dropped.add(self.worker.journal.take_dropped() + of_flows);
+    }
+
+    /// Tells what was left out of the access log.
+    fn tell(&self) {
+        self.worker.rejections.tell();
+        self.flows.iter().for_each(|flows| flows.tell());
+    }
+
     fn carry(&self, fresh: Fresh) {
         let worker = Rc::clone(&self.worker);
         // Boxed, because a task moves what it runs three times at its end.
@@ -110,22 +126,27 @@ async fn work(mut post: Post) {
     let Some(shard) = post.live.shards.get(number) else { return };
     let ledger = Ledger::new(Arc::clone(shard), post.live.labels.intern(""));
     let local = Local::new(ledger, clock::now());
-    let worker = Worker::new(post.number, &post.live, Rc::clone(&local), Journal::new(post.journal));
+    let worker = Worker::new(post.number, &post.live, Rc::clone(&local), Journal::new(post.journal.clone()));
+    let flows = flows(&post, &local);
     let shop = Rc::new(Shop {
         worker: Rc::new(worker),
         live: Arc::clone(&post.live),
         crew: Arc::clone(&post.crew),
         others: post.others,
+        flows,
     });
     spawn_local(tick(Rc::clone(&shop)));
-    for (listener, socket) in post.doors {
-        match Door::new(socket) {
-            Ok(door) => {
-                let open = shop.crew.open_door();
-                spawn_local(keep(door, open, listener, Rc::clone(&shop), post.stages.clone()));
+    if let Some(flows) = shop.flows.clone() {
+        let shop = Rc::clone(&shop);
+        spawn_local(async move {
+            if let Err(error) = flows.answer().await {
+                tracing::error!(worker = shop.worker.number, %error, "a worker does not hear its flows' backends");
+                shop.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
             }
-            Err(error) => stopped(&shop, listener, &error),
-        }
+        });
+    }
+    for (listener, socket) in post.doors {
+        open(&shop, listener, socket, &post.stages);
     }
     let handed_over = {
         let shop = Rc::clone(&shop);
@@ -140,15 +161,58 @@ async fn work(mut post: Post) {
         post.stages.wait_for(|stage| *stage != Stage::Serving).await.map_or(Stage::Over, |stage| *stage);
     if let Stage::Closing { idle } = reached {
         local.drain(idle);
+        shop.flows.iter().for_each(|flows| flows.drain(idle.duration()));
         drain::over(&mut post.stages).await;
     }
     local.end_all();
+    shop.flows.iter().for_each(|flows| flows.end_all());
     handed_over.abort();
     while post.crew.count(number) > 0 {
         sleep(Tick::SPAN / 10).await;
     }
-    shop.worker.rejections.tell();
-    shop.worker.journal.flush();
+    shop.tell();
+    shop.flush();
+}
+
+/// The worker's flows, where any listener is UDP.
+fn flows(post: &Post, local: &Rc<Local>) -> Option<Rc<Flows<Aboard>>> {
+    let is_udp = |(_, socket): &(u32, Bound)| matches!(socket, Bound::Udp(_));
+    if !post.doors.iter().any(is_udp) {
+        return None;
+    }
+    let (crew, number) = (Arc::clone(&post.crew), usize::from(post.number));
+    let board = Box::new(move || crew.board(number));
+    match Flows::new(post.number, &post.live, Rc::clone(local), post.journal.clone(), board) {
+        Ok(flows) => Some(flows),
+        Err(error) => {
+            tracing::error!(worker = post.number, %error, "a worker cannot carry flows; its UDP listeners are closed");
+            post.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+            None
+        }
+    }
+}
+
+/// Begins to serve a listener's socket.
+fn open(shop: &Rc<Shop>, listener: u32, socket: Bound, stages: &watch::Receiver<Stage>) {
+    match (socket, &shop.flows) {
+        (Bound::Tcp(socket), _) => match Door::new(socket) {
+            Ok(door) => {
+                let open = shop.crew.open_door();
+                spawn_local(keep(door, open, listener, Rc::clone(shop), stages.clone()));
+            }
+            Err(error) => stopped(shop, listener, &error),
+        },
+        (Bound::Udp(socket), Some(flows)) => {
+            let (shop, flows) = (Rc::clone(shop), Rc::clone(flows));
+            spawn_local(async move {
+                if let Err(error) = flows.keep(socket, listener).await {
+                    stopped(&shop, listener, &error);
+                }
+            });
+        }
+        // That it has no flows was told already.
+        (Bound::Udp(_), None) => {}
+    }
 }
 
 /// While sessions wait for their tenant's bandwidth, how often it is granted. What comes in during a whole tick is
@@ -165,12 +229,12 @@ async fn tick(shop: Rc<Shop>) {
         let now = clock::now();
         shop.worker.local.advance(now);
         shop.worker.pacer.borrow_mut().advance(now);
-        shop.worker.journal.flush();
-        shop.worker.local.ledger.worker().log_dropped.add(shop.worker.journal.take_dropped());
+        shop.flows.iter().for_each(|flows| flows.advance(now));
+        shop.flush();
         untold += 1;
         if untold == TELLING {
             untold = 0;
-            shop.worker.rejections.tell();
+            shop.tell();
         }
     }
 }

@@ -21,7 +21,8 @@ pub struct Rejections {
 impl Rejections {
     /// Whether a session's end has its line: each has, but for a tenant's rejections beyond so many in a second. Tells
     /// how many were left out before this one; `None` where this one is, too.
-    pub(super) fn line(&self, outcome: Outcome, tenant: Option<&Tenant>, now: Moment) -> Option<u64> {
+    #[must_use]
+    pub fn line(&self, outcome: Outcome, tenant: Option<&Tenant>, now: Moment) -> Option<u64> {
         let rejected = outcome.by == By::Proxy && outcome.at == At::Tenant;
         let Some(tenant) = tenant.filter(|_| rejected) else { return Some(0) };
         match tenant.quota.has_line(now) {

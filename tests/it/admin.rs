@@ -9,6 +9,7 @@ use vestibule::lab::backend::{Backend, Temper};
 use vestibule::outcome::Outcome;
 
 use super::dns::Names;
+use super::flow::{Balancer, HOOLI, datagram};
 use super::harness::{ACME, Conf, INITECH, Proxy, STRANGER, exchange, http, http_get, is_reset, read};
 
 use super::raw::{Held, Raw};
@@ -110,10 +111,12 @@ fn buckets_add_up(name: &str, family: &Family) {
 async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed() {
     let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
     let limits =
-        "mode = \"observe\"\nsessions = 5\nsession-rate = \"1/h\"\nto-backend = \"1GiB/s\"".to_owned();
+        "mode = \"observe\"\nsessions = 5\nsession-rate = \"1/h\"\nto-backend = \"1GiB/s\"\nflows = 5\ndatagram-rate = \"1/h\"".to_owned();
     let names = Names::start().await;
     let more = format!(
-        "[[pool]]\nname = \"named\"\nbackends = [\"app.example.com:80\"]\n[dns]\nservers = [\"{}\"]",
+        "[[pool]]\nname = \"named\"\nbackends = [\"app.example.com:80\"]\n[dns]\nservers = [\"{}\"]
+         [[listener]]\nname = \"dns\"\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\ntrusted-sources = [\"127.0.0.0/8\"]
+         [[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"acme\"\n[tenant.limits]\ndatagram-rate = \"1/h\"",
         names.address()
     );
     let health = "kind = \"tcp\"".to_owned();
@@ -127,6 +130,14 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
     is_reset(&mut proxy.open(INITECH, b"").await).await;
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
     proxy.ended(&[("tenant", "initech")]).is(1).await;
+    // Nobody is there; the first datagram of each is sent, and the second is one too many.
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    for endpoint in [ACME, HOOLI, ACME, HOOLI] {
+        balancer.send(&datagram("10.100.0.10:5000", endpoint, b"payload")).await;
+    }
+    for metric in ["vestibule_datagrams_dropped_total", "vestibule_datagrams_would_drop_total"] {
+        proxy.metric(metric, &[("why", "rate")]).is(1).await;
+    }
     let (head, page) = http(proxy.server().admin(), "/metrics", b"").await;
     assert!(head.to_lowercase().contains("\r\ncontent-type: text/plain; version=0.0.4"), "{head}");
     let families = parse(&page);

@@ -16,6 +16,7 @@ mod checks;
 mod comeback;
 mod dns;
 mod ejection;
+mod flow;
 mod forward;
 mod harness;
 mod header;

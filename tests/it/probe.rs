@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
 use vestibule::account::{Labels, Verdict};
 use vestibule::addr::BackendAddr;
 use vestibule::clock;
-use vestibule::config::{self, Ask, Balance, Ejection, Probe, Queue, Target};
+use vestibule::config::{self, Ask, Balance, Ejection, Probe, Protocol, Queue, Target};
 use vestibule::pool::backend::Backend;
 use vestibule::pool::health::State;
 use vestibule::pool::{Pool, Resolved};
@@ -38,11 +38,16 @@ fn get() -> Ask {
 }
 
 fn banner(expect: &str) -> Ask {
-    Ask::Exchange { send: Vec::new(), expect: expect.into(), prefix: true }
+    Ask::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: expect.into(), prefix: true }
 }
 
 fn ping() -> Ask {
-    Ask::Exchange { send: b"PING\r\n".to_vec(), expect: b"PONG".to_vec(), prefix: false }
+    Ask::Exchange {
+        protocol: Protocol::Tcp,
+        send: b"PING\r\n".to_vec(),
+        expect: b"PONG".to_vec(),
+        prefix: false,
+    }
 }
 
 async fn ask_at(address: SocketAddr, probe: &Probe) -> Verdict {
@@ -213,7 +218,12 @@ async fn an_answer_says_what_it_says() {
         assert_eq!(answered(get(), answer).await, expected, "{}", String::from_utf8_lossy(answer));
     }
     assert_eq!(answered(ping(), b"+PONG\r\n").await, Verdict::Passed);
-    let whole = Ask::Exchange { send: b"PING\r\n".to_vec(), expect: b"PONG".to_vec(), prefix: true };
+    let whole = Ask::Exchange {
+        protocol: Protocol::Tcp,
+        send: b"PING\r\n".to_vec(),
+        expect: b"PONG".to_vec(),
+        prefix: true,
+    };
     assert_eq!(answered(whole, b"-LOADING\r\n").await, Verdict::UnexpectedAnswer);
 }
 
@@ -431,4 +441,48 @@ async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others(
     let quick = backends.iter().filter(|backend| Duration::from_micros(backend.probe_us().into()) < pause);
     let quick = quick.count();
     assert!((MORE / 2..=MORE).contains(&quick), "{quick} of {MORE} took less than they waited");
+}
+
+/// A question by datagram.
+fn knock(send_proxy: bool) -> Probe {
+    let (send, expect) = (b"PING".to_vec(), b"PONG".to_vec());
+    Probe { send_proxy, ..probe(Ask::Exchange { protocol: Protocol::Udp, send, expect, prefix: true }) }
+}
+
+/// What a probe by datagram says of a server that answers like this, and what was asked.
+async fn knocked(probe: &Probe, answer: Option<&[u8]>) -> (Verdict, Vec<u8>) {
+    let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let answered = async {
+        let mut room = [0; 2048];
+        let (count, from) = timeout(LIMIT, server.recv_from(&mut room)).await.unwrap().unwrap();
+        if let Some(answer) = answer {
+            server.send_to(answer, from).await.unwrap();
+        }
+        room[..count].to_vec()
+    };
+    tokio::join!(ask_at(server.local_addr().unwrap(), probe), answered)
+}
+
+#[tokio::test]
+async fn a_datagram_is_answered_by_one_and_the_first_decides() {
+    assert_eq!(knocked(&knock(false), Some(b"PONG and more")).await, (Verdict::Passed, b"PING".to_vec()));
+    for wrong in [&b"PO"[..], b"", b"NO"] {
+        let (verdict, _) = knocked(&knock(false), Some(wrong)).await;
+        assert_eq!(verdict.is_success(), Some(false), "{wrong:?}: {verdict:?}");
+        assert!(
+            !matches!(verdict, Verdict::AnswerTimeout | Verdict::ConnectRefused),
+            "{wrong:?}: {verdict:?}"
+        );
+    }
+    let (verdict, asked) = knocked(&knock(true), Some(b"PONG")).await;
+    let local = [&SIGNATURE[..], &[0x20, 0, 0, 0], b"PING"].concat();
+    assert_eq!((verdict, asked), (Verdict::Passed, local));
+}
+
+#[tokio::test]
+async fn who_says_nothing_to_a_datagram_is_late_and_who_is_not_there_refuses() {
+    let short = Probe { timeout: Duration::from_millis(100), ..knock(false) };
+    assert_eq!(knocked(&short, None).await.0, Verdict::AnswerTimeout);
+    let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    assert_eq!(ask_at(gone, &knock(false)).await, Verdict::ConnectRefused);
 }

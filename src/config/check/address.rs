@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use crate::config::Protocol;
 use crate::config::error::Fault;
 use crate::config::section::{Field, Head};
 use crate::config::unit::Ports;
@@ -16,13 +17,15 @@ struct Claim<'w> {
     written: Option<(&'w Head, usize)>,
     /// `admin` or `health`, where it is the default of one.
     default: &'static str,
+    protocol: Protocol,
 }
 
 impl Claim<'_> {
     fn overlaps(&self, other: &Self) -> bool {
         let (ours, theirs) = (self.ports.first, other.ports.first);
         // An IPv6 socket takes IPv6 alone, so [::] leaves 0.0.0.0 free.
-        ours.is_ipv4() == theirs.is_ipv4()
+        self.protocol == other.protocol
+            && ours.is_ipv4() == theirs.is_ipv4()
             && ours.port() <= other.ports.last
             && theirs.port() <= self.ports.last
             && (same_ip(ours, theirs) || ours.ip().is_unspecified() || theirs.ip().is_unspecified())
@@ -87,9 +90,11 @@ fn claims(written: &Written) -> Vec<Claim<'_>> {
     // The fault is the later one's, and a default cannot have one: nobody wrote it.
     claims.sort_by_key(|claim| claim.written.is_some());
     for listener in &written.listeners {
+        // Of one that is none of both it is said elsewhere.
+        let Some(protocol) = listener.protocol.effective(&Protocol::Tcp).copied() else { continue };
         for ports in listener.bind.given().map(|list| list.items.as_slice()).unwrap_or_default() {
             let at = Some((&listener.head, ports.span().start));
-            claims.push(Claim { ports: *ports.get_ref(), written: at, default: "" });
+            claims.push(Claim { ports: *ports.get_ref(), written: at, default: "", protocol });
         }
     }
     claims
@@ -103,7 +108,12 @@ fn single<'w>(
 ) -> Option<Claim<'w>> {
     let first = *bind.effective(&default)?;
     let written = bind.spanned().and_then(|bind| Some((head?, bind.span().start)));
-    Some(Claim { ports: Ports { first, last: first.port() }, written, default: name })
+    Some(Claim {
+        ports: Ports { first, last: first.port() },
+        written,
+        default: name,
+        protocol: Protocol::Tcp,
+    })
 }
 
 #[cfg(test)]
@@ -112,7 +122,12 @@ mod tests {
     use crate::config::unit::ports;
 
     fn overlap(ours: &str, theirs: &str) -> bool {
-        let claim = |text| Claim { ports: ports(text).unwrap(), written: None, default: "admin" };
+        let claim = |text| Claim {
+            ports: ports(text).unwrap(),
+            written: None,
+            default: "admin",
+            protocol: Protocol::Tcp,
+        };
         let (ours, theirs) = (claim(ours), claim(theirs));
         assert_eq!(ours.overlaps(&theirs), theirs.overlaps(&ours));
         ours.overlaps(&theirs)
@@ -137,8 +152,21 @@ mod tests {
     }
 
     #[test]
+    fn a_port_has_room_for_each_protocol() {
+        let claim =
+            |protocol| Claim { ports: ports("127.0.0.1:53").unwrap(), written: None, default: "", protocol };
+        assert!(!claim(Protocol::Tcp).overlaps(&claim(Protocol::Udp)));
+        assert!(claim(Protocol::Udp).overlaps(&claim(Protocol::Udp)));
+    }
+
+    #[test]
     fn a_default_is_named_as_one() {
-        let claim = Claim { ports: ports("127.0.0.1:9900").unwrap(), written: None, default: "admin" };
+        let claim = Claim {
+            ports: ports("127.0.0.1:9900").unwrap(),
+            written: None,
+            default: "admin",
+            protocol: Protocol::Tcp,
+        };
         assert_eq!(claim.place(), "admin (by default)");
     }
 }

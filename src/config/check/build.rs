@@ -14,7 +14,7 @@ use crate::config::value::{
 use crate::config::written::{self, Written};
 use crate::config::{
     AccessLog, Admin, Ask, Backend, Balance, Config, Dns, Drain, Ejection, Fallback, Format, HealthEndpoint,
-    Identity, Level, Listener, Log, Pool, Probe, Process, Queue, Tenant, Timeouts,
+    Identity, Level, Listener, Log, Pool, Probe, Process, Protocol, Queue, Tenant, Timeouts,
 };
 
 /// Where the admin pages are read, by default: from this machine only.
@@ -55,6 +55,7 @@ pub(super) fn config(written: Written) -> Config {
             connect: seconds(written.timeouts.connect, 3),
             idle: seconds(written.timeouts.idle, 350),
             half_close: seconds(written.timeouts.half_close, 60),
+            flow_idle: seconds(written.timeouts.flow_idle, 120),
         },
         drain: Drain {
             notice: seconds(written.drain.notice, 30),
@@ -104,6 +105,7 @@ fn listener(written: written::Listener) -> Listener {
         ProxyProtocol::Off => Identity::Fixed { tenant: written.tenant.value().unwrap_or_default(), trusted },
     };
     Listener {
+        protocol: written.protocol.or(Protocol::Tcp),
         name: name(written.name),
         bind: items(written.bind).iter().flat_map(crate::config::unit::Ports::iter).collect(),
         identity,
@@ -163,6 +165,7 @@ fn probe(written: written::Probe) -> Option<Probe> {
             },
         },
         ProbeKind::Exchange => Ask::Exchange {
+            protocol: written.protocol.or(Protocol::Tcp),
             send: written.send.or(Bytes(Vec::new())).0,
             expect: written.expect.or(Bytes(Vec::new())).0,
             prefix: written.matching.or(Match::Contains) == Match::Prefix,

@@ -26,11 +26,15 @@ fn judge(head: &Head, own: &written::Limits, defaults: &written::Limits, faults:
     let mut fault = |key: &str, offset: usize, message: String| {
         faults.push(head.fault_at(offset, &format!("limits.{key}"), message));
     };
-    if let Some(burst) = &own.session_burst.spanned()
-        && own.session_rate.is_absent()
-        && defaults.session_rate.is_absent()
-    {
-        fault("session-burst", burst.span().start, without("session-rate", &burst.get_ref().0));
+    let bursts = [
+        ("session-rate", "session-burst", &own.session_rate, &own.session_burst, &defaults.session_rate),
+        ("datagram-rate", "datagram-burst", &own.datagram_rate, &own.datagram_burst, &defaults.datagram_rate),
+    ];
+    for (key, burst_key, rate, burst, default) in bursts {
+        let burst = burst.spanned().filter(|_| rate.is_absent() && default.is_absent());
+        if let Some(burst) = burst {
+            fault(burst_key, burst.span().start, without(key, &burst.get_ref().0));
+        }
     }
     let ways = [
         ("to-backend", "to-backend-burst", &own.to_backend, &own.to_backend_burst, &defaults.to_backend),
@@ -78,7 +82,11 @@ pub(super) fn effective(own: &written::Limits, defaults: &written::Limits) -> Li
     Limits {
         mode: own_or(&own.mode, &defaults.mode).given().copied().unwrap_or(Mode::Enforce),
         sessions: sessions.given().map(|sessions| sessions.0),
-        session_rate: session_rate(own, defaults),
+        session_rate: rate(
+            (&own.session_rate, &own.session_burst),
+            (&defaults.session_rate, &defaults.session_burst),
+            Duration::from_secs(1),
+        ),
         to_backend: bandwidth(
             (&own.to_backend, &own.to_backend_burst),
             (&defaults.to_backend, &defaults.to_backend_burst),
@@ -86,6 +94,13 @@ pub(super) fn effective(own: &written::Limits, defaults: &written::Limits) -> Li
         to_client: bandwidth(
             (&own.to_client, &own.to_client_burst),
             (&defaults.to_client, &defaults.to_client_burst),
+        ),
+        flows: own_or(&own.flows, &defaults.flows).given().map(|flows| flows.0),
+        datagram_rate: rate(
+            (&own.datagram_rate, &own.datagram_burst),
+            (&defaults.datagram_rate, &defaults.datagram_burst),
+            // Datagrams come in bursts of their own, and a second's worth of them would be one that hurts others.
+            Duration::from_millis(100),
         ),
     }
 }
@@ -99,11 +114,12 @@ fn pair<'f, R, B>(
     Some((own_or(own.0, default.0).given()?, burst.given()))
 }
 
-fn session_rate(own: &written::Limits, defaults: &written::Limits) -> Option<Rate> {
-    let (Interval(interval), burst): (_, Option<&Count<1>>) =
-        pair((&own.session_rate, &own.session_burst), (&defaults.session_rate, &defaults.session_burst))?;
-    let in_a_second = Duration::from_secs(1).as_nanos() / interval.as_nanos().max(1);
-    let default = u64::try_from(in_a_second).unwrap_or(u64::MAX).max(1);
+type Pace<'f> = (&'f Field<Interval>, &'f Field<Count<1>>);
+
+/// A rate with its burst; by default that is what comes in during `worth`, and at least one.
+fn rate(own: Pace<'_>, defaults: Pace<'_>, worth: Duration) -> Option<Rate> {
+    let (Interval(interval), burst) = pair(own, defaults)?;
+    let default = u64::try_from(worth.as_nanos() / interval.as_nanos().max(1)).unwrap_or(u64::MAX).max(1);
     Some(Rate { interval: *interval, burst: burst.map_or(default, |burst| burst.0) })
 }
 

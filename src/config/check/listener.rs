@@ -1,16 +1,17 @@
 //! The rules of a listener.
 
-use crate::config::Fallback;
 use crate::config::error::Fault;
 use crate::config::section::quoted;
 use crate::config::value::ProxyProtocol;
 use crate::config::written::{Listener, Written};
+use crate::config::{Fallback, Protocol};
 
 /// Every rule, for every listener.
 pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
     for listener in &written.listeners {
         faults.extend(a_listener_binds_something(listener));
         faults.extend(a_listener_binds_at_most_1024_ports(listener));
+        faults.extend(no_datagram_is_pending(listener));
         match listener.proxy_protocol.effective(&ProxyProtocol::Require) {
             Some(ProxyProtocol::Require) => {
                 faults.extend(headers_count_from_trusted_sources_only(listener));
@@ -29,6 +30,15 @@ fn a_listener_binds_something(listener: &Listener) -> Option<Fault> {
     let bind = listener.bind.spanned().filter(|bind| bind.get_ref().is_empty())?;
     let message = "must hold at least one address, such as \"0.0.0.0:8080\", found an empty list";
     Some(listener.head.fault_at(bind.span().start, "bind", message.to_owned()))
+}
+
+fn no_datagram_is_pending(listener: &Listener) -> Option<Fault> {
+    listener.protocol.given().filter(|protocol| **protocol == Protocol::Udp)?;
+    let (offset, found) = listener.max_pending.said(|count| count.0.to_string())?;
+    let message = format!(
+        "must be absent where protocol = \"udp\", because a datagram brings its header whole or not at all, found {found}"
+    );
+    Some(listener.head.fault_at(offset, "max-pending", message))
 }
 
 /// How many ports a listener may bind: each takes a socket for each worker.

@@ -1,11 +1,13 @@
 //! The rules of a pool's active check.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
+use crate::config::Protocol;
 use crate::config::error::Fault;
 use crate::config::section::quoted;
 use crate::config::value::{Count, ProbeKind};
-use crate::config::written::Pool;
+use crate::config::written::{Listener, Pool, Written};
 
 use super::build::{PROBE_INTERVAL, PROBE_TIMEOUT};
 use super::{no_time, told};
@@ -77,6 +79,7 @@ fn nothing_is_said_of_another_kind(pool: &Pool, faults: &mut Vec<Fault>) {
         (Http, "health.path", probe.path.said(|path| quoted(&path.0))),
         (Http, "health.host", probe.host.said(|host| quoted(&host.0))),
         (Http, "health.expect-status", probe.expect_status.said(|_| "a list".to_owned())),
+        (Exchange, "health.protocol", probe.protocol.said(|protocol| quoted(spoken(*protocol)))),
         (Exchange, "health.send", probe.send.said(|bytes| counted(&bytes.0))),
         (Exchange, "health.expect", probe.expect.said(|bytes| counted(&bytes.0))),
         (Exchange, "health.match", probe.matching.said(|way| quoted(way.word()))),
@@ -91,6 +94,59 @@ fn nothing_is_said_of_another_kind(pool: &Pool, faults: &mut Vec<Fault>) {
         );
         faults.push(pool.head.fault_at(offset, key, message));
     }
+}
+
+fn spoken(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    }
+}
+
+/// Where nothing but datagrams comes to a pool, nobody may accept connections at its ports.
+pub(super) fn a_probe_asks_where_somebody_listens(written: &Written, faults: &mut Vec<Fault>) {
+    let (by_udp, by_tcp) = (reached(written, Protocol::Udp), reached(written, Protocol::Tcp));
+    for pool in &written.pools {
+        let Some(name) = pool.name.given().map(|name| name.0.as_str()) else { continue };
+        let probe = &pool.health;
+        let kind = probe.kind.effective(&ProbeKind::Tcp);
+        let is_datagram = probe.protocol.given() == Some(&Protocol::Udp);
+        let asks_elsewhere =
+            kind.is_none_or(|kind| *kind == ProbeKind::None) || !probe.port.is_absent() || is_datagram;
+        if asks_elsewhere || !by_udp.contains(name) || by_tcp.contains(name) {
+            continue;
+        }
+        let (at, default) = match probe.kind.spanned() {
+            Some(kind) => (kind.span().start, ""),
+            None => (pool.head.offset(), " (the default)"),
+        };
+        let message = format!(
+            "must ask by datagrams, or at a port of its own, because only UDP listeners lead here, found \"{}\"{default} at \
+             the traffic's port: kind = \"exchange\" with protocol = \"udp\", or port = 8080, or kind = \"none\"",
+            kind.map_or("tcp", |kind| kind.word())
+        );
+        faults.push(pool.head.fault_at(at, "health.kind", message));
+    }
+}
+
+/// The names of the pools that a listener of this protocol may lead to.
+fn reached(written: &Written, protocol: Protocol) -> HashSet<&str> {
+    let is_it = |listener: &&Listener| listener.protocol.effective(&Protocol::Tcp) == Some(&protocol);
+    let listeners: Vec<_> = written.listeners.iter().filter(is_it).collect();
+    if listeners.is_empty() {
+        return HashSet::new();
+    }
+    let names: HashSet<_> =
+        listeners.iter().filter_map(|listener| Some(listener.name.given()?.0.as_str())).collect();
+    let of_listeners = listeners.iter().filter_map(|listener| listener.pool.given());
+    let of_tenants = written.tenants.iter().filter_map(|tenant| tenant.pool.given());
+    let routes = written.tenants.iter().flat_map(|tenant| tenant.routes.given().into_iter().flatten());
+    let routes = routes.filter(|(listener, _)| names.contains(listener.get_ref().as_str()));
+    of_listeners
+        .chain(of_tenants)
+        .map(String::as_str)
+        .chain(routes.map(|(_, pool)| pool.get_ref().as_str()))
+        .collect()
 }
 
 fn counted(bytes: &[u8]) -> String {

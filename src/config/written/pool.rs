@@ -12,7 +12,7 @@ use crate::config::section::{Field, Head, List, Section, into_table};
 use crate::config::value::{
     Bytes, Count, HostHeader, Match, Name, PathAndQuery, PreferZone, ProbeKind, SendProxy, Whole,
 };
-use crate::config::{Balance, Target};
+use crate::config::{Balance, Protocol, Target};
 
 /// `[[pool]]`
 #[derive(Debug)]
@@ -159,6 +159,7 @@ pub(in crate::config) struct Probe {
     pub(in crate::config) path: Field<PathAndQuery>,
     pub(in crate::config) host: Field<HostHeader>,
     pub(in crate::config) expect_status: Field<List<RangeInclusive<u16>>>,
+    pub(in crate::config) protocol: Field<Protocol>,
     pub(in crate::config) send: Field<Bytes<0>>,
     pub(in crate::config) expect: Field<Bytes<1>>,
     /// `match`
@@ -178,6 +179,7 @@ impl Probe {
             path: section.take("path"),
             host: section.take("host"),
             expect_status: section.take_list("expect-status"),
+            protocol: section.take("protocol"),
             send: section.take("send"),
             expect: section.take("expect"),
             matching: section.take("match"),

@@ -1,0 +1,158 @@
+//! What one worker counts, and what a scrape reads of it.
+
+use std::sync::{Arc, Mutex};
+
+use super::attempt::Connect;
+use super::latency::Recorder;
+use super::loss::Loss;
+use super::{Cell64, EachWay, Label, lock};
+use crate::outcome::Outcome;
+
+/// What is counted for one listener, tenant and pool. Before a session's tenant is known, the two are empty.
+#[derive(Debug)]
+pub struct RouteCells {
+    /// The listener.
+    pub listener: Label,
+    /// The tenant, or the empty name.
+    pub tenant: Label,
+    /// The pool, or the empty name.
+    pub pool: Label,
+    /// Sessions now.
+    pub active: Cell64,
+    /// Bytes forwarded.
+    pub bytes: EachWay<Cell64>,
+    /// Datagrams forwarded.
+    pub datagrams: EachWay<Cell64>,
+    pub(super) lost: [EachWay<Cell64>; Loss::ALL.len()],
+    pub(super) would_lose: [EachWay<Cell64>; Loss::LIMITS.len()],
+    pub(super) ended: Vec<Cell64>,
+}
+
+impl RouteCells {
+    /// Every limit, with how many datagrams it would have dropped, were it not only observed.
+    pub fn would_lose(&self) -> impl Iterator<Item = (Loss, EachWay<u64>)> {
+        Loss::LIMITS.into_iter().zip(self.would_lose.iter().map(EachWay::values))
+    }
+
+    /// Every reason to drop a datagram, with how many were.
+    pub fn lost(&self) -> impl Iterator<Item = (Loss, EachWay<u64>)> {
+        Loss::ALL.into_iter().zip(self.lost.iter().map(EachWay::values))
+    }
+
+    /// Every outcome of the closed set with its count.
+    pub fn ended(&self) -> impl Iterator<Item = (Outcome, u64)> {
+        Outcome::ALL.iter().copied().zip(self.ended.iter().map(Cell64::value))
+    }
+}
+
+/// What is counted for one listener.
+#[derive(Debug)]
+pub struct ListenerCells {
+    /// The listener.
+    pub listener: Label,
+    /// Connections accepted.
+    pub accepted: Cell64,
+    /// Accept errors that were the peer's: it had gone already.
+    pub errors_peer: Cell64,
+    /// Accept errors for want of descriptors or memory.
+    pub errors_shortage: Cell64,
+    /// Accept errors that stopped the listener.
+    pub errors_fatal: Cell64,
+    /// Sessions without a whole header, now.
+    pub pending: Cell64,
+    /// From accept to the end, of the sessions that are logged.
+    pub duration: Recorder,
+}
+
+/// What is counted for one backend of one pool.
+#[derive(Debug)]
+pub struct BackendCells {
+    /// The pool.
+    pub pool: Label,
+    /// The backend.
+    pub backend: Label,
+    /// Sessions now.
+    pub active: Cell64,
+    /// Bytes forwarded.
+    pub bytes: EachWay<Cell64>,
+    pub(super) connects: [Cell64; Connect::ALL.len()],
+}
+
+impl BackendCells {
+    /// Counts an attempt to connect.
+    pub(super) fn count(&self, result: Connect) {
+        if let Some(count) = self.connects.get(result as usize) {
+            count.add(1);
+        }
+    }
+
+    /// Every result of an attempt to connect with its count.
+    pub fn connects(&self) -> impl Iterator<Item = (Connect, u64)> {
+        Connect::ALL.into_iter().zip(self.connects.iter().map(Cell64::value))
+    }
+}
+
+/// What is counted for one pool.
+#[derive(Debug)]
+pub struct PoolCells {
+    /// The pool.
+    pub pool: Label,
+    /// How long successful attempts to connect took.
+    pub connect_time: Recorder,
+}
+
+/// What is counted for a worker.
+#[derive(Debug, Default)]
+pub struct WorkerCells {
+    /// Sessions whose tenant was found: health checks and strangers are not among them.
+    pub identified: Cell64,
+    /// Bytes that went through a buffer.
+    pub copied: EachWay<Cell64>,
+    /// Bytes that went through a pipe, and never into user space.
+    pub spliced: EachWay<Cell64>,
+    /// Pipes that sessions hold now.
+    pub pipes: Cell64,
+    /// Times that a session wanted a pipe and none was to be had: it went on copying.
+    pub pipes_refused: Cell64,
+    /// Fresh connections handed to a worker with fewer sessions.
+    pub handed_over: Cell64,
+    /// Lines of the access log that were dropped because its writer was behind.
+    pub log_dropped: Cell64,
+}
+
+/// One worker's cells, as a scrape reads them.
+#[derive(Debug, Default)]
+pub struct Shard {
+    pub(super) routes: Mutex<Vec<Arc<RouteCells>>>,
+    pub(super) listeners: Mutex<Vec<Arc<ListenerCells>>>,
+    pub(super) backends: Mutex<Vec<Arc<BackendCells>>>,
+    pub(super) pools: Mutex<Vec<Arc<PoolCells>>>,
+    /// The worker's own.
+    pub worker: WorkerCells,
+}
+
+impl Shard {
+    /// All routes so far.
+    #[must_use]
+    pub fn routes(&self) -> Vec<Arc<RouteCells>> {
+        lock(&self.routes).clone()
+    }
+
+    /// All listeners so far.
+    #[must_use]
+    pub fn listeners(&self) -> Vec<Arc<ListenerCells>> {
+        lock(&self.listeners).clone()
+    }
+
+    /// All backends so far.
+    #[must_use]
+    pub fn backends(&self) -> Vec<Arc<BackendCells>> {
+        lock(&self.backends).clone()
+    }
+
+    /// All pools so far.
+    #[must_use]
+    pub fn pools(&self) -> Vec<Arc<PoolCells>> {
+        lock(&self.pools).clone()
+    }
+}

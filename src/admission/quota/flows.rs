@@ -1,0 +1,189 @@
+//! What a tenant's flows may take: so many at once, so many datagrams, and the bytes that its sessions have, too.
+
+use std::sync::Arc;
+
+use super::{Quota, Slots, add};
+use crate::account::Direction;
+use crate::clock::Moment;
+use crate::outcome::Why;
+
+impl Quota {
+    /// Admits one more flow.
+    ///
+    /// # Errors
+    /// Why not; nothing is held then.
+    pub fn admit_flow(self: &Arc<Self>) -> Result<FlowPermit, Why> {
+        let (held, beyond) = match self.flows.enter() {
+            Ok(held) => (held, false),
+            Err(_) if self.is_observing() => (self.flows.enter_anyway(), true),
+            Err(_) => return Err(self.reject(Why::FlowLimit)),
+        };
+        if held == 0 {
+            self.share.iter().for_each(|share| share.join());
+        }
+        let permit = FlowPermit { quota: Arc::clone(self), beyond };
+        // Its sessions take room of the process, too.
+        if self.share.as_ref().is_some_and(|share| !share.allows(held + self.sessions())) {
+            return Err(self.reject(Why::Shed));
+        }
+        if beyond {
+            add(&self.would_reject, Why::FlowLimit);
+        }
+        Ok(permit)
+    }
+
+    /// Whether one datagram of so many bytes may pass now. It does not wait: who has to go is dropped, and has taken nothing.
+    pub fn pass(&self, direction: Direction, bytes: u64, now: Moment) -> Passage {
+        let budget = self.budget(direction);
+        let excess = if !budget.take_whole(bytes, now) {
+            Excess::Bandwidth
+        } else if !self.datagrams.admit(now) {
+            budget.give_back(bytes);
+            Excess::Rate
+        } else {
+            return Passage::Free;
+        };
+        if self.is_observing() { Passage::Observed(excess) } else { Passage::Dropped(excess) }
+    }
+
+    /// Flows now.
+    #[must_use]
+    pub fn flows(&self) -> usize {
+        self.flows.used()
+    }
+
+    /// Flows at most.
+    #[must_use]
+    pub fn flows_limit(&self) -> Option<usize> {
+        Some(self.flows.limit()).filter(|limit| *limit != Slots::UNLIMITED)
+    }
+}
+
+/// What becomes of a datagram by its tenant's limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passage {
+    /// It passes.
+    Free,
+    /// It passes, and would not, were the limits not only observed.
+    Observed(Excess),
+    /// It is dropped.
+    Dropped(Excess),
+}
+
+/// Which limit a datagram is beyond.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Excess {
+    /// `datagram-rate`.
+    Rate,
+    /// `to-backend` or `to-client`.
+    Bandwidth,
+}
+
+/// One flow of a tenant, given back on drop.
+#[derive(Debug)]
+pub struct FlowPermit {
+    quota: Arc<Quota>,
+    beyond: bool,
+}
+
+impl FlowPermit {
+    /// Whose flow it is.
+    #[must_use]
+    pub fn quota(&self) -> &Arc<Quota> {
+        &self.quota
+    }
+
+    /// Why it would have been rejected, were the limits not only observed.
+    #[must_use]
+    pub fn would_reject(&self) -> Option<Why> {
+        self.beyond.then_some(Why::FlowLimit)
+    }
+}
+
+impl Drop for FlowPermit {
+    fn drop(&mut self) {
+        if self.quota.flows.leave() == 0 {
+            self.quota.share.iter().for_each(|share| share.part());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::super::share::Share;
+    use super::*;
+    use crate::config::{self, Limits, Mode};
+
+    const START: Moment = Moment::from_nanos(0);
+
+    fn at_ms(ms: u64) -> Moment {
+        START + Duration::from_millis(ms)
+    }
+
+    fn quota(limits: Limits) -> Arc<Quota> {
+        let quota = Quota::new(Share::new(Slots::new(1_000_000)));
+        quota.set(&limits);
+        quota
+    }
+
+    fn rate(ms: u64, burst: u64) -> config::Rate {
+        config::Rate { interval: Duration::from_millis(ms), burst }
+    }
+
+    fn counts(reasons: impl Iterator<Item = (Why, u64)>) -> Vec<u64> {
+        reasons.map(|(_, count)| count).collect()
+    }
+
+    #[test]
+    fn the_last_flow_is_admitted_and_the_next_is_not() {
+        let quota = quota(Limits { flows: Some(2), ..Limits::default() });
+        let first = quota.admit_flow().unwrap();
+        let _second = quota.admit_flow().unwrap();
+        assert_eq!(quota.admit_flow().unwrap_err(), Why::FlowLimit);
+        assert!(quota.admit(START).is_ok(), "sessions have a limit of their own");
+        drop(first);
+        assert_eq!((quota.flows(), quota.flows_limit(), quota.admit_flow().is_ok()), (1, Some(2), true));
+        quota.set(&Limits { mode: Mode::Observe, flows: Some(1), ..Limits::default() });
+        assert_eq!(quota.admit_flow().unwrap().would_reject(), Some(Why::FlowLimit));
+        assert_eq!(
+            (counts(quota.rejected()), counts(quota.would_reject())),
+            (vec![0, 0, 1, 0, 0], vec![0, 0, 1])
+        );
+    }
+
+    #[test]
+    fn the_last_datagram_passes_and_the_next_takes_nothing() {
+        let bandwidth = |bytes_per_second, burst| Some(config::Bandwidth { bytes_per_second, burst });
+        let limits = Limits {
+            datagram_rate: Some(rate(100, 3)),
+            to_backend: bandwidth(100_000, 1_000),
+            ..Limits::default()
+        };
+        let quota = quota(limits);
+        let pass = |direction, bytes, now| quota.pass(direction, bytes, now);
+        let (there, back) = (Direction::ToBackend, Direction::ToClient);
+        // What two ticks bring is kept, however small the burst.
+        assert_eq!(pass(there, 9_000, START), Passage::Free);
+        assert_eq!(pass(there, 1_001, START), Passage::Dropped(Excess::Bandwidth));
+        assert_eq!(pass(there, 1_000, START), Passage::Free);
+        assert_eq!(pass(back, 60_000, START), Passage::Free, "the other way has no bandwidth");
+        for _ in 0..10 {
+            assert_eq!(pass(back, 1, START), Passage::Dropped(Excess::Rate));
+        }
+        assert_eq!(pass(back, 1, at_ms(100)), Passage::Free);
+        assert_eq!(pass(there, 10_000, at_ms(200)), Passage::Free, "those that were dropped took nothing");
+        quota.set(&Limits { mode: Mode::Observe, ..limits });
+        assert_eq!(pass(there, 1, at_ms(200)), Passage::Observed(Excess::Bandwidth));
+    }
+
+    #[test]
+    fn a_datagram_longer_than_the_burst_passes_where_nothing_was_taken() {
+        let bandwidth = Some(config::Bandwidth { bytes_per_second: 10_000, burst: 1_000 });
+        let quota = quota(Limits { to_client: bandwidth, ..Limits::default() });
+        let pass = |now| quota.pass(Direction::ToClient, 20_000, now);
+        assert_eq!((pass(START), pass(at_ms(1_999))), (Passage::Free, Passage::Dropped(Excess::Bandwidth)));
+        assert_eq!(pass(at_ms(2_000)), Passage::Free);
+    }
+}

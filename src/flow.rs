@@ -1,0 +1,310 @@
+//! UDP: a shell around the pure flow table. Datagrams of a worker come in here and go out again, and every flow is
+//! accounted for.
+
+mod life;
+mod open;
+mod run;
+mod socket;
+pub mod table;
+
+use std::cell::RefCell;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, Cache};
+use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
+use rustix::event::{Timespec, epoll};
+use tokio::io::unix::AsyncFd;
+
+use self::life::{Books, Flow};
+use self::open::Datagram;
+use self::run::{Runs, Span};
+use self::socket::{BATCH, Door, ROOM};
+use self::table::{FlowId, Path, Table};
+use crate::account::log::{Batch, Journal};
+use crate::addr::PeerAddr;
+use crate::admission::rate::Rate;
+use crate::admission::slots::Slots;
+use crate::clock::{self, Moment};
+use crate::config;
+use crate::life::Local;
+use crate::outcome::{At, Outcome, Why};
+use crate::state::rejections::Rejections;
+use crate::state::{Live, Snapshot};
+use crate::wire::{self, Transport};
+
+/// Flows that are closed for their idleness in one go: what that takes is far below a millisecond.
+const EXPIRED_AT_ONCE: usize = 256;
+
+/// Events of flows that are taken in one call.
+const EVENTS: usize = 64;
+
+/// Messages that one flow is given in its turn, so that a greedy one does not keep the others waiting.
+const TURN: usize = 16;
+
+/// Lines of the access log that tell of datagrams without a flow: so many in a second, and so many at once.
+const STRAY_LINES: config::Rate = config::Rate { interval: Duration::from_millis(100), burst: 20 };
+
+/// Which flows have something to say.
+type Poll = AsyncFd<OwnedFd>;
+
+/// The UDP side of one worker. `A` is what a flow has aboard as long as it lives.
+pub struct Flows<A> {
+    state: RefCell<State<A>>,
+    /// The sockets of all flows: one event source for the runtime, however many there are.
+    poll: Poll,
+    doors: RefCell<Vec<Rc<Door>>>,
+}
+
+struct State<A> {
+    number: u16,
+    local: Rc<Local>,
+    snapshot: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
+    slots: Arc<Slots>,
+    journal: Journal,
+    rejections: Rejections,
+    stray_lines: Rate,
+    strays_left_out: u64,
+    table: Table<Flow<A>>,
+    board: Box<dyn Fn() -> A>,
+    rolls: fastrand::Rng,
+    room: Vec<u8>,
+    metas: Vec<RecvMeta>,
+    runs: Runs,
+    spans: Vec<Span>,
+    copy: Vec<u8>,
+    /// Flows that had more to say when their turn was over.
+    again: Vec<FlowId>,
+    /// How the flows' sockets are received from.
+    sockets: UdpSocketState,
+    /// Whether datagrams go to backends together; not where the kernel or a driver has refused that.
+    together: bool,
+    draining: bool,
+}
+
+impl<A> fmt::Debug for Flows<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Flows").field("count", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl<A> Flows<A> {
+    /// No flows yet. `board` makes what each has aboard.
+    ///
+    /// # Errors
+    /// Where the system has no descriptor left.
+    pub fn new(
+        number: u16,
+        live: &Live,
+        local: Rc<Local>,
+        journal: Option<SyncSender<Batch>>,
+        board: Box<dyn Fn() -> A>,
+    ) -> io::Result<Rc<Self>> {
+        let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; an OwnedFd keeps its descriptor, as both ask"
+        )]
+        let poll = AsyncFd::new(poll)?;
+        let sample = UdpSocket::bind("127.0.0.1:0")?;
+        let stray_lines = Rate::default();
+        stray_lines.set(Some(STRAY_LINES));
+        let state = State {
+            number,
+            local,
+            snapshot: Cache::new(Arc::clone(&live.snapshot)),
+            slots: Arc::clone(&live.sessions),
+            journal: Journal::new(journal),
+            rejections: Rejections::default(),
+            stray_lines,
+            strays_left_out: 0,
+            table: Table::new(live.flow_idle),
+            board,
+            rolls: fastrand::Rng::new(),
+            room: vec![0; BATCH * ROOM],
+            metas: vec![RecvMeta::default(); BATCH],
+            runs: Runs::default(),
+            spans: Vec::new(),
+            copy: Vec::new(),
+            again: Vec::new(),
+            sockets: UdpSocketState::new(UdpSockRef::from(&sample))?,
+            together: true,
+            draining: false,
+        };
+        Ok(Rc::new(Self { state: RefCell::new(state), poll, doors: RefCell::default() }))
+    }
+
+    /// Flows now.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.state.borrow().table.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Hears what comes in at a bound socket of a listener, by its place, and answers from there; for ever.
+    ///
+    /// # Errors
+    /// What broke the socket.
+    pub async fn keep(&self, socket: UdpSocket, listener: u32) -> io::Result<()> {
+        let header = {
+            let snapshot = self.state.borrow_mut().snapshot();
+            let rules = snapshot.listeners.get(listener as usize).and_then(|rules| rules.header.as_ref());
+            rules.map(|rules| wire::Rules { transport: Transport::Datagram, verify_crc: rules.verify_crc })
+        };
+        let door = Rc::new(Door::new(socket, listener, header)?);
+        let place = self.doors.borrow().len();
+        self.doors.borrow_mut().push(Rc::clone(&door));
+        let place = u16::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?;
+        loop {
+            door.hear(|door| self.hear(door, place)).await?;
+        }
+    }
+
+    /// Takes one batch of datagrams from clients; whether that was all.
+    fn hear(&self, door: &Door, place: u16) -> io::Result<bool> {
+        let mut state = self.state.borrow_mut();
+        let (mut room, mut metas) = (std::mem::take(&mut state.room), std::mem::take(&mut state.metas));
+        let received = door.receive(&mut room, &mut metas);
+        if let Ok(count) = received {
+            let now = clock::now();
+            for (meta, at) in metas.iter().take(count).zip(0..) {
+                let path = Path { socket: place, local: door.asked(meta), peer: PeerAddr(meta.addr) };
+                for span in datagrams(at * ROOM, meta.len, meta.stride) {
+                    state.take_in(Datagram { door, path, room: &room, span }, &self.poll, now);
+                }
+            }
+            state.send_runs(&self.poll, &room, now);
+        }
+        (state.room, state.metas) = (room, metas);
+        received.map(|count| count < BATCH)
+    }
+
+    /// Passes on what backends say; for ever.
+    ///
+    /// # Errors
+    /// What broke the poll.
+    pub async fn answer(&self) -> io::Result<()> {
+        let mut events = Vec::with_capacity(EVENTS);
+        loop {
+            if self.state.borrow().again.is_empty() {
+                let mut ready = self.poll.readable().await?;
+                if self.collect(&mut events)? < EVENTS {
+                    ready.clear_ready();
+                }
+            } else {
+                tokio::task::yield_now().await;
+                self.collect(&mut events)?;
+            }
+            self.pass_answers(&events);
+        }
+    }
+
+    /// The flows that have something to say, without a wait.
+    fn collect(&self, events: &mut Vec<epoll::Event>) -> io::Result<usize> {
+        events.clear();
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        epoll::wait(self.poll.get_ref(), rustix::buffer::spare_capacity(events), Some(&at_once))?;
+        Ok(events.len())
+    }
+
+    /// Gives each flow that has something to say its turn.
+    fn pass_answers(&self, events: &[epoll::Event]) {
+        let (mut state, doors, now) = (self.state.borrow_mut(), self.doors.borrow(), clock::now());
+        let again = std::mem::take(&mut state.again);
+        for id in again.into_iter().chain(events.iter().map(|event| FlowId::from_u64(event.data.u64()))) {
+            state.pass_answer(id, &doors, &self.poll, now);
+        }
+    }
+
+    /// Goes on to `now`: flows that were idle for long are ended.
+    pub fn advance(&self, now: Moment) {
+        self.state.borrow_mut().expire(now);
+    }
+
+    /// Tells what was left out of the access log.
+    pub fn tell(&self) {
+        let mut state = self.state.borrow_mut();
+        state.rejections.tell();
+        let left_out = std::mem::take(&mut state.strays_left_out);
+        if left_out > 0 {
+            tracing::warn!(left_out, "datagrams without a flow were left out of the access log");
+        }
+    }
+
+    /// Hands the lines of the access log on; how many were dropped because the writer was behind.
+    #[must_use]
+    pub fn flush(&self) -> u64 {
+        let state = self.state.borrow();
+        state.journal.flush();
+        state.journal.take_dropped()
+    }
+
+    /// From now on no flow begins, and one that has been silent for `idle` is ended.
+    pub fn drain(&self, idle: Duration) {
+        let mut state = self.state.borrow_mut();
+        state.draining = true;
+        let idle = idle.min(state.table.idle());
+        state.table.set_idle(idle);
+    }
+
+    /// Ends every flow.
+    pub fn end_all(&self) {
+        let (mut state, now) = (self.state.borrow_mut(), clock::now());
+        let outcome = Outcome::reject(At::Forward, Why::Drained);
+        let State { table, journal, rejections, .. } = &mut *state;
+        let books = Books { journal, rejections };
+        for (path, who, flow) in table.drain() {
+            flow.end(outcome, path.peer, who, &books, now);
+        }
+    }
+}
+
+impl<A> State<A> {
+    fn snapshot(&mut self) -> Arc<Snapshot> {
+        Arc::clone(self.snapshot.load())
+    }
+
+    fn expire(&mut self, now: Moment) {
+        if self.table.deadline().is_none_or(|deadline| deadline > now) {
+            return;
+        }
+        let Self { table, journal, rejections, draining, .. } = self;
+        let why = if *draining { Why::Drained } else { Why::IdleTimeout };
+        let books = Books { journal, rejections };
+        table.expire(now, EXPIRED_AT_ONCE, |path, who, flow| {
+            flow.end(Outcome::reject(At::Forward, why), path.peer, who, &books, now);
+        });
+    }
+
+    /// Ends one flow.
+    fn end(&mut self, id: FlowId, outcome: Outcome, now: Moment) {
+        if let Some((path, who, flow)) = self.table.close(id) {
+            let books = Books { journal: &self.journal, rejections: &self.rejections };
+            flow.end(outcome, path.peer, who, &books, now);
+        }
+    }
+}
+
+/// Where the datagrams lie that the kernel put together, one by one: all of one length, but for a shorter last one.
+fn datagrams(at: usize, len: usize, each: usize) -> impl Iterator<Item = Span> {
+    let each = each.max(1);
+    // One of no bytes is one.
+    let count = len.div_ceil(each).max(1);
+    (0..count).map(move |place| at + place * each..at + len.min((place + 1) * each))
+}
+
+/// The address that an answer leaves from, where it is not the socket's own.
+fn from(path: Path) -> Option<IpAddr> {
+    path.local
+}

@@ -1,0 +1,205 @@
+//! What a worker keeps for one flow, and how it ends.
+
+use std::net::UdpSocket;
+use std::sync::Arc;
+
+use crate::account::log::{Journal, Marks, Record};
+use crate::account::meter::Meter;
+use crate::account::{Direction, EachWay};
+use crate::addr::{BackendAddr, PeerAddr};
+use crate::admission::quota::FlowPermit;
+use crate::admission::slots::Permit;
+use crate::clock::{self, Moment};
+use crate::id::SessionId;
+use crate::outcome::Outcome;
+use crate::pool::{Picked, Pool, Tried};
+use crate::state::Snapshot;
+use crate::state::rejections::Rejections;
+use crate::tenant::Tenant;
+
+use super::run::Span;
+use super::socket;
+use super::table::Who;
+
+/// One flow. `aboard` is held as long.
+#[derive(Debug)]
+pub(super) struct Flow<A> {
+    /// Where a backend was found for it. Closing it takes it off the poll.
+    pub(super) socket: UdpSocket,
+    pub(super) picked: Picked,
+    pub(super) tried: Tried,
+    pub(super) attempts: u32,
+    /// The first datagram, as long as it is the only one and nobody has answered: another backend may be asked too.
+    pub(super) first: Option<Box<[u8]>>,
+    /// Goes in front of each datagram to the backend whose own header does not; empty where none does.
+    pub(super) header: Box<[u8]>,
+    pub(super) datagrams: EachWay<u64>,
+    pub(super) permit: FlowPermit,
+    pub(super) story: Story,
+    _slot: Permit,
+    _aboard: A,
+}
+
+/// What is told of a flow when it has ended, as far as it has come.
+#[derive(Debug)]
+pub(super) struct Story {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) meter: Meter,
+    pub(super) session: SessionId,
+    pub(super) began: Moment,
+    pub(super) listener: u32,
+    /// The places of its tenant and pool in the snapshot; beyond the last while they are not known.
+    pub(super) tenant: u32,
+    pub(super) pool: u32,
+}
+
+/// No place in a snapshot.
+pub(super) const NOWHERE: u32 = u32::MAX;
+
+/// What a backend was found with.
+pub(super) struct Found {
+    pub(super) socket: UdpSocket,
+    pub(super) picked: Picked,
+    pub(super) tried: Tried,
+    pub(super) attempts: u32,
+}
+
+/// Where ends are written down.
+pub(super) struct Books<'a> {
+    pub(super) journal: &'a Journal,
+    pub(super) rejections: &'a Rejections,
+}
+
+impl Story {
+    pub(super) fn tenant(&self) -> Option<&Tenant> {
+        self.snapshot.directory.tenants().get(self.tenant as usize)
+    }
+
+    pub(super) fn pool(&self) -> Option<&Arc<Pool>> {
+        self.snapshot.pools.get(self.pool as usize)
+    }
+
+    /// Counts the end, and writes its line; `line` is what was left out of the log before it, `None` where it is too.
+    pub(super) fn end(self, outcome: Outcome, who: Told, journal: &Journal, line: Option<u64>, now: Moment) {
+        let bytes = self.meter.bytes();
+        let took = now.since(self.began);
+        if let Some(left_out) = line.filter(|_| outcome.is_logged() && journal.is_on()) {
+            let tenant = self.tenant();
+            let listener = self.snapshot.listeners.get(self.listener as usize);
+            journal.write(&Record {
+                time: clock::wall(),
+                session: self.session,
+                listener: listener.map_or("", |listener| listener.label.name()),
+                tenant: tenant.map(|tenant| tenant.label.name()),
+                endpoint: who.who.and_then(|who| who.endpoint.id()),
+                client: who.who.and_then(|who| who.client),
+                peer: who.peer,
+                pool: self.pool().map(|pool| pool.label.name()),
+                backend: who.backend,
+                attempts: who.attempts,
+                bytes,
+                datagrams: Some(who.datagrams),
+                connect_ms: None,
+                total_ms: took,
+                outcome,
+                marks: Marks { left_out, would_reject: who.would_reject, ..Marks::default() },
+                labels: tenant.and_then(|tenant| tenant.labels.as_deref()),
+            });
+        }
+        self.meter.end(outcome, took);
+    }
+}
+
+/// Of whom a line tells.
+#[derive(Clone, Copy)]
+pub(super) struct Told {
+    pub(super) peer: PeerAddr,
+    pub(super) who: Option<Who>,
+    pub(super) backend: Option<BackendAddr>,
+    pub(super) attempts: u32,
+    pub(super) datagrams: EachWay<u64>,
+    pub(super) would_reject: Option<crate::outcome::Why>,
+}
+
+impl Told {
+    /// Of somebody who has no flow.
+    pub(super) fn stray(peer: PeerAddr, who: Option<Who>) -> Self {
+        let datagrams = EachWay::default();
+        Self { peer, who, backend: None, attempts: 0, datagrams, would_reject: None }
+    }
+}
+
+impl<A> Flow<A> {
+    pub(super) fn new(found: Found, permit: FlowPermit, slot: Permit, aboard: A, story: Story) -> Self {
+        Self {
+            socket: found.socket,
+            picked: found.picked,
+            tried: found.tried,
+            attempts: found.attempts,
+            first: None,
+            header: Box::default(),
+            datagrams: EachWay::default(),
+            permit,
+            story,
+            _slot: slot,
+            _aboard: aboard,
+        }
+    }
+
+    /// Goes on with another backend.
+    pub(super) fn move_to(&mut self, found: Found) {
+        // The socket goes, and with it its place on the poll.
+        (self.socket, self.picked) = (found.socket, found.picked);
+        (self.tried, self.attempts) = (found.tried, found.attempts);
+    }
+
+    /// Remembers the first datagram, while it is the only one: where its backend is not there, another one gets it.
+    pub(super) fn keep_first(&mut self, spans: &[Span], room: &[u8]) {
+        let is_first = self.datagrams.to_backend == 0 && self.first.is_none();
+        self.first = match spans {
+            [only] if is_first => room.get(only.clone()).map(Box::from),
+            _ => None,
+        };
+    }
+
+    /// Sends the first datagram again. Nobody has heard it, so it counts once.
+    pub(super) fn repeat_first(&self) {
+        if let Some(first) = &self.first
+            && let Err(error) = socket::send(&self.socket, &self.header, first)
+        {
+            self.story.meter.lost(Direction::ToBackend, socket::loss(&error), 1);
+        }
+    }
+
+    /// Whether the backend has answered.
+    pub(super) fn is_answered(&self) -> bool {
+        self.datagrams.to_client > 0
+    }
+
+    /// Ends it, and accounts for it.
+    pub(super) fn end(self, outcome: Outcome, peer: PeerAddr, who: Who, books: &Books<'_>, now: Moment) {
+        if self.is_answered() {
+            self.picked.answered();
+        }
+        let told = Told {
+            peer,
+            who: Some(who),
+            backend: Some(self.picked.address()),
+            attempts: self.attempts,
+            datagrams: self.datagrams,
+            would_reject: self.permit.would_reject(),
+        };
+        let line = books.rejections.line(outcome, self.story.tenant(), now);
+        self.story.end(outcome, told, books.journal, line, now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_is_small() {
+        assert!(size_of::<Flow<[usize; 2]>>() <= 320, "{} bytes", size_of::<Flow<[usize; 2]>>());
+    }
+}

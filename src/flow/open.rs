@@ -1,0 +1,387 @@
+//! From a datagram to its flow: who speaks, whose traffic it is, whether there is room, and which backend.
+
+use std::io::ErrorKind;
+use std::net::UdpSocket;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::epoll;
+
+use super::life::{Books, Flow, Found, NOWHERE, Story, Told};
+use super::run::Span;
+use super::socket::{self, Door, ROOM};
+use super::table::{Command, FlowId, Path, Stray, Who};
+use super::{Poll, State, TURN, datagrams};
+use crate::accept;
+use crate::account::Direction;
+use crate::account::loss::Loss;
+use crate::account::meter::{Connect, Meter};
+use crate::addr::{ClientAddr, DestinationAddr};
+use crate::admission::quota::FlowPermit;
+use crate::admission::slots;
+use crate::clock::Moment;
+use crate::connect::{self, Failure};
+use crate::id::{Claim, SessionId};
+use crate::outcome::{At, By, Outcome, Why};
+use crate::pool::{Failed, Nobody, Picked, Pool, Tried, pick};
+use crate::wire::{self, Builder, Malformed, Parsed, SIGNATURE, Transport};
+
+/// A flow that was silent for so long may lose its place to a new one, where all places are taken.
+const GIVES_WAY: Duration = Duration::from_secs(5);
+
+/// What a datagram begins with.
+enum Spoken {
+    /// A header of so many bytes.
+    Header(Who, usize),
+    /// None.
+    Bare,
+    /// Nothing that leads to a flow.
+    Nobody(Outcome),
+}
+
+/// Reads a datagram's header, where there is one.
+fn read(datagram: &[u8], rules: wire::Rules) -> Spoken {
+    match wire::parse(datagram, rules) {
+        Parsed::Done(header, _) if header.command() == wire::Command::Local => {
+            Spoken::Nobody(Outcome::new(By::Client, At::Header, Why::Local))
+        }
+        Parsed::Done(header, len) => {
+            let who = Who { client: header.client(), endpoint: Claim::from_tlv(header.endpoint()) };
+            Spoken::Header(who, len)
+        }
+        // Too short for a signature: payload, however it begins.
+        Parsed::Partial(_) if datagram.len() < SIGNATURE.len() => Spoken::Bare,
+        Parsed::Partial(_) => Spoken::Nobody(Outcome::new(By::Client, At::Header, Why::HeaderTruncated)),
+        Parsed::Malformed(Malformed::NoSignature) => Spoken::Bare,
+        Parsed::Malformed(reason) => Spoken::Nobody(Outcome::reject(At::Header, reason.into())),
+    }
+}
+
+/// A datagram of a client's, where it came in.
+pub(super) struct Datagram<'a> {
+    pub(super) door: &'a Door,
+    pub(super) path: Path,
+    pub(super) room: &'a [u8],
+    pub(super) span: Span,
+}
+
+impl<A> State<A> {
+    /// Takes in one datagram of a client's.
+    pub(super) fn take_in(&mut self, datagram: Datagram<'_>, poll: &Poll, now: Moment) {
+        let Datagram { door, path, room, span } = datagram;
+        let bytes = room.get(span.clone()).unwrap_or_default();
+        let peer = Who { client: Some(ClientAddr(path.peer.0)), endpoint: Claim::Absent };
+        let spoken = door.header.map_or(Spoken::Header(peer, 0), |rules| read(bytes, rules));
+        let (who, header_len) = match spoken {
+            Spoken::Header(who, len) => (Some(who), len),
+            Spoken::Bare => (None, 0),
+            Spoken::Nobody(outcome) => return self.turn_away(door, path, None, outcome, now),
+        };
+        let payload = span.start + header_len..span.end;
+        match (self.table.hear(path, who, now), who) {
+            (Command::ToBackend(id), _) => self.runs.add(id, payload),
+            (Command::Open, Some(who)) => {
+                let header = bytes.get(..header_len).unwrap_or_default();
+                if let Some(id) = self.open(door, path, who, header, poll, now) {
+                    self.runs.add(id, payload);
+                }
+            }
+            (Command::Drop(Stray::Ambiguous), _) => {
+                self.turn_away(door, path, None, Outcome::reject(At::Header, Why::Ambiguous), now);
+            }
+            (Command::Drop(Stray::NoHeader) | Command::Open, _) => {
+                self.turn_away(door, path, None, Outcome::reject(At::Header, Why::NoHeader), now);
+            }
+        }
+    }
+
+    fn story(&mut self, listener: u32, now: Moment) -> Option<Story> {
+        let snapshot = self.snapshot();
+        let rules = snapshot.listeners.get(listener as usize)?;
+        let meter = Meter::new(Rc::clone(&self.local.ledger), &rules.label);
+        let session = SessionId::new(self.number, self.local.ledger.next_session());
+        Some(Story { snapshot, meter, session, began: now, listener, tenant: NOWHERE, pool: NOWHERE })
+    }
+
+    /// Counts a datagram that belongs to no flow and begins none.
+    fn turn_away(&mut self, door: &Door, path: Path, who: Option<Who>, outcome: Outcome, now: Moment) {
+        let Some(story) = self.story(door.listener, now) else { return };
+        let trusted =
+            story.snapshot.listeners.get(door.listener as usize).map_or(&[][..], |rules| &rules.trusted);
+        let is_stranger = !trusted.is_empty() && !accept::is_trusted(path.peer, trusted);
+        let outcome = if is_stranger { Outcome::reject(At::Accept, Why::UntrustedSource) } else { outcome };
+        self.reject(story, path, who, outcome, now);
+    }
+
+    fn reject(&mut self, story: Story, path: Path, who: Option<Who>, outcome: Outcome, now: Moment) {
+        // A flood of datagrams is cheaper to send than one of connections: of those without a tenant a few have a line.
+        let line = match story.tenant() {
+            Some(tenant) => self.rejections.line(outcome, Some(tenant), now),
+            None if !outcome.is_logged() => None,
+            None if self.stray_lines.admit(now) => Some(std::mem::take(&mut self.strays_left_out)),
+            None => {
+                self.strays_left_out += 1;
+                None
+            }
+        };
+        story.end(outcome, Told::stray(path.peer, who), &self.journal, line, now);
+    }
+
+    /// Begins a flow.
+    fn open(
+        &mut self,
+        door: &Door,
+        path: Path,
+        who: Who,
+        header: &[u8],
+        poll: &Poll,
+        now: Moment,
+    ) -> Option<FlowId> {
+        let mut story = self.story(door.listener, now)?;
+        match self.steps(&mut story, path, who, now) {
+            Ok((found, permit, slot)) => {
+                let send_proxy = story.pool().is_some_and(|pool| pool.send_proxy);
+                let tenant = story.tenant().map_or(0, |tenant| tenant.label.serial());
+                let mut flow = Flow::new(found, permit, slot, (self.board)(), story);
+                if send_proxy {
+                    flow.header = front(door, path, who, header).into();
+                }
+                let id = self.table.open(path, who, tenant, flow, now);
+                self.watch(id, poll, now).then_some(id)
+            }
+            Err(outcome) => {
+                self.reject(story, path, Some(who), outcome, now);
+                None
+            }
+        }
+    }
+
+    /// Has the poll watch a flow's socket.
+    fn watch(&mut self, id: FlowId, poll: &Poll, now: Moment) -> bool {
+        let Some((_, _, flow)) = self.table.find(id) else { return false };
+        // On the edge: a flow that had its turn and has more to say is remembered, not asked for again.
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        let added = epoll::add(poll.get_ref(), &flow.socket, epoll::EventData::new_u64(id.to_u64()), flags);
+        if added.is_err() {
+            self.end(id, Outcome::reject(At::Connect, Why::Shortage), now);
+        }
+        added.is_ok()
+    }
+
+    /// The steps of a flow up to its backend.
+    fn steps(
+        &mut self,
+        story: &mut Story,
+        path: Path,
+        who: Who,
+        now: Moment,
+    ) -> Result<(Found, FlowPermit, slots::Permit), Outcome> {
+        let snapshot = Arc::clone(&story.snapshot);
+        let rules = snapshot.listeners.get(story.listener as usize);
+        let rules = rules.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
+        if !rules.trusted.is_empty() && !accept::is_trusted(path.peer, &rules.trusted) {
+            return Err(Outcome::reject(At::Accept, Why::UntrustedSource));
+        }
+        if self.draining {
+            return Err(Outcome::reject(At::Header, Why::Drained));
+        }
+        let (place, why) = snapshot.directory.place(who.endpoint, rules.tenants);
+        let tenant = place.and_then(|place| snapshot.directory.tenants().get(place as usize));
+        let tenant = tenant.ok_or(Outcome::reject(At::Tenant, why))?;
+        let pool_place = tenant.pool_on(story.listener, rules.pool);
+        let pool = pool_place.and_then(|place| snapshot.pools.get(place as usize));
+        story.meter.assign(&tenant.label, pool.map(|pool| &pool.label));
+        (story.tenant, story.pool) = (place.unwrap_or(NOWHERE), pool_place.unwrap_or(NOWHERE));
+        tenant.admit()?;
+        let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
+        let slot = self.slot(now)?;
+        let permit = match tenant.quota.admit_flow() {
+            Err(Why::FlowLimit) if self.evict(Some(tenant.label.serial()), now) => tenant.quota.admit_flow(),
+            admitted => admitted,
+        };
+        let permit = permit.map_err(|why| Outcome::reject(At::Tenant, why))?;
+        pool.arrived(tenant.label.serial());
+        let search = Search { pool, who, rolls: &mut self.rolls, now };
+        let found = search.run(Tried::default(), 0, &mut story.meter)?;
+        Ok((found, permit, slot))
+    }
+
+    /// A place in the process, where need be that of the flow that was silent longest.
+    fn slot(&mut self, now: Moment) -> Result<slots::Permit, Outcome> {
+        let slot = self.slots.take();
+        let slot = slot.or_else(|| if self.evict(None, now) { self.slots.take() } else { None });
+        slot.ok_or(Outcome::reject(At::Accept, Why::Shed))
+    }
+
+    /// Ends the flow of this tenant, or of the one that has most, that was silent longest; whether there was one.
+    fn evict(&mut self, tenant: Option<u32>, now: Moment) -> bool {
+        let Some((path, who, flow)) = self.table.evict(tenant, GIVES_WAY, now) else { return false };
+        let books = Books { journal: &self.journal, rejections: &self.rejections };
+        flow.end(Outcome::reject(At::Forward, Why::Evicted), path.peer, who, &books, now);
+        true
+    }
+
+    /// Sends what the batch brought to the backends.
+    pub(super) fn send_runs(&mut self, poll: &Poll, room: &[u8], now: Moment) {
+        let (mut runs, mut spans) = (std::mem::take(&mut self.runs), std::mem::take(&mut self.spans));
+        runs.take_by_flow(&mut spans, |id, spans| self.send_run(id, spans, room, poll, now));
+        (self.runs, self.spans) = (runs, spans);
+    }
+
+    fn send_run(&mut self, id: FlowId, spans: &mut Vec<Span>, room: &[u8], poll: &Poll, now: Moment) {
+        let Some((_, _, flow)) = self.table.find(id) else { return };
+        flow.hold_to_limits(spans, Direction::ToBackend, now);
+        flow.keep_first(spans, room);
+        let mut done = 0;
+        // Each time around another backend is asked, or the flow is over.
+        while let Some((_, _, flow)) = self.table.find(id) {
+            let rest = spans.get(done..).unwrap_or_default();
+            match flow.send_to_backend(rest, room, &mut self.together) {
+                Ok(()) => return,
+                Err(refused) => done += refused.done,
+            }
+            self.refused(id, poll, now);
+        }
+    }
+
+    /// The backend's host has said that nobody listens there: another one is asked, as long as nobody has answered.
+    fn refused(&mut self, id: FlowId, poll: &Poll, now: Moment) {
+        let Some((_, who, flow)) = self.table.find(id) else { return };
+        if flow.is_answered() {
+            return self.end(id, Outcome::new(By::Backend, At::Forward, Why::Reset), now);
+        }
+        let Some(own) = flow.story.pool().map(Arc::clone) else { return };
+        flow.story.meter.learn(Connect::Refused);
+        blame(&own, &flow.picked, now);
+        let search = Search { pool: &own, who, rolls: &mut self.rolls, now };
+        match search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter) {
+            Ok(found) => {
+                flow.move_to(found);
+                if self.watch(id, poll, now)
+                    && let Some((_, _, flow)) = self.table.find(id)
+                {
+                    flow.repeat_first();
+                }
+            }
+            Err(_) => self.end(id, Outcome::new(By::Backend, At::Connect, Why::ConnectRefused), now),
+        }
+    }
+
+    /// Gives a flow that has something to say its turn.
+    pub(super) fn pass_answer(&mut self, id: FlowId, doors: &[Rc<Door>], poll: &Poll, now: Moment) {
+        let Some((_, _, flow)) = self.table.find(id) else { return };
+        let (room, metas) = (&mut self.room, &mut self.metas);
+        let (turn, most) = (metas.get_mut(..TURN).unwrap_or_default(), TURN * ROOM);
+        let received =
+            socket::receive(&flow.socket, &self.sockets, room.get_mut(..most).unwrap_or_default(), turn);
+        let count = match received {
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+            Err(error) if socket::is_peers(&error) => {
+                self.refused(id, poll, now);
+                // There may be more behind the error.
+                return self.again.push(id);
+            }
+            Err(error) => {
+                let why =
+                    if socket::loss(&error) == Loss::Shortage { Why::Shortage } else { Why::Unanswered };
+                return self.end(id, Outcome::new(By::Backend, At::Forward, why), now);
+            }
+        };
+        let Some((path, _, flow)) = self.table.answer(id, now) else { return };
+        flow.first = None;
+        if !flow.is_answered() {
+            flow.story.meter.learn(Connect::Done);
+            flow.picked.connected();
+            flow.picked.answered();
+        }
+        let spans = &mut self.spans;
+        spans.clear();
+        for (meta, place) in self.metas.iter().take(count).zip(0..) {
+            spans.extend(datagrams(place * ROOM, meta.len, meta.stride));
+        }
+        flow.hold_to_limits(spans, Direction::ToClient, now);
+        if let Some(door) = doors.get(usize::from(path.socket)) {
+            flow.send_to_client(spans, &self.room, &mut self.copy, door, path);
+        }
+        if count == TURN {
+            self.again.push(id);
+        }
+    }
+}
+
+/// The search for a backend.
+struct Search<'a> {
+    pool: &'a Pool,
+    who: Who,
+    rolls: &'a mut fastrand::Rng,
+    now: Moment,
+}
+
+impl Search<'_> {
+    /// A backend, and a socket to it.
+    fn run(mut self, mut tried: Tried, mut attempts: u32, meter: &mut Meter) -> Result<Found, Outcome> {
+        let (pool, who) = (self.pool, self.who);
+        let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
+        let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
+        while attempts < pool.attempts {
+            let picked = match pool.pick(key, self.rolls.u64(..), &mut tried) {
+                Ok(picked) => picked,
+                // A datagram does not wait in line.
+                Err(Nobody::Free) if attempts == 0 => return Err(Outcome::reject(At::Pool, Why::PoolFull)),
+                Err(Nobody::Free | Nobody::Usable) => break,
+            };
+            if attempts > 0 && !pool.may_retry(self.now) {
+                break;
+            }
+            attempts += 1;
+            match self.connect(&picked) {
+                Ok(socket) => {
+                    meter.assume(picked.label());
+                    return Ok(Found { socket, picked, tried, attempts });
+                }
+                Err(result) => {
+                    meter.tried(picked.label(), result);
+                    failed = Failure::Backend(result).outcome();
+                    if matches!(result, Connect::NoLocalPort | Connect::Shortage) {
+                        break;
+                    }
+                    blame(pool, &picked, self.now);
+                }
+            }
+        }
+        Err(failed)
+    }
+
+    fn connect(&mut self, picked: &Picked) -> Result<UdpSocket, Connect> {
+        let address = picked.address();
+        let start = usize::try_from(self.rolls.u64(..)).unwrap_or(0);
+        let mut result = Err(Connect::NoLocalPort);
+        for source in connect::sources(&self.pool.sources, address, start) {
+            result = socket::connect(address, source).map_err(|error| connect::classify(&error));
+            if !matches!(result, Err(Connect::NoLocalPort)) {
+                break;
+            }
+        }
+        result
+    }
+}
+
+fn blame(pool: &Pool, picked: &Picked, now: Moment) {
+    pool.failed(picked, Failed::Connect, now).iter().for_each(|change| change.log(pool));
+}
+
+/// What goes in front of a flow's datagrams where the pool wants a header.
+fn front(door: &Door, path: Path, who: Who, header: &[u8]) -> Vec<u8> {
+    if let Some(rules) = door.header
+        && let Parsed::Done(header, _) = wire::parse(header, rules)
+    {
+        return wire::reseal(&header);
+    }
+    let builder = who.client.map_or_else(Builder::unspecified, |client| {
+        Builder::proxy(Transport::Datagram, client, DestinationAddr(door.destination(path)))
+    });
+    // A header of addresses alone is far from its bound.
+    builder.crc().map(Builder::build).unwrap_or_default()
+}

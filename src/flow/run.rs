@@ -1,0 +1,240 @@
+//! Datagrams of one flow that came together and leave together: a call of the kernel for many.
+
+use std::io::IoSlice;
+use std::ops::Range;
+
+use super::life::Flow;
+use super::socket::{self, Door, LONGEST, SEGMENTS, TOGETHER};
+use super::table::{FlowId, Path};
+use crate::account::Direction;
+use crate::account::loss::Loss;
+use crate::admission::quota::{Excess, Passage};
+use crate::clock::Moment;
+
+/// Where a datagram lies in what was received.
+pub(super) type Span = Range<usize>;
+
+/// What one batch brought for the backends.
+#[derive(Debug, Default)]
+pub(super) struct Runs {
+    /// In the order in which they came.
+    all: Vec<(FlowId, u32, Span)>,
+}
+
+impl Runs {
+    /// Adds a flow's datagram.
+    pub(super) fn add(&mut self, id: FlowId, span: Span) {
+        let turn = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
+        self.all.push((id, turn, span));
+    }
+
+    /// Takes them flow by flow, each flow's in their order: calls `send` with a flow and its datagrams.
+    pub(super) fn take_by_flow(
+        &mut self,
+        spans: &mut Vec<Span>,
+        mut send: impl FnMut(FlowId, &mut Vec<Span>),
+    ) {
+        // Most batches are of one datagram.
+        if self.all.len() > 1 {
+            self.all.sort_unstable_by_key(|(id, turn, _)| (id.to_u64(), *turn));
+        }
+        for of_flow in self.all.chunk_by(|(one, ..), (other, ..)| one == other) {
+            spans.clear();
+            spans.extend(of_flow.iter().map(|(_, _, span)| span.clone()));
+            if let Some((id, ..)) = of_flow.first() {
+                send(*id, spans);
+            }
+        }
+        self.all.clear();
+    }
+}
+
+/// How many of these, from the first on, may go out in one call: all of one length, but for a shorter last one.
+fn together(spans: &[Span]) -> usize {
+    let each = spans.first().map_or(0, ExactSizeIterator::len);
+    if each == 0 {
+        return 1;
+    }
+    let most = (TOGETHER / each).clamp(1, SEGMENTS);
+    let same = spans.iter().take(most).take_while(|span| span.len() == each).count();
+    let has_last = same < most && spans.get(same).is_some_and(|last| (1..each).contains(&last.len()));
+    same + usize::from(has_last)
+}
+
+/// The backend's host has said that nobody listens; so many datagrams had been dealt with before.
+pub(super) struct Refused {
+    pub(super) done: usize,
+}
+
+impl<A> Flow<A> {
+    /// Leaves out what the tenant's limits do not let pass.
+    pub(super) fn hold_to_limits(&mut self, spans: &mut Vec<Span>, direction: Direction, now: Moment) {
+        let (quota, meter) = (self.permit.quota(), &mut self.story.meter);
+        if !quota.is_limited() {
+            return;
+        }
+        spans.retain(|span| {
+            let loss = |excess| match excess {
+                Excess::Rate => Loss::Rate,
+                Excess::Bandwidth => Loss::Bandwidth,
+            };
+            match quota.pass(direction, span.len() as u64, now) {
+                Passage::Free => true,
+                Passage::Observed(excess) => {
+                    meter.would_lose(direction, loss(excess));
+                    true
+                }
+                Passage::Dropped(excess) => {
+                    meter.lost(direction, loss(excess), 1);
+                    false
+                }
+            }
+        });
+    }
+
+    /// Sends datagrams to the backend.
+    ///
+    /// # Errors
+    /// The backend's host had said of an earlier one that nobody listens.
+    pub(super) fn send_to_backend(
+        &mut self,
+        spans: &[Span],
+        room: &[u8],
+        may_go_together: &mut bool,
+    ) -> Result<(), Refused> {
+        let mut done = 0;
+        while let Some(rest) = spans.get(done..).filter(|rest| !rest.is_empty()) {
+            let count = if *may_go_together && self.header.is_empty() { together(rest) } else { 1 };
+            let group = rest.get(..count).unwrap_or(rest);
+            let bytes: usize = group.iter().map(ExactSizeIterator::len).sum();
+            match self.send_group(group, room) {
+                Ok(()) => {
+                    self.datagrams.to_backend += count as u64;
+                    self.story.meter.passed(Direction::ToBackend, count as u64, bytes as u64);
+                }
+                Err(error) if count > 1 && socket::refuses_together(&error) => {
+                    *may_go_together = false;
+                    continue;
+                }
+                Err(error) if socket::is_peers(&error) => return Err(Refused { done }),
+                Err(error) => {
+                    self.story.meter.lost(Direction::ToBackend, socket::loss(&error), count as u64);
+                }
+            }
+            done += count;
+        }
+        Ok(())
+    }
+
+    fn send_group(&self, group: &[Span], room: &[u8]) -> std::io::Result<()> {
+        let bytes = |span: &Span| room.get(span.clone()).unwrap_or_default();
+        if let [one] = group {
+            if !self.header.is_empty() && self.header.len() + one.len() > LONGEST {
+                return Err(rustix::io::Errno::MSGSIZE.into());
+            }
+            return socket::send(&self.socket, &self.header, bytes(one));
+        }
+        let mut parts = [IoSlice::new(&[]); SEGMENTS];
+        parts.iter_mut().zip(group).for_each(|(part, span)| *part = IoSlice::new(bytes(span)));
+        let each = group.first().map_or(0, ExactSizeIterator::len);
+        let each = u16::try_from(each).unwrap_or(u16::MAX);
+        socket::send_together(&self.socket, parts.get(..group.len()).unwrap_or_default(), each)
+    }
+
+    /// Sends datagrams to the client.
+    pub(super) fn send_to_client(
+        &mut self,
+        spans: &[Span],
+        room: &[u8],
+        copy: &mut Vec<u8>,
+        door: &Door,
+        path: Path,
+    ) {
+        let mut done = 0;
+        while let Some(rest) = spans.get(done..).filter(|rest| !rest.is_empty()) {
+            let count = if door.sends_together() { together(rest) } else { 1 };
+            let group = rest.get(..count).unwrap_or(rest);
+            let contents = side_by_side(group, room, copy);
+            let each = group.first().filter(|_| count > 1).map(ExactSizeIterator::len);
+            let sent = door.send(contents, each, path.peer, super::from(path));
+            if sent.is_err() && count > 1 && !door.sends_together() {
+                continue;
+            }
+            match sent {
+                Ok(()) => {
+                    self.datagrams.to_client += count as u64;
+                    self.story.meter.passed(Direction::ToClient, count as u64, contents.len() as u64);
+                }
+                Err(loss) => self.story.meter.lost(Direction::ToClient, loss, count as u64),
+            }
+            done += count;
+        }
+    }
+}
+
+/// What these hold, in one piece: as it was received, where the kernel had put it together, or else copied.
+fn side_by_side<'a>(group: &[Span], room: &'a [u8], copy: &'a mut Vec<u8>) -> &'a [u8] {
+    let (Some(first), Some(last)) = (group.first(), group.last()) else { return &[] };
+    let is_whole = group.windows(2).all(|pair| matches!(pair, [one, next] if one.end == next.start));
+    if is_whole {
+        return room.get(first.start..last.end).unwrap_or_default();
+    }
+    copy.clear();
+    group.iter().filter_map(|span| room.get(span.clone())).for_each(|bytes| copy.extend_from_slice(bytes));
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spans(lens: &[usize]) -> Vec<Span> {
+        let mut at = 0;
+        let span = |len: &usize| {
+            at += len;
+            at - len..at
+        };
+        lens.iter().map(span).collect()
+    }
+
+    #[test]
+    fn those_of_one_length_go_together_and_a_shorter_one_ends_them() {
+        for (lens, expected) in [
+            (&[0, 0][..], 1),
+            (&[5], 1),
+            (&[5, 5, 5], 3),
+            (&[5, 5, 3, 5], 3),
+            (&[5, 6], 1),
+            (&[5, 0], 1),
+            (&[5, 3, 3], 2),
+            (&[60_000, 5_000], 1),
+            (&[40_000, 40_000], 1),
+        ] {
+            assert_eq!(together(&spans(lens)), expected, "{lens:?}");
+        }
+        assert_eq!(together(&spans(&[10; 100])), SEGMENTS);
+        assert_eq!(together(&spans(&[1_200; 100])), TOGETHER / 1_200);
+    }
+
+    #[test]
+    fn what_lies_side_by_side_is_not_copied() {
+        let (room, mut copy) = (*b"abcdefgh", Vec::new());
+        assert_eq!(side_by_side(&[0..2, 2..4], &room, &mut copy), b"abcd");
+        assert!(copy.is_empty());
+        assert_eq!(side_by_side(&[0..2, 4..6], &room, &mut copy), b"abef");
+        assert_eq!(side_by_side(&[], &room, &mut copy), b"");
+    }
+
+    #[test]
+    fn each_flows_datagrams_stay_in_their_order() {
+        let mut runs = Runs::default();
+        let id = FlowId::from_u64;
+        for (flow, span) in [(2, 0..1), (1, 1..2), (2, 2..3), (1, 3..4)] {
+            runs.add(id(flow), span);
+        }
+        let mut taken = Vec::new();
+        runs.take_by_flow(&mut Vec::new(), |id, spans| taken.push((id.to_u64(), spans.clone())));
+        assert_eq!(taken, [(1, vec![1..2, 3..4]), (2, vec![0..1, 2..3])]);
+        runs.take_by_flow(&mut Vec::new(), |_, _| panic!("nothing is left"));
+    }
+}

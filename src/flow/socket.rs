@@ -1,0 +1,259 @@
+//! UDP sockets: the listening ones, which learn what address was asked, and one for each flow, connected to its backend.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use rustix::io::Errno;
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+};
+use rustix::net::{SendAncillaryBuffer, SendFlags};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::io::unix::AsyncFd;
+
+use super::table::Path;
+use crate::account::loss::Loss;
+use crate::addr::{BackendAddr, PeerAddr};
+use crate::wire;
+
+/// Messages that are received in one call.
+pub(super) const BATCH: usize = quinn_udp::BATCH_SIZE;
+
+/// Room for each: the longest datagram of all, and all that the kernel puts together.
+pub(super) const ROOM: usize = 64 * 1024;
+
+/// Datagrams that the kernel takes in one call for one receiver (`UDP_MAX_SEGMENTS` in include/linux/udp.h) ...
+pub(super) const SEGMENTS: usize = 64;
+
+/// ... and their bytes: with the headers in front they have to fit 16 bits.
+pub(super) const TOGETHER: usize = 65_000;
+
+/// The longest payload of a datagram over IPv4: 16 bits, without the headers of IP and UDP.
+pub(super) const LONGEST: usize = 65_507;
+
+/// Bytes of a listening socket's queue: what comes while a worker is at other work. The kernel cuts it to
+/// `net.core.rmem_max`.
+const QUEUE: usize = 4 * 1024 * 1024;
+
+/// A listening socket of one worker.
+#[derive(Debug)]
+pub(super) struct Door {
+    socket: AsyncFd<UdpSocket>,
+    state: UdpSocketState,
+    /// The place of its listener.
+    pub(super) listener: u32,
+    /// What is asked of a header; `None` where there is none.
+    pub(super) header: Option<wire::Rules>,
+    address: SocketAddr,
+    /// Whether it hears on every address of the machine: then answers leave from the one that was asked.
+    is_wild: bool,
+}
+
+impl Door {
+    /// Takes over a bound socket.
+    ///
+    /// # Errors
+    /// Where the system or the runtime refuses it.
+    pub(super) fn new(socket: UdpSocket, listener: u32, header: Option<wire::Rules>) -> io::Result<Self> {
+        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        let address = socket.local_addr()?;
+        // What quinn-udp forbids for QUIC's sake is a datagram longer than the way allows; here it may be cut in pieces.
+        if address.is_ipv4() {
+            set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::WANT)?;
+        } else {
+            set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::WANT)?;
+            setsockopt(&socket, sockopt::Ipv6DontFrag, &false)?;
+        }
+        SockRef::from(&socket).set_recv_buffer_size(QUEUE)?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; a std UdpSocket keeps its descriptor, as both ask"
+        )]
+        let socket = AsyncFd::new(socket)?;
+        Ok(Self { socket, state, listener, header, address, is_wild: address.ip().is_unspecified() })
+    }
+
+    /// Waits until there is something to receive, and has `take` receive it. `take` tells whether it has taken all.
+    ///
+    /// # Errors
+    /// What broke the socket.
+    pub(super) async fn hear(&self, take: impl FnOnce(&Self) -> io::Result<bool>) -> io::Result<()> {
+        let mut ready = self.socket.readable().await?;
+        match take(self) {
+            Ok(true) => ready.clear_ready(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+            Ok(false) => {
+                drop(ready);
+                tokio::task::yield_now().await;
+            }
+            // What was sent before has come back as an error: it is the receiver's, and says nothing of this socket.
+            Err(error) if is_peers(&error) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Receives as many messages as there are and fit.
+    pub(super) fn receive(&self, room: &mut [u8], metas: &mut [RecvMeta]) -> io::Result<usize> {
+        receive(self.socket.get_ref(), &self.state, room, metas)
+    }
+
+    /// The address that was asked, where the socket's own does not tell.
+    pub(super) fn asked(&self, meta: &RecvMeta) -> Option<IpAddr> {
+        meta.dst_ip.filter(|_| self.is_wild)
+    }
+
+    /// What was asked by a datagram of this path.
+    pub(super) fn destination(&self, path: Path) -> SocketAddr {
+        SocketAddr::new(path.local.unwrap_or(self.address.ip()), self.address.port())
+    }
+
+    /// Whether datagrams of one length may go out together.
+    pub(super) fn sends_together(&self) -> bool {
+        self.state.max_gso_segments() > 1
+    }
+
+    /// Sends a datagram, or several of the length `each`.
+    pub(super) fn send(
+        &self,
+        contents: &[u8],
+        each: Option<usize>,
+        to: PeerAddr,
+        from: Option<IpAddr>,
+    ) -> Result<(), Loss> {
+        let transmit = Transmit { destination: to.0, ecn: None, contents, segment_size: each, src_ip: from };
+        match self.state.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit) {
+            Ok(()) => Ok(()),
+            // An error that an earlier datagram brought back is told once, to whoever comes next.
+            Err(error) if is_peers(&error) => self
+                .state
+                .try_send(UdpSockRef::from(self.socket.get_ref()), &transmit)
+                .map_err(|error| loss(&error)),
+            Err(error) => Err(loss(&error)),
+        }
+    }
+}
+
+/// Receives from a connected socket or a listening one.
+pub(super) fn receive(
+    socket: &UdpSocket,
+    state: &UdpSocketState,
+    room: &mut [u8],
+    metas: &mut [RecvMeta],
+) -> io::Result<usize> {
+    let count = metas.len().min(room.len() / ROOM).min(BATCH);
+    let mut rooms = room.chunks_exact_mut(ROOM);
+    let mut slices: [IoSliceMut<'_>; BATCH] =
+        std::array::from_fn(|_| IoSliceMut::new(rooms.next().unwrap_or_default()));
+    state.recv(UdpSockRef::from(socket), slices.get_mut(..count).unwrap_or_default(), metas)
+}
+
+/// A socket whose datagrams go to this backend, and that hears nobody else.
+///
+/// # Errors
+/// What the system says.
+pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Result<UdpSocket> {
+    let kind = Type::DGRAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::UDP))?;
+    if let Some(source) = source {
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    socket.connect(&address.0.into())?;
+    // A kernel without it hands out each datagram by itself.
+    setsockopt(&socket, sockopt::UdpGroSegment, &true).unwrap_or_default();
+    Ok(socket.into())
+}
+
+/// Sends one datagram over a connected socket: what stands in front of it, and itself.
+///
+/// # Errors
+/// What the system says.
+pub(super) fn send(socket: &UdpSocket, front: &[u8], payload: &[u8]) -> io::Result<()> {
+    let sent = if front.is_empty() {
+        rustix::net::send(socket, payload, SendFlags::empty())
+    } else {
+        let parts = [IoSlice::new(front), IoSlice::new(payload)];
+        let mut none = SendAncillaryBuffer::default();
+        rustix::net::sendmsg(socket, &parts, &mut none, SendFlags::empty())
+    };
+    sent.map(|_| ()).map_err(io::Error::from)
+}
+
+/// Sends several datagrams over a connected socket, all but the last `each` bytes long, in one call.
+///
+/// # Errors
+/// What the system says; none was sent then.
+pub(super) fn send_together(socket: &UdpSocket, parts: &[IoSlice<'_>], each: u16) -> io::Result<()> {
+    let each = ControlMessage::UdpGsoSegments(&each);
+    sendmsg::<()>(socket.as_raw_fd(), parts, &[each], MsgFlags::empty(), None)?;
+    Ok(())
+}
+
+/// Whether the kernel, or a driver behind it, does not take datagrams together: each may still pass by itself.
+pub(super) fn refuses_together(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::IO | Errno::INVAL | Errno::MSGSIZE | Errno::OPNOTSUPP))
+}
+
+/// Whether an error is what the network says of an earlier datagram.
+pub(super) fn is_peers(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(
+            Errno::CONNREFUSED
+                | Errno::HOSTUNREACH
+                | Errno::NETUNREACH
+                | Errno::HOSTDOWN
+                | Errno::PROTO
+                | Errno::INTR
+        )
+    )
+}
+
+/// Why a datagram was not taken.
+pub(super) fn loss(error: &io::Error) -> Loss {
+    match Errno::from_io_error(error) {
+        Some(Errno::AGAIN) => Loss::Full,
+        Some(Errno::MSGSIZE) => Loss::TooLong,
+        Some(Errno::NOBUFS | Errno::NOMEM) => Loss::Shortage,
+        Some(Errno::CONNREFUSED) => Loss::Refused,
+        _ => Loss::Unreachable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_told_apart() {
+        for (errno, expected) in [
+            (Errno::AGAIN, Loss::Full),
+            (Errno::MSGSIZE, Loss::TooLong),
+            (Errno::NOBUFS, Loss::Shortage),
+            (Errno::CONNREFUSED, Loss::Refused),
+            (Errno::NETUNREACH, Loss::Unreachable),
+        ] {
+            assert_eq!(loss(&errno.into()), expected);
+        }
+        assert!(is_peers(&Errno::CONNREFUSED.into()) && !is_peers(&Errno::BADF.into()));
+        assert!(refuses_together(&Errno::IO.into()) && !refuses_together(&Errno::AGAIN.into()));
+    }
+
+    #[test]
+    fn datagrams_that_went_together_come_one_by_one_where_nobody_asked_for_more() {
+        let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let sender = connect(BackendAddr(receiver.local_addr().unwrap()), None).unwrap();
+        send(&sender, b"front-", b"payload").unwrap();
+        send(&sender, b"", b"").unwrap();
+        let parts = [b"one".as_slice(), b"two", b"3"].map(IoSlice::new);
+        send_together(&sender, &parts, 3).unwrap();
+        let mut room = [0; 100];
+        for expected in ["front-payload", "", "one", "two", "3"] {
+            let count = receiver.recv(&mut room).unwrap();
+            assert_eq!(&room[..count], expected.as_bytes());
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! The flows of one worker: datagrams and the time in, what is to be done with them out. No socket, no clock.
+//!
+//! A flow is known by where its datagrams come from and by who speaks in them. Consumers have the same addresses, and one
+//! load balancer brings them all: whoever speaks is a part of the key, so that they never meet.
+
+mod queue;
+mod slab;
+
+use std::hash::BuildHasher;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
+
+use self::queue::Queue;
+use self::slab::{Kind, NIL, Slab, Slot};
+use crate::addr::{ClientAddr, PeerAddr};
+use crate::clock::Moment;
+use crate::id::Claim;
+
+pub use self::slab::FlowId;
+
+/// Where a datagram came from, and where its answers go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Path {
+    /// Which listening socket of the worker.
+    pub socket: u16,
+    /// The address that was asked, where the socket's own does not tell. Sockets are of one family each, so no IPv4
+    /// address comes in the guise of IPv6.
+    pub local: Option<IpAddr>,
+    /// The sender.
+    pub peer: PeerAddr,
+}
+
+/// Who speaks, as the header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Who {
+    /// The client's address.
+    pub client: Option<ClientAddr>,
+    /// Its endpoint.
+    pub endpoint: Claim,
+}
+
+/// What is to be done with a datagram of a client's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// A flow is to be [opened](Table::open).
+    Open,
+    /// It belongs to this flow, and is its backend's.
+    ToBackend(FlowId),
+    /// It belongs to nobody.
+    Drop(Stray),
+}
+
+/// Why a datagram belongs to nobody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stray {
+    /// It says not who speaks, and its path has no flow.
+    NoHeader,
+    /// It says not who speaks, and its path has several flows.
+    Ambiguous,
+}
+
+/// The flows. `F` is what is kept for each.
+#[derive(Debug)]
+pub struct Table<F> {
+    slab: Slab<F>,
+    /// Flows by path and speaker.
+    index: HashTable<u32>,
+    /// The first flow of each path; the others hang on it.
+    paths: HashTable<u32>,
+    random: RandomState,
+    queue: Queue,
+    idle: Duration,
+}
+
+impl<F> Table<F> {
+    /// No flows yet. One may be silent for `idle`.
+    #[must_use]
+    pub fn new(idle: Duration) -> Self {
+        Self {
+            slab: Slab::default(),
+            index: HashTable::new(),
+            paths: HashTable::new(),
+            random: RandomState::default(),
+            queue: Queue::default(),
+            idle,
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.index.is_empty()
+    }
+
+    /// How many a tenant has.
+    #[must_use]
+    pub fn of_tenant(&self, tenant: u32) -> usize {
+        self.queue.of_tenant(tenant)
+    }
+
+    /// Takes in a datagram of a client's. `who` is `None` where it does not say who speaks: then it belongs to the one
+    /// flow that its path has.
+    pub fn hear(&mut self, path: Path, who: Option<Who>, now: Moment) -> Command {
+        let slot = match who {
+            Some(who) => match self.known(path, who) {
+                Some(slot) => slot,
+                None => return Command::Open,
+            },
+            None => match self.first_of(path) {
+                Some(slot) if self.slab.after(slot, Kind::Path) == NIL => slot,
+                Some(_) => return Command::Drop(Stray::Ambiguous),
+                None => return Command::Drop(Stray::NoHeader),
+            },
+        };
+        self.slab.at_mut(slot).map_or(Command::Open, |flow| {
+            flow.last = now;
+            Command::ToBackend(FlowId::new(slot, flow.generation))
+        })
+    }
+
+    fn known(&self, path: Path, who: Who) -> Option<u32> {
+        let is_it = |slot: &u32| self.slab.at(*slot).is_some_and(|flow| flow.path == path && flow.who == who);
+        self.index.find(self.random.hash_one((path, who)), is_it).copied()
+    }
+
+    fn first_of(&self, path: Path) -> Option<u32> {
+        let is_it = |slot: &u32| self.slab.at(*slot).is_some_and(|flow| flow.path == path);
+        self.paths.find(self.random.hash_one(path), is_it).copied()
+    }
+
+    /// Opens a flow that [`hear`](Self::hear) asked for, and that there is not yet.
+    pub fn open(&mut self, path: Path, who: Who, tenant: u32, flow: F, now: Moment) -> FlowId {
+        debug_assert!(self.known(path, who).is_none());
+        let first = self.first_of(path);
+        let (slot, generation) = self.slab.insert(Slot::new(path, who, tenant, flow, now));
+        let (slab, random) = (&self.slab, &self.random);
+        let by_key = |slot: &u32| slab.at(*slot).map_or(0, |flow| random.hash_one((flow.path, flow.who)));
+        self.index.insert_unique(random.hash_one((path, who)), slot, by_key);
+        if let Some(first) = first {
+            // Behind the first, so that the path still leads there.
+            self.slab.hang(first, slot);
+        } else {
+            let by_path = |slot: &u32| slab.at(*slot).map_or(0, |flow| random.hash_one(flow.path));
+            self.paths.insert_unique(random.hash_one(path), slot, by_path);
+        }
+        self.queue.add(&mut self.slab, slot, now + self.idle);
+        FlowId::new(slot, generation)
+    }
+
+    /// A datagram came from a flow's backend: where it goes, and the flow.
+    pub fn answer(&mut self, id: FlowId, now: Moment) -> Option<(Path, Who, &mut F)> {
+        let flow = self.slab.find(id)?;
+        flow.last = now;
+        Some((flow.path, flow.who, flow.flow.as_mut()?))
+    }
+
+    /// A flow, with nothing said of it.
+    pub fn find(&mut self, id: FlowId) -> Option<(Path, Who, &mut F)> {
+        let flow = self.slab.find(id)?;
+        Some((flow.path, flow.who, flow.flow.as_mut()?))
+    }
+
+    /// Takes a flow out.
+    pub fn close(&mut self, id: FlowId) -> Option<(Path, Who, F)> {
+        self.slab.find(id)?;
+        self.take_out(id.slot())
+    }
+
+    fn take_out(&mut self, slot: u32) -> Option<(Path, Who, F)> {
+        self.queue.remove(&mut self.slab, slot);
+        let &Slot { path, who, .. } = self.slab.at(slot)?;
+        let next = self.slab.after(slot, Kind::Path);
+        if let Ok(entry) = self.index.find_entry(self.random.hash_one((path, who)), |other| *other == slot) {
+            entry.remove();
+        }
+        // Where it is the first of its path, the next one is that.
+        match self.paths.find_entry(self.random.hash_one(path), |first| *first == slot) {
+            Ok(first) if next == NIL => drop(first.remove()),
+            Ok(mut first) => *first.get_mut() = next,
+            Err(_) => {}
+        }
+        self.slab.unhang(slot);
+        Some((path, who, self.slab.remove(slot)?))
+    }
+
+    /// Takes out flows that were idle for long, at most `most` in one call: more are left for the next.
+    pub fn expire(&mut self, now: Moment, most: usize, mut closed: impl FnMut(Path, Who, F)) {
+        for _ in 0..most {
+            let Some(slot) = self.queue.next_due(&mut self.slab, now) else { return };
+            let Some(flow) = self.slab.at_mut(slot) else { continue };
+            // A clock that went back must not let it live for ever.
+            flow.last = flow.last.min(now);
+            if now.since(flow.last) >= self.idle {
+                self.take_out(slot).into_iter().for_each(|(path, who, flow)| closed(path, who, flow));
+            } else {
+                let due = flow.last + self.idle;
+                self.queue.put_off(&mut self.slab, slot, due);
+            }
+        }
+    }
+
+    /// When [`expire`](Self::expire) has something to look at; perhaps only to see that a flow has spoken since. Never later
+    /// than a tick after a flow has been idle for long.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Moment> {
+        if self.is_empty() { None } else { Some(self.queue.deadline()) }
+    }
+
+    /// Takes out a flow that was idle for at least `idle`: of this tenant, or else of the one that has most. Of some that
+    /// began long ago it is the one that was idle longest.
+    pub fn evict(&mut self, tenant: Option<u32>, idle: Duration, now: Moment) -> Option<(Path, Who, F)> {
+        let tenant = tenant.or_else(|| self.queue.fullest())?;
+        let slot = self.queue.longest_idle(&mut self.slab, tenant, now)?;
+        let is_idle = self.slab.at(slot).is_some_and(|flow| now.since(flow.last) >= idle);
+        if is_idle { self.take_out(slot) } else { None }
+    }
+
+    /// How long a flow may be silent.
+    #[must_use]
+    pub fn idle(&self) -> Duration {
+        self.idle
+    }
+
+    /// From now on flows may be silent for this long. What that takes goes with their number.
+    pub fn set_idle(&mut self, idle: Duration) {
+        self.idle = idle;
+        for slot in self.slab.slots().collect::<Vec<_>>() {
+            if let Some(last) = self.slab.at(slot).map(|flow| flow.last) {
+                self.queue.put_off(&mut self.slab, slot, last + idle);
+            }
+        }
+    }
+
+    /// Takes out all of them.
+    pub fn drain(&mut self) -> impl Iterator<Item = (Path, Who, F)> {
+        let all: Vec<_> = self.slab.slots().collect();
+        all.into_iter().filter_map(|slot| self.take_out(slot))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(port: u16) -> Path {
+        Path { socket: 0, local: None, peer: PeerAddr(([10, 0, 0, 1], port).into()) }
+    }
+
+    fn who(number: u8) -> Who {
+        let endpoint = Claim::from_tlv(Some(format!("vpce-{number:08x}").as_bytes()));
+        Who { client: Some(ClientAddr(([10, 100, 0, 10], 40_000).into())), endpoint }
+    }
+
+    fn at(seconds: u64) -> Moment {
+        Moment::from_nanos(seconds * 1_000_000_000)
+    }
+
+    fn expired(table: &mut Table<u32>, now: Moment) -> Vec<u32> {
+        let mut all = Vec::new();
+        table.expire(now, 1_000, |_, _, flow| all.push(flow));
+        all
+    }
+
+    fn table(flows: u16) -> (Table<u32>, Vec<FlowId>) {
+        let mut table = Table::new(Duration::from_secs(120));
+        let open = |number| table.open(path(number), who(1), 7, u32::from(number), at(0));
+        let ids = (0..flows).map(open).collect();
+        (table, ids)
+    }
+
+    #[test]
+    fn one_address_behind_two_endpoints_is_two_flows() {
+        let (mut table, _) = table(0);
+        assert_eq!(table.hear(path(1), Some(who(1)), at(0)), Command::Open);
+        let one = table.open(path(1), who(1), 1, 1, at(0));
+        assert_eq!(table.hear(path(1), None, at(0)), Command::ToBackend(one));
+        assert_eq!(table.hear(path(1), Some(who(2)), at(0)), Command::Open);
+        let two = table.open(path(1), who(2), 2, 2, at(0));
+        assert_eq!(table.hear(path(1), Some(who(1)), at(0)), Command::ToBackend(one));
+        assert_eq!(table.hear(path(1), Some(who(2)), at(0)), Command::ToBackend(two));
+        assert_eq!(table.hear(path(1), None, at(0)), Command::Drop(Stray::Ambiguous));
+        assert_eq!(table.hear(path(2), None, at(0)), Command::Drop(Stray::NoHeader));
+        assert_eq!(table.close(one), Some((path(1), who(1), 1)));
+        assert_eq!(table.hear(path(1), None, at(0)), Command::ToBackend(two), "there is one again");
+        assert_eq!((table.close(one), table.answer(one, at(0))), (None, None));
+        assert_eq!(table.answer(two, at(0)), Some((path(1), who(2), &mut 2)));
+    }
+
+    #[test]
+    fn a_name_is_nobodys_after_its_flow() {
+        let (mut table, ids) = table(1);
+        table.close(ids[0]).unwrap();
+        let next = table.open(path(9), who(1), 7, 9, at(0));
+        assert_ne!(next, ids[0]);
+        assert_eq!((table.find(ids[0]), FlowId::from_u64(next.to_u64())), (None, next));
+    }
+
+    #[test]
+    fn who_spoke_since_is_put_off_and_the_others_go() {
+        let (mut table, ids) = table(3);
+        assert!(table.deadline().unwrap() > at(119));
+        table.answer(ids[1], at(100)).unwrap();
+        assert!(expired(&mut table, at(119)).is_empty());
+        let mut gone = expired(&mut table, at(121));
+        gone.sort_unstable();
+        assert_eq!((gone, table.len()), (vec![0, 2], 1));
+        assert!((at(219)..at(221)).contains(&table.deadline().unwrap()));
+        assert_eq!(expired(&mut table, at(221)), [1]);
+        assert_eq!((table.deadline(), table.of_tenant(7)), (None, 0));
+    }
+
+    #[test]
+    fn no_more_go_at_once_than_may() {
+        let (mut table, _) = table(100);
+        let mut gone = 0;
+        table.expire(at(200), 30, |_, _, _| gone += 1);
+        assert_eq!((gone, table.len()), (30, 70));
+        assert!(table.deadline().unwrap() <= at(200), "there is more to do");
+        assert_eq!(expired(&mut table, at(200)).len(), 70);
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_lets_nobody_live_for_ever() {
+        let (mut table, ids) = table(2);
+        table.answer(ids[0], at(1_000_000)).unwrap();
+        assert_eq!(expired(&mut table, at(1_000_000)), [1]);
+        assert!(expired(&mut table, at(10)).is_empty());
+        assert!(expired(&mut table, at(300)).is_empty(), "since it was seen to be in the future");
+        assert_eq!(expired(&mut table, at(500)), [0]);
+    }
+
+    #[test]
+    fn a_shorter_patience_holds_for_those_who_are_there() {
+        let (mut table, ids) = table(2);
+        table.set_idle(Duration::from_secs(5));
+        assert_eq!(table.idle(), Duration::from_secs(5));
+        table.answer(ids[0], at(3)).unwrap();
+        assert_eq!(expired(&mut table, at(6)), [1]);
+        assert_eq!(expired(&mut table, at(9)), [0]);
+    }
+
+    #[test]
+    fn the_longest_idle_of_a_tenant_gives_way_and_nobody_who_spoke_just_now() {
+        let (mut table, ids) = table(5);
+        for (id, second) in ids.iter().zip([30, 10, 40, 20, 50]) {
+            table.answer(*id, at(second)).unwrap();
+        }
+        let other = table.open(path(99), who(3), 8, 99, at(1));
+        let idle = Duration::from_secs(35);
+        let evict =
+            |table: &mut Table<u32>, tenant| table.evict(tenant, idle, at(60)).map(|(_, _, flow)| flow);
+        assert_eq!((evict(&mut table, Some(7)), evict(&mut table, None)), (Some(1), Some(3)));
+        assert_eq!((evict(&mut table, Some(7)), evict(&mut table, Some(9))), (None, None));
+        assert_eq!(table.close(other).map(|(_, _, flow)| flow), Some(99));
+        assert_eq!((table.of_tenant(7), table.of_tenant(8), table.len()), (3, 0, 3));
+        assert_eq!(table.drain().count(), 3);
+        assert!(table.is_empty() && evict(&mut table, None).is_none());
+    }
+}

@@ -1,0 +1,203 @@
+//! In what order flows are looked at: a wheel for those that may have been idle for long, a list for each tenant.
+//!
+//! Both are lazy. A datagram only writes down when it came; where its flow hangs is put right when its turn comes.
+
+use std::collections::HashMap;
+
+use super::slab::{Kind, List, NIL, Slab};
+use crate::clock::Moment;
+use crate::clock::wheel::Tick;
+
+/// Buckets of the wheel: with ticks of 50 ms, who is due later than in 204 s comes round more than once.
+const BUCKETS: u32 = 4096;
+
+/// How many of a tenant's flows are looked at for the one that was idle longest.
+const LOOKED_AT: usize = 32;
+
+#[derive(Debug)]
+pub(super) struct Queue {
+    buckets: Vec<List>,
+    /// A bit for each bucket that has a flow.
+    filled: [u64; BUCKETS as usize / 64],
+    /// The tick whose bucket is looked at next.
+    tick: u64,
+    tenants: HashMap<u32, List, foldhash::fast::FixedState>,
+    /// Who has most, as far as is known; counted anew after as many ends as there are tenants.
+    most: Option<u32>,
+    ends: usize,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self {
+            buckets: vec![List::EMPTY; BUCKETS as usize],
+            filled: [0; BUCKETS as usize / 64],
+            tick: 0,
+            tenants: HashMap::default(),
+            most: None,
+            ends: 0,
+        }
+    }
+}
+
+/// The tick that a moment falls in.
+fn tick(moment: Moment) -> u64 {
+    moment.as_nanos() / nanos()
+}
+
+const fn nanos() -> u64 {
+    // Half a tenth of a second fits.
+    #[expect(clippy::cast_possible_truncation, reason = "milliseconds")]
+    let nanos = Tick::SPAN.as_nanos() as u64;
+    nanos
+}
+
+/// The bucket of a tick.
+#[expect(clippy::cast_possible_truncation, reason = "less than the number of buckets")]
+fn bucket(tick: u64) -> u32 {
+    (tick % u64::from(BUCKETS)) as u32
+}
+
+impl Queue {
+    pub(super) fn of_tenant(&self, tenant: u32) -> usize {
+        self.tenants.get(&tenant).map_or(0, |list| list.len as usize)
+    }
+
+    /// Takes in a new flow that is due then.
+    pub(super) fn add<F>(&mut self, slab: &mut Slab<F>, slot: u32, due: Moment) {
+        let Some(tenant) = slab.at(slot).map(|flow| flow.tenant) else { return };
+        if self.tenants.is_empty() {
+            // Nobody was here, and the wheel stood still meanwhile.
+            self.tick = self.tick.max(slab.at(slot).map_or(0, |flow| tick(flow.last)));
+        }
+        let list = self.tenants.entry(tenant).or_insert(List::EMPTY);
+        slab.push(list, Kind::Tenant, slot);
+        let len = list.len;
+        if self.most.is_none_or(|most| self.tenants.get(&most).is_none_or(|list| list.len < len)) {
+            self.most = Some(tenant);
+        }
+        self.hang(slab, slot, due);
+    }
+
+    /// Takes a flow out.
+    pub(super) fn remove<F>(&mut self, slab: &mut Slab<F>, slot: u32) {
+        let Some((tenant, bucket)) = slab.at(slot).map(|flow| (flow.tenant, flow.bucket)) else { return };
+        self.take_down(slab, slot, bucket);
+        if let Some(list) = self.tenants.get_mut(&tenant) {
+            slab.unlink(list, Kind::Tenant, slot);
+            if list.len == 0 {
+                self.tenants.remove(&tenant);
+            }
+        }
+        self.ends += 1;
+    }
+
+    /// Hangs a flow where it is looked at when it is due: in a tick after that, and not in the one that is under way.
+    fn hang<F>(&mut self, slab: &mut Slab<F>, slot: u32, due: Moment) {
+        let at = (tick(due) + 1).clamp(self.tick + 1, self.tick + u64::from(BUCKETS) - 1);
+        let place = bucket(at);
+        if let Some(list) = self.buckets.get_mut(place as usize) {
+            slab.push(list, Kind::Due, slot);
+        }
+        if let Some(flow) = slab.at_mut(slot) {
+            flow.bucket = place;
+        }
+        self.mark(place, true);
+    }
+
+    fn take_down<F>(&mut self, slab: &mut Slab<F>, slot: u32, place: u32) {
+        let Some(list) = self.buckets.get_mut(place as usize) else { return };
+        slab.unlink(list, Kind::Due, slot);
+        if list.len == 0 {
+            self.mark(place, false);
+        }
+    }
+
+    fn mark(&mut self, place: u32, filled: bool) {
+        if let Some(word) = self.filled.get_mut(place as usize / 64) {
+            let bit = 1 << (place % 64);
+            *word = if filled { *word | bit } else { *word & !bit };
+        }
+    }
+
+    /// Has a flow looked at when it is due.
+    pub(super) fn put_off<F>(&mut self, slab: &mut Slab<F>, slot: u32, due: Moment) {
+        let Some(place) = slab.at(slot).map(|flow| flow.bucket) else { return };
+        self.take_down(slab, slot, place);
+        self.hang(slab, slot, due);
+    }
+
+    /// The next flow that is to be looked at; `None` where there is none up to now. It stays where it is.
+    pub(super) fn next_due<F>(&mut self, slab: &mut Slab<F>, now: Moment) -> Option<u32> {
+        let now = tick(now);
+        if now < self.tick {
+            // The clock went back. Who hangs here is looked at too early rather than never.
+            self.tick = now;
+        }
+        // Who has not been looked at for more than a round looks at each once.
+        self.tick = self.tick.max(now.saturating_sub(u64::from(BUCKETS) - 1));
+        loop {
+            self.tick = self.next_filled()?.min(now + 1);
+            if self.tick > now {
+                self.tick = now;
+                return None;
+            }
+            let head = self.buckets.get(bucket(self.tick) as usize).map_or(NIL, |list| list.head);
+            if slab.at(head).is_some() {
+                return Some(head);
+            }
+            self.tick += 1;
+        }
+    }
+
+    /// The first tick, from this on, whose bucket has a flow.
+    fn next_filled(&self) -> Option<u64> {
+        let start = bucket(self.tick);
+        let words = self.filled.len();
+        let (first, offset) = (start as usize / 64, start % 64);
+        for step in 0..=words {
+            let mut word = *self.filled.get((first + step) % words)?;
+            if step == 0 {
+                word &= u64::MAX << offset;
+            } else if step == words {
+                word &= !(u64::MAX << offset);
+            }
+            if word != 0 {
+                let place = u64::try_from((first + step) * 64).ok()? + u64::from(word.trailing_zeros());
+                return Some(self.tick + place - u64::from(start));
+            }
+        }
+        None
+    }
+
+    /// When the next flow is to be looked at.
+    pub(super) fn deadline(&self) -> Moment {
+        Moment::from_nanos(self.next_filled().unwrap_or(self.tick).saturating_mul(nanos()))
+    }
+
+    /// The tenant that has most.
+    pub(super) fn fullest(&mut self) -> Option<u32> {
+        if self.ends >= self.tenants.len() {
+            self.ends = 0;
+            self.most = self.tenants.iter().max_by_key(|(_, list)| list.len).map(|(tenant, _)| *tenant);
+        }
+        self.most.filter(|most| self.tenants.contains_key(most))
+    }
+
+    /// Of a tenant's flows the one that was idle longest, among the first of its list. Those that were looked at go to the
+    /// list's end, so that the next look is at others.
+    pub(super) fn longest_idle<F>(&mut self, slab: &mut Slab<F>, tenant: u32, now: Moment) -> Option<u32> {
+        let list = self.tenants.get_mut(&tenant)?;
+        let mut longest = None;
+        for _ in 0..LOOKED_AT.min(list.len as usize) {
+            let slot = list.head;
+            let idle = now.since(slab.at(slot)?.last);
+            if longest.is_none_or(|(_, longest)| idle > longest) {
+                longest = Some((slot, idle));
+            }
+            slab.unlink(list, Kind::Tenant, slot);
+            slab.push(list, Kind::Tenant, slot);
+        }
+        longest.map(|(slot, _)| slot)
+    }
+}

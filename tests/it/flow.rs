@@ -1,0 +1,483 @@
+//! UDP through real sockets: whose answers come back to whom, and what becomes of every other datagram.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::net::UdpSocket;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use vestibule::lab::nlb;
+
+use super::harness::{ACME, Conf, LIMIT, Proxy, STRANGER, eventually};
+
+/// A bystander that speaks UDP.
+pub const HOOLI: &str = "vpce-0400110400110400a";
+
+/// An address that every consumer has.
+const CLIENT: &str = "10.100.0.10:40000";
+
+/// A backend that answers each datagram with its name, who sent it, and what it holds.
+pub struct Echo {
+    pub address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Echo {
+    pub async fn start(name: &'static str) -> Self {
+        Self::start_at("127.0.0.1:0", name).await
+    }
+
+    pub async fn start_at(address: &str, name: &'static str) -> Self {
+        let socket = UdpSocket::bind(address).await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let task = tokio::spawn(async move {
+            let mut room = vec![0; 65_536];
+            loop {
+                // An answer to somebody who has gone comes back as an error.
+                let Ok((count, from)) = socket.recv_from(&mut room).await else { continue };
+                let answer = if name.is_empty() {
+                    room[..count].to_vec()
+                } else {
+                    [name.as_bytes(), b" ", &room[..count]].concat()
+                };
+                drop(socket.send_to(&answer, from).await);
+            }
+        });
+        Self { address, task }
+    }
+}
+
+/// A listener `dns` for UDP, acme's backends, and a bystander with one of its own.
+pub async fn world(acme: &[SocketAddr], change: impl FnOnce(&mut Conf, &mut String)) -> (Proxy, Echo) {
+    let hooli = Echo::start("hooli").await;
+    let mut listener =
+        String::from("bind = \"127.0.0.1:0\"\nprotocol = \"udp\"\ntrusted-sources = [\"127.0.0.0/8\"]\n");
+    let mut conf = Conf { acme: acme.to_vec(), ..Conf::default() };
+    change(&mut conf, &mut listener);
+    write!(
+        conf.more,
+        "[[listener]]\nname = \"dns\"\n{listener}\n[[pool]]\nname = \"hooli\"\nbackends = [\"{}\"]\n\
+         health = {{ kind = \"none\" }}\n[[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"hooli\"\n",
+        hooli.address
+    )
+    .unwrap();
+    (conf.start().await, hooli)
+}
+
+/// The load balancer's side: one socket, whoever speaks.
+pub struct Balancer {
+    pub socket: UdpSocket,
+}
+
+impl Balancer {
+    pub async fn to(target: SocketAddr) -> Self {
+        let any = if target.is_ipv4() { "127.0.0.1:0" } else { "[::1]:0" };
+        let socket = UdpSocket::bind(any).await.unwrap();
+        socket.connect(target).await.unwrap();
+        Self { socket }
+    }
+
+    pub async fn send(&self, bytes: &[u8]) {
+        self.socket.send(bytes).await.unwrap();
+    }
+
+    pub async fn ask(&self, bytes: &[u8]) -> Vec<u8> {
+        self.send(bytes).await;
+        self.answer().await
+    }
+
+    pub async fn answer(&self) -> Vec<u8> {
+        let mut room = vec![0; 65_536];
+        let count = timeout(LIMIT, self.socket.recv(&mut room)).await.expect("an answer in time").unwrap();
+        room.truncate(count);
+        room
+    }
+
+    /// Nothing has come.
+    pub fn is_silent(&self) -> bool {
+        self.socket.try_recv(&mut [0; 16]).is_err()
+    }
+}
+
+/// A datagram as the load balancer sends it.
+pub fn datagram(client: &str, endpoint: &str, payload: &[u8]) -> Vec<u8> {
+    let destination = "10.0.0.1:53".parse().unwrap();
+    let header = nlb::datagram_header(client.parse().unwrap(), destination, Some(endpoint));
+    [&header, payload].concat()
+}
+
+/// The bystander is served as if nothing had happened, and another tenant's TCP session too.
+pub async fn others_are_unharmed(proxy: &Proxy) {
+    let answer = Balancer::to(proxy.address("dns")).await.ask(&datagram(CLIENT, HOOLI, b"unharmed")).await;
+    assert_eq!(answer, b"hooli unharmed");
+    proxy.others_are_unharmed().await;
+}
+
+/// Waits until no flow is left; then everything must have been given back.
+pub async fn finish(proxy: Proxy) -> Vec<Value> {
+    proxy.metric("vestibule_sessions_active", &[]).is(0).await;
+    for tenant in proxy.server().live().snapshot.load().directory.tenants() {
+        assert_eq!(tenant.quota.flows(), 0, "{} holds flows", tenant.label.name());
+    }
+    proxy.finish_with_log().await
+}
+
+/// Flows go soon.
+fn soon(conf: &mut Conf) {
+    conf.timeouts += "flow-idle = \"300ms\"\n";
+}
+
+#[tokio::test]
+async fn a_flow_goes_there_and_back_and_is_accounted_for() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    for question in ["one", "two"] {
+        let answer = balancer.ask(&datagram(CLIENT, ACME, question.as_bytes())).await;
+        assert_eq!(answer, format!("acme {question}").as_bytes());
+    }
+    let of_acme = [("listener", "dns"), ("tenant", "acme"), ("pool", "acme")];
+    proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(1).await;
+    for direction in ["to_backend", "to_client"] {
+        let labels = [&of_acme[..], &[("direction", direction)]].concat();
+        proxy.metric("vestibule_forwarded_datagrams_total", &labels).is(2).await;
+        let bytes = if direction == "to_backend" { 6 } else { 16 };
+        proxy.metric("vestibule_forwarded_bytes_total", &labels).is(bytes).await;
+    }
+    others_are_unharmed(&proxy).await;
+    proxy.ended(&[("listener", "dns"), ("tenant", "acme"), ("why", "idle_timeout")]).is(1).await;
+    let line = proxy.logged("idle_timeout").await;
+    let expected = serde_json::json!({ "to_backend": 2, "to_client": 2 });
+    assert_eq!(
+        (&line["tenant"], &line["endpoint"], &line["datagrams"]),
+        (&"acme".into(), &ACME.into(), &expected)
+    );
+    assert_eq!((&line["client"], &line["attempts"]), (&CLIENT.into(), &1.into()));
+    assert_eq!(line["backend"], acme.address.to_string());
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn two_consumers_with_one_address_behind_one_load_balancer_never_meet() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    for turn in 0..50 {
+        let (mine, yours) = (format!("mine {turn}"), format!("yours {turn}"));
+        balancer.send(&datagram(CLIENT, ACME, mine.as_bytes())).await;
+        balancer.send(&datagram(CLIENT, HOOLI, yours.as_bytes())).await;
+        let mut answers = [balancer.answer().await, balancer.answer().await];
+        answers.sort();
+        assert_eq!(answers, [format!("acme {mine}").into_bytes(), format!("hooli {yours}").into_bytes()]);
+    }
+    proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(2).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn without_a_header_only_the_one_known_flow_is_heard() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    balancer.send(b"who am I").await;
+    proxy.ended(&[("listener", "dns"), ("by", "proxy"), ("at", "header"), ("why", "no_header")]).is(1).await;
+    assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"one")).await, b"acme one");
+    assert_eq!(balancer.ask(b"two").await, b"acme two");
+    assert_eq!(balancer.ask(b"").await, b"acme ");
+    balancer.ask(&datagram(CLIENT, HOOLI, b"three")).await;
+    balancer.send(b"whose").await;
+    proxy.ended(&[("listener", "dns"), ("at", "header"), ("why", "ambiguous")]).is(1).await;
+    assert!(balancer.is_silent());
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn what_leads_to_no_flow_is_counted_by_its_reason() {
+    let (proxy, _hooli) = world(&[], |conf, listener| {
+        conf.acme = vec!["127.0.0.1:9".parse().unwrap()];
+        *listener = listener.replace("127.0.0.0/8", "127.0.0.1/32");
+        soon(conf);
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    let whole = datagram(CLIENT, ACME, b"");
+    let mut damaged = whole.clone();
+    damaged[20] ^= 1;
+    let mut stream = nlb::header(CLIENT.parse().unwrap(), "10.0.0.1:53".parse().unwrap(), Some(ACME));
+    stream.extend(b"payload");
+    for (bytes, at, why) in [
+        (damaged, "header", "crc_mismatch"),
+        (whole[..50].to_vec(), "header", "header_truncated"),
+        (stream, "header", "wrong_transport"),
+        (nlb::health_check_header(), "header", "local"),
+        (datagram(CLIENT, STRANGER, b"x"), "tenant", "unknown_endpoint"),
+        (datagram(CLIENT, super::harness::INITECH, b"x"), "tenant", "tenant_disabled"),
+    ] {
+        balancer.send(&bytes).await;
+        proxy.ended(&[("listener", "dns"), ("at", at), ("why", why)]).is(1).await;
+    }
+    let stranger = UdpSocket::bind("127.0.0.2:0").await.unwrap();
+    stranger.send_to(&datagram(CLIENT, ACME, b"x"), proxy.address("dns")).await.unwrap();
+    proxy.ended(&[("listener", "dns"), ("at", "accept"), ("why", "untrusted_source")]).is(1).await;
+    assert!(balancer.is_silent());
+    others_are_unharmed(&proxy).await;
+    let log = finish(proxy).await;
+    assert!(log.iter().all(|line| line["outcome"]["why"] != "local"), "health checks are counted only");
+}
+
+#[tokio::test]
+async fn datagrams_of_every_length_pass_whole() {
+    let acme = Echo::start("").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    for len in [0, 1, 1_400, 1_472, 1_473, 9_000, 65_407] {
+        let payload: Vec<u8> = (0..len).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        assert!(balancer.ask(&datagram(CLIENT, ACME, &payload)).await == payload, "{len} bytes");
+    }
+    let longest = vec![7; 65_507];
+    assert!(balancer.ask(&longest).await == longest, "the longest, without a header, by the known flow");
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn before_the_first_answer_a_flow_moves_on_from_a_backend_that_is_not_there() {
+    let acme = Echo::start("acme").await;
+    let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let (proxy, _hooli) = world(&[gone, acme.address], |conf, _| {
+        conf.pool = "balance = \"round-robin\"".to_owned();
+        soon(conf);
+    })
+    .await;
+    for turn in 0..4 {
+        let balancer = Balancer::to(proxy.address("dns")).await;
+        let question = format!("question {turn}");
+        let answer = balancer.ask(&datagram(CLIENT, ACME, question.as_bytes())).await;
+        assert_eq!(answer, format!("acme {question}").as_bytes(), "the first datagram is not lost");
+    }
+    for (result, expected) in [("connect_refused", 2), ("done", 4)] {
+        let labels = [("pool", "acme"), ("result", result)];
+        proxy.metric("vestibule_backend_connects_total", &labels).is(expected).await;
+    }
+    proxy
+        .metric("vestibule_forwarded_datagrams_total", &[("tenant", "acme"), ("direction", "to_backend")])
+        .is(4)
+        .await;
+    others_are_unharmed(&proxy).await;
+    let log = finish(proxy).await;
+    let attempts: u64 =
+        log.iter().filter(|line| line["tenant"] == "acme").filter_map(|line| line["attempts"].as_u64()).sum();
+    assert_eq!(attempts, 6);
+}
+
+#[tokio::test]
+async fn a_flow_whose_backend_has_gone_ends_and_the_next_datagram_begins_another() {
+    let acme = Echo::start("acme").await;
+    let address = acme.address;
+    let (proxy, _hooli) = world(&[address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    balancer.ask(&datagram(CLIENT, ACME, b"one")).await;
+    drop(acme);
+    eventually("the backend's end", async || UdpSocket::bind(address).await.ok().map(drop)).await;
+    balancer.send(&datagram(CLIENT, ACME, b"two")).await;
+    proxy.ended(&[("tenant", "acme"), ("by", "backend"), ("at", "forward"), ("why", "reset")]).is(1).await;
+    balancer.send(&datagram(CLIENT, ACME, b"three")).await;
+    proxy
+        .ended(&[("tenant", "acme"), ("by", "backend"), ("at", "connect"), ("why", "connect_refused")])
+        .is(1)
+        .await;
+    let _acme = Echo::start_at(&address.to_string(), "back").await;
+    assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"four")).await, b"back four");
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn answers_leave_from_the_address_that_was_asked() {
+    let acme = Echo::start("acme").await;
+    for (bind, trusted, asked) in
+        [("0.0.0.0:0", "127.0.0.0/8", ["127.0.0.1", "127.0.0.3"]), ("[::]:0", "::1/128", ["[::1]", "[::1]"])]
+    {
+        let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
+            *listener = format!("bind = \"{bind}\"\nprotocol = \"udp\"\ntrusted-sources = [\"{trusted}\"]\n");
+            soon(conf);
+        })
+        .await;
+        let port = proxy.address("dns").port();
+        for ip in asked {
+            // A connected socket hears nobody else.
+            let balancer = Balancer::to(format!("{ip}:{port}").parse().unwrap()).await;
+            assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"here")).await, b"acme here");
+        }
+        finish(proxy).await;
+    }
+}
+
+#[tokio::test]
+async fn without_proxy_protocol_the_listeners_tenant_is_served() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
+        *listener =
+            "bind = \"127.0.0.1:0\"\nprotocol = \"udp\"\nproxy-protocol = \"off\"\ntenant = \"acme\"\n"
+                .to_owned();
+        soon(conf);
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    assert_eq!(balancer.ask(b"plain").await, b"acme plain");
+    proxy.others_are_unharmed().await;
+    let line = proxy.logged("idle_timeout").await;
+    assert_eq!(line["client"], balancer.socket.local_addr().unwrap().to_string());
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn a_burst_of_many_flows_comes_back_whole_and_in_order() {
+    let acme = Echo::start("").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    let clients: Vec<_> = (0..8).map(|number| format!("10.100.0.{number}:5000")).collect();
+    let mut next = vec![0_u32; clients.len()];
+    // So many as the sockets' buffers hold.
+    for round in 0..10_u32 {
+        for turn in 4 * round..4 * round + 4 {
+            for client in &clients {
+                let payload = format!("{client} {turn:04} {}", "x".repeat(600));
+                balancer.send(&datagram(client, ACME, payload.as_bytes())).await;
+            }
+        }
+        for _ in 0..4 * clients.len() {
+            let answer = String::from_utf8(balancer.answer().await).unwrap();
+            let (client, turn) = (answer.split(' ').next().unwrap(), answer.split(' ').nth(1).unwrap());
+            let place = clients.iter().position(|known| known == client).unwrap();
+            assert_eq!(turn.parse::<u32>().unwrap(), next[place], "{client}");
+            next[place] += 1;
+        }
+    }
+    proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(8).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn send_proxy_puts_the_header_on_every_datagram() {
+    let acme = Echo::start("").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| {
+        conf.pool = "send-proxy = \"v2\"".to_owned();
+        soon(conf);
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    let whole = datagram(CLIENT, ACME, b"one");
+    assert_eq!(balancer.ask(&whole).await, whole);
+    assert_eq!(
+        balancer.ask(b"two").await,
+        datagram(CLIENT, ACME, b"two"),
+        "one that came without a header too"
+    );
+    balancer.send(&vec![0; 65_500]).await;
+    let too_long = [("tenant", "acme"), ("direction", "to_backend"), ("why", "too_long")];
+    proxy.metric("vestibule_datagrams_dropped_total", &too_long).is(1).await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn a_tenants_last_flow_is_let_in_and_the_next_is_not() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| {
+        conf.limits = "flows = 2".to_owned();
+        soon(conf);
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    let client = |number: u32| format!("10.100.0.{number}:5000");
+    for number in 1..=2 {
+        balancer.ask(&datagram(&client(number), ACME, b"in")).await;
+    }
+    balancer.send(&datagram(&client(3), ACME, b"out")).await;
+    proxy.ended(&[("tenant", "acme"), ("at", "tenant"), ("why", "flow_limit")]).is(1).await;
+    assert!(balancer.is_silent());
+    others_are_unharmed(&proxy).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "idle_timeout")]).is(2).await;
+    assert_eq!(balancer.ask(&datagram(&client(3), ACME, b"now")).await, b"acme now");
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn datagrams_beyond_the_rate_are_dropped_and_counted_and_observed_ones_pass() {
+    // Answers count, too, and may come too late.
+    for (mode, answers) in [("enforce", 0), ("observe", 30)] {
+        let acme = Echo::start("").await;
+        let (proxy, _hooli) = world(&[acme.address], |conf, _| {
+            conf.limits = format!("mode = \"{mode}\"\ndatagram-rate = \"1/s\"\ndatagram-burst = 8");
+            soon(conf);
+        })
+        .await;
+        let balancer = Balancer::to(proxy.address("dns")).await;
+        for turn in 0..30_u32 {
+            balancer.send(&datagram(CLIENT, ACME, &turn.to_be_bytes())).await;
+        }
+        for _ in 0..answers {
+            balancer.answer().await;
+        }
+        let labels = [("tenant", "acme"), ("direction", "to_backend"), ("why", "rate")];
+        if mode == "enforce" {
+            proxy.metric("vestibule_datagrams_dropped_total", &labels).is_at_least(20).await;
+        } else {
+            proxy.metric("vestibule_datagrams_dropped_total", &[("tenant", "acme")]).is(0).await;
+            proxy.metric("vestibule_datagrams_would_drop_total", &labels).is_at_least(20).await;
+        }
+        others_are_unharmed(&proxy).await;
+        finish(proxy).await;
+    }
+}
+
+#[tokio::test]
+async fn a_drain_ends_silent_flows_and_lets_no_new_one_in() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| {
+        conf.drain = "notice = \"0s\"\nquiet = \"0s\"\nidle = \"500ms\"\ndeadline = \"20s\"\n".to_owned();
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    balancer.ask(&datagram(CLIENT, ACME, b"one")).await;
+    proxy.server().drain();
+    let other = Balancer::to(proxy.address("dns")).await;
+    let begun = eventually("a flow that is not let in", async || {
+        other.send(&datagram("10.100.0.11:5000", ACME, b"late")).await;
+        assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"still")).await, b"acme still");
+        let refused =
+            proxy.value("vestibule_sessions_ended_total", &[("at", "header"), ("why", "drained")]).await;
+        (refused > 0.0).then_some(())
+    });
+    begun.await;
+    let mut proxy = proxy;
+    eventually("the silent flow's end", async || {
+        let ended = |line: &Value| line["outcome"]["at"] == "forward" && line["outcome"]["why"] == "drained";
+        proxy.log().iter().any(ended).then_some(())
+    })
+    .await;
+    proxy.end().await;
+}
+
+#[tokio::test]
+async fn a_flow_that_speaks_is_not_idle() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    let mut pause = tokio::time::interval(Duration::from_millis(100));
+    for _ in 0..10 {
+        pause.tick().await;
+        balancer.ask(&datagram(CLIENT, ACME, b"here")).await;
+    }
+    proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(1).await;
+    finish(proxy).await;
+}

@@ -1,0 +1,271 @@
+//! The flow table against a list that is searched, and a simulation of consumers with one address.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+
+use vestibule::addr::{ClientAddr, PeerAddr};
+use vestibule::flow::table::{Command, FlowId, Path, Stray, Table, Who};
+use vestibule::id::Claim;
+
+use super::*;
+
+const IDLE: Duration = Duration::from_secs(10);
+
+/// A tick, and a tick for the part of it that has passed.
+const LATE: Duration = Duration::from_millis(100);
+
+#[derive(Clone, Debug)]
+enum Act {
+    Hear(u8, Option<u8>),
+    Answer(Index),
+    Close(Index),
+    Pass(u32),
+    Expire(usize),
+    Evict(Option<u32>, u32),
+    SetIdle(u32),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        8 => (0..6_u8, prop::option::weighted(0.8, 0..4_u8)).prop_map(|(path, who)| Act::Hear(path, who)),
+        4 => any::<Index>().prop_map(Act::Answer),
+        2 => any::<Index>().prop_map(Act::Close),
+        3 => prop_oneof![4 => 0..4_000_u32, 1 => 0..400_000_u32].prop_map(Act::Pass),
+        3 => prop_oneof![Just(1), Just(1_000)].prop_map(Act::Expire),
+        2 => (prop::option::of(0..3_u32), 0..12_000_u32).prop_map(|(tenant, idle)| Act::Evict(tenant, idle)),
+        1 => (1..15_000_u32).prop_map(Act::SetIdle),
+    ]
+}
+
+fn path(number: u8) -> Path {
+    // Sockets, addresses that were asked, and senders: each tells paths apart.
+    let local = (!number.is_multiple_of(3)).then_some(IpAddr::V4(Ipv4Addr::new(127, 0, 0, number % 3)));
+    Path { socket: u16::from(number / 3), local, peer: PeerAddr(([10, 0, 0, 1], 4_000).into()) }
+}
+
+fn who(number: u8) -> Who {
+    let endpoint = Claim::from_tlv(Some(format!("vpce-{:08x}", number / 2).as_bytes()));
+    Who { client: Some(ClientAddr(([10, 100, 0, 10], 5_000 + u16::from(number % 2)).into())), endpoint }
+}
+
+fn ms(ms: u32) -> Duration {
+    Duration::from_millis(ms.into())
+}
+
+/// A flow as the naive list has it.
+#[derive(Clone, Debug)]
+struct Known {
+    id: FlowId,
+    path: Path,
+    who: Who,
+    tenant: u32,
+    value: u64,
+    last: Moment,
+}
+
+struct Naive {
+    flows: Vec<Known>,
+    idle: Duration,
+    /// When that was last changed.
+    changed: Moment,
+}
+
+impl Naive {
+    fn hear(&self, path: Path, who: Option<Who>) -> Command {
+        let of = |flow: &&Known| flow.path == path && who.is_none_or(|who| who == flow.who);
+        let found: Vec<_> = self.flows.iter().filter(of).collect();
+        match (found.as_slice(), who) {
+            ([flow], _) => Command::ToBackend(flow.id),
+            ([], Some(_)) => Command::Open,
+            ([], None) => Command::Drop(Stray::NoHeader),
+            (_, _) => Command::Drop(Stray::Ambiguous),
+        }
+    }
+
+    fn take(&mut self, value: u64) -> Option<Known> {
+        let place = self.flows.iter().position(|flow| flow.value == value)?;
+        Some(self.flows.swap_remove(place))
+    }
+
+    /// Whom an eviction may take: of few flows of a tenant's, those that were idle longest.
+    fn check_evicted(
+        &mut self,
+        tenant: Option<u32>,
+        idle: Duration,
+        now: Moment,
+        got: Option<u64>,
+    ) -> Result<(), TestCaseError> {
+        let count = |tenant: u32| self.flows.iter().filter(|flow| flow.tenant == tenant).count();
+        let of = |flow: &&Known| tenant.is_none_or(|tenant| tenant == flow.tenant);
+        let longest = self.flows.iter().filter(of).map(|flow| now.since(flow.last)).max();
+        match got {
+            Some(value) => {
+                let flow = self.take(value).unwrap();
+                prop_assert!(now.since(flow.last) >= idle);
+                if let Some(tenant) = tenant {
+                    prop_assert_eq!(flow.tenant, tenant);
+                    prop_assert_eq!(Some(now.since(flow.last)), longest);
+                }
+            }
+            // With a tenant named, nobody else could have been found.
+            None if tenant.is_some() => prop_assert!(longest.is_none_or(|longest| longest < idle)),
+            None => prop_assert!((0..3).any(|tenant| count(tenant) == 0 || longest.is_some())),
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_table_does_what_a_search_through_a_list_would(acts in prop::collection::vec(act(), 1..200)) {
+        let (mut table, mut naive) = (Table::new(IDLE), Naive { flows: Vec::new(), idle: IDLE, changed: Moment::from_nanos(0) });
+        let (mut now, mut next) = (Moment::from_nanos(0), 0_u64);
+        for act in acts {
+            match act {
+                Act::Hear(from, speaker) => {
+                    let (path, who) = (path(from), speaker.map(who));
+                    let command = table.hear(path, who, now);
+                    prop_assert_eq!(command, naive.hear(path, who));
+                    match (command, who) {
+                        (Command::Open, Some(who)) => {
+                            next += 1;
+                            let tenant = u32::from(speaker.unwrap() % 3);
+                            let id = table.open(path, who, tenant, next, now);
+                            naive.flows.push(Known { id, path, who, tenant, value: next, last: now });
+                        }
+                        (Command::ToBackend(id), _) => {
+                            naive.flows.iter_mut().filter(|flow| flow.id == id).for_each(|flow| flow.last = now);
+                        }
+                        _ => {}
+                    }
+                }
+                Act::Answer(which) if !naive.flows.is_empty() => {
+                    let at = which.index(naive.flows.len());
+                    let flow = &mut naive.flows[at];
+                    flow.last = now;
+                    prop_assert_eq!(table.answer(flow.id, now), Some((flow.path, flow.who, &mut flow.value.clone())));
+                }
+                Act::Close(which) if !naive.flows.is_empty() => {
+                    let at = which.index(naive.flows.len());
+                    let flow = naive.flows.swap_remove(at);
+                    prop_assert_eq!(table.close(flow.id), Some((flow.path, flow.who, flow.value)));
+                    prop_assert!(table.find(flow.id).is_none() && table.close(flow.id).is_none());
+                }
+                Act::Answer(_) | Act::Close(_) => {}
+                Act::Pass(span) => now = now + ms(span),
+                Act::Expire(most) => {
+                    let mut gone = Vec::new();
+                    table.expire(now, most, |_, _, value| gone.push(value));
+                    prop_assert!(gone.len() <= most);
+                    for value in gone {
+                        let flow = naive.take(value).unwrap();
+                        prop_assert!(now.since(flow.last) >= naive.idle);
+                    }
+                    if most == 1_000 && now.since(naive.changed) > LATE {
+                        prop_assert!(naive.flows.iter().all(|flow| now.since(flow.last) < naive.idle + LATE));
+                    }
+                }
+                Act::Evict(tenant, idle) => {
+                    let got = table.evict(tenant, ms(idle), now).map(|(_, _, value)| value);
+                    naive.check_evicted(tenant, ms(idle), now, got)?;
+                }
+                Act::SetIdle(idle) => {
+                    naive.idle = ms(idle);
+                    naive.changed = now;
+                    table.set_idle(naive.idle);
+                }
+            }
+            prop_assert_eq!(table.len(), naive.flows.len());
+            for tenant in 0..3 {
+                let count = naive.flows.iter().filter(|flow| flow.tenant == tenant).count();
+                prop_assert_eq!(table.of_tenant(tenant), count);
+            }
+            // Nobody is due before the deadline.
+            let first = naive.flows.iter().map(|flow| (flow.last + naive.idle).max(naive.changed)).min();
+            prop_assert_eq!(table.deadline().is_some(), first.is_some());
+            if let (Some(deadline), Some(first)) = (table.deadline(), first) {
+                prop_assert!(deadline <= first.max(now) + LATE, "{:?} {:?}", deadline, first);
+            }
+        }
+        let mut left: Vec<_> = table.drain().map(|(_, _, value)| value).collect();
+        let mut expected: Vec<_> = naive.flows.iter().map(|flow| flow.value).collect();
+        left.sort_unstable();
+        expected.sort_unstable();
+        prop_assert_eq!(left, expected);
+    }
+}
+
+/// A datagram on its way: to the proxy, from a consumer, or back from a backend.
+#[derive(Clone, Copy, Debug)]
+enum Sent {
+    Question { consumer: usize, has_header: bool },
+    Answer(FlowId),
+}
+
+/// Consumers with one address behind one load balancer, over a network that loses, doubles and reorders, with a clock that
+/// jumps. Every value tells whose flow it is.
+fn simulate(seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut table: Table<usize> = Table::new(IDLE);
+    let (mut now, mut way, mut answered) = (Moment::from_nanos(1 << 50), Vec::new(), 0);
+    // Four consumers share a sender; the fifth has one of its own, and sends its header once.
+    let consumers: Vec<_> = (0..5_u8).map(|number| (path(number / 4), who(2 * (number % 4)))).collect();
+    let mut ids: HashMap<FlowId, usize> = HashMap::new();
+    for step in 0..20_000_u32 {
+        let consumer = random.usize(..consumers.len());
+        way.push(Sent::Question { consumer, has_header: consumer < 4 || random.u8(..8) == 0 });
+        if random.u8(..4) == 0 && !way.is_empty() {
+            way.push(way[random.usize(..way.len())]);
+        }
+        let sent = way.swap_remove(random.usize(..way.len()));
+        if random.u8(..8) == 0 {
+            continue;
+        }
+        match sent {
+            Sent::Question { consumer, has_header } => {
+                let (path, who) = consumers[consumer];
+                let id = match table.hear(path, has_header.then_some(who), now) {
+                    Command::ToBackend(id) => id,
+                    Command::Open => table.open(path, who, 0, consumer, now),
+                    Command::Drop(Stray::NoHeader) => continue,
+                    Command::Drop(Stray::Ambiguous) => {
+                        unreachable!("each sender without headers has one flow")
+                    }
+                };
+                assert_eq!(
+                    table.find(id).map(|(_, _, value)| *value),
+                    Some(consumer),
+                    "seed {seed}, step {step}"
+                );
+                assert_eq!(*ids.entry(id).or_insert(consumer), consumer, "a name was given twice");
+                way.push(Sent::Answer(id));
+            }
+            Sent::Answer(id) => {
+                if let Some((path, who, value)) = table.answer(id, now) {
+                    assert_eq!((path, who, *value), (consumers[ids[&id]].0, consumers[ids[&id]].1, ids[&id]));
+                    answered += 1;
+                }
+            }
+        }
+        now = match random.u16(..1_000) {
+            0 => now + Duration::from_secs(3_600),
+            1 => Moment::from_nanos(now.as_nanos() - 3_600_000_000_000),
+            _ => now + Duration::from_millis(random.u64(..40)),
+        };
+        if random.u8(..10) == 0 {
+            table.expire(now, random.usize(..4), |_, _, _| {});
+        }
+    }
+    assert!(answered > 1_000);
+    // Whoever the clock's jumps have put into the future is seen there once, and then has its time.
+    for _ in 0..20 {
+        now = now + IDLE * 20;
+        table.expire(now, 1_000, |_, _, _| {});
+    }
+    assert!(table.is_empty() && table.deadline().is_none());
+}
+
+#[test]
+fn no_answer_reaches_another_consumer_whatever_the_network_does() {
+    (0..20).for_each(simulate);
+}
