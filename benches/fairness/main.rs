@@ -10,6 +10,7 @@
     reason = "a bench that cannot go on says so by panicking"
 )]
 
+mod beside;
 mod greedy;
 mod neighbour;
 #[path = "../stage/mod.rs"]
@@ -23,7 +24,6 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use self::neighbour::Neighbour;
 use self::stage::{Proc, VESTIBULE, free, ready};
 
 /// The tenant that does what it likes, the one beside it, and the one whose bandwidth is measured.
@@ -43,7 +43,7 @@ struct Effort {
     left_out: Duration,
     /// The sessions that share it.
     sessions: &'static [usize],
-    /// B beside each neighbour, and alone before and after.
+    /// B for each of its measurements, beside somebody or alone.
     beside: Duration,
     rounds: usize,
 }
@@ -52,8 +52,8 @@ const FULL: Effort = Effort {
     measured: Duration::from_secs(10),
     left_out: Duration::from_secs(2),
     sessions: &[1, 10, 1000],
-    beside: Duration::from_secs(5),
-    rounds: 5,
+    beside: Duration::from_millis(1_500),
+    rounds: 18,
 };
 const ONCE: Effort = Effort {
     measured: Duration::from_millis(300),
@@ -95,72 +95,15 @@ fn main() {
     );
     report.push(json!({ "name": "jain", "index": index, "workers": workers }));
     let apart = tempfile::tempdir().expect("another folder");
-    report.extend(beside(&Bench::start(dir.path()), &Bench::start(apart.path()), &effort));
+    report.extend(beside::measure(&Bench::start(dir.path()), &Bench::start(apart.path()), &effort));
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fairness.json");
     std::fs::create_dir_all(path.parent().expect("a folder")).expect("target");
     std::fs::write(&path, format!("{:#}\n", json!(report))).expect("target/fairness.json");
 }
 
-/// B alone and beside each neighbour, in alternating rounds; the median of each. Each neighbour comes twice: through B's
-/// proxy, and through a proxy of its own, where it takes as much of the machine and nothing of B's proxy.
-fn beside(bench: &Bench, other: &Bench, effort: &Effort) -> Vec<Value> {
-    let through = |neighbour: Neighbour| {
-        let proxies = [Some(bench), neighbour.is_there().then_some(other)];
-        proxies.into_iter().flatten().map(move |proxy| (neighbour, proxy))
-    };
-    let mut rows: Vec<_> = Neighbour::ALL
-        .into_iter()
-        .flat_map(through)
-        .map(|(neighbour, proxy)| (neighbour, proxy, Vec::new()))
-        .collect();
-    for _ in 0..effort.rounds {
-        for (neighbour, proxy, figures) in &mut rows {
-            figures.push(neighbour.beside(proxy, || bench.load_of_b(effort.beside)));
-        }
-    }
-    let medians: Vec<_> = rows
-        .iter()
-        .map(|(neighbour, proxy, figures)| {
-            (*neighbour, std::ptr::eq(*proxy, other), Figures::median(figures))
-        })
-        .collect();
-    let alone = medians[0].2;
-    println!(
-        "B at half of its limits: 4 KiB round trips at 2,000/s, and 100 new sessions/s; in brackets against alone; each \
-         neighbour through B's proxy, then through one of its own"
-    );
-    println!(
-        "  {:<34} {:>20} {:>20} {:>20} {:>20}",
-        "A", "p99, us", "round trips/s", "p99 of new, us", "new/s"
-    );
-    let mut report = Vec::new();
-    for (neighbour, is_apart, figures) in &medians {
-        let name = neighbour.name();
-        print!("  {:<34}", if *is_apart { "  through a proxy of its own" } else { name });
-        for (figure, alone) in figures.0.iter().zip(alone.0) {
-            print!(" {:>20}", format!("{figure:.0} ({:.2})", figure / alone));
-        }
-        println!();
-        let [p99, rate, new_p99, new_rate] = figures.0;
-        report.push(json!({ "name": "beside", "a": name, "apart": is_apart, "p99_us": p99, "round_trips_per_second": rate,
-            "new_p99_us": new_p99, "new_per_second": new_rate }));
-    }
-    report
-}
-
 /// Of B: the 99th percentile of a round trip in microseconds and round trips a second, and the same of new sessions.
 #[derive(Clone, Copy)]
 struct Figures([f64; 4]);
-
-impl Figures {
-    fn median(all: &[Self]) -> Self {
-        Self(std::array::from_fn(|column| {
-            let mut values: Vec<_> = all.iter().map(|figures| figures.0[column]).collect();
-            values.sort_by(f64::total_cmp);
-            values[values.len() / 2]
-        }))
-    }
-}
 
 impl Bench {
     fn start(dir: &Path) -> Self {
@@ -188,7 +131,7 @@ impl Bench {
             free(),
             dir.join("access.log").display(),
             tenant("a", A, "other", &(each_way("8MiB/s") + "session-rate = \"100/s\"")),
-            tenant("b", B, "app", &(each_way("16MiB/s") + "session-rate = \"200/s\"")),
+            tenant("b", B, "app", &(each_way("16MiB/s") + "session-rate = \"800/s\"")),
             tenant("metered", METERED, "app", &each_way(&format!("{RATE}B/s"))),
         );
         let path = dir.join("vestibule.toml");
@@ -223,7 +166,7 @@ impl Bench {
         std::thread::scope(|scope| {
             let trips = ["--mode", "roundtrip", "--size", "4KiB", "--rate", "2000/s", "--sessions", "32"];
             let trips = scope.spawn(move || run(&trips));
-            let [new_p99, new_rate] = run(&["--mode", "connect", "--rate", "100/s", "--sessions", "16"]);
+            let [new_p99, new_rate] = run(&["--mode", "connect", "--rate", "400/s", "--sessions", "32"]);
             let [p99, rate] = trips.join().expect("round trips");
             Figures([p99, rate, new_p99, new_rate])
         })

@@ -120,7 +120,9 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
         names.address()
     );
     let health = "kind = \"tcp\"".to_owned();
-    let proxy = Conf { acme: vec![acme.address()], health, limits, more, ..Conf::default() }.start().await;
+    let timeouts = "flow-idle = \"300ms\"".to_owned();
+    let proxy =
+        Conf { acme: vec![acme.address()], health, limits, timeouts, more, ..Conf::default() }.start().await;
     proxy.metric("vestibule_backend_probes_total", &[("result", "passed")]).is_at_least(1).await;
     let lookup = [("pool", "named"), ("name", "app.example.com:80"), ("result", "no_such_name")];
     proxy.metric("vestibule_name_lookups_total", &lookup).is_at_least(1).await;

@@ -15,6 +15,7 @@ mod bandwidth;
 mod checks;
 mod comeback;
 mod dns;
+mod dnsdist;
 mod ejection;
 mod flow;
 mod forward;

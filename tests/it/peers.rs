@@ -18,7 +18,7 @@ const FOLDERS: [&str; 3] = ["", "/usr/sbin/", "/usr/local/sbin/"];
 
 /// How to call each of `names`; `None`, and a line that says so, where one is not installed. It must be where
 /// `VESTIBULE_REQUIRE_PEERS=1`.
-fn installed<const N: usize>(names: [&str; N]) -> Option<[String; N]> {
+pub fn installed<const N: usize>(names: [&str; N]) -> Option<[String; N]> {
     let found = names.map(find);
     for (name, program) in names.iter().zip(&found) {
         if program.is_none() {
@@ -33,7 +33,8 @@ fn installed<const N: usize>(names: [&str; N]) -> Option<[String; N]> {
 
 fn find(name: &str) -> Option<String> {
     FOLDERS.iter().map(|folder| format!("{folder}{name}")).find(|program| {
-        let version = if name == "curl" { "-V" } else { "-v" };
+        // To dnsdist -v is something else.
+        let version = if matches!(name, "curl" | "dnsdist") { "-V" } else { "-v" };
         let shown = Command::new(program).arg(version).stdout(Stdio::null()).stderr(Stdio::null()).status();
         shown.is_ok_and(|status| status.success())
     })
@@ -45,8 +46,8 @@ fn are_required() -> bool {
 }
 
 /// A server in the foreground; it ends with this.
-struct Peer {
-    address: SocketAddr,
+pub struct Peer {
+    pub address: SocketAddr,
     child: Child,
     dir: TempDir,
     /// Keeps the port from everybody but the server.
@@ -114,6 +115,19 @@ listen peer
         let file = dir.path().join("haproxy.cfg");
         fs::write(&file, text).unwrap();
         Self::start(dir, port, Command::new(program).arg("-db").arg("-f").arg(&file)).await
+    }
+
+    /// dnsdist, by UDP and TCP at one address; `rules` is the rest of its configuration.
+    pub async fn dnsdist(program: &str, rules: &str) -> Self {
+        let port = reserve();
+        let dir = TempDir::new().unwrap();
+        // Nobody is asked on the internet whether there is a newer one.
+        let text = format!("setSecurityPollSuffix('')\nsetLocal('{}')\n{rules}\n", port.1);
+        let file = dir.path().join("dnsdist.conf");
+        fs::write(&file, text).unwrap();
+        let mut command = Command::new(program);
+        command.args(["--supervised", "--disable-syslog", "-C"]).arg(&file);
+        Self::start(dir, port, &mut command).await
     }
 
     /// HAProxy between a consumer and `target`: its headers have a checksum, and as unique ID the consumer's

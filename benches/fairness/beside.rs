@@ -1,0 +1,144 @@
+//! B beside each neighbour, in pairs: each measurement is set against B alone just before and just after it, so that the
+//! machine's good and bad minutes fall on both. Of many such ratios the median is told, and how sure it is.
+
+use serde_json::{Value, json};
+
+use super::neighbour::{self, Neighbour};
+use super::{Bench, Effort, Figures};
+
+/// What is told of B, and whether more is better.
+const COLUMNS: [(&str, bool); 4] =
+    [("p99", false), ("round trips/s", true), ("p99 of new sessions", false), ("new sessions/s", true)];
+
+/// What a neighbour may cost.
+const MOST: f64 = 1.10;
+
+/// The ratios of one neighbour, round by round.
+#[derive(Clone, Default)]
+struct Ratios {
+    /// Through B's proxy, to B alone.
+    shared: Vec<Figures>,
+    /// Through a proxy of its own, to B alone.
+    apart: Vec<Figures>,
+    /// The first to the second: what sharing the proxy costs beyond sharing the machine.
+    sharing: Vec<Figures>,
+}
+
+/// In each round B is alone, then beside the first neighbour, who comes through B's proxy and through a proxy of its own,
+/// then alone again, and so on; from round to round forwards and backwards.
+pub(super) fn measure(bench: &Bench, other: &Bench, effort: &Effort) -> Vec<Value> {
+    let _awake = [neighbour::awake(bench), neighbour::awake(bench)];
+    let b_beside = |neighbour: Neighbour, proxy| neighbour.beside(proxy, || bench.load_of_b(effort.beside));
+    let (mut all, mut alone, mut noise) =
+        (vec![Ratios::default(); Neighbour::ALL.len()], Vec::new(), Vec::new());
+    for round in 0..effort.rounds {
+        let mut order: Vec<_> = (0..Neighbour::ALL.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        let mut before = b_beside(Neighbour::Nobody, bench);
+        alone.push(before);
+        for (turn, place) in order.into_iter().enumerate() {
+            let neighbour = Neighbour::ALL[place];
+            // Whoever comes first is nearer to the one side; that changes, too.
+            let (shared, apart) = if (round / 2 + turn) % 2 == 0 {
+                let shared = b_beside(neighbour, bench);
+                (shared, b_beside(neighbour, other))
+            } else {
+                let apart = b_beside(neighbour, other);
+                (b_beside(neighbour, bench), apart)
+            };
+            let after = b_beside(Neighbour::Nobody, bench);
+            let mean = before.with(after, |before, after| (before * after).sqrt());
+            let over = |figures: Figures, base: Figures| figures.with(base, |figure, base| figure / base);
+            all[place].shared.push(over(shared, mean));
+            all[place].apart.push(over(apart, mean));
+            all[place].sharing.push(over(shared, apart));
+            noise.push(over(after, before));
+            alone.push(after);
+            before = after;
+        }
+    }
+    tell(&all, &alone, &noise)
+}
+
+/// The table, and the same as JSON.
+fn tell(all: &[Ratios], alone: &[Figures], noise: &[Figures]) -> Vec<Value> {
+    println!(
+        "B at half of its limits: 4 KiB round trips at 2,000/s, and 400 new sessions/s; beside A over alone just before \
+         and after: the median of {} rounds, and where it lies with 95 %",
+        all[0].shared.len()
+    );
+    let heads = COLUMNS.map(|(name, _)| format!("{name:>22}"));
+    println!("  {:<36} {}", "A", heads.join(" "));
+    let median = |column: usize| middle(alone, column).1;
+    println!(
+        "  {:<36} {:>22} {:>22} {:>22} {:>22}",
+        "is not there",
+        format!("{:.0} us", median(0)),
+        format!("{:.0}", median(1)),
+        format!("{:.0} us", median(2)),
+        format!("{:.0}", median(3))
+    );
+    let mut report = vec![json!({ "name": "alone", "p99_us": median(0), "round_trips_per_second": median(1),
+        "new_p99_us": median(2), "new_per_second": median(3) })];
+    report.push(row("is not there, over the time before", noise));
+    let mut verdicts = Vec::new();
+    for (neighbour, ratios) in Neighbour::ALL.into_iter().zip(all) {
+        report.push(row(neighbour.name(), &ratios.shared));
+        report.push(row("  through a proxy of its own", &ratios.apart));
+        report.push(row("  the first over the second", &ratios.sharing));
+        verdicts.extend(COLUMNS.iter().enumerate().map(|(column, (name, is_more_better))| {
+            let (low, median, high) = middle(&ratios.shared, column);
+            let (best, median, worst) =
+                if *is_more_better { (1.0 / high, 1.0 / median, 1.0 / low) } else { (low, median, high) };
+            let verdict = match (worst <= MOST, median <= MOST, best <= MOST) {
+                (true, ..) => "within 10 %",
+                (false, true, _) => "within 10 % by its median, not with certainty",
+                (_, false, true) => "beyond 10 % by its median, not with certainty",
+                (_, _, false) => "beyond 10 %",
+            };
+            format!("  {}, {name}: {verdict}", neighbour.name())
+        }));
+    }
+    println!("{}", verdicts.join("\n"));
+    report
+}
+
+fn row(name: &str, ratios: &[Figures]) -> Value {
+    print!("  {name:<36}");
+    let mut columns = Vec::new();
+    for (column, (figure, _)) in COLUMNS.into_iter().enumerate() {
+        let (low, median, high) = middle(ratios, column);
+        print!(" {:>22}", format!("{median:.2} ({low:.2} to {high:.2})"));
+        columns.push(json!({ "figure": figure, "median": median, "low": low, "high": high }));
+    }
+    println!();
+    json!({ "name": "beside", "a": name.trim(), "ratios": columns })
+}
+
+/// The median of a column, and the values that it lies between with 95 %: those whose ranks a fair coin would not leave
+/// (Conover, "Practical Nonparametric Statistics", section 3.2).
+fn middle(all: &[Figures], column: usize) -> (f64, f64, f64) {
+    let mut values: Vec<_> = all.iter().map(|figures| figures.0[column]).collect();
+    values.sort_by(f64::total_cmp);
+    let count = values.len();
+    let (mut probability, mut below, mut rank) = (0.5_f64.powi(i32::try_from(count).expect("few")), 0.0, 0);
+    // Of so many tosses, at most `rank` heads.
+    while below + probability <= 0.025 {
+        below += probability;
+        rank += 1;
+        #[expect(clippy::cast_precision_loss, reason = "a few dozen")]
+        let factor = (count + 1 - rank) as f64 / rank as f64;
+        probability *= factor;
+    }
+    let low = rank.saturating_sub(1);
+    let median = f64::midpoint(values[(count - 1) / 2], values[count / 2]);
+    (values[low], median, values[count - 1 - low])
+}
+
+impl Figures {
+    fn with(self, other: Self, merge: impl Fn(f64, f64) -> f64) -> Self {
+        Self(std::array::from_fn(|column| merge(self.0[column], other.0[column])))
+    }
+}

@@ -1,0 +1,108 @@
+//! The flow table alone: ns for each datagram, bytes for each flow, and how long the longest call that ends idle ones takes.
+//! `cargo bench --bench flows`
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a bench that cannot go on says so by panicking"
+)]
+
+use std::time::{Duration, Instant};
+
+use divan::{Bencher, black_box};
+use vestibule::addr::{ClientAddr, PeerAddr};
+use vestibule::clock::Moment;
+use vestibule::flow::table::{Command, FlowId, Path, Table, Who};
+use vestibule::id::Claim;
+
+/// What the shell keeps for a flow, about.
+type Kept = [u64; 16];
+
+const IDLE: Duration = Duration::from_secs(120);
+const START: Moment = Moment::from_nanos(0);
+
+/// Flows that are looked at in one call, as the shell has it.
+const AT_ONCE: usize = 256;
+
+const MANY: u32 = 100_000;
+/// Bytes of a flow at most, and how long a call may take.
+const MOST_BYTES: u64 = 600;
+const LONGEST: Duration = Duration::from_millis(1);
+
+/// Clients behind a few senders, as a load balancer's are.
+fn flow(number: u32) -> (Path, Who) {
+    let [a, b, c, d] = number.to_be_bytes();
+    let peer = PeerAddr(([10, 0, 0, d % 8], 20_000).into());
+    let client = Some(ClientAddr(([10, 100 + a, b, c], 10_000 + u16::from(d)).into()));
+    let endpoint = Claim::from_tlv(Some(b"vpce-08d2bf15fac5001c9"));
+    (Path { socket: 0, local: None, peer }, Who { client, endpoint })
+}
+
+fn filled(count: u32) -> (Table<Kept>, Vec<FlowId>) {
+    let mut table = Table::new(IDLE);
+    let open = |number| {
+        let (path, who) = flow(number);
+        table.open(path, who, number % 100, [0; 16], START)
+    };
+    let ids = (0..count).map(open).collect();
+    (table, ids)
+}
+
+#[divan::bench(args = [64, 1_000, MANY])]
+fn hear(bencher: Bencher, count: u32) {
+    let (mut table, _) = filled(count);
+    bencher.bench_local(move || {
+        let (path, who) = flow(fastrand::u32(..count));
+        assert!(matches!(table.hear(black_box(path), Some(who), START), Command::ToBackend(_)));
+    });
+}
+
+#[divan::bench(args = [64, 1_000, MANY])]
+fn answer(bencher: Bencher, count: u32) {
+    let (mut table, ids) = filled(count);
+    bencher.bench_local(move || {
+        let id = ids[fastrand::usize(..ids.len())];
+        assert!(table.answer(black_box(id), START).is_some());
+    });
+}
+
+#[divan::bench(args = [64, 1_000, MANY])]
+fn open_and_close(bencher: Bencher, count: u32) {
+    let (mut table, _) = filled(count);
+    let mut next = count;
+    bencher.bench_local(move || {
+        next = next.wrapping_add(1).max(count);
+        let (path, who) = flow(next);
+        let id = table.open(path, who, 0, [0; 16], START);
+        assert!(table.close(black_box(id)).is_some());
+    });
+}
+
+/// Bytes of memory for each of many flows, and the longest of the calls that end them all.
+fn bounds() {
+    let mut table = None;
+    let used = allocation_counter::measure(|| table = Some(filled(MANY)));
+    let bytes = u64::try_from(used.bytes_current).expect("more than before") / u64::from(MANY);
+    println!("{MANY} flows: {bytes} bytes each, of which the flow's own are {}", size_of::<Kept>());
+    assert!(bytes <= MOST_BYTES, "{bytes} bytes");
+    // The least of a few runs: what else the machine does only adds.
+    let longest = (0..5).map(|_| longest_call()).min().expect("a run");
+    println!("{MANY} flows that end at once: the longest call takes {longest:?} for {AT_ONCE}");
+    assert!(longest <= LONGEST, "{longest:?}");
+}
+
+#[expect(clippy::disallowed_methods, reason = "a bench measures")]
+fn longest_call() -> Duration {
+    let (mut table, _) = filled(MANY);
+    let (mut longest, end) = (Duration::ZERO, START + IDLE * 2);
+    while !table.is_empty() {
+        let start = Instant::now();
+        table.expire(end, AT_ONCE, |_, _, _| {});
+        longest = longest.max(start.elapsed());
+    }
+    longest
+}
+
+fn main() {
+    bounds();
+    divan::main();
+}
