@@ -227,9 +227,10 @@ impl<A> Flows<A> {
         }
     }
 
-    /// Goes on to `now`: flows that were idle for long are ended.
-    pub fn advance(&self, now: Moment) {
-        self.state.borrow_mut().expire(now);
+    /// Goes on to `now`: flows that were idle for long are ended, some in each call. Whether there are more.
+    #[must_use]
+    pub fn advance(&self, now: Moment) -> bool {
+        self.state.borrow_mut().expire(now)
     }
 
     /// Tells what was left out of the access log.
@@ -275,9 +276,10 @@ impl<A> State<A> {
         Arc::clone(self.snapshot.load())
     }
 
-    fn expire(&mut self, now: Moment) {
-        if self.table.deadline().is_none_or(|deadline| deadline > now) {
-            return;
+    fn expire(&mut self, now: Moment) -> bool {
+        let is_due = |table: &Table<Flow<A>>| table.deadline().is_some_and(|deadline| deadline <= now);
+        if !is_due(&self.table) {
+            return false;
         }
         let Self { table, journal, rejections, draining, .. } = self;
         let why = if *draining { Why::Drained } else { Why::IdleTimeout };
@@ -285,6 +287,7 @@ impl<A> State<A> {
         table.expire(now, EXPIRED_AT_ONCE, |path, who, flow| {
             flow.end(Outcome::reject(At::Forward, why), path.peer, who, &books, now);
         });
+        is_due(table)
     }
 
     /// Ends one flow.

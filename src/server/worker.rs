@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, watch};
-use tokio::task::spawn_local;
+use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 
 use super::crew::{Aboard, Crew, OpenDoor};
@@ -229,7 +229,10 @@ async fn tick(shop: Rc<Shop>) {
         let now = clock::now();
         shop.worker.local.advance(now);
         shop.worker.pacer.borrow_mut().advance(now);
-        shop.flows.iter().for_each(|flows| flows.advance(now));
+        while shop.flows.as_ref().is_some_and(|flows| flows.advance(now)) {
+            // Everybody else has a turn in between.
+            yield_now().await;
+        }
         shop.flush();
         untold += 1;
         if untold == TELLING {
