@@ -1,5 +1,5 @@
-//! The flow table alone: ns for each datagram, bytes for each flow, and how long the longest call that ends idle ones takes.
-//! `cargo bench --bench flows`
+//! The flow table alone: ns for each datagram, bytes for each flow, and how long it takes at most to end idle ones in one
+//! call. `cargo bench --bench flows`
 #![allow(
     clippy::expect_used,
     clippy::indexing_slicing,
