@@ -255,23 +255,23 @@ mod tests {
     use crate::account::Labels;
     use crate::config;
 
-    const START: Moment = Moment::from_nanos(0);
+    pub(super) const START: Moment = Moment::from_nanos(0);
 
-    fn at_ms(ms: u64) -> Moment {
+    pub(super) fn at_ms(ms: u64) -> Moment {
         START + Duration::from_millis(ms)
     }
 
-    fn quota(limits: Limits) -> Arc<Quota> {
+    pub(super) fn quota(limits: Limits) -> Arc<Quota> {
         let quota = Quota::new(Share::new(Slots::new(1_000_000)));
         quota.set(&limits);
         quota
     }
 
-    fn rate(ms: u64, burst: u64) -> config::Rate {
+    pub(super) fn rate(ms: u64, burst: u64) -> config::Rate {
         config::Rate { interval: Duration::from_millis(ms), burst }
     }
 
-    fn counts(reasons: impl Iterator<Item = (Why, u64)>) -> Vec<u64> {
+    pub(super) fn counts(reasons: impl Iterator<Item = (Why, u64)>) -> Vec<u64> {
         reasons.map(|(_, count)| count).collect()
     }
 

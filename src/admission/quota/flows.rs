@@ -110,31 +110,9 @@ impl Drop for FlowPermit {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use super::super::super::share::Share;
+    use super::super::tests::{START, at_ms, counts, quota, rate};
     use super::*;
     use crate::config::{self, Limits, Mode};
-
-    const START: Moment = Moment::from_nanos(0);
-
-    fn at_ms(ms: u64) -> Moment {
-        START + Duration::from_millis(ms)
-    }
-
-    fn quota(limits: Limits) -> Arc<Quota> {
-        let quota = Quota::new(Share::new(Slots::new(1_000_000)));
-        quota.set(&limits);
-        quota
-    }
-
-    fn rate(ms: u64, burst: u64) -> config::Rate {
-        config::Rate { interval: Duration::from_millis(ms), burst }
-    }
-
-    fn counts(reasons: impl Iterator<Item = (Why, u64)>) -> Vec<u64> {
-        reasons.map(|(_, count)| count).collect()
-    }
 
     #[test]
     fn the_last_flow_is_admitted_and_the_next_is_not() {
