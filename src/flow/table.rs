@@ -29,14 +29,15 @@ pub struct Path {
     /// The address that was asked, where the socket's own does not tell. Sockets are of one family each, so no IPv4
     /// address comes in the guise of IPv6.
     pub local: Option<IpAddr>,
-    /// The sender.
+    /// The sender, with its scope: an answer to a link-local address needs it. The kernel leaves the flow label zero.
     pub peer: PeerAddr,
 }
 
 /// Who speaks, as the header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Who {
-    /// The client's address.
+    /// The client's address, as it is written: an IPv4 one in the guise of IPv6 is another client. To tell apart what is one
+    /// costs a flow; to take for one what is not would give a consumer another's answers.
     pub client: Option<ClientAddr>,
     /// Its endpoint.
     pub endpoint: Claim,
@@ -121,6 +122,7 @@ impl<F> Table<F> {
                 None => return Command::Drop(Stray::NoHeader),
             },
         };
+        self.queue.rewind(now);
         self.slab.at_mut(slot).map_or(Command::Open, |flow| {
             flow.last = now;
             Command::ToBackend(FlowId::new(slot, flow.generation))
@@ -152,6 +154,7 @@ impl<F> Table<F> {
             let by_path = |slot: &u32| slab.at(*slot).map_or(0, |flow| random.hash_one(flow.path));
             self.paths.insert_unique(random.hash_one(path), slot, by_path);
         }
+        self.queue.rewind(now);
         self.queue.add(&mut self.slab, slot, now + self.idle);
         FlowId::new(slot, generation)
     }
@@ -159,6 +162,7 @@ impl<F> Table<F> {
     /// A datagram came from a flow's backend: where it goes, and the flow.
     pub fn answer(&mut self, id: FlowId, now: Moment) -> Option<(Path, Who, &mut F)> {
         let flow = self.slab.find(id)?;
+        self.queue.rewind(now);
         flow.last = now;
         Some((flow.path, flow.who, flow.flow.as_mut()?))
     }
@@ -209,14 +213,15 @@ impl<F> Table<F> {
     }
 
     /// When [`expire`](Self::expire) has something to look at; perhaps only to see that a flow has spoken since. Never later
-    /// than a tick after a flow has been idle for long.
+    /// than a tick after a flow has been idle for long, unless the clock went back: then within a round of the wheel.
     #[must_use]
     pub fn deadline(&self) -> Option<Moment> {
         if self.is_empty() { None } else { Some(self.queue.deadline()) }
     }
 
     /// Takes out a flow that was idle for at least `idle`: of this tenant, or else of the one that has most. Of some that
-    /// began long ago it is the one that was idle longest.
+    /// began long ago it is the one that was idle longest. Where all of those spoke just now it takes nobody, though another
+    /// of the tenant's may be idle: the next call looks at others.
     pub fn evict(&mut self, tenant: Option<u32>, idle: Duration, now: Moment) -> Option<(Path, Who, F)> {
         let tenant = tenant.or_else(|| self.queue.fullest())?;
         let slot = self.queue.longest_idle(&mut self.slab, tenant, now)?;
@@ -336,6 +341,66 @@ mod tests {
         assert!(expired(&mut table, at(10)).is_empty());
         assert!(expired(&mut table, at(300)).is_empty(), "since it was seen to be in the future");
         assert_eq!(expired(&mut table, at(500)), [0]);
+    }
+
+    #[test]
+    fn a_deadline_goes_back_with_the_clock() {
+        let hear: fn(&mut Table<u32>, FlowId) = |table, id| {
+            assert_eq!(table.hear(path(0), Some(who(1)), at(10)), Command::ToBackend(id));
+        };
+        let answer: fn(&mut Table<u32>, FlowId) = |table, id| assert!(table.answer(id, at(10)).is_some());
+        let open: fn(&mut Table<u32>, FlowId) = |table, _| {
+            table.open(path(1), who(1), 7, 1, at(10));
+        };
+        let open_the_only_one: fn(&mut Table<u32>, FlowId) = |table, id| {
+            table.close(id).unwrap();
+            table.open(path(1), who(1), 7, 1, at(10));
+        };
+        for act in [hear, answer, open, open_the_only_one] {
+            let mut table = Table::new(Duration::from_secs(120));
+            let id = table.open(path(0), who(1), 7, 0, at(1_000_000));
+            act(&mut table, id);
+            // A round of the wheel, and the time that it then has.
+            let (mut now, mut looks) = (at(10), 0);
+            while let Some(deadline) = table.deadline() {
+                now = now.max(deadline);
+                table.expire(now, 1_000, |_, _, _| {});
+                looks += 1;
+            }
+            assert!(now < at(10 + 205 + 120 + 1) && looks < 10, "{now:?} after {looks}");
+        }
+    }
+
+    #[test]
+    fn who_has_most_is_known_whoever_else_there_is() {
+        let (mut table, ids) = table(10);
+        let mut port = 10;
+        let mut open = |table: &mut Table<u32>, tenant| {
+            port += 1;
+            table.open(path(port), who(1), tenant, tenant, at(0));
+        };
+        (0..9).for_each(|_| open(&mut table, 8));
+        (100..200).for_each(|tenant| open(&mut table, tenant));
+        for id in &ids[1..] {
+            table.close(*id).unwrap();
+        }
+        let mut evict = || table.evict(None, Duration::from_secs(1), at(100)).map(|(_, _, flow)| flow);
+        for _ in 0..8 {
+            assert_eq!(evict(), Some(8), "of whom there are more than one");
+        }
+        // Each has one now, and each of them can still be found.
+        assert_eq!((evict(), (0..101).filter_map(|_| evict()).count()), (Some(199), 101));
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn where_the_first_of_many_spoke_just_now_the_next_look_is_at_others() {
+        let (mut table, ids) = table(100);
+        for id in &ids[..99] {
+            table.answer(*id, at(99)).unwrap();
+        }
+        let mut evict = || table.evict(Some(7), Duration::from_secs(30), at(100)).map(|(_, _, flow)| flow);
+        assert_eq!([(); 4].map(|()| evict()), [None, None, None, Some(99)]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Both are lazy. A datagram only writes down when it came; where its flow hangs is put right when its turn comes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use super::slab::{Kind, List, NIL, Slab};
 use crate::clock::Moment;
@@ -22,9 +22,9 @@ pub(super) struct Queue {
     /// The tick whose bucket is looked at next.
     tick: u64,
     tenants: HashMap<u32, List, foldhash::fast::FixedState>,
-    /// Who has most, as far as is known; counted anew after as many ends as there are tenants.
-    most: Option<u32>,
-    ends: usize,
+    /// How many flows each tenant has, and the tenant: the last one is the one that has most. Only an opening and an end
+    /// change it, no datagram does.
+    ranks: BTreeSet<(u32, u32)>,
 }
 
 impl Default for Queue {
@@ -34,8 +34,7 @@ impl Default for Queue {
             filled: [0; BUCKETS as usize / 64],
             tick: 0,
             tenants: HashMap::default(),
-            most: None,
-            ends: 0,
+            ranks: BTreeSet::new(),
         }
     }
 }
@@ -63,19 +62,23 @@ impl Queue {
         self.tenants.get(&tenant).map_or(0, |list| list.len as usize)
     }
 
+    /// Lets the wheel go back with the clock. Who hangs on it is looked at too early, or within a round, rather than never.
+    pub(super) fn rewind(&mut self, now: Moment) {
+        self.tick = self.tick.min(tick(now));
+    }
+
     /// Takes in a new flow that is due then.
     pub(super) fn add<F>(&mut self, slab: &mut Slab<F>, slot: u32, due: Moment) {
         let Some(tenant) = slab.at(slot).map(|flow| flow.tenant) else { return };
         if self.tenants.is_empty() {
             // Nobody was here, and the wheel stood still meanwhile.
-            self.tick = self.tick.max(slab.at(slot).map_or(0, |flow| tick(flow.last)));
+            self.tick = slab.at(slot).map_or(0, |flow| tick(flow.last));
         }
         let list = self.tenants.entry(tenant).or_insert(List::EMPTY);
         slab.push(list, Kind::Tenant, slot);
         let len = list.len;
-        if self.most.is_none_or(|most| self.tenants.get(&most).is_none_or(|list| list.len < len)) {
-            self.most = Some(tenant);
-        }
+        self.ranks.remove(&(len - 1, tenant));
+        self.ranks.insert((len, tenant));
         self.hang(slab, slot, due);
     }
 
@@ -84,12 +87,14 @@ impl Queue {
         let Some((tenant, bucket)) = slab.at(slot).map(|flow| (flow.tenant, flow.bucket)) else { return };
         self.take_down(slab, slot, bucket);
         if let Some(list) = self.tenants.get_mut(&tenant) {
+            self.ranks.remove(&(list.len, tenant));
             slab.unlink(list, Kind::Tenant, slot);
             if list.len == 0 {
                 self.tenants.remove(&tenant);
+            } else {
+                self.ranks.insert((list.len, tenant));
             }
         }
-        self.ends += 1;
     }
 
     /// Hangs a flow where it is looked at when it is due: in a tick after that, and not in the one that is under way.
@@ -129,11 +134,8 @@ impl Queue {
 
     /// The next flow that is to be looked at; `None` where there is none up to now. It stays where it is.
     pub(super) fn next_due<F>(&mut self, slab: &mut Slab<F>, now: Moment) -> Option<u32> {
+        self.rewind(now);
         let now = tick(now);
-        if now < self.tick {
-            // The clock went back. Who hangs here is looked at too early rather than never.
-            self.tick = now;
-        }
         // Who has not been looked at for more than a round looks at each once.
         self.tick = self.tick.max(now.saturating_sub(u64::from(BUCKETS) - 1));
         loop {
@@ -175,13 +177,9 @@ impl Queue {
         Moment::from_nanos(self.next_filled().unwrap_or(self.tick).saturating_mul(nanos()))
     }
 
-    /// The tenant that has most.
-    pub(super) fn fullest(&mut self) -> Option<u32> {
-        if self.ends >= self.tenants.len() {
-            self.ends = 0;
-            self.most = self.tenants.iter().max_by_key(|(_, list)| list.len).map(|(tenant, _)| *tenant);
-        }
-        self.most.filter(|most| self.tenants.contains_key(most))
+    /// The tenant that has most; of several, the one with the highest number.
+    pub(super) fn fullest(&self) -> Option<u32> {
+        self.ranks.last().map(|(_, tenant)| *tenant)
     }
 
     /// Of a tenant's flows the one that was idle longest, among the first of its list. Those that were looked at go to the
