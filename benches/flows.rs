@@ -37,6 +37,7 @@ fn flow(number: u32) -> (Path, Who) {
     (Path { socket: 0, local: None, peer }, Who { client, endpoint })
 }
 
+/// Flows of a hundred tenants.
 fn filled(count: u32) -> (Table<Kept>, Vec<FlowId>) {
     let mut table = Table::new(IDLE);
     let open = |number| {
@@ -45,6 +46,18 @@ fn filled(count: u32) -> (Table<Kept>, Vec<FlowId>) {
     };
     let ids = (0..count).map(open).collect();
     (table, ids)
+}
+
+/// Flows of which each has a sender and a tenant of its own: as much memory as so many can take.
+fn strangers(count: u32) -> Table<Kept> {
+    let mut table = Table::new(IDLE);
+    for number in 0..count {
+        let (path, who) = flow(number);
+        let [_, b, c, d] = number.to_be_bytes();
+        let peer = PeerAddr(([10, b, c, d], 20_000).into());
+        table.open(Path { peer, ..path }, who, number, [0; 16], START);
+    }
+    table
 }
 
 #[divan::bench(args = [64, 1_000, MANY])]
@@ -79,15 +92,23 @@ fn open_and_close(bencher: Bencher, count: u32) {
 
 /// Bytes of memory for each of many flows, and the longest of the calls that end them all.
 fn bounds() {
-    let mut table = None;
-    let used = allocation_counter::measure(|| table = Some(filled(MANY)));
-    let bytes = u64::try_from(used.bytes_current).expect("more than before") / u64::from(MANY);
-    println!("{MANY} flows: {bytes} bytes each, of which the flow's own are {}", size_of::<Kept>());
-    assert!(bytes <= MOST_BYTES, "{bytes} bytes");
+    for (whose, fill) in [
+        ("of a hundred tenants", (|| filled(MANY).0) as fn() -> Table<Kept>),
+        ("of a tenant each", || strangers(MANY)),
+    ] {
+        let mut table = None;
+        let used = allocation_counter::measure(|| table = Some(fill()));
+        let bytes = u64::try_from(used.bytes_current).expect("more than before") / u64::from(MANY);
+        let own = size_of::<Kept>();
+        println!("{MANY} flows {whose}: {bytes} bytes each, of which the flow's own are {own}");
+        assert!(bytes <= MOST_BYTES, "{bytes} bytes");
+    }
     // The least of a few runs: what else the machine does only adds.
     let longest = (0..5).map(|_| longest_call()).min().expect("a run");
     println!("{MANY} flows that end at once: the longest call takes {longest:?} for {AT_ONCE}");
     assert!(longest <= LONGEST, "{longest:?}");
+    let shorter = (0..5).map(|_| shorter()).min().expect("a run");
+    println!("{MANY} flows that may be idle for a shorter time from now on: {shorter:?}");
 }
 
 #[expect(clippy::disallowed_methods, reason = "a bench measures")]
@@ -100,6 +121,15 @@ fn longest_call() -> Duration {
         longest = longest.max(start.elapsed());
     }
     longest
+}
+
+/// What a drain takes at once.
+#[expect(clippy::disallowed_methods, reason = "a bench measures")]
+fn shorter() -> Duration {
+    let (mut table, _) = filled(MANY);
+    let start = Instant::now();
+    table.set_idle(IDLE / 2);
+    start.elapsed()
 }
 
 fn main() {
