@@ -3,9 +3,12 @@
 //! when its handle is dropped.
 
 pub mod backend;
+mod datagram;
 pub mod day;
 pub mod load;
 pub mod nlb;
+
+pub use self::datagram::LONGEST;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

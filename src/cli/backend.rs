@@ -1,15 +1,19 @@
 //! `vestibule backend`: the other end of `vestibule load`.
 
+use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use crate::lab::backend::{Backend, Temper};
+use crate::lab::backend::{Backend, Datagrams, Temper};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     /// Where to listen, and the name to answer by: the pool's, so that `load` knows who should have answered
-    #[arg(long, value_name = "NAME=ADDRESS", required = true, num_args = 1.., value_parser = named)]
+    #[arg(long, value_name = "NAME=ADDRESS", required_unless_present = "udp", num_args = 1.., value_parser = named)]
     listen: Vec<(String, SocketAddr)>,
+    /// Where to echo datagrams, and the name to answer by
+    #[arg(long, value_name = "NAME=ADDRESS", num_args = 1.., value_parser = named)]
+    udp: Vec<(String, SocketAddr)>,
 }
 
 pub(super) fn named(text: &str) -> Result<(String, SocketAddr), String> {
@@ -39,24 +43,41 @@ pub(super) async fn start(named: &[(String, SocketAddr)]) -> Result<Vec<Backend>
     let mut backends = Vec::new();
     for (name, address) in named {
         let backend = Backend::start_at(*address, name, Temper::Load).await;
-        backends.push(
-            backend.map_err(|error| format!("{name}: {address}: must be free and local, found: {error}"))?,
-        );
+        backends.push(backend.map_err(|error| unusable(name, *address, &error))?);
     }
     Ok(backends)
 }
 
+/// The same for datagrams.
+pub(super) async fn start_udp(named: &[(String, SocketAddr)]) -> Result<Vec<Datagrams>, String> {
+    let mut backends = Vec::new();
+    for (name, address) in named {
+        let backend = Datagrams::start_at(*address, name).await;
+        backends.push(backend.map_err(|error| unusable(name, *address, &error))?);
+    }
+    Ok(backends)
+}
+
+fn unusable(name: &str, address: SocketAddr, error: &io::Error) -> String {
+    format!("{name}: {address}: must be free and local, found: {error}")
+}
+
 async fn serve(options: &Options) -> ExitCode {
+    let started = async { Ok((start(&options.listen).await?, start_udp(&options.udp).await?)) };
     // Held until the end.
-    let backends = match start(&options.listen).await {
+    let (backends, of_datagrams) = match started.await {
         Ok(backends) => backends,
         Err(fault) => {
+            let fault: String = fault;
             eprintln!("{fault}");
             return ExitCode::FAILURE;
         }
     };
     for backend in &backends {
         println!("{} listens on {}", backend.name(), backend.address());
+    }
+    for backend in &of_datagrams {
+        println!("{} listens on {}, udp", backend.name(), backend.address());
     }
     match tokio::signal::ctrl_c().await {
         Ok(()) => ExitCode::SUCCESS,

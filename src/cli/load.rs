@@ -17,14 +17,16 @@ use super::{backend, plot};
 use crate::config::unit;
 use crate::id::EndpointId;
 use crate::lab::load::schedule::Skew;
-use crate::lab::load::{self, MOST_CLIENTS, Mode, Plan, Progress, Report};
+use crate::lab::load::{self, Datagrams, FRONT, MOST_CLIENTS, Mode, Plan, Progress, Report, Work};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   vestibule load --target 127.0.0.1:8080 --endpoint vpce-08d2bf15fac5001c9 --mode connect
   vestibule load --target 127.0.0.1:8080 --endpoints 1000 --pools app --write-tenants tenants.toml
   vestibule load --target 127.0.0.1:8080 --endpoints 1000 --pools app --skew zipf:1.1 \\
-      --mode roundtrip --sessions 64 --rate 5000 --duration 30s --plot latency.svg";
+      --mode roundtrip --sessions 64 --rate 5000 --duration 30s --plot latency.svg
+  vestibule load --target 127.0.0.1:5353 --endpoint vpce-08d2bf15fac5001c9 --mode udp \
+      --sessions 1000 --window 4 --size 1200B --timeout 500ms";
 
 /// Percentiles that are shown.
 const PERCENTILES: [f64; 7] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
@@ -52,10 +54,11 @@ pub(super) struct Options {
     /// What sessions do
     #[arg(long, value_enum, default_value = "connect")]
     mode: ModeName,
-    /// Sessions at once
+    /// Sessions at once, or flows, each from a port of its own
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     sessions: u32,
-    /// Bytes of a message, or of one read or write in the bulk modes; at least 16 [default: 64B, in bulk 128KiB]
+    /// Bytes of a message, or of one read or write in the bulk modes; at least 16, in udp 24 to 65000, the header not
+    /// counted [default: 64B, in bulk 128KiB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     size: Option<usize>,
     /// Operations a second of all sessions together (open loop; latency counts from when each was due)
@@ -73,6 +76,12 @@ pub(super) struct Options {
     /// How many connections of a hundred are noise: health checks, empty ones, split headers, unknown endpoints
     #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = percent)]
     noise: u8,
+    /// In udp: datagrams of a flow that wait for their answers at once
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    window: u32,
+    /// In udp: a datagram without an answer for so long is lost
+    #[arg(long, default_value = "1s", value_parser = unit::duration)]
+    timeout: Duration,
     /// Serve this backend too, in the same process and as long as the load lasts; may be given more than once
     #[arg(long, value_name = "NAME=ADDRESS", num_args = 1.., value_parser = backend::named)]
     serve: Vec<(String, SocketAddr)>,
@@ -94,26 +103,56 @@ enum ModeName {
     ToClient,
     /// Send as much as goes
     ToBackend,
+    /// Datagrams there and back, each behind a header
+    Udp,
 }
 
 impl ModeName {
-    fn mode(self) -> Mode {
-        match self {
-            Self::Connect => Mode::Connect,
-            Self::Roundtrip => Mode::RoundTrip,
-            Self::ToClient => Mode::ToClient,
-            Self::ToBackend => Mode::ToBackend,
-        }
-    }
-
     /// The bytes of a message, or of one read or write, where nothing is said.
     const fn size(self) -> usize {
         match self {
-            Self::Connect | Self::Roundtrip => 64,
+            Self::Connect | Self::Roundtrip | Self::Udp => 64,
             Self::ToClient | Self::ToBackend => 128 * 1024,
         }
     }
 }
+
+impl Options {
+    fn size(&self) -> usize {
+        self.size.unwrap_or(self.mode.size())
+    }
+
+    fn work(&self) -> Work {
+        match self.mode {
+            ModeName::Connect => Work::Sessions(Mode::Connect),
+            ModeName::Roundtrip => Work::Sessions(Mode::RoundTrip),
+            ModeName::ToClient => Work::Sessions(Mode::ToClient),
+            ModeName::ToBackend => Work::Sessions(Mode::ToBackend),
+            ModeName::Udp => Work::Flows { window: self.window as usize, timeout: self.timeout },
+        }
+    }
+
+    /// What does not go together.
+    fn fault(&self) -> Option<String> {
+        let is_udp = matches!(self.mode, ModeName::Udp);
+        let size = self.size();
+        if is_udp && !(FRONT..=LARGEST).contains(&size) {
+            return Some(format!(
+                "--size: must be from {FRONT}B to {LARGEST}B in --mode udp, found \"{size}B\""
+            ));
+        }
+        if is_udp && self.noise > 0 {
+            return Some("--noise: must come with a mode of TCP, found --mode udp".to_owned());
+        }
+        if is_udp && self.timeout.is_zero() {
+            return Some("--timeout: must be longer than nothing, such as \"1s\", found \"0s\"".to_owned());
+        }
+        None
+    }
+}
+
+/// The longest datagram that leaves room for the load balancer's header.
+const LARGEST: usize = 65_000;
 
 fn size(text: &str) -> Result<usize, String> {
     let bytes = unit::size(text).map_err(|error| error.to_string())?;
@@ -165,6 +204,9 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         eprintln!("{} tenants written to {}", endpoints.len(), path.display());
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(fault) = options.fault() {
+        return Err(fault.into());
+    }
     if let Some(path) = &options.plot {
         // Said before the load, not after it.
         std::fs::File::create(path).map_err(|error| unwritable(path, &error))?;
@@ -173,9 +215,9 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         target: options.target,
         endpoints,
         skew: options.skew,
-        mode: options.mode.mode(),
+        work: options.work(),
         sessions: options.sessions as usize,
-        size: options.size.unwrap_or(options.mode.size()),
+        size: options.size(),
         rate: options.rate,
         duration: options.duration,
         warmup: options.warmup,
@@ -185,7 +227,9 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let report = runtime.block_on(async {
         // Held until the load has ended.
-        let _backends = backend::start(&options.serve).await?;
+        let is_udp = matches!(options.mode, ModeName::Udp);
+        let (tcp, udp) = if is_udp { (&[][..], &options.serve[..]) } else { (&options.serve[..], &[][..]) };
+        let _backends = (backend::start(tcp).await?, backend::start_udp(udp).await?);
         watched(plan).await.map_err(|error| error.to_string())
     })?;
     if options.json {
@@ -285,7 +329,15 @@ fn as_text(report: &Report, mode: ModeName) -> String {
     for (failure, count) in &report.failures {
         writeln!(text, "  failed, {}: {count}", failure.word()).unwrap_or_default();
     }
-    if matches!(mode, ModeName::Connect | ModeName::Roundtrip) && report.operations > 0 {
+    if matches!(mode, ModeName::Udp) {
+        let Datagrams { lost, late, reordered, duplicates } = report.datagrams;
+        writeln!(
+            text,
+            "datagrams without an answer {lost}, answered late {late}, reordered {reordered}, twice {duplicates}"
+        )
+        .unwrap_or_default();
+    }
+    if !matches!(mode, ModeName::ToClient | ModeName::ToBackend) && report.operations > 0 {
         text.push_str("\nlatency\n");
         for percentile in PERCENTILES {
             let value = report.latency.value_at_percentile(percentile);
@@ -310,6 +362,10 @@ fn as_json(report: &Report) -> serde_json::Value {
         "misrouted": report.misrouted,
         "not_sent": report.not_sent,
         "noise": report.noise,
+        "lost": report.datagrams.lost,
+        "late": report.datagrams.late,
+        "reordered": report.datagrams.reordered,
+        "duplicates": report.datagrams.duplicates,
         "seconds": report.took.as_secs_f64(),
         "latency_ns": latency.into_iter().chain([("max".to_owned(), json!(report.latency.max()))])
             .collect::<serde_json::Map<_, _>>(),
@@ -338,6 +394,34 @@ mod tests {
         assert_eq!(endpoint("vpce-1a2b3c4d").as_deref(), Ok("vpce-1a2b3c4d"));
         assert!(endpoint("vpce-zz").is_err());
         assert!(percent("101%").is_err() && percent("x").is_err());
+    }
+
+    /// What is said of a command line that does not go together.
+    fn fault(line: &str) -> Option<String> {
+        #[derive(clap::Parser)]
+        struct Alone {
+            #[command(flatten)]
+            options: Options,
+        }
+        let words = ["load", "--target", "127.0.0.1:1"].into_iter().chain(line.split_whitespace());
+        <Alone as clap::Parser>::try_parse_from(words).unwrap().options.fault()
+    }
+
+    #[test]
+    fn what_does_not_go_with_datagrams_is_refused() {
+        for line in
+            ["", "--mode udp", "--mode udp --size 24B", "--mode udp --size 65000B", "--size 16B --noise 5%"]
+        {
+            assert_eq!(fault(line), None, "{line}");
+        }
+        for (line, option) in [
+            ("--mode udp --size 23B", "--size: must be from 24B to 65000B"),
+            ("--mode udp --size 64KiB", "--size: "),
+            ("--mode udp --noise 1%", "--noise: "),
+            ("--mode udp --timeout 0s", "--timeout: "),
+        ] {
+            assert!(fault(line).is_some_and(|fault| fault.starts_with(option)), "{line}");
+        }
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Backends of many tempers.
 
+mod datagram;
 pub mod load;
+
+pub use self::datagram::Datagrams;
 
 use std::convert::Infallible;
 use std::io;

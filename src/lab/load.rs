@@ -4,11 +4,15 @@
 //! are due at a fixed pace, and latency counts from when they were due.
 
 mod alarm;
+mod caller;
+mod flow;
 pub mod http;
+pub mod questions;
 pub mod schedule;
 mod session;
 
-pub use self::session::MOST_CLIENTS;
+pub use self::caller::MOST_CLIENTS;
+pub use self::flow::FRONT;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +27,11 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use self::alarm::Alarm;
+use self::caller::Callers;
+use self::flow::Flow;
+use self::questions::Questions;
 use self::schedule::{Pace, Shares, Skew};
+use self::session::Session;
 use crate::clock::{self, Moment};
 
 /// What a session does, over and over.
@@ -39,6 +47,20 @@ pub enum Mode {
     ToBackend,
 }
 
+/// What is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// TCP sessions.
+    Sessions(Mode),
+    /// UDP flows, each from a port of its own: datagrams there and back.
+    Flows {
+        /// Datagrams of a flow that wait for their answers at once, at least 1.
+        window: usize,
+        /// A datagram without an answer for so long is lost.
+        timeout: Duration,
+    },
+}
+
 /// Who is played, and to what end.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -49,11 +71,12 @@ pub struct Plan {
     pub endpoints: Vec<(String, String)>,
     /// How often each endpoint is used.
     pub skew: Skew,
-    /// What sessions do.
-    pub mode: Mode,
-    /// Sessions at once.
+    /// What is sent.
+    pub work: Work,
+    /// Sessions or flows at once.
     pub sessions: usize,
-    /// Bytes of a message, at least 16; in the bulk modes, of one read or write.
+    /// Bytes of a message, at least 16; in the bulk modes, of one read or write. Of a datagram at least
+    /// [`FRONT`], the header not counted.
     pub size: usize,
     /// Operations a second of all sessions together; `None` is a closed loop.
     pub rate: Option<f64>,
@@ -105,10 +128,25 @@ pub struct Report {
     pub noise: u64,
     /// Operations of an open loop that were never sent: their session was too far behind.
     pub not_sent: u64,
+    /// What became of datagrams that are no operations.
+    pub datagrams: Datagrams,
     /// How long it was measured.
     pub took: Duration,
     /// Latencies in nanoseconds, three digits.
     pub latency: Histogram<u64>,
+}
+
+/// What became of datagrams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Datagrams {
+    /// Questions without an answer in time.
+    pub lost: u64,
+    /// Answers after that time.
+    pub late: u64,
+    /// Answers that came after the one to a later question.
+    pub reordered: u64,
+    /// Answers to questions that had theirs.
+    pub duplicates: u64,
 }
 
 /// What is seen while it runs.
@@ -133,6 +171,7 @@ impl Report {
             misrouted: 0,
             noise: 0,
             not_sent: 0,
+            datagrams: Datagrams::default(),
             took: Duration::ZERO,
             latency,
         }
@@ -143,6 +182,10 @@ impl Report {
         self.bytes += other.bytes;
         self.misrouted += other.misrouted;
         self.noise += other.noise;
+        self.datagrams.lost += other.datagrams.lost;
+        self.datagrams.late += other.datagrams.late;
+        self.datagrams.reordered += other.datagrams.reordered;
+        self.datagrams.duplicates += other.datagrams.duplicates;
         for (failure, count) in &other.failures {
             *self.failures.entry(*failure).or_default() += count;
         }
@@ -166,7 +209,7 @@ impl Report {
 /// Runs a plan on the caller's runtime, which has to be a local one; one core carries it.
 ///
 /// # Errors
-/// Where the kernel has no timer left.
+/// Where the kernel has no timer left, or no port for a flow.
 pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
     let start = clock::now();
     let measured = start + plan.warmup;
@@ -175,6 +218,7 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
     let shares = Shares::new(plan.skew, plan.endpoints.len());
     let plan = Rc::new(plan);
     let shares = Rc::new(shares);
+    let room = Rc::default();
     let mut sessions = JoinSet::new();
     let mut senders = Vec::new();
     let mut report = Report::new();
@@ -184,15 +228,25 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
             senders.push(sender);
             receiver
         });
-        let session = session::Session::new(&plan, &shares, window, orders, &progress);
-        sessions.spawn_local(session.run());
+        let callers = Callers::new(&plan, &shares);
+        let notes = Notes { report: Report::new(), progress: Arc::clone(&progress) };
+        match plan.work {
+            Work::Sessions(mode) => {
+                sessions.spawn_local(Session::new(&plan, mode, callers, window, orders, notes).run());
+            }
+            Work::Flows { window: at_once, timeout } => {
+                let questions = Questions::new(timeout);
+                let flow = Flow::open(&plan, at_once, questions, callers, (window, orders, notes)).await?;
+                sessions.spawn_local(flow.run(Rc::clone(&room)));
+            }
+        }
     }
     if let Some(rate) = plan.rate {
         report.not_sent = dispatch(Pace::new(start, rate), end, senders).await?;
     }
     while let Some(ended) = sessions.join_next().await {
         if let Ok(part) = ended {
-            report.add(&part);
+            report.add(&part.report);
         }
     }
     report.took = clock::now().since(measured).min(plan.duration);
@@ -224,5 +278,35 @@ impl Progress {
     fn note(&self, bytes: u64) {
         self.operations.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn fail(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// What one session or flow takes down.
+struct Notes {
+    report: Report,
+    progress: Arc<Progress>,
+}
+
+impl Notes {
+    /// An operation that was due then has ended well.
+    fn succeeded(&mut self, due: Moment, bytes: u64, window: Window) {
+        self.progress.note(bytes);
+        let now = clock::now();
+        if due >= window.measured {
+            self.report.operations += 1;
+            self.report.bytes += bytes;
+            let nanos = u64::try_from(now.since(due).as_nanos()).unwrap_or(u64::MAX).max(1);
+            // The histogram grows as it has to.
+            self.report.latency.record(nanos).unwrap_or_default();
+        }
+    }
+
+    fn failed(&mut self, failure: Failure) {
+        self.progress.fail();
+        *self.report.failures.entry(failure).or_default() += 1;
     }
 }

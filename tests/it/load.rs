@@ -6,14 +6,14 @@ use std::time::Duration;
 use tokio::runtime::{Builder, LocalOptions};
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::lab::load::schedule::Skew;
-use vestibule::lab::load::{self, Mode, Plan, Progress, Report};
+use vestibule::lab::load::{self, Mode, Plan, Progress, Report, Work};
 
 use super::harness::{ACME, Conf, Proxy};
 
 /// Another endpoint of acme's.
 const SECOND: &str = "vpce-0acce0000acce0001";
 
-async fn run(plan: Plan) -> Report {
+pub async fn run(plan: Plan) -> Report {
     let ended = tokio::task::spawn_blocking(move || {
         let runtime =
             Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).unwrap();
@@ -41,7 +41,7 @@ fn plan(proxy: &Proxy, mode: Mode) -> Plan {
         target: proxy.address("web"),
         endpoints: vec![(ACME.to_owned(), "acme".to_owned()), (SECOND.to_owned(), "other".to_owned())],
         skew: Skew::Uniform,
-        mode,
+        work: Work::Sessions(mode),
         sessions: 8,
         size: 64,
         rate: None,

@@ -25,6 +25,7 @@ mod health;
 mod limits;
 mod listener;
 mod load;
+mod load_udp;
 mod maglev;
 mod malformed;
 mod mixed;

@@ -3,8 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -13,8 +11,8 @@ use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio::time::timeout;
 
-use super::schedule::Shares;
-use super::{Failure, Mode, Plan, Progress, Report, Window};
+use super::caller::Callers;
+use super::{Failure, Mode, Notes, Plan, Window};
 use crate::clock::{self, Moment};
 use crate::lab::backend::load::{HEAD, Request, Tag};
 use crate::lab::nlb;
@@ -22,28 +20,21 @@ use crate::lab::nlb;
 /// An operation that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The first client is 10.100.0.10; after 10.255.255.255 comes 10.0.0.0.
-const FIRST_CLIENT: u32 = u32::from_be_bytes([0, 100, 0, 10]);
-
-/// Clients at most: the addresses of 10.0.0.0/8.
-pub const MOST_CLIENTS: u32 = 1 << 24;
-
 /// An endpoint ID that nobody lists.
 const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
 
 pub(super) struct Session {
     plan: Rc<Plan>,
-    shares: Rc<Shares>,
+    mode: Mode,
+    callers: Callers,
     window: Window,
     /// In an open loop: when each operation is due.
     orders: Option<mpsc::Receiver<Moment>>,
-    progress: Arc<Progress>,
-    report: Report,
+    notes: Notes,
     rolls: fastrand::Rng,
     /// The message.
     buffer: Vec<u8>,
     answer: Vec<u8>,
-    connections: u16,
 }
 
 /// A connection that has sent its header with its first message.
@@ -57,40 +48,40 @@ struct Open {
 impl Session {
     pub(super) fn new(
         plan: &Rc<Plan>,
-        shares: &Rc<Shares>,
+        mode: Mode,
+        callers: Callers,
         window: Window,
         orders: Option<mpsc::Receiver<Moment>>,
-        progress: &Arc<Progress>,
+        notes: Notes,
     ) -> Self {
         Self {
             plan: Rc::clone(plan),
-            shares: Rc::clone(shares),
+            mode,
+            callers,
             window,
             orders,
-            progress: Arc::clone(progress),
-            report: Report::new(),
+            notes,
             rolls: fastrand::Rng::new(),
             buffer: vec![0; plan.size.max(HEAD)],
             answer: vec![0; plan.size.max(HEAD)],
-            connections: 0,
         }
     }
 
-    pub(super) async fn run(mut self) -> Report {
+    pub(super) async fn run(mut self) -> Notes {
         let mut open = None;
         loop {
-            let Some(due) = self.due().await else { return self.report };
+            let Some(due) = self.due().await else { return self.notes };
             if self.rolls.u8(..100) < self.plan.noise {
-                self.report.noise += 1;
+                self.notes.report.noise += 1;
                 // What comes of noise is the proxy's business, as long as the sessions beside it are served.
                 self.noise().await.unwrap_or_default();
             }
             let operation = timeout(LIMIT, self.operate(&mut open)).await;
             match operation.unwrap_or(Err(Failure::Broken)) {
-                Ok(bytes) => self.succeeded(due, bytes),
+                Ok(bytes) => self.notes.succeeded(due, bytes, self.window),
                 Err(failure) => {
                     open = None;
-                    self.failed(failure);
+                    self.notes.failed(failure);
                     yield_now().await;
                 }
             }
@@ -106,25 +97,8 @@ impl Session {
         (due < self.window.end).then_some(due)
     }
 
-    fn succeeded(&mut self, due: Moment, bytes: u64) {
-        self.progress.note(bytes);
-        let now = clock::now();
-        if due >= self.window.measured {
-            self.report.operations += 1;
-            self.report.bytes += bytes;
-            let nanos = u64::try_from(now.since(due).as_nanos()).unwrap_or(u64::MAX).max(1);
-            // The histogram grows as it has to.
-            self.report.latency.record(nanos).unwrap_or_default();
-        }
-    }
-
-    fn failed(&mut self, failure: Failure) {
-        self.progress.failed.fetch_add(1, Ordering::Relaxed);
-        *self.report.failures.entry(failure).or_default() += 1;
-    }
-
     async fn operate(&mut self, open: &mut Option<Open>) -> Result<u64, Failure> {
-        match self.plan.mode {
+        match self.mode {
             Mode::Connect => {
                 let mut fresh = self.open(Request::Echo).await?;
                 let bytes = self.answer(&mut fresh, false).await?;
@@ -174,7 +148,8 @@ impl Session {
         let connected = TcpStream::connect(self.plan.target).await;
         let mut stream = connected.map_err(|_| Failure::Connect)?;
         stream.set_nodelay(true).map_err(|_| Failure::Connect)?;
-        let (mut first, pool) = self.header(stream.local_addr().map_err(|_| Failure::Connect)?);
+        let local = stream.local_addr().map_err(|_| Failure::Connect)?;
+        let (mut first, pool) = self.callers.next(&mut self.rolls, local, nlb::header);
         self.fill(request);
         let message = match request {
             Request::Echo => &self.buffer[..],
@@ -183,17 +158,6 @@ impl Session {
         first.extend_from_slice(message);
         stream.write_all(&first).await.map_err(|_| Failure::Broken)?;
         Ok(Open { stream, pool, tagged: false })
-    }
-
-    fn header(&mut self, local: SocketAddr) -> (Vec<u8>, String) {
-        let drawn = self.plan.endpoints.get(self.shares.draw(self.rolls.f64()));
-        let Some((endpoint, pool)) = drawn else { return (Vec::new(), String::new()) };
-        self.connections = self.connections.wrapping_add(1);
-        let number = self.rolls.u32(..self.plan.clients.clamp(1, MOST_CLIENTS));
-        let [_, b, c, d] = (number + FIRST_CLIENT).to_be_bytes();
-        let client = SocketAddr::from(([10, b, c, d], self.connections));
-        let target = if local.is_ipv4() { self.plan.target } else { SocketAddr::from(([10, 0, 0, 5], 0)) };
-        (nlb::header(client, target, Some(endpoint)), pool.clone())
     }
 
     /// The message: the request in front, then bytes of this session's own.
@@ -222,7 +186,7 @@ impl Session {
     fn check(&mut self, open: &mut Open, tag: &[u8; HEAD]) {
         open.tagged = true;
         if !open.pool.is_empty() && Tag::new(&open.pool).as_bytes() != tag {
-            self.report.misrouted += 1;
+            self.notes.report.misrouted += 1;
         }
     }
 
@@ -237,7 +201,7 @@ impl Session {
             _ => {
                 let served = timeout(LIMIT, self.split(stream)).await;
                 if let Err(failure) = served.unwrap_or(Err(Failure::Broken)) {
-                    self.failed(failure);
+                    self.notes.failed(failure);
                 }
                 Ok(())
             }
@@ -247,8 +211,8 @@ impl Session {
     /// A header in two parts, as a network may cut it: its session is served and checked like any other.
     async fn split(&mut self, stream: TcpStream) -> Result<(), Failure> {
         let local = stream.local_addr().map_err(|_| Failure::Connect)?;
-        let (mut bytes, pool) = self.header(local);
-        if bytes.is_empty() || !matches!(self.plan.mode, Mode::Connect | Mode::RoundTrip) {
+        let (mut bytes, pool) = self.callers.next(&mut self.rolls, local, nlb::header);
+        if bytes.is_empty() || !matches!(self.mode, Mode::Connect | Mode::RoundTrip) {
             return Ok(());
         }
         // Otherwise the second part would wait for the first one's acknowledgement.

@@ -1,0 +1,173 @@
+//! What became of each datagram that was sent: pure.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::clock::Moment;
+
+/// Questions beyond the open ones that are remembered, to tell an answer that comes twice from one that comes late.
+const REMEMBERED: usize = 1024;
+
+/// The numbered questions of one flow.
+#[derive(Debug)]
+pub struct Questions {
+    /// When an answer no longer counts.
+    timeout: Duration,
+    all: VecDeque<Question>,
+    /// The number of the first that is remembered.
+    first: u64,
+    /// All before it are closed.
+    oldest: u64,
+    open: usize,
+    /// The highest number that was answered.
+    highest: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Question {
+    due: Moment,
+    sent: Moment,
+    fate: Fate,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Open,
+    Answered,
+    Lost,
+}
+
+/// What an answer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The first to its question, which was due then; whether a later question was answered before.
+    First(Moment, bool),
+    /// One more to a question that has its answer.
+    Again,
+    /// To a question that was given up.
+    Late,
+    /// To a question that nobody asked.
+    Unasked,
+}
+
+impl Questions {
+    /// None yet. An answer after `timeout` is late.
+    #[must_use]
+    pub fn new(timeout: Duration) -> Self {
+        Self { timeout, all: VecDeque::new(), first: 0, oldest: 0, open: 0, highest: None }
+    }
+
+    /// When an answer no longer counts.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Questions without an answer.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open
+    }
+
+    /// The number of the next question.
+    #[must_use]
+    pub fn next(&self) -> u64 {
+        self.first + self.all.len() as u64
+    }
+
+    /// The next question has been sent; it was due then.
+    pub fn ask(&mut self, due: Moment, now: Moment) {
+        self.all.push_back(Question { due, sent: now, fate: Fate::Open });
+        self.open += 1;
+        while self.first < self.oldest && self.all.len() > self.open + REMEMBERED {
+            self.all.pop_front();
+            self.first += 1;
+        }
+    }
+
+    /// An answer to the question of this number has come.
+    pub fn answer(&mut self, number: u64) -> Answer {
+        let Some(place) = number.checked_sub(self.first) else { return Answer::Late };
+        let question = usize::try_from(place).ok().and_then(|place| self.all.get_mut(place));
+        let Some(question) = question else { return Answer::Unasked };
+        match question.fate {
+            Fate::Answered => Answer::Again,
+            Fate::Lost => Answer::Late,
+            Fate::Open => {
+                question.fate = Fate::Answered;
+                self.open -= 1;
+                let is_reordered = self.highest.is_some_and(|highest| highest > number);
+                self.highest = self.highest.max(Some(number));
+                Answer::First(question.due, is_reordered)
+            }
+        }
+    }
+
+    /// Gives up what was sent too long ago: `lost` is told when each was due.
+    pub fn expire(&mut self, now: Moment, mut lost: impl FnMut(Moment)) {
+        while let Some(place) = usize::try_from(self.oldest - self.first).ok()
+            && let Some(question) = self.all.get_mut(place)
+        {
+            if question.fate == Fate::Open {
+                if now < question.sent + self.timeout {
+                    return;
+                }
+                question.fate = Fate::Lost;
+                self.open -= 1;
+                lost(question.due);
+            }
+            self.oldest += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_nanos(millis * 1_000_000)
+    }
+
+    #[test]
+    fn each_answer_is_told_apart() {
+        let mut questions = Questions::new(Duration::from_millis(100));
+        for number in 0..4 {
+            assert_eq!(questions.next(), number);
+            questions.ask(at(number), at(number + 10));
+        }
+        assert_eq!(questions.answer(1), Answer::First(at(1), false));
+        assert_eq!(questions.answer(0), Answer::First(at(0), true));
+        assert_eq!(questions.answer(0), Answer::Again);
+        assert_eq!(questions.answer(4), Answer::Unasked);
+        assert_eq!(questions.answer(u64::MAX), Answer::Unasked);
+        assert_eq!(questions.open(), 2);
+        let mut lost = Vec::new();
+        questions.expire(at(111), |due| lost.push(due));
+        assert!(lost.is_empty());
+        questions.expire(at(112), |due| lost.push(due));
+        assert_eq!((lost, questions.open()), (vec![at(2)], 1));
+        assert_eq!(questions.answer(2), Answer::Late);
+        assert_eq!(questions.answer(3), Answer::First(at(3), false));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded_and_what_is_open_is_kept() {
+        let mut questions = Questions::new(Duration::from_secs(1));
+        questions.ask(at(0), at(0));
+        for number in 1..5_000 {
+            questions.ask(at(0), at(0));
+            questions.answer(number);
+            questions.expire(at(1), |_| panic!("too early"));
+        }
+        // The first is open, and keeps those after it.
+        assert_eq!((questions.open(), questions.all.len()), (1, 5_000));
+        assert_eq!(questions.answer(0), Answer::First(at(0), true));
+        questions.expire(at(1), |_| panic!("nothing is open"));
+        questions.ask(at(2), at(2));
+        assert_eq!(questions.all.len(), REMEMBERED + 1);
+        assert_eq!(questions.answer(0), Answer::Late);
+        assert_eq!(questions.answer(4_999), Answer::Again);
+        assert_eq!(questions.answer(5_000), Answer::First(at(2), false));
+    }
+}
