@@ -1,25 +1,11 @@
-//! Who is measured: each as a child process, pinned to the proxy's core.
+//! Who is measured over TCP.
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::Command;
 
-use super::stage::{LOAD_CORE, PROXY_CORE, Proc, VESTIBULE, free, pinned, ready, version};
+use super::stage::contender::{Contender, OURS, Other};
+use super::stage::{STREAM_MODULE, VESTIBULE, free, ready, version};
 
-/// One who is measured.
-pub(crate) struct Contender {
-    pub(crate) name: &'static str,
-    pub(crate) version: String,
-    target: SocketAddr,
-    /// Where the load has to serve the backend.
-    backend: SocketAddr,
-    process: Option<Proc>,
-}
-
-/// The load's connection to the backend without anybody between.
-pub(crate) const DIRECT: &str = "direct";
-/// Ours, with every limit on.
-pub(crate) const OURS: &str = "vestibule";
 /// Ours without limits: what they cost.
 const UNLIMITED: &str = "no limits";
 /// nginx that passes a half-close on, as everybody else here does.
@@ -34,80 +20,12 @@ pub(crate) enum Also {
     HalfClosing,
 }
 
-/// Another build of ours, to see what a change does.
-#[derive(Clone)]
-pub(crate) struct Other {
-    name: &'static str,
-    program: String,
-}
-
-impl std::str::FromStr for Other {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (name, program) = text.split_once('=').ok_or("NAME=PATH is meant")?;
-        Ok(Self { name: name.to_owned().leak(), program: program.to_owned() })
-    }
-}
-
-/// `vestibule load` against one of them, with the backend in the same process: on the one core that is left to both,
-/// nobody's work then waits for the other process's turn.
-pub(crate) fn load_command(contender: &Contender, options: &[&str]) -> Command {
-    let mut command = pinned(LOAD_CORE);
-    command.args([VESTIBULE, "load", "--json", "--target"]).arg(contender.target.to_string());
-    command.arg("--serve").arg(format!("app={}", contender.backend));
-    if contender.name != DIRECT {
-        command.args(["--endpoints", super::TENANTS]);
-    }
-    command.args(["--pools", "app"]).args(options);
-    command
-}
-
-/// Whether it is somebody else's proxy.
-pub(crate) fn is_peer(name: &str) -> bool {
-    name.starts_with("haproxy") || name.starts_with("nginx")
-}
-
-impl Contender {
-    fn start(
-        name: &'static str,
-        version: String,
-        target: SocketAddr,
-        backend: SocketAddr,
-        command: &[&str],
-    ) -> Self {
-        let mut pinned = pinned(PROXY_CORE);
-        pinned.args(command);
-        let process = Proc::start(&pinned);
-        ready(target);
-        Self { name, version, target, backend, process: Some(process) }
-    }
-
-    /// Whether ours is compared with it.
-    pub(crate) fn is_compared(&self) -> bool {
-        self.name != DIRECT && self.name != OURS
-    }
-
-    /// CPU seconds so far; a direct connection has none.
-    pub(crate) fn cpu(&self) -> f64 {
-        self.process.as_ref().map_or(0.0, Proc::cpu)
-    }
-
-    /// Bytes of anonymous memory.
-    pub(crate) fn anonymous(&self) -> u64 {
-        self.process.as_ref().map_or(0, Proc::anonymous)
-    }
-}
-
 /// Everybody who is installed, and `also` these.
 pub(crate) fn all(dir: &Path, peers: bool, also: &[Also], others: &[Other]) -> Vec<Contender> {
     // Nobody listens there between two loads, and nobody probes it. Each has one of its own: the ports that one's closed
     // connections leave in TIME_WAIT are those that the next one's `connect` would have to search through.
     let backend = free();
-    let mut all = vec![
-        Contender { name: DIRECT, version: DIRECT.to_owned(), target: backend, backend, process: None },
-        ours(dir, free(), OURS, VESTIBULE, LIMITS),
-    ];
+    let mut all = vec![Contender::direct(backend), ours(dir, free(), OURS, VESTIBULE, LIMITS)];
     if also.contains(&Also::Unlimited) {
         all.push(ours(dir, free(), UNLIMITED, VESTIBULE, ""));
     }
@@ -174,7 +92,12 @@ health = {{ kind = "none" }}
     std::fs::write(&path, text).expect("a configuration");
     let command = [program, "serve", "--config", path.to_str().expect("a path")];
     let version = format!("{name} {}", env!("CARGO_PKG_VERSION"));
-    Contender::start(name, version, target, backend, &command)
+    started(Contender::start(name, version, target, backend, &command), target)
+}
+
+fn started(contender: Contender, target: SocketAddr) -> Contender {
+    ready(target);
+    contender
 }
 
 fn haproxy(dir: &Path, backend: SocketAddr, name: &'static str, version: &str, option: &str) -> Contender {
@@ -185,17 +108,9 @@ fn haproxy(dir: &Path, backend: SocketAddr, name: &'static str, version: &str, o
          timeout client 350s\n  timeout server 350s\nlisten web\n  bind {target} accept-proxy\n  server app {backend}\n"
     );
     std::fs::write(&path, text).expect("a configuration");
-    Contender::start(
-        name,
-        version.to_owned(),
-        target,
-        backend,
-        &["haproxy", "-db", "-f", path.to_str().expect("a path")],
-    )
+    let command = ["haproxy", "-db", "-f", path.to_str().expect("a path")];
+    started(Contender::start(name, version.to_owned(), target, backend, &command), target)
 }
-
-/// Where Debian puts it.
-const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
 fn nginx(
     dir: &Path,
@@ -214,5 +129,6 @@ fn nginx(
         log = dir.join(format!("{name}.log")).display(),
     );
     std::fs::write(&path, text).expect("a configuration");
-    Contender::start(name, version, target, backend, &["nginx", "-c", path.to_str().expect("a path")])
+    let command = ["nginx", "-c", path.to_str().expect("a path")];
+    started(Contender::start(name, version, target, backend, &command), target)
 }

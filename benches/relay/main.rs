@@ -8,26 +8,22 @@
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
-    clippy::format_push_string,
     reason = "a bench that cannot go on says so by panicking"
 )]
 
 mod contender;
 #[path = "../stage/mod.rs"]
 mod stage;
-mod table;
 
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
-use self::contender::{Also, Contender, DIRECT, Other};
+use self::contender::Also;
+use self::stage::contender::{Contender, DIRECT, Other, TENANTS, alternate};
+use self::stage::table::{self, Rounds, Row};
 use self::stage::{Proc, median, number};
-use self::table::{Rounds, Row};
-
-/// The endpoints that the load plays, each a tenant.
-const TENANTS: &str = "1000";
 
 #[derive(clap::Parser)]
 struct Options {
@@ -204,23 +200,12 @@ fn main() {
     );
 }
 
-/// Calls `one` for everybody, round after round; the first round does not count. Each round begins with another one:
-/// who comes after whom is a part of what is measured.
-fn alternate(contenders: &[Contender], effort: &Effort, mut one: impl FnMut(&Contender, bool)) {
-    for round in 0..=effort.rounds {
-        let (last, first) = contenders.split_at(round % contenders.len());
-        for contender in first.iter().chain(last) {
-            one(contender, round > 0);
-        }
-    }
-}
-
 fn measure(work: &Work, contenders: &[Contender], effort: &Effort) -> Row {
     let (mut figures, mut speeds) = (Rounds::new(), Rounds::new());
-    alternate(contenders, effort, |contender, counts| {
+    alternate(contenders, effort.rounds, |contender, counts| {
         let before = contender.cpu();
         let report =
-            load(contender, &[work.options, &["--duration", &effort.span, "--warmup", "0s"]].concat());
+            contender.load(&[work.options, &["--duration", &effort.span, "--warmup", "0s"]].concat());
         let cpu = contender.cpu() - before;
         let (count, speed) = match work.unit {
             Unit::PerOperation => {
@@ -255,11 +240,11 @@ fn latency(contenders: &[Contender], effort: &Effort, rate: f64, percent: u8) ->
     let rate = format!("{:.0}/s", rate.max(1.0));
     let mut absolute = PERCENTILES.map(|_| Rounds::new());
     let (mut late, mut not_sent) = (Rounds::new(), Rounds::new());
-    alternate(contenders, effort, |contender, counts| {
+    alternate(contenders, effort.rounds, |contender, counts| {
         let options = ["--mode", "roundtrip", "--sessions", "64", "--rate", &rate];
         let warmup = if effort.rounds > 1 { "200ms" } else { "50ms" };
         let report =
-            load(contender, &[&options[..], &["--duration", &effort.span, "--warmup", warmup]].concat());
+            contender.load(&[&options[..], &["--duration", &effort.span, "--warmup", warmup]].concat());
         if counts {
             for (percentile, rounds) in PERCENTILES.iter().zip(&mut absolute) {
                 let nanos = report["latency_ns"][percentile].as_f64().expect("a percentile");
@@ -288,14 +273,14 @@ fn memory(contenders: &[Contender], effort: &Effort) -> Row {
     let mut figures = Rounds::new();
     for contender in contenders.iter().filter(|contender| contender.name != DIRECT) {
         // What is taken once for each tenant is no session's.
-        load(contender, &["--mode", "connect", "--sessions", "32", "--duration", "300ms", "--warmup", "0s"]);
+        contender.load(&["--mode", "connect", "--sessions", "32", "--duration", "300ms", "--warmup", "0s"]);
         let before = contender.anonymous();
         let sessions = effort.idle.to_string();
         let rate = format!("{}/s", effort.idle);
         let span = format!("{}s", effort.watched.as_secs());
         let options = ["--mode", "roundtrip", "--sessions", &sessions, "--rate", &rate, "--duration", &span];
         // With a second of warm-up it goes on for one longer than it is watched.
-        let mut load = Proc::start(&contender::load_command(contender, &options));
+        let mut load = Proc::start(&contender.load_command(&options));
         std::thread::park_timeout(effort.watched);
         let grown = contender.anonymous().saturating_sub(before);
         load.wait();
@@ -305,8 +290,4 @@ fn memory(contenders: &[Contender], effort: &Effort) -> Row {
     }
     let name = format!("anonymous memory, {} idle sessions", effort.idle);
     Row { name, unit: "KiB", figures, beside: Vec::new() }
-}
-
-fn load(contender: &Contender, options: &[&str]) -> Value {
-    stage::load(contender.name, &mut contender::load_command(contender, options))
 }

@@ -1,8 +1,11 @@
 //! What the benches with child processes share: starting them, and what /proc says of them.
 #![allow(dead_code, reason = "no bench needs all of it")]
 
+pub(crate) mod contender;
+pub(crate) mod table;
+
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -15,6 +18,9 @@ pub(crate) const VESTIBULE: &str = env!("CARGO_BIN_EXE_vestibule");
 /// The core of the proxy, and that of everything else.
 pub(crate) const PROXY_CORE: &str = "0";
 pub(crate) const LOAD_CORE: &str = "1";
+
+/// Where Debian puts it.
+pub(crate) const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
 /// A child process that ends with its handle.
 pub(crate) struct Proc(pub(crate) Child);
@@ -97,12 +103,22 @@ pub(crate) fn free() -> SocketAddr {
     let lowest = range.split_whitespace().next().and_then(|port| port.parse().ok()).unwrap_or(32_768_u16);
     let mut addresses =
         (0..1_000).map(|_| SocketAddr::from(([127, 0, 0, 1], fastrand::u16(10_000..lowest.max(10_001)))));
-    addresses.find(|address| TcpListener::bind(address).is_ok()).expect("a free port")
+    addresses
+        .find(|address| TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok())
+        .expect("a free port")
 }
 
 /// Waits until somebody listens.
 pub(crate) fn ready(address: SocketAddr) {
     until(&format!("nobody listens on {address}"), || TcpStream::connect(address).is_ok());
+}
+
+/// Waits until somebody has a socket for datagrams there, as /proc/net/udp tells.
+pub(crate) fn bound(address: SocketAddr) {
+    let port = format!(":{:04X} ", address.port());
+    until(&format!("nobody has {address}"), || {
+        std::fs::read_to_string("/proc/net/udp").is_ok_and(|table| table.contains(&port))
+    });
 }
 
 /// Looks a hundred times a second for five seconds whether something is so.

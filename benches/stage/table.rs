@@ -1,11 +1,12 @@
 //! The figures of a run: rounds, medians, and ours against each peer within the same round.
+#![allow(clippy::format_push_string, reason = "a table is put together once")]
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
 use super::contender::{Contender, DIRECT, OURS, is_peer};
-use super::stage::median;
+use super::median;
 
 /// A figure of each round, for each contender.
 pub(crate) type Rounds = BTreeMap<&'static str, Vec<f64>>;

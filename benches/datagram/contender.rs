@@ -1,0 +1,88 @@
+//! Who is measured over UDP. HAProxy carries none; Envoy is in no Debian package.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use super::stage::contender::{Contender, OURS, Other};
+use super::stage::{STREAM_MODULE, VESTIBULE, bound, free, version};
+
+/// Where proxies speak to backends from, so that their ports do not come out of the load's.
+const SOURCE: &str = "127.0.0.2";
+
+/// The limits of every tenant: all of them are on, and none is ever reached.
+const LIMITS: &str = r#"
+[tenant-defaults.limits]
+flows = 100000
+datagram-rate = "100000000/s"
+to-backend = "100GiB/s"
+to-client = "100GiB/s"
+"#;
+
+/// Everybody who is installed, and these builds of ours.
+pub(crate) fn all(dir: &Path, peers: bool, others: &[Other]) -> Vec<Contender> {
+    let mut all = vec![Contender::direct(free()), ours(dir, OURS, VESTIBULE)];
+    all.extend(others.iter().map(|other| ours(dir, other.name, &other.program)));
+    match version("nginx", "-v").filter(|_| peers) {
+        Some(version) if Path::new(STREAM_MODULE).exists() => all.push(nginx(dir, version)),
+        Some(_) => println!("left out: nginx has no stream module"),
+        None if peers => println!("left out: nginx is not installed"),
+        None => {}
+    }
+    all
+}
+
+fn ours(dir: &Path, name: &'static str, program: &str) -> Contender {
+    let (target, backend) = (free(), free());
+    let path = dir.join(format!("{name}.toml"));
+    let text = format!(
+        r#"
+include = ["tenants.toml"]
+[process]
+workers = 1
+[admin]
+bind = "{}"
+[health]
+bind = "{}"
+[log]
+access = "{}"
+[[listener]]
+name = "udp"
+protocol = "udp"
+bind = "{target}"
+trusted-sources = ["127.0.0.0/8"]
+[[pool]]
+name = "app"
+backends = ["{backend}"]
+source-addresses = ["{SOURCE}"]
+health = {{ kind = "none" }}
+{LIMITS}
+"#,
+        free(),
+        free(),
+        dir.join(format!("{name}.log")).display(),
+    );
+    std::fs::write(&path, text).expect("a configuration");
+    let command = [program, "serve", "--config", path.to_str().expect("a path")];
+    let version = format!("{name} {}", env!("CARGO_PKG_VERSION"));
+    started(Contender::start(name, version, target, backend, &command), target)
+}
+
+fn started(contender: Contender, target: SocketAddr) -> Contender {
+    bound(target);
+    contender
+}
+
+fn nginx(dir: &Path, version: String) -> Contender {
+    let (target, backend) = (free(), free());
+    let path = dir.join("nginx.conf");
+    let text = format!(
+        "load_module {STREAM_MODULE};\ndaemon off;\nmaster_process off;\nworker_rlimit_nofile 20000;\npid \"{pid}\";\n\
+         error_log \"{log}\";\nevents {{ worker_connections 40000; }}\nstream {{ server {{\n  \
+         listen {target} udp;\n  proxy_timeout 120s;\n  proxy_bind {SOURCE};\n  proxy_pass {backend};\n}} }}\n",
+        pid = dir.join("nginx.pid").display(),
+        log = dir.join("nginx.log").display(),
+    );
+    std::fs::write(&path, text).expect("a configuration");
+    let command = ["nginx", "-c", path.to_str().expect("a path")];
+    started(Contender::start("nginx", version, target, backend, &command), target).without_header()
+}
