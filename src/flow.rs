@@ -10,7 +10,7 @@ pub mod table;
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
-use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
+use quinn_udp::RecvMeta;
 use rustix::event::{Timespec, epoll};
 use tokio::io::unix::AsyncFd;
 
@@ -81,8 +81,6 @@ struct State<A> {
     copy: Vec<u8>,
     /// Flows that had more to say when their turn was over.
     again: Vec<FlowId>,
-    /// How the flows' sockets are received from.
-    sockets: UdpSocketState,
     /// Whether datagrams go to backends together; not where the kernel or a driver has refused that.
     together: bool,
     draining: bool,
@@ -90,7 +88,7 @@ struct State<A> {
 
 impl<A> fmt::Debug for Flows<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Flows").field("count", &self.len()).finish_non_exhaustive()
+        f.debug_struct("Flows").finish_non_exhaustive()
     }
 }
 
@@ -112,7 +110,6 @@ impl<A> Flows<A> {
             reason = "its successor is unsafe; an OwnedFd keeps its descriptor, as both ask"
         )]
         let poll = AsyncFd::new(poll)?;
-        let sample = UdpSocket::bind("127.0.0.1:0")?;
         let stray_lines = Rate::default();
         stray_lines.set(Some(STRAY_LINES));
         let state = State {
@@ -133,23 +130,10 @@ impl<A> Flows<A> {
             spans: Vec::new(),
             copy: Vec::new(),
             again: Vec::new(),
-            sockets: UdpSocketState::new(UdpSockRef::from(&sample))?,
             together: true,
             draining: false,
         };
         Ok(Rc::new(Self { state: RefCell::new(state), poll, doors: RefCell::default() }))
-    }
-
-    /// Flows now.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.state.borrow().table.len()
-    }
-
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Hears what comes in at a bound socket of a listener, by its place, and answers from there; for ever.
@@ -305,9 +289,4 @@ fn datagrams(at: usize, len: usize, each: usize) -> impl Iterator<Item = Span> {
     // One of no bytes is one.
     let count = len.div_ceil(each).max(1);
     (0..count).map(move |place| at + place * each..at + len.min((place + 1) * each))
-}
-
-/// The address that an answer leaves from, where it is not the socket's own.
-fn from(path: Path) -> Option<IpAddr> {
-    path.local
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, Cache};
 use tokio::net::TcpStream;
 
-use crate::accept::{self, Accepted};
+use crate::accept::Accepted;
 use crate::account::log::{Journal, Marks, Record};
 use crate::account::meter::{Connect, Meter};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
@@ -207,7 +207,7 @@ impl<'a> Steps<'a> {
         life: &mut Life,
         story: &mut Story<'a>,
     ) -> Result<Client, Outcome> {
-        if !self.rules.trusted.is_empty() && !accept::is_trusted(accepted.peer, &self.rules.trusted) {
+        if !self.rules.trusts(accepted.peer) {
             return Err(Outcome::reject(At::Accept, Why::UntrustedSource));
         }
         let client = match &self.rules.header {

@@ -9,8 +9,10 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
+use crate::accept;
 use crate::account::meter::Shard;
 use crate::account::{Label, Labels, lock};
+use crate::addr::PeerAddr;
 use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
 use crate::clock::wheel::Span;
@@ -54,6 +56,14 @@ pub struct Listener {
     pub tenants: tenant::Rules,
     /// The place of the pool of tenants that name none.
     pub pool: Option<u32>,
+}
+
+impl Listener {
+    /// Whether it hears this peer.
+    #[must_use]
+    pub fn trusts(&self, peer: PeerAddr) -> bool {
+        self.trusted.is_empty() || accept::is_trusted(peer, &self.trusted)
+    }
 }
 
 impl Snapshot {

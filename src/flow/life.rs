@@ -29,6 +29,8 @@ pub(super) struct Flow<A> {
     pub(super) picked: Picked,
     pub(super) tried: Tried,
     pub(super) attempts: u32,
+    /// Whether the backend has answered, whatever became of the answer.
+    pub(super) is_answered: bool,
     /// The first datagram, as long as it is the only one and nobody has answered: another backend may be asked too.
     pub(super) first: Option<Box<[u8]>>,
     /// Goes in front of each datagram to the backend whose own header does not; empty where none does.
@@ -136,6 +138,7 @@ impl<A> Flow<A> {
             picked: found.picked,
             tried: found.tried,
             attempts: found.attempts,
+            is_answered: false,
             first: None,
             header: Box::default(),
             datagrams: EachWay::default(),
@@ -171,14 +174,9 @@ impl<A> Flow<A> {
         }
     }
 
-    /// Whether the backend has answered.
-    pub(super) fn is_answered(&self) -> bool {
-        self.datagrams.to_client > 0
-    }
-
     /// Ends it, and accounts for it.
     pub(super) fn end(self, outcome: Outcome, peer: PeerAddr, who: Who, books: &Books<'_>, now: Moment) {
-        if self.is_answered() {
+        if self.is_answered {
             self.picked.answered();
         }
         let told = Told {

@@ -13,7 +13,6 @@ use super::run::Span;
 use super::socket::{self, Door, ROOM};
 use super::table::{Command, FlowId, Path, Stray, Who};
 use super::{Poll, State, TURN, datagrams};
-use crate::accept;
 use crate::account::Direction;
 use crate::account::loss::Loss;
 use crate::account::meter::{Connect, Meter};
@@ -107,9 +106,8 @@ impl<A> State<A> {
     /// Counts a datagram that belongs to no flow and begins none.
     fn turn_away(&mut self, door: &Door, path: Path, who: Option<Who>, outcome: Outcome, now: Moment) {
         let Some(story) = self.story(door.listener, now) else { return };
-        let trusted =
-            story.snapshot.listeners.get(door.listener as usize).map_or(&[][..], |rules| &rules.trusted);
-        let is_stranger = !trusted.is_empty() && !accept::is_trusted(path.peer, trusted);
+        let rules = story.snapshot.listeners.get(door.listener as usize);
+        let is_stranger = rules.is_some_and(|rules| !rules.trusts(path.peer));
         let outcome = if is_stranger { Outcome::reject(At::Accept, Why::UntrustedSource) } else { outcome };
         self.reject(story, path, who, outcome, now);
     }
@@ -180,7 +178,7 @@ impl<A> State<A> {
         let snapshot = Arc::clone(&story.snapshot);
         let rules = snapshot.listeners.get(story.listener as usize);
         let rules = rules.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
-        if !rules.trusted.is_empty() && !accept::is_trusted(path.peer, &rules.trusted) {
+        if !rules.trusts(path.peer) {
             return Err(Outcome::reject(At::Accept, Why::UntrustedSource));
         }
         if self.draining {
@@ -195,12 +193,18 @@ impl<A> State<A> {
         (story.tenant, story.pool) = (place.unwrap_or(NOWHERE), pool_place.unwrap_or(NOWHERE));
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
-        let slot = self.slot(now)?;
+        let mut slot = self.slots.take();
         let permit = match tenant.quota.admit_flow() {
-            Err(Why::FlowLimit) if self.evict(Some(tenant.label.serial()), now) => tenant.quota.admit_flow(),
+            Err(Why::FlowLimit) if self.evict(Some(tenant.label.serial()), now) => {
+                // The place that this left, before the tenant's share is reckoned with what is free.
+                slot = slot.or_else(|| self.slots.take());
+                tenant.quota.admit_flow()
+            }
             admitted => admitted,
         };
         let permit = permit.map_err(|why| Outcome::reject(At::Tenant, why))?;
+        // Only now: whom its own limit or share keeps out takes nobody else's place.
+        let slot = slot.map_or_else(|| self.slot(now), Ok)?;
         pool.arrived(tenant.label.serial());
         let search = Search { pool, who, rolls: &mut self.rolls, now };
         let found = search.run(Tried::default(), 0, &mut story.meter)?;
@@ -248,7 +252,7 @@ impl<A> State<A> {
     /// The backend's host has said that nobody listens there: another one is asked, as long as nobody has answered.
     fn refused(&mut self, id: FlowId, poll: &Poll, now: Moment) {
         let Some((_, who, flow)) = self.table.find(id) else { return };
-        if flow.is_answered() {
+        if flow.is_answered {
             return self.end(id, Outcome::new(By::Backend, At::Forward, Why::Reset), now);
         }
         let Some(own) = flow.story.pool().map(Arc::clone) else { return };
@@ -270,12 +274,11 @@ impl<A> State<A> {
 
     /// Gives a flow that has something to say its turn.
     pub(super) fn pass_answer(&mut self, id: FlowId, doors: &[Rc<Door>], poll: &Poll, now: Moment) {
-        let Some((_, _, flow)) = self.table.find(id) else { return };
-        let (room, metas) = (&mut self.room, &mut self.metas);
-        let (turn, most) = (metas.get_mut(..TURN).unwrap_or_default(), TURN * ROOM);
-        let received =
-            socket::receive(&flow.socket, &self.sockets, room.get_mut(..most).unwrap_or_default(), turn);
-        let count = match received {
+        let Some((path, _, flow)) = self.table.find(id) else { return };
+        let Some(door) = doors.get(usize::from(path.socket)) else { return };
+        let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
+        let metas = self.metas.get_mut(..TURN).unwrap_or_default();
+        let count = match door.receive_from(&flow.socket, room, metas) {
             Ok(count) => count,
             Err(error) if error.kind() == ErrorKind::WouldBlock => return,
             Err(error) if socket::is_peers(&error) => {
@@ -291,7 +294,7 @@ impl<A> State<A> {
         };
         let Some((path, _, flow)) = self.table.answer(id, now) else { return };
         flow.first = None;
-        if !flow.is_answered() {
+        if !std::mem::replace(&mut flow.is_answered, true) {
             flow.story.meter.learn(Connect::Done);
             flow.picked.connected();
             flow.picked.answered();
@@ -302,9 +305,7 @@ impl<A> State<A> {
             spans.extend(datagrams(place * ROOM, meta.len, meta.stride));
         }
         flow.hold_to_limits(spans, Direction::ToClient, now);
-        if let Some(door) = doors.get(usize::from(path.socket)) {
-            flow.send_to_client(spans, &self.room, &mut self.copy, door, path);
-        }
+        flow.send_to_client(spans, &self.room, &mut self.copy, door, path);
         if count == TURN {
             self.again.push(id);
         }

@@ -156,7 +156,7 @@ impl<A> Flow<A> {
             let group = rest.get(..count).unwrap_or(rest);
             let contents = side_by_side(group, room, copy);
             let each = group.first().filter(|_| count > 1).map(ExactSizeIterator::len);
-            let sent = door.send(contents, each, path.peer, super::from(path));
+            let sent = door.send(contents, each, path.peer, path.local);
             if sent.is_err() && count > 1 && !door.sends_together() {
                 continue;
             }

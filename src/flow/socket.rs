@@ -98,7 +98,21 @@ impl Door {
 
     /// Receives as many messages as there are and fit.
     pub(super) fn receive(&self, room: &mut [u8], metas: &mut [RecvMeta]) -> io::Result<usize> {
-        receive(self.socket.get_ref(), &self.state, room, metas)
+        self.receive_from(self.socket.get_ref(), room, metas)
+    }
+
+    /// Receives in the same way from another socket: one that is connected to a backend.
+    pub(super) fn receive_from(
+        &self,
+        socket: &UdpSocket,
+        room: &mut [u8],
+        metas: &mut [RecvMeta],
+    ) -> io::Result<usize> {
+        let count = metas.len().min(room.len() / ROOM).min(BATCH);
+        let mut rooms = room.chunks_exact_mut(ROOM);
+        let mut slices: [IoSliceMut<'_>; BATCH] =
+            std::array::from_fn(|_| IoSliceMut::new(rooms.next().unwrap_or_default()));
+        self.state.recv(UdpSockRef::from(socket), slices.get_mut(..count).unwrap_or_default(), metas)
     }
 
     /// The address that was asked, where the socket's own does not tell.
@@ -135,20 +149,6 @@ impl Door {
             Err(error) => Err(loss(&error)),
         }
     }
-}
-
-/// Receives from a connected socket or a listening one.
-pub(super) fn receive(
-    socket: &UdpSocket,
-    state: &UdpSocketState,
-    room: &mut [u8],
-    metas: &mut [RecvMeta],
-) -> io::Result<usize> {
-    let count = metas.len().min(room.len() / ROOM).min(BATCH);
-    let mut rooms = room.chunks_exact_mut(ROOM);
-    let mut slices: [IoSliceMut<'_>; BATCH] =
-        std::array::from_fn(|_| IoSliceMut::new(rooms.next().unwrap_or_default()));
-    state.recv(UdpSockRef::from(socket), slices.get_mut(..count).unwrap_or_default(), metas)
 }
 
 /// A socket whose datagrams go to this backend, and that hears nobody else.

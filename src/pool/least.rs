@@ -1,9 +1,9 @@
-//! The least loaded of many without a look at each: a tournament whose winner stands at its root.
+//! The least loaded of many without a look at each: a tournament of tens.
 //!
-//! Every backend is a leaf, and every node above holds the best of its four. A change of one leaf plays the games from
-//! there to the root again: five of them for 1,000 backends. Workers play at the same time without a lock: a node is
-//! replaced only if it is still what was read, and whoever replaced one looks once more (after Jayanti, "f-arrays:
-//! implementation and applications", PODC 2002, section 3).
+//! Every backend is a leaf, and every node above holds the best of its ten. The last game has no node: whoever asks
+//! for the winner plays it. A change of one leaf plays the games above it again: two of them for 1,000 backends.
+//! Workers play at the same time without a lock: a node is replaced only if it is still what was read, and whoever
+//! replaced one looks once more (after Jayanti, "f-arrays: implementation and applications", PODC 2002, section 3).
 
 use std::hint::select_unpredictable;
 use std::iter::zip;
@@ -28,7 +28,7 @@ const NOBODY: u64 = !CARRY;
 /// The tournament of a pool's backends.
 #[derive(Debug)]
 pub struct Tournament {
-    /// The root is the first, and the children of `n` are `4n + 1` to `4n + 4`; the leaves come last.
+    /// The first ten play the last game. Node `n` holds the best of the ten from `10(n + 1)` on; the leaves come last.
     nodes: Vec<AtomicU64>,
     leaves: usize,
     /// Sessions count in whole multiples of this weight's share.
@@ -109,7 +109,7 @@ impl Tournament {
         self.nodes.get(game * PLAYERS..)?.first_chunk()
     }
 
-    /// Puts a leaf in its place and plays its games up to the root.
+    /// Puts a leaf in its place and plays the games above it, but for the last.
     fn play(&self, leaf: usize, stamp: u64, now: (u32, u32), look: impl Fn() -> (u32, u32)) {
         let mut at = self.first_leaf() + leaf;
         let Some(own) = self.node(at) else { return };

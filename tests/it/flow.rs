@@ -1,5 +1,7 @@
 //! UDP through real sockets: whose answers come back to whom, and what becomes of every other datagram.
 
+mod limits;
+
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -387,57 +389,6 @@ async fn send_proxy_puts_the_header_on_every_datagram() {
     proxy.metric("vestibule_datagrams_dropped_total", &too_long).is(1).await;
     others_are_unharmed(&proxy).await;
     finish(proxy).await;
-}
-
-#[tokio::test]
-async fn a_tenants_last_flow_is_let_in_and_the_next_is_not() {
-    let acme = Echo::start("acme").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, _| {
-        conf.limits = "flows = 2".to_owned();
-        soon(conf);
-    })
-    .await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
-    let client = |number: u32| format!("10.100.0.{number}:5000");
-    for number in 1..=2 {
-        balancer.ask(&datagram(&client(number), ACME, b"in")).await;
-    }
-    balancer.send(&datagram(&client(3), ACME, b"out")).await;
-    proxy.ended(&[("tenant", "acme"), ("at", "tenant"), ("why", "flow_limit")]).is(1).await;
-    assert!(balancer.is_silent());
-    others_are_unharmed(&proxy).await;
-    proxy.ended(&[("tenant", "acme"), ("why", "idle_timeout")]).is(2).await;
-    assert_eq!(balancer.ask(&datagram(&client(3), ACME, b"now")).await, b"acme now");
-    finish(proxy).await;
-}
-
-#[tokio::test]
-async fn datagrams_beyond_the_rate_are_dropped_and_counted_and_observed_ones_pass() {
-    // Answers count, too, and may come too late.
-    for (mode, answers) in [("enforce", 0), ("observe", 30)] {
-        let acme = Echo::start("").await;
-        let (proxy, _hooli) = world(&[acme.address], |conf, _| {
-            conf.limits = format!("mode = \"{mode}\"\ndatagram-rate = \"1/s\"\ndatagram-burst = 8");
-            soon(conf);
-        })
-        .await;
-        let balancer = Balancer::to(proxy.address("dns")).await;
-        for turn in 0..30_u32 {
-            balancer.send(&datagram(CLIENT, ACME, &turn.to_be_bytes())).await;
-        }
-        for _ in 0..answers {
-            balancer.answer().await;
-        }
-        let labels = [("tenant", "acme"), ("direction", "to_backend"), ("why", "rate")];
-        if mode == "enforce" {
-            proxy.metric("vestibule_datagrams_dropped_total", &labels).is_at_least(20).await;
-        } else {
-            proxy.metric("vestibule_datagrams_dropped_total", &[("tenant", "acme")]).is(0).await;
-            proxy.metric("vestibule_datagrams_would_drop_total", &labels).is_at_least(20).await;
-        }
-        others_are_unharmed(&proxy).await;
-        finish(proxy).await;
-    }
 }
 
 #[tokio::test]
