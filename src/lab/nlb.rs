@@ -3,6 +3,8 @@
 //! Its headers are encoded by the crate `proxy-protocol`, and the TLVs added here, so that what vestibule parses was
 //! not written by its own encoder.
 
+mod datagram;
+
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -111,7 +113,8 @@ pub struct VpcEndpoint {
     pub consumers: Ipv4Net,
 }
 
-/// A load balancer: what connects to one of its endpoints arrives at the target, behind a header.
+/// A load balancer: what connects to one of its endpoints arrives at the target, behind a header; and so does every
+/// datagram, where it is one for UDP.
 #[derive(Debug)]
 pub struct Nlb {
     addresses: Vec<SocketAddr>,
@@ -144,7 +147,7 @@ impl Nlb {
         self.addresses.get(endpoint).copied()
     }
 
-    /// Connections that came over an endpoint so far.
+    /// Connections, or flows, that came over an endpoint so far.
     #[must_use]
     pub fn connections(&self, endpoint: usize) -> u64 {
         self.counts.get(endpoint).map_or(0, |count| count.load(Ordering::Relaxed))

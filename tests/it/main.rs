@@ -37,6 +37,7 @@ mod pool;
 mod probe;
 mod process;
 mod queue;
+mod quic;
 mod raw;
 mod reload;
 mod retry;

@@ -33,8 +33,12 @@ pub fn installed<const N: usize>(names: [&str; N]) -> Option<[String; N]> {
 
 fn find(name: &str) -> Option<String> {
     FOLDERS.iter().map(|folder| format!("{folder}{name}")).find(|program| {
-        // To dnsdist -v is something else.
-        let version = if matches!(name, "curl" | "dnsdist") { "-V" } else { "-v" };
+        // To dnsdist and dnsperf -v is something else.
+        let version = match name {
+            "curl" | "dnsdist" => "-V",
+            "dnsperf" => "-h",
+            _ => "-v",
+        };
         let shown = Command::new(program).arg(version).stdout(Stdio::null()).stderr(Stdio::null()).status();
         shown.is_ok_and(|status| status.success())
     })
