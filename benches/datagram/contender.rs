@@ -2,18 +2,25 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::stage::contender::{Contender, OURS, Other};
 use super::stage::{STREAM_MODULE, VESTIBULE, bound, free, version};
 
-/// Where proxies speak to backends from, so that their ports do not come out of the load's.
-const SOURCE: &str = "127.0.0.2";
+/// An address of loopback for each proxy to speak to backends from: the ports of one are too few for everybody's flows.
+fn source() -> String {
+    static COUNT: AtomicU8 = AtomicU8::new(2);
+    format!("127.0.0.{}", COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A flow that was silent for so long ends.
+const IDLE: &str = "10s";
 
 /// The limits of every tenant: all of them are on, and none is ever reached.
 const LIMITS: &str = r#"
 [tenant-defaults.limits]
 flows = 100000
-datagram-rate = "100000000/s"
+datagram-rate = "1000000/s"
 to-backend = "100GiB/s"
 to-client = "100GiB/s"
 "#;
@@ -45,6 +52,8 @@ bind = "{}"
 bind = "{}"
 [log]
 access = "{}"
+[timeouts]
+flow-idle = "{IDLE}"
 [[listener]]
 name = "udp"
 protocol = "udp"
@@ -53,13 +62,14 @@ trusted-sources = ["127.0.0.0/8"]
 [[pool]]
 name = "app"
 backends = ["{backend}"]
-source-addresses = ["{SOURCE}"]
+source-addresses = ["{}"]
 health = {{ kind = "none" }}
 {LIMITS}
 "#,
         free(),
         free(),
         dir.join(format!("{name}.log")).display(),
+        source(),
     );
     std::fs::write(&path, text).expect("a configuration");
     let command = [program, "serve", "--config", path.to_str().expect("a path")];
@@ -78,9 +88,10 @@ fn nginx(dir: &Path, version: String) -> Contender {
     let text = format!(
         "load_module {STREAM_MODULE};\ndaemon off;\nmaster_process off;\nworker_rlimit_nofile 20000;\npid \"{pid}\";\n\
          error_log \"{log}\";\nevents {{ worker_connections 40000; }}\nstream {{ server {{\n  \
-         listen {target} udp;\n  proxy_timeout 120s;\n  proxy_bind {SOURCE};\n  proxy_pass {backend};\n}} }}\n",
+         listen {target} udp rcvbuf=4m;\n  proxy_timeout {IDLE};\n  proxy_bind {source};\n  proxy_pass {backend};\n}} }}\n",
         pid = dir.join("nginx.pid").display(),
         log = dir.join("nginx.log").display(),
+        source = source(),
     );
     std::fs::write(&path, text).expect("a configuration");
     let command = ["nginx", "-c", path.to_str().expect("a path")];

@@ -152,8 +152,12 @@ fn memory(contenders: &[Contender], flows: u32) -> Row {
         assert!(number(&report, "operations") > f64::from(flows), "{}: {report}", contender.name);
         #[expect(clippy::cast_precision_loss, reason = "bytes of a process")]
         let grown = contender.anonymous().saturating_sub(before) as f64;
+        let held = contender.descriptors();
+        assert!(held >= flows as usize, "{}: {held} descriptors for {flows} flows", contender.name);
         figures.entry(contender.name).or_default().push(grown / f64::from(flows));
     }
+    // What follows has flows of its own.
+    contenders.iter().for_each(Contender::rest);
     let name = format!("anonymous memory, {flows} flows");
     Row { name, unit: "bytes", figures, beside: Vec::new() }
 }

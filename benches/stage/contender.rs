@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::process::Command;
+use std::time::Duration;
 
 use super::{LOAD_CORE, PROXY_CORE, Proc, VESTIBULE, pinned};
 
@@ -85,6 +86,19 @@ impl Contender {
     /// Bytes of anonymous memory.
     pub(crate) fn anonymous(&self) -> u64 {
         self.process.as_ref().map_or(0, Proc::anonymous)
+    }
+
+    /// Its descriptors.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.process.as_ref().map_or(0, |process| process.descriptors().0)
+    }
+
+    /// Waits until it has let go of its sessions and flows.
+    pub(crate) fn rest(&self) {
+        /// More than any has beside them.
+        const FEW: usize = 200;
+        let fault = format!("{} holds on to what is idle", self.name);
+        super::until_after(Duration::from_secs(60), &fault, || self.descriptors() < FEW);
     }
 
     /// `vestibule load` against it, with the backend in the same process: on the one core that is left to both, nobody's

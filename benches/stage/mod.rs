@@ -122,8 +122,13 @@ pub(crate) fn bound(address: SocketAddr) {
 }
 
 /// Looks a hundred times a second for five seconds whether something is so.
-pub(crate) fn until(fault: &str, mut is_so: impl FnMut() -> bool) {
-    for _ in 0..500 {
+pub(crate) fn until(fault: &str, is_so: impl FnMut() -> bool) {
+    until_after(Duration::from_secs(5), fault, is_so);
+}
+
+/// The same for so long.
+pub(crate) fn until_after(longest: Duration, fault: &str, mut is_so: impl FnMut() -> bool) {
+    for _ in 0..longest.as_millis() / 10 {
         if is_so() {
             return;
         }

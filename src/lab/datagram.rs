@@ -5,6 +5,7 @@ use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -16,6 +17,9 @@ const EACH: usize = 1 << 16;
 
 /// Messages taken in one call.
 const BATCH: usize = 8;
+
+/// Bytes that a socket may hold until they are taken.
+const QUEUE: usize = 8 << 20;
 
 /// Where datagrams are received. Sockets of one thread share it.
 pub(super) struct Room {
@@ -39,6 +43,10 @@ impl Port {
     pub(super) async fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = UdpSocket::bind(address).await?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        // What waits here is not what is measured. Beyond the system's bound only root may go.
+        if set_socket_recv_buffer_size_force(&socket, QUEUE).is_err() {
+            set_socket_recv_buffer_size(&socket, QUEUE)?;
+        }
         // The runtime takes a new socket for one that is full until it has heard otherwise.
         socket.writable().await?;
         Ok(Self { socket, state })

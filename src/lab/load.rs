@@ -14,6 +14,7 @@ mod session;
 pub use self::caller::MOST_CLIENTS;
 pub use self::flow::FRONT;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
@@ -177,22 +178,6 @@ impl Report {
         }
     }
 
-    fn add(&mut self, other: &Self) {
-        self.operations += other.operations;
-        self.bytes += other.bytes;
-        self.misrouted += other.misrouted;
-        self.noise += other.noise;
-        self.datagrams.lost += other.datagrams.lost;
-        self.datagrams.late += other.datagrams.late;
-        self.datagrams.reordered += other.datagrams.reordered;
-        self.datagrams.duplicates += other.datagrams.duplicates;
-        for (failure, count) in &other.failures {
-            *self.failures.entry(*failure).or_default() += count;
-        }
-        // The histogram grows as it has to.
-        self.latency.add(&other.latency).unwrap_or_default();
-    }
-
     /// Whether every session reached its own pool, and something was measured.
     #[must_use]
     pub fn is_fine(&self) -> bool {
@@ -221,7 +206,7 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
     let room = Rc::default();
     let mut sessions = JoinSet::new();
     let mut senders = Vec::new();
-    let mut report = Report::new();
+    let notes = Notes { report: Rc::new(RefCell::new(Report::new())), progress };
     for _ in 0..plan.sessions {
         let orders = plan.rate.map(|_| {
             let (sender, receiver) = mpsc::channel(BEHIND);
@@ -229,7 +214,7 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
             receiver
         });
         let callers = Callers::new(&plan, &shares);
-        let notes = Notes { report: Report::new(), progress: Arc::clone(&progress) };
+        let notes = notes.clone();
         match plan.work {
             Work::Sessions(mode) => {
                 sessions.spawn_local(Session::new(&plan, mode, callers, window, orders, notes).run());
@@ -241,14 +226,13 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
             }
         }
     }
-    if let Some(rate) = plan.rate {
-        report.not_sent = dispatch(Pace::new(start, rate), end, senders).await?;
-    }
-    while let Some(ended) = sessions.join_next().await {
-        if let Ok(part) = ended {
-            report.add(&part.report);
-        }
-    }
+    let not_sent = match plan.rate {
+        Some(rate) => dispatch(Pace::new(start, rate), end, senders).await?,
+        None => 0,
+    };
+    while sessions.join_next().await.is_some() {}
+    let mut report = notes.report.replace(Report::new());
+    report.not_sent = not_sent;
     report.took = clock::now().since(measured).min(plan.duration);
     Ok(report)
 }
@@ -285,28 +269,48 @@ impl Progress {
     }
 }
 
-/// What one session or flow takes down.
+/// What sessions and flows take down, all in one place.
+#[derive(Clone)]
 struct Notes {
-    report: Report,
+    report: Rc<RefCell<Report>>,
     progress: Arc<Progress>,
 }
 
 impl Notes {
     /// An operation that was due then has ended well.
-    fn succeeded(&mut self, due: Moment, bytes: u64, window: Window) {
+    fn succeeded(&self, due: Moment, bytes: u64, window: Window) {
         self.progress.note(bytes);
         let now = clock::now();
         if due >= window.measured {
-            self.report.operations += 1;
-            self.report.bytes += bytes;
+            let mut report = self.report.borrow_mut();
+            report.operations += 1;
+            report.bytes += bytes;
             let nanos = u64::try_from(now.since(due).as_nanos()).unwrap_or(u64::MAX).max(1);
             // The histogram grows as it has to.
-            self.report.latency.record(nanos).unwrap_or_default();
+            report.latency.record(nanos).unwrap_or_default();
         }
     }
 
-    fn failed(&mut self, failure: Failure) {
+    fn failed(&self, failure: Failure) {
         self.progress.fail();
-        *self.report.failures.entry(failure).or_default() += 1;
+        *self.report.borrow_mut().failures.entry(failure).or_default() += 1;
+    }
+
+    /// A datagram that was due then had no answer in time.
+    fn lost(&self, due: Moment, window: Window) {
+        self.progress.fail();
+        self.datagrams(|datagrams| datagrams.lost += u64::from(due >= window.measured));
+    }
+
+    fn misrouted(&self) {
+        self.report.borrow_mut().misrouted += 1;
+    }
+
+    fn noise(&self) {
+        self.report.borrow_mut().noise += 1;
+    }
+
+    fn datagrams(&self, count: impl FnOnce(&mut Datagrams)) {
+        count(&mut self.report.borrow_mut().datagrams);
     }
 }

@@ -3,7 +3,7 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::StartError;
-use crate::config::{Config, Pool, Process, Target};
+use crate::config::{Config, Pool, Process, Protocol, Target};
 use crate::forward::pipe;
 use crate::pool::MOST_ADDRESSES;
 
@@ -26,6 +26,8 @@ pub struct Capacity {
 
 /// Descriptors of a session: its two sockets.
 const PER_SESSION: u64 = 2;
+/// Descriptors of a UDP flow: its socket to the backend.
+const PER_FLOW: u64 = 1;
 /// Descriptors of a pipe.
 const PER_PIPE: u64 = 2;
 /// Descriptors of a worker beside its listening sockets: epoll, its waker, its timer.
@@ -49,7 +51,9 @@ pub(super) fn capacity(config: &Config, workers: usize, listening: usize) -> Res
     // An ordinary user may do this; where it is refused, the soft limit stays.
     let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     let descriptors = if raised.is_ok() { maximum } else { current }.unwrap_or(u64::MAX);
-    compute(&config.process, probes(&config.pools), workers, listening, descriptors)
+    let carries_tcp = config.listeners.iter().any(|listener| listener.protocol == Protocol::Tcp);
+    let each = if carries_tcp { PER_SESSION } else { PER_FLOW };
+    compute(&config.process, each, probes(&config.pools), workers, listening, descriptors)
 }
 
 /// Probes that are under way at once where every backend of every pool takes its whole time: with so many, one pool's black
@@ -68,12 +72,14 @@ fn probes(pools: &[Pool]) -> u64 {
 
 fn compute(
     process: &Process,
+    each: u64,
     probes: u64,
     workers: usize,
     listening: usize,
     descriptors: u64,
 ) -> Result<Capacity, StartError> {
-    let pipes = process.pipe_memory / pipe::CAPACITY as u64;
+    // Datagrams are not spliced.
+    let pipes = if each == PER_FLOW { 0 } else { process.pipe_memory / pipe::CAPACITY as u64 };
     let fixed = RESERVE + workers as u64 * (PER_WORKER + listening as u64);
     // Beyond an eighth, probes wait for each other.
     let probes = probes.min((descriptors / 8).max(FEWEST_PROBES));
@@ -82,9 +88,9 @@ fn compute(
     let rest = descriptors.saturating_sub(fixed);
     let pipes = pipes.min(rest / 4 / PER_PIPE);
     let for_sessions = rest - pipes * PER_PIPE;
-    let possible = usize::try_from(for_sessions / PER_SESSION).unwrap_or(usize::MAX);
+    let possible = usize::try_from(for_sessions / each).unwrap_or(usize::MAX);
     if possible == 0 {
-        return Err(StartError::Descriptors { needed: fixed + PER_SESSION, found: descriptors });
+        return Err(StartError::Descriptors { needed: fixed + each, found: descriptors });
     }
     let sessions = if process.max_sessions == 0 { possible } else { process.max_sessions };
     let probes = usize::try_from(probes).unwrap_or(usize::MAX);
@@ -100,7 +106,7 @@ mod tests {
     }
 
     fn sessions(process: &Process, descriptors: u64) -> Result<usize, String> {
-        compute(process, 16, 2, 3, descriptors)
+        compute(process, PER_SESSION, 16, 2, 3, descriptors)
             .map(|capacity| capacity.sessions)
             .map_err(|error| error.to_string())
     }
@@ -112,6 +118,12 @@ mod tests {
         assert_eq!(sessions(&process(0, 0), 20_000), Ok((20_000 - 272 - 14) / 2));
         assert_eq!(sessions(&process(0, u64::MAX / 4), 1_286), Ok((1_000 - 250) / 2));
         assert_eq!(sessions(&process(7, mib_64), 20_000), Ok(7));
+    }
+
+    #[test]
+    fn flows_take_one_each_and_leave_nothing_to_pipes() {
+        let capacity = compute(&process(0, 64 << 20), PER_FLOW, 16, 2, 3, 20_000).unwrap();
+        assert_eq!((capacity.sessions, capacity.pipes), (20_000 - 272 - 14, 0));
     }
 
     #[test]
@@ -145,7 +157,7 @@ mod tests {
         "#;
         let config = Config::parse("test.toml", text).unwrap();
         assert_eq!(probes(&config.pools), 16 + 27, "66 backends, two fifths of the time");
-        let most = compute(&config.process, u64::MAX, 2, 3, 20_000).unwrap();
+        let most = compute(&config.process, PER_SESSION, u64::MAX, 2, 3, 20_000).unwrap();
         assert_eq!(most.probes, 2_500);
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
-use tokio::time::interval;
+use tokio::time::{MissedTickBehavior, interval};
 
 use super::caller::Callers;
 use super::questions::{Answer, Questions};
@@ -77,12 +77,13 @@ impl Flow {
     }
 
     /// Asks until the end, and takes what comes into a room that all flows share.
-    pub(super) async fn run(mut self, room: Rc<RefCell<Room>>) -> Notes {
+    pub(super) async fn run(mut self, room: Rc<RefCell<Room>>) {
         let mut looks = interval((self.questions.timeout() / LOOKS).max(Duration::from_millis(1)));
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.collect();
             if self.ended && self.questions.open() == 0 && self.dues.is_empty() {
-                return self.notes;
+                return;
             }
             if self.ask() {
                 self.port.writable().await.unwrap_or_default();
@@ -97,7 +98,8 @@ impl Flow {
                     Some(due) => self.take(due),
                     None => self.ended = true,
                 },
-                _ = looks.tick() => self.give_up(),
+                // A flow that waits for nothing is not woken: there may be thousands.
+                _ = looks.tick(), if self.questions.open() > 0 => self.give_up(),
             }
         }
     }
@@ -115,11 +117,8 @@ impl Flow {
     }
 
     fn give_up(&mut self) {
-        let (notes, measured) = (&mut self.notes, self.window.measured);
-        self.questions.expire(clock::now(), |due| {
-            notes.progress.fail();
-            notes.report.datagrams.lost += u64::from(due >= measured);
-        });
+        let (notes, window) = (&self.notes, self.window);
+        self.questions.expire(clock::now(), |due| notes.lost(due, window));
     }
 
     /// Takes the orders that are there; in a closed loop there is one for each place that is free.
@@ -173,14 +172,7 @@ impl Flow {
 }
 
 /// Takes down one answer.
-fn check(
-    answer: &[u8],
-    questions: &mut Questions,
-    notes: &mut Notes,
-    pool: &str,
-    body: &[u8],
-    window: Window,
-) {
+fn check(answer: &[u8], questions: &mut Questions, notes: &Notes, pool: &str, body: &[u8], window: Window) {
     let parts = answer.split_first_chunk::<HEAD>().and_then(|(tag, rest)| {
         let (number, rest) = rest.split_first_chunk()?;
         Some((tag, u64::from_be_bytes(*number), rest))
@@ -188,17 +180,17 @@ fn check(
     let Some((tag, number, _)) = parts.filter(|(_, _, rest)| *rest == body) else {
         return notes.failed(Failure::Wrong);
     };
-    let datagrams = &mut notes.report.datagrams;
     match questions.answer(number) {
         Answer::First(due, is_reordered) => {
-            datagrams.reordered += u64::from(is_reordered && due >= window.measured);
+            let counts = is_reordered && due >= window.measured;
+            notes.datagrams(|datagrams| datagrams.reordered += u64::from(counts));
             if !pool.is_empty() && Tag::new(pool).as_bytes() != tag {
-                notes.report.misrouted += 1;
+                notes.misrouted();
             }
             notes.succeeded(due, answer.len() as u64, window);
         }
-        Answer::Again => datagrams.duplicates += 1,
-        Answer::Late => datagrams.late += 1,
+        Answer::Again => notes.datagrams(|datagrams| datagrams.duplicates += 1),
+        Answer::Late => notes.datagrams(|datagrams| datagrams.late += 1),
         Answer::Unasked => notes.failed(Failure::Wrong),
     }
 }
@@ -222,10 +214,8 @@ mod tests {
     fn answers_are_checked_and_counted() {
         let now = clock::now();
         let window = Window { measured: now, end: now + Duration::from_secs(1) };
-        let (mut notes, mut questions) = (
-            Notes { report: Report::new(), progress: Arc::default() },
-            Questions::new(Duration::from_secs(1)),
-        );
+        let notes = Notes { report: Rc::new(RefCell::new(Report::new())), progress: Arc::default() };
+        let mut questions = Questions::new(Duration::from_secs(1));
         let answer = |tag: &str, number: u64, body: &[u8]| {
             [&Tag::new(tag).as_bytes()[..], &number.to_be_bytes(), body].concat()
         };
@@ -239,9 +229,9 @@ mod tests {
             answer("acme", 9, b"own"),
             b"short".to_vec(),
         ] {
-            check(&bytes, &mut questions, &mut notes, "acme", b"own", window);
+            check(&bytes, &mut questions, &notes, "acme", b"own", window);
         }
-        let report = notes.report;
+        let report = notes.report.borrow();
         assert_eq!((report.operations, report.misrouted), (3, 1));
         assert_eq!(report.failures[&Failure::Wrong], 3);
         assert_eq!((report.datagrams.reordered, report.datagrams.duplicates), (1, 1));

@@ -67,12 +67,12 @@ impl Session {
         }
     }
 
-    pub(super) async fn run(mut self) -> Notes {
+    pub(super) async fn run(mut self) {
         let mut open = None;
         loop {
-            let Some(due) = self.due().await else { return self.notes };
+            let Some(due) = self.due().await else { return };
             if self.rolls.u8(..100) < self.plan.noise {
-                self.notes.report.noise += 1;
+                self.notes.noise();
                 // What comes of noise is the proxy's business, as long as the sessions beside it are served.
                 self.noise().await.unwrap_or_default();
             }
@@ -186,7 +186,7 @@ impl Session {
     fn check(&mut self, open: &mut Open, tag: &[u8; HEAD]) {
         open.tagged = true;
         if !open.pool.is_empty() && Tag::new(&open.pool).as_bytes() != tag {
-            self.notes.report.misrouted += 1;
+            self.notes.misrouted();
         }
     }
 
