@@ -79,8 +79,6 @@ struct State<A> {
     runs: Runs,
     spans: Vec<Span>,
     copy: Vec<u8>,
-    /// Flows that had more to say when their turn was over.
-    again: Vec<FlowId>,
     /// Whether datagrams go to backends together; not where the kernel or a driver has refused that.
     together: bool,
     draining: bool,
@@ -129,7 +127,6 @@ impl<A> Flows<A> {
             runs: Runs::default(),
             spans: Vec::new(),
             copy: Vec::new(),
-            again: Vec::new(),
             together: true,
             draining: false,
         };
@@ -181,16 +178,16 @@ impl<A> Flows<A> {
     pub async fn answer(&self) -> io::Result<()> {
         let mut events = Vec::with_capacity(EVENTS);
         loop {
-            if self.state.borrow().again.is_empty() {
-                let mut ready = self.poll.readable().await?;
-                if self.collect(&mut events)? < EVENTS {
-                    ready.clear_ready();
-                }
-            } else {
-                tokio::task::yield_now().await;
-                self.collect(&mut events)?;
+            let mut ready = self.poll.readable().await?;
+            // The poll tells of a flow that has more to say, too: it is empty once it says so.
+            if self.collect(&mut events)? == 0 {
+                ready.clear_ready();
+                continue;
             }
+            drop(ready);
             self.pass_answers(&events);
+            // Clients have their turn, and what they bring may be answered by then.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -205,9 +202,8 @@ impl<A> Flows<A> {
     /// Gives each flow that has something to say its turn.
     fn pass_answers(&self, events: &[epoll::Event]) {
         let (mut state, doors, now) = (self.state.borrow_mut(), self.doors.borrow(), clock::now());
-        let again = std::mem::take(&mut state.again);
-        for id in again.into_iter().chain(events.iter().map(|event| FlowId::from_u64(event.data.u64()))) {
-            state.pass_answer(id, &doors, &self.poll, now);
+        for event in events {
+            state.pass_answer(FlowId::from_u64(event.data.u64()), &doors, &self.poll, now);
         }
     }
 

@@ -12,7 +12,7 @@ use super::life::{Books, Flow, Found, NOWHERE, Story, Told};
 use super::run::Span;
 use super::socket::{self, Door, ROOM};
 use super::table::{Command, FlowId, Path, Stray, Who};
-use super::{Poll, State, TURN, datagrams};
+use super::{Poll, State, TURN};
 use crate::account::Direction;
 use crate::account::loss::Loss;
 use crate::account::meter::{Connect, Meter};
@@ -158,9 +158,9 @@ impl<A> State<A> {
     /// Has the poll watch a flow's socket.
     fn watch(&mut self, id: FlowId, poll: &Poll, now: Moment) -> bool {
         let Some((_, _, flow)) = self.table.find(id) else { return false };
-        // On the edge: a flow that had its turn and has more to say is remembered, not asked for again.
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        let added = epoll::add(poll.get_ref(), &flow.socket, epoll::EventData::new_u64(id.to_u64()), flags);
+        // By level, not on the edge: asking a socket whether it has more is cheaper than to receive nothing from it.
+        let (data, flags) = (epoll::EventData::new_u64(id.to_u64()), epoll::EventFlags::IN);
+        let added = epoll::add(poll.get_ref(), &flow.socket, data, flags);
         if added.is_err() {
             self.end(id, Outcome::reject(At::Connect, Why::Shortage), now);
         }
@@ -278,20 +278,17 @@ impl<A> State<A> {
         let Some(door) = doors.get(usize::from(path.socket)) else { return };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
         let metas = self.metas.get_mut(..TURN).unwrap_or_default();
-        let count = match door.receive_from(&flow.socket, room, metas) {
-            Ok(count) => count,
+        match flow.hear(door, room, metas, &mut self.spans) {
+            Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-            Err(error) if socket::is_peers(&error) => {
-                self.refused(id, poll, now);
-                // There may be more behind the error.
-                return self.again.push(id);
-            }
+            // Where there is more behind the error, the poll says so again.
+            Err(error) if socket::is_peers(&error) => return self.refused(id, poll, now),
             Err(error) => {
                 let why =
                     if socket::loss(&error) == Loss::Shortage { Why::Shortage } else { Why::Unanswered };
                 return self.end(id, Outcome::new(By::Backend, At::Forward, why), now);
             }
-        };
+        }
         let Some((path, _, flow)) = self.table.answer(id, now) else { return };
         flow.first = None;
         if !std::mem::replace(&mut flow.is_answered, true) {
@@ -300,15 +297,8 @@ impl<A> State<A> {
             flow.picked.answered();
         }
         let spans = &mut self.spans;
-        spans.clear();
-        for (meta, place) in self.metas.iter().take(count).zip(0..) {
-            spans.extend(datagrams(place * ROOM, meta.len, meta.stride));
-        }
         flow.hold_to_limits(spans, Direction::ToClient, now);
         flow.send_to_client(spans, &self.room, &mut self.copy, door, path);
-        if count == TURN {
-            self.again.push(id);
-        }
     }
 }
 

@@ -8,9 +8,10 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use rustix::io::Errno;
 use rustix::net::sockopt::{
-    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ip_recvtos, set_ipv6_mtu_discover,
+    set_ipv6_recvtclass,
 };
-use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
@@ -67,13 +68,15 @@ impl Door {
             set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::WANT)?;
             setsockopt(&socket, sockopt::Ipv6DontFrag, &false)?;
         }
+        let is_wild = address.ip().is_unspecified();
+        tell_less(&socket, address, is_wild)?;
         SockRef::from(&socket).set_recv_buffer_size(QUEUE)?;
         #[expect(
             deprecated,
             reason = "its successor is unsafe; a std UdpSocket keeps its descriptor, as both ask"
         )]
         let socket = AsyncFd::new(socket)?;
-        Ok(Self { socket, state, listener, header, address, is_wild: address.ip().is_unspecified() })
+        Ok(Self { socket, state, listener, header, address, is_wild })
     }
 
     /// Waits until there is something to receive, and has `take` receive it. `take` tells whether it has taken all.
@@ -138,17 +141,32 @@ impl Door {
         to: PeerAddr,
         from: Option<IpAddr>,
     ) -> Result<(), Loss> {
-        let transmit = Transmit { destination: to.0, ecn: None, contents, segment_size: each, src_ip: from };
-        match self.state.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit) {
-            Ok(()) => Ok(()),
-            // An error that an earlier datagram brought back is told once, to whoever comes next.
-            Err(error) if is_peers(&error) => self
-                .state
-                .try_send(UdpSockRef::from(self.socket.get_ref()), &transmit)
-                .map_err(|error| loss(&error)),
-            Err(error) => Err(loss(&error)),
-        }
+        let transmit = || {
+            if each.is_none() && from.is_none() {
+                let sent = rustix::net::sendto(self.socket.get_ref(), contents, SendFlags::empty(), &to.0);
+                return sent.map(|_| ()).map_err(io::Error::from);
+            }
+            let what = Transmit { destination: to.0, ecn: None, contents, segment_size: each, src_ip: from };
+            self.state.try_send(UdpSockRef::from(self.socket.get_ref()), &what)
+        };
+        // An error that an earlier datagram brought back is told once, to whoever comes next.
+        let sent = transmit().or_else(|error| if is_peers(&error) { transmit() } else { Err(error) });
+        sent.map_err(|error| loss(&error))
     }
+}
+
+/// Switches off what quinn-udp asks of the kernel for each datagram and nobody here reads: marks of congestion, times of
+/// arrival and, where the socket has but one address, the address that was asked.
+fn tell_less(socket: &UdpSocket, address: SocketAddr, is_wild: bool) -> io::Result<()> {
+    setsockopt(socket, sockopt::ReceiveTimestampns, &false)?;
+    if address.is_ipv4() {
+        set_ip_recvtos(socket, false)?;
+        setsockopt(socket, sockopt::Ipv4PacketInfo, &is_wild)?;
+    } else {
+        set_ipv6_recvtclass(socket, false)?;
+        setsockopt(socket, sockopt::Ipv6RecvPacketInfo, &is_wild)?;
+    }
+    Ok(())
 }
 
 /// A socket whose datagrams go to this backend, and that hears nobody else.
@@ -162,9 +180,20 @@ pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Resul
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     socket.connect(&address.0.into())?;
-    // A kernel without it hands out each datagram by itself.
-    setsockopt(&socket, sockopt::UdpGroSegment, &true).unwrap_or_default();
     Ok(socket.into())
+}
+
+/// Receives one datagram from a connected socket that does not [`take_together`].
+///
+/// # Errors
+/// What the system says.
+pub(super) fn receive_one(socket: &UdpSocket, room: &mut [u8]) -> io::Result<usize> {
+    Ok(rustix::net::recv(socket, room, RecvFlags::empty())?.1)
+}
+
+/// From now on the kernel may put together what comes in at a socket; one that cannot hands out each datagram by itself.
+pub(super) fn take_together(socket: &UdpSocket) {
+    setsockopt(socket, sockopt::UdpGroSegment, &true).unwrap_or_default();
 }
 
 /// Sends one datagram over a connected socket: what stands in front of it, and itself.
