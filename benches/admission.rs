@@ -1,15 +1,18 @@
 //! ns to admit a session and to let it go, without limits, with all of them, and where two threads want the same
-//! tenant's; and the memory of an idle tenant. `cargo bench --bench admission`
+//! tenant's; ns of a read's bandwidth; and the memory of an idle tenant. `cargo bench --bench admission`
 
 use std::fmt::Write;
 use std::hint::black_box;
 use std::sync::Arc;
+use std::task::Waker;
 
 use divan::Bencher;
-use vestibule::account::Labels;
+use vestibule::account::{Direction, Labels};
+use vestibule::admission::pacer::Pacer;
+use vestibule::admission::purse::{Desk, Purse};
 use vestibule::admission::quota::{Quota, Quotas};
 use vestibule::admission::slots::Slots;
-use vestibule::clock;
+use vestibule::clock::{self, wheel::Tick};
 use vestibule::config::{Bandwidth, Config, Limits, Mode, Rate};
 use vestibule::state::Live;
 
@@ -73,6 +76,27 @@ fn rejected_by_the_rate(bencher: Bencher) {
     let quota = quota(Limits { session_rate, ..all() });
     drop(quota.admit(clock::now()));
     bencher.bench_local(|| black_box(quota.admit(clock::now())).is_err());
+}
+
+/// What each read of a session's bytes asks for, and gives back: half of it, so that the bucket is touched twice.
+fn a_read(bencher: Bencher, limits: Limits) {
+    let (quota, mut pacer, mut purse) = (quota(limits), Pacer::default(), Purse::default());
+    bencher.bench_local(move || {
+        let now = clock::now();
+        let mut desk = Desk { quota: &quota, pacer: &mut pacer, direction: Direction::ToClient };
+        let grant = purse.ask(&mut desk, 1 << 20, Waker::noop(), Tick::default(), now).expect("a grant");
+        black_box(purse.settle(&mut desk, grant, 1 << 19, now))
+    });
+}
+
+#[divan::bench]
+fn read_without_limits(bencher: Bencher) {
+    a_read(bencher, Limits::default());
+}
+
+#[divan::bench]
+fn read_with_all_limits(bencher: Bencher) {
+    a_read(bencher, all());
 }
 
 /// Tenants of the measurement.

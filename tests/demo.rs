@@ -7,7 +7,7 @@
 )]
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -67,15 +67,17 @@ fn rows(text: &str) -> Vec<Vec<&str>> {
 }
 
 #[track_caller]
-fn shows_two_tenants_apart(text: &str) {
+fn shows_tenants_apart(text: &str) {
     let rows = rows(text);
     let columns = |at: usize| rows.iter().map(|row| row[at]).collect::<Vec<_>>();
-    assert_eq!(columns(0), ["acme", "acme", "globex", "globex"], "{text}");
-    let [acme, globex] = ["vpce-0acce0000acce0000", "vpce-0910be00910be0000"];
-    assert_eq!(columns(1), [acme, acme, globex, globex], "{text}");
-    assert_eq!(columns(3), ["acme-1", "acme-2", "globex-1", "globex-2"], "{text}");
+    assert_eq!(columns(0), ["acme", "acme", "globex", "globex", "initech", "initech"], "{text}");
+    let [acme, globex, initech] =
+        ["vpce-0acce0000acce0000", "vpce-0910be00910be0000", "vpce-0141e0ec0141e0ec0"];
+    assert_eq!(columns(1), [acme, acme, globex, globex, initech, initech], "{text}");
+    let backends = ["acme-1", "acme-2", "globex-1", "globex-2", "initech-1", "initech-2"];
+    assert_eq!(columns(3), backends, "{text}");
     let clients = columns(2);
-    for tenant in [&clients[..2], &clients[2..]] {
+    for tenant in clients.chunks(2) {
         // Any four connections in a row come from all four consumers, but one backend may not have seen them all.
         assert!(tenant.iter().any(|seen| seen.starts_with("10.100.0.10-")), "{text}");
         assert!(tenant.iter().any(|seen| seen.starts_with("10.100.0.1") && seen.ends_with("-13")), "{text}");
@@ -87,10 +89,10 @@ fn shows_two_tenants_apart(text: &str) {
 }
 
 #[test]
-fn two_tenants_with_the_same_addresses_are_kept_apart() {
+fn tenants_with_the_same_addresses_are_kept_apart() {
     let (text, status) = Demo::start("2").end();
     assert!(status.success(), "{status}\n{text}");
-    shows_two_tenants_apart(&text);
+    shows_tenants_apart(&text);
     assert!(text.contains("\n  unknown endpoint: reset, no backend heard of it\n"), "{text}");
     let forged =
         "\n  forged second header, acme claiming to be globex: was payload: acme's own backend got it";
@@ -118,6 +120,18 @@ fn what_is_printed_to_try_answers_while_it_runs_and_an_interrupt_ends_it_in_orde
         assert!(own && answer.contains(&format!("\"endpoint\":\"{endpoint}\"")), "{answer}");
         assert!(answer.contains("\"client\":\"10.100.0.1"), "{answer}");
     }
+    let line = text.lines().find(|line| line.trim_start().starts_with("initech")).unwrap();
+    let nc: Vec<_> = line.split_whitespace().skip_while(|word| *word != "-w1").skip(1).take(2).collect();
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(LIMIT)).unwrap();
+    socket.send_to(b"who?\n", format!("{}:{}", nc[0], nc[1])).unwrap();
+    let mut answer = [0; 1024];
+    let count = socket.recv(&mut answer).unwrap();
+    let answer = std::str::from_utf8(&answer[..count]).unwrap();
+    assert!(
+        answer.contains("\"backend\":\"initech-") && answer.contains("\"client\":\"10.100.0.1"),
+        "{answer}"
+    );
     assert_eq!(ask("nobody").unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     let page = ask("status").unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.contains("<html"), "{page}");
@@ -136,7 +150,7 @@ fn what_is_printed_to_try_answers_while_it_runs_and_an_interrupt_ends_it_in_orde
     kill_process(Pid::from_child(&demo.child), Signal::INT).unwrap();
     let (text, status) = demo.end();
     assert!(status.success() && !text.contains(" 59 s "), "{status}\n{text}");
-    shows_two_tenants_apart(&text);
+    shows_tenants_apart(&text);
 }
 
 /// Head and body of a page.

@@ -28,7 +28,9 @@ struct Ratios {
 /// then alone again, and so on; from round to round forwards and backwards.
 pub(super) fn measure(bench: &Bench, other: &Bench, effort: &Effort) -> Vec<Value> {
     let _awake = [neighbour::awake(bench), neighbour::awake(bench)];
-    let b_beside = |neighbour: Neighbour, proxy| neighbour.beside(proxy, || bench.load_of_b(effort.beside));
+    let b_beside = |neighbour: Neighbour, proxy| {
+        neighbour.beside(proxy, effort.beside / 4, || bench.load_of_b(effort.beside))
+    };
     let (mut all, mut alone, mut noise) =
         (vec![Ratios::default(); Neighbour::ALL.len()], Vec::new(), Vec::new());
     for round in 0..effort.rounds {

@@ -4,12 +4,13 @@
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use vestibule::lab::nlb;
 
 use super::stage::Proc;
-use super::{A, Bench, Figures, now};
+use super::{A, Bench, Figures, RATE_OF_A, now};
 
 /// One kind of neighbour.
 #[derive(Clone, Copy)]
@@ -27,7 +28,7 @@ pub(super) enum Neighbour {
 }
 
 /// Connections in a second of the flood: as many as the sessions.
-const FLOOD: u32 = 5000;
+const FLOOD: u32 = 50 * RATE_OF_A;
 
 /// Connections with half a header at once; they stay until the proxy ends them.
 const HALVES: usize = 500;
@@ -44,13 +45,18 @@ impl Neighbour {
             Self::Nobody => "is not there",
             Self::Bandwidth => "16 greedy sessions each way",
             Self::Sessions => "50 times its session rate",
-            Self::Connections => "5,000 empty connections a second",
+            Self::Connections => "2,000 empty connections a second",
             Self::Halves => "500 connections with half a header",
         }
     }
 
     /// Runs `measure` while it uses `bench`'s proxy.
-    pub(super) fn beside(self, bench: &Bench, measure: impl FnOnce() -> Figures) -> Figures {
+    pub(super) fn beside(
+        self,
+        bench: &Bench,
+        beforehand: Duration,
+        measure: impl FnOnce() -> Figures,
+    ) -> Figures {
         let load =
             |options: &[&str]| bench.load(A, &[options, &["--duration", "60s", "--warmup", "0s"]].concat());
         let commands = match self {
@@ -58,13 +64,16 @@ impl Neighbour {
             Self::Bandwidth => ["to-client", "to-backend"]
                 .map(|mode| load(&["--mode", mode, "--sessions", "16", "--size", "64KiB"]))
                 .into(),
-            Self::Sessions => vec![load(&["--mode", "connect", "--sessions", "256", "--rate", "5000/s"])],
+            Self::Sessions => {
+                let rate = format!("{FLOOD}/s");
+                vec![load(&["--mode", "connect", "--sessions", "256", "--rate", &rate])]
+            }
             Self::Connections => vec![ourselves("connections", bench.target)],
             Self::Halves => vec![ourselves("halves", bench.target)],
         };
         let _processes: Vec<_> = commands.iter().map(|command| Proc::start(&humble(command))).collect();
-        // A moment for it to begin; as long where nobody is there.
-        std::thread::park_timeout(Duration::from_millis(300));
+        // Time for it to begin, and for what its beginning upsets to settle; as long where nobody is there.
+        std::thread::park_timeout(beforehand);
         measure()
     }
 }
@@ -75,6 +84,22 @@ pub(super) fn humble(command: &Command) -> Command {
     let mut idle = Command::new("chrt");
     idle.args(["--idle", "0"]).arg(command.get_program()).args(command.get_args());
     idle
+}
+
+/// The same command before all others of the ordinary classes (sched(7), `SCHED_RR`), where that is allowed.
+pub(super) fn urgent(command: &Command) -> Command {
+    static MAY: LazyLock<bool> = LazyLock::new(|| {
+        let tried = Command::new("chrt").args(["--rr", "1", "true"]).status();
+        tried.is_ok_and(|status| status.success())
+    });
+    if !*MAY {
+        let mut same = Command::new(command.get_program());
+        same.args(command.get_args());
+        return same;
+    }
+    let mut first = Command::new("chrt");
+    first.args(["--rr", "1"]).arg(command.get_program()).args(command.get_args());
+    first
 }
 
 /// This bench as a neighbour.

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use crate::lab::backend::{Backend, Datagrams, Temper};
+use crate::lab::backend::{Backend, Datagrams, Manner, Temper};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -52,7 +52,7 @@ pub(super) async fn start(named: &[(String, SocketAddr)]) -> Result<Vec<Backend>
 pub(super) async fn start_udp(named: &[(String, SocketAddr)]) -> Result<Vec<Datagrams>, String> {
     let mut backends = Vec::new();
     for (name, address) in named {
-        let backend = Datagrams::start_at(*address, name).await;
+        let backend = Datagrams::start_at(*address, name, Manner::Echo).await;
         backends.push(backend.map_err(|error| unusable(name, *address, &error))?);
     }
     Ok(backends)

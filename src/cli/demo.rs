@@ -1,4 +1,4 @@
-//! `vestibule demo`: two tenants with the same addresses, their pools, and the proxy between them, in one process.
+//! `vestibule demo`: tenants with the same addresses, their pools, and the proxy between them, in one process.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,8 +14,8 @@ use tokio::time::{interval, sleep, timeout};
 
 use crate::admin::status::Status;
 use crate::config::Config;
-use crate::lab::backend::{Backend, Temper};
-use crate::lab::load::http::{Load, Report};
+use crate::lab::backend::{Backend, Datagrams, Manner, Temper};
+use crate::lab::load::consumer::{Asks, Load, Report};
 use crate::lab::nlb::{self, Nlb, VpcEndpoint};
 use crate::outcome::Why;
 use crate::server::Server;
@@ -27,10 +27,12 @@ pub(super) struct Options {
     seconds: Option<u64>,
 }
 
-/// Both consumers live in this network, as in the classic hands-on.
+/// All consumers live in this network, as in the classic hands-on.
 const NETWORK: &str = "10.100.0.0/16";
 /// The tenants and their endpoints.
 const TENANTS: [(&str, &str); 2] = [("acme", "vpce-0acce0000acce0000"), ("globex", "vpce-0910be00910be0000")];
+/// A tenant that speaks UDP, in the same network, too.
+const DATAGRAMS: (&str, &str) = ("initech", "vpce-0141e0ec0141e0ec0");
 /// An endpoint that no tenant lists.
 const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
 /// Backends of each tenant's pool.
@@ -63,9 +65,10 @@ struct World {
     server: Server,
     nlb: Nlb,
     raw: Nlb,
+    udp: Nlb,
     loads: Vec<Arc<Load>>,
     /// Held for their end.
-    _backends: Vec<Backend>,
+    _backends: (Vec<Backend>, Vec<Datagrams>),
 }
 
 async fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
@@ -112,9 +115,19 @@ impl World {
                 backends.push(backend);
             }
             let echo = Backend::start(&format!("{tenant}-echo"), Temper::Greeting).await?;
-            config.push_str(&tenant_tables(tenant, endpoint, &addresses.join(", "), echo.address()));
+            config.push_str(&raw_pool(tenant, echo.address()));
+            let routes = format!("routes = {{ raw = \"{tenant}-raw\" }}\n");
+            config.push_str(&tenant_table(tenant, endpoint, &addresses.join(", "), "", &routes));
             backends.push(echo);
         }
+        let (tenant, endpoint) = DATAGRAMS;
+        let (mut addresses, mut of_datagrams) = (Vec::new(), Vec::new());
+        for number in 1..=BACKENDS {
+            let backend = Datagrams::start(&format!("{tenant}-{number}"), Manner::Introduction).await?;
+            addresses.push(format!("\"{}\"", backend.address()));
+            of_datagrams.push(backend);
+        }
+        config.push_str(&tenant_table(tenant, endpoint, &addresses.join(", "), PROBE, ""));
         let server = Server::start(&Config::parse("the demo's configuration", &config)?)?;
         let first =
             |listener| server.addresses(listener).first().copied().ok_or("a listener without an address");
@@ -124,16 +137,21 @@ impl World {
         };
         let nlb = Nlb::start(first("web")?, endpoints()?).await?;
         let raw = Nlb::start(first("raw")?, endpoints()?).await?;
-        let loads = TENANTS.iter().enumerate().filter_map(|(place, (tenant, _))| {
-            Some(Arc::new(Load::new(nlb.address(place)?, &format!("{tenant}-"), PAUSE)))
+        let consumers = VpcEndpoint { id: endpoint.to_owned(), consumers: NETWORK.parse()? };
+        let udp = Nlb::start_udp(first("udp")?, vec![consumers]).await?;
+        let tcp =
+            TENANTS.iter().enumerate().map(|(place, (tenant, _))| (nlb.address(place), Asks::Http, *tenant));
+        let all = tcp.chain([(udp.address(0), Asks::Datagram, tenant)]);
+        let loads = all.filter_map(|(address, asks, tenant)| {
+            Some(Arc::new(Load::new(address?, asks, &format!("{tenant}-"), PAUSE)))
         });
         let loads = loads.collect();
-        Ok(Self { server, nlb, raw, loads, _backends: backends })
+        Ok(Self { server, nlb, raw, udp, loads, _backends: (backends, of_datagrams) })
     }
 
     fn introduce(&self) {
         println!(
-            "vestibule {}: one load balancer, two consumers with the same network\n",
+            "vestibule {}: one load balancer, three consumers with the same network\n",
             env!("CARGO_PKG_VERSION")
         );
         println!("  {:<8}{:<24}{:<16}try it from another terminal", "tenant", "VPC endpoint", "consumers");
@@ -141,6 +159,11 @@ impl World {
             if let Some(address) = self.nlb.address(place) {
                 println!("  {tenant:<8}{endpoint:<24}{NETWORK:<16}curl http://{address}/");
             }
+        }
+        if let Some(address) = self.udp.address(0) {
+            let (tenant, endpoint) = DATAGRAMS;
+            let (ip, port) = (address.ip(), address.port());
+            println!("  {tenant:<8}{endpoint:<24}{NETWORK:<16}echo 'who?' | nc -u -w1 {ip} {port}   (UDP)");
         }
         if let Some(address) = self.nlb.address(TENANTS.len()) {
             println!("  {:<8}{STRANGER:<24}{NETWORK:<16}curl http://{address}/   (is reset)", "nobody");
@@ -190,8 +213,8 @@ impl World {
         for second in 1_u64.. {
             ticks.tick().await;
             let status = Status::of(self.server.live());
-            let tenants = TENANTS.iter().map(|(name, _)| {
-                let tenant = status.tenants.iter().find(|tenant| tenant.name == *name);
+            let tenants = all_tenants().map(|(name, _)| {
+                let tenant = status.tenants.iter().find(|tenant| tenant.name == name);
                 let (ended, bytes) =
                     tenant.map_or((0, 0), |tenant| (tenant.ended, tenant.to_backend + tenant.to_client));
                 format!("{name} {ended} sessions {} KiB", bytes / 1024)
@@ -206,10 +229,10 @@ impl World {
     fn table(&self) -> bool {
         println!(
             "\n  {:<8}{:<24}{:<17}{:<11}{:>8}{:>10}{:>10}",
-            "tenant", "VPC endpoint", "client addresses", "backend", "sessions", "p50", "p99"
+            "tenant", "VPC endpoint", "client addresses", "backend", "answers", "p50", "p99"
         );
         let mut fine = true;
-        for ((tenant, endpoint), load) in TENANTS.iter().zip(&self.loads) {
+        for ((tenant, endpoint), load) in all_tenants().zip(&self.loads) {
             let report = load.report();
             let (p50, p99) = (milliseconds(&report, 50.0), milliseconds(&report, 99.0));
             for (backend, answers) in &report.backends {
@@ -238,6 +261,11 @@ impl World {
         );
         fine
     }
+}
+
+/// Those of TCP, then the one of UDP: in the order of the loads.
+fn all_tenants() -> impl Iterator<Item = (&'static str, &'static str)> {
+    TENANTS.into_iter().chain([DATAGRAMS])
 }
 
 fn milliseconds(report: &Report, percent: f64) -> String {
@@ -272,8 +300,17 @@ bind = "127.0.0.1:0"
 [log]
 access = "off"
 
+[timeouts]
+flow-idle = "1s"
+
 [[listener]]
 name = "web"
+bind = "127.0.0.1:0"
+trusted-sources = ["127.0.0.0/8"]
+
+[[listener]]
+name = "udp"
+protocol = "udp"
 bind = "127.0.0.1:0"
 trusted-sources = ["127.0.0.0/8"]
 
@@ -283,23 +320,28 @@ bind = "127.0.0.1:0"
 trusted-sources = ["127.0.0.0/8"]
 "#;
 
-fn tenant_tables(tenant: &str, endpoint: &str, backends: &str, echo: SocketAddr) -> String {
+/// How backends of datagrams are probed.
+const PROBE: &str = r#"health = { kind = "exchange", protocol = "udp", send = "who?", expect = "backend" }
+"#;
+
+/// A tenant, and its pool.
+fn tenant_table(tenant: &str, endpoint: &str, backends: &str, health: &str, routes: &str) -> String {
     format!(
         r#"
 [[pool]]
 name = "{tenant}"
 backends = [{backends}]
 send-proxy = "v2"
-
-[[pool]]
-name = "{tenant}-raw"
-backends = ["{echo}"]
-
+{health}
 [[tenant]]
 name = "{tenant}"
 endpoints = ["{endpoint}"]
 pool = "{tenant}"
-routes = {{ raw = "{tenant}-raw" }}
-"#
+{routes}"#
     )
+}
+
+/// Where a tenant's listener `raw` leads.
+fn raw_pool(tenant: &str, echo: SocketAddr) -> String {
+    format!("\n[[pool]]\nname = \"{tenant}-raw\"\nbackends = [\"{echo}\"]\n")
 }

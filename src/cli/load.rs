@@ -25,7 +25,7 @@ Examples:
   vestibule load --target 127.0.0.1:8080 --endpoints 1000 --pools app --write-tenants tenants.toml
   vestibule load --target 127.0.0.1:8080 --endpoints 1000 --pools app --skew zipf:1.1 \\
       --mode roundtrip --sessions 64 --rate 5000 --duration 30s --plot latency.svg
-  vestibule load --target 127.0.0.1:5353 --endpoint vpce-08d2bf15fac5001c9 --mode udp \
+  vestibule load --target 127.0.0.1:5353 --endpoint vpce-08d2bf15fac5001c9 --mode udp \\
       --sessions 1000 --window 4 --size 1200B --timeout 500ms";
 
 /// Percentiles that are shown.
@@ -76,12 +76,12 @@ pub(super) struct Options {
     /// How many connections of a hundred are noise: health checks, empty ones, split headers, unknown endpoints
     #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = percent)]
     noise: u8,
-    /// In udp: datagrams of a flow that wait for their answers at once
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    window: u32,
-    /// In udp: a datagram without an answer for so long is lost
-    #[arg(long, default_value = "1s", value_parser = unit::duration)]
-    timeout: Duration,
+    /// In udp: datagrams of a flow that wait for their answers at once [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    window: Option<u32>,
+    /// In udp: a datagram without an answer for so long is lost [default: 1s]
+    #[arg(long, value_parser = unit::duration)]
+    timeout: Option<Duration>,
     /// Serve this backend too, in the same process and as long as the load lasts; may be given more than once
     #[arg(long, value_name = "NAME=ADDRESS", num_args = 1.., value_parser = backend::named)]
     serve: Vec<(String, SocketAddr)>,
@@ -128,7 +128,10 @@ impl Options {
             ModeName::Roundtrip => Work::Sessions(Mode::RoundTrip),
             ModeName::ToClient => Work::Sessions(Mode::ToClient),
             ModeName::ToBackend => Work::Sessions(Mode::ToBackend),
-            ModeName::Udp => Work::Flows { window: self.window as usize, timeout: self.timeout },
+            ModeName::Udp => Work::Flows {
+                window: self.window.unwrap_or(1) as usize,
+                timeout: self.timeout.unwrap_or(Duration::from_secs(1)),
+            },
         }
     }
 
@@ -144,7 +147,11 @@ impl Options {
         if is_udp && self.noise > 0 {
             return Some("--noise: must come with a mode of TCP, found --mode udp".to_owned());
         }
-        if is_udp && self.timeout.is_zero() {
+        let of_udp = [("--window", self.window.is_some()), ("--timeout", self.timeout.is_some())];
+        if let Some((option, _)) = of_udp.into_iter().find(|(_, is_given)| *is_given && !is_udp) {
+            return Some(format!("{option}: must come with --mode udp, found another mode"));
+        }
+        if self.timeout.is_some_and(|timeout| timeout.is_zero()) {
             return Some("--timeout: must be longer than nothing, such as \"1s\", found \"0s\"".to_owned());
         }
         None
@@ -418,7 +425,9 @@ mod tests {
             ("--mode udp --size 23B", "--size: must be from 24B to 65000B"),
             ("--mode udp --size 64KiB", "--size: "),
             ("--mode udp --noise 1%", "--noise: "),
-            ("--mode udp --timeout 0s", "--timeout: "),
+            ("--mode udp --timeout 0s", "--timeout: must be longer"),
+            ("--mode connect --timeout 1s", "--timeout: must come with"),
+            ("--window 2", "--window: "),
         ] {
             assert!(fault(line).is_some_and(|fault| fault.starts_with(option)), "{line}");
         }

@@ -67,8 +67,41 @@ impl Listening {
     /// Looking for a datagram that is not there costs about a fifth of what one costs.
     const EVERY: u8 = 16;
 
+    /// Takes what has come in at a flow's socket, and puts down where each datagram lies; `door` knows how to take many.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(super) fn hear(
+        &mut self,
+        socket: &UdpSocket,
+        door: &Door,
+        room: &mut [u8],
+        metas: &mut [RecvMeta],
+        spans: &mut Vec<Span>,
+    ) -> io::Result<()> {
+        spans.clear();
+        if let Self::Together = self {
+            let count = door.receive_from(socket, room, metas)?;
+            for (meta, place) in metas.iter().take(count).zip(0..) {
+                spans.extend(datagrams(place * ROOM, meta.len, meta.stride));
+            }
+            return Ok(());
+        }
+        let len = socket::receive_one(socket, room.get_mut(..ROOM).unwrap_or_default())?;
+        spans.push(0..len);
+        // An error that is met here is as good as lost; where it still holds, the next datagram brings it back.
+        if self.came()
+            && let Ok(len) = socket::receive_one(socket, room.get_mut(ROOM..2 * ROOM).unwrap_or_default())
+        {
+            spans.push(ROOM..ROOM + len);
+            *self = Self::Together;
+            socket::take_together(socket);
+        }
+        Ok(())
+    }
+
     /// One has come; whether to look for another one now.
-    pub(super) fn came(&mut self) -> bool {
+    fn came(&mut self) -> bool {
         let Self::Singly(left) = self else { return false };
         *left -= 1;
         let looks = *left == 0;
@@ -204,36 +237,6 @@ impl<A> Flow<A> {
         };
     }
 
-    /// Takes what the backend has said, and puts down where each datagram lies; `door` knows how to take many.
-    pub(super) fn hear(
-        &mut self,
-        door: &Door,
-        room: &mut [u8],
-        metas: &mut [RecvMeta],
-        spans: &mut Vec<Span>,
-    ) -> io::Result<()> {
-        spans.clear();
-        if let Listening::Together = self.listening {
-            let count = door.receive_from(&self.socket, room, metas)?;
-            for (meta, place) in metas.iter().take(count).zip(0..) {
-                spans.extend(datagrams(place * ROOM, meta.len, meta.stride));
-            }
-            return Ok(());
-        }
-        let len = socket::receive_one(&self.socket, room.get_mut(..ROOM).unwrap_or_default())?;
-        spans.push(0..len);
-        if self.listening.came() {
-            // An error is told again, or belongs to what is sent next.
-            let second = room.get_mut(ROOM..2 * ROOM).unwrap_or_default();
-            if let Ok(len) = socket::receive_one(&self.socket, second) {
-                spans.push(ROOM..ROOM + len);
-                self.listening = Listening::Together;
-                socket::take_together(&self.socket);
-            }
-        }
-        Ok(())
-    }
-
     /// Sends the first datagram again. Nobody has heard it, so it counts once.
     pub(super) fn repeat_first(&self) {
         if let Some(first) = &self.first
@@ -271,6 +274,41 @@ mod tests {
         let looks: Vec<_> = (1..=40).filter(|_| listening.came()).collect();
         assert_eq!(looks.len(), 2);
         assert!(!Listening::Together.came());
+    }
+
+    #[tokio::test]
+    async fn two_answers_at_once_are_taken_together_from_then_on_and_none_is_joined_or_lost() {
+        let backend = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let flow = socket::connect(BackendAddr(backend.local_addr().unwrap()), None).unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.set_nonblocking(true).unwrap();
+        let door = Door::new(client, 0, None).unwrap();
+        backend.connect(flow.local_addr().unwrap()).unwrap();
+        let (mut listening, mut spans) = (Listening::default(), Vec::new());
+        let (mut room, mut metas) = (vec![0; 4 * ROOM], [RecvMeta::default(); 4]);
+        let mut heard = Vec::new();
+        let mut hear = |listening: &mut Listening, heard: &mut Vec<Vec<u8>>| {
+            listening.hear(&flow, &door, &mut room, &mut metas, &mut spans).unwrap();
+            heard.extend(spans.iter().map(|span| room[span.clone()].to_vec()));
+        };
+        // On loopback what was sent is there.
+        let singly: Vec<_> = (0..=Listening::EVERY).map(|number| vec![number; usize::from(number)]).collect();
+        for answer in &singly {
+            backend.send(answer).unwrap();
+        }
+        for _ in 0..Listening::EVERY {
+            assert!(matches!(listening, Listening::Singly(_)));
+            hear(&mut listening, &mut heard);
+        }
+        assert!(matches!(listening, Listening::Together));
+        let parts = [b"one".as_slice(), b"two", b"3"].map(std::io::IoSlice::new);
+        socket::send_together(&backend, &parts, 3).unwrap();
+        backend.send(b"").unwrap();
+        while heard.len() < singly.len() + 4 {
+            hear(&mut listening, &mut heard);
+        }
+        let together = [&b"one"[..], b"two", b"3", b""].map(<[u8]>::to_vec);
+        assert_eq!(heard, [singly, together.to_vec()].concat());
     }
 
     #[test]

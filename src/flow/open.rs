@@ -159,8 +159,8 @@ impl<A> State<A> {
     fn watch(&mut self, id: FlowId, poll: &Poll, now: Moment) -> bool {
         let Some((_, _, flow)) = self.table.find(id) else { return false };
         // By level, not on the edge: asking a socket whether it has more is cheaper than to receive nothing from it.
-        let (data, flags) = (epoll::EventData::new_u64(id.to_u64()), epoll::EventFlags::IN);
-        let added = epoll::add(poll.get_ref(), &flow.socket, data, flags);
+        let (mark, flags) = (epoll::EventData::new_u64(id.to_u64()), epoll::EventFlags::IN);
+        let added = epoll::add(poll.get_ref(), &flow.socket, mark, flags);
         if added.is_err() {
             self.end(id, Outcome::reject(At::Connect, Why::Shortage), now);
         }
@@ -194,14 +194,14 @@ impl<A> State<A> {
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
         let mut slot = self.slots.take();
-        let permit = match tenant.quota.admit_flow() {
-            Err(Why::FlowLimit) if self.evict(Some(tenant.label.serial()), now) => {
+        let permit = tenant.quota.admit_flow(|| {
+            let evicted = self.evict(Some(tenant.label.serial()), now);
+            if slot.is_none() && evicted {
                 // The place that this left, before the tenant's share is reckoned with what is free.
-                slot = slot.or_else(|| self.slots.take());
-                tenant.quota.admit_flow()
+                slot = self.slots.take();
             }
-            admitted => admitted,
-        };
+            evicted
+        });
         let permit = permit.map_err(|why| Outcome::reject(At::Tenant, why))?;
         // Only now: whom its own limit or share keeps out takes nobody else's place.
         let slot = slot.map_or_else(|| self.slot(now), Ok)?;
@@ -278,11 +278,16 @@ impl<A> State<A> {
         let Some(door) = doors.get(usize::from(path.socket)) else { return };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
         let metas = self.metas.get_mut(..TURN).unwrap_or_default();
-        match flow.hear(door, room, metas, &mut self.spans) {
+        let mut hear = || flow.listening.hear(&flow.socket, door, room, metas, &mut self.spans);
+        // An error comes before the answers that are there already.
+        let (heard, is_refused) = match hear() {
+            Err(error) if socket::is_peers(&error) => (hear(), true),
+            heard => (heard, false),
+        };
+        match heard {
             Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-            // Where there is more behind the error, the poll says so again.
-            Err(error) if socket::is_peers(&error) => return self.refused(id, poll, now),
+            Err(_) if is_refused => return self.refused(id, poll, now),
+            Err(error) if error.kind() == ErrorKind::WouldBlock || socket::is_too_long(&error) => return,
             Err(error) => {
                 let why =
                     if socket::loss(&error) == Loss::Shortage { Why::Shortage } else { Why::Unanswered };
@@ -299,6 +304,9 @@ impl<A> State<A> {
         let spans = &mut self.spans;
         flow.hold_to_limits(spans, Direction::ToClient, now);
         flow.send_to_client(spans, &self.room, &mut self.copy, door, path);
+        if is_refused {
+            self.refused(id, poll, now);
+        }
     }
 }
 

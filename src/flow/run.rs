@@ -102,15 +102,29 @@ impl<A> Flow<A> {
         room: &[u8],
         may_go_together: &mut bool,
     ) -> Result<(), Refused> {
-        let mut done = 0;
+        // How many of the next have to go one by one.
+        let (mut done, mut apart) = (0, 0_usize);
         while let Some(rest) = spans.get(done..).filter(|rest| !rest.is_empty()) {
-            let count = if *may_go_together && self.header.is_empty() { together(rest) } else { 1 };
+            let goes_together = *may_go_together && apart == 0 && self.header.is_empty();
+            let count = if goes_together { together(rest) } else { 1 };
             let group = rest.get(..count).unwrap_or(rest);
             let bytes: usize = group.iter().map(ExactSizeIterator::len).sum();
-            match self.send_group(group, room) {
+            let sent = self.send_group(group, room).or_else(|error| {
+                // It may have been said of an earlier one.
+                if count == 1 && socket::is_too_long(&error) {
+                    self.send_group(group, room)
+                } else {
+                    Err(error)
+                }
+            });
+            match sent {
                 Ok(()) => {
                     self.datagrams.to_backend += count as u64;
                     self.story.meter.passed(Direction::ToBackend, count as u64, bytes as u64);
+                }
+                Err(error) if count > 1 && socket::is_too_long(&error) => {
+                    apart = count;
+                    continue;
                 }
                 Err(error) if count > 1 && socket::refuses_together(&error) => {
                     *may_go_together = false;
@@ -121,6 +135,7 @@ impl<A> Flow<A> {
                     self.story.meter.lost(Direction::ToBackend, socket::loss(&error), count as u64);
                 }
             }
+            apart = apart.saturating_sub(1);
             done += count;
         }
         Ok(())
@@ -150,9 +165,9 @@ impl<A> Flow<A> {
         door: &Door,
         path: Path,
     ) {
-        let mut done = 0;
+        let (mut done, mut apart) = (0, 0_usize);
         while let Some(rest) = spans.get(done..).filter(|rest| !rest.is_empty()) {
-            let count = if door.sends_together() { together(rest) } else { 1 };
+            let count = if apart == 0 && door.sends_together() { together(rest) } else { 1 };
             let group = rest.get(..count).unwrap_or(rest);
             let contents = side_by_side(group, room, copy);
             let each = group.first().filter(|_| count > 1).map(ExactSizeIterator::len);
@@ -161,12 +176,18 @@ impl<A> Flow<A> {
                 continue;
             }
             match sent {
+                // By itself each may be cut in pieces.
+                Err(Loss::TooLong) if count > 1 => {
+                    apart = count;
+                    continue;
+                }
                 Ok(()) => {
                     self.datagrams.to_client += count as u64;
                     self.story.meter.passed(Direction::ToClient, count as u64, contents.len() as u64);
                 }
                 Err(loss) => self.story.meter.lost(Direction::ToClient, loss, count as u64),
             }
+            apart = apart.saturating_sub(1);
             done += count;
         }
     }

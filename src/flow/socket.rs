@@ -223,7 +223,13 @@ pub(super) fn send_together(socket: &UdpSocket, parts: &[IoSlice<'_>], each: u16
 
 /// Whether the kernel, or a driver behind it, does not take datagrams together: each may still pass by itself.
 pub(super) fn refuses_together(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::IO | Errno::INVAL | Errno::MSGSIZE | Errno::OPNOTSUPP))
+    matches!(Errno::from_io_error(error), Some(Errno::IO | Errno::INVAL | Errno::OPNOTSUPP))
+}
+
+/// Whether the path takes no datagram of that length. Of several together that is no answer: by itself each may be cut in
+/// pieces. Nor is it one where an earlier datagram has brought it back: the kernel knows the path better now.
+pub(super) fn is_too_long(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::MSGSIZE)
 }
 
 /// Whether an error is what the network says of an earlier datagram.
@@ -235,6 +241,7 @@ pub(super) fn is_peers(error: &io::Error) -> bool {
                 | Errno::HOSTUNREACH
                 | Errno::NETUNREACH
                 | Errno::HOSTDOWN
+                | Errno::NOPROTOOPT
                 | Errno::PROTO
                 | Errno::INTR
         )
@@ -268,7 +275,8 @@ mod tests {
             assert_eq!(loss(&errno.into()), expected);
         }
         assert!(is_peers(&Errno::CONNREFUSED.into()) && !is_peers(&Errno::BADF.into()));
-        assert!(refuses_together(&Errno::IO.into()) && !refuses_together(&Errno::AGAIN.into()));
+        assert!(refuses_together(&Errno::IO.into()) && !refuses_together(&Errno::MSGSIZE.into()));
+        assert!(is_too_long(&Errno::MSGSIZE.into()) && !is_too_long(&Errno::IO.into()));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 mod datagram;
 pub mod load;
 
-pub use self::datagram::Datagrams;
+pub use self::datagram::{Datagrams, Manner};
 
 use std::convert::Infallible;
 use std::io;
@@ -21,7 +21,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, join};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{ANYWHERE, Tasks, accept, listen, reap};
+use crate::addr::ClientAddr;
 use crate::header::read_optional;
+use crate::id::Claim;
 
 /// How a backend behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,12 +208,8 @@ async fn behave(mut stream: TcpStream, temper: Temper, name: &str, counts: &Coun
 async fn http(mut stream: TcpStream, name: &str) -> io::Result<()> {
     let first = read_optional(&mut stream).await?;
     let answer = service_fn(async |_: Request<_>| {
-        let body = serde_json::json!({
-            "backend": name,
-            "client": first.client.map(|client| client.to_string()),
-            "endpoint": first.endpoint.id().map(|endpoint| endpoint.to_string()),
-        });
-        let mut response = Response::new(Body::from(format!("{body}\n")));
+        let body = introduction(name, first.client, first.endpoint);
+        let mut response = Response::new(Body::from(body));
         response
             .headers_mut()
             .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
@@ -220,6 +218,16 @@ async fn http(mut stream: TcpStream, name: &str) -> io::Result<()> {
     let (read, write) = stream.split();
     let stream = TokioIo::new(join(first.rest.as_slice().chain(read), write));
     http1::Builder::new().serve_connection(stream, answer).await.map_err(io::Error::other)
+}
+
+/// Who answers, and who has asked: a line of JSON.
+fn introduction(name: &str, client: Option<ClientAddr>, endpoint: Claim) -> String {
+    let json = serde_json::json!({
+        "backend": name,
+        "client": client.map(|client| client.to_string()),
+        "endpoint": endpoint.id().map(|endpoint| endpoint.to_string()),
+    });
+    format!("{json}\n")
 }
 
 async fn echo(mut stream: TcpStream) -> io::Result<()> {

@@ -5,7 +5,9 @@ use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
-use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, set_ip_mtu_discover, set_socket_recv_buffer_size, set_socket_recv_buffer_size_force,
+};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -43,6 +45,10 @@ impl Port {
     pub(super) async fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = UdpSocket::bind(address).await?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        // quinn-udp has longer datagrams refused than the path takes whole; here they may be cut in pieces.
+        if address.is_ipv4() {
+            set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::WANT)?;
+        }
         // What waits here is not what is measured. Beyond the system's bound only root may go.
         if set_socket_recv_buffer_size_force(&socket, QUEUE).is_err() {
             set_socket_recv_buffer_size(&socket, QUEUE)?;

@@ -5,8 +5,8 @@
 
 mod alarm;
 mod caller;
+pub mod consumer;
 mod flow;
-pub mod http;
 pub mod questions;
 pub mod schedule;
 mod session;
@@ -34,6 +34,7 @@ use self::questions::Questions;
 use self::schedule::{Pace, Shares, Skew};
 use self::session::Session;
 use crate::clock::{self, Moment};
+use crate::lab::datagram::Port;
 
 /// What a session does, over and over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,10 +179,10 @@ impl Report {
         }
     }
 
-    /// Whether every session reached its own pool, and something was measured.
+    /// Whether every session reached its own pool, every answer was the one that was due, and something was measured.
     #[must_use]
     pub fn is_fine(&self) -> bool {
-        self.misrouted == 0 && self.operations > 0
+        self.misrouted == 0 && !self.failures.contains_key(&Failure::Wrong) && self.operations > 0
     }
 
     /// Operations that failed.
@@ -196,32 +197,42 @@ impl Report {
 /// # Errors
 /// Where the kernel has no timer left, or no port for a flow.
 pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
+    let shares = Rc::new(Shares::new(plan.skew, plan.endpoints.len()));
+    let plan = Rc::new(plan);
+    // Ports are taken before the time begins.
+    let mut ports = Vec::new();
+    if let Work::Flows { .. } = plan.work {
+        for _ in 0..plan.sessions {
+            ports.push(Port::connect(plan.target).await?);
+        }
+    }
     let start = clock::now();
     let measured = start + plan.warmup;
     let end = measured + plan.duration;
     let window = Window { measured, end };
-    let shares = Shares::new(plan.skew, plan.endpoints.len());
-    let plan = Rc::new(plan);
-    let shares = Rc::new(shares);
     let room = Rc::default();
     let mut sessions = JoinSet::new();
     let mut senders = Vec::new();
     let notes = Notes { report: Rc::new(RefCell::new(Report::new())), progress };
-    for _ in 0..plan.sessions {
+    let mut begin = || {
         let orders = plan.rate.map(|_| {
             let (sender, receiver) = mpsc::channel(BEHIND);
             senders.push(sender);
             receiver
         });
-        let callers = Callers::new(&plan, &shares);
-        let notes = notes.clone();
-        match plan.work {
-            Work::Sessions(mode) => {
-                sessions.spawn_local(Session::new(&plan, mode, callers, window, orders, notes).run());
+        (window, orders, notes.clone())
+    };
+    match plan.work {
+        Work::Sessions(mode) => {
+            for _ in 0..plan.sessions {
+                let session = Session::new(&plan, mode, Callers::new(&plan, &shares), begin());
+                sessions.spawn_local(session.run());
             }
-            Work::Flows { window: at_once, timeout } => {
-                let questions = Questions::new(timeout);
-                let flow = Flow::open(&plan, at_once, questions, callers, (window, orders, notes)).await?;
+        }
+        Work::Flows { window: at_once, timeout } => {
+            for port in ports {
+                let callers = Callers::new(&plan, &shares);
+                let flow = Flow::new(&plan, port, at_once, Questions::new(timeout), callers, begin())?;
                 sessions.spawn_local(flow.run(Rc::clone(&room)));
             }
         }
@@ -268,6 +279,9 @@ impl Progress {
         self.failed.fetch_add(1, Ordering::Relaxed);
     }
 }
+
+/// What a session or flow begins with: what counts, its orders in an open loop, and where it takes down what became of them.
+type Begin = (Window, Option<mpsc::Receiver<Moment>>, Notes);
 
 /// What sessions and flows take down, all in one place.
 #[derive(Clone)]

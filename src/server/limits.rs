@@ -30,7 +30,7 @@ const PER_SESSION: u64 = 2;
 const PER_FLOW: u64 = 1;
 /// Descriptors of a pipe.
 const PER_PIPE: u64 = 2;
-/// Descriptors of a worker beside its listening sockets: epoll, its waker, its timer.
+/// Descriptors of a worker beside its listening sockets: epoll, its waker, its timer, the flows' epoll.
 const PER_WORKER: u64 = 4;
 /// Descriptors for everything else: standard streams, logs, pages, lookups of names, and 128 health checks at once.
 const RESERVE: u64 = 256;

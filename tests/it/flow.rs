@@ -434,3 +434,32 @@ async fn a_flow_that_speaks_is_not_idle() {
     proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(1).await;
     finish(proxy).await;
 }
+
+#[tokio::test]
+async fn many_answers_to_one_question_pass_in_their_order_however_they_are_taken() {
+    let backend = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = backend.local_addr().unwrap();
+    // Longer than a busy machine keeps a flow waiting.
+    let (proxy, _hooli) = world(&[address], |conf, _| conf.timeouts += "flow-idle = \"2s\"\n").await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    // At first each is taken by itself, then all that there are; between the two nothing is lost, doubled or joined.
+    for question in 0..60_u8 {
+        balancer.send(&datagram(CLIENT, ACME, &[question])).await;
+        let mut room = [0; 2];
+        let (count, flow) = backend.recv_from(&mut room).await.unwrap();
+        assert_eq!((count, room[0]), (1, question));
+        // Of several lengths, an empty one among them.
+        for answer in 0..question % 7 {
+            backend.send_to(&vec![question; usize::from(answer)], flow).await.unwrap();
+        }
+        for answer in 0..question % 7 {
+            assert_eq!(balancer.answer().await, vec![question; usize::from(answer)]);
+        }
+    }
+    proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(1).await;
+    let answers: u32 = (0..60).map(|question| question % 7).sum();
+    let passed = [("tenant", "acme"), ("direction", "to_client")];
+    proxy.metric("vestibule_forwarded_datagrams_total", &passed).is(answers).await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}

@@ -8,12 +8,19 @@ use crate::clock::Moment;
 use crate::outcome::Why;
 
 impl Quota {
-    /// Admits one more flow.
+    /// Admits one more flow. At the limit `make_room` is asked to end another one of the tenant's, and tells whether it did;
+    /// it is not asked where the new one would be shed all the same.
     ///
     /// # Errors
     /// Why not; nothing is held then.
-    pub fn admit_flow(self: &Arc<Self>) -> Result<FlowPermit, Why> {
-        let (held, beyond) = match self.flows.enter() {
+    pub fn admit_flow(self: &Arc<Self>, make_room: impl FnOnce() -> bool) -> Result<FlowPermit, Why> {
+        let entered = match self.flows.enter() {
+            Err(held) if !self.is_observing() && self.has_share(held.saturating_sub(1)) && make_room() => {
+                self.flows.enter()
+            }
+            entered => entered,
+        };
+        let (held, beyond) = match entered {
             Ok(held) => (held, false),
             Err(_) if self.is_observing() => (self.flows.enter_anyway(), true),
             Err(_) => return Err(self.reject(Why::FlowLimit)),
@@ -22,14 +29,18 @@ impl Quota {
             self.share.iter().for_each(|share| share.join());
         }
         let permit = FlowPermit { quota: Arc::clone(self), beyond };
-        // Its sessions take room of the process, too.
-        if self.share.as_ref().is_some_and(|share| !share.allows(held + self.sessions())) {
+        if !self.has_share(held) {
             return Err(self.reject(Why::Shed));
         }
         if beyond {
             add(&self.would_reject, Why::FlowLimit);
         }
         Ok(permit)
+    }
+
+    /// Whether the process has room for one more beside so many flows. Its sessions take room, too.
+    fn has_share(&self, flows: usize) -> bool {
+        self.share.as_ref().is_none_or(|share| share.allows(flows + self.sessions()))
     }
 
     /// Whether one datagram of so many bytes may pass now. It does not wait: who has to go is dropped, and has taken nothing.
@@ -117,14 +128,21 @@ mod tests {
     #[test]
     fn the_last_flow_is_admitted_and_the_next_is_not() {
         let quota = quota(Limits { flows: Some(2), ..Limits::default() });
-        let first = quota.admit_flow().unwrap();
-        let _second = quota.admit_flow().unwrap();
-        assert_eq!(quota.admit_flow().unwrap_err(), Why::FlowLimit);
+        let first = quota.admit_flow(|| false).unwrap();
+        let second = quota.admit_flow(|| false).unwrap();
+        assert_eq!(quota.admit_flow(|| false).unwrap_err(), Why::FlowLimit);
+        let mut second = Some(second);
+        let third = quota.admit_flow(|| second.take().is_some()).unwrap();
+        assert_eq!(third.would_reject(), None);
+        assert!(second.is_none(), "the second has made room");
         assert!(quota.admit(START).is_ok(), "sessions have a limit of their own");
         drop(first);
-        assert_eq!((quota.flows(), quota.flows_limit(), quota.admit_flow().is_ok()), (1, Some(2), true));
+        assert_eq!(
+            (quota.flows(), quota.flows_limit(), quota.admit_flow(|| false).is_ok()),
+            (1, Some(2), true)
+        );
         quota.set(&Limits { mode: Mode::Observe, flows: Some(1), ..Limits::default() });
-        assert_eq!(quota.admit_flow().unwrap().would_reject(), Some(Why::FlowLimit));
+        assert_eq!(quota.admit_flow(|| false).unwrap().would_reject(), Some(Why::FlowLimit));
         assert_eq!(
             (counts(quota.rejected()), counts(quota.would_reject())),
             (vec![0, 0, 1, 0, 0], vec![0, 0, 1])

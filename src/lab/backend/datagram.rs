@@ -1,15 +1,28 @@
-//! A backend for datagrams: each goes back to where it came from, under the backend's name where the load generator asks.
+//! Backends for datagrams: one that sends each back, under its own name where the load generator asks, and one that says
+//! who it is and who asks.
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::introduction;
 use super::load::{HEAD, Request, Tag};
+use crate::id::Claim;
 use crate::lab::datagram::{Port, Room};
 use crate::lab::{ANYWHERE, Tasks};
+use crate::wire::{self, Parsed, Rules, Transport};
 
-/// A backend that echoes datagrams. One that begins with [`Request::Echo`] comes back with its [`Tag`] there.
+/// How a backend answers a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// Sends it back; one that begins with [`Request::Echo`] with the backend's [`Tag`] there.
+    Echo,
+    /// Says as JSON who it is and, where a PROXY header came first, who asks: what [`Http`](super::Temper::Http) says.
+    Introduction,
+}
+
+/// A backend for datagrams.
 #[derive(Debug)]
 pub struct Datagrams {
     name: Arc<str>,
@@ -24,31 +37,36 @@ impl Datagrams {
     ///
     /// # Errors
     /// Where loopback has no port left.
-    pub async fn start(name: &str) -> io::Result<Self> {
-        Self::start_at(ANYWHERE, name).await
+    pub async fn start(name: &str, manner: Manner) -> io::Result<Self> {
+        Self::start_at(ANYWHERE, name, manner).await
     }
 
     /// Starts one at an address.
     ///
     /// # Errors
     /// Where the address cannot be bound.
-    pub async fn start_at(address: SocketAddr, name: &str) -> io::Result<Self> {
+    pub async fn start_at(address: SocketAddr, name: &str, manner: Manner) -> io::Result<Self> {
         let port = Port::bind(address).await?;
         let address = port.local_addr()?;
-        let (tag, count) = (Tag::new(name), Arc::new(AtomicU64::new(0)));
+        let name: Arc<str> = name.into();
+        let count = Arc::new(AtomicU64::new(0));
         let mut tasks = Tasks::new();
-        let own_count = Arc::clone(&count);
+        let (own_name, own_count) = (Arc::clone(&name), Arc::clone(&count));
         tasks.spawn(async move {
             let mut room = Room::default();
             while port.readable().await.is_ok() {
                 // An answer to somebody who has gone comes back as an error, and says nothing of this socket.
                 port.receive(&mut room, |from, bytes, each| {
-                    own_count.fetch_add(answer(&port, tag, from, bytes, each), Ordering::Relaxed);
+                    let count = match manner {
+                        Manner::Echo => echo(&port, Tag::new(&own_name), from, bytes, each),
+                        Manner::Introduction => introduce(&port, &own_name, from, bytes, each),
+                    };
+                    own_count.fetch_add(count, Ordering::Relaxed);
                 })
                 .unwrap_or_default();
             }
         });
-        Ok(Self { name: name.into(), address, count, _tasks: tasks })
+        Ok(Self { name, address, count, _tasks: tasks })
     }
 
     /// Its name.
@@ -71,7 +89,7 @@ impl Datagrams {
 }
 
 /// Sends back a run of datagrams; how many they were.
-fn answer(port: &Port, tag: Tag, from: SocketAddr, bytes: &mut [u8], each: usize) -> u64 {
+fn echo(port: &Port, tag: Tag, from: SocketAddr, bytes: &mut [u8], each: usize) -> u64 {
     let mut count = 0;
     for datagram in bytes.chunks_mut(each) {
         count += 1;
@@ -84,13 +102,36 @@ fn answer(port: &Port, tag: Tag, from: SocketAddr, bytes: &mut [u8], each: usize
     count.max(1)
 }
 
+/// Answers each of a run of datagrams; how many they were.
+fn introduce(port: &Port, name: &str, from: SocketAddr, bytes: &[u8], each: usize) -> u64 {
+    let rules = Rules { transport: Transport::Datagram, verify_crc: true };
+    // One of no bytes is one.
+    let count = bytes.len().div_ceil(each).max(1);
+    for place in 0..count {
+        let rest = bytes.get(place * each..).unwrap_or_default();
+        let answer = match wire::parse(rest.get(..each).unwrap_or(rest), rules) {
+            Parsed::Done(header, _) => {
+                introduction(name, header.client(), Claim::from_tlv(header.endpoint()))
+            }
+            Parsed::Partial(_) | Parsed::Malformed(_) => introduction(name, None, Claim::Absent),
+        };
+        port.send(from, answer.as_bytes(), answer.len()).map(|_| ()).unwrap_or_default();
+    }
+    count as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Something, or nothing yet.
+    fn is_taken(received: &io::Result<()>) -> bool {
+        received.as_ref().map_or_else(|error| error.kind() == io::ErrorKind::WouldBlock, |()| true)
+    }
+
     #[tokio::test]
     async fn it_sends_back_each_datagram_under_its_name_where_that_is_asked() {
-        let backend = Datagrams::start("acme").await.unwrap();
+        let backend = Datagrams::start("acme", Manner::Echo).await.unwrap();
         let port = Port::connect(backend.address()).await.unwrap();
         let question = [&Request::Echo.head()[..], b"one"].concat();
         let tagged = [&Tag::new("acme").as_bytes()[..], b"one"].concat();
@@ -115,10 +156,36 @@ mod tests {
                         got.push(Vec::new());
                     }
                 });
-                assert!(received.is_ok_and(|()| true) || got.len() < expected.len());
+                assert!(is_taken(&received), "{received:?}");
             }
             assert_eq!(got, expected);
         }
         assert_eq!((backend.heard(), backend.name()), (6, "acme"));
+    }
+    #[tokio::test]
+    async fn it_says_who_it_is_and_who_asks() {
+        let backend = Datagrams::start("acme-1", Manner::Introduction).await.unwrap();
+        let port = Port::connect(backend.address()).await.unwrap();
+        let (client, endpoint) = ("10.100.0.10:40000".parse().unwrap(), "vpce-08d2bf15fac5001c9");
+        let header = crate::lab::nlb::datagram_header(client, backend.address(), Some(endpoint));
+        let mut room = Room::default();
+        for (question, expected) in [
+            (&b"who?"[..], serde_json::json!({ "backend": "acme-1", "client": null, "endpoint": null })),
+            (b"", serde_json::json!({ "backend": "acme-1", "client": null, "endpoint": null })),
+            (
+                &[&header[..], b"who?"].concat(),
+                serde_json::json!({ "backend": "acme-1", "client": "10.100.0.10:40000", "endpoint": endpoint }),
+            ),
+        ] {
+            port.send(backend.address(), question, question.len()).unwrap();
+            let mut answer = None;
+            while answer.is_none() {
+                port.readable().await.unwrap();
+                let received =
+                    port.receive(&mut room, |_, bytes, _| answer = serde_json::from_slice(bytes).ok());
+                assert!(is_taken(&received), "{received:?}");
+            }
+            assert_eq!(answer, Some(expected));
+        }
     }
 }

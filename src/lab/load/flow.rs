@@ -12,7 +12,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::caller::Callers;
 use super::questions::{Answer, Questions};
-use super::{Failure, Notes, Plan, Window};
+use super::{Begin, Failure, Notes, Plan, Window};
 use crate::clock::{self, Moment};
 use crate::lab::backend::load::{HEAD, Request, Tag};
 use crate::lab::datagram::{Port, Room};
@@ -47,14 +47,14 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    pub(super) async fn open(
+    pub(super) fn new(
         plan: &Plan,
+        port: Port,
         at_once: usize,
         questions: Questions,
         mut callers: Callers,
-        (window, orders, notes): (Window, Option<mpsc::Receiver<Moment>>, Notes),
+        (window, orders, notes): Begin,
     ) -> io::Result<Self> {
-        let port = Port::connect(plan.target).await?;
         let mut rolls = fastrand::Rng::new();
         let (header, pool) = callers.next(&mut rolls, port.local_addr()?, nlb::datagram_header);
         let mut body = vec![0; plan.size.saturating_sub(FRONT)];
@@ -146,11 +146,14 @@ impl Flow {
             self.out.extend_from_slice(&self.body);
         }
         let each = self.out.len() / self.dues.len();
-        let sent = match self.port.send(self.target, &self.out, each) {
+        let transmit = || self.port.send(self.target, &self.out, each);
+        let is_full = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+        // The first error may be what an earlier one has brought back.
+        let sent = match transmit().or_else(|error| if is_full(&error) { Err(error) } else { transmit() }) {
             Ok(bytes) => bytes / each,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            // What an earlier one has brought back; this one has not gone, and is asked again.
-            Err(_) => return false,
+            Err(error) if is_full(&error) => 0,
+            // It does not go, and so has no answer.
+            Err(_) => 1,
         };
         let now = clock::now();
         for due in self.dues.drain(..sent) {
@@ -177,16 +180,17 @@ fn check(answer: &[u8], questions: &mut Questions, notes: &Notes, pool: &str, bo
         let (number, rest) = rest.split_first_chunk()?;
         Some((tag, u64::from_be_bytes(*number), rest))
     });
-    let Some((tag, number, _)) = parts.filter(|(_, _, rest)| *rest == body) else {
+    let Some((tag, number, rest)) = parts else { return notes.failed(Failure::Wrong) };
+    if !pool.is_empty() && Tag::new(pool).as_bytes() != tag {
+        notes.misrouted();
+    }
+    if rest != body {
         return notes.failed(Failure::Wrong);
-    };
+    }
     match questions.answer(number) {
         Answer::First(due, is_reordered) => {
             let counts = is_reordered && due >= window.measured;
             notes.datagrams(|datagrams| datagrams.reordered += u64::from(counts));
-            if !pool.is_empty() && Tag::new(pool).as_bytes() != tag {
-                notes.misrouted();
-            }
             notes.succeeded(due, answer.len() as u64, window);
         }
         Answer::Again => notes.datagrams(|datagrams| datagrams.duplicates += 1),

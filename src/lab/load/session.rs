@@ -12,7 +12,7 @@ use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::caller::Callers;
-use super::{Failure, Mode, Notes, Plan, Window};
+use super::{Begin, Failure, Mode, Notes, Plan, Window};
 use crate::clock::{self, Moment};
 use crate::lab::backend::load::{HEAD, Request, Tag};
 use crate::lab::nlb;
@@ -46,14 +46,7 @@ struct Open {
 }
 
 impl Session {
-    pub(super) fn new(
-        plan: &Rc<Plan>,
-        mode: Mode,
-        callers: Callers,
-        window: Window,
-        orders: Option<mpsc::Receiver<Moment>>,
-        notes: Notes,
-    ) -> Self {
+    pub(super) fn new(plan: &Rc<Plan>, mode: Mode, callers: Callers, (window, orders, notes): Begin) -> Self {
         Self {
             plan: Rc::clone(plan),
             mode,

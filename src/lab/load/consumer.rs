@@ -1,4 +1,4 @@
-//! Load: requests one after another over fresh connections, each checked for who answered.
+//! Load: requests one after another, over fresh connections or in datagrams, each checked for who answered.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
@@ -46,10 +46,20 @@ pub struct Answers {
 /// Clients that are remembered for each backend.
 const CLIENTS: usize = 16;
 
+/// How it is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asks {
+    /// An HTTP request over a connection of its own.
+    Http,
+    /// A datagram. Every so often another port asks, and so another flow.
+    Datagram,
+}
+
 /// One consumer's load.
 #[derive(Debug)]
 pub struct Load {
     target: SocketAddr,
+    asks: Asks,
     /// What the names of the right pool's backends start with.
     expected: String,
     pause: Duration,
@@ -66,8 +76,8 @@ impl Load {
     /// A load on `target`, whose answers should come from backends whose names start with `expected`; `pause` lies
     /// between an answer and the next request.
     #[must_use]
-    pub fn new(target: SocketAddr, expected: &str, pause: Duration) -> Self {
-        Self { target, expected: expected.to_owned(), pause, report: Mutex::default() }
+    pub fn new(target: SocketAddr, asks: Asks, expected: &str, pause: Duration) -> Self {
+        Self { target, asks, expected: expected.to_owned(), pause, report: Mutex::default() }
     }
 
     /// What it has seen so far.
@@ -78,9 +88,16 @@ impl Load {
 
     /// Sends requests until `stop` says so; the one under way then is finished.
     pub async fn run(&self, stop: watch::Receiver<bool>) {
+        let mut flow = None;
         while !*stop.borrow() {
             let start = clock::now();
-            let answer = timeout(LIMIT, request(self.target)).await;
+            let answer = async {
+                match self.asks {
+                    Asks::Http => request(self.target).await,
+                    Asks::Datagram => ask(self.target, &mut flow).await,
+                }
+            };
+            let answer = timeout(LIMIT, answer).await;
             let took = clock::now().since(start);
             self.note(answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())), took);
             sleep(self.pause).await;
@@ -117,6 +134,29 @@ async fn request(target: SocketAddr) -> io::Result<Answer> {
     read(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
+/// Questions of one port.
+const OF_A_FLOW: u32 = 100;
+
+/// One datagram over the flow, or over another where that has asked enough; who answered.
+async fn ask(target: SocketAddr, flow: &mut Option<(UdpSocket, u32)>) -> io::Result<Answer> {
+    let (socket, left) = if let Some(flow) = flow.take().filter(|(_, left)| *left > 0) {
+        flow
+    } else {
+        let mut own = target;
+        own.set_port(0);
+        let socket = UdpSocket::bind(own).await?;
+        socket.connect(target).await?;
+        (socket, OF_A_FLOW)
+    };
+    socket.send(b"who?").await?;
+    let mut answer = [0; 1024];
+    let count = socket.recv(&mut answer).await?;
+    let answer = serde_json::from_slice(answer.get(..count).unwrap_or_default())?;
+    // After an error another flow asks: what comes late is nobody's answer.
+    *flow = Some((socket, left - 1));
+    Ok(answer)
+}
+
 /// Who answered: the lab's backends say so in a JSON body.
 fn read(answer: &[u8]) -> Option<Answer> {
     let text = std::str::from_utf8(answer).ok()?;
@@ -130,7 +170,7 @@ fn read(answer: &[u8]) -> Option<Answer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lab::backend::{Backend, Temper};
+    use crate::lab::backend::{Backend, Datagrams, Manner, Temper};
 
     #[test]
     fn only_a_whole_answer_counts() {
@@ -150,9 +190,9 @@ mod tests {
     #[tokio::test]
     async fn answers_are_told_apart() {
         let backend = Backend::start("acme-1", Temper::Http).await.unwrap();
-        let right = Load::new(backend.address(), "acme-", Duration::ZERO);
-        let wrong = Load::new(backend.address(), "globex-", Duration::ZERO);
-        let dead = Load::new(Backend::refusing().await.unwrap(), "acme-", Duration::ZERO);
+        let right = Load::new(backend.address(), Asks::Http, "acme-", Duration::ZERO);
+        let wrong = Load::new(backend.address(), Asks::Http, "globex-", Duration::ZERO);
+        let dead = Load::new(Backend::refusing().await.unwrap(), Asks::Http, "acme-", Duration::ZERO);
         let (stop, stopped) = watch::channel(false);
         let until = async {
             while right.report().answered < 3 || wrong.report().misrouted < 3 || dead.report().failed < 3 {
@@ -167,5 +207,21 @@ mod tests {
         assert_eq!(report.backends, BTreeMap::from([("acme-1".to_owned(), answers)]));
         assert_eq!(report.times.count(), report.answered);
         assert_eq!((wrong.report().answered, dead.report().answered), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn datagrams_are_asked_over_flow_after_flow() {
+        let backend = Datagrams::start("acme-1", Manner::Introduction).await.unwrap();
+        let load = Load::new(backend.address(), Asks::Datagram, "acme-", Duration::ZERO);
+        let (stop, stopped) = watch::channel(false);
+        let until = async {
+            while load.report().answered < u64::from(OF_A_FLOW) * 2 + 1 {
+                tokio::task::yield_now().await;
+            }
+            stop.send_replace(true);
+        };
+        tokio::join!(load.run(stopped), until);
+        let report = load.report();
+        assert_eq!((report.failed, report.misrouted, report.answered), (0, 0, backend.heard()));
     }
 }
