@@ -1,10 +1,9 @@
 //! Who is measured over UDP. HAProxy carries none; Envoy is in no Debian package.
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::stage::contender::{Contender, OURS, Other};
+use super::stage::contender::{Contender, How, OURS, Other};
 use super::stage::{STREAM_MODULE, VESTIBULE, bound, free, version};
 
 /// An address of loopback for each proxy to speak to backends from: the ports of one are too few for everybody's flows.
@@ -39,47 +38,16 @@ pub(crate) fn all(dir: &Path, peers: bool, others: &[Other]) -> Vec<Contender> {
 }
 
 fn ours(dir: &Path, name: &'static str, program: &str) -> Contender {
-    let (target, backend) = (free(), free());
-    let path = dir.join(format!("{name}.toml"));
-    let text = format!(
-        r#"
-include = ["tenants.toml"]
-[process]
-workers = 1
-[admin]
-bind = "{}"
-[health]
-bind = "{}"
-[log]
-access = "{}"
-[timeouts]
-flow-idle = "{IDLE}"
-[[listener]]
-name = "udp"
-protocol = "udp"
-bind = "{target}"
-trusted-sources = ["127.0.0.0/8"]
-[[pool]]
-name = "app"
-backends = ["{backend}"]
-source-addresses = ["{}"]
-health = {{ kind = "none" }}
-{LIMITS}
-"#,
-        free(),
-        free(),
-        dir.join(format!("{name}.log")).display(),
-        source(),
+    let pool = format!("source-addresses = [\"{}\"]", source());
+    let rest = format!("[timeouts]\nflow-idle = \"{IDLE}\"\n{LIMITS}");
+    let ours = Contender::ours(
+        dir,
+        name,
+        program,
+        &How { listener: "protocol = \"udp\"", pool: &pool, rest: &rest },
     );
-    std::fs::write(&path, text).expect("a configuration");
-    let command = [program, "serve", "--config", path.to_str().expect("a path")];
-    let version = format!("{name} {}", env!("CARGO_PKG_VERSION"));
-    started(Contender::start(name, version, target, backend, &command), target)
-}
-
-fn started(contender: Contender, target: SocketAddr) -> Contender {
-    bound(target);
-    contender
+    bound(ours.target);
+    ours
 }
 
 fn nginx(dir: &Path, version: String) -> Contender {
@@ -95,5 +63,7 @@ fn nginx(dir: &Path, version: String) -> Contender {
     );
     std::fs::write(&path, text).expect("a configuration");
     let command = ["nginx", "-c", path.to_str().expect("a path")];
-    started(Contender::start("nginx", version, target, backend, &command), target).without_header()
+    let nginx = Contender::start("nginx", version, target, backend, &command).without_header();
+    bound(target);
+    nginx
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use super::stage::contender::{Contender, OURS, Other};
+use super::stage::contender::{Contender, How, OURS, Other};
 use super::stage::{STREAM_MODULE, VESTIBULE, free, ready, version};
 
 /// Ours without limits: what they cost.
@@ -25,11 +25,11 @@ pub(crate) fn all(dir: &Path, peers: bool, also: &[Also], others: &[Other]) -> V
     // Nobody listens there between two loads, and nobody probes it. Each has one of its own: the ports that one's closed
     // connections leave in TIME_WAIT are those that the next one's `connect` would have to search through.
     let backend = free();
-    let mut all = vec![Contender::direct(backend), ours(dir, free(), OURS, VESTIBULE, LIMITS)];
+    let mut all = vec![Contender::direct(backend), ours(dir, OURS, VESTIBULE, LIMITS)];
     if also.contains(&Also::Unlimited) {
-        all.push(ours(dir, free(), UNLIMITED, VESTIBULE, ""));
+        all.push(ours(dir, UNLIMITED, VESTIBULE, ""));
     }
-    all.extend(others.iter().map(|other| ours(dir, free(), other.name, &other.program, LIMITS)));
+    all.extend(others.iter().map(|other| ours(dir, other.name, &other.program, LIMITS)));
     if !peers {
         return all;
     }
@@ -61,42 +61,12 @@ to-backend = "100GiB/s"
 to-client = "100GiB/s"
 "#;
 
-fn ours(dir: &Path, backend: SocketAddr, name: &'static str, program: &str, limits: &str) -> Contender {
-    let target = free();
-    let path = dir.join(format!("{name}.toml"));
-    let text = format!(
-        r#"
-include = ["tenants.toml"]
-[process]
-workers = 1
-[admin]
-bind = "{}"
-[health]
-bind = "{}"
-[log]
-access = "{}"
-[[listener]]
-name = "web"
-bind = "{target}"
-trusted-sources = ["127.0.0.0/8"]
-[[pool]]
-name = "app"
-backends = ["{backend}"]
-health = {{ kind = "none" }}
-{limits}
-"#,
-        free(),
-        free(),
-        dir.join(format!("{name}.log")).display(),
-    );
-    std::fs::write(&path, text).expect("a configuration");
-    let command = [program, "serve", "--config", path.to_str().expect("a path")];
-    let version = format!("{name} {}", env!("CARGO_PKG_VERSION"));
-    started(Contender::start(name, version, target, backend, &command), target)
+fn ours(dir: &Path, name: &'static str, program: &str, limits: &str) -> Contender {
+    started(Contender::ours(dir, name, program, &How { rest: limits, ..How::default() }))
 }
 
-fn started(contender: Contender, target: SocketAddr) -> Contender {
-    ready(target);
+fn started(contender: Contender) -> Contender {
+    ready(contender.target);
     contender
 }
 
@@ -109,7 +79,7 @@ fn haproxy(dir: &Path, backend: SocketAddr, name: &'static str, version: &str, o
     );
     std::fs::write(&path, text).expect("a configuration");
     let command = ["haproxy", "-db", "-f", path.to_str().expect("a path")];
-    started(Contender::start(name, version.to_owned(), target, backend, &command), target)
+    started(Contender::start(name, version.to_owned(), target, backend, &command))
 }
 
 fn nginx(
@@ -130,5 +100,5 @@ fn nginx(
     );
     std::fs::write(&path, text).expect("a configuration");
     let command = ["nginx", "-c", path.to_str().expect("a path")];
-    started(Contender::start(name, version, target, backend, &command), target)
+    started(Contender::start(name, version, target, backend, &command))
 }

@@ -1,10 +1,11 @@
 //! Who is measured: each as a child process, pinned to the proxy's core; and in which order.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use super::{LOAD_CORE, PROXY_CORE, Proc, VESTIBULE, pinned};
+use super::{LOAD_CORE, PROXY_CORE, Proc, VESTIBULE, free, pinned};
 
 /// The endpoints that the load plays, each a tenant.
 pub(crate) const TENANTS: &str = "1000";
@@ -13,7 +14,7 @@ pub(crate) const TENANTS: &str = "1000";
 pub(crate) struct Contender {
     pub(crate) name: &'static str,
     pub(crate) version: String,
-    target: SocketAddr,
+    pub(crate) target: SocketAddr,
     /// Where the load has to serve the backend.
     backend: SocketAddr,
     /// Whether it wants a header, and knows endpoints.
@@ -42,6 +43,14 @@ impl std::str::FromStr for Other {
     }
 }
 
+/// What is added to the configuration of ours: to its listener, to its pool, and behind them.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct How<'a> {
+    pub(crate) listener: &'a str,
+    pub(crate) pool: &'a str,
+    pub(crate) rest: &'a str,
+}
+
 /// Whether it is somebody else's proxy.
 pub(crate) fn is_peer(name: &str) -> bool {
     name.starts_with("haproxy") || name.starts_with("nginx")
@@ -66,6 +75,46 @@ impl Contender {
         pinned.args(command);
         let process = Some(Proc::start(&pinned));
         Self { name, version, target, backend, hears_endpoints: true, process }
+    }
+
+    /// Ours, with one listener and one pool.
+    pub(crate) fn ours(dir: &Path, name: &'static str, program: &str, how: &How<'_>) -> Self {
+        let (target, backend) = (free(), free());
+        let path = dir.join(format!("{name}.toml"));
+        let text = format!(
+            r#"
+include = ["tenants.toml"]
+[process]
+workers = 1
+[admin]
+bind = "{}"
+[health]
+bind = "{}"
+[log]
+access = "{}"
+[[listener]]
+name = "load"
+bind = "{target}"
+trusted-sources = ["127.0.0.0/8"]
+{}
+[[pool]]
+name = "app"
+backends = ["{backend}"]
+health = {{ kind = "none" }}
+{}
+{}
+"#,
+            free(),
+            free(),
+            dir.join(format!("{name}.log")).display(),
+            how.listener,
+            how.pool,
+            how.rest,
+        );
+        std::fs::write(&path, text).expect("a configuration");
+        let command = [program, "serve", "--config", path.to_str().expect("a path")];
+        let version = format!("{name} {}", env!("CARGO_PKG_VERSION"));
+        Self::start(name, version, target, backend, &command)
     }
 
     /// It knows no headers.
