@@ -1,14 +1,22 @@
 //! B beside each neighbour, in pairs: each measurement is set against B alone just before and just after it, so that the
 //! machine's good and bad minutes fall on both. Of many such ratios the median is told, and how sure it is.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use super::neighbour::{self, Neighbour};
 use super::{Bench, Effort, Figures};
 
 /// What is told of B, and whether more is better.
-const COLUMNS: [(&str, bool); 4] =
-    [("p99", false), ("round trips/s", true), ("p99 of new sessions", false), ("new sessions/s", true)];
+const COLUMNS: [(&str, bool); 6] = [
+    ("p95", false),
+    ("p99", false),
+    ("round trips/s", true),
+    ("p95 of new sessions", false),
+    ("p99 of new sessions", false),
+    ("new sessions/s", true),
+];
 
 /// What a neighbour may cost.
 const MOST: f64 = 1.10;
@@ -74,16 +82,14 @@ fn tell(all: &[Ratios], alone: &[Figures], noise: &[Figures]) -> Vec<Value> {
     let heads = COLUMNS.map(|(name, _)| format!("{name:>22}"));
     println!("  {:<36} {}", "A", heads.join(" "));
     let median = |column: usize| middle(alone, column).1;
-    println!(
-        "  {:<36} {:>22} {:>22} {:>22} {:>22}",
-        "is not there",
-        format!("{:.0} us", median(0)),
-        format!("{:.0}", median(1)),
-        format!("{:.0} us", median(2)),
-        format!("{:.0}", median(3))
-    );
-    let mut report = vec![json!({ "name": "alone", "p99_us": median(0), "round_trips_per_second": median(1),
-        "new_p99_us": median(2), "new_per_second": median(3) })];
+    let figures = COLUMNS.iter().enumerate().map(|(column, (_, is_rate))| {
+        let unit = if *is_rate { "" } else { " us" };
+        format!("{:>22}", format!("{:.0}{unit}", median(column)))
+    });
+    println!("  {:<36} {}", "is not there", figures.collect::<Vec<_>>().join(" "));
+    let figures = COLUMNS.iter().enumerate();
+    let figures: BTreeMap<_, _> = figures.map(|(column, (name, _))| (*name, median(column))).collect();
+    let mut report = vec![json!({ "name": "alone", "figures": figures })];
     report.push(row("is not there, over the time before", noise));
     let mut verdicts = Vec::new();
     for (neighbour, ratios) in Neighbour::ALL.into_iter().zip(all) {
