@@ -8,10 +8,8 @@ pub mod day;
 pub mod load;
 pub mod nlb;
 
-pub use self::datagram::LONGEST;
-
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
@@ -25,6 +23,17 @@ const BACKLOG: u32 = 65_535;
 
 /// A port of loopback that the system chooses.
 const ANYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// Where a socket that speaks to `target` is bound. On loopback that is the target's own address, so that its port is taken
+/// there alone and is free for flows from the others; elsewhere the system chooses.
+fn toward(target: SocketAddr) -> SocketAddr {
+    let ip = match target.ip() {
+        ip if ip.is_loopback() => ip,
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    (ip, 0).into()
+}
 
 /// A listening socket, and where it listens.
 async fn listen(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
@@ -50,4 +59,21 @@ async fn accept(socket: &TcpListener) -> tokio::net::TcpStream {
 /// Takes the tasks that have ended out of the set, so that it holds only those that run.
 fn reap(tasks: &mut Tasks) {
     while tasks.try_join_next().is_some() {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_is_elsewhere_is_spoken_to_from_an_address_of_this_machines() {
+        for (target, expected) in [
+            ("127.0.0.5:53", "127.0.0.5:0"),
+            ("[::1]:53", "[::1]:0"),
+            ("10.0.0.5:53", "0.0.0.0:0"),
+            ("[2001:db8::5]:53", "[::]:0"),
+        ] {
+            assert_eq!(toward(target.parse().unwrap()), expected.parse().unwrap(), "{target}");
+        }
+    }
 }

@@ -11,8 +11,10 @@ use rustix::net::sockopt::{
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use super::toward;
+
 /// The longest datagram over IPv4, and so the longest run of them in one call.
-pub const LONGEST: usize = 65_507;
+const LONGEST: usize = 65_507;
 
 /// Where one message of the kernel's fits, however much of it was put together.
 const EACH: usize = 1 << 16;
@@ -60,9 +62,7 @@ impl Port {
 
     /// One that speaks to this address alone.
     pub(super) async fn connect(address: SocketAddr) -> io::Result<Self> {
-        let mut own = address;
-        own.set_port(0);
-        let port = Self::bind(own).await?;
+        let port = Self::bind(toward(address)).await?;
         port.socket.connect(address).await?;
         Ok(port)
     }

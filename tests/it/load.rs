@@ -1,5 +1,6 @@
 //! The load generator against the proxy: every session reaches its own tenant's pool, and one that does not is seen.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,13 +36,20 @@ async fn proxy() -> (Proxy, [Backend; 2]) {
     (proxy, [acme, other])
 }
 
+/// Two endpoints of two tenants, over TCP.
 fn plan(proxy: &Proxy, mode: Mode) -> Plan {
+    let endpoints = vec![(ACME.to_owned(), "acme".to_owned()), (SECOND.to_owned(), "other".to_owned())];
+    Plan { endpoints, ..acme_alone(proxy.address("web"), Work::Sessions(mode)) }
+}
+
+/// A short load of acme's first endpoint.
+pub fn acme_alone(target: SocketAddr, work: Work) -> Plan {
     Plan {
         clients: 1,
-        target: proxy.address("web"),
-        endpoints: vec![(ACME.to_owned(), "acme".to_owned()), (SECOND.to_owned(), "other".to_owned())],
+        target,
+        endpoints: vec![(ACME.to_owned(), "acme".to_owned())],
         skew: Skew::Uniform,
-        work: Work::Sessions(mode),
+        work,
         sessions: 8,
         size: 64,
         rate: None,

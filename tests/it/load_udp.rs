@@ -6,28 +6,15 @@ use std::time::Duration;
 use tokio::net::UdpSocket;
 use tokio::task::JoinHandle;
 use vestibule::lab::backend::{Datagrams, Manner};
-use vestibule::lab::load::schedule::Skew;
 use vestibule::lab::load::{self, FRONT, Plan, Work};
 
 use super::flow::{HOOLI, finish, others_are_unharmed, soon, world};
 use super::harness::{ACME, Conf};
-use super::load::run;
+use super::load::{acme_alone, run};
 
 /// Flows with a window of `at_once`, to `target`.
 fn flows(target: SocketAddr, at_once: usize, timeout: Duration) -> Plan {
-    Plan {
-        clients: 4,
-        target,
-        endpoints: vec![(ACME.to_owned(), "acme".to_owned())],
-        skew: Skew::Uniform,
-        work: Work::Flows { window: at_once, timeout },
-        sessions: 8,
-        size: 64,
-        rate: None,
-        duration: Duration::from_millis(300),
-        warmup: Duration::ZERO,
-        noise: 0,
-    }
+    Plan { clients: 4, ..acme_alone(target, Work::Flows { window: at_once, timeout }) }
 }
 
 /// Longer than any test.

@@ -162,6 +162,7 @@ mod tests {
         }
         assert_eq!((backend.heard(), backend.name()), (6, "acme"));
     }
+
     #[tokio::test]
     async fn it_says_who_it_is_and_who_asks() {
         let backend = Datagrams::start("acme-1", Manner::Introduction).await.unwrap();

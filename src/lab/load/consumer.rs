@@ -15,6 +15,7 @@ use tokio::time::{sleep, timeout};
 use crate::account::latency::Times;
 use crate::account::lock;
 use crate::clock;
+use crate::lab::toward;
 
 /// A request that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -142,9 +143,7 @@ async fn ask(target: SocketAddr, flow: &mut Option<(UdpSocket, u32)>) -> io::Res
     let (socket, left) = if let Some(flow) = flow.take().filter(|(_, left)| *left > 0) {
         flow
     } else {
-        let mut own = target;
-        own.set_port(0);
-        let socket = UdpSocket::bind(own).await?;
+        let socket = UdpSocket::bind(toward(target)).await?;
         socket.connect(target).await?;
         (socket, OF_A_FLOW)
     };

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::{Nlb, VpcEndpoint, client, datagram_header};
 use crate::clock::{self, Moment};
-use crate::lab::{ANYWHERE, Tasks, reap};
+use crate::lab::{ANYWHERE, Tasks, reap, toward};
 
 /// A flow that is silent for so long ends: NLB's own figure (its guide, "Listeners", "UDP idle timeout").
 const IDLE: Duration = Duration::from_secs(120);
@@ -149,11 +149,7 @@ impl Door {
         if self.flows().len() >= self.most {
             return Ok(None);
         }
-        let any: SocketAddr = match self.target {
-            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-        };
-        let socket = UdpSocket::bind(any).await?;
+        let socket = UdpSocket::bind(toward(self.target)).await?;
         socket.connect(self.target).await?;
         SockRef::from(&socket).set_recv_buffer_size(QUEUE)?;
         let client = client(self.endpoint.consumers, self.count.fetch_add(1, Ordering::Relaxed));
