@@ -133,7 +133,8 @@ fn measure(work: &Work, contenders: &[Contender], rounds: usize, span: &str) -> 
         }
         speeds.entry(contender.name).or_default().push(number(&report, "operations_per_second"));
         let lost = lost * 1e3 / (operations + lost);
-        assert!(lost <= MOST_LOST, "{}: {lost} of a thousand lost: {report}", contender.name);
+        // A single round is there to see that it runs: in a tenth of a second one full buffer is more than that.
+        assert!(rounds == 1 || lost <= MOST_LOST, "{}: {lost} of a thousand lost: {report}", contender.name);
         losses.entry(contender.name).or_default().push(lost);
     });
     let beside = vec![("per_second", speeds), ("lost_per_thousand", losses)];
