@@ -47,5 +47,6 @@ mod share;
 mod shortage;
 mod smoke;
 mod splice;
+mod takeover;
 mod tenant;
 mod timeouts;

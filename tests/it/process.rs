@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
@@ -39,6 +39,16 @@ impl Written {
         let text = std::fs::read_to_string(&self.path).unwrap();
         assert!(text.contains(from), "{from}");
         std::fs::write(&self.path, text.replace(from, to)).unwrap();
+    }
+
+    /// A path in the same folder.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.path.with_file_name(name)
+    }
+
+    /// Runs a successor that comes to its end by itself.
+    pub fn successor(&self, control: &Path) -> Output {
+        program(self).arg("--takeover").arg(control).output().unwrap()
     }
 
     /// Runs the program to its end.
@@ -128,6 +138,13 @@ fn program(config: &Written) -> Command {
 impl Serve {
     pub async fn start(config: &Written) -> Self {
         Self::of(program(config)).await
+    }
+
+    /// A successor of the process behind this socket.
+    pub async fn successor(config: &Written, control: &Path) -> Self {
+        let mut command = program(config);
+        command.arg("--takeover").arg(control);
+        Self::of(command).await
     }
 
     /// With at most so many descriptors.

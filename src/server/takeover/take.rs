@@ -1,0 +1,210 @@
+//! The successor's side: it asks for the sockets, says when it is ready, and takes in what lives.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::super::crew::Crew;
+use super::super::team::Team;
+use super::Order;
+use crate::session::moved;
+use crate::state::Live;
+use crate::takeover::Parcel;
+use crate::takeover::link::Link;
+use crate::takeover::message::{Message, Offered, VERSION};
+
+/// How long the old process may take to show its sockets, and to stop.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long a process takes at most to be dead that is going.
+const DEATH: Duration = Duration::from_secs(1);
+
+/// The longest answer to a request that is not taken up.
+const MOST_ANSWER: usize = 16 * 1024;
+
+/// Why a successor could not take over. The old process goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeoverError {
+    /// Nobody is there.
+    #[error(
+        "--takeover {path}: must be the admin.socket of a running vestibule, found: {error}; without --takeover it starts \
+         on its own"
+    )]
+    Nobody {
+        /// The socket.
+        path: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The old process does not go.
+    #[error("--takeover: the old process refuses: {0}")]
+    Refused(String),
+    /// It went, or said what it should not.
+    #[error("--takeover: the old process broke off: {0}")]
+    Broken(#[from] io::Error),
+}
+
+/// What a successor has been shown, and the link to the old process.
+#[derive(Debug)]
+pub struct Heritage {
+    link: Link,
+    /// What is left of the sockets.
+    sockets: Vec<(Offered, OwnedFd)>,
+    /// Readable once the old process is dead.
+    old: OwnedFd,
+    /// The version of the old program.
+    pub program: String,
+}
+
+impl Heritage {
+    /// Asks the process behind its control socket for all that it has. It goes on until [`ready`](Self::ready).
+    ///
+    /// # Errors
+    /// Nobody is there, it refuses, or it breaks off.
+    pub fn ask(path: &Path) -> Result<Self, TakeoverError> {
+        let nobody = |error| TakeoverError::Nobody { path: path.display().to_string(), error };
+        let stream = UnixStream::connect(path).map_err(nobody)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        upgrade(&stream)?;
+        let link = Link::new(stream, PATIENCE)?;
+        let program = env!("CARGO_PKG_VERSION").to_owned();
+        link.send(&Message::Hello { version: VERSION, program }, &[], &[])?;
+        let mut sockets = Vec::new();
+        loop {
+            let frame = link.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?;
+            match frame.message {
+                Message::Sockets(offered) => sockets.extend(offered.into_iter().zip(frame.fds)),
+                Message::AllSockets { program, pid } => {
+                    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidData)?;
+                    let old = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
+                    return Ok(Self { link, sockets, old, program });
+                }
+                Message::Refused { why } => return Err(TakeoverError::Refused(why)),
+                _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+            }
+        }
+    }
+
+    /// Takes out the sockets that are wanted.
+    pub(in crate::server) fn take(&mut self, wanted: impl Fn(&Offered) -> bool) -> Vec<(Offered, OwnedFd)> {
+        let (taken, left) = std::mem::take(&mut self.sockets).into_iter().partition(|(offered, _)| wanted(offered));
+        self.sockets = left;
+        taken
+    }
+
+    /// Says that this process could serve now, and waits until the old one has stopped. A process that has died has
+    /// stopped too; its sockets live on here. Those that nobody wanted are closed with it.
+    ///
+    /// # Errors
+    /// The old process does not stop, and goes on.
+    pub(in crate::server) fn ready(self) -> Result<Arrivals, TakeoverError> {
+        let Self { link, sockets, old, .. } = self;
+        let said = link.send(&Message::Ready, &[], &[]).and_then(|()| link.receive());
+        match said.map(|frame| frame.map(|frame| frame.message)) {
+            Ok(Some(Message::Stopped)) => {}
+            Ok(Some(_)) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+            Ok(None) | Err(_) if is_dead(&old) => {
+                tracing::warn!("the old process has died; its listening sockets go on here");
+            }
+            Ok(None) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Err(error) => return Err(error.into()),
+        }
+        drop(sockets);
+        Ok(Arrivals { link, old })
+    }
+}
+
+/// Asks for the link in HTTP's words (RFC 9110, section 7.8), as the control socket speaks nothing else.
+fn upgrade(mut stream: &UnixStream) -> Result<(), TakeoverError> {
+    let request = "POST /takeover HTTP/1.1\r\nHost: vestibule\r\nConnection: upgrade\r\nUpgrade: vestibule-takeover\r\n\r\n";
+    stream.write_all(request.as_bytes())?;
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    // One by one: what follows the answer is the link's.
+    while !answer.ends_with(b"\r\n\r\n") && answer.len() < MOST_ANSWER {
+        stream.read_exact(&mut byte)?;
+        answer.extend_from_slice(&byte);
+    }
+    if answer.starts_with(b"HTTP/1.1 101") {
+        return Ok(());
+    }
+    let answer = String::from_utf8_lossy(&answer);
+    Err(TakeoverError::Refused(answer.lines().next().unwrap_or_default().to_owned()))
+}
+
+/// What comes once the old process has stopped.
+#[derive(Debug)]
+pub(in crate::server) struct Arrivals {
+    link: Link,
+    old: OwnedFd,
+}
+
+impl Arrivals {
+    /// Takes in what comes until the old process has nothing left, or is gone.
+    pub(in crate::server) fn run(&self, live: &Live, crew: &Arc<Crew>, team: &Team) {
+        let mut count = 0_u64;
+        // What cannot move yet may take its whole time; an old process that dies is noticed all the same.
+        self.link.set_patience(None).unwrap_or_default();
+        loop {
+            match self.link.receive() {
+                Ok(Some(frame)) => match frame.message {
+                    Message::Parcel { id, worker } => {
+                        let parcel = Parcel { record: frame.tail, fds: frame.fds };
+                        count += u64::from(self.take_in(id, worker, parcel, crew, team));
+                    }
+                    Message::Done => break,
+                    _ => {
+                        tracing::error!("the old process says what this one does not understand");
+                        break;
+                    }
+                },
+                Ok(None) => {
+                    tracing::warn!("the old process has gone before everything had come");
+                    break;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the link to the old process broke");
+                    break;
+                }
+            }
+        }
+        live.takeovers.done();
+        tracing::info!(moved = count, "took over");
+    }
+
+    /// Takes one in, if it can be carried; whether it was.
+    fn take_in(&self, id: u32, worker: u16, parcel: Parcel, crew: &Arc<Crew>, team: &Team) -> bool {
+        let moved = match moved::decode(parcel) {
+            Ok(moved) => moved,
+            Err(refused) => {
+                let why = refused.to_string();
+                tracing::warn!(why, "a session stays with the old process");
+                self.link.send(&Message::Stays { id, why }, &[], &[]).unwrap_or_default();
+                return false;
+            }
+        };
+        // Said before its first byte moves: who has this answer closes its own side, who has none goes on with it. If it
+        // could not be said, the other one has it, unless it is dead.
+        if self.link.send(&Message::Taken { id }, &[], &[]).is_err() && !is_dead(&self.old) {
+            return false;
+        }
+        // A flow's datagrams come to the very socket that they came to before, and that is with the worker of this number.
+        let of_flow = usize::from(worker) % team.len().max(1);
+        let worker = if moved.is_flow() { of_flow } else { crew.lightest().unwrap_or(of_flow) };
+        team.tell(worker, Order::Arrive(moved, crew.board(worker)));
+        true
+    }
+}
+
+/// Whether a process is dead, or is within a short time.
+fn is_dead(process: &OwnedFd) -> bool {
+    let wait = Timespec::try_from(DEATH).ok();
+    let process = process.as_fd();
+    poll(&mut [PollFd::from_borrowed_fd(process, PollFlags::IN)], wait.as_ref()).is_ok_and(|ready| ready > 0)
+}

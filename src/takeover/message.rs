@@ -1,0 +1,91 @@
+//! What an old process and its successor say to each other.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// The version of all that is said. Both sides must speak the same one: between two that do not, listening sockets are not
+/// handed on either, and the successor says so and ends.
+pub const VERSION: u32 = 1;
+
+/// One message; who says it stands in front.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// New: who it is.
+    Hello {
+        /// [`VERSION`].
+        version: u32,
+        /// The version of the program.
+        program: String,
+    },
+    /// Old: it does not go.
+    Refused {
+        /// Why, for people.
+        why: String,
+    },
+    /// Old: some of its sockets; the descriptors are in the same order.
+    Sockets(Vec<Offered>),
+    /// Old: these were all.
+    AllSockets {
+        /// The version of the program.
+        program: String,
+        /// Its process, for a successor that has to know whether it lives.
+        pid: i32,
+    },
+    /// New: it could serve now.
+    Ready,
+    /// Old: it accepts no more, and hears no datagram any more.
+    Stopped,
+    /// Old: a session or flow of one of its workers. The record is the tail.
+    Parcel {
+        /// Its number on this link.
+        id: u32,
+        /// The worker that it was with.
+        worker: u16,
+    },
+    /// New: from here on it is mine.
+    Taken {
+        /// Its number.
+        id: u32,
+    },
+    /// New: this one has to stay.
+    Stays {
+        /// Its number.
+        id: u32,
+        /// Why, for people.
+        why: String,
+    },
+    /// Old: there is nothing left.
+    Done,
+}
+
+/// A socket that is handed on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offered {
+    /// What it is for.
+    pub role: Role,
+    /// Where it is bound; `None` for a path.
+    pub bound: Option<SocketAddr>,
+}
+
+/// What a socket is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// A listener's, of one worker.
+    Listener {
+        /// The listener's name.
+        name: String,
+        /// Whether it hears datagrams.
+        udp: bool,
+        /// The address as it is configured: the port may be 0.
+        configured: SocketAddr,
+        /// The worker that has it.
+        worker: u16,
+    },
+    /// The read-only pages.
+    Admin,
+    /// The health check.
+    Health,
+    /// What changes things: the unix socket on which this is said.
+    Control,
+}

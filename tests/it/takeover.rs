@@ -1,0 +1,393 @@
+//! A successor takes over from a running process: sockets, sessions and flows, and what either side does when the other dies.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tokio::io::AsyncWriteExt;
+use tokio::task::spawn_blocking;
+use vestibule::takeover::link::{Frame, Link};
+use vestibule::takeover::message::{Message, Offered, Role, VERSION};
+
+use super::harness::{ACME, GLOBEX, LIMIT, connect, end_of, eventually, exchange, header, http_get, is_reset, read};
+use super::process::{Serve, World, Written};
+
+/// A configuration whose process can be taken over, and the way to it.
+fn config(world: &World, head: &str) -> (Written, PathBuf) {
+    let config = world.config(head);
+    let control = config.beside("control");
+    config.rewrite("[admin]\n", &format!("[admin]\nsocket = \"{}\"\n", control.display()));
+    (config, control)
+}
+
+/// The value of a metric's series that has these words.
+async fn value(serve: &Serve, name: &str, with: &str) -> f64 {
+    let page = http_get(serve.admin, "/metrics").await;
+    let series = page.lines().filter(|line| line.starts_with(name) && line.contains(with));
+    series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
+/// Nothing is held any more.
+async fn is_empty(serve: &Serve) {
+    for gauge in ["vestibule_sessions_active", "vestibule_tenant_sessions{", "vestibule_backend_sessions_active"] {
+        eventually(gauge, async || (value(serve, gauge, "").await == 0.0).then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn sessions_live_on_and_new_ones_are_served_all_the_time() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let (mut talks, mut half) = (old.carried().await, old.carried().await);
+    half.write_all(b"the last of it").await.unwrap();
+    half.shutdown().await.unwrap();
+    assert_eq!(read(&mut half, 14).await, b"the last of it");
+    let pending = connect(old.web).await;
+
+    let mut new = Serve::successor(&config, &control).await;
+    assert_eq!(new.web, old.web);
+    new.serves().await;
+    talks.write_all(b"still").await.unwrap();
+    assert_eq!(read(&mut talks, 5).await, b"still");
+    // What has not said who it is stays, and moves once it has.
+    let mut pending = pending;
+    pending.write_all(&[&header(ACME)[..], b"late"].concat()).await.unwrap();
+    assert_eq!(read(&mut pending, 4).await, b"late");
+    assert_eq!(old.ended().await.code(), Some(0));
+    for session in [talks, pending] {
+        assert_eq!(exchange(session).await.unwrap(), b"");
+    }
+    assert_eq!(end_of(&mut half).await.unwrap(), 0);
+    // One line for each session, by the process in which it ended.
+    let lines = new.sessions(5).await;
+    let bytes = |line: &Value| line["bytes"]["to_backend"].as_u64().unwrap();
+    let mut of_acme: Vec<_> = lines.iter().filter(|line| line["tenant"] == "acme").map(bytes).collect();
+    of_acme.sort_unstable();
+    assert_eq!(of_acme, [4, 7, 9, 18], "with what the old process forwarded");
+    assert!(lines.iter().all(|line| line["outcome"]["why"] == "done"), "{lines:?}");
+    assert_eq!(old.sessions(0).await.len(), 0);
+    is_empty(&new).await;
+    new.end().await;
+    assert!(!control.exists(), "the last one takes its socket along");
+}
+
+#[tokio::test]
+async fn a_successor_may_have_other_workers() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let mut sessions = Vec::new();
+    for (from, to) in [("workers = 2", "workers = 1"), ("workers = 1", "workers = 3"), ("workers = 3", "workers = 2")] {
+        for _ in 0..8 {
+            sessions.push(old.carried().await);
+        }
+        config.rewrite(from, to);
+        let new = Serve::successor(&config, &control).await;
+        assert_eq!(old.ended().await.code(), Some(0));
+        old = new;
+        for session in &mut sessions {
+            session.write_all(b"still").await.unwrap();
+            assert_eq!(read(session, 5).await, b"still");
+        }
+        // Each of the sockets has somebody who accepts at it.
+        for _ in 0..20 {
+            old.serves().await;
+        }
+    }
+    assert_eq!(value(&old, "vestibule_sessions_taken_over_total", "").await, 24.0);
+    for session in sessions {
+        assert_eq!(exchange(session).await.unwrap(), b"");
+    }
+    is_empty(&old).await;
+    old.end().await;
+}
+
+#[tokio::test]
+async fn a_successor_that_cannot_start_changes_nothing() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let mut live = old.carried().await;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let more = format!("[[listener]]\nname = \"more\"\nbind = \"{}\"\ntrusted-sources = [\"127.0.0.1\"]\n", taken.local_addr().unwrap());
+    for (from, to, says) in [
+        ("workers = 2", "workers = \"two\"", "process: workers: must be"),
+        ("[[pool]]\nname = \"acme\"", &format!("{more}[[pool]]\nname = \"acme\""), "must be free and local"),
+    ] {
+        config.rewrite(from, to);
+        let output = config.successor(&control);
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains(says), "{said}");
+        config.rewrite(to, from);
+        live.write_all(b"still").await.unwrap();
+        assert_eq!(read(&mut live, 5).await, b"still");
+        old.serves().await;
+    }
+    assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1.0, "the other one did not ask");
+    assert_eq!(exchange(live).await.unwrap(), b"");
+    is_empty(&old).await;
+    old.end().await;
+}
+
+#[tokio::test]
+async fn nobody_to_take_over_from_is_said() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let output = config.successor(&control);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("must be the admin.socket of a running vestibule"), "{said}");
+}
+
+/// A successor that is the test itself.
+struct Heir {
+    link: Link,
+    sockets: Vec<Offered>,
+}
+
+/// Asks for the link as a successor does.
+fn ask(control: &Path) -> Link {
+    let mut stream = UnixStream::connect(control).unwrap();
+    let request = "POST /takeover HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: vestibule-takeover\r\n\r\n";
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        answer.push(byte[0]);
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&answer));
+    Link::new(stream, LIMIT).unwrap()
+}
+
+fn next(link: &Link) -> Frame {
+    link.receive().unwrap().expect("the old process says something")
+}
+
+fn hello(link: &Link, version: u32) {
+    link.send(&Message::Hello { version, program: "test".to_owned() }, &[], &[]).unwrap();
+}
+
+impl Heir {
+    /// Comes as far as the sockets.
+    fn ask(control: &Path) -> Self {
+        let link = ask(control);
+        hello(&link, VERSION);
+        let mut sockets = Vec::new();
+        loop {
+            let frame = next(&link);
+            match frame.message {
+                Message::Sockets(offered) => {
+                    assert_eq!(offered.len(), frame.fds.len());
+                    sockets.extend(offered);
+                }
+                Message::AllSockets { .. } => return Self { link, sockets },
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Says that it could serve.
+    fn ready(&self) {
+        self.link.send(&Message::Ready, &[], &[]).unwrap();
+        assert_eq!(next(&self.link).message, Message::Stopped);
+    }
+}
+
+#[tokio::test]
+async fn the_heir_is_shown_every_socket() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let at = control.clone();
+    let sockets = spawn_blocking(move || Heir::ask(&at).sockets).await.unwrap();
+    let listeners = sockets.iter().filter(|offered| matches!(&offered.role, Role::Listener { name, udp: false, .. } if name == "web"));
+    assert_eq!(listeners.count(), 2, "one of each worker");
+    for role in [Role::Admin, Role::Health, Role::Control] {
+        assert_eq!(sockets.iter().filter(|offered| offered.role == role).count(), 1, "{role:?}");
+    }
+    // It has gone without a word.
+    old.says("the takeover failed; this process goes on").await;
+    old.serves().await;
+    is_empty(&old).await;
+    old.end().await;
+}
+
+#[tokio::test]
+async fn a_version_that_is_not_known_is_refused() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let at = control.clone();
+    let said = spawn_blocking(move || {
+        let link = ask(&at);
+        hello(&link, VERSION + 1);
+        next(&link).message
+    });
+    let Message::Refused { why } = said.await.unwrap() else { panic!("it is not refused") };
+    assert!(why.contains("restart instead"), "{why}");
+    old.serves().await;
+    assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1.0);
+    old.end().await;
+}
+
+#[tokio::test]
+async fn one_successor_at_a_time() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let at = control.clone();
+    let first = spawn_blocking(move || Heir::ask(&at)).await.unwrap();
+    let output = config.successor(&control);
+    assert_eq!(output.status.code(), Some(1));
+    old.serves().await;
+    drop(first);
+    old.says("the takeover failed; this process goes on").await;
+    let mut new = Serve::successor(&config, &control).await;
+    assert_eq!(old.ended().await.code(), Some(0));
+    new.serves().await;
+    new.end().await;
+}
+
+#[tokio::test]
+async fn a_successor_that_is_killed_before_it_answers_has_moved_nothing() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let mut sessions = Vec::new();
+    for _ in 0..5 {
+        sessions.push(old.carried().await);
+    }
+    let at = control.clone();
+    // It is as dead as one can be that never answers: its descriptors are closed, and the link too.
+    let seen = spawn_blocking(move || {
+        let heir = Heir::ask(&at);
+        heir.ready();
+        let frame = next(&heir.link);
+        assert!(matches!(frame.message, Message::Parcel { .. }) && !frame.fds.is_empty());
+        frame.tail.len()
+    });
+    assert!(seen.await.unwrap() > 0);
+    old.says("the takeover failed; this process goes on").await;
+    for session in &mut sessions {
+        session.write_all(b"still").await.unwrap();
+        assert_eq!(read(session, 5).await, b"still");
+    }
+    old.serves().await;
+    assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1.0);
+    assert_eq!(value(&old, "vestibule_sessions_ended_total", "moved").await, 0.0);
+    for session in sessions {
+        assert_eq!(exchange(session).await.unwrap(), b"");
+    }
+    is_empty(&old).await;
+    old.end().await;
+}
+
+#[tokio::test]
+async fn a_successor_that_is_killed_takes_along_what_it_had_taken_and_no_more() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let mut sessions = Vec::new();
+    for _ in 0..5 {
+        sessions.push(old.carried().await);
+    }
+    let at = control.clone();
+    let taken = spawn_blocking(move || {
+        let heir = Heir::ask(&at);
+        heir.ready();
+        let Message::Parcel { id, .. } = next(&heir.link).message else { panic!("a parcel") };
+        heir.link.send(&Message::Taken { id }, &[], &[]).unwrap();
+    });
+    taken.await.unwrap();
+    old.says("the takeover failed; this process goes on").await;
+    let (mut alive, mut gone) = (Vec::new(), 0);
+    for mut session in sessions {
+        let told = session.write_all(b"still").await.is_ok();
+        if told && tokio::time::timeout(LIMIT, end_or(&mut session)).await.unwrap() {
+            alive.push(session);
+        } else {
+            gone += 1;
+        }
+    }
+    assert_eq!((alive.len(), gone), (4, 1));
+    assert_eq!(value(&old, "vestibule_sessions_ended_total", "moved").await, 1.0);
+    old.serves().await;
+    for session in alive {
+        assert_eq!(exchange(session).await.unwrap(), b"");
+    }
+    is_empty(&old).await;
+    old.end().await;
+}
+
+/// Whether "still" comes back.
+async fn end_or(session: &mut tokio::net::TcpStream) -> bool {
+    use tokio::io::AsyncReadExt;
+    let mut room = [0; 5];
+    session.read_exact(&mut room).await.is_ok() && room == *b"still"
+}
+
+#[tokio::test]
+async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    // An old process that the test plays: with a real one nobody would know where it was.
+    let door = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = door.local_addr().unwrap();
+    let listening = UnixListener::bind(&control).unwrap();
+    config.rewrite("[[listener]]\nname = \"web\"\nbind = \"127.0.0.1:0\"", &format!("[[listener]]\nname = \"web\"\nbind = \"{address}\""));
+    let played = spawn_blocking(move || {
+        use std::os::fd::AsFd;
+        let (mut stream, _) = listening.accept().unwrap();
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            request.push(byte[0]);
+        }
+        stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").unwrap();
+        let link = Link::new(stream, LIMIT).unwrap();
+        assert!(matches!(next(&link).message, Message::Hello { .. }));
+        let role = Role::Listener { name: "web".to_owned(), udp: false, configured: address, worker: 0 };
+        let offered = Message::Sockets(vec![Offered { role, bound: Some(address) }]);
+        link.send(&offered, &[], &[door.as_fd()]).unwrap();
+        let mut dead = std::process::Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(dead.id()).unwrap();
+        link.send(&Message::AllSockets { program: "test".to_owned(), pid }, &[], &[]).unwrap();
+        assert_eq!(next(&link).message, Message::Ready);
+        // It has ended, and nobody has asked for its status: its number is still its own.
+        drop((link, door, listening));
+        dead.wait().unwrap();
+    });
+    let mut new = Serve::successor(&config, &control).await;
+    played.await.unwrap();
+    assert_eq!(new.web, address);
+    new.says("the old process has died").await;
+    new.serves().await;
+    is_empty(&new).await;
+    new.end().await;
+}
+
+#[tokio::test]
+async fn two_signals_end_a_process_that_was_taken_over_to() {
+    let world = World::new().await;
+    let (config, control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let mut live = old.carried().await;
+    let mut new = Serve::successor(&config, &control).await;
+    assert_eq!(old.ended().await.code(), Some(0));
+    new.signal(Signal::TERM);
+    new.says("draining").await;
+    new.signal(Signal::TERM);
+    is_reset(&mut live).await;
+    assert_eq!(new.ended().await.code(), Some(0));
+    let lines = new.sessions(1).await;
+    assert_eq!((&lines[0]["tenant"], &lines[0]["outcome"]["why"]), (&"acme".into(), &"drained".into()));
+    assert!(Duration::from_millis(lines[0]["total_ms"].as_f64().unwrap() as u64) < LIMIT);
+    let _ = GLOBEX;
+}
