@@ -19,6 +19,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 /// A name that is a metric's label: compared by number, shown by name. Made by [`Labels`] alone.
 #[derive(Clone, Debug)]
 pub struct Label {
@@ -114,7 +116,7 @@ impl Direction {
 }
 
 /// Two values, one for each direction.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EachWay<T> {
     /// From the client to the backend.
     pub to_backend: T,

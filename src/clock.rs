@@ -22,6 +22,12 @@ impl Moment {
         self.0
     }
 
+    /// So long before; not before the process first asked.
+    #[must_use]
+    pub fn before(self, span: Duration) -> Self {
+        Self(self.0.saturating_sub(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
     /// How long ago `earlier` was; zero where it lies ahead.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Duration {
@@ -34,6 +40,32 @@ impl std::ops::Add<Duration> for Moment {
 
     fn add(self, span: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)))
+    }
+}
+
+/// When something began: perhaps in another process, before this one first asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Birth(i64);
+
+impl Birth {
+    /// So long before `now`.
+    #[must_use]
+    pub fn before(now: Moment, age: Duration) -> Self {
+        let age = i64::try_from(age.as_nanos()).unwrap_or(i64::MAX);
+        Self(now.0.cast_signed().saturating_sub(age))
+    }
+
+    /// How long ago that was; zero where it lies ahead.
+    #[must_use]
+    pub fn age(self, now: Moment) -> Duration {
+        let nanos = now.0.cast_signed().saturating_sub(self.0);
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(0))
+    }
+}
+
+impl From<Moment> for Birth {
+    fn from(moment: Moment) -> Self {
+        Self(moment.0.cast_signed())
     }
 }
 
@@ -72,9 +104,22 @@ mod tests {
     }
 
     #[test]
+    fn what_began_in_another_process_is_older_than_this_one() {
+        let now = Moment::from_nanos(5);
+        assert_eq!(Birth::before(now, Duration::from_hours(1)).age(now), Duration::from_hours(1));
+        assert_eq!(Birth::from(now).age(Moment::from_nanos(7)), Duration::from_nanos(2));
+        assert_eq!(Birth::from(now).age(Moment::from_nanos(1)), Duration::ZERO);
+        assert!(Birth::before(now, Duration::MAX).age(now) > Duration::from_hours(24));
+    }
+
+    #[test]
     fn moments_add_and_subtract() {
         let moment = Moment::from_nanos(5) + Duration::from_nanos(7);
         assert_eq!(moment.as_nanos(), 12);
+        assert_eq!(
+            (moment.before(Duration::from_nanos(7)).as_nanos(), moment.before(Duration::MAX).as_nanos()),
+            (5, 0)
+        );
         assert_eq!(moment.since(Moment::from_nanos(2)), Duration::from_nanos(10));
         assert_eq!((Moment::from_nanos(1) + Duration::MAX).as_nanos(), u64::MAX);
     }

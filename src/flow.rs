@@ -2,12 +2,13 @@
 //! accounted for.
 
 mod life;
+pub mod moved;
 mod open;
 mod run;
 mod socket;
 pub mod table;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
 use std::net::UdpSocket;
@@ -21,6 +22,7 @@ use arc_swap::{ArcSwap, Cache};
 use quinn_udp::RecvMeta;
 use rustix::event::{Timespec, epoll};
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 
 use self::life::{Books, Flow};
 use self::open::Datagram;
@@ -61,10 +63,14 @@ pub struct Flows<A> {
     /// The sockets of all flows: one event source for the runtime, however many there are.
     poll: Poll,
     doors: RefCell<Vec<Rc<Door>>>,
+    /// While nobody listens at them; then what comes waits in their sockets.
+    paused: Cell<bool>,
+    goes_on: Notify,
 }
 
 struct State<A> {
     number: u16,
+    live: Arc<Live>,
     local: Rc<Local>,
     snapshot: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
     slots: Arc<Slots>,
@@ -98,7 +104,7 @@ impl<A> Flows<A> {
     /// Where the system has no descriptor left.
     pub fn new(
         number: u16,
-        live: &Live,
+        live: &Arc<Live>,
         local: Rc<Local>,
         journal: Option<SyncSender<Batch>>,
         board: Box<dyn Fn() -> A>,
@@ -113,6 +119,7 @@ impl<A> Flows<A> {
         stray_lines.set(Some(STRAY_LINES));
         let state = State {
             number,
+            live: Arc::clone(live),
             local,
             snapshot: Cache::new(Arc::clone(&live.snapshot)),
             slots: Arc::clone(&live.sessions),
@@ -131,7 +138,30 @@ impl<A> Flows<A> {
             together: true,
             draining: false,
         };
-        Ok(Rc::new(Self { state: RefCell::new(state), poll, doors: RefCell::default() }))
+        Ok(Rc::new(Self {
+            state: RefCell::new(state),
+            poll,
+            doors: RefCell::default(),
+            paused: Cell::new(false),
+            goes_on: Notify::new(),
+        }))
+    }
+
+    /// From now on no datagram is taken from a client: it waits in the listening socket, as long as there is room.
+    pub fn pause(&self) {
+        self.paused.set(true);
+    }
+
+    /// From now on clients are heard again.
+    pub fn go_on(&self) {
+        self.paused.set(false);
+        self.goes_on.notify_waiters();
+    }
+
+    /// How many flows there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.state.borrow().table.len()
     }
 
     /// Hears what comes in at a bound socket of a listener, by its place, and answers from there; for ever.
@@ -149,7 +179,10 @@ impl<A> Flows<A> {
         self.doors.borrow_mut().push(Rc::clone(&door));
         let place = u16::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?;
         loop {
-            door.hear(|door| self.hear(door, place)).await?;
+            while self.paused.get() {
+                self.goes_on.notified().await;
+            }
+            door.hear(|door| if self.paused.get() { Ok(false) } else { self.hear(door, place) }).await?;
         }
     }
 

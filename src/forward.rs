@@ -4,6 +4,7 @@
 //! the session borrows. An idle session owns neither.
 
 mod copy;
+pub mod moved;
 pub mod pace;
 pub mod pipe;
 mod splice;
@@ -11,7 +12,6 @@ mod way;
 
 use std::io;
 use std::pin::{Pin, pin};
-use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use self::pace::Lent;
 use self::way::{Broken, Phase, Way};
 use crate::account::{Direction, EachWay};
 use crate::clock::wheel::{Span, Tick};
-use crate::life::{Cut, Life, Local};
+use crate::life::{Cut, Life, Round};
 use crate::outcome::{At, By, Outcome, Why};
 
 /// The bytes that one direction may move in one turn; then the worker's other sessions get theirs.
@@ -88,8 +88,8 @@ pub fn relay<'a>(pair: Pair, patience: Patience, lent: Lent<'a>, life: &'a mut L
         first_end: None,
         broken: None,
         ended: false,
+        asked: None,
         lent,
-        local: Rc::clone(life.local()),
         life,
     }
 }
@@ -110,31 +110,46 @@ pub struct Relay<'a> {
     /// Whose connection broke, and how, while the other direction was still to be emptied.
     broken: Option<(By, Why)>,
     ended: bool,
+    /// The last time that it was to leave for another process.
+    asked: Option<Round>,
     lent: Lent<'a>,
-    local: Rc<Local>,
     life: &'a mut Life,
 }
 
-impl Future for Relay<'_> {
-    type Output = Outcome;
+/// What a relay has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Its end.
+    Ended(Outcome),
+    /// Sessions leave for another process, and this one may. Said once each time; polled again, it goes on as before.
+    Leaves,
+}
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
+impl Future for Relay<'_> {
+    type Output = Stop;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Stop> {
         let this = &mut *self;
+        let moving = this.life.local().moving();
+        if moving.is_some() && moving != this.asked {
+            this.asked = moving;
+            return Poll::Ready(Stop::Leaves);
+        }
         for direction in Direction::ALL {
             let mut left = TURN;
             let pumped = this.pump(direction, &mut left, context);
             if let Poll::Ready(Err(broken)) = &pumped
                 && let Some(outcome) = this.broke(direction, broken)
             {
-                return Poll::Ready(this.reset(outcome));
+                return Poll::Ready(Stop::Ended(this.reset(outcome)));
             }
             this.rest(direction, pumped.is_pending() && left == 0);
         }
         if this.ways.to_backend.is_over() && this.ways.to_client.is_over() {
-            return Poll::Ready(this.both_ended());
+            return Poll::Ready(Stop::Ended(this.both_ended()));
         }
         match this.poll_time(context) {
-            Some(outcome) => Poll::Ready(outcome),
+            Some(outcome) => Poll::Ready(Stop::Ended(outcome)),
             None => Poll::Pending,
         }
     }
@@ -205,7 +220,8 @@ impl Relay<'_> {
             let grant = self.lent.poll_grant(direction, &mut way.purse, want, source, self.life, context);
             let grant = ready!(grant).map_err(Broken::Source)?;
             let most = grant.most();
-            let read = way.bring(direction, (source, sink), most, &self.local, &mut self.life.meter, context);
+            let (local, meter) = self.life.parts();
+            let read = way.bring(direction, (source, sink), most, local, meter, context);
             self.life.meter.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
             let count = ready!(read)?;
             if count == 0 && way.pipe.is_some() {

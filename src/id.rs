@@ -152,6 +152,12 @@ impl SessionId {
         Self(u64::from(worker) << 48 | (count & 0xFFFF_FFFF_FFFF))
     }
 
+    /// The session of this number, which another process has given it.
+    #[must_use]
+    pub const fn of_number(number: u64) -> Self {
+        Self(number)
+    }
+
     /// The number itself.
     #[must_use]
     pub const fn number(self) -> u64 {

@@ -22,5 +22,6 @@ pub mod resolve;
 pub mod server;
 pub mod session;
 pub mod state;
+pub mod takeover;
 pub mod tenant;
 pub mod wire;

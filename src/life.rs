@@ -1,14 +1,15 @@
 //! What a session carries through all its steps: its deadline on the worker's wheel, and its counters.
 
 use std::cell::{Cell, RefCell};
+use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use crate::account::meter::{Ledger, Meter};
-use crate::clock::Moment;
 use crate::clock::wheel::{Key, Span, Tick, Wheel};
+use crate::clock::{Birth, Moment};
 use crate::outcome::Outcome;
 
 /// The bytes of a worker's scratch buffer: one read at most.
@@ -17,6 +18,10 @@ use crate::outcome::Outcome;
 /// larger chunks goes over to splice, and it stays within the second-level cache (`cargo bench --bench splice`,
 /// 2026-11-25, kernel 6.18).
 pub const SCRATCH: usize = 64 * 1024;
+
+/// What a worker's coarse time starts with: a session may come from another process, and have been silent since before
+/// this one began.
+const HEAD_START: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// What all sessions of one worker share. Nothing in it is ever held over a suspension.
 #[derive(Debug)]
@@ -31,25 +36,63 @@ pub struct Local {
     drain_idle: Cell<Option<Span>>,
     /// Set when the drain's deadline has passed.
     over: Cell<bool>,
+    /// While sessions leave for another process: the how-manyeth time that is.
+    moving: Cell<Option<Round>>,
+    rounds: Cell<u32>,
 }
+
+/// Tells one time of moving from the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round(NonZeroU32);
 
 impl Local {
     /// The shared part of a new worker.
     #[must_use]
     pub fn new(ledger: Rc<Ledger>, now: Moment) -> Rc<Self> {
+        let mut wheel = Wheel::default();
+        wheel.advance(Tick::at(HEAD_START), std::task::Waker::wake_by_ref);
         Rc::new(Self {
             scratch: RefCell::new(vec![0; SCRATCH].into_boxed_slice()),
             ledger,
-            wheel: RefCell::default(),
+            wheel: RefCell::new(wheel),
             started: now,
             drain_idle: Cell::new(None),
             over: Cell::new(false),
+            moving: Cell::new(None),
+            rounds: Cell::new(0),
         })
+    }
+
+    /// From now on every session that forwards leaves for another process. All are woken, to find out.
+    pub fn start_moving(&self) {
+        let round = NonZeroU32::MIN.saturating_add(self.rounds.get());
+        self.rounds.set(round.get());
+        self.moving.set(Some(Round(round)));
+        self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
+    }
+
+    /// From now on no session leaves that has not been handed over yet.
+    pub fn stop_moving(&self) {
+        self.moving.set(None);
+        self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
+    }
+
+    /// Whether sessions leave for another process.
+    #[must_use]
+    pub fn is_moving(&self) -> bool {
+        self.moving.get().is_some()
+    }
+
+    /// While sessions leave, which time that is.
+    #[inline]
+    #[must_use]
+    pub fn moving(&self) -> Option<Round> {
+        self.moving.get()
     }
 
     /// Goes on to `now` and wakes every session whose deadline has come.
     pub fn advance(&self, now: Moment) {
-        let tick = Tick::at(now.since(self.started));
+        let tick = Tick::at(HEAD_START + now.since(self.started));
         self.wheel.borrow_mut().advance(tick, std::task::Waker::wake_by_ref);
     }
 
@@ -63,6 +106,12 @@ impl Local {
     pub fn end_all(&self) {
         self.over.set(true);
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
+    }
+
+    /// Whether every session is ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.over.get()
     }
 
     /// How many sessions wait for something.
@@ -101,7 +150,7 @@ impl Drop for Timer {
 pub struct Life {
     timer: Timer,
     /// When the connection was accepted.
-    pub started: Moment,
+    pub started: Birth,
     /// The session's counters.
     pub meter: Meter,
 }
@@ -110,7 +159,19 @@ impl Life {
     /// A life that starts at `now`.
     #[must_use]
     pub fn new(local: Rc<Local>, meter: Meter, now: Moment) -> Self {
-        Self { timer: Timer { local, key: None }, started: now, meter }
+        Self::begun(local, meter, now.into())
+    }
+
+    /// A life that goes on.
+    #[must_use]
+    pub fn begun(local: Rc<Local>, meter: Meter, started: Birth) -> Self {
+        Self { timer: Timer { local, key: None }, started, meter }
+    }
+
+    /// What the sessions share, and the session's own counters.
+    #[must_use]
+    pub fn parts(&mut self) -> (&Local, &mut Meter) {
+        (&self.timer.local, &mut self.meter)
     }
 
     /// What the worker's sessions share.
@@ -172,7 +233,7 @@ impl Life {
     /// Ends the life at `now` and counts it; returns how long it took.
     #[must_use]
     pub fn end(self, outcome: Outcome, now: Moment) -> Duration {
-        let took = now.since(self.started);
+        let took = self.started.age(now);
         self.meter.end(outcome, took);
         took
     }
@@ -259,10 +320,27 @@ mod tests {
     }
 
     #[test]
+    fn whoever_waits_is_told_that_sessions_leave_and_that_they_do_not_any_more() {
+        let (labels, shard) = (Labels::default(), Arc::default());
+        let life = life(&labels, &shard);
+        let local = Rc::clone(life.local());
+        assert!(!local.is_moving() && local.moving().is_none());
+        local.start_moving();
+        let first = local.moving();
+        assert!(local.is_moving());
+        local.stop_moving();
+        assert!(!local.is_moving());
+        local.start_moving();
+        assert!(local.moving().is_some() && local.moving() != first, "it is another time");
+        let day = Duration::from_hours(24);
+        assert_eq!(life.tick().since(life.tick().before(day)), day, "silent since before the process began");
+    }
+
+    #[test]
     fn a_drain_shortens_the_silence_and_its_end_cuts_everything() {
         let (labels, shard) = (Labels::default(), Arc::default());
         let mut life = life(&labels, &shard);
-        life.wake_at(Tick::default().after(span_ms(9000)));
+        life.wake_at(life.tick().after(span_ms(9000)));
         assert_eq!((life.idle(span_ms(5000)), life.is_draining()), (span_ms(5000), false));
         life.local().drain(span_ms(1000));
         assert_eq!((life.idle(span_ms(5000)), life.is_draining()), (span_ms(1000), true));

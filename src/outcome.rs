@@ -3,8 +3,11 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// Who ended a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum By {
     /// Whoever opened the connection (or the load balancer in its place).
@@ -75,10 +78,10 @@ impl At {
 macro_rules! outcomes {
     ($($(#[doc = $doc:literal])+ $why:ident = $word:literal: $($by:ident at $at:ident),+;)+) => {
         /// The reason of an end: a closed set, so that it can be a metric's label.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[repr(u8)]
         pub enum Why {
-            $($(#[doc = $doc])+ $why,)+
+            $($(#[doc = $doc])+ #[serde(rename = $word)] $why,)+
         }
 
         impl Why {
@@ -190,6 +193,8 @@ outcomes! {
     Evicted = "evicted": Proxy at Forward;
     /// The process is draining, and the session was silent or the deadline passed.
     Drained = "drained": Proxy at Header, Proxy at Pool, Proxy at Connect, Proxy at Forward;
+    /// Another process has taken it over, and goes on with it: it ends there, and has its line there. Not logged.
+    Moved = "moved": Proxy at Forward;
     /// A fault in vestibule itself; the log has the panic's message. Please report it.
     Internal = "internal": Proxy at Header, Proxy at Connect, Proxy at Forward;
 }
@@ -213,10 +218,11 @@ impl Outcome {
         Self::ALL.iter().position(|known| *known == self)
     }
 
-    /// Whether this end stands in the access log. Load balancers ask every few seconds: that is counted only.
+    /// Whether this end stands in the access log. Load balancers ask every few seconds, and what has moved has not ended:
+    /// that is counted only.
     #[must_use]
     pub const fn is_logged(self) -> bool {
-        !matches!(self.why, Why::ZeroBytes | Why::Local)
+        !matches!(self.why, Why::ZeroBytes | Why::Local | Why::Moved)
     }
 }
 
@@ -245,6 +251,16 @@ mod tests {
     }
 
     #[test]
+    fn in_a_record_the_words_are_the_same() {
+        for why in Why::ALL {
+            let word = serde_json::to_string(why).unwrap();
+            assert_eq!(word, format!("\"{}\"", why.word()));
+            assert_eq!(serde_json::from_str::<Why>(&word).unwrap(), *why);
+        }
+        assert_eq!(serde_json::to_string(&By::Proxy).unwrap(), format!("\"{}\"", By::Proxy.word()));
+    }
+
+    #[test]
     fn what_must_not_occur_has_no_place() {
         assert_eq!(Outcome::new(By::Backend, At::Accept, Why::Done).place(), None);
     }
@@ -252,6 +268,7 @@ mod tests {
     #[test]
     fn health_checks_are_not_logged() {
         assert!(!Outcome::new(By::Client, At::Header, Why::Local).is_logged());
+        assert!(!Outcome::reject(At::Forward, Why::Moved).is_logged());
         assert!(Outcome::reject(At::Header, Why::CrcMismatch).is_logged());
         assert_eq!(
             Outcome::reject(At::Header, Why::CrcMismatch).to_string(),

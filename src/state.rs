@@ -20,6 +20,7 @@ use crate::config::{Config, Fallback, Identity};
 use crate::forward::Patience;
 use crate::forward::pipe::{self, Budget};
 use crate::header;
+use crate::id::Claim;
 use crate::pool::Pool;
 use crate::tenant::{self, Directory, Tenant};
 
@@ -91,6 +92,20 @@ impl Snapshot {
             },
         };
         bare.with_tenants(config, labels, quotas)
+    }
+
+    /// The place of the tenant of this name, where there still is one: found by what its sessions claim nearly always,
+    /// however many tenants there are.
+    #[must_use]
+    pub fn known_place(&self, name: &Label, claim: Claim, listener: &Label) -> Option<u32> {
+        let tenants = self.directory.tenants();
+        let is_it = |tenant: &Tenant| tenant.label.serial() == name.serial();
+        let rules = self.listeners.iter().find(|own| own.label.serial() == listener.serial());
+        let claimed = rules.and_then(|rules| self.directory.place(claim, rules.tenants).0);
+        claimed.filter(|place| tenants.get(*place as usize).is_some_and(is_it)).or_else(|| {
+            let place = tenants.iter().position(is_it)?;
+            u32::try_from(place).ok()
+        })
     }
 
     /// The same listeners and pools, with all that they count, and the tenants of another configuration.

@@ -19,7 +19,7 @@ const FLOORS: [&[&str]; 9] = [
     &["config", "wire", "account"],
     &["admission", "pool", "life"],
     &["accept", "header", "tenant", "connect", "forward"],
-    &["state", "probe", "resolve"],
+    &["state", "probe", "resolve", "takeover"],
     &["session", "flow"],
     &["admin", "lab"],
     &["server"],

@@ -19,6 +19,8 @@ pub struct RouteCells {
     pub pool: Label,
     /// Sessions now.
     pub active: Cell64,
+    /// Sessions that came from another process.
+    pub taken_over: Cell64,
     /// Bytes forwarded.
     pub bytes: EachWay<Cell64>,
     /// Datagrams forwarded.

@@ -93,6 +93,7 @@ impl Ledger {
             tenant: tenant.clone(),
             pool: pool.clone(),
             active: Cell64::default(),
+            taken_over: Cell64::default(),
             bytes: EachWay::default(),
             datagrams: EachWay::default(),
             lost: Default::default(),
@@ -152,6 +153,31 @@ impl Meter {
             ended: false,
             would_delay: false,
         }
+    }
+
+    /// Counts a session that comes from another process, where it has forwarded so much already.
+    #[must_use]
+    pub fn taken_over(
+        ledger: Rc<Ledger>,
+        [listener, tenant, pool, backend]: [&Label; 4],
+        bytes: EachWay<u64>,
+    ) -> Self {
+        let route = ledger.route(listener, tenant, pool);
+        route.taken_over.add(1);
+        route.active.add(1);
+        let listener = ledger.listener(listener);
+        let mut meter = Self {
+            ledger,
+            listener,
+            route,
+            backend: None,
+            bytes,
+            at: At::Forward,
+            ended: false,
+            would_delay: false,
+        };
+        meter.assume(backend);
+        meter
     }
 
     /// The session's tenant is known, and perhaps its pool.
@@ -233,6 +259,12 @@ impl Meter {
         if let Some(count) = self.route.would_lose.get(loss as usize) {
             count.way(direction).add(1);
         }
+    }
+
+    /// Its listener, tenant and pool; the latter two are empty until they are known.
+    #[must_use]
+    pub fn labels(&self) -> [&Label; 3] {
+        [&self.route.listener, &self.route.tenant, &self.route.pool]
     }
 
     /// The bytes that this session has forwarded.
@@ -344,6 +376,24 @@ mod tests {
         meter.assign(&labels.intern("acme"), None);
         meter.end(Outcome::reject(At::Tenant, Why::NoPool), Duration::ZERO);
         assert_eq!(ended(&shard), [("acme".to_owned(), "no_pool by proxy at tenant".to_owned(), 1)]);
+    }
+
+    #[test]
+    fn a_session_that_was_taken_over_is_not_accepted_again_and_its_old_bytes_are_not_counted_twice() {
+        let (labels, shard, ledger) = ledger();
+        let names = ["web", "acme", "shared", "10.0.0.1:80"].map(|name| labels.intern(name));
+        let bytes = EachWay { to_backend: 7, to_client: 9 };
+        let mut meter = Meter::taken_over(ledger, names.each_ref(), bytes);
+        meter.forwarded(Direction::ToClient, 20, false);
+        assert_eq!(meter.bytes(), EachWay { to_backend: 7, to_client: 29 });
+        assert_eq!(meter.labels().map(Label::name), ["web", "acme", "shared"]);
+        let (route, backend) = (Arc::clone(&shard.routes()[0]), Arc::clone(&shard.backends()[0]));
+        assert_eq!((route.active.value(), route.taken_over.value(), backend.active.value()), (1, 1, 1));
+        assert_eq!((route.bytes.to_client.value(), shard.listeners()[0].accepted.value()), (20, 0));
+        assert_eq!(backend.connects().map(|(_, count)| count).sum::<u64>(), 0);
+        meter.end(Outcome::reject(At::Forward, Why::Moved), Duration::from_secs(1));
+        assert_eq!((route.active.value(), backend.active.value()), (0, 0));
+        assert_eq!(shard.listeners()[0].duration.times().count(), 0, "it goes on elsewhere");
     }
 
     #[test]

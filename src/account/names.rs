@@ -42,10 +42,12 @@ metrics! {
         "Errors of accept: `peer` (it had gone), `shortage` (descriptors or memory; accepting pauses), `fatal` (the listener stopped).";
     PENDING: Gauge "vestibule_sessions_pending" ["listener"]
         "Sessions that have not yet sent a whole header.";
+    TAKEN_OVER: Counter "vestibule_sessions_taken_over_total" ["listener", "tenant", "pool"]
+        "Sessions and flows that came alive from another process, which counts them as ended: `moved`.";
     ACTIVE: Gauge "vestibule_sessions_active" ["listener", "tenant", "pool"]
         "Sessions and flows now; tenant and pool are empty until they are known.";
     ENDED: Counter "vestibule_sessions_ended_total" ["listener", "tenant", "pool", "by", "at", "why"]
-        "Sessions and flows that ended, by outcome. Every accepted connection ends in exactly one, and so does every datagram that begins a flow or is not let in.";
+        "Sessions and flows that ended, by outcome. Every accepted connection ends in exactly one, and so does every session that was taken over, and every datagram that begins a flow or is not let in.";
     BYTES: Counter "vestibule_forwarded_bytes_total" ["listener", "tenant", "pool", "direction"]
         "Bytes forwarded.";
     DATAGRAMS: Counter "vestibule_forwarded_datagrams_total" ["listener", "tenant", "pool", "direction"]

@@ -323,6 +323,9 @@ fn routes(sheet: &mut Sheet, shard: &Shard) {
     for route in shard.routes() {
         let labels = [route.listener.name(), route.tenant.name(), route.pool.name()];
         sheet.count(&names::ACTIVE, &labels, route.active.value());
+        if route.taken_over.value() > 0 {
+            sheet.count(&names::TAKEN_OVER, &labels, route.taken_over.value());
+        }
         for (outcome, count) in route.ended().filter(|(_, count)| *count > 0) {
             let end = [outcome.by.word(), outcome.at.word(), outcome.why.word()];
             sheet.count(&names::ENDED, &[&labels[..], &end].concat(), count);

@@ -100,6 +100,14 @@ impl Quota {
         Ok(permit)
     }
 
+    /// Takes in a session that another process has admitted: whatever the limits say, and nothing is taken of the rate.
+    pub fn adopt(self: &Arc<Self>, would_reject: Option<Why>) -> Permit {
+        if self.sessions.enter_anyway() == 0 {
+            self.share.iter().for_each(|share| share.join());
+        }
+        Permit { quota: Arc::clone(self), would_reject }
+    }
+
     /// Counts a session as rejected for this reason, and passes the reason on.
     pub fn reject(&self, why: Why) -> Why {
         add(&self.rejected, why);
@@ -292,6 +300,29 @@ mod tests {
         assert!(quota.admit(at_ms(100)).is_ok());
         assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0]);
         assert_eq!(counts(quota.would_reject()), [0, 0, 0]);
+    }
+
+    #[test]
+    fn who_was_admitted_elsewhere_is_counted_beyond_the_limit_and_takes_nothing_of_the_rate() {
+        let limits = Limits {
+            sessions: Some(1),
+            session_rate: Some(rate(100, 1)),
+            flows: Some(0),
+            ..Limits::default()
+        };
+        let quota = quota(limits);
+        let moved = [0; 3].map(|_| quota.adopt(Some(Why::SessionRate)));
+        let flow = quota.adopt_flow(false);
+        assert_eq!(
+            (quota.sessions(), quota.flows(), moved[0].would_reject()),
+            (3, 1, Some(Why::SessionRate))
+        );
+        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        assert_eq!(quota.share.as_ref().unwrap().holders(), 2, "one for its sessions, one for its flows");
+        drop((moved, flow));
+        assert_eq!((quota.sessions(), quota.flows(), quota.share.as_ref().unwrap().holders()), (0, 0, 0));
+        assert!(quota.admit(START).is_ok(), "the rate has its one still");
+        assert_eq!((counts(quota.rejected())[0], counts(quota.would_reject())), (1, vec![0, 0, 0]));
     }
 
     #[test]

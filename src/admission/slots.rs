@@ -31,6 +31,13 @@ impl Slots {
         self.reserve().then(|| Permit(Arc::clone(self)))
     }
 
+    /// Takes a slot even beyond the limit, for one that is here already. Nobody else comes in until there is room again.
+    #[must_use]
+    pub fn take_anyway(self: &Arc<Self>) -> Permit {
+        self.enter_anyway();
+        Permit(Arc::clone(self))
+    }
+
     /// Exact both ways: nobody comes in over the limit, and nobody is refused because somebody else just was.
     fn reserve(&self) -> bool {
         self.enter().is_ok()
@@ -125,6 +132,10 @@ mod tests {
         assert_eq!(slots.enter(), Ok(0));
         assert_eq!((slots.enter(), slots.enter_anyway(), slots.used()), (Err(1), 1, 2));
         assert_eq!((slots.leave(), slots.leave()), (1, 0));
+        let held = [0; 2].map(|_| slots.take_anyway());
+        assert!(slots.used() == 2 && slots.take().is_none());
+        drop(held);
+        assert_eq!(slots.used(), 0);
     }
 
     #[test]

@@ -29,6 +29,18 @@ impl Tick {
     pub const fn after(self, span: Span) -> Self {
         Self(self.0.saturating_add(span.0))
     }
+
+    /// The tick so long before this one, or the first of all.
+    #[must_use]
+    pub fn before(self, duration: Duration) -> Self {
+        Self(self.0.saturating_sub(Self::at(duration).0))
+    }
+
+    /// How long ago `earlier` was, to the tick; zero where it lies ahead.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Self::SPAN * self.0.saturating_sub(earlier.0)
+    }
 }
 
 /// A length of coarse time, computed once: adding it to a [`Tick`] needs no division.

@@ -8,11 +8,11 @@ use quinn_udp::RecvMeta;
 
 use crate::account::log::{Journal, Marks, Record};
 use crate::account::meter::Meter;
-use crate::account::{Direction, EachWay};
+use crate::account::{Direction, EachWay, Label};
 use crate::addr::{BackendAddr, PeerAddr};
 use crate::admission::quota::FlowPermit;
 use crate::admission::slots::Permit;
-use crate::clock::{self, Moment};
+use crate::clock::{self, Birth, Moment};
 use crate::id::SessionId;
 use crate::outcome::Outcome;
 use crate::pool::{Picked, Pool, Tried};
@@ -30,7 +30,8 @@ use super::table::Who;
 pub(super) struct Flow<A> {
     /// Where a backend was found for it. Closing it takes it off the poll.
     pub(super) socket: UdpSocket,
-    pub(super) picked: Picked,
+    /// Its backend, where the pool has it: a flow of another process may have one that is unknown here.
+    pub(super) picked: Option<Picked>,
     pub(super) tried: Tried,
     pub(super) attempts: u32,
     /// Whether the backend has answered, whatever became of the answer.
@@ -118,7 +119,7 @@ pub(super) struct Story {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) meter: Meter,
     pub(super) session: SessionId,
-    pub(super) began: Moment,
+    pub(super) began: Birth,
     pub(super) listener: u32,
     /// The places of its tenant and pool in the snapshot; beyond the last while they are not known.
     pub(super) tenant: u32,
@@ -131,7 +132,7 @@ pub(super) const NOWHERE: u32 = u32::MAX;
 /// What a backend was found with.
 pub(super) struct Found {
     pub(super) socket: UdpSocket,
-    pub(super) picked: Picked,
+    pub(super) picked: Option<Picked>,
     pub(super) tried: Tried,
     pub(super) attempts: u32,
 }
@@ -154,19 +155,21 @@ impl Story {
     /// Counts the end, and writes its line; `line` is what was left out of the log before it, `None` where it is too.
     pub(super) fn end(self, outcome: Outcome, who: Told, journal: &Journal, line: Option<u64>, now: Moment) {
         let bytes = self.meter.bytes();
-        let took = now.since(self.began);
+        let took = self.began.age(now);
         if let Some(left_out) = line.filter(|_| outcome.is_logged() && journal.is_on()) {
-            let tenant = self.tenant();
-            let listener = self.snapshot.listeners.get(self.listener as usize);
+            let labels = self.tenant().and_then(|tenant| tenant.labels.as_deref());
+            // By their names here: they need not be in any snapshot.
+            let [listener, tenant, pool] = self.meter.labels().map(Label::name);
+            let known = |name| Some(name).filter(|name: &&str| !name.is_empty());
             journal.write(&Record {
                 time: clock::wall(),
                 session: self.session,
-                listener: listener.map_or("", |listener| listener.label.name()),
-                tenant: tenant.map(|tenant| tenant.label.name()),
+                listener,
+                tenant: known(tenant),
                 endpoint: who.who.and_then(|who| who.endpoint.id()),
                 client: who.who.and_then(|who| who.client),
                 peer: who.peer,
-                pool: self.pool().map(|pool| pool.label.name()),
+                pool: known(pool),
                 backend: who.backend,
                 attempts: who.attempts,
                 bytes,
@@ -175,7 +178,7 @@ impl Story {
                 total_ms: took,
                 outcome,
                 marks: Marks { left_out, would_reject: who.would_reject, ..Marks::default() },
-                labels: tenant.and_then(|tenant| tenant.labels.as_deref()),
+                labels,
             });
         }
         self.meter.end(outcome, took);
@@ -246,15 +249,21 @@ impl<A> Flow<A> {
         }
     }
 
+    /// Where its datagrams go.
+    pub(super) fn backend(&self) -> Option<BackendAddr> {
+        let picked = self.picked.as_ref().map(|picked| picked.address());
+        picked.or_else(|| self.socket.peer_addr().ok().map(BackendAddr))
+    }
+
     /// Ends it, and accounts for it.
     pub(super) fn end(self, outcome: Outcome, peer: PeerAddr, who: Who, books: &Books<'_>, now: Moment) {
         if self.is_answered {
-            self.picked.answered();
+            self.picked.iter().for_each(|picked| picked.answered());
         }
         let told = Told {
             peer,
             who: Some(who),
-            backend: Some(self.picked.address()),
+            backend: self.backend(),
             attempts: self.attempts,
             datagrams: self.datagrams,
             would_reject: self.permit.would_reject(),

@@ -100,7 +100,7 @@ impl<A> State<A> {
         let rules = snapshot.listeners.get(listener as usize)?;
         let meter = Meter::new(Rc::clone(&self.local.ledger), &rules.label);
         let session = SessionId::new(self.number, self.local.ledger.next_session());
-        Some(Story { snapshot, meter, session, began: now, listener, tenant: NOWHERE, pool: NOWHERE })
+        Some(Story { snapshot, meter, session, began: now.into(), listener, tenant: NOWHERE, pool: NOWHERE })
     }
 
     /// Counts a datagram that belongs to no flow and begins none.
@@ -156,7 +156,7 @@ impl<A> State<A> {
     }
 
     /// Has the poll watch a flow's socket.
-    fn watch(&mut self, id: FlowId, poll: &Poll, now: Moment) -> bool {
+    pub(super) fn watch(&mut self, id: FlowId, poll: &Poll, now: Moment) -> bool {
         let Some((_, _, flow)) = self.table.find(id) else { return false };
         // By level, not on the edge: asking a socket whether it has more is cheaper than to receive nothing from it.
         let (mark, flags) = (epoll::EventData::new_u64(id.to_u64()), epoll::EventFlags::IN);
@@ -257,7 +257,7 @@ impl<A> State<A> {
         }
         let Some(own) = flow.story.pool().map(Arc::clone) else { return };
         flow.story.meter.learn(Connect::Refused);
-        blame(&own, &flow.picked, now);
+        flow.picked.iter().for_each(|picked| blame(&own, picked, now));
         let search = Search { pool: &own, who, rolls: &mut self.rolls, now };
         match search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter) {
             Ok(found) => {
@@ -298,8 +298,10 @@ impl<A> State<A> {
         flow.first = None;
         if !std::mem::replace(&mut flow.is_answered, true) {
             flow.story.meter.learn(Connect::Done);
-            flow.picked.connected();
-            flow.picked.answered();
+            if let Some(picked) = &flow.picked {
+                picked.connected();
+                picked.answered();
+            }
         }
         let spans = &mut self.spans;
         flow.hold_to_limits(spans, Direction::ToClient, now);
@@ -338,7 +340,7 @@ impl Search<'_> {
             match self.connect(&picked) {
                 Ok(socket) => {
                     meter.assume(picked.label());
-                    return Ok(Found { socket, picked, tried, attempts });
+                    return Ok(Found { socket, picked: Some(picked), tried, attempts });
                 }
                 Err(result) => {
                     meter.tried(picked.label(), result);

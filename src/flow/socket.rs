@@ -9,7 +9,7 @@ use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use rustix::io::Errno;
 use rustix::net::sockopt::{
     Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ip_recvtos, set_ipv6_mtu_discover,
-    set_ipv6_recvtclass,
+    set_ipv6_recvtclass, socket_cookie,
 };
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -48,6 +48,8 @@ pub(super) struct Door {
     pub(super) listener: u32,
     /// What is asked of a header; `None` where there is none.
     pub(super) header: Option<wire::Rules>,
+    /// The kernel's own number of the socket, in whatever process.
+    pub(super) cookie: u64,
     address: SocketAddr,
     /// Whether it hears on every address of the machine: then answers leave from the one that was asked.
     is_wild: bool,
@@ -68,6 +70,7 @@ impl Door {
             set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::WANT)?;
             setsockopt(&socket, sockopt::Ipv6DontFrag, &false)?;
         }
+        let cookie = socket_cookie(&socket)?;
         let is_wild = address.ip().is_unspecified();
         tell_less(&socket, address, is_wild)?;
         SockRef::from(&socket).set_recv_buffer_size(QUEUE)?;
@@ -76,7 +79,7 @@ impl Door {
             reason = "its successor is unsafe; a std UdpSocket keeps its descriptor, as both ask"
         )]
         let socket = AsyncFd::new(socket)?;
-        Ok(Self { socket, state, listener, header, address, is_wild })
+        Ok(Self { socket, state, listener, header, cookie, address, is_wild })
     }
 
     /// Waits until there is something to receive, and has `take` receive it. `take` tells whether it has taken all.
@@ -121,6 +124,11 @@ impl Door {
     /// The address that was asked, where the socket's own does not tell.
     pub(super) fn asked(&self, meta: &RecvMeta) -> Option<IpAddr> {
         meta.dst_ip.filter(|_| self.is_wild)
+    }
+
+    /// Where it is bound.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// What was asked by a datagram of this path.

@@ -159,6 +159,36 @@ impl<F> Table<F> {
         FlowId::new(slot, generation)
     }
 
+    /// Takes in a flow that has been open elsewhere, and was last heard of then.
+    pub fn take_in(
+        &mut self,
+        path: Path,
+        who: Who,
+        tenant: u32,
+        flow: F,
+        last: Moment,
+        now: Moment,
+    ) -> FlowId {
+        let id = self.open(path, who, tenant, flow, now);
+        if let Some(slot) = self.slab.at_mut(id.slot()) {
+            slot.last = last.min(now);
+        }
+        self.queue.put_off(&mut self.slab, id.slot(), last + self.idle);
+        id
+    }
+
+    /// When a flow was last heard of.
+    pub fn last(&mut self, id: FlowId) -> Option<Moment> {
+        self.slab.find(id).map(|flow| flow.last)
+    }
+
+    /// The names of all.
+    #[must_use]
+    pub fn ids(&self) -> Vec<FlowId> {
+        let id = |slot| self.slab.at(slot).map(|flow| FlowId::new(slot, flow.generation));
+        self.slab.slots().filter_map(id).collect()
+    }
+
     /// A datagram came from a flow's backend: where it goes, and the flow.
     pub fn answer(&mut self, id: FlowId, now: Moment) -> Option<(Path, Who, &mut F)> {
         let flow = self.slab.find(id)?;

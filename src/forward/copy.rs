@@ -28,14 +28,18 @@ impl Spill {
         self.bytes.len().saturating_sub(self.written)
     }
 
+    /// The bytes that are not written yet.
+    pub(super) fn left(&self) -> &[u8] {
+        self.bytes.get(self.written..).unwrap_or_default()
+    }
+
     /// Writes some of it; how much.
     pub(super) fn poll_write(
         &mut self,
         sink: &mut TcpStream,
         context: &mut Context<'_>,
     ) -> Poll<io::Result<u64>> {
-        let left = self.bytes.get(self.written..).unwrap_or_default();
-        let count = ready!(Pin::new(sink).poll_write(context, left))?;
+        let count = ready!(Pin::new(sink).poll_write(context, self.left()))?;
         self.written += count;
         if self.is_empty() {
             *self = Self::default();

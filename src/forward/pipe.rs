@@ -69,6 +69,12 @@ impl Budget {
         self.limit.saturating_sub(self.used()) / CAPACITY as u64
     }
 
+    /// A pipe that is here already takes its part, whether there is room for it or not.
+    fn share_anyway(self: &Arc<Self>) -> Share {
+        self.used.fetch_add(CAPACITY as u64, Ordering::AcqRel);
+        Share(Arc::clone(self))
+    }
+
     fn share(self: &Arc<Self>) -> Option<Share> {
         let room = |used: u64| used.checked_add(CAPACITY as u64).filter(|used| *used <= self.limit);
         self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).ok()?;
@@ -89,6 +95,16 @@ impl Pipe {
         let capacity = fcntl_setpipe_size(&write, CAPACITY).or_else(|_| fcntl_getpipe_size(&write)).ok()?;
         let capacity = u32::try_from(capacity).ok().filter(|capacity| *capacity as usize >= USABLE)?;
         Some(Box::new(Self { read, write, held: 0, capacity, _share: share }))
+    }
+
+    /// Where it is read, and where it is written.
+    pub(super) fn ends(&self) -> [&OwnedFd; 2] {
+        [&self.read, &self.write]
+    }
+
+    /// Whether it is as large as those that are opened here.
+    fn is_usual(&self) -> bool {
+        (USABLE..=CAPACITY).contains(&self.capacity())
     }
 
     /// Whether nothing is in it.
@@ -156,6 +172,20 @@ impl Pipes {
         pipe
     }
 
+    /// Takes in a pipe of another process, with so many bytes in it: they are the tenant's, whatever the bounds say.
+    pub(super) fn adopt(
+        &self,
+        [read, write]: [OwnedFd; 2],
+        held: usize,
+        tenant: &Quota,
+        life: &Life,
+    ) -> Box<Pipe> {
+        tenant.pipes.fetch_add(1, Ordering::AcqRel);
+        life.meter.worker().pipes.add(1);
+        let capacity = fcntl_getpipe_size(&write).ok().and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
+        Box::new(Pipe { read, write, held, capacity, _share: self.budget.share_anyway() })
+    }
+
     /// Counts one pipe more for a tenant, if it may have one.
     ///
     /// A tenant holds no more than are free (Choudhury and Hahne, "Dynamic queue length thresholds", 1998, with alpha
@@ -172,7 +202,7 @@ impl Pipes {
         release(tenant);
         life.meter.worker().pipes.sub(1);
         let mut kept = self.kept.borrow_mut();
-        if pipe.is_empty() && kept.len() < self.budget.kept {
+        if pipe.is_empty() && pipe.is_usual() && kept.len() < self.budget.kept {
             kept.push(pipe);
         }
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::task::{Context, Poll, ready};
 
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
 use super::copy::{self, Spill};
@@ -47,7 +48,7 @@ pub(super) struct Way {
 }
 
 /// How far a direction has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Phase {
     /// Bytes go.
     Open,

@@ -20,10 +20,24 @@ impl Picked {
             let more = |load: u32| (load < room).then_some(load + 1);
             backend.load.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
         }
-        if let Some(seat) = &backend.seat {
+        Some(Self::seated(backend))
+    }
+
+    /// A session more, whether there is room for it or not: it is connected there already. Nobody else gets room before it
+    /// is there again.
+    #[must_use]
+    pub fn adopt(backend: &Arc<Backend>) -> Self {
+        backend.load.fetch_add(1, Ordering::SeqCst);
+        Self::seated(backend)
+    }
+
+    /// Tells the pool of a session that is counted already.
+    fn seated(backend: &Arc<Backend>) -> Self {
+        // The seat of one that is gone may be another's.
+        if let Some(seat) = backend.seat.as_ref().filter(|_| !backend.is_gone()) {
             seat.picked(backend.slot() as usize, || backend.standing());
         }
-        Some(Self(Arc::clone(backend)))
+        Self(Arc::clone(backend))
     }
 
     /// The backend, which may outlive the session.
@@ -78,7 +92,11 @@ mod tests {
         let backend = backend(Some(2));
         let held: Vec<_> = (0..2).map(|_| Picked::take(&backend).unwrap()).collect();
         assert!(Picked::take(&backend).is_none() && !backend.has_room());
+        let moved = Picked::adopt(&backend);
+        assert_eq!(backend.load(), 3);
         drop(held);
+        assert!(backend.has_room() && backend.load() == 1);
+        drop(moved);
         assert!(backend.has_room() && backend.load() == 0);
         assert_eq!((backend.room_at(FULL), backend.room_at(FULL / 2), backend.room_at(1)), (2, 1, 1));
     }

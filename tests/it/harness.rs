@@ -276,7 +276,9 @@ impl Proxy {
         }
         let accepted = self.value("vestibule_connections_accepted_total", &[]).await;
         let ended = self.value("vestibule_sessions_ended_total", &[]).await;
-        assert!((accepted - ended).abs() < 0.5, "{accepted} accepted and {ended} ended");
+        let taken_over = self.value("vestibule_sessions_taken_over_total", &[]).await;
+        let began = accepted + taken_over;
+        assert!((began - ended).abs() < 0.5, "{accepted} accepted, {taken_over} taken over, {ended} ended");
         self.end().await;
         self.log()
     }

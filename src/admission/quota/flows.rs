@@ -38,6 +38,14 @@ impl Quota {
         Ok(permit)
     }
 
+    /// Takes in a flow that another process has admitted, whatever the limits say.
+    pub fn adopt_flow(self: &Arc<Self>, beyond: bool) -> FlowPermit {
+        if self.flows.enter_anyway() == 0 {
+            self.share.iter().for_each(|share| share.join());
+        }
+        FlowPermit { quota: Arc::clone(self), beyond }
+    }
+
     /// Whether the process has room for one more beside so many flows. Its sessions take room, too.
     fn has_share(&self, flows: usize) -> bool {
         self.share.as_ref().is_none_or(|share| share.allows(flows + self.sessions()))

@@ -1,0 +1,311 @@
+//! Flows that leave for another process, and flows that come from there.
+//!
+//! A flow that leaves is out of the table and off the poll until its answer comes: nobody sends, hears or ends it here. The
+//! doors must not be heard meanwhile, or what comes for it would begin another one: it waits in their sockets, which both
+//! processes have.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::epoll;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::yield_now;
+use tokio::time::timeout;
+
+use super::life::{Books, Flow, Found, Listening, NOWHERE, Story};
+use super::socket::Door;
+use super::table::{Command, FlowId, Path, Who};
+use super::{Flows, Poll, State};
+use crate::account::EachWay;
+use crate::account::meter::Meter;
+use crate::addr::{ClientAddr, PeerAddr};
+use crate::clock::wheel::Tick;
+use crate::clock::{self, Birth, Moment};
+use crate::id::{Claim, SessionId};
+use crate::outcome::{At, Outcome, Why};
+use crate::pool::{Picked, Tried};
+use crate::takeover::{Answer, Kind, Leaving, Parcel, Refused};
+
+/// Flows that are under way to another process at once: each is silent for as long as its answer takes, and all that the
+/// worker does for them in one go stays well under a millisecond.
+const AT_ONCE: usize = 32;
+
+/// What is told of a flow.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    worker: u16,
+    listener: String,
+    tenant: String,
+    pool: String,
+    backend: SocketAddr,
+    /// The kernel's own number of the listening socket, and its address.
+    door: u64,
+    address: SocketAddr,
+    local: Option<IpAddr>,
+    peer: SocketAddr,
+    client: Option<SocketAddr>,
+    /// What it claims; empty where that is no endpoint's ID.
+    endpoint: Option<String>,
+    session: u64,
+    attempts: u32,
+    is_answered: bool,
+    /// Whether the kernel puts together what its socket receives.
+    together: bool,
+    beyond: bool,
+    would_delay: bool,
+    bytes: EachWay<u64>,
+    datagrams: EachWay<u64>,
+    age_us: u64,
+    silent_us: u64,
+    /// The bytes of what goes in front of its datagrams; they lie in the tail.
+    header: usize,
+    /// The bytes of its first datagram, as long as that may be asked of another backend; they come next.
+    first: Option<usize>,
+}
+
+/// A flow that has come from another process and can be carried on.
+#[derive(Debug)]
+pub struct MovedFlow {
+    told: Told,
+    socket: UdpSocket,
+    header: Box<[u8]>,
+    first: Option<Box<[u8]>>,
+}
+
+/// A flow that waits for its answer.
+struct Away<A> {
+    path: Path,
+    who: Who,
+    flow: Flow<A>,
+    last: Moment,
+}
+
+/// Reads what another process tells of a flow. Nothing has happened to it yet.
+///
+/// # Errors
+/// Why it cannot be carried on here.
+pub fn decode(parcel: Parcel) -> Result<MovedFlow, Refused> {
+    let malformed = |what: &str| Refused::Malformed(what.to_owned());
+    let (told, tail) = parcel.read::<Told>(Kind::Flow)?;
+    let (header, rest) = tail.split_at_checked(told.header).ok_or_else(|| malformed("no whole header"))?;
+    if rest.len() != told.first.unwrap_or(0) {
+        return Err(malformed("no whole datagram"));
+    }
+    let (header, first) = (Box::from(header), told.first.map(|_| Box::from(rest)));
+    let [socket] = <[OwnedFd; 1]>::try_from(parcel.fds).map_err(|_| malformed("not one descriptor"))?;
+    Ok(MovedFlow { told, socket: socket.into(), header, first })
+}
+
+impl MovedFlow {
+    /// The number of the worker that carried it: the one that most likely has its listening socket here, too.
+    #[must_use]
+    pub fn worker(&self) -> u16 {
+        self.told.worker
+    }
+
+    fn who(&self) -> Who {
+        let endpoint = Claim::from_tlv(self.told.endpoint.as_ref().map(String::as_bytes));
+        Who { client: self.told.client.map(ClientAddr), endpoint }
+    }
+}
+
+impl<A> Flows<A> {
+    /// Has every flow leave for another process, some at once, as long as sessions do. Those that stay go on. The doors are
+    /// not heard from the start of it on, and it is for the caller to say whether they are [again](Self::go_on).
+    pub async fn move_out(&self, departures: mpsc::Sender<Leaving>) {
+        self.pause();
+        let ids = self.state.borrow().table.ids();
+        for some in ids.chunks(AT_ONCE) {
+            let mut under_way = Vec::with_capacity(some.len());
+            for id in some {
+                let Ok(turn) = departures.reserve().await else { break };
+                let sent = {
+                    let mut state = self.state.borrow_mut();
+                    if !state.local.is_moving() {
+                        break;
+                    }
+                    state.send_off(*id, &self.doors.borrow(), &self.poll)
+                };
+                let Some((away, parcel)) = sent else { continue };
+                let (answer, answered) = oneshot::channel();
+                turn.send(Leaving { parcel, answer });
+                under_way.push((away, answered));
+            }
+            for (away, answered) in under_way {
+                let answer = self.wait(answered).await;
+                self.state.borrow_mut().settle(away, answer, &self.poll);
+            }
+            // Everybody else has a turn in between.
+            yield_now().await;
+        }
+    }
+
+    /// The answer; `None` where the process is over before it.
+    async fn wait(&self, mut answered: oneshot::Receiver<Answer>) -> Option<Answer> {
+        loop {
+            match timeout(Tick::SPAN, &mut answered).await {
+                Ok(answer) => return Some(answer.unwrap_or(Answer::Stays)),
+                Err(_) if self.state.borrow().local.is_over() => return None,
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Carries on with a flow of another process.
+    ///
+    /// # Errors
+    /// Why not; it is still the other's then, and comes back.
+    pub fn take_over(&self, moved: MovedFlow) -> Result<(), Refused> {
+        let doors = self.doors.borrow();
+        let place = place(&doors, &moved.told).ok_or(Refused::NoDoor)?;
+        let listener = doors.get(usize::from(place)).map_or(NOWHERE, |door| door.listener);
+        self.state.borrow_mut().adopt(moved, place, listener, &self.poll)
+    }
+
+    /// Whether a flow's listening socket is here.
+    #[must_use]
+    pub fn has_door(&self, moved: &MovedFlow) -> bool {
+        place(&self.doors.borrow(), &moved.told).is_some()
+    }
+}
+
+/// The place of a flow's door: the same socket, or else one of the same address.
+fn place(doors: &[Rc<Door>], told: &Told) -> Option<u16> {
+    let same = doors.iter().position(|door| door.cookie == told.door);
+    let place = same.or_else(|| doors.iter().position(|door| door.address() == told.address));
+    place.and_then(|place| u16::try_from(place).ok())
+}
+
+impl<A> State<A> {
+    /// Takes a flow out of the table and off the poll, and packs it; `None` where it has to stay, or is gone.
+    fn send_off(&mut self, id: FlowId, doors: &[Rc<Door>], poll: &Poll) -> Option<(Away<A>, Parcel)> {
+        let last = self.table.last(id)?;
+        let (path, who, flow) = self.table.close(id)?;
+        let away = Away { path, who, flow, last };
+        // Not by closing it: the other process's copy would keep it on the poll.
+        let packed = epoll::delete(poll.get_ref(), &away.flow.socket).ok();
+        let packed = packed.and_then(|()| away.pack(self.number, doors));
+        if packed.is_none() {
+            self.put_back(away, poll);
+            return None;
+        }
+        packed.map(|parcel| (away, parcel))
+    }
+
+    fn put_back(&mut self, away: Away<A>, poll: &Poll) {
+        let now = clock::now();
+        if let Command::ToBackend(_) = self.table.hear(away.path, Some(away.who), now) {
+            // Doors were heard after all, and another one has begun.
+            return self.finish(away, Why::Evicted);
+        }
+        let [_, tenant, _] = away.flow.story.meter.labels();
+        let tenant = tenant.serial();
+        let id = self.table.take_in(away.path, away.who, tenant, away.flow, away.last, now);
+        self.watch(id, poll, now);
+    }
+
+    fn settle(&mut self, away: Away<A>, answer: Option<Answer>, poll: &Poll) {
+        let why = match answer {
+            Some(Answer::Stays) if !self.local.is_over() => return self.put_back(away, poll),
+            Some(Answer::Taken) => Why::Moved,
+            Some(Answer::Stays) | None => Why::Drained,
+        };
+        self.finish(away, why);
+    }
+
+    fn finish(&self, away: Away<A>, why: Why) {
+        let books = Books { journal: &self.journal, rejections: &self.rejections };
+        away.flow.end(Outcome::reject(At::Forward, why), away.path.peer, away.who, &books, clock::now());
+    }
+
+    fn adopt(&mut self, moved: MovedFlow, socket: u16, listener: u32, poll: &Poll) -> Result<(), Refused> {
+        let (snapshot, now, who) = (self.snapshot(), clock::now(), moved.who());
+        let MovedFlow { told, socket: connected, header, first } = moved;
+        let label = |name: &str| self.live.labels.intern(name);
+        let (own, tenant, pool) = (label(&told.listener), label(&told.tenant), label(&told.pool));
+        let backend = label(&told.backend.to_string());
+        let mut meter =
+            Meter::taken_over(Rc::clone(&self.local.ledger), [&own, &tenant, &pool, &backend], told.bytes);
+        meter.would_delay = told.would_delay;
+        let tenant_place = snapshot.known_place(&tenant, who.endpoint, &own);
+        let known = tenant_place.and_then(|place| snapshot.directory.tenants().get(place as usize));
+        let quota = known.map_or_else(|| self.live.quotas.find(&tenant), |known| Arc::clone(&known.quota));
+        let pool_place = snapshot.pools.iter().position(|known| known.label.serial() == pool.serial());
+        let picked = pool_place.and_then(|place| snapshot.pools.get(place)).and_then(|pool| {
+            let roster = pool.roster();
+            roster.backends().iter().find(|own| own.address().0 == told.backend).map(Picked::adopt)
+        });
+        let mut tried = Tried::default();
+        let picked = picked.map(|picked| tried.add_picked(picked));
+        let story = Story {
+            snapshot,
+            meter,
+            session: SessionId::of_number(told.session),
+            began: Birth::before(now, Duration::from_micros(told.age_us)),
+            listener,
+            tenant: tenant_place.unwrap_or(NOWHERE),
+            pool: pool_place.and_then(|place| u32::try_from(place).ok()).unwrap_or(NOWHERE),
+        };
+        let permit = quota.adopt_flow(told.beyond);
+        let found = Found { socket: connected, picked, tried, attempts: told.attempts };
+        let mut flow = Flow::new(found, permit, self.slots.take_anyway(), (self.board)(), story);
+        (flow.is_answered, flow.first, flow.header) = (told.is_answered, first, header);
+        flow.datagrams = told.datagrams;
+        if told.together {
+            flow.listening = Listening::Together;
+        }
+        let path = Path { socket, local: told.local, peer: PeerAddr(told.peer) };
+        // Began here since: the older one has its backend, which may have much to remember.
+        if let Command::ToBackend(younger) = self.table.hear(path, Some(who), now) {
+            self.end(younger, Outcome::reject(At::Forward, Why::Evicted), now);
+        }
+        let last = now.before(Duration::from_micros(told.silent_us));
+        let id = self.table.take_in(path, who, tenant.serial(), flow, last, now);
+        if self.watch(id, poll, now) { Ok(()) } else { Err(Refused::Shortage) }
+    }
+}
+
+impl<A> Away<A> {
+    fn pack(&self, worker: u16, doors: &[Rc<Door>]) -> Option<Parcel> {
+        let (flow, story, now) = (&self.flow, &self.flow.story, clock::now());
+        let door = doors.get(usize::from(self.path.socket))?;
+        let micros = |span: Duration| u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
+        let [listener, tenant, pool] = story.meter.labels().map(|label| label.name().to_owned());
+        let told = Told {
+            worker,
+            listener,
+            tenant,
+            pool,
+            backend: flow.backend()?.0,
+            door: door.cookie,
+            address: door.address(),
+            local: self.path.local,
+            peer: self.path.peer.0,
+            client: self.who.client.map(|client| client.0),
+            endpoint: match self.who.endpoint {
+                Claim::Absent => None,
+                Claim::Malformed => Some(String::new()),
+                Claim::Id(id) => Some(id.to_string()),
+            },
+            session: story.session.number(),
+            attempts: flow.attempts,
+            is_answered: flow.is_answered,
+            together: matches!(flow.listening, Listening::Together),
+            beyond: flow.permit.would_reject().is_some(),
+            would_delay: story.meter.would_delay,
+            bytes: story.meter.bytes(),
+            datagrams: flow.datagrams,
+            age_us: micros(story.began.age(now)),
+            silent_us: micros(now.since(self.last)),
+            header: flow.header.len(),
+            first: flow.first.as_ref().map(|first| first.len()),
+        };
+        let tail = [&flow.header[..], flow.first.as_deref().unwrap_or_default()].concat();
+        let socket = flow.socket.try_clone().ok()?;
+        Parcel::pack(Kind::Flow, &told, &tail, vec![socket.into()]).ok()
+    }
+}

@@ -1,0 +1,264 @@
+//! A session that goes on in another process: how it stands still, what is told of it, and how it is taken up again.
+//!
+//! Between two polls a relay is whole: what it has read is in its spill or its pipe, and nothing else is under way. So a
+//! record of it, both sockets and a pipe that holds bytes are all that another process needs.
+
+use std::io;
+use std::net::TcpStream as Detached;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::ioctl_fionread;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
+
+use super::copy::Spill;
+use super::pace::Lent;
+use super::pipe::Pipe;
+use super::way::{Phase, Way};
+use super::{Patience, Relay, SETTLED};
+use crate::account::{Direction, EachWay};
+use crate::clock;
+use crate::clock::wheel::Tick;
+use crate::life::{Life, SCRATCH};
+use crate::outcome::{By, Why};
+
+/// The bytes that one direction's spill may have: a read of the scratch buffer, or a header and what came with it, which
+/// is less.
+pub const MOST_SPILLED: usize = SCRATCH;
+
+/// What is told of one direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayRecord {
+    phase: Phase,
+    /// Whether the sink has TCP_NODELAY.
+    prompt: bool,
+    /// How long ago bytes moved.
+    silent_ms: u64,
+    /// The bytes of its spill; they lie in the tail.
+    spill: usize,
+    /// The bytes of its pipe, which comes along where it has any.
+    pipe: Option<usize>,
+}
+
+/// What is told of a session that stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    to_backend: WayRecord,
+    to_client: WayRecord,
+    first_end: Option<By>,
+    broken: Option<(By, Why)>,
+    /// Whether both sockets have keepalive.
+    settled: bool,
+}
+
+impl Record {
+    fn way(&self, direction: Direction) -> &WayRecord {
+        match direction {
+            Direction::ToBackend => &self.to_backend,
+            Direction::ToClient => &self.to_client,
+        }
+    }
+}
+
+/// Why a record and what came with it are not a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    /// The record and the tail disagree.
+    #[error("the bytes behind the record are not as many as it says")]
+    Tail,
+    /// The record and the descriptors disagree.
+    #[error("the descriptors are not those that the record names")]
+    Descriptors,
+    /// A pipe has not what the record says.
+    #[error("a pipe does not hold what the record says")]
+    Pipe,
+}
+
+/// A session between two processes.
+#[derive(Debug)]
+pub struct Still {
+    record: Record,
+    client: OwnedFd,
+    backend: OwnedFd,
+    spills: EachWay<Vec<u8>>,
+    pipes: EachWay<Option<[OwnedFd; 2]>>,
+}
+
+impl Still {
+    /// Puts together what arrived: the tail's bytes, and the descriptors in the record's order.
+    ///
+    /// # Errors
+    /// Where they do not fit the record.
+    pub fn new(record: Record, tail: &[u8], fds: Vec<OwnedFd>) -> Result<Self, Misfit> {
+        let mut fds = fds.into_iter();
+        let (Some(client), Some(backend)) = (fds.next(), fds.next()) else { return Err(Misfit::Descriptors) };
+        let (mut spills, mut pipes) = (EachWay::default(), EachWay::default());
+        let mut rest = tail;
+        for direction in Direction::ALL {
+            let way = record.way(direction);
+            let (spill, after) = rest.split_at_checked(way.spill).ok_or(Misfit::Tail)?;
+            if way.spill > MOST_SPILLED || way.spill > 0 && way.pipe.is_some() {
+                return Err(Misfit::Tail);
+            }
+            *spills.way_mut(direction) = spill.to_vec();
+            rest = after;
+            if let Some(held) = way.pipe {
+                let (Some(read), Some(write)) = (fds.next(), fds.next()) else {
+                    return Err(Misfit::Descriptors);
+                };
+                if ioctl_fionread(&read).ok().and_then(|found| usize::try_from(found).ok()) != Some(held) {
+                    return Err(Misfit::Pipe);
+                }
+                *pipes.way_mut(direction) = Some([read, write]);
+            }
+        }
+        if !rest.is_empty() {
+            return Err(Misfit::Tail);
+        }
+        if fds.next().is_some() {
+            return Err(Misfit::Descriptors);
+        }
+        Ok(Self { record, client, backend, spills, pipes })
+    }
+
+    /// Goes on with it.
+    ///
+    /// # Errors
+    /// Where the worker's poll has no room for its sockets: both are reset then.
+    pub fn resume<'a>(
+        mut self,
+        patience: Patience,
+        lent: Lent<'a>,
+        life: &'a mut Life,
+    ) -> io::Result<Relay<'a>> {
+        let now = life.tick();
+        let mut way = |direction, life: &Life| {
+            let record = self.record.way(direction);
+            let mut way = Way::new(now.before(Duration::from_millis(record.silent_ms)));
+            (way.phase, way.prompt) = (record.phase, record.prompt);
+            way.spill = Spill::new(std::mem::take(self.spills.way_mut(direction)));
+            let held = record.pipe.unwrap_or(0);
+            let ends = self.pipes.way_mut(direction).take();
+            way.pipe = ends.map(|ends| lent.pipes.adopt(ends, held, lent.quota, life));
+            way
+        };
+        let ways = EachWay {
+            to_backend: way(Direction::ToBackend, life),
+            to_client: way(Direction::ToClient, life),
+        };
+        let [client, backend] = match registered(self.client, self.backend) {
+            Ok(both) => both,
+            Err(error) => {
+                for way in [ways.to_backend, ways.to_client] {
+                    lent.give_back(way.pipe, life);
+                }
+                return Err(error);
+            }
+        };
+        Ok(Relay {
+            client,
+            backend,
+            ways,
+            patience,
+            settles: if self.record.settled { Tick::NEVER } else { now.after(SETTLED) },
+            looks_at: Tick::NEVER,
+            first_end: self.record.first_end,
+            broken: self.record.broken,
+            ended: false,
+            asked: None,
+            lent,
+            life,
+        })
+    }
+}
+
+/// Both sockets, known to the worker's poll.
+fn registered(client: OwnedFd, backend: OwnedFd) -> io::Result<[TcpStream; 2]> {
+    let both = [client, backend].map(Detached::from);
+    // A second copy of each, to say the end with where registering fails: it takes the first one with it.
+    let register = |stream: &Detached| stream.try_clone().and_then(TcpStream::from_std);
+    let [client, backend] = &both;
+    match (register(client), register(backend)) {
+        (Ok(client), Ok(backend)) => Ok([client, backend]),
+        (Err(error), _) | (_, Err(error)) => {
+            for socket in &both {
+                // The only error is that the connection has gone already, and then there is nobody to tell.
+                socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO)).unwrap_or_default();
+            }
+            Err(error)
+        }
+    }
+}
+
+impl Relay<'_> {
+    /// Its life.
+    pub fn life(&mut self) -> &mut Life {
+        self.life
+    }
+
+    /// Stands still: it stands in no queue, and from here on its end says nothing to client and backend, for another
+    /// process may hold them. Not to be polled before it [goes on](Self::go_on).
+    pub fn stand_still(&mut self) {
+        self.ended = true;
+        let now = self.life.tick();
+        for direction in Direction::ALL {
+            let way = self.ways.way_mut(direction);
+            if way.purse.has_joined() {
+                way.purse.leave(&mut self.lent.pacer.borrow_mut(), clock::now());
+                // What it waited was not its silence.
+                way.moved = now;
+            }
+        }
+        // A deadline that passes meanwhile is looked at when it goes on.
+        self.life.wake_at(Tick::NEVER);
+    }
+
+    /// Goes on after all: nobody else holds it.
+    pub fn go_on(&mut self) {
+        self.ended = false;
+    }
+
+    /// What is to be told of it, the bytes of both spills, and copies of its descriptors.
+    ///
+    /// # Errors
+    /// Where there is no descriptor left for a copy.
+    pub fn pack(&self) -> io::Result<(Record, Vec<u8>, Vec<OwnedFd>)> {
+        let mut fds = vec![copy(&self.client)?, copy(&self.backend)?];
+        let mut tail = Vec::new();
+        let now = self.life.tick();
+        for direction in Direction::ALL {
+            let way = self.ways.way(direction);
+            tail.extend_from_slice(way.spill.left());
+            if let Some(pipe) = holding(way) {
+                for end in pipe.ends() {
+                    fds.push(copy(end)?);
+                }
+            }
+        }
+        let told = |way: &Way| WayRecord {
+            phase: way.phase,
+            prompt: way.prompt,
+            silent_ms: u64::try_from(now.since(way.moved).as_millis()).unwrap_or(u64::MAX),
+            spill: way.spill.len(),
+            pipe: holding(way).map(Pipe::held),
+        };
+        let record = Record {
+            to_backend: told(&self.ways.to_backend),
+            to_client: told(&self.ways.to_client),
+            first_end: self.first_end,
+            broken: self.broken,
+            settled: self.settles == Tick::NEVER,
+        };
+        Ok((record, tail, fds))
+    }
+}
+
+/// A direction's pipe, where it has bytes.
+fn holding(way: &Way) -> Option<&Pipe> {
+    way.pipe.as_deref().filter(|pipe| !pipe.is_empty())
+}
+
+fn copy(fd: impl AsFd) -> io::Result<OwnedFd> {
+    fd.as_fd().try_clone_to_owned()
+}
