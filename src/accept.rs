@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use rustix::io::Errno;
@@ -9,6 +10,7 @@ use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::unix::AsyncFd;
 
 use crate::addr::{ListenAddr, PeerAddr};
+use crate::fault::{self, Call};
 
 /// A listening socket of one worker.
 #[derive(Debug)]
@@ -36,6 +38,9 @@ pub enum Trouble {
     /// The listening socket itself is broken.
     Fatal(io::Error),
 }
+
+/// How long accepting rests when descriptors or memory have run out.
+pub const PAUSE: Duration = Duration::from_millis(100);
 
 /// Connections taken in one go before other tasks get their turn.
 const BATCH: usize = 32;
@@ -95,6 +100,7 @@ impl Door {
 
     /// One connection; `None` where its peer has no address any more.
     fn next(&self) -> Result<Option<Accepted>, Errno> {
+        fault::at(Call::Accept)?;
         let (socket, peer) = acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
         let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
         Ok(peer.map(|peer| Accepted { socket: TcpStream::from(socket), peer: PeerAddr(peer) }))
@@ -103,7 +109,8 @@ impl Door {
 
 /// The three classes of accept errors. The list of the peer's is the one in accept(2), "Error handling": Linux
 /// passes pending network errors of the new socket on as errors of accept.
-fn classify(errno: Errno) -> Trouble {
+#[must_use]
+pub fn classify(errno: Errno) -> Trouble {
     match errno {
         Errno::CONNABORTED
         | Errno::INTR

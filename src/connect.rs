@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use crate::account::meter::Connect;
 use crate::addr::BackendAddr;
 use crate::clock::wheel::Span;
+use crate::fault::{self, Call};
 use crate::life::{Cut, Life};
 use crate::outcome::{At, By, Outcome, Why};
 
@@ -108,6 +109,7 @@ pub fn sources(
 /// What the system says at once.
 pub fn start(address: BackendAddr, source: Option<IpAddr>, opening: Opening) -> io::Result<TcpStream> {
     let kind = Type::STREAM.nonblocking().cloexec();
+    fault::at(Call::Socket)?;
     let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::TCP))?;
     if opening == Opening::Speaks {
         // The handshake's last segment waits for the first bytes and goes with them: a packet less. Without bytes at
@@ -117,13 +119,16 @@ pub fn start(address: BackendAddr, source: Option<IpAddr>, opening: Opening) -> 
     if let Some(source) = source {
         // The port is chosen at connect, for the pair of addresses: 28,000 ports to EACH backend (ip(7)).
         setsockopt(&socket, IpBindAddressNoPort, &true)?;
+        fault::at(Call::Bind)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
+    fault::at(Call::Connect)?;
     match socket.connect(&address.0.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => {}
         Err(error) => return Err(error),
     }
+    fault::at(Call::Register)?;
     TcpStream::from_std(socket.into())
 }
 

@@ -23,13 +23,16 @@ use quinn_udp::RecvMeta;
 use rustix::event::{Timespec, epoll};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
+use tokio::time::sleep;
 
 use self::life::{Books, Flow};
 use self::open::Datagram;
 use self::run::{Runs, Span};
 use self::socket::{BATCH, Door, ROOM};
 use self::table::{FlowId, Path, Table};
+use crate::accept::PAUSE;
 use crate::account::log::{Batch, Journal};
+use crate::account::loss::Loss;
 use crate::addr::PeerAddr;
 use crate::admission::rate::Rate;
 use crate::admission::slots::Slots;
@@ -178,11 +181,31 @@ impl<A> Flows<A> {
         let place = self.doors.borrow().len();
         self.doors.borrow_mut().push(Rc::clone(&door));
         let place = u16::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut short = false;
         loop {
             while self.paused.get() {
                 self.goes_on.notified().await;
             }
-            door.hear(|door| if self.paused.get() { Ok(false) } else { self.hear(door, place) }).await?;
+            match door.hear(|door| if self.paused.get() { Ok(false) } else { self.hear(door, place) }).await {
+                Ok(()) => short = false,
+                Err(error) if socket::loss(&error) == Loss::Shortage => {
+                    self.count_shortage(listener);
+                    if !std::mem::replace(&mut short, true) {
+                        tracing::warn!(listener = door.listener, %error, "receiving pauses");
+                    }
+                    sleep(PAUSE).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// What could not be received is still in the socket's queue, or is lost there and counted by the kernel.
+    fn count_shortage(&self, listener: u32) {
+        let mut state = self.state.borrow_mut();
+        let snapshot = state.snapshot();
+        if let Some(rules) = snapshot.listeners.get(listener as usize) {
+            state.local.ledger.listener(&rules.label).errors_shortage.add(1);
         }
     }
 

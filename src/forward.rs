@@ -23,6 +23,7 @@ use self::pace::Lent;
 use self::way::{Broken, Phase, Way};
 use crate::account::{Direction, EachWay};
 use crate::clock::wheel::{Span, Tick};
+use crate::fault;
 use crate::life::{Cut, Life, Round};
 use crate::outcome::{At, By, Outcome, Why};
 
@@ -135,6 +136,7 @@ impl Future for Relay<'_> {
             this.asked = moving;
             return Poll::Ready(Stop::Leaves);
         }
+        fault::panic_where_injected();
         for direction in Direction::ALL {
             let mut left = TURN;
             let pumped = this.pump(direction, &mut left, context);
@@ -183,7 +185,13 @@ impl Relay<'_> {
                 continue;
             }
             if let Some(pipe) = way.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
-                let count = ready!(splice::poll_out(pipe, sink, context)).map_err(Broken::Sink)?;
+                let count = match ready!(splice::poll_out(pipe, sink, context)) {
+                    Err(error) if splice::is_refused(&error) => {
+                        way.take_out(self.lent, self.life).map_err(Broken::Sink)?;
+                        continue;
+                    }
+                    count => count.map_err(Broken::Sink)?,
+                };
                 self.life.meter.forwarded(direction, count, true);
                 way.moved = self.life.tick();
                 continue;
@@ -225,9 +233,9 @@ impl Relay<'_> {
             self.life.meter.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
             let count = ready!(read)?;
             if count == 0 && way.pipe.is_some() {
-                // Either the end, or an urgent byte before it: the kernel's splice stops there and says 0. A read
-                // knows the one, and passes the other.
-                self.lent.give_back(way.pipe.take(), self.life);
+                // The end, or an urgent byte before it: the kernel's splice stops there and says 0. Or it was refused.
+                // A read knows the one, passes the other, and needs no splice.
+                way.copy_on(self.lent, self.life);
                 continue;
             }
             *left = left.saturating_sub(count);
@@ -262,11 +270,16 @@ impl Relay<'_> {
             // A sink that takes nothing may have sent its answer before: it is read to its end, then the source
             // learns that its bytes were lost.
             Broken::Sink(error) => {
+                let why = why(error);
+                if why == Why::Shortage {
+                    // The connection stands, and its other end may wait for what it will never get.
+                    return Some(Outcome::new(sink, At::Forward, why));
+                }
                 let way = self.ways.way_mut(direction);
                 way.phase = Phase::Dead;
                 way.spill = Spill::default();
                 self.lent.give_back(way.pipe.take(), self.life);
-                self.broken.get_or_insert((sink, why(error)));
+                self.broken.get_or_insert((sink, why));
                 None
             }
         }
@@ -296,6 +309,10 @@ impl Relay<'_> {
             let allowed = self.life.idle(patience);
             let deadline = moved.after(allowed);
             if deadline <= now {
+                if let Some((by, why)) = self.broken {
+                    // What was lost is why it ends, and whose bytes they were has to learn it.
+                    return Some(self.reset(Outcome::new(by, At::Forward, why)));
+                }
                 let why = if allowed < patience { Why::Drained } else { why };
                 return Some(self.expire(Outcome::reject(At::Forward, why)));
             }
@@ -362,8 +379,7 @@ impl Relay<'_> {
             if rested > now {
                 next = next.min(rested);
             } else if pipe.is_empty() {
-                self.lent.give_back(way.pipe.take(), self.life);
-                way.streak = 0;
+                way.copy_on(self.lent, self.life);
             }
         }
         next

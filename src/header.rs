@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
@@ -14,6 +15,7 @@ use crate::account::meter::ListenerCells;
 use crate::addr::{ClientAddr, DestinationAddr, PeerAddr};
 use crate::admission::slots::{Permit, Slots};
 use crate::clock::wheel::Span;
+use crate::fault::{self, Call};
 use crate::id::Claim;
 use crate::life::{Cut, Life};
 use crate::outcome::{At, By, Outcome, Why};
@@ -58,6 +60,7 @@ impl Connection {
         if let Self::Fresh(_) = self
             && let Self::Fresh(socket) = std::mem::replace(self, Self::Closed)
         {
+            fault::at(Call::Register)?;
             *self = Self::Registered(TcpStream::from_std(socket)?);
         }
         match self {
@@ -99,6 +102,7 @@ impl Connection {
     }
 
     fn receive(&self, room: &mut [u8]) -> io::Result<usize> {
+        fault::at(Call::Receive)?;
         match self {
             Self::Fresh(socket) => (&mut &*socket).read(room),
             Self::Registered(socket) => socket.try_read(room),
@@ -267,6 +271,9 @@ impl Reading {
                 Ok(None)
             }
             Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(self.ended(Why::Unanswered)),
+            Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOBUFS | Errno::NOMEM)) => {
+                Err(Outcome::reject(At::Header, Why::Shortage))
+            }
             Err(_) => Err(self.ended(Why::Reset)),
         }
     }

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod connect;
+pub mod fault;
 pub mod flow;
 pub mod forward;
 pub mod header;

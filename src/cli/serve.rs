@@ -157,5 +157,9 @@ fn start_log(log: &Log) -> WorkerGuard {
         Format::Json => builder.json().flatten_event(true).init(),
         Format::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
     }
+    // A fault of ours is a line like any other: whoever collects the log reads no other form.
+    std::panic::set_hook(Box::new(
+        |fault| tracing::error!(%fault, "a fault in vestibule itself; please report it"),
+    ));
     guard
 }

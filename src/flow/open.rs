@@ -21,6 +21,7 @@ use crate::admission::quota::FlowPermit;
 use crate::admission::slots;
 use crate::clock::Moment;
 use crate::connect::{self, Failure};
+use crate::fault::{self, Call};
 use crate::id::{Claim, SessionId};
 use crate::outcome::{At, By, Outcome, Why};
 use crate::pool::{Failed, Nobody, Picked, Pool, Tried, pick};
@@ -160,7 +161,8 @@ impl<A> State<A> {
         let Some((_, _, flow)) = self.table.find(id) else { return false };
         // By level, not on the edge: asking a socket whether it has more is cheaper than to receive nothing from it.
         let (mark, flags) = (epoll::EventData::new_u64(id.to_u64()), epoll::EventFlags::IN);
-        let added = epoll::add(poll.get_ref(), &flow.socket, mark, flags);
+        let added =
+            fault::at(Call::Register).and_then(|()| epoll::add(poll.get_ref(), &flow.socket, mark, flags));
         if added.is_err() {
             self.end(id, Outcome::reject(At::Connect, Why::Shortage), now);
         }
@@ -345,10 +347,13 @@ impl Search<'_> {
                 Err(result) => {
                     meter.tried(picked.label(), result);
                     failed = Failure::Backend(result).outcome();
-                    if matches!(result, Connect::NoLocalPort | Connect::Shortage) {
+                    if result == Connect::Shortage {
                         break;
                     }
-                    blame(pool, &picked, self.now);
+                    // A port that is missing is not the backend's fault: towards one of the other family there may be one.
+                    if result != Connect::NoLocalPort {
+                        blame(pool, &picked, self.now);
+                    }
                 }
             }
         }

@@ -18,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 use super::table::Path;
 use crate::account::loss::Loss;
 use crate::addr::{BackendAddr, PeerAddr};
+use crate::fault::{self, Call};
 use crate::wire;
 
 /// Messages that are received in one call.
@@ -114,6 +115,7 @@ impl Door {
         room: &mut [u8],
         metas: &mut [RecvMeta],
     ) -> io::Result<usize> {
+        fault::at(Call::ReceiveDatagram)?;
         let count = metas.len().min(room.len() / ROOM).min(BATCH);
         let mut rooms = room.chunks_exact_mut(ROOM);
         let mut slices: [IoSliceMut<'_>; BATCH] =
@@ -150,6 +152,7 @@ impl Door {
         from: Option<IpAddr>,
     ) -> Result<(), Loss> {
         let transmit = || {
+            fault::at(Call::SendDatagram)?;
             if each.is_none() && from.is_none() {
                 let sent = rustix::net::sendto(self.socket.get_ref(), contents, SendFlags::empty(), &to.0);
                 return sent.map(|_| ()).map_err(io::Error::from);
@@ -183,10 +186,13 @@ fn tell_less(socket: &UdpSocket, address: SocketAddr, is_wild: bool) -> io::Resu
 /// What the system says.
 pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Result<UdpSocket> {
     let kind = Type::DGRAM.nonblocking().cloexec();
+    fault::at(Call::Socket)?;
     let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::UDP))?;
     if let Some(source) = source {
+        fault::at(Call::Bind)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
+    fault::at(Call::Connect)?;
     socket.connect(&address.0.into())?;
     Ok(socket.into())
 }
@@ -196,6 +202,7 @@ pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Resul
 /// # Errors
 /// What the system says.
 pub(super) fn receive_one(socket: &UdpSocket, room: &mut [u8]) -> io::Result<usize> {
+    fault::at(Call::ReceiveDatagram)?;
     Ok(rustix::net::recv(socket, room, RecvFlags::empty())?.1)
 }
 
@@ -209,6 +216,7 @@ pub(super) fn take_together(socket: &UdpSocket) {
 /// # Errors
 /// What the system says.
 pub(super) fn send(socket: &UdpSocket, front: &[u8], payload: &[u8]) -> io::Result<()> {
+    fault::at(Call::SendDatagram)?;
     let sent = if front.is_empty() {
         rustix::net::send(socket, payload, SendFlags::empty())
     } else {
@@ -224,6 +232,7 @@ pub(super) fn send(socket: &UdpSocket, front: &[u8], payload: &[u8]) -> io::Resu
 /// # Errors
 /// What the system says; none was sent then.
 pub(super) fn send_together(socket: &UdpSocket, parts: &[IoSlice<'_>], each: u16) -> io::Result<()> {
+    fault::at(Call::SendDatagram)?;
     let each = ControlMessage::UdpGsoSegments(&each);
     sendmsg::<()>(socket.as_raw_fd(), parts, &[each], MsgFlags::empty(), None)?;
     Ok(())

@@ -8,6 +8,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::fault::{self, Call};
+
 /// Bytes that were read and not yet written. Empty, it owns no memory.
 #[derive(Debug, Default)]
 pub(super) struct Spill {
@@ -39,6 +41,7 @@ impl Spill {
         sink: &mut TcpStream,
         context: &mut Context<'_>,
     ) -> Poll<io::Result<u64>> {
+        fault::at(Call::Send)?;
         let count = ready!(Pin::new(sink).poll_write(context, self.left()))?;
         self.written += count;
         if self.is_empty() {
@@ -55,6 +58,7 @@ impl Spill {
         context: &mut Context<'_>,
     ) -> io::Result<u64> {
         debug_assert!(self.is_empty(), "bytes were read while others were held");
+        fault::at(Call::Send)?;
         let count = match Pin::new(sink).poll_write(context, read) {
             Poll::Ready(result) => result?,
             Poll::Pending => 0,
@@ -73,6 +77,7 @@ pub(super) fn poll_read<'a>(
     scratch: &'a mut [u8],
     context: &mut Context<'_>,
 ) -> Poll<io::Result<&'a [u8]>> {
+    fault::at(Call::Receive)?;
     let mut buffer = ReadBuf::new(scratch);
     ready!(Pin::new(source).poll_read(context, &mut buffer))?;
     let count = buffer.filled().len();

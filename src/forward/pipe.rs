@@ -6,9 +6,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::buffer::spare_capacity;
+use rustix::io::read;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 
 use crate::admission::quota::Quota;
+use crate::fault::{self, Call};
 use crate::life::Life;
 
 /// The bytes that a pipe is asked to hold.
@@ -90,9 +93,11 @@ impl Drop for Share {
 
 impl Pipe {
     fn open(share: Share) -> Option<Box<Self>> {
+        fault::at(Call::Pipe).ok()?;
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         // Refused over the user's soft limit: then what the kernel gave decides.
-        let capacity = fcntl_setpipe_size(&write, CAPACITY).or_else(|_| fcntl_getpipe_size(&write)).ok()?;
+        let enlarged = fault::at(Call::PipeSize).and_then(|()| fcntl_setpipe_size(&write, CAPACITY));
+        let capacity = enlarged.or_else(|_| fcntl_getpipe_size(&write)).ok()?;
         let capacity = u32::try_from(capacity).ok().filter(|capacity| *capacity as usize >= USABLE)?;
         Some(Box::new(Self { read, write, held: 0, capacity, _share: share }))
     }
@@ -127,6 +132,7 @@ impl Pipe {
     pub(super) fn fill(&mut self, source: impl AsFd, most: usize) -> io::Result<usize> {
         debug_assert!(self.is_empty(), "EAGAIN would have two meanings");
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+        fault::at(Call::SpliceIn)?;
         self.held = splice(source, None, &self.write, None, self.capacity().min(most), flags)?;
         Ok(self.held)
     }
@@ -134,9 +140,23 @@ impl Pipe {
     /// Moves what is in the pipe to `sink`, as far as it takes it; how much.
     pub(super) fn empty_into(&mut self, sink: impl AsFd) -> io::Result<usize> {
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+        fault::at(Call::SpliceOut)?;
         let count = splice(&self.read, None, sink, None, self.held, flags)?;
         self.held = self.held.saturating_sub(count);
         Ok(count)
+    }
+
+    /// Takes out what is in the pipe, where it cannot go on from there.
+    pub(super) fn take_out(&mut self) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(self.held);
+        while self.held > 0 {
+            let count = read(&self.read, spare_capacity(&mut bytes))?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.held = self.held.saturating_sub(count);
+        }
+        Ok(bytes)
     }
 }
 

@@ -8,6 +8,7 @@
 use std::io;
 use std::task::{Context, Poll, ready};
 
+use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -42,6 +43,23 @@ pub(super) fn poll_out(
             result => return Poll::Ready(result.map(|count| count as u64)),
         }
     }
+}
+
+/// Whether this cannot be spliced, or not now: the socket does not know how, a filter forbids it, or memory is short.
+/// That says nothing of the connection, and no byte has moved where a splice fails: a copy goes on from there.
+pub(super) fn is_refused(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(
+            Errno::INVAL
+                | Errno::NOSYS
+                | Errno::OPNOTSUPP
+                | Errno::PERM
+                | Errno::ACCESS
+                | Errno::NOMEM
+                | Errno::NOBUFS
+        )
+    )
 }
 
 fn is_transient(error: &io::Error) -> bool {

@@ -109,7 +109,14 @@ impl Way {
         context: &mut Context<'_>,
     ) -> Poll<Result<usize, Broken>> {
         if let Some(pipe) = &mut self.pipe {
-            return splice::poll_in(source, pipe, most, context).map_err(Broken::Source);
+            let spliced = ready!(splice::poll_in(source, pipe, most, context));
+            return Poll::Ready(match spliced {
+                Err(error) if splice::is_refused(&error) => {
+                    meter.worker().pipes_refused.add(1);
+                    Ok(0)
+                }
+                count => count.map_err(Broken::Source),
+            });
         }
         let mut scratch = local.scratch.borrow_mut();
         let most = most.min(scratch.len());
@@ -132,6 +139,25 @@ impl Way {
         }
     }
 
+    /// Goes back to copying with what the pipe holds, where splicing it on was refused.
+    ///
+    /// # Errors
+    /// Where the bytes cannot be had back.
+    pub(super) fn take_out(&mut self, lent: Lent<'_>, life: &Life) -> io::Result<()> {
+        if let Some(pipe) = &mut self.pipe {
+            self.spill = Spill::new(pipe.take_out()?);
+        }
+        life.meter.worker().pipes_refused.add(1);
+        self.copy_on(lent, life);
+        Ok(())
+    }
+
+    /// Goes back to copying. Only called with nothing in the pipe.
+    pub(super) fn copy_on(&mut self, lent: Lent<'_>, life: &Life) {
+        lent.give_back(self.pipe.take(), life);
+        self.streak = 0;
+    }
+
     /// Takes down how much one read or splice brought.
     pub(super) fn note(&mut self, count: usize) {
         let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
@@ -142,8 +168,7 @@ impl Way {
     pub(super) fn adapt(&mut self, lent: Lent<'_>, life: &Life) {
         if self.pipe.is_some() {
             if self.streak >= SMALL_SPLICES {
-                lent.give_back(self.pipe.take(), life);
-                self.streak = 0;
+                self.copy_on(lent, life);
             }
         } else if self.streak >= LARGE_READS {
             self.pipe = lent.take_pipe(life);

@@ -16,7 +16,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 use super::crew::{Aboard, Crew, OpenDoor};
 use super::drain::{self, Stage};
 use super::listen::Bound;
-use crate::accept::{Accepted, Door, Trouble};
+use crate::accept::{Accepted, Door, PAUSE, Trouble};
 use crate::account::log::{Batch, Journal};
 use crate::account::meter::Ledger;
 use crate::clock;
@@ -31,9 +31,6 @@ pub(super) const HANDED_OVER: usize = 256;
 
 /// Ticks from one telling of what was left out of the access log to the next: a second.
 const TELLING: u32 = 20;
-
-/// How long accepting rests when descriptors or memory have run out.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// A fresh connection, already counted as a session of the worker that it goes to.
 #[derive(Debug)]
@@ -80,6 +77,10 @@ struct Shop {
 }
 
 impl Shop {
+    fn vital(&self, what: &'static str) -> Vital {
+        Vital { live: Arc::clone(&self.live), worker: self.worker.number, what }
+    }
+
     fn number(&self) -> usize {
         usize::from(self.worker.number)
     }
@@ -121,6 +122,22 @@ impl Shop {
     }
 }
 
+/// Held by a task that the worker cannot do without. Where it panics, nobody would notice before its sessions did.
+struct Vital {
+    live: Arc<Live>,
+    worker: u16,
+    what: &'static str,
+}
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!(worker = self.worker, what = self.what, "a task of a worker has stopped");
+            self.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+}
+
 async fn work(mut post: Post) {
     let number = usize::from(post.number);
     let Some(shard) = post.live.shards.get(number) else { return };
@@ -139,6 +156,7 @@ async fn work(mut post: Post) {
     if let Some(flows) = shop.flows.clone() {
         let shop = Rc::clone(&shop);
         spawn_local(async move {
+            let _vital = shop.vital("answers of flows");
             if let Err(error) = flows.answer().await {
                 tracing::error!(worker = shop.worker.number, %error, "a worker does not hear its flows' backends");
                 shop.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
@@ -205,6 +223,7 @@ fn open(shop: &Rc<Shop>, listener: u32, socket: Bound, stages: &watch::Receiver<
         (Bound::Udp(socket), Some(flows)) => {
             let (shop, flows) = (Rc::clone(shop), Rc::clone(flows));
             spawn_local(async move {
+                let _vital = shop.vital("datagrams");
                 if let Err(error) = flows.keep(socket, listener).await {
                     stopped(&shop, listener, &error);
                 }
@@ -221,6 +240,7 @@ const PART: Duration = Duration::from_millis(5);
 
 /// Drives the worker's coarse time, and hands its lines of the access log on.
 async fn tick(shop: Rc<Shop>) {
+    let _vital = shop.vital("time");
     let mut ticks = interval(Tick::SPAN);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut untold = 0;
@@ -259,6 +279,7 @@ async fn keep(door: Door, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut sta
     let Some(label) = snapshot.listeners.get(listener as usize).map(|listener| &listener.label) else {
         return;
     };
+    let _vital = shop.vital("accepting");
     let cells = shop.worker.local.ledger.listener(label);
     let mut short = false;
     loop {

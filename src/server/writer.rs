@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -21,7 +22,9 @@ pub(super) fn open(log: &AccessLog, queue: usize, lost: Arc<AtomicU64>) -> Resul
         AccessLog::Off => return Ok((None, None)),
         AccessLog::Stdout => Box::new(io::stdout()),
         AccessLog::File(path) => {
-            let file = OpenOptions::new().create(true).append(true).open(path);
+            // Whoever opens a named pipe for writing alone waits for its reader, and so would the start of the process.
+            let is_pipe = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+            let file = OpenOptions::new().create(!is_pipe).append(true).read(is_pipe).open(path);
             let refused = |error| StartError::AccessLog { path: path.display().to_string(), error };
             Box::new(file.map_err(refused)?)
         }
