@@ -50,6 +50,7 @@ pub struct Fault {
     call: Call,
     answers: Vec<Errno>,
     per_million: u64,
+    first: u64,
     most: u64,
     seen: AtomicU64,
     injected: AtomicU64,
@@ -104,13 +105,27 @@ impl Fault {
             "EAGAIN where a wake-up follows only an edge"
         );
         let (seen, injected) = Default::default();
-        Self { call, answers: answers.to_vec(), per_million: 1_000_000, most: u64::MAX, seen, injected }
+        Self {
+            call,
+            answers: answers.to_vec(),
+            per_million: 1_000_000,
+            first: 0,
+            most: u64::MAX,
+            seen,
+            injected,
+        }
     }
 
     /// So many in a million of them do.
     #[must_use]
     pub fn per_million(self, per_million: u64) -> Self {
         Self { per_million, ..self }
+    }
+
+    /// The first so many do not.
+    #[must_use]
+    pub fn after(self, first: u64) -> Self {
+        Self { first, ..self }
     }
 
     /// So many do at most.
@@ -123,7 +138,7 @@ impl Fault {
     fn next(&self, seed: u64) -> Result<(), Errno> {
         let number = self.seen.fetch_add(1, Ordering::Relaxed);
         let mut rolls = fastrand::Rng::with_seed(seed ^ ((self.call as u64 + 1) << 56) ^ number);
-        if rolls.u64(..1_000_000) >= self.per_million {
+        if number < self.first || rolls.u64(..1_000_000) >= self.per_million {
             return Ok(());
         }
         let one_more = |injected: u64| (injected < self.most).then_some(injected + 1);
