@@ -72,7 +72,14 @@ static PLAN: ArcSwapOption<Plan> = ArcSwapOption::const_empty();
 /// The errno, where one is injected. The call is not made then.
 #[inline]
 pub fn at(call: Call) -> Result<(), Errno> {
-    if IS_ON.load(Ordering::Relaxed) { inject(call) } else { Ok(()) }
+    if is_on() { inject(call) } else { Ok(()) }
+}
+
+/// Whether any are injected.
+#[inline]
+#[must_use]
+pub fn is_on() -> bool {
+    IS_ON.load(Ordering::Relaxed)
 }
 
 /// Panics where that is injected.

@@ -13,6 +13,7 @@ use std::fmt;
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -92,6 +93,8 @@ struct State<A> {
     /// Whether datagrams go to backends together; not where the kernel or a driver has refused that.
     together: bool,
     draining: bool,
+    /// Whose turn it is.
+    turn: Option<FlowId>,
 }
 
 impl<A> fmt::Debug for Flows<A> {
@@ -140,6 +143,7 @@ impl<A> Flows<A> {
             copy: Vec::new(),
             together: true,
             draining: false,
+            turn: None,
         };
         Ok(Rc::new(Self {
             state: RefCell::new(state),
@@ -216,13 +220,15 @@ impl<A> Flows<A> {
         let received = door.receive(&mut room, &mut metas);
         if let Ok(count) = received {
             let now = clock::now();
-            for (meta, at) in metas.iter().take(count).zip(0..) {
-                let path = Path { socket: place, local: door.asked(meta), peer: PeerAddr(meta.addr) };
-                for span in datagrams(at * ROOM, meta.len, meta.stride) {
-                    state.take_in(Datagram { door, path, room: &room, span }, &self.poll, now);
+            state.survive(now, |state| {
+                for (meta, at) in metas.iter().take(count).zip(0..) {
+                    let path = Path { socket: place, local: door.asked(meta), peer: PeerAddr(meta.addr) };
+                    for span in datagrams(at * ROOM, meta.len, meta.stride) {
+                        state.take_in(Datagram { door, path, room: &room, span }, &self.poll, now);
+                    }
                 }
-            }
-            state.send_runs(&self.poll, &room, now);
+                state.send_runs(&self.poll, &room, now);
+            });
         }
         (state.room, state.metas) = (room, metas);
         received.map(|count| count < BATCH)
@@ -260,7 +266,9 @@ impl<A> Flows<A> {
     fn pass_answers(&self, events: &[epoll::Event]) {
         let (mut state, doors, now) = (self.state.borrow_mut(), self.doors.borrow(), clock::now());
         for event in events {
-            state.pass_answer(FlowId::from_u64(event.data.u64()), &doors, &self.poll, now);
+            state.survive(now, |state| {
+                state.pass_answer(FlowId::from_u64(event.data.u64()), &doors, &self.poll, now);
+            });
         }
     }
 
@@ -325,6 +333,18 @@ impl<A> State<A> {
             flow.end(Outcome::reject(At::Forward, why), path.peer, who, &books, now);
         });
         is_due(table)
+    }
+
+    /// Does some work. A panic in it ends the flow whose turn it was, and no other; what came in the same batch is lost.
+    fn survive(&mut self, now: Moment, work: impl FnOnce(&mut Self)) {
+        // What it leaves half done is that flow's, which ends, and the batch's, which is thrown away.
+        if catch_unwind(AssertUnwindSafe(|| work(self))).is_err() {
+            self.runs = Runs::default();
+            if let Some(id) = self.turn {
+                self.end(id, Outcome::reject(At::Forward, Why::Internal), now);
+            }
+        }
+        self.turn = None;
     }
 
     /// Ends one flow.

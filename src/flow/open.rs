@@ -237,6 +237,8 @@ impl<A> State<A> {
 
     fn send_run(&mut self, id: FlowId, spans: &mut Vec<Span>, room: &[u8], poll: &Poll, now: Moment) {
         let Some((_, _, flow)) = self.table.find(id) else { return };
+        self.turn = Some(id);
+        fault::panic_where_injected();
         flow.hold_to_limits(spans, Direction::ToBackend, now);
         flow.keep_first(spans, room);
         let mut done = 0;
@@ -277,6 +279,7 @@ impl<A> State<A> {
     /// Gives a flow that has something to say its turn.
     pub(super) fn pass_answer(&mut self, id: FlowId, doors: &[Rc<Door>], poll: &Poll, now: Moment) {
         let Some((path, _, flow)) = self.table.find(id) else { return };
+        self.turn = Some(id);
         let Some(door) = doors.get(usize::from(path.socket)) else { return };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
         let metas = self.metas.get_mut(..TURN).unwrap_or_default();

@@ -16,8 +16,7 @@ async fn pair() -> [Backend; 2] {
 }
 
 async fn proxy(acme: &[Backend], pool: &str) -> Proxy {
-    let health =
-        "kind = \"none\"\n[pool.ejection]\nconsecutive-failures = 1\nmax-percent = 50".to_owned();
+    let health = "kind = \"none\"\n[pool.ejection]\nconsecutive-failures = 1\nmax-percent = 50".to_owned();
     let acme: Vec<SocketAddr> = acme.iter().map(Backend::address).collect();
     Conf { acme, pool: pool.to_owned(), health, ..Conf::default() }.start().await
 }

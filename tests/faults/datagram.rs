@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use vestibule::fault::{Call, Fault};
 use vestibule::lab::nlb;
 
-use super::harness::{ACME, Conf, LIMIT, Proxy};
+use super::harness::{ACME, Conf, LIMIT, Proxy, http_get};
 use super::{Bystander, alone, inject, next};
 
 /// A backend that answers each datagram with itself, and whoever asks it.
@@ -161,5 +161,25 @@ async fn an_answer_that_cannot_be_received_ends_its_flow_alone() {
     world.ask(OTHER, b"after").await;
     world.ask(ONE, b"again").await;
     world.bystander.lives().await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_panic_in_a_flow_ends_that_flow_alone() {
+    let _kernel = alone().await;
+    let world = World::start().await;
+    world.ask(ONE, b"before").await;
+    world.ask(OTHER, b"before").await;
+    let bug = next(Call::Panic, Errno::INVAL, 1);
+    world.send(ONE, b"lost").await;
+    let labels =
+        [("listener", "dns"), ("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "internal")];
+    world.proxy.ended(&labels).is(1).await;
+    drop(bug);
+    // The other one lives, and a new one begins.
+    world.ask(OTHER, b"after").await;
+    world.ask(ONE, b"again").await;
+    world.proxy.ended(&[("listener", "dns"), ("why", "idle_timeout")]).is(2).await;
+    assert_eq!(http_get(world.proxy.server().health(), "/healthz").await.trim(), "ok");
     world.finish().await;
 }

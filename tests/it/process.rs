@@ -149,8 +149,13 @@ impl Serve {
 
     /// With at most so many descriptors.
     pub async fn limited(config: &Written, descriptors: usize) -> Self {
+        Self::limited_softly(config, descriptors, descriptors).await
+    }
+
+    /// With at most so many descriptors, which it may raise to so many.
+    pub async fn limited_softly(config: &Written, soft: usize, hard: usize) -> Self {
         let mut command = Command::new("sh");
-        let script = format!("ulimit -n {descriptors}; exec \"$0\" serve --config \"$1\"");
+        let script = format!("ulimit -Sn {soft}; ulimit -Hn {hard}; exec \"$0\" serve --config \"$1\"");
         command.arg("-c").arg(script).arg(PROGRAM).arg(&config.path);
         Self::of(command).await
     }

@@ -124,3 +124,45 @@ async fn a_log_that_nobody_reads_holds_up_nobody() {
     serve.end().await;
     assert_eq!(serve.sessions(2 * rounds).await.len(), 2 * rounds);
 }
+
+#[tokio::test]
+async fn the_soft_limit_of_descriptors_is_raised_and_the_start_says_what_was_found() {
+    let world = World::new().await;
+    let mut serve = Serve::limited_softly(&world.config(""), 300, 2_000).await;
+    let line = serve.says("serving").await;
+    assert_eq!((&line["file_descriptors"], &line["workers"]), (&2_000.into(), &2.into()));
+    let sessions = line["max_sessions"].as_u64().unwrap();
+    assert!((500..1_000).contains(&sessions), "{line}");
+    serve.serves().await;
+    let page = http_get(serve.admin, "/metrics").await;
+    assert!(
+        (sum(&page, "vestibule_sessions_limit ", "") - f64::from(u32::try_from(sessions).unwrap())).abs()
+            < 0.5
+    );
+    assert!((sum(&page, "process_max_fds ", "") - 2_000.0).abs() < 0.5);
+    serve.end().await;
+}
+
+#[tokio::test]
+async fn a_named_pipe_as_the_log_that_nobody_reads_drops_lines_and_no_session() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("access.fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let world = World::new().await;
+    let log =
+        format!("[log]\naccess = \"{}\"\n[drain]\nnotice = \"300s\"\ndeadline = \"300s\"", path.display());
+    // Nobody has opened it: the start does not wait for a reader.
+    let mut serve = Serve::start(&world.config(&log)).await;
+    serve.serves().await;
+    eventually("lines to be dropped", async || {
+        let done = http_get(serve.health, "/healthz").await;
+        assert_eq!(done.trim(), "ok");
+        for _ in 0..200 {
+            serve.serves().await;
+        }
+        let page = http_get(serve.admin, "/metrics").await;
+        (sum(&page, "vestibule_access_log_dropped_total", "") > 0.5).then_some(())
+    })
+    .await;
+    serve.end().await;
+}
