@@ -1,12 +1,13 @@
 //! The configuration as checked: what the rest of the program may rely on.
 
 mod check;
+pub mod difference;
 mod error;
 mod file;
 mod section;
+pub mod sources;
 mod suggest;
 mod target;
-mod unbuilt;
 pub mod unit;
 mod value;
 mod written;
@@ -18,12 +19,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 pub use self::error::{Fault, Faults};
 use crate::id::EndpointId;
 
 /// A configuration that passed every check: names resolve, addresses do not overlap, units are units.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// `[process]`
     pub process: Process,
@@ -66,7 +68,7 @@ impl Config {
 }
 
 /// What the process takes of the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     /// Data-plane threads; 0 is one for each CPU.
     pub workers: usize,
@@ -74,17 +76,21 @@ pub struct Process {
     pub max_sessions: usize,
     /// Bytes of all splice pipes together.
     pub pipe_memory: u64,
+    /// Whether a configuration file that changes is put in force by itself.
+    pub watch: bool,
 }
 
-/// Where metrics and status are read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where metrics and status are read, and orders are given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Admin {
     /// The address of the read-only pages.
     pub bind: SocketAddr,
+    /// The socket that takes orders too; none takes none.
+    pub socket: Option<PathBuf>,
 }
 
 /// What the load balancer's health check asks.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthEndpoint {
     /// Its address.
     pub bind: SocketAddr,
@@ -93,7 +99,7 @@ pub struct HealthEndpoint {
 }
 
 /// What is logged, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Log {
     /// The lowest level that is written.
     pub level: Level,
@@ -104,8 +110,9 @@ pub struct Log {
 }
 
 /// The level of the process log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names say it")]
+#[serde(rename_all = "kebab-case")]
 pub enum Level {
     Error,
     Warn,
@@ -115,15 +122,17 @@ pub enum Level {
 }
 
 /// The form of the process log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names say it")]
+#[serde(rename_all = "kebab-case")]
 pub enum Format {
     Json,
     Text,
 }
 
 /// Where the access log goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum AccessLog {
     /// Standard output.
     Stdout,
@@ -134,7 +143,7 @@ pub enum AccessLog {
 }
 
 /// How long a session may take over each of its steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeouts {
     /// From accept to a complete PROXY header.
     pub header: Duration,
@@ -149,7 +158,7 @@ pub struct Timeouts {
 }
 
 /// How the process ends without dropping what it holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
     /// Health says 503 and accepting goes on, at least this long.
     pub notice: Duration,
@@ -162,7 +171,7 @@ pub struct Drain {
 }
 
 /// How the names of backends are looked up.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dns {
     /// Who is asked; empty is who the system asks, by `/etc/resolv.conf`.
     pub servers: Vec<SocketAddr>,
@@ -175,7 +184,8 @@ pub struct Dns {
 }
 
 /// What is spoken at a listener, or asked in a probe.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Protocol {
     /// Connections: sessions.
     #[default]
@@ -185,7 +195,7 @@ pub enum Protocol {
 }
 
 /// A bound address, or several, with its rules.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listener {
     /// Its name, unique among listeners.
     pub name: String,
@@ -202,7 +212,7 @@ pub struct Listener {
 }
 
 /// How a listener knows whose traffic it carries.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Identity {
     /// `proxy-protocol = "require"`: by the endpoint ID in the header.
     Header {
@@ -225,7 +235,8 @@ pub enum Identity {
 }
 
 /// What becomes of traffic that names no tenant.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Fallback {
     /// It is rejected.
     Reject,
@@ -234,7 +245,7 @@ pub enum Fallback {
 }
 
 /// Interchangeable backends with one policy.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pool {
     /// Its name, unique among pools.
     pub name: String,
@@ -265,7 +276,7 @@ pub struct Pool {
 }
 
 /// One backend of a pool, or all that a name leads to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backend {
     /// Where it is.
     pub target: Target,
@@ -280,7 +291,7 @@ pub struct Backend {
 }
 
 /// Where a backend accepts.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Target {
     /// At this address.
     Address(SocketAddr),
@@ -296,7 +307,7 @@ pub enum Target {
 }
 
 /// Sessions that wait because every backend has its `max-sessions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Queue {
     /// How many may wait; 0 is none.
     pub length: usize,
@@ -305,7 +316,7 @@ pub struct Queue {
 }
 
 /// The passive check: what real sessions say of a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ejection {
     /// Failures in a row that eject a backend; 0 is never.
     pub consecutive_failures: u32,
@@ -316,7 +327,8 @@ pub struct Ejection {
 }
 
 /// How a backend is picked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Balance {
     /// Each in turn.
     RoundRobin,
@@ -331,7 +343,7 @@ pub enum Balance {
 }
 
 /// The active check of a pool's backends.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Probe {
     /// From one probe of a backend to its next.
     pub interval: Duration,
@@ -350,7 +362,7 @@ pub struct Probe {
 }
 
 /// What a probe asks, once it is connected.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ask {
     /// Nothing: it was accepted.
     Connect,
@@ -377,7 +389,7 @@ pub enum Ask {
 }
 
 /// Whose traffic it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tenant {
     /// Its name, unique among tenants.
     pub name: String,
@@ -396,7 +408,7 @@ pub struct Tenant {
 }
 
 /// What a tenant may take at most; its own keys, and those of the defaults that it does not set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Whether the limits hold or are only counted.
     pub mode: Mode,
@@ -415,7 +427,8 @@ pub struct Limits {
 }
 
 /// What becomes of a session or a byte beyond a limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// It is rejected, or it waits.
     #[default]
@@ -425,7 +438,7 @@ pub enum Mode {
 }
 
 /// So many in a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
     /// From one to the next, on average; never zero.
     pub interval: Duration,
@@ -434,7 +447,7 @@ pub struct Rate {
 }
 
 /// So many bytes in a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bandwidth {
     /// Bytes in each second, on average; at least 1,024.
     pub bytes_per_second: u64,

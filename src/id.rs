@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
 /// The ID of an interface VPC endpoint: `vpce-` and 17 hexadecimal digits, or 8 for those made before 2018.
 ///
 /// Kept as a number, so that a directory of 100,000 tenants compares and hashes two words and no text.
@@ -103,6 +105,18 @@ impl std::str::FromStr for EndpointId {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Self::from_bytes(text.as_bytes()).ok_or(MalformedEndpointId)
+    }
+}
+
+impl Serialize for EndpointId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for EndpointId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
 }
 

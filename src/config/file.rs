@@ -35,6 +35,15 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Written, Faults> {
     reading.finish()
 }
 
+/// The patterns that a main file includes; `None` where that cannot be told.
+pub(super) fn includes(path: &Path) -> Option<Vec<String>> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let tables = DeTable::parse(&text).ok()?.into_inner();
+    let Some(include) = tables.get("include") else { return Some(Vec::new()) };
+    let patterns = include.get_ref().as_array()?.iter();
+    patterns.map(|pattern| pattern.get_ref().as_str().map(str::to_owned)).collect()
+}
+
 /// What was read so far.
 #[derive(Default)]
 struct Reading {
@@ -248,7 +257,7 @@ const SINGLES: [&str; 8] =
 const DUPLICATE: &str = "duplicate key";
 
 /// The files that a pattern names, relative to a folder, in order.
-fn matching(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
+pub(super) fn matching(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
     let shown = quoted(pattern);
     if !pattern.contains(['*', '?', '[']) {
         let file = folder.join(pattern);

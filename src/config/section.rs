@@ -7,7 +7,6 @@ use toml::de::{DeArray, DeTable, DeValue};
 
 use super::error::{Fault, Source};
 use super::suggest;
-use super::unbuilt;
 
 /// A value that a key may hold.
 pub(super) trait FromToml: Sized {
@@ -172,58 +171,25 @@ pub(super) struct Section<'i, 'f> {
     offset: usize,
     table: DeTable<'i>,
     known: Vec<&'static str>,
-    /// Keys that are a fault already.
-    refused: Vec<&'static str>,
     faults: &'f mut Vec<Fault>,
 }
 
 impl<'i, 'f> Section<'i, 'f> {
     /// Opens a table of the kind that its head names.
     pub(super) fn open(head: &'f Head, table: DeTable<'i>, faults: &'f mut Vec<Fault>) -> Self {
-        let (offset, known, refused) = (head.offset, Vec::new(), Vec::new());
-        Self { head, prefix: "", offset, table, known, refused, faults }.without_unbuilt(head.kind)
+        Self { head, prefix: "", offset: head.offset, table, known: Vec::new(), faults }
     }
 
     /// Opens a table within this one, which begins at `offset`; `prefix` stands before its keys in messages.
-    pub(super) fn nested(
-        &mut self,
-        kind: &'static str,
-        prefix: &'static str,
-        table: Spanned<DeTable<'i>>,
-    ) -> Section<'i, '_> {
+    pub(super) fn nested(&mut self, prefix: &'static str, table: Spanned<DeTable<'i>>) -> Section<'i, '_> {
         let (offset, table) = (table.span().start, table.into_inner());
-        let (head, known, refused) = (self.head, Vec::new(), Vec::new());
-        Section { head, prefix, offset, table, known, refused, faults: self.faults }.without_unbuilt(kind)
+        Section { head: self.head, prefix, offset, table, known: Vec::new(), faults: self.faults }
     }
 
     /// Says beforehand which keys there are. Needed where two of them are alike: one is no slip for the other.
     pub(super) fn knowing(mut self, keys: &[&'static str]) -> Self {
         self.known.extend_from_slice(keys);
         self
-    }
-
-    /// Refuses what is not built yet of a table of this kind.
-    fn without_unbuilt(mut self, kind: &str) -> Self {
-        for part in unbuilt::parts_of(kind) {
-            self.refuse(part);
-        }
-        self
-    }
-
-    /// Takes out a key that is not built yet.
-    fn refuse(&mut self, part: &unbuilt::Part) {
-        self.known.push(part.key);
-        let Some(value) = self.table.get(part.key) else { return };
-        let (offset, value) = (value.span().start, value.get_ref());
-        match part.verdict(value) {
-            unbuilt::Verdict::Inert => {}
-            unbuilt::Verdict::Refused => {
-                let message = format!("{}, found {}", part.must, shown(value));
-                self.fault_at(offset, part.key, message);
-                self.refused.push(part.key);
-            }
-        }
-        self.table.remove(part.key);
     }
 
     /// Records a fault of a key, at a byte.
@@ -240,9 +206,6 @@ impl<'i, 'f> Section<'i, 'f> {
     /// Takes a value as it stands.
     pub(super) fn take_raw(&mut self, key: &'static str) -> Field<DeValue<'i>> {
         self.known.push(key);
-        if self.refused.contains(&key) {
-            return Field::Faulty;
-        }
         match self.table.remove(key) {
             Some(value) => Field::Given(value),
             // The misspelt key is a fault already: that the right one is absent goes without saying.

@@ -308,6 +308,22 @@ impl FromToml for AccessLog {
     }
 }
 
+/// Where the socket that takes orders lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SocketPath(pub(super) PathBuf);
+
+impl FromToml for SocketPath {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        /// `sun_path` of unix(7), without the zero at its end.
+        const LONGEST: usize = 107;
+        let wanted = "an absolute path of at most 107 bytes, such as \"/run/vestibule/admin.sock\"";
+        text(value, wanted, |text| {
+            let fits = text.len() <= LONGEST && text.starts_with('/') && !text.ends_with('/');
+            (fits && !text.contains('\0')).then(|| Self(PathBuf::from(text)))
+        })
+    }
+}
+
 /// Whether a tenant's traffic is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct State(pub(super) bool);
@@ -454,6 +470,17 @@ mod tests {
         assert_eq!(read("\"stdout\""), Ok(AccessLog::Stdout));
         assert_eq!(read("\"/var/log/access\""), Ok(AccessLog::File("/var/log/access".into())));
         assert!(read::<AccessLog>("\"\"").is_err());
+    }
+
+    #[test]
+    fn a_socket_has_an_absolute_path_that_the_system_takes() {
+        let longest = format!("\"/{}\"", "a".repeat(106));
+        assert!(read::<SocketPath>(&longest).is_ok());
+        for text in
+            ["\"\"", "\"admin.sock\"", "\"/run/\"", "\"/a\\u0000b\"", "5", &longest.replacen('a', "aa", 1)]
+        {
+            assert!(refused::<SocketPath>(text).starts_with("must be an absolute path"), "{text}");
+        }
     }
 
     #[test]

@@ -13,7 +13,8 @@ use super::error::Fault;
 use super::section::{Field, Head, List, Pairs, Section};
 use super::unit::Ports;
 use super::value::{
-    Count, Interval, Name, Nameserver, PerSecond, ProxyProtocol, Sessions, Size, State, UrlPath, Whole,
+    Count, Interval, Name, Nameserver, PerSecond, ProxyProtocol, Sessions, Size, SocketPath, State, UrlPath,
+    Whole,
 };
 use super::{AccessLog, Fallback, Format, Level, Mode, Protocol};
 use crate::id::EndpointId;
@@ -46,6 +47,7 @@ pub(super) struct Process {
     pub(super) workers: Field<Whole<0, 1024>>,
     pub(super) max_sessions: Field<Count<0>>,
     pub(super) pipe_memory: Field<Size>,
+    pub(super) watch: Field<bool>,
 }
 
 impl Process {
@@ -55,6 +57,7 @@ impl Process {
             workers: section.take("workers"),
             max_sessions: section.take("max-sessions"),
             pipe_memory: section.take("pipe-memory"),
+            watch: section.take("watch"),
         };
         section.finish();
         read
@@ -66,14 +69,15 @@ impl Process {
 pub(super) struct Admin {
     pub(super) head: Option<Head>,
     pub(super) bind: Field<SocketAddr>,
+    pub(super) socket: Field<SocketPath>,
 }
 
 impl Admin {
     pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
         let mut section = Section::open(&head, table, faults);
-        let bind = section.take("bind");
+        let (bind, socket) = (section.take("bind"), section.take("socket"));
         section.finish();
-        Self { head: Some(head), bind }
+        Self { head: Some(head), bind, socket }
     }
 }
 
@@ -279,7 +283,7 @@ impl Limits {
 
     fn within(section: &mut Section<'_, '_>) -> Self {
         match section.take_table("limits") {
-            Field::Given(table) => Self::read(section.nested("tenant.limits", "limits.", table)),
+            Field::Given(table) => Self::read(section.nested("limits.", table)),
             Field::Absent | Field::Faulty => Self::default(),
         }
     }

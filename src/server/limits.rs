@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     fn process(max_sessions: usize, pipe_memory: u64) -> Process {
-        Process { workers: 0, max_sessions, pipe_memory }
+        Process { workers: 0, max_sessions, pipe_memory, watch: false }
     }
 
     fn sessions(process: &Process, descriptors: u64) -> Result<usize, String> {

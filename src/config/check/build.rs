@@ -39,8 +39,12 @@ pub(super) fn config(written: Written) -> Config {
             workers: written.process.workers.or(Whole(0)).as_usize(),
             max_sessions: written.process.max_sessions.or(Whole(0)).as_usize(),
             pipe_memory: written.process.pipe_memory.or(Size(PIPE_MEMORY)).0,
+            watch: written.process.watch.or(false),
         },
-        admin: Admin { bind: written.admin.bind.or(ADMIN_BIND) },
+        admin: Admin {
+            bind: written.admin.bind.or(ADMIN_BIND),
+            socket: written.admin.socket.value().map(|socket| socket.0),
+        },
         health: HealthEndpoint {
             bind: written.health.bind.or(HEALTH_BIND),
             path: written.health.path.or(UrlPath("/healthz".to_owned())).0,

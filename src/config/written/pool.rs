@@ -43,15 +43,15 @@ impl Pool {
         let (slow_start, panic_threshold) = (section.take("slow-start"), section.take("panic-threshold"));
         let source_addresses = section.take_list("source-addresses");
         let queue = match section.take_table("queue") {
-            Field::Given(table) => Queue::read(section.nested("pool.queue", "queue.", table)),
+            Field::Given(table) => Queue::read(section.nested("queue.", table)),
             Field::Absent | Field::Faulty => Queue::default(),
         };
         let health = match section.take_table("health") {
-            Field::Given(table) => Probe::read(section.nested("pool.health", "health.", table)),
+            Field::Given(table) => Probe::read(section.nested("health.", table)),
             Field::Absent | Field::Faulty => Probe::default(),
         };
         let ejection = match section.take_table("ejection") {
-            Field::Given(table) => Ejection::read(section.nested("pool.ejection", "ejection.", table)),
+            Field::Given(table) => Ejection::read(section.nested("ejection.", table)),
             Field::Absent | Field::Faulty => Ejection::default(),
         };
         section.finish();
@@ -118,7 +118,7 @@ impl Backend {
             table.insert(Spanned::new(span.clone(), ADDRESS.into()), Spanned::new(span.clone(), short));
             table
         });
-        let mut section = pool.nested("backend", "backends.", Spanned::new(span.clone(), table));
+        let mut section = pool.nested("backends.", Spanned::new(span.clone(), table));
         let read = Self {
             address: section.require(ADDRESS, "\"10.0.1.10:80\""),
             weight: section.take("weight"),

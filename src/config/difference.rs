@@ -1,0 +1,365 @@
+//! What one configuration has that another one has not, and whom it concerns: what a reload would change.
+
+mod shown;
+#[cfg(test)]
+mod tests;
+mod usage;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::hash::Hash;
+
+use serde::{Deserialize, Serialize};
+
+use self::shown::{keys, limits};
+use self::usage::Uses;
+pub use self::usage::{BackendUse, RouteUse, Use};
+use super::{Backend, Config, Listener, Pool, Protocol, Tenant};
+
+/// A configuration that is in force, and what goes through it now.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct InForce<C = Config> {
+    /// The version of the program that it is in force in.
+    pub version: String,
+    /// The configuration as checked.
+    pub config: C,
+    /// Sessions and flows now. Rows without any are left out.
+    pub routes: Vec<RouteUse>,
+    /// Sessions and flows of each backend now. Rows without any are left out.
+    pub backends: Vec<BackendUse>,
+}
+
+/// What a change is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum What {
+    Table,
+    Listener,
+    Pool,
+    Backend,
+    Tenant,
+}
+
+/// What becomes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// It comes.
+    Added,
+    /// It goes.
+    Removed,
+    /// It stays, with other keys.
+    Changed,
+    /// A tenant's: other endpoints, or another pool, of its own or by a route or a listener.
+    Moved,
+    /// A tenant's.
+    Limits,
+    /// A tenant's: it is enabled or disabled.
+    State,
+    /// A reload would refuse it, and all else with it: it needs a restart or a takeover.
+    Refused,
+}
+
+/// One key with another value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Key {
+    /// The key as the file has it.
+    pub key: String,
+    /// What is in force; none where that is nothing.
+    pub from: Option<String>,
+    /// What would be.
+    pub to: Option<String>,
+}
+
+/// One thing that would change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// What it is.
+    pub what: What,
+    /// Its name; of a backend its address, of a table its name in brackets.
+    pub name: String,
+    /// A backend's pool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// What becomes of it.
+    pub kind: Kind,
+    /// What is different.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<Key>,
+    /// Sessions and flows that it concerns now.
+    #[serde(flatten)]
+    pub now: Use,
+}
+
+/// What a reload would change.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// Each of it: tables, listeners, pools with their backends, tenants.
+    pub changes: Vec<Change>,
+    /// Sessions and flows that any of it concerns now, each counted once.
+    #[serde(flatten)]
+    pub now: Use,
+}
+
+impl Difference {
+    /// What would change were `next` put in the place of what is in force.
+    #[must_use]
+    pub fn between(now: &InForce, next: &Config) -> Self {
+        let uses = Uses::of(now);
+        let mut changes = tables(&now.config, next, &uses);
+        listeners(&now.config, next, &uses, &mut changes);
+        pools(&now.config, next, &uses, &mut changes);
+        tenants(&now.config, next, &uses, &mut changes);
+        let concerned = uses.concerned(&changes);
+        Self { changes, now: concerned }
+    }
+
+    /// Whether nothing would change.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    /// Whether a reload would be refused.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.changes.iter().any(|change| change.kind == Kind::Refused)
+    }
+}
+
+impl Change {
+    fn new(what: What, name: &str, kind: Kind, now: Use) -> Self {
+        Self { what, name: name.to_owned(), pool: None, kind, keys: Vec::new(), now }
+    }
+
+    fn with(self, keys: Vec<Key>) -> Self {
+        Self { keys, ..self }
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.what, &self.pool) {
+            (What::Table, _) => f.write_str(&self.name)?,
+            (What::Listener, _) => write!(f, "listener \"{}\"", self.name)?,
+            (What::Pool, _) => write!(f, "pool \"{}\"", self.name)?,
+            (What::Backend, pool) => {
+                write!(f, "pool \"{}\": backend {}", pool.as_deref().unwrap_or_default(), self.name)?;
+            }
+            (What::Tenant, _) => write!(f, "tenant \"{}\"", self.name)?,
+        }
+        f.write_str(match self.kind {
+            Kind::Added => ": added",
+            Kind::Removed => ": removed",
+            Kind::Changed => ": changed",
+            Kind::Moved => ": moved",
+            Kind::Limits => ": limits",
+            Kind::State => ": state",
+            Kind::Refused => ": refused, for it needs a restart or a takeover",
+        })?;
+        for (number, key) in self.keys.iter().enumerate() {
+            f.write_str(if number == 0 { ": " } else { ", " })?;
+            fmt::Display::fmt(key, f)?;
+        }
+        if self.now.is_nothing() { Ok(()) } else { write!(f, "; {} now", self.now) }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.from, &self.to) {
+            (None, Some(to)) => write!(f, "{} +{to}", self.key),
+            (Some(from), None) => write!(f, "{} -{from}", self.key),
+            (from, to) => {
+                let [from, to] = [from, to].map(|side| side.as_deref().unwrap_or("none"));
+                write!(f, "{} {from} -> {to}", self.key)
+            }
+        }
+    }
+}
+
+/// The tables that stand once.
+fn tables(now: &Config, next: &Config, uses: &Uses<'_>) -> Vec<Change> {
+    // Every field by name, so that a new one is not forgotten here.
+    let Config { process, admin, health, log, timeouts, drain, dns, listeners: _, pools: _, tenants: _ } =
+        now;
+    let everybody = uses.all();
+    let tables = [
+        ("[process]", Kind::Refused, keys(process, &next.process)),
+        ("[admin]", Kind::Refused, keys(admin, &next.admin)),
+        ("[health]", Kind::Refused, keys(health, &next.health)),
+        ("[log]", Kind::Refused, keys(log, &next.log)),
+        ("[dns]", Kind::Refused, keys(dns, &next.dns)),
+        ("[timeouts]", Kind::Changed, keys(timeouts, &next.timeouts)),
+        ("[drain]", Kind::Changed, keys(drain, &next.drain)),
+    ];
+    let changed = tables.into_iter().filter(|(_, _, keys)| !keys.is_empty());
+    changed
+        .map(|(name, kind, keys)| {
+            // Timeouts hold for sessions that come; the others concern nobody who is there.
+            let now = if name == "[timeouts]" { everybody } else { Use::default() };
+            Change::new(What::Table, name, kind, now).with(keys)
+        })
+        .collect()
+}
+
+/// The same thing before and after, where it is there.
+type Pair<'c, T> = (Option<&'c T>, Option<&'c T>);
+
+/// What there is of a kind before and after, by its name: in the order of the new file, then what is gone.
+fn pairs<'c, T, N: Eq + Hash>(now: &'c [T], next: &'c [T], name: impl Fn(&'c T) -> &'c N) -> Vec<Pair<'c, T>>
+where
+    N: 'c,
+{
+    let mut before: HashMap<&N, &T> = now.iter().map(|item| (name(item), item)).collect();
+    let mut pairs: Vec<_> = next.iter().map(|item| (before.remove(name(item)), Some(item))).collect();
+    pairs.extend(now.iter().filter(|item| before.contains_key(name(item))).map(|item| (Some(item), None)));
+    pairs
+}
+
+fn listeners(now: &Config, next: &Config, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+    for pair in pairs(&now.listeners, &next.listeners, |listener| &listener.name) {
+        let change = |listener: &Listener, kind| {
+            Change::new(What::Listener, &listener.name, kind, uses.listener(&listener.name))
+        };
+        match pair {
+            (Some(gone), None) => changes.push(change(gone, Kind::Removed)),
+            (None, Some(new)) => {
+                let addresses = one_by_one("bind", &[], &new.bind);
+                changes.push(change(new, Kind::Added).with(addresses));
+            }
+            (Some(before), Some(after)) if before != after => {
+                let without = |listener: &Listener| Listener { bind: Vec::new(), ..listener.clone() };
+                let mut differing = one_by_one("bind", &before.bind, &after.bind);
+                differing.extend(keys(&without(before), &without(after)));
+                changes.push(change(after, Kind::Changed).with(differing));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn pools(now: &Config, next: &Config, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+    for pair in pairs(&now.pools, &next.pools, |pool| &pool.name) {
+        let change = |pool: &Pool, kind| Change::new(What::Pool, &pool.name, kind, uses.pool(&pool.name));
+        match pair {
+            (Some(gone), None) => changes.push(change(gone, Kind::Removed)),
+            (None, Some(new)) => changes.push(change(new, Kind::Added)),
+            (Some(before), Some(after)) if before != after => {
+                let without = |pool: &Pool| Pool { backends: Vec::new(), ..pool.clone() };
+                let differing = keys(&without(before), &without(after));
+                if !differing.is_empty() {
+                    changes.push(change(after, Kind::Changed).with(differing));
+                }
+                backends(before, after, uses, changes);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn backends(before: &Pool, after: &Pool, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+    for pair in pairs(&before.backends, &after.backends, |backend| &backend.target) {
+        let change = |backend: &Backend, kind| {
+            let name = backend.target.to_string();
+            let now = uses.backend(&after.name, &name);
+            let pool = Some(after.name.clone());
+            Change { pool, ..Change::new(What::Backend, &name, kind, now) }
+        };
+        match pair {
+            (Some(gone), None) => changes.push(change(gone, Kind::Removed)),
+            (None, Some(new)) => changes.push(change(new, Kind::Added)),
+            (Some(one), Some(other)) if one != other => {
+                changes.push(change(other, Kind::Changed).with(keys(one, other)));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn tenants(now: &Config, next: &Config, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+    let both = pairs(&now.listeners, &next.listeners, |listener| &listener.name);
+    let both: Vec<_> = both.into_iter().filter_map(|(before, after)| before.zip(after)).collect();
+    for pair in pairs(&now.tenants, &next.tenants, |tenant| &tenant.name) {
+        match pair {
+            (Some(gone), None) => changes.push(of_tenant(gone, Kind::Removed, uses)),
+            (None, Some(new)) => changes.push(of_tenant(new, Kind::Added, uses)),
+            (Some(before), Some(after)) => tenant(before, after, &both, uses, changes),
+            (None, None) => {}
+        }
+    }
+}
+
+fn of_tenant(tenant: &Tenant, kind: Kind, uses: &Uses<'_>) -> Change {
+    Change::new(What::Tenant, &tenant.name, kind, uses.tenant(&tenant.name))
+}
+
+fn tenant(
+    before: &Tenant,
+    after: &Tenant,
+    listeners: &[(&Listener, &Listener)],
+    uses: &Uses<'_>,
+    changes: &mut Vec<Change>,
+) {
+    // Even of a tenant that is the same, a listener's pool may be another.
+    let moves: Vec<_> = listeners
+        .iter()
+        .map(|(old, new)| (&new.name, pool_of(before, old), pool_of(after, new)))
+        .filter(|(_, from, to)| from != to)
+        .collect();
+    let is_moved = !moves.is_empty() || before.endpoints != after.endpoints;
+    if is_moved {
+        let mut now = Use::default();
+        let mut moved = one_by_one("endpoints", &before.endpoints, &after.endpoints);
+        for (listener, from, to) in moves {
+            now += uses.tenant_at(&after.name, listener);
+            let [from, to] = [from, to].map(|pool| pool.unwrap_or("none").to_owned());
+            moved.push(Key { key: listener.clone(), from: Some(from), to: Some(to) });
+        }
+        if before.endpoints != after.endpoints {
+            now = uses.tenant(&after.name);
+        }
+        if !moved.is_empty() {
+            changes.push(Change { now, ..of_tenant(after, Kind::Moved, uses) }.with(moved));
+        }
+    }
+    let limits = limits(&before.limits, &after.limits);
+    if !limits.is_empty() {
+        changes.push(of_tenant(after, Kind::Limits, uses).with(limits));
+    }
+    if before.enabled != after.enabled {
+        let [from, to] = [before, after].map(|tenant| if tenant.enabled { "enabled" } else { "disabled" });
+        let key = Key { key: "state".to_owned(), from: Some(from.to_owned()), to: Some(to.to_owned()) };
+        changes.push(of_tenant(after, Kind::State, uses).with(vec![key]));
+    }
+    if before.labels != after.labels {
+        let labels = |tenant: &Tenant| BTreeMap::from([("labels", tenant.labels.clone())]);
+        changes.push(of_tenant(after, Kind::Changed, uses).with(keys(&labels(before), &labels(after))));
+    }
+}
+
+/// The pool of a tenant's sessions at a listener.
+fn pool_of<'c>(tenant: &'c Tenant, listener: &'c Listener) -> Option<&'c str> {
+    let own = tenant.routes.get(&listener.name).or(tenant.pool.as_ref());
+    own.or(listener.pool.as_ref()).map(String::as_str)
+}
+
+/// What is new in a list, and what is gone. Another order makes no difference.
+fn one_by_one<T: Ord + ToString>(key: &str, before: &[T], after: &[T]) -> Vec<Key> {
+    let [old, new] = [before, after].map(|list| list.iter().collect::<BTreeSet<_>>());
+    let side = |from: Option<&T>, to: Option<&T>| Key {
+        key: key.to_owned(),
+        from: from.map(ToString::to_string),
+        to: to.map(ToString::to_string),
+    };
+    let gone = old.difference(&new).map(|item| side(Some(item), None));
+    gone.chain(new.difference(&old).map(|item| side(None, Some(item)))).collect()
+}
+
+impl Listener {
+    /// Whether what goes on there are flows.
+    fn has_flows(&self) -> bool {
+        self.protocol == Protocol::Udp
+    }
+}

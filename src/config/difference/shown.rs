@@ -1,0 +1,150 @@
+//! Values as an operator reads them, and the keys that have another one.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::Key;
+use crate::config::{Bandwidth, Limits, Mode, Rate};
+
+/// Steps on the way to a value that are names of variants and no keys of a file.
+const NO_KEYS: [&str; 7] = ["identity", "Header", "Fixed", "ask", "Http", "Exchange", "file"];
+
+/// The keys of a table that are different. They are found in whatever the table serialises to, so that no new key can
+/// be forgotten here.
+pub(super) fn keys<T: Serialize>(before: &T, after: &T) -> Vec<Key> {
+    let [mut old, new] = [before, after].map(|table| {
+        let mut flat = BTreeMap::new();
+        flatten(String::new(), &serde_json::to_value(table).unwrap_or_default(), &mut flat);
+        flat
+    });
+    let mut differing = Vec::new();
+    for (key, to) in new {
+        let from = old.remove(&key);
+        if from.as_ref() != Some(&to) {
+            differing.push(Key { key, from: Some(from.unwrap_or_else(none)), to: Some(to) });
+        }
+    }
+    differing.extend(old.into_iter().map(|(key, from)| Key { key, from: Some(from), to: Some(none()) }));
+    differing.sort_by(|a, b| a.key.cmp(&b.key));
+    differing
+}
+
+fn none() -> String {
+    "none".to_owned()
+}
+
+fn flatten(key: String, value: &Value, flat: &mut BTreeMap<String, String>) {
+    match value {
+        Value::Object(object) if leaf(object).is_none() => {
+            for (name, value) in object {
+                let inside = match (NO_KEYS.contains(&name.as_str()), key.is_empty()) {
+                    (true, _) => key.clone(),
+                    (false, true) => name.replace('_', "-"),
+                    (false, false) => format!("{key}.{}", name.replace('_', "-")),
+                };
+                flatten(inside, value, flat);
+            }
+        }
+        Value::Null => {}
+        Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) | Value::Object(_) => {
+            flat.insert(key, text(value));
+        }
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) if values.is_empty() => none(),
+        Value::Array(values) => values.iter().map(text).collect::<Vec<_>>().join(" "),
+        Value::Object(object) => leaf(object).unwrap_or_else(|| value.to_string()),
+        Value::Null | Value::Bool(_) | Value::Number(_) => value.to_string(),
+    }
+}
+
+/// What serialises to a table and is one value: durations and ranges.
+fn leaf(object: &Map<String, Value>) -> Option<String> {
+    let number = |key: &str| object.get(key).and_then(Value::as_u64);
+    if let (Some(secs), Some(nanos), 2) = (number("secs"), number("nanos"), object.len()) {
+        return Some(duration(Duration::new(secs, u32::try_from(nanos).ok()?)));
+    }
+    let (start, end) = (number("start")?, number("end")?);
+    Some(if start == end { start.to_string() } else { format!("{start}-{end}") })
+}
+
+fn duration(duration: Duration) -> String {
+    humantime::format_duration(duration).to_string()
+}
+
+/// The limits that are different.
+pub(super) fn limits(before: &Limits, after: &Limits) -> Vec<Key> {
+    let (old, new) = (texts(before), texts(after));
+    let differing = old.into_iter().zip(new).filter(|((_, from), (_, to))| from != to);
+    differing
+        .map(|((key, from), (_, to))| {
+            let said = |side: Option<String>| Some(side.unwrap_or_else(none));
+            Key { key: key.to_owned(), from: said(from), to: said(to) }
+        })
+        .collect()
+}
+
+/// Each limit in words.
+fn texts(limits: &Limits) -> [(&'static str, Option<String>); 7] {
+    let Limits { mode, sessions, session_rate, to_backend, to_client, flows, datagram_rate } = limits;
+    let mode = match mode {
+        Mode::Enforce => "enforce",
+        Mode::Observe => "observe",
+    };
+    [
+        ("mode", Some(mode.to_owned())),
+        ("sessions", sessions.map(|sessions| sessions.to_string())),
+        ("session-rate", session_rate.map(rate)),
+        ("to-backend", to_backend.map(bandwidth)),
+        ("to-client", to_client.map(bandwidth)),
+        ("flows", flows.map(|flows| flows.to_string())),
+        ("datagram-rate", datagram_rate.map(rate)),
+    ]
+}
+
+fn rate(rate: Rate) -> String {
+    let nanos = rate.interval.as_nanos().max(1);
+    let second = Duration::from_secs(1).as_nanos();
+    let each = if nanos <= second {
+        // The interval was rounded to nanoseconds, so the rate is rounded back.
+        format!("{}/s", (second + nanos / 2) / nanos)
+    } else {
+        format!("one in {}", duration(rate.interval))
+    };
+    format!("{each} (burst {})", rate.burst)
+}
+
+fn bandwidth(bandwidth: Bandwidth) -> String {
+    format!("{}/s (burst {})", size(bandwidth.bytes_per_second), size(bandwidth.burst))
+}
+
+/// Bytes in the largest unit that divides them.
+fn size(bytes: u64) -> String {
+    let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    let whole = units.into_iter().find(|(_, bits)| bytes > 0 && bytes.trailing_zeros() >= *bits);
+    whole.map_or_else(|| format!("{bytes}B"), |(unit, bits)| format!("{}{unit}", bytes >> bits))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_told_as_they_are_written() {
+        assert_eq!(
+            [0, 1023, 1024, 1 << 20, 50 << 20, 1 << 30].map(size),
+            ["0B", "1023B", "1KiB", "1MiB", "50MiB", "1GiB"]
+        );
+        let every = |interval| rate(Rate { interval, burst: 4 });
+        assert_eq!(every(Duration::from_millis(5)), "200/s (burst 4)");
+        assert_eq!(every(Duration::from_nanos(333_333_333)), "3/s (burst 4)");
+        assert_eq!(every(Duration::from_mins(1)), "one in 1m (burst 4)");
+    }
+}

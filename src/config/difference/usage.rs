@@ -1,0 +1,170 @@
+//! How many sessions and flows there are now, by what a change may be of.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::ops::AddAssign;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Change, InForce, Kind, What};
+
+/// Sessions or flows of a listener, a tenant and a pool now. Before a session's tenant is known, the two are empty.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct RouteUse {
+    pub listener: String,
+    pub tenant: String,
+    pub pool: String,
+    pub now: u64,
+}
+
+/// Sessions and flows of a backend now.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct BackendUse {
+    pub pool: String,
+    pub backend: String,
+    pub now: u64,
+}
+
+/// So many of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Use {
+    pub sessions: u64,
+    pub flows: u64,
+}
+
+impl Use {
+    pub(super) fn is_nothing(self) -> bool {
+        self == Self::default()
+    }
+}
+
+impl AddAssign for Use {
+    fn add_assign(&mut self, other: Self) {
+        self.sessions += other.sessions;
+        self.flows += other.flows;
+    }
+}
+
+impl fmt::Display for Use {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counted = |count: u64, noun: &str| {
+            if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+        };
+        let (sessions, flows) = (counted(self.sessions, "session"), counted(self.flows, "flow"));
+        match (self.sessions, self.flows) {
+            (_, 0) => f.write_str(&sessions),
+            (0, _) => f.write_str(&flows),
+            (_, _) => write!(f, "{sessions} and {flows}"),
+        }
+    }
+}
+
+/// All of it, added up.
+pub(super) struct Uses<'n> {
+    routes: Vec<(&'n RouteUse, Use)>,
+    listeners: HashMap<&'n str, Use>,
+    pools: HashMap<&'n str, Use>,
+    tenants: HashMap<&'n str, Use>,
+    /// Of each tenant at each listener.
+    doors: HashMap<(&'n str, &'n str), Use>,
+    backends: HashMap<(&'n str, &'n str), u64>,
+    /// Pools whose sessions are flows: a backend's row does not tell.
+    flows: HashSet<&'n str>,
+}
+
+impl<'n> Uses<'n> {
+    pub(super) fn of(now: &'n InForce) -> Self {
+        let udp = now.config.listeners.iter().filter(|listener| listener.has_flows());
+        let udp: HashSet<&str> = udp.map(|listener| listener.name.as_str()).collect();
+        let routes = now.routes.iter().map(|route| {
+            let flows = udp.contains(route.listener.as_str());
+            let (sessions, flows) = if flows { (0, route.now) } else { (route.now, 0) };
+            (route, Use { sessions, flows })
+        });
+        let routes: Vec<_> = routes.collect();
+        let sum = |key: fn(&'n RouteUse) -> &'n str| {
+            let mut sums: HashMap<&'n str, Use> = HashMap::new();
+            routes.iter().for_each(|(route, now)| *sums.entry(key(route)).or_default() += *now);
+            sums
+        };
+        let pools = sum(|route| &route.pool);
+        let mut doors: HashMap<_, Use> = HashMap::new();
+        for (route, now) in &routes {
+            *doors.entry((route.tenant.as_str(), route.listener.as_str())).or_default() += *now;
+        }
+        let mut backends = HashMap::new();
+        for row in &now.backends {
+            *backends.entry((row.pool.as_str(), row.backend.as_str())).or_default() += row.now;
+        }
+        Self {
+            listeners: sum(|route| &route.listener),
+            tenants: sum(|route| &route.tenant),
+            flows: pools.iter().filter(|(_, now)| now.sessions == 0).map(|(pool, _)| *pool).collect(),
+            pools,
+            doors,
+            backends,
+            routes,
+        }
+    }
+
+    pub(super) fn all(&self) -> Use {
+        let mut all = Use::default();
+        self.routes.iter().for_each(|(_, now)| all += *now);
+        all
+    }
+
+    pub(super) fn listener(&self, name: &str) -> Use {
+        self.listeners.get(name).copied().unwrap_or_default()
+    }
+
+    pub(super) fn pool(&self, name: &str) -> Use {
+        self.pools.get(name).copied().unwrap_or_default()
+    }
+
+    pub(super) fn tenant(&self, name: &str) -> Use {
+        self.tenants.get(name).copied().unwrap_or_default()
+    }
+
+    pub(super) fn tenant_at(&self, tenant: &str, listener: &str) -> Use {
+        self.doors.get(&(tenant, listener)).copied().unwrap_or_default()
+    }
+
+    pub(super) fn backend(&self, pool: &str, backend: &str) -> Use {
+        let now = self.backends.get(&(pool, backend)).copied().unwrap_or_default();
+        let (sessions, flows) = if self.flows.contains(pool) { (0, now) } else { (now, 0) };
+        Use { sessions, flows }
+    }
+
+    /// What any of these changes concerns, each session once. Of a changed backend its whole pool, for a row of a route
+    /// does not say which backend.
+    pub(super) fn concerned(&self, changes: &[Change]) -> Use {
+        let (mut names, mut doors) = (HashSet::new(), HashSet::new());
+        let mut everybody = false;
+        for change in changes.iter().filter(|change| !change.now.is_nothing()) {
+            let name = change.name.as_str();
+            let moves = || change.keys.iter().filter(|key| key.from.is_some() && key.to.is_some());
+            match (change.what, &change.pool) {
+                (What::Table, _) => everybody = true,
+                (What::Backend, Some(pool)) => drop(names.insert((What::Pool, pool.as_str()))),
+                (What::Tenant, _) if change.kind == Kind::Moved && moves().count() == change.keys.len() => {
+                    doors.extend(moves().map(|key| (name, key.key.as_str())));
+                }
+                (what, _) => drop(names.insert((what, name))),
+            }
+        }
+        let is_concerned = |route: &RouteUse| {
+            let (listener, tenant) = (route.listener.as_str(), route.tenant.as_str());
+            everybody
+                || names.contains(&(What::Listener, listener))
+                || names.contains(&(What::Pool, route.pool.as_str()))
+                || names.contains(&(What::Tenant, tenant))
+                || doors.contains(&(tenant, listener))
+        };
+        let mut sum = Use::default();
+        self.routes.iter().filter(|(route, _)| is_concerned(route)).for_each(|(_, now)| sum += *now);
+        sum
+    }
+}
