@@ -1,11 +1,13 @@
 //! The command line: what was asked for, carried out.
 
+mod ask;
 mod backend;
 mod check;
 mod demo;
 mod load;
 mod plot;
 mod serve;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -28,14 +30,16 @@ enum Command {
     ///
     /// SIGTERM or SIGINT drains: the health check says 503, accepting goes on until the load balancer has stopped
     /// sending, and sessions may end by themselves within the limits of [drain]. A second signal ends it at once.
-    /// SIGHUP reloads: tenants and their limits change while sessions live; a file with a fault changes nothing.
+    /// SIGHUP reloads, and so does a file that changes where [process] watch is true: tenants and their limits change
+    /// while sessions live; a file with a fault changes nothing.
     #[command(after_help = "Example:  vestibule serve --config config/minimal.toml")]
     Serve(Config),
-    /// Checks a configuration and prints every fault in it
+    /// Checks a configuration and prints every fault in it; or what it would change in a process that runs
     ///
-    /// Exit status 0 where it is fine, 1 where it is not.
-    #[command(after_help = "Example:  vestibule check --config config/reference.toml")]
-    Check(Config),
+    /// With --against, prints what a reload would change: listeners, pools, backends and tenants that are added, removed,
+    /// moved or limited otherwise, what would be refused, and how many sessions and flows each of it concerns now.
+    #[command(after_help = check::EXAMPLES)]
+    Check(check::Options),
     /// Shows the whole thing in one process, with nothing but this binary
     ///
     /// Starts a load balancer with two VPC endpoints whose consumers have the same addresses, two pools of HTTP
@@ -64,7 +68,7 @@ struct Config {
 pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(options) => serve::run(&options.config),
-        Command::Check(options) => check::run(&options.config),
+        Command::Check(options) => check::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Load(options) => load::run(&options),
         Command::Backend(options) => backend::run(&options),

@@ -312,6 +312,17 @@ impl Pool {
         changes
     }
 
+    /// Gives a backend another weight, until a reload changes that backend; the weight before, and what to tell. `None` where
+    /// there is no such backend.
+    pub fn order(&self, address: BackendAddr, weight: u32, now: Moment) -> Option<(u32, Change)> {
+        let changing = lock(&self.changing);
+        let all = changing.next.as_deref().map_or_else(|| self.roster().backends().to_vec(), <[_]>::to_vec);
+        let backend = all.into_iter().find(|backend| backend.address() == address)?;
+        let before = backend.order(weight, now);
+        self.renew(changing, now);
+        Some((before, change(&backend, None)))
+    }
+
     /// Makes the roster anew, or has it made when its time has come; at once where there is nobody in it.
     fn renew_soon(&self, changing: MutexGuard<'_, Changing>, now: Moment) {
         let next = changing.renewed + RENEWAL;

@@ -2,14 +2,20 @@
 
 mod crew;
 mod drain;
+pub mod inherit;
 mod limits;
 mod listen;
+pub mod notify;
+mod orders;
+mod socket;
 mod upkeep;
 mod worker;
 mod writer;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
@@ -18,15 +24,18 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 use self::drain::Stage;
+use self::inherit::Inherited;
 use self::worker::Post;
 use crate::account::log::QUEUE;
-use crate::admin;
+use crate::admin::{self, Desks};
 use crate::config::{Config, Drain};
 use crate::probe::Lanes;
 use crate::resolve::{NoServers, Resolver};
 use crate::state::Live;
 
 pub use self::limits::Capacity;
+pub use self::orders::Orders;
+pub use self::socket::SocketFile;
 
 /// Why the process could not start.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +50,24 @@ pub enum StartError {
         /// What the system said.
         error: io::Error,
     },
+    /// The admin socket could not be opened.
+    #[error("admin.socket: {}: must be free for a socket, found {found}", path.display())]
+    AdminSocket {
+        /// Its path.
+        path: PathBuf,
+        /// What is there instead, and what to do.
+        found: String,
+    },
+    /// What was passed is no socket.
+    #[error("LISTEN_FDS: must pass listening sockets only, found: {0}")]
+    Inherited(io::Error),
+    /// Sockets were passed that nobody asked for.
+    #[error(
+        "LISTEN_FDS: must pass sockets of configured addresses only, found {}; configure these addresses, or take them out of the \
+         socket units",
+        .0.join(", ")
+    )]
+    Unmatched(Vec<String>),
     /// The access log's file could not be opened.
     #[error("log.access: {path}: must be a file that can be appended to, found: {error}")]
     AccessLog {
@@ -80,6 +107,17 @@ pub struct Server {
     threads: Vec<JoinHandle<()>>,
     /// Closed once the access log is written to its end.
     written: Option<Receiver<()>>,
+    orders: Arc<Orders>,
+    socket: Option<Arc<SocketFile>>,
+}
+
+/// What a server may be started with beside its configuration.
+#[derive(Debug, Default)]
+pub struct Start {
+    /// The file that a reload reads again; without one, each reload is refused.
+    pub source: Option<PathBuf>,
+    /// Sockets that are bound already.
+    pub inherited: Inherited,
 }
 
 /// How long the end waits for the access log to be written.
@@ -91,18 +129,34 @@ impl Server {
     /// # Errors
     /// The first thing that the machine refused; nothing runs then.
     pub fn start(config: &Config) -> Result<Self, StartError> {
+        Self::start_with(config, Start::default())
+    }
+
+    /// [`start`](Self::start), with more than a configuration.
+    ///
+    /// # Errors
+    /// As there; and where a socket was passed that no address asks for.
+    pub fn start_with(config: &Config, start: Start) -> Result<Self, StartError> {
+        let Start { source, mut inherited } = start;
         let workers = limits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
         let capacity = limits::capacity(config, workers, sockets)?;
         let live = Live::new(config, workers, capacity.sessions, capacity.pipes);
-        let admin = listen::page("admin", config.admin.bind)?;
-        let health = listen::page("health", config.health.bind)?;
+        let admin = listen::page("admin", config.admin.bind, &mut inherited)?;
+        let health = listen::page("health", config.health.bind, &mut inherited)?;
+        // After the address of the pages, which no second process of the same configuration gets.
+        let (admin_socket, socket_file) = admin_socket(config, &mut inherited)?.unzip();
         listen::try_sources(config)?;
         let named = live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0);
         let resolver = named.then(|| Resolver::new(&config.dns).map(Arc::new)).transpose()?;
-        let doors = listen::doors(config, workers)?;
+        let doors = listen::doors(config, workers, &mut inherited)?;
+        let unmatched = inherited.rest();
+        if !unmatched.is_empty() {
+            return Err(StartError::Unmatched(unmatched));
+        }
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
+        let orders = Arc::new(Orders::new(Arc::clone(&live), source, drain.clone()));
         let bound = doors.addresses.iter().map(|(_, addresses)| addresses.clone()).collect();
         live.bound.get_or_init(|| bound);
         let mut server = Self {
@@ -115,6 +169,8 @@ impl Server {
             capacity,
             threads: Vec::new(),
             written: None,
+            orders: Arc::clone(&orders),
+            socket: socket_file.flatten().map(Arc::new),
         };
         let (journal, written) =
             writer::open(&config.log.access, QUEUE * workers, Arc::clone(&live.log_lost))?;
@@ -142,7 +198,7 @@ impl Server {
             crew,
             path: config.health.path.clone(),
             drain: config.drain,
-            admin,
+            desks: Desks { address: admin, socket: admin_socket, orders },
             health,
             stage,
             drains,
@@ -180,6 +236,18 @@ impl Server {
     #[must_use]
     pub fn capacity(&self) -> Capacity {
         self.capacity
+    }
+
+    /// Who carries out reloads and drains, for those who are told to do so.
+    #[must_use]
+    pub fn orders(&self) -> &Arc<Orders> {
+        &self.orders
+    }
+
+    /// The admin socket's file, where this process has made it: to [keep](SocketFile::keep) it for who comes after.
+    #[must_use]
+    pub fn socket(&self) -> Option<&Arc<SocketFile>> {
+        self.socket.as_ref()
     }
 
     /// Starts to drain: notice, quiet, idle, deadline as configured. A second call changes nothing.
@@ -230,6 +298,22 @@ fn local_address(socket: &TcpListener) -> Result<SocketAddr, StartError> {
     Ok(socket.local_addr()?)
 }
 
+type AdminSocket = (UnixListener, PathBuf);
+
+/// The admin socket with its path, where one is configured, and its file, where that is this process's to remove.
+fn admin_socket(
+    config: &Config,
+    inherited: &mut Inherited,
+) -> Result<Option<(AdminSocket, Option<SocketFile>)>, StartError> {
+    let Some(path) = config.admin.socket.clone() else { return Ok(None) };
+    let refused = |error: io::Error| StartError::AdminSocket { path: path.clone(), found: error.to_string() };
+    if let Some(socket) = inherited.unix(&path).map_err(refused)? {
+        return Ok(Some(((socket, path), None)));
+    }
+    let (socket, file) = socket::open(&path)?;
+    Ok(Some(((socket, path), Some(file))))
+}
+
 /// What the control thread runs.
 struct Control {
     live: Arc<Live>,
@@ -239,7 +323,7 @@ struct Control {
     /// The path of the health check.
     path: String,
     drain: Drain,
-    admin: TcpListener,
+    desks: Desks,
     health: TcpListener,
     stage: watch::Sender<Stage>,
     drains: watch::Receiver<bool>,
@@ -254,7 +338,8 @@ impl Control {
     /// Pages, probes and lookups, until the process is over.
     async fn run(self) {
         upkeep::start(&self.live, &self.lanes, self.resolver.as_ref());
-        tokio::spawn(admin::serve(self.admin, Arc::clone(&self.live)));
+        tokio::spawn(admin::serve(self.desks, Arc::clone(&self.live)));
+        tokio::spawn(notify::run(Arc::clone(&self.live), Arc::clone(&self.crew)));
         tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(&self.live)));
         drain::run(&self.drain, &self.live, &self.crew, self.stage, self.drains).await;
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -24,9 +24,11 @@ use crate::id::Claim;
 use crate::pool::Pool;
 use crate::tenant::{self, Directory, Tenant};
 
+pub mod draining;
 pub mod rejections;
 mod reload;
 
+use self::draining::{Draining, Phase};
 pub use self::reload::{Frozen, Reloads};
 
 /// What is in force. It never changes; a new one takes its place.
@@ -186,6 +188,8 @@ fn tenant_rules(identity: &Identity, places: &HashMap<&str, u32>) -> tenant::Rul
 pub struct Live {
     /// What is in force.
     pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// What it was made of.
+    pub config: ArcSwap<Config>,
     /// Every name.
     pub labels: Labels,
     /// Each worker's cells.
@@ -208,7 +212,8 @@ pub struct Live {
     pub unprobed: AtomicUsize,
     /// How often another configuration took its place.
     pub reloads: Reloads,
-    draining: AtomicBool,
+    /// How far the process has come to its end.
+    pub draining: Draining,
 }
 
 /// Why the process should get no new traffic.
@@ -252,6 +257,7 @@ impl Live {
         let unprobed = snapshot.pools.iter().map(unknown).sum();
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
+            config: ArcSwap::from_pointee(config.clone()),
             labels,
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions,
@@ -263,7 +269,7 @@ impl Live {
             bound: OnceLock::new(),
             unprobed: AtomicUsize::new(unprobed),
             reloads: Reloads::new(config),
-            draining: AtomicBool::new(false),
+            draining: Draining::default(),
         })
     }
 
@@ -281,20 +287,23 @@ impl Live {
         }
         let next = self.snapshot.load().with_tenants(config, &self.labels, &self.quotas);
         self.snapshot.store(Arc::new(next));
+        self.config.store(Arc::new(config.clone()));
         self.quotas.forget_unused();
         self.reloads.accept();
         Ok(())
     }
 
-    /// From now on the health check says that the process is going.
-    pub fn start_draining(&self) {
-        self.draining.store(true, Ordering::Release);
+    /// Sessions and flows now, over all workers.
+    #[must_use]
+    pub fn sessions_now(&self) -> u64 {
+        let routes = self.shards.iter().flat_map(|shard| shard.routes());
+        routes.map(|route| route.active.value()).sum()
     }
 
     /// Whether the process is going.
     #[must_use]
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
+        self.draining.phase() > Phase::Serving
     }
 
     /// Whether the load balancer should send traffic here.

@@ -118,6 +118,8 @@ pub struct WorkerCells {
     pub pipes_refused: Cell64,
     /// Fresh connections handed to a worker with fewer sessions.
     pub handed_over: Cell64,
+    /// Turns of its clock: it stands still where the worker does.
+    pub ticks: Cell64,
     /// Lines of the access log that were dropped because its writer was behind.
     pub log_dropped: Cell64,
 }

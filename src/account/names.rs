@@ -89,7 +89,7 @@ metrics! {
     BACKEND_EJECTIONS: Counter "vestibule_backend_ejections_total" ["pool", "backend"]
         "Times that failed sessions put the backend out.";
     BACKEND_CHANGED: Gauge "vestibule_backend_last_change_timestamp_seconds" ["pool", "backend", "why"]
-        "When the backend was last put in or out, in Unix time, and why: a probe's result, `connect_failures`, `resets`, `ejection_over`, `resolved`, `start`.";
+        "When the backend was last put in or out, in Unix time, and why: a probe's result, `connect_failures`, `resets`, `ejection_over`, `resolved`, `ordered`, `start`.";
     POOL_GROUND: Gauge "vestibule_pool_ground" ["pool", "ground"]
         "1 for why the backends in use are used: `healthy`, `backup`, `unknown`, `ejected`, `panic`, or `nobody` is.";
     POOL_USABLE: Gauge "vestibule_pool_usable_backends" ["pool"]
@@ -138,6 +138,10 @@ metrics! {
         "Tenants of the live snapshot.";
     DRAINING: Gauge "vestibule_draining" []
         "1 while the process drains.";
+    DRAIN_STAGE: Gauge "vestibule_drain_stage" ["stage"]
+        "1 for how far the process has come to its end: `serving`, `notice` (still accepting), `closing` (listeners closed).";
+    DRAIN_LEFT: Gauge "vestibule_drain_sessions_left" []
+        "Sessions and flows that a drain waits for; 0 before it.";
     BUILD: Gauge "vestibule_build_info" ["version"]
         "1, with the version as a label.";
 }

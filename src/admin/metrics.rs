@@ -220,6 +220,10 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::RELOADS_REJECTED, &[], live.reloads.refused());
     sheet.count(&names::RELOAD_SUCCESSFUL, &[], u64::from(live.reloads.last_was_successful()));
     sheet.count(&names::DRAINING, &[], u64::from(live.is_draining()));
+    let phase = live.draining.phase();
+    sheet.count(&names::DRAIN_STAGE, &[phase.word()], 1);
+    let left = if live.is_draining() { live.sessions_now() } else { 0 };
+    sheet.count(&names::DRAIN_LEFT, &[], left);
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }
 

@@ -23,7 +23,12 @@ pub(super) fn html(status: &Status) -> String {
     let mut page = HEAD.to_owned();
     let ready = match status.not_ready {
         None => "<span class=\"good\">ready</span>".to_owned(),
-        Some(reason) => format!("<span class=\"bad\">not ready: {reason}</span>"),
+        Some(reason) => {
+            let drain = status.drain.as_ref().map(|drain| {
+                format!(", {} left, {} s to the deadline", drain.sessions_left, drain.seconds_to_deadline)
+            });
+            format!("<span class=\"bad\">not ready: {reason}{}</span>", drain.unwrap_or_default())
+        }
     };
     push(
         &mut page,

@@ -26,6 +26,11 @@ pub struct Status {
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_ready: Option<&'static str>,
+    /// While the process drains: how far that has come.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
+    /// Whether the last reload, or the start, put its configuration in force.
+    pub last_reload_successful: bool,
     /// Sessions now.
     pub sessions: u64,
     /// Sessions that the process takes at once.
@@ -42,6 +47,19 @@ pub struct Status {
     pub tenants: Vec<TenantStatus>,
     /// Sessions that ended before their tenant was known, by reason.
     pub unidentified: BTreeMap<&'static str, u64>,
+}
+
+/// The way to the end.
+#[derive(Debug, Serialize)]
+pub struct DrainStatus {
+    /// `notice`: connections are still accepted; `closing`: listeners are closed.
+    pub stage: &'static str,
+    /// Sessions and flows that are left.
+    pub sessions_left: u64,
+    /// How long it has been going on.
+    pub seconds: u64,
+    /// In how many seconds what is left then is ended.
+    pub seconds_to_deadline: u64,
 }
 
 /// One listener.
@@ -156,6 +174,8 @@ impl Status {
             version: env!("CARGO_PKG_VERSION"),
             ready: readiness.is_ok(),
             not_ready: readiness.err().map(NotReady::word),
+            drain: drain(live, workers.iter().sum()),
+            last_reload_successful: live.reloads.last_was_successful(),
             sessions: workers.iter().sum(),
             sessions_limit: live.sessions.limit() as u64,
             workers,
@@ -166,6 +186,16 @@ impl Status {
             unidentified,
         }
     }
+}
+
+fn drain(live: &Live, sessions_left: u64) -> Option<DrainStatus> {
+    let (took, left) = live.draining.time(clock::now())?;
+    Some(DrainStatus {
+        stage: live.draining.phase().word(),
+        sessions_left,
+        seconds: took.as_secs(),
+        seconds_to_deadline: left.as_secs(),
+    })
 }
 
 fn listeners(live: &Live) -> Vec<ListenerStatus> {

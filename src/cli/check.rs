@@ -1,19 +1,89 @@
-//! `vestibule check`: every fault of a configuration, or what it holds.
+//! `vestibule check`: every fault of a configuration, or what it holds; and what it would change.
 
-use std::path::Path;
+use std::io::{self, BufWriter, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::ask::Place;
 use crate::config::Config;
+use crate::config::difference::{Difference, InForce};
 
-pub(super) fn run(path: &Path) -> ExitCode {
-    match Config::load(path) {
-        Ok(config) => {
-            println!("{}: fine: {}", path.display(), contents(&config));
-            ExitCode::SUCCESS
-        }
+/// What `vestibule check` is told.
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// The configuration file
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Says what a reload would change in a process that runs: http://HOST:PORT of its [admin] bind, or unix:PATH of its
+    /// [admin] socket
+    #[arg(long, value_name = "ADMIN")]
+    against: Option<Place>,
+    /// Says it as JSON
+    #[arg(long, requires = "against")]
+    json: bool,
+}
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vestibule check --config config/reference.toml
+  vestibule check --config config/reference.toml --against http://127.0.0.1:9900
+  vestibule check --config config/reference.toml --against unix:/run/vestibule/admin.sock --json
+
+Exit status: 0 where the configuration is fine, 1 where it has faults or a reload would refuse it, 2 where the process
+cannot be asked.";
+
+/// The process that runs could not be asked.
+const UNASKED: u8 = 2;
+
+pub(super) fn run(options: &Options) -> ExitCode {
+    let config = match Config::load(&options.config) {
+        Ok(config) => config,
         Err(faults) => {
             eprintln!("{faults}");
-            ExitCode::FAILURE
+            return ExitCode::FAILURE;
+        }
+    };
+    let Some(place) = &options.against else {
+        println!("{}: fine: {}", options.config.display(), contents(&config));
+        return ExitCode::SUCCESS;
+    };
+    let now = match in_force(place) {
+        Ok(now) => now,
+        Err(error) => {
+            eprintln!("--against: must be a vestibule that runs, found: {error}");
+            return ExitCode::from(UNASKED);
+        }
+    };
+    let difference = Difference::between(&now, &config);
+    // A reader that has seen enough, such as head, is no fault.
+    tell(&difference, options.json).unwrap_or_default();
+    if difference.is_refused() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn in_force(place: &Place) -> Result<InForce, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let page = runtime.map_err(|error| error.to_string())?.block_on(place.page("/config"))?;
+    serde_json::from_slice(&page).map_err(|error| {
+        format!("a configuration that this version ({}) does not read: {error}", env!("CARGO_PKG_VERSION"))
+    })
+}
+
+fn tell(difference: &Difference, as_json: bool) -> io::Result<()> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    if as_json {
+        serde_json::to_writer_pretty(&mut out, difference)?;
+        return writeln!(out);
+    }
+    for change in &difference.changes {
+        writeln!(out, "{change}")?;
+    }
+    let count = difference.changes.len();
+    match (count, difference.is_refused()) {
+        (0, _) => writeln!(out, "a reload would change nothing"),
+        (_, true) => writeln!(out, "a reload would be refused as a whole, and change nothing"),
+        (_, false) => {
+            let changes = counted(count, "thing");
+            writeln!(out, "a reload would change {changes}, which concern {} now", difference.now)
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `vestibule serve`: the proxy, from its configuration to its last session.
 
 use std::io::{self, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -9,11 +9,18 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::level_filters::LevelFilter;
 use tracing_appender::non_blocking::WorkerGuard;
 
+use super::watch;
+use crate::admin::control::Orders as _;
+use crate::config::sources::Sources;
 use crate::config::{Config, Format, Level, Log};
-use crate::server::{Server, StartError};
-use crate::state::Live;
+use crate::server::inherit::Inherited;
+use crate::server::{Orders, Server, Start, StartError, notify};
 
 pub(super) fn run(path: &Path) -> ExitCode {
+    // First of all, while there is one thread: it takes variables out of the environment.
+    let inherited = Inherited::from_environment();
+    // Before they are read: what changes after it is another configuration.
+    let sources = Sources::of(path, &Sources::default());
     let config = match Config::load(path) {
         Ok(config) => config,
         Err(faults) => {
@@ -22,7 +29,11 @@ pub(super) fn run(path: &Path) -> ExitCode {
         }
     };
     let _writer = start_log(&config.log);
-    match serve(&config, path) {
+    let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
+        let start = Start { source: Some(path.to_owned()), inherited };
+        serve(&config, start, sources)
+    });
+    match started {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
@@ -31,7 +42,7 @@ pub(super) fn run(path: &Path) -> ExitCode {
     }
 }
 
-fn serve(config: &Config, path: &Path) -> Result<(), StartError> {
+fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // The signals are caught before the first thread serves: none can come too early.
     let signals = {
@@ -42,10 +53,14 @@ fn serve(config: &Config, path: &Path) -> Result<(), StartError> {
             hangup: signal(SignalKind::hangup())?,
         }
     };
-    let server = Server::start(config)?;
-    let reload = Reload { path: path.to_owned(), live: Arc::clone(server.live()) };
+    let watched = start.source.clone().filter(|_| config.process.watch);
+    let server = Server::start_with(config, start)?;
     announce(&server, config);
-    runtime.block_on(until_the_end(server, signals, &reload));
+    notify::ready();
+    if let Some(main) = watched {
+        runtime.spawn(watch::run(main, sources, Arc::clone(server.orders())));
+    }
+    runtime.block_on(until_the_end(server, signals));
     tracing::info!("ended");
     Ok(())
 }
@@ -58,58 +73,40 @@ struct Signals {
 
 impl Signals {
     /// Waits for the next order to end; meanwhile SIGHUP reloads.
-    async fn next(&mut self, reload: &Reload) {
+    async fn next(&mut self, orders: &Arc<Orders>) {
         loop {
             tokio::select! {
                 _ = self.terminate.recv() => return,
                 _ = self.interrupt.recv() => return,
-                _ = self.hangup.recv() => reload.run(),
+                _ = self.hangup.recv() => {
+                    let orders = Arc::clone(orders);
+                    // What came of it is logged and counted there.
+                    if let Err(error) = tokio::task::spawn_blocking(move || orders.reload()).await {
+                        tracing::error!(%error, "a fault in vestibule itself in a reload");
+                    }
+                }
             }
         }
     }
-}
 
-/// What SIGHUP does.
-struct Reload {
-    path: PathBuf,
-    live: Arc<Live>,
-}
-
-impl Reload {
-    /// Reads the configuration again and puts it in force, as a whole or not at all.
-    fn run(&self) {
-        let config = match Config::load(&self.path) {
-            Ok(config) => config,
-            Err(faults) => {
-                self.live.reloads.refuse();
-                faults.iter().for_each(|fault| tracing::error!("{fault}"));
-                tracing::error!(faults = faults.len(), "the reload is refused; what was in force stays");
-                return;
-            }
-        };
-        match self.live.reload(&config) {
-            Ok(()) => tracing::info!(tenants = config.tenants.len(), "reloaded"),
-            Err(frozen) => {
-                tracing::error!("{frozen}");
-                tracing::error!("the reload is refused; what was in force stays");
-            }
-        }
+    /// The first signal drains, the second ends. One that comes after `POST /drain` is the first: who stops a process by
+    /// both, as Kubernetes does with a hook, must not cut off what drains.
+    async fn carry_out(&mut self, orders: &Arc<Orders>, end: impl Fn()) {
+        self.next(orders).await;
+        orders.drain();
+        self.next(orders).await;
+        tracing::warn!("a second signal: ending now");
+        end();
+        std::future::pending::<()>().await;
     }
 }
 
-/// The first signal drains, the second ends.
-async fn until_the_end(server: Server, mut signals: Signals, reload: &Reload) {
-    signals.next(reload).await;
-    server.drain();
-    let end = server.ender();
-    let mut joined = tokio::task::spawn_blocking(move || server.join());
+async fn until_the_end(server: Server, mut signals: Signals) {
+    let (orders, end) = (Arc::clone(server.orders()), server.ender());
+    let joined = tokio::task::spawn_blocking(move || server.join());
     let ended = tokio::select! {
-        ended = &mut joined => ended,
-        () = signals.next(reload) => {
-            tracing::warn!("a second signal: ending now");
-            end();
-            joined.await
-        }
+        ended = joined => ended,
+        () = signals.carry_out(&orders, end) => Ok(()),
     };
     if let Err(error) = ended {
         tracing::error!(%error, "the end was not orderly");
@@ -129,6 +126,7 @@ fn announce(server: &Server, config: &Config) {
         tenants = config.tenants.len(),
         admin = %server.admin(),
         health = %server.health(),
+        admin_socket = config.admin.socket.as_ref().map(|path| path.display().to_string()),
         "serving"
     );
     if capacity.sessions > capacity.possible {

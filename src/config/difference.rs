@@ -208,9 +208,9 @@ fn tables(now: &Config, next: &Config, uses: &Uses<'_>) -> Vec<Change> {
 type Pair<'c, T> = (Option<&'c T>, Option<&'c T>);
 
 /// What there is of a kind before and after, by its name: in the order of the new file, then what is gone.
-fn pairs<'c, T, N: Eq + Hash>(now: &'c [T], next: &'c [T], name: impl Fn(&'c T) -> &'c N) -> Vec<Pair<'c, T>>
+fn pairs<'c, T, N>(now: &'c [T], next: &'c [T], name: impl Fn(&'c T) -> &'c N) -> Vec<Pair<'c, T>>
 where
-    N: 'c,
+    N: Eq + Hash + 'c,
 {
     let mut before: HashMap<&N, &T> = now.iter().map(|item| (name(item), item)).collect();
     let mut pairs: Vec<_> = next.iter().map(|item| (before.remove(name(item)), Some(item))).collect();
@@ -311,17 +311,17 @@ fn tenant(
     let is_moved = !moves.is_empty() || before.endpoints != after.endpoints;
     if is_moved {
         let mut now = Use::default();
-        let mut moved = one_by_one("endpoints", &before.endpoints, &after.endpoints);
+        let mut differing = one_by_one("endpoints", &before.endpoints, &after.endpoints);
         for (listener, from, to) in moves {
             now += uses.tenant_at(&after.name, listener);
             let [from, to] = [from, to].map(|pool| pool.unwrap_or("none").to_owned());
-            moved.push(Key { key: listener.clone(), from: Some(from), to: Some(to) });
+            differing.push(Key { key: listener.clone(), from: Some(from), to: Some(to) });
         }
         if before.endpoints != after.endpoints {
             now = uses.tenant(&after.name);
         }
-        if !moved.is_empty() {
-            changes.push(Change { now, ..of_tenant(after, Kind::Moved, uses) }.with(moved));
+        if !differing.is_empty() {
+            changes.push(Change { now, ..of_tenant(after, Kind::Moved, uses) }.with(differing));
         }
     }
     let limits = limits(&before.limits, &after.limits);

@@ -49,17 +49,14 @@ impl Sources {
         let home = main.parent().unwrap_or(Path::new(""));
         let mut files = vec![main.to_owned()];
         let mut folders = BTreeSet::new();
-        match patterns {
-            Some(patterns) => {
-                for pattern in patterns {
-                    files.extend(file::matching(home, &pattern).unwrap_or_default());
-                    folders.extend(folders_of(home, &pattern));
-                }
+        if let Some(patterns) = patterns {
+            for pattern in patterns {
+                files.extend(file::matching(home, &pattern).unwrap_or_default());
+                folders.extend(folders_of(home, &pattern));
             }
-            None => {
-                files.extend(before.files.iter().skip(1).map(|(file, _)| file.clone()));
-                folders.clone_from(&before.folders);
-            }
+        } else {
+            files.extend(before.files.iter().skip(1).map(|(file, _)| file.clone()));
+            folders.clone_from(&before.folders);
         }
         for file in &files {
             folders.extend(parents(file));
@@ -106,7 +103,7 @@ fn there(home: &Path, part: &Path) -> Vec<PathBuf> {
 
 /// The folder of a file, and that of each link that leads to it.
 fn parents(file: &Path) -> Vec<PathBuf> {
-    /// As many links as Linux follows (path_resolution(7)).
+    /// As many links as Linux follows (`path_resolution(7)`).
     const LINKS: usize = 40;
     let mut parents = Vec::new();
     let mut next = Some(file.to_owned());

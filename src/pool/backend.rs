@@ -76,6 +76,8 @@ pub struct Backend {
 #[derive(Debug)]
 struct Chart {
     weight: u32,
+    /// The operator's, which counts instead.
+    ordered: Option<u32>,
     is_backup: bool,
     health: Health,
     ejection: Ejection,
@@ -87,7 +89,7 @@ struct Chart {
 /// What is shown of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {
-    /// Its weight as configured or resolved.
+    /// Its weight as ordered, configured or resolved.
     pub weight: u32,
     /// Whether it is a backup.
     pub is_backup: bool,
@@ -118,6 +120,7 @@ impl Backend {
             is_preferred: traits.is_preferred,
             chart: Mutex::new(Chart {
                 weight: traits.weight,
+                ordered: None,
                 is_backup: traits.is_backup,
                 health: Health::new(rules, state),
                 ejection: Ejection::default(),
@@ -250,7 +253,7 @@ impl Backend {
     pub fn summary(&self) -> Summary {
         let chart = lock(&self.chart);
         Summary {
-            weight: chart.weight,
+            weight: chart.weight_in_force(),
             is_backup: chart.is_backup,
             ejected_until: chart.ejection.until(),
             changed: chart.changed,
@@ -348,6 +351,15 @@ impl Backend {
         true
     }
 
+    /// Gives it the operator's weight, whatever its name says; the one that counted before.
+    pub(super) fn order(&self, weight: u32, now: Moment) -> u32 {
+        let mut chart = lock(&self.chart);
+        let before = chart.weight_in_force();
+        chart.ordered = Some(weight);
+        chart.changed = (now, Cause::Ordered);
+        before
+    }
+
     /// Its name does not lead to it any more: its sessions may finish.
     pub(super) fn retire(&self, now: Moment) {
         lock(&self.chart).changed = (now, Cause::NotResolved);
@@ -366,7 +378,7 @@ impl Backend {
         let seen = Seen {
             state: chart.health.state(),
             is_ejected: chart.ejection.is_out(),
-            weight: chart.weight,
+            weight: chart.weight_in_force(),
             ramp,
             is_backup: chart.is_backup,
             is_preferred: self.is_preferred,
@@ -399,6 +411,10 @@ impl Backend {
 }
 
 impl Chart {
+    fn weight_in_force(&self) -> u32 {
+        self.ordered.unwrap_or(self.weight)
+    }
+
     fn come_back(&mut self, now: Moment, span: Duration) {
         self.back = (!span.is_zero()).then_some((now, span));
     }

@@ -19,6 +19,8 @@ pub enum Cause {
     Resolved,
     /// Its name does not lead to it any more.
     NotResolved,
+    /// The operator gave it another weight.
+    Ordered,
 }
 
 /// How a session failed at a backend before the backend's first byte.
@@ -54,6 +56,7 @@ impl Cause {
             Self::EjectionOver => "ejection_over",
             Self::Resolved => "resolved",
             Self::NotResolved => "not_resolved",
+            Self::Ordered => "ordered",
         }
     }
 }
@@ -71,6 +74,7 @@ mod tests {
             Cause::EjectionOver,
             Cause::Resolved,
             Cause::NotResolved,
+            Cause::Ordered,
             Cause::Probe(Verdict::Passed),
         ];
         let words: std::collections::BTreeSet<_> = causes.map(Cause::word).into();

@@ -6,6 +6,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::crew::Crew;
+use super::notify;
 use crate::clock::wheel::Span;
 use crate::clock::{self, Moment};
 use crate::config::Drain;
@@ -28,6 +29,9 @@ pub(super) enum Stage {
 /// How often the drain looks around.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// How often it says how far it has come.
+const TELL: Duration = Duration::from_secs(5);
+
 /// Waits for the order to drain and carries it out; returns once the process is over.
 pub(super) async fn run(
     rules: &Drain,
@@ -40,7 +44,8 @@ pub(super) async fn run(
     tokio::select! {
         ordered = orders.wait_for(|drain| *drain) => {
             if ordered.is_ok() {
-                live.start_draining();
+                live.draining.begin(clock::now(), rules.deadline);
+                notify::stopping();
             }
         }
         () = over(&mut stages) => return,
@@ -64,8 +69,10 @@ async fn drain(rules: &Drain, live: &Live, crew: &Crew, stage: &watch::Sender<St
     tracing::info!(sessions = crew.total(), notice = ?rules.notice, quiet = ?rules.quiet, "draining");
     let mut last_new = start;
     let mut seen = identified(live);
+    let mut progress = Progress { live, crew, told: start };
     loop {
         let now = clock::now();
+        progress.tell(now);
         let count = identified(live);
         if count != seen {
             (seen, last_new) = (count, now);
@@ -76,12 +83,37 @@ async fn drain(rules: &Drain, live: &Live, crew: &Crew, stage: &watch::Sender<St
         sleep(LOOK).await;
     }
     tracing::info!(sessions = crew.total(), idle = ?rules.idle, "listeners closed");
+    live.draining.close();
     stage.send_replace(Stage::Closing { idle: Span::of(rules.idle) });
     // A door that closes takes in what the kernel had accepted: until all have, there may be sessions to come.
     while crew.open_doors() + crew.total() > 0 && !left(clock::now()).is_zero() {
+        progress.tell(clock::now());
         sleep(LOOK).await;
     }
     tracing::info!(sessions_ended = crew.total(), took = ?clock::now().since(start), "drained");
+}
+
+/// What is said of a drain from time to time.
+struct Progress<'l> {
+    live: &'l Live,
+    crew: &'l Crew,
+    told: Moment,
+}
+
+impl Progress<'_> {
+    fn tell(&mut self, now: Moment) {
+        let Some((_, left)) = self.live.draining.time(now).filter(|_| now.since(self.told) >= TELL) else {
+            return;
+        };
+        self.told = now;
+        let stage = self.live.draining.phase().word();
+        tracing::info!(
+            stage,
+            sessions_left = self.crew.total(),
+            deadline_in_s = left.as_secs(),
+            "still draining"
+        );
+    }
 }
 
 /// Sessions that came so far. Health checks are left out: they go on as long as the load balancer knows the target.

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::StartError;
+use super::inherit::Inherited;
 use crate::config::{self, Config};
 
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
@@ -29,26 +30,34 @@ pub(super) enum Bound {
     Udp(UdpSocket),
 }
 
-/// Binds every address of every listener, once for each worker.
-pub(super) fn doors(config: &Config, workers: usize) -> Result<Doors, StartError> {
+/// Binds every address of every listener, once for each worker, but for those that somebody has bound before.
+pub(super) fn doors(config: &Config, workers: usize, inherited: &mut Inherited) -> Result<Doors, StartError> {
     let mut doors = Doors { addresses: Vec::new(), sockets: (0..workers).map(|_| Vec::new()).collect() };
     for (listener, place) in config.listeners.iter().zip(0_u32..) {
         let mut bound = Vec::new();
         for &configured in &listener.bind {
             // Port 0: the first worker's socket finds a port, and the others join it there.
             let mut address = configured;
-            for sockets in &mut doors.sockets {
-                let refused = |error| StartError::Bind {
+            let refused = |address| {
+                move |error| StartError::Bind {
                     what: format!("listener \"{}\"", listener.name),
                     address,
                     error,
-                };
+                }
+            };
+            let given = given(listener.protocol, configured, workers, inherited).map_err(refused(address))?;
+            if !given.is_empty() {
+                given.into_iter().zip(&mut doors.sockets).for_each(|(socket, own)| own.push((place, socket)));
+                bound.push(address);
+                continue;
+            }
+            for sockets in &mut doors.sockets {
                 let socket = match listener.protocol {
                     config::Protocol::Tcp => open(address, true).map(Bound::Tcp),
                     config::Protocol::Udp => open_udp(address).map(Bound::Udp),
                 };
-                let socket = socket.map_err(refused)?;
-                address = socket.local_addr().map_err(refused)?;
+                let socket = socket.map_err(refused(address))?;
+                address = socket.local_addr().map_err(refused(address))?;
                 sockets.push((place, socket));
             }
             bound.push(address);
@@ -56,6 +65,34 @@ pub(super) fn doors(config: &Config, workers: usize) -> Result<Doors, StartError
         doors.addresses.push((listener.name.clone(), bound));
     }
     Ok(doors)
+}
+
+/// What somebody has bound before of an address, for the workers in their order; none where nobody has.
+///
+/// One listening socket serves all workers, for they could not bind a low port; but a flow's datagrams must come to one
+/// worker, so of one UDP socket only the first gets it.
+fn given(
+    protocol: config::Protocol,
+    address: SocketAddr,
+    workers: usize,
+    inherited: &mut Inherited,
+) -> io::Result<Vec<Bound>> {
+    match protocol {
+        config::Protocol::Tcp => {
+            let given = inherited.tcp(address, BACKLOG)?;
+            // One that nobody accepts from would swallow connections.
+            for socket in given.iter().skip(workers) {
+                inherited.tcp.push(socket.try_clone()?);
+            }
+            let each = given.iter().cycle().take(if given.is_empty() { 0 } else { workers });
+            each.map(|socket| socket.try_clone().map(Bound::Tcp)).collect()
+        }
+        config::Protocol::Udp => {
+            let mut given = inherited.udp(address)?;
+            inherited.udp.extend(given.drain(workers.min(given.len())..));
+            Ok(given.into_iter().map(Bound::Udp).collect())
+        }
+    }
 }
 
 impl Bound {
@@ -85,8 +122,21 @@ pub(super) fn try_sources(config: &Config) -> Result<(), StartError> {
 
 /// Binds the address of a page, which one thread serves. It is not shared, so a second process on the same
 /// configuration fails here, before it takes a share of the first one's connections.
-pub(super) fn page(what: &str, address: SocketAddr) -> Result<TcpListener, StartError> {
-    open(address, false).map_err(|error| StartError::Bind { what: what.to_owned(), address, error })
+pub(super) fn page(
+    what: &str,
+    address: SocketAddr,
+    inherited: &mut Inherited,
+) -> Result<TcpListener, StartError> {
+    let given = inherited.tcp(address, BACKLOG).map(|mut given| {
+        let first = given.pop();
+        inherited.tcp.append(&mut given);
+        first
+    });
+    given.and_then(|given| given.map_or_else(|| open(address, false), Ok)).map_err(|error| StartError::Bind {
+        what: what.to_owned(),
+        address,
+        error,
+    })
 }
 
 fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {

@@ -246,6 +246,7 @@ async fn tick(shop: Rc<Shop>) {
     let mut untold = 0;
     loop {
         next(&mut ticks, &shop).await;
+        shop.worker.local.ledger.worker().ticks.add(1);
         let now = clock::now();
         shop.worker.local.advance(now);
         shop.worker.pacer.borrow_mut().advance(now);

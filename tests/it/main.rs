@@ -9,11 +9,14 @@
     reason = "a test that cannot go on says so by panicking, and what it uses of the harness is public to it alone"
 )]
 
+mod activation;
 mod admin;
+mod against;
 mod balance;
 mod bandwidth;
 mod checks;
 mod comeback;
+mod control;
 mod dns;
 mod dnsdist;
 mod ejection;
@@ -31,6 +34,7 @@ mod malformed;
 mod mixed;
 mod names;
 mod naming;
+mod notify;
 mod peers;
 mod pending;
 mod pool;
@@ -50,3 +54,4 @@ mod splice;
 mod takeover;
 mod tenant;
 mod timeouts;
+mod watch;

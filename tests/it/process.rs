@@ -18,12 +18,12 @@ use super::harness::{
     ACME, GLOBEX, STRANGER, connect, end_of, eventually, exchange, header, http, http_get, is_reset, read,
 };
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_vestibule");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vestibule");
 
 /// A configuration file in a folder of its own.
 pub struct Written {
-    _dir: TempDir,
-    path: PathBuf,
+    dir: TempDir,
+    pub path: PathBuf,
 }
 
 impl Written {
@@ -31,7 +31,7 @@ impl Written {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("vestibule.toml");
         std::fs::write(&path, text).unwrap();
-        Self { _dir: dir, path }
+        Self { dir, path }
     }
 
     /// Writes `to` in place of `from`.
@@ -41,9 +41,9 @@ impl Written {
         std::fs::write(&self.path, text.replace(from, to)).unwrap();
     }
 
-    /// A path in the same folder.
+    /// A path beside it.
     pub fn beside(&self, name: &str) -> PathBuf {
-        self.path.with_file_name(name)
+        self.dir.path().join(name)
     }
 
     /// Runs a successor that comes to its end by itself.
@@ -52,15 +52,15 @@ impl Written {
     }
 
     /// Runs the program to its end.
-    fn run(&self, command: &str) -> Output {
+    pub fn run(&self, command: &str) -> Output {
         Command::new(PROGRAM).arg(command).arg("--config").arg(&self.path).output().unwrap()
     }
 }
 
 /// acme's and globex's tables with an echo of each, behind what is said of the process.
 pub struct World {
-    acme: Backend,
-    globex: Backend,
+    pub acme: Backend,
+    pub globex: Backend,
 }
 
 impl World {
@@ -112,7 +112,7 @@ fn parsed(lines: &Lines) -> Vec<Value> {
 
 /// `vestibule serve` as a process of its own; it is killed with its handle.
 pub struct Serve {
-    child: Child,
+    pub child: Child,
     log: Lines,
     pub out: Lines,
     pub web: SocketAddr,
@@ -129,7 +129,7 @@ impl Drop for Serve {
 }
 
 /// `vestibule serve` with this configuration.
-fn program(config: &Written) -> Command {
+pub fn program(config: &Written) -> Command {
     let mut command = Command::new(PROGRAM);
     command.arg("serve").arg("--config").arg(&config.path);
     command
@@ -167,12 +167,12 @@ impl Serve {
         (Self::at_work(child).await, out)
     }
 
-    async fn of(mut command: Command) -> Self {
+    pub async fn of(mut command: Command) -> Self {
         Self::at_work(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()).await
     }
 
     /// Waits until it serves.
-    async fn at_work(mut child: Child) -> Self {
+    pub async fn at_work(mut child: Child) -> Self {
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
         let log = lines_of(child.stderr.take().unwrap());
         let out = child.stdout.take().map(lines_of).unwrap_or_default();
@@ -247,7 +247,7 @@ impl Serve {
     }
 }
 
-const DRAIN_NEVER: &str = "[drain]\nnotice = \"300s\"\ndeadline = \"300s\"";
+pub const DRAIN_NEVER: &str = "[drain]\nnotice = \"300s\"\ndeadline = \"300s\"";
 
 #[test]
 fn check_and_serve_say_the_same_faults_and_fail() {

@@ -87,7 +87,9 @@ impl<'n> Uses<'n> {
         let routes: Vec<_> = routes.collect();
         let sum = |key: fn(&'n RouteUse) -> &'n str| {
             let mut sums: HashMap<&'n str, Use> = HashMap::new();
-            routes.iter().for_each(|(route, now)| *sums.entry(key(route)).or_default() += *now);
+            for (route, now) in &routes {
+                *sums.entry(key(route)).or_default() += *now;
+            }
             sums
         };
         let pools = sum(|route| &route.pool);

@@ -1,0 +1,165 @@
+//! The routes that change something; they are taken at the admin socket only.
+
+use std::fmt::Debug;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, Router};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::Pages;
+use crate::addr::BackendAddr;
+use crate::clock;
+use crate::state::Live;
+
+/// What the process does when it is told to.
+pub trait Orders: Debug + Send + Sync {
+    /// Reads the configuration again and puts it in force, as a whole or not at all. It may take seconds.
+    ///
+    /// # Errors
+    /// Why not; what was in force stays.
+    fn reload(&self) -> Result<Reloaded, Refused>;
+
+    /// Starts to drain. A second call changes nothing.
+    fn drain(&self);
+}
+
+/// What is in force after a reload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Reloaded {
+    pub listeners: usize,
+    pub pools: usize,
+    pub tenants: usize,
+}
+
+/// Why a reload was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Refused {
+    /// Each fault; never empty.
+    pub faults: Vec<Fault>,
+}
+
+/// One fault of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fault {
+    /// The file; none where no line of a file is at fault, but that the process cannot change so.
+    pub file: Option<String>,
+    /// The line, from 1.
+    pub line: Option<usize>,
+    /// The fault as `vestibule check` says it.
+    pub text: String,
+}
+
+/// What the routes share.
+#[derive(Clone)]
+struct Desk {
+    pages: Pages,
+    orders: Arc<dyn Orders>,
+}
+
+/// An order's body has a few keys.
+const BODY: usize = 4096;
+
+/// The routes.
+pub(super) fn routes(pages: Pages, orders: Arc<dyn Orders>) -> Router {
+    Router::new()
+        .route("/reload", post(reload))
+        .route("/drain", post(drain))
+        .route("/weight", post(weight))
+        .method_not_allowed_fallback(only_by_post)
+        .layer(DefaultBodyLimit::max(BODY))
+        .with_state(Desk { pages, orders })
+}
+
+/// An answer that says what is wrong.
+pub(super) fn wrong(status: StatusCode, error: impl Into<String>) -> Response {
+    (status, Json(json!({ "error": error.into() }))).into_response()
+}
+
+async fn only_by_post(method: Method) -> Response {
+    wrong(StatusCode::METHOD_NOT_ALLOWED, format!("this changes something: it must be POST, found {method}"))
+}
+
+async fn reload(State(desk): State<Desk>) -> Response {
+    // Not a page, so it does not wait for one; orders take their turns by themselves.
+    let orders = desk.orders;
+    match tokio::task::spawn_blocking(move || orders.reload()).await {
+        Ok(Ok(reloaded)) => Json(reloaded).into_response(),
+        Ok(Err(refused)) => (StatusCode::CONFLICT, Json(refused)).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "a fault in vestibule itself in a reload");
+            wrong(StatusCode::INTERNAL_SERVER_ERROR, "a fault in vestibule itself; the log has it")
+        }
+    }
+}
+
+async fn drain(State(desk): State<Desk>) -> Response {
+    desk.orders.drain();
+    Json(json!({ "draining": true })).into_response()
+}
+
+/// The order to give a backend another weight.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Order {
+    pool: String,
+    /// The backend's address, as metrics have it.
+    backend: SocketAddr,
+    weight: u32,
+}
+
+/// What became of it.
+#[derive(Debug, Serialize)]
+struct Weighed {
+    pool: String,
+    backend: SocketAddr,
+    /// The weight that was in force.
+    from: u32,
+    to: u32,
+    /// Backends of the pool that get new sessions now.
+    usable: usize,
+}
+
+async fn weight(State(desk): State<Desk>, uri: Uri, body: Bytes) -> Response {
+    const WANTED: &str =
+        "must have pool, backend (address:port) and weight (0 to 1000), as a query or a JSON body";
+    /// As in the configuration.
+    const MOST: u32 = 1000;
+    let read = if body.is_empty() {
+        Query::<Order>::try_from_uri(&uri).map(|Query(order)| order).map_err(|error| error.body_text())
+    } else {
+        serde_json::from_slice::<Order>(&body).map_err(|error| error.to_string())
+    };
+    let order = match read {
+        Ok(order) if order.weight <= MOST => order,
+        Ok(order) => {
+            return wrong(StatusCode::BAD_REQUEST, format!("{WANTED}, found the weight {}", order.weight));
+        }
+        Err(error) => return wrong(StatusCode::BAD_REQUEST, format!("{WANTED}: {error}")),
+    };
+    match weigh(&desk.pages.live, &order) {
+        Ok(weighed) => Json(weighed).into_response(),
+        Err(absent) => wrong(StatusCode::NOT_FOUND, absent),
+    }
+}
+
+fn weigh(live: &Live, order: &Order) -> Result<Weighed, String> {
+    let snapshot = live.snapshot.load();
+    let pool = snapshot.pools.iter().find(|pool| pool.label.name() == order.pool);
+    let pool = pool.ok_or_else(|| format!("pool: must be one that is in force, found \"{}\"", order.pool))?;
+    let changed = pool.order(BackendAddr(order.backend), order.weight, clock::now());
+    let (from, change) = changed.ok_or_else(|| {
+        format!("backend: must be an address of pool \"{}\", found {}", order.pool, order.backend)
+    })?;
+    change.log(pool);
+    let Order { pool: name, backend, weight: to } = order;
+    tracing::info!(pool = name, %backend, from, to, "a weight was ordered");
+    Ok(Weighed { pool: name.clone(), backend: *backend, from, to: *to, usable: pool.usable() })
+}

@@ -1,0 +1,133 @@
+//! `[process] watch`: a configuration file that changes is read again.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
+use rustix::io::Errno;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{sleep, timeout};
+
+use crate::admin::control::Orders as _;
+use crate::config::sources::Sources;
+use crate::server::Orders;
+
+/// After a change, so long without another one: who changes many files is not read in the middle of it.
+const QUIET: Duration = Duration::from_millis(200);
+
+/// So many times [`QUIET`] at the most.
+const ROUNDS: u32 = 10;
+
+/// How often files are looked at where nothing was told: folders that came later, and file systems that tell nothing.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// Room for what is told at once.
+const ROOM: usize = 4096;
+
+/// Reloads whenever the files are others than the `known` ones, for as long as the process runs.
+pub(super) async fn run(main: PathBuf, mut known: Sources, orders: Arc<Orders>) {
+    let mut watch = Watch::new();
+    if let Err(error) = &watch {
+        tracing::warn!(%error, every = ?LOOK, "files are watched by looking at them from time to time");
+    }
+    loop {
+        if let Ok(watch) = &mut watch {
+            watch.follow(&known);
+        }
+        // Between the look and the watch of a new folder something may have changed in it.
+        let now = sources(&main, known.clone()).await;
+        if now.are_as(&known) {
+            known = now;
+            match &watch {
+                Ok(watch) => watch.change().await,
+                Err(_) => sleep(LOOK).await,
+            }
+            continue;
+        }
+        known = now;
+        tracing::info!(file = %main.display(), "a configuration file has changed");
+        let orders = Arc::clone(&orders);
+        // What came of it is logged and counted there. The next change is the next attempt.
+        if let Err(error) = tokio::task::spawn_blocking(move || orders.reload()).await {
+            tracing::error!(%error, "a fault in vestibule itself in a reload");
+        }
+    }
+}
+
+/// Looks at the files, which may take a while.
+async fn sources(main: &Path, before: Sources) -> Sources {
+    let (main, kept) = (main.to_owned(), before.clone());
+    tokio::task::spawn_blocking(move || Sources::of(&main, &before)).await.unwrap_or(kept)
+}
+
+/// The kernel's word that something has changed in a folder.
+struct Watch {
+    inotify: AsyncFd<OwnedFd>,
+}
+
+impl Watch {
+    fn new() -> io::Result<Self> {
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; an OwnedFd keeps its descriptor, as both ask"
+        )]
+        let inotify = AsyncFd::new(inotify)?;
+        Ok(Self { inotify })
+    }
+
+    /// Watches these folders too. One that is watched already stays so, and one that is gone tells nothing more.
+    fn follow(&mut self, sources: &Sources) {
+        // No word of writing itself: a log in the same folder would never be quiet.
+        let what = WatchFlags::CLOSE_WRITE
+            | WatchFlags::MOVED_TO
+            | WatchFlags::MOVED_FROM
+            | WatchFlags::CREATE
+            | WatchFlags::DELETE
+            | WatchFlags::MOVE_SELF
+            | WatchFlags::ONLYDIR;
+        for folder in &sources.folders {
+            if let Err(error) = inotify::add_watch(&self.inotify, folder, what) {
+                tracing::debug!(folder = %folder.display(), %error, "a folder is not watched");
+            }
+        }
+    }
+
+    /// Waits for a change and for the quiet after it, or for the time to look anyway.
+    async fn change(&self) {
+        if timeout(LOOK, self.told()).await.is_err() {
+            return;
+        }
+        for _ in 0..ROUNDS {
+            if timeout(QUIET, self.told()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Waits until something is told, and takes it all in. What it was does not matter: the files are looked at.
+    async fn told(&self) {
+        let Ok(mut ready) = self.inotify.readable().await else { return sleep(LOOK).await };
+        let mut room = [MaybeUninit::uninit(); ROOM];
+        let mut events = Reader::new(&self.inotify, &mut room);
+        let mut any = false;
+        loop {
+            match events.next() {
+                Ok(_) => any = true,
+                Err(Errno::AGAIN) => {
+                    ready.clear_ready();
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        if !any {
+            // Broken, or nothing of ours: no reason to spin.
+            sleep(QUIET).await;
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Sockets that were bound before the process began, by systemd (`LISTEN_FDS`) or another process: each is used for the
+//! address that it has.
+
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use listenfd::ListenFd;
+use rustix::net::sockopt::ipv6_v6only;
+use socket2::SockRef;
+
+/// Bound sockets, by what they are.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// Listening sockets.
+    pub tcp: Vec<TcpListener>,
+    /// Sockets that receive datagrams.
+    pub udp: Vec<UdpSocket>,
+    /// Listening sockets with a path.
+    pub unix: Vec<UnixListener>,
+}
+
+impl Inherited {
+    /// What systemd passed to this process, by `LISTEN_FDS`. It is passed once: a second call finds nothing. To be called
+    /// before the first thread starts, for it takes the variables out of the environment.
+    ///
+    /// # Errors
+    /// Where a descriptor is none of the three.
+    pub fn from_environment() -> io::Result<Self> {
+        let mut passed = ListenFd::from_env();
+        let mut all = Self::default();
+        for place in 0..passed.len() {
+            if let Ok(Some(socket)) = passed.take_tcp_listener(place) {
+                all.tcp.push(socket);
+            } else if let Ok(Some(socket)) = passed.take_udp_socket(place) {
+                all.udp.push(socket);
+            } else if let Ok(Some(socket)) = passed.take_unix_listener(place) {
+                all.unix.push(socket);
+            } else {
+                let message = format!("descriptor {} is no socket for TCP, UDP or a path", 3 + place);
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Takes the listening sockets of an address, ready to accept.
+    pub(super) fn tcp(&mut self, address: SocketAddr, backlog: i32) -> io::Result<Vec<TcpListener>> {
+        let taken: Vec<_> =
+            self.tcp.extract_if(.., |socket| socket.local_addr().is_ok_and(|own| own == address)).collect();
+        for socket in &taken {
+            socket.set_nonblocking(true)?;
+            hears_only(socket, address)?;
+            // Whatever systemd has chosen: it may be done again.
+            SockRef::from(socket).listen(backlog)?;
+            SockRef::from(socket).set_tcp_nodelay(true)?;
+        }
+        Ok(taken)
+    }
+
+    /// Takes the sockets of an address, ready to receive.
+    pub(super) fn udp(&mut self, address: SocketAddr) -> io::Result<Vec<UdpSocket>> {
+        let taken: Vec<_> =
+            self.udp.extract_if(.., |socket| socket.local_addr().is_ok_and(|own| own == address)).collect();
+        for socket in &taken {
+            socket.set_nonblocking(true)?;
+            hears_only(socket, address)?;
+        }
+        Ok(taken)
+    }
+
+    /// Takes the listening socket of a path.
+    pub(super) fn unix(&mut self, path: &Path) -> io::Result<Option<UnixListener>> {
+        let place = self.unix.iter().position(|socket| path_of(socket).as_deref() == Some(path));
+        let taken = place.map(|place| self.unix.swap_remove(place));
+        taken.iter().try_for_each(|socket| socket.set_nonblocking(true))?;
+        Ok(taken)
+    }
+
+    /// What nobody has taken, for an operator to read.
+    pub(super) fn rest(&self) -> Vec<String> {
+        let shown = |protocol: &str, address: io::Result<SocketAddr>| {
+            address.map_or_else(
+                |_| format!("{protocol} without an address"),
+                |address| format!("{protocol} {address}"),
+            )
+        };
+        let tcp = self.tcp.iter().map(|socket| shown("TCP", socket.local_addr()));
+        let udp = self.udp.iter().map(|socket| shown("UDP", socket.local_addr()));
+        let unix = self.unix.iter().map(|socket| {
+            path_of(socket)
+                .map_or_else(|| "a socket without a path".to_owned(), |path| path.display().to_string())
+        });
+        tcp.chain(udp).chain(unix).collect()
+    }
+}
+
+fn path_of(socket: &UnixListener) -> Option<PathBuf> {
+    socket.local_addr().ok()?.as_pathname().map(Path::to_owned)
+}
+
+/// `[::]` and `0.0.0.0` are two addresses, and each is configured for itself. One socket for both would bring IPv4's peers
+/// in as IPv6's, which no trusted network has.
+fn hears_only(socket: impl AsFd, address: SocketAddr) -> io::Result<()> {
+    if address.ip() == Ipv6Addr::UNSPECIFIED && !ipv6_v6only(socket)? {
+        let message = "a socket that takes IPv4 too; set BindIPv6Only=ipv6-only in its unit";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_taken_by_its_address_and_protocol_and_the_rest_is_listed() {
+        let any = "127.0.0.1:0";
+        let (tcp, udp) = (TcpListener::bind(any).unwrap(), UdpSocket::bind(any).unwrap());
+        let (at, of_udp) = (tcp.local_addr().unwrap(), udp.local_addr().unwrap());
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("socket");
+        let unix = UnixListener::bind(&path).unwrap();
+        let mut all = Inherited { tcp: vec![tcp], udp: vec![udp], unix: vec![unix] };
+        assert_eq!(all.rest(), [format!("TCP {at}"), format!("UDP {of_udp}"), path.display().to_string()]);
+        if at != of_udp {
+            assert!(all.tcp(of_udp, 1).unwrap().is_empty() && all.udp(at).unwrap().is_empty());
+        }
+        assert_eq!(all.tcp(at, 1).unwrap().len(), 1);
+        assert_eq!(all.udp(of_udp).unwrap().len(), 1);
+        assert!(all.unix(Path::new("/elsewhere")).unwrap().is_none());
+        assert!(all.unix(&path).unwrap().is_some());
+        assert!(all.rest().is_empty());
+    }
+
+    #[test]
+    fn a_socket_of_both_families_is_refused() {
+        let Ok(both) = TcpListener::bind("[::]:0") else { return };
+        let at = both.local_addr().unwrap();
+        // Linux's default, net.ipv6.bindv6only, may be the other way round.
+        let is_both = !ipv6_v6only(&both).unwrap();
+        let mut all = Inherited { tcp: vec![both], ..Inherited::default() };
+        assert_eq!(all.tcp(at, 1).is_err(), is_both);
+    }
+}

@@ -1,0 +1,143 @@
+//! What systemd is told (`Type=notify`, `sd_notify(3)`): nothing where it has not asked.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::crew::Crew;
+use crate::clock;
+use crate::state::Live;
+use crate::state::draining::Phase;
+
+/// How often it is looked whether there is something to tell.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How often the number of sessions alone is worth telling, in looks; and how often a drain asks for more time.
+const SELDOM: u32 = 5;
+
+/// How much longer systemd is asked to wait for a drain each time: several times as long as it takes to ask again.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The process serves: at the start, and again after a reload.
+pub fn ready() {
+    tell(&[NotifyState::Ready]);
+}
+
+/// A process serves in this one's place, once it says [`ready`] itself.
+pub fn main_pid(pid: u32) {
+    tell(&[NotifyState::MainPid(pid)]);
+}
+
+/// The configuration is being read again; [`ready`] ends it.
+pub(super) fn reloading() {
+    // The time, of systemd's own clock, is what Type=notify-reload tells this one from an earlier reload by.
+    if let Ok(now) = NotifyState::monotonic_usec_now() {
+        tell(&[NotifyState::Reloading, now]);
+    }
+}
+
+/// The process goes.
+pub(super) fn stopping() {
+    tell(&[NotifyState::Stopping, more_time()]);
+}
+
+/// Systemd would kill a drain that takes longer than `TimeoutStopSec`; asked in time, it waits.
+fn more_time() -> NotifyState<'static> {
+    NotifyState::ExtendTimeoutUsec(u32::try_from(PATIENCE.as_micros()).unwrap_or(u32::MAX))
+}
+
+fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "systemd cannot be told");
+    }
+}
+
+/// Tells the status when it changes, and the watchdog, where there is one, that all workers go on. For as long as the
+/// process runs.
+pub(super) async fn run(live: Arc<Live>, crew: Arc<Crew>) {
+    let watchdog = sd_notify::watchdog_enabled();
+    // At twice the rate that is asked for, as `sd_watchdog_enabled(3)` recommends.
+    let look = watchdog.map_or(LOOK, |limit| (limit / 2).clamp(Duration::from_millis(1), LOOK));
+    let mut ticks = interval(look);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = Told::default();
+    let mut beats = Vec::new();
+    loop {
+        ticks.tick().await;
+        let news = told.news(&live, &crew);
+        let mut states: Vec<_> = news.as_deref().map(NotifyState::Status).into_iter().collect();
+        if news.is_some() && live.is_draining() {
+            states.push(more_time());
+        }
+        if watchdog.is_some() {
+            let now: Vec<u64> = live.shards.iter().map(|shard| shard.worker.ticks.value()).collect();
+            // A worker that stands still is not told of: systemd acts once its time is over.
+            if now.len() != beats.len() || now.iter().zip(&beats).all(|(now, before)| now != before) {
+                states.push(NotifyState::Watchdog);
+                beats = now;
+            }
+        }
+        if !states.is_empty() {
+            tell(&states);
+        }
+    }
+}
+
+/// What was told last.
+#[derive(Default)]
+struct Told {
+    /// What is told of at once where it changes.
+    what: Option<(Phase, bool)>,
+    text: String,
+    looks: u32,
+}
+
+impl Told {
+    /// What there is to tell now, if anything.
+    fn news(&mut self, live: &Live, crew: &Crew) -> Option<String> {
+        let what = (live.draining.phase(), live.reloads.last_was_successful());
+        self.looks += 1;
+        if self.what == Some(what) && self.looks < SELDOM {
+            return None;
+        }
+        self.looks = 0;
+        let text = text(what, crew.total(), live.draining.time(clock::now()).map(|(_, left)| left));
+        if self.what == Some(what) && self.text == text {
+            return None;
+        }
+        self.what = Some(what);
+        self.text.clone_from(&text);
+        Some(text)
+    }
+}
+
+fn text((phase, successful): (Phase, bool), sessions: usize, left: Option<Duration>) -> String {
+    let refused = if successful { "" } else { "; the last reload was refused, the log says why" };
+    let left = left.map_or(0, |left| left.as_secs());
+    match phase {
+        Phase::Serving => format!("serving, {sessions} sessions{refused}"),
+        Phase::Notice => format!("draining, still accepting: {sessions} sessions, {left} s to the deadline"),
+        Phase::Closing => {
+            format!("draining, listeners closed: {sessions} sessions left, {left} s to the deadline")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_is_one_line() {
+        assert_eq!(text((Phase::Serving, true), 12, None), "serving, 12 sessions");
+        let refused = text((Phase::Serving, false), 0, None);
+        assert_eq!(refused, "serving, 0 sessions; the last reload was refused, the log says why");
+        let left = Some(Duration::from_secs(290));
+        for (phase, said) in [(Phase::Notice, "still accepting"), (Phase::Closing, "listeners closed")] {
+            let text = text((phase, true), 3, left);
+            assert!(text.contains(said) && text.ends_with("290 s to the deadline"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What the process does when it is told to, by a signal, at the admin socket or by a file that changed.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::watch;
+
+use super::notify;
+use crate::account::lock;
+use crate::admin::control::{self, Fault, Refused, Reloaded};
+use crate::config::{Config, Faults};
+use crate::state::{Frozen, Live};
+
+/// Carries orders out.
+#[derive(Debug)]
+pub struct Orders {
+    live: Arc<Live>,
+    /// The file that the process was started with.
+    source: Option<PathBuf>,
+    drain: watch::Sender<bool>,
+    /// One reload at a time, from reading to the end: what was read last is in force.
+    turn: Mutex<()>,
+}
+
+impl Orders {
+    pub(super) fn new(live: Arc<Live>, source: Option<PathBuf>, drain: watch::Sender<bool>) -> Self {
+        Self { live, source, drain, turn: Mutex::default() }
+    }
+
+    fn read(&self) -> Result<Config, Refused> {
+        let Some(source) = &self.source else {
+            self.live.reloads.refuse();
+            return Err(refused_for(
+                "the configuration: must come from a file, found none to read again".to_owned(),
+            ));
+        };
+        Config::load(source).map_err(|faults| {
+            self.live.reloads.refuse();
+            Refused::from(&faults)
+        })
+    }
+
+    fn put_in_force(&self) -> Result<Reloaded, Refused> {
+        let config = self.read()?;
+        self.live.reload(&config).map_err(|frozen: Frozen| refused_for(frozen.to_string()))?;
+        Ok(Reloaded {
+            listeners: config.listeners.len(),
+            pools: config.pools.len(),
+            tenants: config.tenants.len(),
+        })
+    }
+}
+
+impl control::Orders for Orders {
+    fn reload(&self) -> Result<Reloaded, Refused> {
+        let _turn = lock(&self.turn);
+        notify::reloading();
+        let reloaded = self.put_in_force();
+        match &reloaded {
+            Ok(Reloaded { listeners, pools, tenants }) => {
+                tracing::info!(listeners, pools, tenants, "reloaded");
+            }
+            Err(Refused { faults }) => {
+                for fault in faults {
+                    tracing::error!("{}", fault.text);
+                }
+                tracing::error!(faults = faults.len(), "the reload is refused; what was in force stays");
+            }
+        }
+        // Also where it was refused: it serves.
+        notify::ready();
+        reloaded
+    }
+
+    fn drain(&self) {
+        self.drain.send_replace(true);
+    }
+}
+
+impl From<&Faults> for Refused {
+    fn from(faults: &Faults) -> Self {
+        let fault = |fault: &crate::config::Fault| Fault {
+            file: Some(fault.file().to_owned()),
+            line: fault.line(),
+            text: fault.to_string(),
+        };
+        Self { faults: faults.iter().map(fault).collect() }
+    }
+}
+
+/// A refusal that no line is at fault of.
+fn refused_for(text: String) -> Refused {
+    Refused { faults: vec![Fault { file: None, line: None, text }] }
+}

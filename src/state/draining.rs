@@ -1,0 +1,89 @@
+//! How far the process has come to its end, for those who show it.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::clock::Moment;
+
+/// A step of the way from serving to the end: a closed set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Phase {
+    /// Nobody has asked for the end.
+    Serving,
+    /// The health check says 503, and connections are still accepted.
+    Notice,
+    /// Listening sockets are closed; who is there may finish.
+    Closing,
+}
+
+impl Phase {
+    /// All of them, in order.
+    pub const ALL: [Self; 3] = [Self::Serving, Self::Notice, Self::Closing];
+
+    /// The word in log, metrics and status.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Serving => "serving",
+            Self::Notice => "notice",
+            Self::Closing => "closing",
+        }
+    }
+}
+
+/// The way to the end.
+#[derive(Debug, Default)]
+pub struct Draining {
+    phase: AtomicU8,
+    /// When it began, and when it is over at the latest, in nanoseconds.
+    since: AtomicU64,
+    deadline: AtomicU64,
+}
+
+impl Draining {
+    /// The notice begins; what is left after `deadline` is ended.
+    pub fn begin(&self, now: Moment, deadline: Duration) {
+        self.since.store(now.as_nanos(), Ordering::Release);
+        self.deadline.store((now + deadline).as_nanos(), Ordering::Release);
+        self.phase.store(Phase::Notice as u8, Ordering::Release);
+    }
+
+    /// The listening sockets close.
+    pub fn close(&self) {
+        self.phase.store(Phase::Closing as u8, Ordering::Release);
+    }
+
+    /// How far it has come.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        let phase = self.phase.load(Ordering::Acquire);
+        Phase::ALL.into_iter().rfind(|known| *known as u8 <= phase).unwrap_or(Phase::Serving)
+    }
+
+    /// How long it has been going on, and how long it may go on yet; `None` before it begins.
+    #[must_use]
+    pub fn time(&self, now: Moment) -> Option<(Duration, Duration)> {
+        let moment = |nanos: &AtomicU64| Moment::from_nanos(nanos.load(Ordering::Acquire));
+        let begun = self.phase() > Phase::Serving;
+        begun.then(|| (now.since(moment(&self.since)), moment(&self.deadline).since(now)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_goes_forward_and_tells_its_time() {
+        let (draining, at) =
+            (Draining::default(), |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000));
+        assert_eq!((draining.phase(), draining.time(at(9))), (Phase::Serving, None));
+        draining.begin(at(10), Duration::from_secs(300));
+        let seconds = |moment| draining.time(moment).map(|(took, left)| (took.as_secs(), left.as_secs()));
+        assert_eq!((draining.phase(), seconds(at(15))), (Phase::Notice, Some((5, 295))));
+        draining.close();
+        assert_eq!((draining.phase(), seconds(at(400))), (Phase::Closing, Some((390, 0))));
+        assert_eq!(Phase::ALL.map(Phase::word), ["serving", "notice", "closing"]);
+    }
+}

@@ -1,0 +1,90 @@
+//! What systemd is told by a service of `Type=notify`.
+
+use std::fs;
+
+use rustix::process::Signal;
+use tokio::net::UnixDatagram;
+use tokio::time::timeout;
+
+use super::harness::{LIMIT, exchange};
+use super::process::{Serve, World, Written, program};
+
+/// Systemd's end.
+struct Systemd {
+    socket: UnixDatagram,
+}
+
+impl Systemd {
+    fn at(config: &Written) -> Self {
+        Self { socket: UnixDatagram::bind(config.beside("notify")).unwrap() }
+    }
+
+    /// The next message in which this stands.
+    async fn hears(&self, what: &str) -> String {
+        let heard = async {
+            loop {
+                let mut room = [0; 4096];
+                let count = self.socket.recv(&mut room).await.unwrap();
+                let message = String::from_utf8(room[..count].to_vec()).unwrap();
+                if message.contains(what) {
+                    return message;
+                }
+            }
+        };
+        timeout(LIMIT, heard).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+    }
+}
+
+#[tokio::test]
+async fn systemd_hears_of_the_start_of_reloads_and_of_the_end() {
+    let world = World::new().await;
+    let drain = "[drain]\nnotice = \"2s\"\nquiet = \"0s\"\nidle = \"300s\"\ndeadline = \"300s\"";
+    let config = world.config(drain);
+    let systemd = Systemd::at(&config);
+    let mut command = program(&config);
+    command.env("NOTIFY_SOCKET", config.beside("notify")).env("WATCHDOG_USEC", "400000");
+    let mut serve = Serve::of(command).await;
+    systemd.hears("READY=1\n").await;
+    systemd.hears("STATUS=serving, 0 sessions\n").await;
+    // More than once: it goes on.
+    for _ in 0..3 {
+        systemd.hears("WATCHDOG=1\n").await;
+    }
+    serve.signal(Signal::HUP);
+    let reloading = systemd.hears("RELOADING=1\n").await;
+    assert!(reloading.contains("MONOTONIC_USEC="), "{reloading}");
+    systemd.hears("READY=1\n").await;
+    let text = fs::read_to_string(&config.path).unwrap();
+    fs::write(&config.path, "nonsense").unwrap();
+    serve.signal(Signal::HUP);
+    systemd.hears("RELOADING=1\n").await;
+    systemd.hears("READY=1\n").await;
+    systemd.hears("; the last reload was refused").await;
+    fs::write(&config.path, text).unwrap();
+    serve.signal(Signal::HUP);
+    systemd.hears("STATUS=serving, 0 sessions\n").await;
+
+    let live = serve.carried().await;
+    serve.signal(Signal::TERM);
+    let stopping = systemd.hears("STOPPING=1\n").await;
+    assert!(stopping.contains("EXTEND_TIMEOUT_USEC="), "{stopping}");
+    systemd.hears("STATUS=draining, still accepting: 1 sessions").await;
+    serve.serves().await;
+    let closing = systemd.hears("STATUS=draining, listeners closed: 1 sessions left").await;
+    assert!(closing.contains("EXTEND_TIMEOUT_USEC="), "{closing}");
+    exchange(live).await.unwrap();
+    assert_eq!(serve.ended().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_service_manager_that_is_gone_stops_nothing() {
+    let world = World::new().await;
+    let config = world.config("[drain]\nnotice = \"0s\"\nquiet = \"0s\"");
+    let mut command = program(&config);
+    command.env("NOTIFY_SOCKET", config.beside("absent"));
+    let mut serve = Serve::of(command).await;
+    serve.says("systemd cannot be told").await;
+    serve.serves().await;
+    serve.signal(Signal::TERM);
+    assert_eq!(serve.ended().await.code(), Some(0));
+}
