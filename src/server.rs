@@ -5,6 +5,7 @@ mod drain;
 pub mod inherit;
 mod limits;
 mod listen;
+mod moving;
 pub mod notify;
 mod orders;
 mod socket;
@@ -25,6 +26,7 @@ use tokio::sync::{mpsc, watch};
 
 use self::drain::Stage;
 use self::inherit::Inherited;
+use self::moving::Movers;
 use self::worker::Post;
 use crate::account::log::QUEUE;
 use crate::admin::{self, Desks};
@@ -32,6 +34,7 @@ use crate::config::{Config, Drain};
 use crate::probe::Lanes;
 use crate::resolve::{NoServers, Resolver};
 use crate::state::Live;
+use crate::takeover::Leaving;
 
 pub use self::limits::Capacity;
 pub use self::orders::Orders;
@@ -103,6 +106,7 @@ pub struct Server {
     health: SocketAddr,
     stage: watch::Sender<Stage>,
     drain: watch::Sender<bool>,
+    movers: Arc<Movers>,
     capacity: Capacity,
     threads: Vec<JoinHandle<()>>,
     /// Closed once the access log is written to its end.
@@ -159,6 +163,8 @@ impl Server {
         let orders = Arc::new(Orders::new(Arc::clone(&live), source, drain.clone()));
         let bound = doors.addresses.iter().map(|(_, addresses)| addresses.clone()).collect();
         live.bound.get_or_init(|| bound);
+        let crew = crew::Crew::new(workers);
+        let (movers, orders) = Movers::new(workers, &crew);
         let mut server = Self {
             live: Arc::clone(&live),
             listeners: doors.addresses,
@@ -166,6 +172,7 @@ impl Server {
             health: local_address(&health)?,
             stage: stage.clone(),
             drain,
+            movers: Arc::new(movers),
             capacity,
             threads: Vec::new(),
             written: None,
@@ -175,10 +182,9 @@ impl Server {
         let (journal, written) =
             writer::open(&config.log.access, QUEUE * workers, Arc::clone(&live.log_lost))?;
         server.written = written;
-        let crew = crew::Crew::new(workers);
         let (posts, boxes): (Vec<_>, Vec<_>) =
             (0..workers).map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
-        for ((number, doors), handed_over) in (0_u16..).zip(doors.sockets).zip(boxes) {
+        for (((number, doors), handed_over), orders) in (0_u16..).zip(doors.sockets).zip(boxes).zip(orders) {
             let post = Post {
                 number,
                 live: Arc::clone(&live),
@@ -186,6 +192,7 @@ impl Server {
                 doors,
                 others: posts.clone(),
                 handed_over,
+                orders,
                 stages: stages.clone(),
                 journal: journal.clone(),
             };
@@ -248,6 +255,22 @@ impl Server {
     #[must_use]
     pub fn socket(&self) -> Option<&Arc<SocketFile>> {
         self.socket.as_ref()
+    }
+
+    /// From now on every session that forwards, and every flow, leaves through what this returns, and ends here once its
+    /// answer says that it was taken. Clients' datagrams wait in the listening sockets meanwhile.
+    pub async fn start_moving(&self) -> mpsc::Receiver<Leaving> {
+        self.movers.start().await
+    }
+
+    /// Whatever has not left stays, and all goes on as before.
+    pub async fn stop_moving(&self) {
+        self.movers.stop().await;
+    }
+
+    /// Goes on with a session or flow of another process, and answers that.
+    pub async fn take_over(&self, leaving: Leaving) {
+        self.movers.take_over(leaving).await;
     }
 
     /// Starts to drain: notice, quiet, idle, deadline as configured. A second call changes nothing.

@@ -100,13 +100,13 @@ pub fn decode(parcel: Parcel) -> Result<MovedFlow, Refused> {
     Ok(MovedFlow { told, socket: socket.into(), header, first })
 }
 
-impl MovedFlow {
-    /// The number of the worker that carried it: the one that most likely has its listening socket here, too.
-    #[must_use]
-    pub fn worker(&self) -> u16 {
-        self.told.worker
-    }
+/// The number of the worker that carried a flow: the one that most likely has its listening socket here, too.
+#[must_use]
+pub fn worker(parcel: &Parcel) -> Option<u16> {
+    parcel.read::<Told>(Kind::Flow).ok().map(|(told, _)| told.worker)
+}
 
+impl MovedFlow {
     fn who(&self) -> Who {
         let endpoint = Claim::from_tlv(self.told.endpoint.as_ref().map(String::as_bytes));
         Who { client: self.told.client.map(ClientAddr), endpoint }
@@ -166,10 +166,11 @@ impl<A> Flows<A> {
         self.state.borrow_mut().adopt(moved, place, listener, &self.poll)
     }
 
-    /// Whether a flow's listening socket is here.
+    /// Whether the listening socket of a flow that comes is here.
     #[must_use]
-    pub fn has_door(&self, moved: &MovedFlow) -> bool {
-        place(&self.doors.borrow(), &moved.told).is_some()
+    pub fn has_door(&self, parcel: &Parcel) -> bool {
+        let told = parcel.read::<Told>(Kind::Flow);
+        told.is_ok_and(|(told, _)| place(&self.doors.borrow(), &told).is_some())
     }
 }
 

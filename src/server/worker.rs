@@ -16,6 +16,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 use super::crew::{Aboard, Crew, OpenDoor};
 use super::drain::{self, Stage};
 use super::listen::Bound;
+use super::moving::{self, Order};
 use crate::accept::{Accepted, Door, PAUSE, Trouble};
 use crate::account::log::{Batch, Journal};
 use crate::account::meter::Ledger;
@@ -49,6 +50,7 @@ pub(super) struct Post {
     pub(super) doors: Vec<(u32, Bound)>,
     pub(super) others: Vec<mpsc::Sender<Fresh>>,
     pub(super) handed_over: mpsc::Receiver<Fresh>,
+    pub(super) orders: mpsc::Receiver<Order>,
     pub(super) stages: watch::Receiver<Stage>,
     pub(super) journal: Option<SyncSender<Batch>>,
 }
@@ -67,13 +69,13 @@ pub(super) fn spawn(post: Post) -> io::Result<JoinHandle<()>> {
 }
 
 /// What the tasks of one worker share.
-struct Shop {
-    worker: Rc<Worker>,
+pub(super) struct Shop {
+    pub(super) worker: Rc<Worker>,
     live: Arc<Live>,
     crew: Arc<Crew>,
     others: Vec<mpsc::Sender<Fresh>>,
     /// Where a listener is UDP.
-    flows: Option<Rc<Flows<Aboard>>>,
+    pub(super) flows: Option<Rc<Flows<Aboard>>>,
 }
 
 impl Shop {
@@ -166,6 +168,7 @@ async fn work(mut post: Post) {
     for (listener, socket) in post.doors {
         open(&shop, listener, socket, &post.stages);
     }
+    let orders = spawn_local(moving::obey(Rc::clone(&shop), post.orders));
     let handed_over = {
         let shop = Rc::clone(&shop);
         spawn_local(async move {
@@ -185,6 +188,7 @@ async fn work(mut post: Post) {
     local.end_all();
     shop.flows.iter().for_each(|flows| flows.end_all());
     handed_over.abort();
+    orders.abort();
     while post.crew.count(number) > 0 {
         sleep(Tick::SPAN / 10).await;
     }

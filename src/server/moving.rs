@@ -1,0 +1,162 @@
+//! How live sessions and flows leave this process, and come from another one: what the process tells its workers.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_local;
+
+use super::crew::{Aboard, Crew};
+use super::worker::Shop;
+use crate::flow;
+use crate::session::{self, moved};
+use crate::takeover::{Answer, Kind, Leaving};
+
+/// Parcels that may wait for the other process: the sessions in them stand still, and all others go on meanwhile.
+const UNDER_WAY: usize = 64;
+
+/// Orders that may wait for a worker.
+const ORDERS: usize = 64;
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// Every session and flow leaves, through here.
+    Leave(mpsc::Sender<Leaving>),
+    /// Those that have not left stay, and datagrams are heard again.
+    Stay,
+    /// A session of another process goes on here.
+    Session(Leaving, Aboard),
+    /// So does a flow; it comes back where its listening socket is another worker's.
+    Flow(Leaving, oneshot::Sender<Option<Leaving>>),
+}
+
+/// The workers, as those who move sessions see them.
+#[derive(Debug)]
+pub(super) struct Movers {
+    crew: Arc<Crew>,
+    orders: Vec<mpsc::Sender<Order>>,
+}
+
+impl Movers {
+    /// So many workers, and where each hears its orders.
+    pub(super) fn new(workers: usize, crew: &Arc<Crew>) -> (Self, Vec<mpsc::Receiver<Order>>) {
+        let (orders, heard) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
+        (Self { crew: Arc::clone(crew), orders }, heard)
+    }
+
+    /// From now on every session and flow leaves.
+    pub(super) async fn start(&self) -> mpsc::Receiver<Leaving> {
+        let (departures, leaving) = mpsc::channel(UNDER_WAY);
+        for worker in &self.orders {
+            // A worker that has ended has nothing that could leave.
+            worker.send(Order::Leave(departures.clone())).await.unwrap_or_default();
+        }
+        leaving
+    }
+
+    pub(super) async fn stop(&self) {
+        for worker in &self.orders {
+            // As in `start`.
+            worker.send(Order::Stay).await.unwrap_or_default();
+        }
+    }
+
+    /// Gives what comes from another process to a worker, which answers. Where there is none, dropping it is an answer.
+    pub(super) async fn take_over(&self, leaving: Leaving) {
+        match leaving.parcel.kind() {
+            Ok(Kind::Session) => {
+                let lightest =
+                    (0..self.orders.len()).min_by_key(|worker| self.crew.count(*worker)).unwrap_or(0);
+                let Some(worker) = self.orders.get(lightest) else { return };
+                let order = Order::Session(leaving, self.crew.board(lightest));
+                worker.send(order).await.unwrap_or_default();
+            }
+            Ok(Kind::Flow) => self.take_flow(leaving).await,
+            Err(refused) => tracing::warn!(%refused, "a session of the other process stays there"),
+        }
+    }
+
+    /// The worker of the same number as before has a flow's listening socket most likely, and else one of the others.
+    async fn take_flow(&self, mut leaving: Leaving) {
+        let first = flow::moved::worker(&leaving.parcel).map_or(0, usize::from);
+        for step in 0..self.orders.len() {
+            let Some(worker) = self.orders.get((first + step) % self.orders.len()) else { return };
+            let (back, comes_back) = oneshot::channel();
+            if worker.send(Order::Flow(leaving, back)).await.is_err() {
+                return;
+            }
+            match comes_back.await {
+                Ok(Some(again)) => leaving = again,
+                Ok(None) | Err(_) => return,
+            }
+        }
+        tracing::warn!("a flow of the other process stays there: no worker has its listening socket");
+    }
+}
+
+/// Does what a worker is told, until nobody tells it anything any more.
+pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
+    while let Some(order) = orders.recv().await {
+        match order {
+            Order::Leave(departures) => shop.start_moving(departures),
+            Order::Stay => shop.stop_moving(),
+            Order::Session(leaving, aboard) => shop.take_session(leaving, aboard),
+            Order::Flow(leaving, back) => {
+                // Nobody waits for it where the process ends.
+                back.send(shop.take_flow(leaving)).unwrap_or_default();
+            }
+        }
+    }
+}
+
+impl Shop {
+    /// From now on every session and flow leaves, through here.
+    pub(super) fn start_moving(&self, departures: mpsc::Sender<Leaving>) {
+        *self.worker.departures.borrow_mut() = Some(departures.clone());
+        self.worker.local.start_moving();
+        if let Some(flows) = self.flows.clone() {
+            spawn_local(async move { flows.move_out(departures).await });
+        }
+    }
+
+    /// Whatever has not left stays.
+    pub(super) fn stop_moving(&self) {
+        *self.worker.departures.borrow_mut() = None;
+        self.worker.local.stop_moving();
+        self.flows.iter().for_each(|flows| flows.go_on());
+    }
+
+    /// Goes on with a session of another process.
+    pub(super) fn take_session(&self, leaving: Leaving, aboard: Aboard) {
+        let Leaving { parcel, answer } = leaving;
+        match moved::decode(parcel) {
+            // Who waits for no answer any more has it still.
+            Ok(moved) => {
+                if answer.send(Answer::Taken).is_ok() {
+                    spawn_local(Box::pin(session::resume(Rc::clone(&self.worker), moved, aboard)));
+                }
+            }
+            Err(refused) => stays(answer, &refused),
+        }
+    }
+
+    /// Goes on with a flow of another process; it comes back where its listening socket is not here.
+    pub(super) fn take_flow(&self, leaving: Leaving) -> Option<Leaving> {
+        let Some(flows) = self.flows.as_ref().filter(|flows| flows.has_door(&leaving.parcel)) else {
+            return Some(leaving);
+        };
+        let Leaving { parcel, answer } = leaving;
+        match flow::moved::decode(parcel).and_then(|moved| flows.take_over(moved)) {
+            Ok(()) => answer.send(Answer::Taken).unwrap_or_default(),
+            Err(refused) => stays(answer, &refused),
+        }
+        None
+    }
+}
+
+fn stays(answer: oneshot::Sender<Answer>, refused: &crate::takeover::Refused) {
+    tracing::warn!(%refused, "a session of the other process stays there");
+    // Who does not hear it takes it for granted.
+    answer.send(Answer::Stays).unwrap_or_default();
+}
