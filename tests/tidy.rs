@@ -154,6 +154,28 @@ fn the_readme_has_every_reason_and_every_metric() {
 }
 
 #[test]
+fn every_fault_in_the_readme_has_its_test() {
+    let readme = fs::read_to_string("README.md").unwrap_or_default();
+    let section =
+        readme.split("\n## ").find(|section| section.starts_with("What goes wrong")).unwrap_or_default();
+    let rows: Vec<_> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert!(rows.len() > 30, "{} rows", rows.len());
+    let tests: String = sources(&["tests"]).into_iter().map(|source| source.text).collect();
+    let mut faults = Vec::new();
+    for row in rows {
+        let cells: Vec<_> = row.trim_matches('|').split('|').collect();
+        // What stands in backticks: every other part.
+        let named: Vec<_> = cells.last().unwrap().split('`').skip(1).step_by(2).collect();
+        if cells.len() != 5 || named.is_empty() {
+            faults.push(format!("README.md: no five cells, or no test: {row}"));
+        }
+        let missing = named.iter().filter(|name| !tests.contains(&format!("fn {name}(")));
+        faults.extend(missing.map(|name| format!("README.md: no test is called {name}")));
+    }
+    none(&faults);
+}
+
+#[test]
 fn no_file_names_a_path_of_a_developers_machine() {
     let listed = Command::new("git").args(["ls-files", "-z"]).output();
     let Some(listed) = listed.ok().filter(|listed| listed.status.success()) else { return };
