@@ -13,7 +13,8 @@ use vestibule::admission::slots::{self, Slots};
 use vestibule::clock;
 use vestibule::config::{Config, Limits, Mode, Rate, Tenant};
 use vestibule::outcome::Why;
-use vestibule::state::Live;
+use vestibule::pool::Answers;
+use vestibule::state::{Count, Live};
 
 const TENANTS: usize = 1_000;
 const THREADS: usize = 3;
@@ -177,7 +178,9 @@ fn main() {
             barrier.wait();
             for next in nexts {
                 config.tenants = next;
-                live.reload(&config).expect("nothing but tenants changes");
+                let turn = live.turn(&config).expect("nothing but tenants changes");
+                let changes = turn.put(&config, Vec::new(), &Answers::new(), clock::now());
+                assert_eq!(changes.pools, Count::default());
             }
             barrier.wait();
             found = check(&live, &holds, &ceilings);

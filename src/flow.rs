@@ -1,6 +1,7 @@
 //! UDP: a shell around the pure flow table. Datagrams of a worker come in here and go out again, and every flow is
 //! accounted for.
 
+mod door;
 mod life;
 pub mod moved;
 mod open;
@@ -26,6 +27,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
+pub use self::door::Vacancy;
 use self::life::{Books, Flow};
 use self::open::Datagram;
 use self::run::{Runs, Span};
@@ -66,7 +68,7 @@ pub struct Flows<A> {
     state: RefCell<State<A>>,
     /// The sockets of all flows: one event source for the runtime, however many there are.
     poll: Poll,
-    doors: RefCell<Vec<Rc<Door>>>,
+    doors: RefCell<Vec<Option<Rc<Door>>>>,
     /// While nobody listens at them; then what comes waits in their sockets.
     paused: Cell<bool>,
     goes_on: Notify,
@@ -133,7 +135,7 @@ impl<A> Flows<A> {
             rejections: Rejections::default(),
             stray_lines,
             strays_left_out: 0,
-            table: Table::new(live.flow_idle),
+            table: Table::new(live.snapshot.load().flow_idle),
             board,
             rolls: fastrand::Rng::new(),
             room: vec![0; BATCH * ROOM],
@@ -171,22 +173,28 @@ impl<A> Flows<A> {
         self.state.borrow().table.len()
     }
 
-    /// Hears what comes in at a bound socket of a listener, by its place, and answers from there; for ever.
+    /// Hears what comes in at a bound socket of a listener, by its place, and answers from there, until it is
+    /// [closed](Self::close).
     ///
     /// # Errors
     /// What broke the socket.
     pub async fn keep(&self, socket: UdpSocket, listener: u32) -> io::Result<()> {
-        let header = {
-            let snapshot = self.state.borrow_mut().snapshot();
-            let rules = snapshot.listeners.get(listener as usize).and_then(|rules| rules.header.as_ref());
-            rules.map(|rules| wire::Rules { transport: Transport::Datagram, verify_crc: rules.verify_crc })
+        if self.reopen(listener, socket.local_addr()?) {
+            return Ok(());
+        }
+        let door = Rc::new(Door::new(socket, listener, None)?);
+        let place = {
+            let mut doors = self.doors.borrow_mut();
+            // The place of one that is closed has no flows.
+            let place = doors.iter().position(Option::is_none).unwrap_or(doors.len());
+            if place == doors.len() {
+                doors.push(None);
+            }
+            doors.get_mut(place).into_iter().for_each(|free| *free = Some(Rc::clone(&door)));
+            u16::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?
         };
-        let door = Rc::new(Door::new(socket, listener, header)?);
-        let place = self.doors.borrow().len();
-        self.doors.borrow_mut().push(Rc::clone(&door));
-        let place = u16::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?;
         let mut short = false;
-        loop {
+        while !door.is_closed() {
             while self.paused.get() {
                 self.goes_on.notified().await;
             }
@@ -202,6 +210,7 @@ impl<A> Flows<A> {
                 Err(error) => return Err(error),
             }
         }
+        Ok(())
     }
 
     /// What could not be received is still in the socket's queue, or is lost there and counted by the kernel.
@@ -216,6 +225,7 @@ impl<A> Flows<A> {
     /// Takes one batch of datagrams from clients; whether that was all.
     fn hear(&self, door: &Door, place: u16) -> io::Result<bool> {
         let mut state = self.state.borrow_mut();
+        door.header.set(state.header_rules(door.listener));
         let (mut room, mut metas) = (std::mem::take(&mut state.room), std::mem::take(&mut state.metas));
         let received = door.receive(&mut room, &mut metas);
         if let Ok(count) = received {
@@ -275,7 +285,12 @@ impl<A> Flows<A> {
     /// Goes on to `now`: flows that were idle for long are ended, some in each call. Whether there are more.
     #[must_use]
     pub fn advance(&self, now: Moment) -> bool {
-        self.state.borrow_mut().expire(now)
+        let mut state = self.state.borrow_mut();
+        state.follow_idle();
+        let is_more = state.expire(now);
+        drop(state);
+        self.close_vacant();
+        is_more
     }
 
     /// Tells what was left out of the access log.
@@ -319,6 +334,20 @@ impl<A> Flows<A> {
 impl<A> State<A> {
     fn snapshot(&mut self) -> Arc<Snapshot> {
         Arc::clone(self.snapshot.load())
+    }
+
+    /// What is asked of a header at a listener; `None` where there is none.
+    fn header_rules(&mut self, listener: u32) -> Option<wire::Rules> {
+        let rules = self.snapshot.load().listeners.get(listener as usize)?.header.as_ref()?;
+        Some(wire::Rules { transport: Transport::Datagram, verify_crc: rules.verify_crc })
+    }
+
+    /// How long a flow may be silent, as it is in force now; while the process drains, that is decided already.
+    fn follow_idle(&mut self) {
+        let idle = self.snapshot.load().flow_idle;
+        if !self.draining && idle != self.table.idle() {
+            self.table.set_idle(idle);
+        }
     }
 
     fn expire(&mut self, now: Moment) -> bool {

@@ -13,9 +13,11 @@ pub mod queue;
 pub mod retry;
 pub mod roster;
 pub mod standing;
+mod succession;
+mod vitals;
 
-use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
@@ -24,14 +26,16 @@ use arc_swap::ArcSwap;
 use self::backend::{Backend, Traits};
 use self::cause::Cause;
 pub use self::cause::Failed;
-use self::health::{Rules, State};
+use self::health::{Health, Rules, State};
 pub use self::naming::{MOST_ADDRESSES, Resolved};
 use self::naming::{Name, SLOTS};
 pub use self::picked::Picked;
 use self::queue::{Place, Queue};
-use self::retry::Budget;
 use self::roster::Way;
 pub use self::roster::{Nobody, Roster, Tried};
+pub use self::succession::Answers;
+use self::succession::Lasting;
+use self::vitals::{Load, Vitals};
 use crate::account::lookup::Lookups;
 use crate::account::{Label, Labels, Verdict, lock};
 use crate::addr::BackendAddr;
@@ -70,11 +74,9 @@ pub struct Pool {
     names: Vec<Name>,
     roster: ArcSwap<Roster>,
     queue: Option<Arc<Queue>>,
-    /// The one tenant whose sessions came here so far, [`NOBODY_YET`], or [`SEVERAL`].
-    tenant: AtomicU32,
-    retries: Budget,
-    retried: AtomicU64,
-    not_retried: AtomicU64,
+    lasting: Arc<Lasting>,
+    /// Whether a reload has put another one in its place.
+    is_replaced: AtomicBool,
     /// Held while the roster is made anew.
     changing: Mutex<Changing>,
     /// When [`tend`](Self::tend) has something to do, in nanoseconds.
@@ -112,7 +114,7 @@ impl Change {
             state = self.state,
             why = self.why,
             out_for = self.out_for.map(tracing::field::debug),
-            usable = pool.usable(),
+            usable = pool.current().map_or_else(|| pool.usable(), |pool| pool.usable()),
             "backend changed"
         );
     }
@@ -123,6 +125,31 @@ impl Pool {
     /// nowhere until they are [resolved](Self::resolve).
     #[must_use]
     pub fn new(config: &crate::config::Pool, labels: &Labels) -> Self {
+        let queue = (config.queue.length > 0).then(|| Queue::new(config.queue.length));
+        let (pool, fixed) = Self::empty(config, labels, Lasting::new(), queue);
+        let start = (Moment::default(), Cause::Start);
+        let backends = fixed.into_iter().map(|(address, slot, traits)| {
+            let vitals = Arc::new(Vitals::new(pool.first_health(), start));
+            let backend =
+                pool.new_backend(BackendAddr(address), labels, slot, traits, vitals, Arc::default());
+            let backend = Arc::new(backend);
+            backend.load.hand_to(&backend);
+            backend
+        });
+        let backends = backends.collect();
+        let mut changing = lock(&pool.changing);
+        changing.next = Some(backends);
+        pool.renew(changing, Moment::default());
+        pool
+    }
+
+    /// A pool without backends, and the addresses that stand in its configuration, each with its slot.
+    fn empty(
+        config: &crate::config::Pool,
+        labels: &Labels,
+        lasting: Arc<Lasting>,
+        queue: Option<Arc<Queue>>,
+    ) -> (Self, Vec<(SocketAddr, u32, Traits)>) {
         let mut slots = 0;
         let (mut fixed, mut names) = (Vec::new(), Vec::new());
         for backend in &config.backends {
@@ -141,6 +168,10 @@ impl Pool {
                 slots += SLOTS;
             }
         }
+        lasting.retries.set(config.retry_budget);
+        if let Some(queue) = &queue {
+            queue.set_length(config.queue.length);
+        }
         let pool = Self {
             label: labels.intern(&config.name),
             attempts: config.attempts,
@@ -158,23 +189,26 @@ impl Pool {
             },
             names,
             roster: ArcSwap::default(),
-            queue: (config.queue.length > 0).then(|| Queue::new(config.queue.length)),
-            tenant: AtomicU32::new(NOBODY_YET),
-            retries: Budget::new(config.retry_budget),
-            retried: AtomicU64::new(0),
-            not_retried: AtomicU64::new(0),
+            queue,
+            lasting,
+            is_replaced: AtomicBool::new(false),
             changing: Mutex::default(),
             due: AtomicU64::new(u64::MAX),
         };
-        let start = (Moment::default(), Cause::Start);
-        let backends = fixed.into_iter().map(|(address, slot, traits)| {
-            Arc::new(pool.new_backend(BackendAddr(address), labels, slot, traits, start))
-        });
-        let backends = backends.collect();
-        let mut changing = lock(&pool.changing);
-        changing.next = Some(backends);
-        pool.renew(changing, Moment::default());
-        pool
+        (pool, fixed)
+    }
+
+    /// How many results in a row its probes need, where it has any.
+    fn rules(&self) -> Option<Rules> {
+        self.probe.as_ref().map(|probe| Rules { rise: probe.rise, fall: probe.fall })
+    }
+
+    /// What is believed of a backend that nobody has heard of.
+    fn first_health(&self) -> Health {
+        self.rules().map_or_else(
+            || Health::new(Rules { rise: 1, fall: 1 }, State::Healthy),
+            |rules| Health::new(rules, State::Unknown),
+        )
     }
 
     fn new_backend(
@@ -183,14 +217,11 @@ impl Pool {
         labels: &Labels,
         slot: u32,
         traits: Traits,
-        changed: (Moment, Cause),
+        vitals: Arc<Vitals>,
+        load: Arc<Load>,
     ) -> Backend {
-        let health = match &self.probe {
-            None => (Rules { rise: 1, fall: 1 }, State::Healthy),
-            Some(probe) => (Rules { rise: probe.rise, fall: probe.fall }, State::Unknown),
-        };
         let label = labels.intern(&address.to_string());
-        let mut backend = Backend::new(address, label, slot, traits, health, changed);
+        let mut backend = Backend::new(address, label, slot, traits, vitals, load);
         (backend.seat, backend.queue) = (self.way.seat(), self.queue.clone());
         backend
     }
@@ -226,29 +257,29 @@ impl Pool {
     /// Attempts beyond the first that were made, and that the budget had nothing left for.
     #[must_use]
     pub fn retries(&self) -> (u64, u64) {
-        (self.retried.load(Ordering::Relaxed), self.not_retried.load(Ordering::Relaxed))
+        (self.lasting.retried.load(Ordering::Relaxed), self.lasting.not_retried.load(Ordering::Relaxed))
     }
 
     /// Takes in a new session of a tenant, by its label's serial number.
     pub fn arrived(&self, tenant: u32) {
-        self.retries.deposit();
-        let known = self.tenant.load(Ordering::Relaxed);
+        self.lasting.retries.deposit();
+        let known = self.lasting.tenant.load(Ordering::Relaxed);
         if known != tenant && known != SEVERAL {
             let first = known == NOBODY_YET;
-            self.tenant.store(if first { tenant } else { SEVERAL }, Ordering::Relaxed);
+            self.lasting.tenant.store(if first { tenant } else { SEVERAL }, Ordering::Relaxed);
         }
     }
 
     /// Whether several tenants use it.
     fn is_shared(&self) -> bool {
-        self.tenant.load(Ordering::Relaxed) == SEVERAL
+        self.lasting.tenant.load(Ordering::Relaxed) == SEVERAL
     }
 
     /// Whether a session may make another attempt.
     #[must_use]
     pub fn may_retry(&self, now: Moment) -> bool {
-        let may = self.retries.withdraw(now);
-        let count = if may { &self.retried } else { &self.not_retried };
+        let may = self.lasting.retries.withdraw(now);
+        let count = if may { &self.lasting.retried } else { &self.lasting.not_retried };
         count.fetch_add(1, Ordering::Relaxed);
         may
     }
@@ -262,9 +293,14 @@ impl Pool {
         now: Moment,
     ) -> Option<Change> {
         let changing = lock(&self.changing);
-        // What a name leads to later comes into a pool that already works.
-        let is_late = backend.summary().changed.1 == Cause::Resolved && self.usable() > 0;
-        if !backend.observe(verdict, took, self.slow_start, is_late, now) {
+        if let Some((pool, heir)) = self.heir_of(backend) {
+            drop(changing);
+            return pool.observe(&heir, verdict, took, now);
+        }
+        // What a name leads to later, or a reload adds, comes into a pool that already works.
+        let is_new = matches!(backend.summary().changed.1, Cause::Resolved | Cause::Reload);
+        let is_late = is_new && self.usable() > 0;
+        if !backend.vitals.observe(verdict, took, self.slow_start, is_late, now) {
             return None;
         }
         self.renew_soon(changing, now);
@@ -278,8 +314,11 @@ impl Pool {
     /// Where several tenants share the pool, resets of one tenant's in a row count once: it may be what that tenant sends, and
     /// the others must not pay for it.
     pub fn failed(&self, backend: &Backend, failed: Failed, now: Moment) -> Option<Change> {
+        if let Some((pool, heir)) = self.heir_of(backend) {
+            return pool.failed(&heir, failed, now);
+        }
         let most = self.ejection.consecutive_failures;
-        if backend.failed(failed, self.is_shared()) < most || most == 0 || backend.is_ejected() {
+        if backend.vitals.failed(failed, self.is_shared()) < most || most == 0 || backend.is_ejected() {
             return None;
         }
         // A roster takes its time, and a session waits for none: the next failure comes to the same end.
@@ -288,6 +327,10 @@ impl Pool {
             Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
+        if self.is_replaced() {
+            // Only just now: the next failure reaches who has replaced it.
+            return None;
+        }
         let roster = self.roster();
         let out = roster.backends().iter().filter(|other| other.is_ejected()).count();
         if backend.is_ejected() || backend.is_gone() || out >= self.ejection.most(roster.backends().len()) {
@@ -306,7 +349,7 @@ impl Pool {
         let changing = lock(&self.changing);
         let roster = self.roster();
         let gentle = self.slow_start.max(GENTLE);
-        let over = roster.backends().iter().filter(|backend| backend.expire(gentle, now));
+        let over = roster.backends().iter().filter(|backend| backend.vitals.expire(gentle, now));
         let changes = over.map(|backend| change(backend, None)).collect();
         self.renew(changing, now);
         changes
@@ -354,6 +397,9 @@ impl Pool {
 
     /// Gives those who wait what room there is.
     fn serve(&self) {
+        if let Some(pool) = self.current() {
+            return pool.serve();
+        }
         if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
             self.roster.load().backends().iter().for_each(|backend| queue.serve(backend));
         }

@@ -44,13 +44,13 @@ pub struct Turn {
     pub of: usize,
 }
 
-/// Probes a backend of `pool` until it is gone from there. `first` is called once: after the first result, or where the
+/// Probes a backend of `pool`, and whoever a reload puts in its place, until it is gone from there. `first` is called once: after the first result, or where the
 /// backend is gone before. Returns at once, without that call, where the pool has no probe.
 ///
 /// What a probe waits for its lane is neither its time nor a failure.
 pub async fn run(
-    pool: Arc<Pool>,
-    backend: Arc<Backend>,
+    mut pool: Arc<Pool>,
+    mut backend: Arc<Backend>,
     turn: Turn,
     lanes: Arc<Lanes>,
     first: impl FnOnce(),
@@ -60,9 +60,10 @@ pub async fn run(
     let (mut first, mut warned) = (Some(first), None);
     loop {
         sleep(rhythm.due.since(clock::now())).await;
-        if backend.is_gone() {
-            break;
-        }
+        // A reload may have put others in their place, and keeps on probing in the same rhythm.
+        let Some(followed) = pool.follow(&backend) else { break };
+        (pool, backend) = followed;
+        let Some(probe) = &pool.probe else { break };
         // Nobody closes it.
         let Ok(lane) = lanes.0.acquire().await else { break };
         let start = clock::now();

@@ -18,21 +18,22 @@ use crate::config::Target;
 use crate::pool::Pool;
 use crate::pool::backend::Backend;
 
-/// Looks up the name at `place` of `pool` for ever; returns at once where there is none. Each new backend is given to `fresh`,
-/// which has it probed; after the first lookup, whatever its end, and after those of its backends, `first` is called.
+/// Looks up a name of `pool`, and of whoever a reload puts in its place, until that has it no more. Each new backend is given
+/// to `fresh`, with its pool, which has it probed; after the first lookup, whatever its end, and after those of its backends, `first` is called.
 ///
 /// A lookup that fails, or finds nothing, leaves the backends as they are: what a name led to last is a better guess than
 /// nothing at all.
 pub async fn run(
     resolver: Arc<Resolver>,
     pool: Arc<Pool>,
-    place: usize,
-    lookups: Arc<Lookups>,
+    target: Target,
     labels: &Labels,
     first: impl FnOnce(),
-    fresh: impl Fn(Arc<Backend>),
+    fresh: impl Fn(&Arc<Pool>, Arc<Backend>),
 ) {
-    let Some(target) = pool.names().nth(place).cloned() else { return first() };
+    let place = |pool: &Pool| pool.names().position(|other| *other == target);
+    let lookups = place(&pool).and_then(|place| pool.lookups().nth(place).cloned());
+    let Some(lookups) = lookups else { return first() };
     let (min, max) = resolver.bounds();
     let mut times = Pace::new(min, max);
     let mut teller = Teller { pool: &pool, name: name(&target), left_out: 0 };
@@ -43,11 +44,16 @@ pub async fn run(
         let wait = match result {
             Ok(answer) => {
                 teller.found(&answer, times.is_failing());
+                let pool = pool.latest();
+                let Some(place) = place(&pool) else { break };
                 let (backends, changes) = pool.resolve(place, &answer.found, labels, clock::now());
                 for change in changes {
                     change.log(&pool);
                 }
-                backends.into_iter().for_each(&fresh);
+                let pool = pool.latest();
+                for backend in backends {
+                    fresh(&pool, backend);
+                }
                 times.found(answer.ttl)
             }
             Err(lookup) => {
@@ -59,6 +65,9 @@ pub async fn run(
             first();
         }
         sleep(spread(wait, fastrand::f64())).await;
+    }
+    if let Some(first) = first {
+        first();
     }
 }
 

@@ -1,6 +1,7 @@
 //! The process: sockets, worker threads, the control thread, and the way all of them end.
 
 mod crew;
+mod doors;
 mod drain;
 pub mod inherit;
 mod limits;
@@ -8,6 +9,7 @@ mod listen;
 mod moving;
 pub mod notify;
 mod orders;
+mod reload;
 mod socket;
 mod upkeep;
 mod worker;
@@ -17,27 +19,30 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
+use self::doors::ORDERS;
 use self::drain::Stage;
 use self::inherit::Inherited;
 use self::moving::Movers;
+use self::upkeep::Tools;
 use self::worker::Post;
 use crate::account::log::QUEUE;
 use crate::admin::{self, Desks};
-use crate::config::{Config, Drain};
+use crate::config::Config;
 use crate::probe::Lanes;
 use crate::resolve::{NoServers, Resolver};
-use crate::state::Live;
+use crate::state::{Changes, Listener, Live};
 use crate::takeover::Leaving;
 
 pub use self::limits::Capacity;
 pub use self::orders::Orders;
+pub use self::reload::{ReloadError, Reloader};
 pub use self::socket::SocketFile;
 
 /// Why the process could not start.
@@ -101,7 +106,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Server {
     live: Arc<Live>,
-    listeners: Vec<(String, Vec<SocketAddr>)>,
+    reloader: Reloader,
     admin: SocketAddr,
     health: SocketAddr,
     stage: watch::Sender<Stage>,
@@ -150,9 +155,13 @@ impl Server {
         let health = listen::page("health", config.health.bind, &mut inherited)?;
         // After the address of the pages, which no second process of the same configuration gets.
         let (admin_socket, socket_file) = admin_socket(config, &mut inherited)?.unzip();
-        listen::try_sources(config)?;
+        listen::try_sources(&config.pools)?;
         let named = live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0);
-        let resolver = named.then(|| Resolver::new(&config.dns).map(Arc::new)).transpose()?;
+        let resolver = Arc::new(OnceLock::new());
+        if named {
+            let first = Arc::new(Resolver::new(&config.dns)?);
+            resolver.get_or_init(|| first);
+        }
         let doors = listen::doors(config, workers, &mut inherited)?;
         let unmatched = inherited.rest();
         if !unmatched.is_empty() {
@@ -160,14 +169,16 @@ impl Server {
         }
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
-        let orders = Arc::new(Orders::new(Arc::clone(&live), source, drain.clone()));
-        let bound = doors.addresses.iter().map(|(_, addresses)| addresses.clone()).collect();
-        live.bound.get_or_init(|| bound);
+        live.bound.store(Arc::new(doors.addresses(config.listeners.len())));
         let crew = crew::Crew::new(workers);
-        let (movers, orders) = Movers::new(workers, &crew);
+        let (movers, moves) = Movers::new(workers, &crew);
+        let (to_doors, told): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
+        let changed = Arc::new(Notify::new());
+        let reloader = Reloader::new(&live, doors.held, to_doors, &resolver, capacity, &changed);
+        let orders = Arc::new(Orders::new(reloader.clone(), source, drain.clone()));
         let mut server = Self {
             live: Arc::clone(&live),
-            listeners: doors.addresses,
+            reloader,
             admin: local_address(&admin)?,
             health: local_address(&health)?,
             stage: stage.clone(),
@@ -184,7 +195,8 @@ impl Server {
         server.written = written;
         let (posts, boxes): (Vec<_>, Vec<_>) =
             (0..workers).map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
-        for (((number, doors), handed_over), orders) in (0_u16..).zip(doors.sockets).zip(boxes).zip(orders) {
+        let boxes = boxes.into_iter().zip(told).zip(moves);
+        for ((number, doors), ((handed_over, orders), moves)) in (0_u16..).zip(doors.sockets).zip(boxes) {
             let post = Post {
                 number,
                 live: Arc::clone(&live),
@@ -193,18 +205,17 @@ impl Server {
                 others: posts.clone(),
                 handed_over,
                 orders,
+                moves,
                 stages: stages.clone(),
                 journal: journal.clone(),
             };
             server.threads.push(worker::spawn(post)?);
         }
         let control = Control {
-            live,
-            lanes: Arc::new(Lanes::new(capacity.probes)),
-            resolver,
+            tools: Tools { live, lanes: Arc::new(Lanes::new(capacity.probes)), resolver },
+            changed,
             crew,
             path: config.health.path.clone(),
-            drain: config.drain,
             desks: Desks { address: admin, socket: admin_socket, orders },
             health,
             stage,
@@ -220,11 +231,27 @@ impl Server {
         &self.live
     }
 
+    /// Puts another configuration in force: what [`Reloader::reload`] does.
+    ///
+    /// # Errors
+    /// Why it was refused; nothing has changed then.
+    pub fn reload(&self, config: &Config) -> Result<Changes, ReloadError> {
+        self.reloader.reload(config)
+    }
+
+    /// What puts configurations in force, for others.
+    #[must_use]
+    pub fn reloader(&self) -> Reloader {
+        self.reloader.clone()
+    }
+
     /// Every address that a listener accepts on, ports filled in. Empty for a name that is no listener's.
     #[must_use]
-    pub fn addresses(&self, listener: &str) -> &[SocketAddr] {
-        let found = self.listeners.iter().find(|(name, _)| name == listener);
-        found.map_or(&[], |(_, addresses)| addresses)
+    pub fn addresses(&self, listener: &str) -> Vec<SocketAddr> {
+        let (snapshot, bound) = (self.live.snapshot.load(), self.live.bound.load());
+        let is_it = |row: &&Listener| !row.is_retired && row.label.name() == listener;
+        let place = snapshot.listeners.iter().position(|row| is_it(&row));
+        place.and_then(|place| bound.get(place).cloned()).unwrap_or_default()
     }
 
     /// Where metrics and status are read.
@@ -339,13 +366,11 @@ fn admin_socket(
 
 /// What the control thread runs.
 struct Control {
-    live: Arc<Live>,
-    lanes: Arc<Lanes>,
-    resolver: Option<Arc<Resolver>>,
+    tools: Tools,
+    changed: Arc<Notify>,
     crew: Arc<crew::Crew>,
     /// The path of the health check.
     path: String,
-    drain: Drain,
     desks: Desks,
     health: TcpListener,
     stage: watch::Sender<Stage>,
@@ -360,10 +385,11 @@ impl Control {
 
     /// Pages, probes and lookups, until the process is over.
     async fn run(self) {
-        upkeep::start(&self.live, &self.lanes, self.resolver.as_ref());
-        tokio::spawn(admin::serve(self.desks, Arc::clone(&self.live)));
-        tokio::spawn(notify::run(Arc::clone(&self.live), Arc::clone(&self.crew)));
-        tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(&self.live)));
-        drain::run(&self.drain, &self.live, &self.crew, self.stage, self.drains).await;
+        let live = &self.tools.live;
+        upkeep::start(&self.tools, self.changed);
+        tokio::spawn(admin::serve(self.desks, Arc::clone(live)));
+        tokio::spawn(notify::run(Arc::clone(live), Arc::clone(&self.crew)));
+        tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(live)));
+        drain::run(live, &self.crew, self.stage, self.drains).await;
     }
 }

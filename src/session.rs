@@ -85,6 +85,11 @@ impl Worker {
         Arc::clone(self.snapshot.borrow_mut().load())
     }
 
+    /// Lets go of a snapshot that is no more in force.
+    pub fn renew(&self) {
+        self.snapshot.borrow_mut().load();
+    }
+
     fn roll(&self) -> u64 {
         self.rolls.borrow_mut().u64(..)
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -24,26 +24,32 @@ use crate::id::Claim;
 use crate::pool::Pool;
 use crate::tenant::{self, Directory, Tenant};
 
+mod changes;
 pub mod draining;
 pub mod rejections;
 mod reload;
+mod rows;
 
+pub use self::changes::{Changes, Count};
 use self::draining::{Draining, Phase};
-pub use self::reload::{Frozen, Reloads};
+pub use self::reload::{Frozen, Reloads, Turn};
+use self::rows::Rows;
 
 /// What is in force. It never changes; a new one takes its place.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// In the order of the configuration.
+    /// By place: a name keeps its own for the process's life, and may be retired.
     pub listeners: Vec<Listener>,
     /// In the order of the configuration.
     pub pools: Vec<Arc<Pool>>,
-    /// Whose traffic it is.
-    pub directory: Directory,
+    /// Whose traffic it is; shared with the snapshot before, where a reload changes none of it.
+    pub directory: Arc<Directory>,
     /// One attempt at one backend.
     pub connect: Span,
     /// How long a session may be silent.
     pub patience: Patience,
+    /// How long a flow may be silent.
+    pub flow_idle: Duration,
 }
 
 /// A listener's rules.
@@ -59,6 +65,8 @@ pub struct Listener {
     pub tenants: tenant::Rules,
     /// The place of the pool of tenants that name none.
     pub pool: Option<u32>,
+    /// Whether it is configured no more.
+    pub is_retired: bool,
 }
 
 impl Listener {
@@ -70,30 +78,42 @@ impl Listener {
 }
 
 impl Snapshot {
-    /// Makes a snapshot of a configuration that passed its checks.
-    #[must_use]
-    pub fn new(config: &Config, labels: &Labels, quotas: &Quotas) -> Self {
-        let pools = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, labels))).collect();
-        let listeners = config.listeners.iter().map(|listener| Listener {
-            label: labels.intern(&listener.name),
-            trusted: match &listener.identity {
+    /// Makes a snapshot of a configuration that passed its checks, but for its pools. It has this directory, where there is
+    /// one: that of before, of which nothing changes.
+    fn new(
+        config: &Config,
+        labels: &Labels,
+        quotas: &Quotas,
+        rows: &Rows,
+        directory: Option<Arc<Directory>>,
+    ) -> Self {
+        let pool_places = places(config.pools.iter().map(|pool| &pool.name));
+        let tenant_places = places(config.tenants.iter().map(|tenant| &tenant.name));
+        let pool_of =
+            |name: &Option<String>| name.as_ref().and_then(|name| pool_places.get(name.as_str()).copied());
+        let directory = directory
+            .unwrap_or_else(|| Arc::new(self::directory(config, labels, quotas, rows, &pool_places)));
+        let listeners = rows.all().iter().map(|row| Listener {
+            label: labels.intern(&row.listener.name),
+            trusted: match &row.listener.identity {
                 Identity::Header { trusted, .. } | Identity::Fixed { trusted, .. } => trusted.clone(),
             },
-            header: header_rules(listener, config),
-            tenants: tenant::Rules::Fixed(u32::MAX),
-            pool: None,
+            header: header_rules(row, config),
+            tenants: tenant_rules(&row.listener.identity, &tenant_places),
+            pool: pool_of(&row.listener.pool),
+            is_retired: row.is_retired,
         });
-        let bare = Self {
+        Self {
             listeners: listeners.collect(),
-            pools,
-            directory: Directory::default(),
+            pools: Vec::new(),
+            directory,
             connect: Span::of(config.timeouts.connect),
             patience: Patience {
                 idle: Span::of(config.timeouts.idle),
                 half_close: Span::of(config.timeouts.half_close),
             },
-        };
-        bare.with_tenants(config, labels, quotas)
+            flow_idle: config.timeouts.flow_idle,
+        }
     }
 
     /// The place of the tenant of this name, where there still is one: found by what its sessions claim nearly always,
@@ -109,46 +129,35 @@ impl Snapshot {
             u32::try_from(place).ok()
         })
     }
+}
 
-    /// The same listeners and pools, with all that they count, and the tenants of another configuration.
-    #[must_use]
-    fn with_tenants(&self, config: &Config, labels: &Labels, quotas: &Quotas) -> Self {
-        let pool_places = places(config.pools.iter().map(|pool| &pool.name));
-        let tenant_places = places(config.tenants.iter().map(|tenant| &tenant.name));
-        let listener_places = places(config.listeners.iter().map(|listener| &listener.name));
-        let pool_of =
-            |name: &Option<String>| name.as_ref().and_then(|name| pool_places.get(name.as_str()).copied());
-        let route = |(listener, pool): (&String, &String)| {
-            Some((*listener_places.get(listener.as_str())?, *pool_places.get(pool.as_str())?))
-        };
-        let tenants = config.tenants.iter().map(|tenant| {
-            let label = labels.intern(&tenant.name);
-            let quota = quotas.find(&label);
-            quota.set(&tenant.limits);
-            Tenant {
-                label,
-                labels: (!tenant.labels.is_empty()).then(|| Box::new(tenant.labels.clone())),
-                enabled: tenant.enabled,
-                pool: pool_of(&tenant.pool),
-                routes: tenant.routes.iter().filter_map(route).collect(),
-                quota,
-            }
-        });
-        let endpoints = config.tenants.iter().zip(0_u32..);
-        let endpoints =
-            endpoints.flat_map(|(tenant, place)| tenant.endpoints.iter().map(move |id| (*id, place)));
-        let listeners = self.listeners.iter().zip(&config.listeners).map(|(listener, config)| Listener {
-            tenants: tenant_rules(&config.identity, &tenant_places),
-            pool: pool_of(&config.pool),
-            ..listener.clone()
-        });
-        Self {
-            listeners: listeners.collect(),
-            pools: self.pools.clone(),
-            directory: Directory::new(tenants.collect(), endpoints),
-            ..*self
+/// Every tenant; the pools are given by their places.
+fn directory(
+    config: &Config,
+    labels: &Labels,
+    quotas: &Quotas,
+    rows: &Rows,
+    pools: &HashMap<&str, u32>,
+) -> Directory {
+    let route = |(listener, pool): (&String, &String)| {
+        Some((*rows.places().get(listener.as_str())?, *pools.get(pool.as_str())?))
+    };
+    let tenants = config.tenants.iter().map(|tenant| {
+        let label = labels.intern(&tenant.name);
+        let quota = quotas.find(&label);
+        quota.set(&tenant.limits);
+        Tenant {
+            label,
+            labels: (!tenant.labels.is_empty()).then(|| Box::new(tenant.labels.clone())),
+            enabled: tenant.enabled,
+            pool: tenant.pool.as_ref().and_then(|name| pools.get(name.as_str()).copied()),
+            routes: tenant.routes.iter().filter_map(route).collect(),
+            quota,
         }
-    }
+    });
+    let endpoints = config.tenants.iter().zip(0_u32..);
+    let endpoints = endpoints.flat_map(|(tenant, place)| tenant.endpoints.iter().map(move |id| (*id, place)));
+    Directory::new(tenants.collect(), endpoints)
 }
 
 /// Names and their places.
@@ -156,12 +165,12 @@ fn places<'a>(names: impl Iterator<Item = &'a String>) -> HashMap<&'a str, u32> 
     names.map(String::as_str).zip(0..).collect()
 }
 
-fn header_rules(listener: &crate::config::Listener, config: &Config) -> Option<header::Rules> {
-    match listener.identity {
+fn header_rules(row: &rows::Row, config: &Config) -> Option<header::Rules> {
+    match row.listener.identity {
         Identity::Header { verify_crc, .. } => Some(header::Rules {
             verify_crc,
             timeout: Span::of(config.timeouts.header),
-            pending: Slots::new(listener.max_pending),
+            pending: Arc::clone(&row.pending),
         }),
         Identity::Fixed { .. } => None,
     }
@@ -198,8 +207,6 @@ pub struct Live {
     pub sessions: Arc<Slots>,
     /// What each tenant may take, and what is in use.
     pub quotas: Quotas,
-    /// How long a flow may be silent.
-    pub flow_idle: Duration,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
     /// Lines of the access log that its writer could not write.
@@ -207,11 +214,15 @@ pub struct Live {
     /// Listening sockets that broke.
     pub stopped_doors: AtomicUsize,
     /// Every address of each listener, by the listener's place, once it is bound.
-    pub bound: OnceLock<Vec<Vec<SocketAddr>>>,
+    pub bound: ArcSwap<Vec<Vec<SocketAddr>>>,
+    /// The configuration that is in force.
+    pub config: ArcSwap<Config>,
     /// Backends whose first probe is still out, and names that were not yet looked up.
     pub unprobed: AtomicUsize,
     /// How often another configuration took its place.
     pub reloads: Reloads,
+    /// Snapshots that sessions may still hold. No worker is the last to hold one, and has to free it.
+    replaced: Mutex<Vec<Arc<Snapshot>>>,
     /// How far the process has come to its end.
     pub draining: Draining,
 }
@@ -249,7 +260,10 @@ impl Live {
         let labels = Labels::default();
         let sessions = Slots::new(max_sessions);
         let quotas = Quotas::new(Arc::clone(&sessions));
-        let snapshot = Snapshot::new(config, &labels, &quotas);
+        let mut rows = Rows::default();
+        rows.set(&config.listeners);
+        let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
+        let snapshot = Snapshot { pools, ..Snapshot::new(config, &labels, &quotas, &rows, None) };
         let unknown = |pool: &Arc<Pool>| {
             let probed = if pool.probe.is_some() { pool.roster().backends().len() } else { 0 };
             probed + pool.names().count()
@@ -262,35 +276,42 @@ impl Live {
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions,
             quotas,
-            flow_idle: config.timeouts.flow_idle,
             pipes: Budget::new(pipes * pipe::CAPACITY as u64, workers),
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
-            bound: OnceLock::new(),
+            bound: ArcSwap::default(),
+            config: ArcSwap::from_pointee(config.clone()),
             unprobed: AtomicUsize::new(unprobed),
-            reloads: Reloads::new(config),
+            reloads: Reloads::new(rows),
+            replaced: Mutex::default(),
             draining: Draining::default(),
         })
     }
 
-    /// Puts another configuration in force: its tenants, their endpoints, routes, labels and limits. Sessions keep what
-    /// they were born with, but for the limits, which hold for them too.
+    /// Begins to put another configuration in force. Nobody else does so as long as the turn lives.
     ///
     /// # Errors
-    /// What else differs; nothing has changed then.
-    pub fn reload(&self, config: &Config) -> Result<(), Frozen> {
+    /// What it must not change.
+    pub fn turn(&self, config: &Config) -> Result<Turn<'_>, Frozen> {
         // One at a time, so that the last one that was asked for is in force.
-        let _turn = lock(&self.reloads.turn);
-        if let Err(frozen) = self.reloads.judge(config) {
-            self.reloads.refuse();
-            return Err(frozen);
-        }
-        let next = self.snapshot.load().with_tenants(config, &self.labels, &self.quotas);
-        self.snapshot.store(Arc::new(next));
-        self.config.store(Arc::new(config.clone()));
-        self.quotas.forget_unused();
-        self.reloads.accept();
-        Ok(())
+        let turn = self.reloads.turn(self);
+        Frozen::judge(&self.config.load(), config)?;
+        Ok(turn)
+    }
+
+    /// The snapshots that were replaced and that nobody holds any more, to be freed where that keeps nobody waiting: with
+    /// 100,000 tenants it takes milliseconds.
+    #[must_use]
+    pub fn unused(&self) -> Vec<Arc<Snapshot>> {
+        let mut replaced = lock(&self.replaced);
+        // Whoever begins with a snapshot has it from the present one alone: what is not held is not held again.
+        replaced.extract_if(.., |snapshot| Arc::strong_count(snapshot) == 1).collect()
+    }
+
+    /// Snapshots that were replaced and are not freed yet.
+    #[must_use]
+    pub fn replaced(&self) -> usize {
+        lock(&self.replaced).len()
     }
 
     /// Sessions and flows now, over all workers.

@@ -201,8 +201,9 @@ fn drain(live: &Live, sessions_left: u64) -> Option<DrainStatus> {
 fn listeners(live: &Live) -> Vec<ListenerStatus> {
     let cells: Vec<_> = live.shards.iter().flat_map(|shard| shard.listeners()).collect();
     let snapshot = live.snapshot.load();
-    let bound = live.bound.get().map_or(&[][..], Vec::as_slice).iter();
-    let listeners = snapshot.listeners.iter().zip(bound).map(|(listener, bound)| {
+    let bound = live.bound.load();
+    let listeners = snapshot.listeners.iter().zip(bound.iter()).filter(|(listener, _)| !listener.is_retired);
+    let listeners = listeners.map(|(listener, bound)| {
         let own = || cells.iter().filter(|cells| cells.listener.serial() == listener.label.serial());
         ListenerStatus {
             name: listener.label.name().to_owned(),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::UdpSocket;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use quinn_udp::RecvMeta;
@@ -25,7 +26,7 @@ use super::run::Span;
 use super::socket::{self, Door, ROOM};
 use super::table::Who;
 
-/// One flow. `aboard` is held as long.
+/// One flow. `aboard` is held as long, and so is the mark of its door.
 #[derive(Debug)]
 pub(super) struct Flow<A> {
     /// Where a backend was found for it. Closing it takes it off the poll.
@@ -45,7 +46,7 @@ pub(super) struct Flow<A> {
     pub(super) permit: FlowPermit,
     pub(super) story: Story,
     _slot: Permit,
-    _aboard: A,
+    _aboard: (A, Rc<()>),
 }
 
 /// How a flow's answers are taken. Most come one by one, and the least that takes one is a plain `recv`. To take those that
@@ -205,7 +206,13 @@ impl Told {
 }
 
 impl<A> Flow<A> {
-    pub(super) fn new(found: Found, permit: FlowPermit, slot: Permit, aboard: A, story: Story) -> Self {
+    pub(super) fn new(
+        found: Found,
+        permit: FlowPermit,
+        slot: Permit,
+        aboard: (A, Rc<()>),
+        story: Story,
+    ) -> Self {
         Self {
             socket: found.socket,
             picked: found.picked,

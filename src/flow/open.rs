@@ -72,7 +72,7 @@ impl<A> State<A> {
         let Datagram { door, path, room, span } = datagram;
         let bytes = room.get(span.clone()).unwrap_or_default();
         let peer = Who { client: Some(ClientAddr(path.peer.0)), endpoint: Claim::Absent };
-        let spoken = door.header.map_or(Spoken::Header(peer, 0), |rules| read(bytes, rules));
+        let spoken = door.header.get().map_or(Spoken::Header(peer, 0), |rules| read(bytes, rules));
         let (who, header_len) = match spoken {
             Spoken::Header(who, len) => (Some(who), len),
             Spoken::Bare => (None, 0),
@@ -138,11 +138,17 @@ impl<A> State<A> {
         now: Moment,
     ) -> Option<FlowId> {
         let mut story = self.story(door.listener, now)?;
-        match self.steps(&mut story, path, who, now) {
+        let steps = if door.is_closing() {
+            Err(Outcome::reject(At::Header, Why::Drained))
+        } else {
+            self.steps(&mut story, path, who, now)
+        };
+        match steps {
             Ok((found, permit, slot)) => {
                 let send_proxy = story.pool().is_some_and(|pool| pool.send_proxy);
                 let tenant = story.tenant().map_or(0, |tenant| tenant.label.serial());
-                let mut flow = Flow::new(found, permit, slot, (self.board)(), story);
+                let mut flow =
+                    Flow::new(found, permit, slot, ((self.board)(), Rc::clone(&door.flows)), story);
                 if send_proxy {
                     flow.header = front(door, path, who, header).into();
                 }
@@ -259,7 +265,12 @@ impl<A> State<A> {
         if flow.is_answered {
             return self.end(id, Outcome::new(By::Backend, At::Forward, Why::Reset), now);
         }
-        let Some(own) = flow.story.pool().map(Arc::clone) else { return };
+        let Some(born) = flow.story.pool() else { return };
+        // Those who are there now; whom it has tried it knows by their places in its own.
+        let own = born.latest();
+        if !Arc::ptr_eq(&own, born) {
+            flow.tried = Tried::default();
+        }
         flow.story.meter.learn(Connect::Refused);
         flow.picked.iter().for_each(|picked| blame(&own, picked, now));
         let search = Search { pool: &own, who, rolls: &mut self.rolls, now };
@@ -277,10 +288,10 @@ impl<A> State<A> {
     }
 
     /// Gives a flow that has something to say its turn.
-    pub(super) fn pass_answer(&mut self, id: FlowId, doors: &[Rc<Door>], poll: &Poll, now: Moment) {
+    pub(super) fn pass_answer(&mut self, id: FlowId, doors: &[Option<Rc<Door>>], poll: &Poll, now: Moment) {
         let Some((path, _, flow)) = self.table.find(id) else { return };
         self.turn = Some(id);
-        let Some(door) = doors.get(usize::from(path.socket)) else { return };
+        let Some(Some(door)) = doors.get(usize::from(path.socket)) else { return };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
         let metas = self.metas.get_mut(..TURN).unwrap_or_default();
         let mut hear = || flow.listening.hear(&flow.socket, door, room, metas, &mut self.spans);
@@ -383,7 +394,7 @@ fn blame(pool: &Pool, picked: &Picked, now: Moment) {
 
 /// What goes in front of a flow's datagrams where the pool wants a header.
 fn front(door: &Door, path: Path, who: Who, header: &[u8]) -> Vec<u8> {
-    if let Some(rules) = door.header
+    if let Some(rules) = door.header.get()
         && let Parsed::Done(header, _) = wire::parse(header, rules)
     {
         return wire::reseal(&header);

@@ -1,8 +1,11 @@
 //! UDP sockets: the listening ones, which learn what address was asked, and one for each flow, connected to its backend.
 
+use std::cell::{Cell, RefCell};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::Arc;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
@@ -14,7 +17,9 @@ use rustix::net::sockopt::{
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 
+use super::door::Vacancy;
 use super::table::Path;
 use crate::account::loss::Loss;
 use crate::addr::{BackendAddr, PeerAddr};
@@ -47,10 +52,17 @@ pub(super) struct Door {
     state: UdpSocketState,
     /// The place of its listener.
     pub(super) listener: u32,
-    /// What is asked of a header; `None` where there is none.
-    pub(super) header: Option<wire::Rules>,
+    /// What is asked of a header, as it was when the last batch came; `None` where there is none.
+    pub(super) header: Cell<Option<wire::Rules>>,
     /// The kernel's own number of the socket, in whatever process.
     pub(super) cookie: u64,
+    /// Held by each of its flows.
+    pub(super) flows: Rc<()>,
+    /// While it closes: the workers that have flows there, and whether this one is no more among them.
+    closing: RefCell<Option<(Arc<Vacancy>, bool)>>,
+    /// Once it is closed.
+    closed: Notify,
+    is_closed: Cell<bool>,
     address: SocketAddr,
     /// Whether it hears on every address of the machine: then answers leave from the one that was asked.
     is_wild: bool,
@@ -80,7 +92,62 @@ impl Door {
             reason = "its successor is unsafe; a std UdpSocket keeps its descriptor, as both ask"
         )]
         let socket = AsyncFd::new(socket)?;
-        Ok(Self { socket, state, listener, header, cookie, address, is_wild })
+        let (flows, closing, closed) = (Rc::default(), RefCell::default(), Notify::new());
+        let (header, is_closed) = (Cell::new(header), Cell::new(false));
+        Ok(Self {
+            socket,
+            state,
+            listener,
+            header,
+            cookie,
+            flows,
+            closing,
+            closed,
+            is_closed,
+            address,
+            is_wild,
+        })
+    }
+
+    /// Whether it is a listener's, at this address.
+    pub(super) fn is_at(&self, listener: u32, address: SocketAddr) -> bool {
+        self.listener == listener && self.address == address
+    }
+
+    /// No flow begins here any more.
+    pub(super) fn close(&self, vacancy: Arc<Vacancy>) {
+        self.closing.replace(Some((vacancy, false)));
+    }
+
+    /// Flows begin again.
+    pub(super) fn reopen(&self) {
+        self.closing.replace(None);
+    }
+
+    /// Whether no flow begins here any more.
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.borrow().is_some()
+    }
+
+    /// Whether it is closed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed.get()
+    }
+
+    /// Closes it where it closes and no worker has a flow here any more; whether that is so.
+    pub(super) fn is_vacant(&self, is_complete: impl Fn(&Vacancy) -> bool) -> bool {
+        let mut closing = self.closing.borrow_mut();
+        let Some((vacancy, has_left)) = closing.as_mut() else { return false };
+        if !*has_left && Rc::strong_count(&self.flows) == 1 {
+            *has_left = true;
+            vacancy.leave();
+        }
+        let is_vacant = is_complete(vacancy);
+        if is_vacant {
+            self.is_closed.set(true);
+            self.closed.notify_one();
+        }
+        is_vacant
     }
 
     /// Waits until there is something to receive, and has `take` receive it. `take` tells whether it has taken all.
@@ -88,7 +155,10 @@ impl Door {
     /// # Errors
     /// What broke the socket.
     pub(super) async fn hear(&self, take: impl FnOnce(&Self) -> io::Result<bool>) -> io::Result<()> {
-        let mut ready = self.socket.readable().await?;
+        let mut ready = tokio::select! {
+            ready = self.socket.readable() => ready?,
+            () = self.closed.notified() => return Ok(()),
+        };
         match take(self) {
             Ok(true) => ready.clear_ready(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),

@@ -7,6 +7,8 @@ use crate::account::Verdict;
 pub enum Cause {
     /// It was there from the start.
     Start,
+    /// It came with a reload.
+    Reload,
     /// A probe, with its result.
     Probe(Verdict),
     /// Sessions could not connect to it, too often in a row: it is ejected.
@@ -50,6 +52,7 @@ impl Cause {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Start => "start",
+            Self::Reload => "reload",
             Self::Probe(verdict) => verdict.word(),
             Self::ConnectFailures => "connect_failures",
             Self::Resets => "resets",
@@ -69,6 +72,7 @@ mod tests {
     fn every_cause_has_a_word() {
         let causes = [
             Cause::Start,
+            Cause::Reload,
             Cause::ConnectFailures,
             Cause::Resets,
             Cause::EjectionOver,

@@ -74,13 +74,27 @@ pub struct Health {
     state: State,
     /// Results in a row that speak against the state.
     against: u32,
+    /// Whether the first result of all is still to come.
+    is_untested: bool,
 }
 
 impl Health {
-    /// A backend in a state that nobody has tested.
+    /// A backend in a state that is known, or unknown.
     #[must_use]
     pub fn new(rules: Rules, state: State) -> Self {
-        Self { rules, state, against: 0 }
+        Self { rules, state, against: 0, is_untested: state == State::Unknown }
+    }
+
+    /// A backend that counts as healthy until its first result.
+    #[must_use]
+    pub fn presumed(rules: Rules) -> Self {
+        Self { rules, state: State::Healthy, against: 0, is_untested: true }
+    }
+
+    /// The same memory under other rules.
+    #[must_use]
+    pub fn with(self, rules: Rules) -> Self {
+        Self { rules, ..self }
     }
 
     /// What is believed now.
@@ -95,12 +109,13 @@ impl Health {
     pub fn observe(&mut self, success: bool) -> Option<State> {
         let (wanted, needed) =
             if success { (State::Healthy, self.rules.rise) } else { (State::Unhealthy, self.rules.fall) };
+        let is_first = std::mem::take(&mut self.is_untested);
         if self.state == wanted {
             self.against = 0;
             return None;
         }
         self.against += 1;
-        if self.state != State::Unknown && self.against < needed {
+        if !is_first && self.against < needed {
             return None;
         }
         self.against = 0;
@@ -123,6 +138,15 @@ mod tests {
     fn the_first_result_decides() {
         assert_eq!(Health::new(RULES, State::Unknown).observe(true), Some(State::Healthy));
         assert_eq!(Health::new(RULES, State::Unknown).observe(false), Some(State::Unhealthy));
+    }
+
+    #[test]
+    fn who_is_presumed_healthy_is_so_until_the_first_result_says_otherwise() {
+        let mut health = Health::presumed(RULES);
+        assert_eq!((health.state(), health.observe(false)), (State::Healthy, Some(State::Unhealthy)));
+        let mut health = Health::presumed(RULES);
+        assert_eq!(observe(&mut health, "+--"), [None; 3]);
+        assert_eq!(health.with(Rules { rise: 1, fall: 1 }).observe(false), Some(State::Unhealthy));
     }
 
     #[test]

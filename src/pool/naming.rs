@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::backend::{Backend, Traits};
 use super::cause::Cause;
+use super::vitals::Vitals;
 use super::{Change, Pool, change};
 use crate::account::lookup::Lookups;
 use crate::account::{Labels, lock};
@@ -31,8 +32,8 @@ pub(super) struct Name {
     /// What holds for all of its addresses.
     traits: Traits,
     pub(super) lookups: Arc<Lookups>,
-    /// Addresses that it does not lead to any more, with sessions that go on.
-    left: Mutex<Vec<(BackendAddr, Arc<AtomicU32>)>>,
+    /// What it led to last.
+    pub(super) found: Mutex<Vec<Resolved>>,
 }
 
 /// One address that a name leads to.
@@ -48,25 +49,17 @@ pub struct Resolved {
 
 impl Name {
     pub(super) fn new(target: Target, first: u32, traits: Traits) -> Self {
-        let (given, lookups, left) = (AtomicU32::new(0), Arc::default(), Mutex::default());
-        Self { target, first, given, traits, lookups, left }
+        let (given, lookups, found) = (AtomicU32::new(0), Arc::default(), Mutex::default());
+        Self { target, first, given, traits, lookups, found }
     }
 
-    /// Its sessions are counted on, should its address come back before they end.
-    fn leave(&self, backend: &Backend) {
-        let mut left = lock(&self.left);
-        left.retain(|(_, load)| load.load(Ordering::SeqCst) > 0);
-        left.push((backend.address(), Arc::clone(&backend.load)));
-    }
-
-    fn load_of(&self, address: BackendAddr) -> Option<Arc<AtomicU32>> {
-        let mut left = lock(&self.left);
-        let place = left.iter().position(|(other, _)| *other == address)?;
-        Some(left.swap_remove(place).1)
+    /// The slot after the last that was given.
+    pub(super) fn next_slot(&self) -> u32 {
+        self.first + self.given.fetch_add(1, Ordering::Relaxed) % SLOTS
     }
 
     /// What holds for one of its addresses. A weight of 0 drains all of them.
-    fn traits_of(&self, resolved: &Resolved) -> Traits {
+    pub(super) fn traits_of(&self, resolved: &Resolved) -> Traits {
         let own = &self.traits;
         let weight = if own.weight == 0 { 0 } else { resolved.weight.unwrap_or(own.weight) };
         Traits { weight, is_backup: own.is_backup || resolved.is_backup, ..own.clone() }
@@ -86,15 +79,21 @@ impl Pool {
         let Some(name) = self.names.get(place) else { return (fresh, changes) };
         let slots = name.first..name.first + SLOTS;
         let mut changing = lock(&self.changing);
+        if let Some(pool) = self.current() {
+            drop(changing);
+            let place = pool.names().position(|target| *target == name.target);
+            return place.map_or((fresh, changes), |place| pool.resolve(place, found, labels, now));
+        }
         let all = changing.next.take().unwrap_or_else(|| self.roster().backends().to_vec());
         let (own, mut all): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|backend| slots.contains(&backend.slot()));
         let found = found.get(..found.len().min(MOST_ADDRESSES as usize)).unwrap_or_default();
+        *lock(&name.found) = found.to_vec();
         let mut kept: Vec<Arc<Backend>> = Vec::new();
         for backend in own {
             let Some(resolved) = found.iter().find(|resolved| resolved.address == backend.address().0) else {
-                backend.retire(now);
-                name.leave(&backend);
+                backend.leave(now);
+                self.lasting.leave(&backend);
                 changes.push(change(&backend, None));
                 continue;
             };
@@ -109,16 +108,14 @@ impl Pool {
             known.extend(all.iter().map(|backend| backend.address().0));
         }
         for resolved in found.iter().filter(|resolved| known.insert(resolved.address)) {
-            let next = || name.first + name.given.fetch_add(1, Ordering::Relaxed) % SLOTS;
             let is_free = |slot: &u32| kept.iter().all(|backend| backend.slot() != *slot);
-            let Some(slot) = slots.clone().map(|_| next()).find(is_free) else { break };
+            let Some(slot) = slots.clone().map(|_| name.next_slot()).find(is_free) else { break };
             let address = BackendAddr(resolved.address);
             let traits = name.traits_of(resolved);
-            let mut backend = self.new_backend(address, labels, slot, traits, (now, Cause::Resolved));
-            if let Some(load) = name.load_of(address) {
-                backend.load = load;
-            }
-            let backend = Arc::new(backend);
+            let vitals = Arc::new(Vitals::new(self.first_health(), (now, Cause::Resolved)));
+            let load = self.lasting.load_of(address);
+            let backend = Arc::new(self.new_backend(address, labels, slot, traits, vitals, load));
+            backend.load.hand_to(&backend);
             changes.push(change(&backend, None));
             fresh.push(Arc::clone(&backend));
             kept.push(backend);

@@ -15,10 +15,10 @@ impl Picked {
     pub fn take(backend: &Arc<Backend>) -> Option<Self> {
         let room = backend.room.load(Ordering::SeqCst);
         if room == u32::MAX {
-            backend.load.fetch_add(1, Ordering::SeqCst);
+            backend.load.sessions.fetch_add(1, Ordering::SeqCst);
         } else {
             let more = |load: u32| (load < room).then_some(load + 1);
-            backend.load.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
+            backend.load.sessions.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
         }
         Some(Self::seated(backend))
     }
@@ -27,14 +27,16 @@ impl Picked {
     /// is there again.
     #[must_use]
     pub fn adopt(backend: &Arc<Backend>) -> Self {
-        backend.load.fetch_add(1, Ordering::SeqCst);
+        backend.load.sessions.fetch_add(1, Ordering::SeqCst);
         Self::seated(backend)
     }
 
     /// Tells the pool of a session that is counted already.
     fn seated(backend: &Arc<Backend>) -> Self {
         // The seat of one that is gone may be another's.
-        if let Some(seat) = backend.seat.as_ref().filter(|_| !backend.is_gone()) {
+        if backend.is_retired() || backend.is_gone() {
+            backend.heir().iter().for_each(|heir| heir.tell_seat());
+        } else if let Some(seat) = &backend.seat {
             seat.picked(backend.slot() as usize, || backend.standing());
         }
         Self(Arc::clone(backend))
@@ -57,14 +59,22 @@ impl std::ops::Deref for Picked {
 
 impl Drop for Picked {
     fn drop(&mut self) {
-        self.0.load.fetch_sub(1, Ordering::SeqCst);
-        // The seat of one that is gone may be another's.
-        if let Some(seat) = self.0.seat.as_ref().filter(|_| !self.0.is_gone()) {
-            seat.changed(self.0.slot() as usize, || self.0.standing());
+        self.0.load.sessions.fetch_sub(1, Ordering::SeqCst);
+        // Only now: who replaces it is there before it is retired, and looks at the load after that. The seat of one that is
+        // gone may be another's.
+        if self.0.is_retired() || self.0.is_gone() {
+            self.0.heir().iter().for_each(give_back);
+        } else {
+            give_back(&self.0);
         }
-        if let Some(queue) = &self.0.queue {
-            queue.serve(&self.0);
-        }
+    }
+}
+
+/// There may be room at a backend: whoever picks the least loaded, or waits, has to know.
+fn give_back(backend: &Arc<Backend>) {
+    backend.tell_seat();
+    if let Some(queue) = &backend.queue {
+        queue.serve(backend);
     }
 }
 

@@ -14,7 +14,7 @@ use crate::account::lock;
 /// The line of one pool. Locked only while somebody waits.
 #[derive(Debug)]
 pub struct Queue {
-    length: usize,
+    length: AtomicUsize,
     waiting: AtomicUsize,
     line: Mutex<Line>,
 }
@@ -52,7 +52,16 @@ impl Queue {
     /// A line for so many.
     #[must_use]
     pub fn new(length: usize) -> Arc<Self> {
-        Arc::new(Self { length, waiting: AtomicUsize::new(0), line: Mutex::default() })
+        Arc::new(Self {
+            length: AtomicUsize::new(length),
+            waiting: AtomicUsize::new(0),
+            line: Mutex::default(),
+        })
+    }
+
+    /// From now on for so many; who waits already goes on to.
+    pub fn set_length(&self, length: usize) {
+        self.length.store(length, Ordering::Release);
     }
 
     /// How many wait.
@@ -66,13 +75,14 @@ impl Queue {
     /// nobody wait.
     #[must_use]
     pub fn join(self: &Arc<Self>, tenant: u32, is_shared: bool) -> Option<Place> {
+        let length = self.length.load(Ordering::Acquire);
         // A line that is full is not worth a lock.
-        if self.waiting() >= self.length {
+        if self.waiting() >= length {
             return None;
         }
         let mut line = lock(&self.line);
         let own = line.of_tenant.get(&tenant).copied().unwrap_or(0);
-        if line.tickets.len() >= self.length || is_shared && own >= self.length.div_ceil(2) {
+        if line.tickets.len() >= length || is_shared && own >= length.div_ceil(2) {
             return None;
         }
         line.of_tenant.insert(tenant, own + 1);
@@ -82,8 +92,11 @@ impl Queue {
         Some(Place { queue: Arc::clone(self), ticket })
     }
 
-    /// Gives away what room a backend has.
+    /// Gives away what room a backend has; of one whose pool was replaced, none.
     pub fn serve(&self, backend: &Arc<Backend>) {
+        if backend.is_retired() {
+            return;
+        }
         // Without the lock first: a full pool's every session comes by here. Whoever joins and whoever makes room do so
         // before they look, so one of the two sees the other.
         while self.waiting() > 0 && (backend.is_used() || backend.is_spare()) && backend.has_room() {

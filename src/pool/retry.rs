@@ -16,10 +16,10 @@ const FIRST: i64 = 100 * COST;
 const TRICKLE: Duration = Duration::from_millis(100);
 
 /// The account of one pool.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Budget {
     /// Parts for each session.
-    percent: i64,
+    percent: AtomicI64,
     balance: AtomicI64,
     /// Nanoseconds up to which the trickle has been taken in.
     trickled: AtomicU64,
@@ -29,14 +29,29 @@ impl Budget {
     /// A budget of so many retries for each hundred sessions; 0 is no retry at all.
     #[must_use]
     pub fn new(percent: u32) -> Self {
-        let first = if percent == 0 { 0 } else { FIRST };
-        Self { percent: percent.into(), balance: AtomicI64::new(first), trickled: AtomicU64::new(0) }
+        let budget = Self::default();
+        budget.set(percent);
+        budget
+    }
+
+    /// From now on so many for each hundred sessions; what is saved up stays, unless it is none.
+    pub fn set(&self, percent: u32) {
+        let before = self.percent.swap(percent.into(), Ordering::AcqRel);
+        if percent == 0 {
+            self.balance.store(0, Ordering::Release);
+        } else if before == 0 {
+            self.balance.store(FIRST, Ordering::Release);
+        }
+    }
+
+    fn percent(&self) -> i64 {
+        self.percent.load(Ordering::Relaxed)
     }
 
     /// Takes in a new session. A full account is only read: then no worker waits for another's cache line.
     pub fn deposit(&self) {
-        if self.balance.load(Ordering::Relaxed) < MOST && self.percent > 0 {
-            self.balance.fetch_add(self.percent, Ordering::Relaxed);
+        if self.balance.load(Ordering::Relaxed) < MOST && self.percent() > 0 {
+            self.balance.fetch_add(self.percent(), Ordering::Relaxed);
         }
     }
 
@@ -56,7 +71,7 @@ impl Budget {
         let step = u64::try_from(TRICKLE.as_nanos()).unwrap_or(u64::MAX);
         let before = self.trickled.load(Ordering::Acquire);
         let steps = now.saturating_sub(before) / step;
-        if steps == 0 || self.percent == 0 {
+        if steps == 0 || self.percent() == 0 {
             return;
         }
         let after = before + steps * step;
@@ -100,6 +115,21 @@ mod tests {
         assert_eq!(retries(&budget, at(3_600_000)), 100);
         budget.deposit();
         assert_eq!(retries(&budget, at(3_600_000)), 1);
+    }
+
+    #[test]
+    fn another_part_keeps_what_is_saved_up() {
+        let budget = Budget::new(20);
+        assert!(budget.withdraw(at(0)));
+        budget.set(50);
+        budget.deposit();
+        budget.deposit();
+        assert_eq!(retries(&budget, at(0)), 100);
+        budget.set(0);
+        budget.deposit();
+        assert_eq!(retries(&budget, at(60_000)), 0);
+        budget.set(20);
+        assert!(retries(&budget, at(60_000)) >= 100);
     }
 
     #[test]

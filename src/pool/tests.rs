@@ -7,6 +7,7 @@ use crate::config::{Ask, Balance, Ejection};
 use crate::pool::health::FULL;
 
 mod names;
+mod succession;
 
 const SECOND: Duration = Duration::from_secs(1);
 

@@ -34,7 +34,6 @@ const TELL: Duration = Duration::from_secs(5);
 
 /// Waits for the order to drain and carries it out; returns once the process is over.
 pub(super) async fn run(
-    rules: &Drain,
     live: &Live,
     crew: &Crew,
     stage: watch::Sender<Stage>,
@@ -50,8 +49,10 @@ pub(super) async fn run(
         }
         () = over(&mut stages) => return,
     }
+    // Those in force when it starts.
+    let rules = live.config.load().drain;
     tokio::select! {
-        () = drain(rules, live, crew, &stage) => {}
+        () = drain(&rules, live, crew, &stage) => {}
         () = over(&mut stages) => {}
     }
     stage.send_replace(Stage::Over);

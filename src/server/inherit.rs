@@ -20,6 +20,10 @@ pub struct Inherited {
     pub udp: Vec<UdpSocket>,
     /// Listening sockets with a path.
     pub unix: Vec<UnixListener>,
+    /// Where addresses of port 0 were bound: whose they are, as they are configured, and as they are.
+    pub ports: Vec<(String, SocketAddr, SocketAddr)>,
+    /// Whether sockets may be left over: a predecessor's, whose configuration had more addresses.
+    pub may_be_more: bool,
 }
 
 impl Inherited {
@@ -44,6 +48,12 @@ impl Inherited {
             }
         }
         Ok(all)
+    }
+
+    /// The address that was bound where this one is configured.
+    pub(super) fn bound(&self, whose: &str, configured: SocketAddr) -> SocketAddr {
+        let is_it = |(name, address, _): &&(String, SocketAddr, SocketAddr)| name == whose && *address == configured;
+        self.ports.iter().find(is_it).map_or(configured, |(_, _, bound)| *bound)
     }
 
     /// Takes the listening sockets of an address, ready to accept.
@@ -81,6 +91,9 @@ impl Inherited {
 
     /// What nobody has taken, for an operator to read.
     pub(super) fn rest(&self) -> Vec<String> {
+        if self.may_be_more {
+            return Vec::new();
+        }
         let shown = |protocol: &str, address: io::Result<SocketAddr>| {
             address.map_or_else(
                 |_| format!("{protocol} without an address"),
@@ -123,7 +136,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("socket");
         let unix = UnixListener::bind(&path).unwrap();
-        let mut all = Inherited { tcp: vec![tcp], udp: vec![udp], unix: vec![unix] };
+        let mut all = Inherited { tcp: vec![tcp], udp: vec![udp], unix: vec![unix], ..Inherited::default() };
         assert_eq!(all.rest(), [format!("TCP {at}"), format!("UDP {of_udp}"), path.display().to_string()]);
         if at != of_udp {
             assert!(all.tcp(of_udp, 1).unwrap().is_empty() && all.udp(at).unwrap().is_empty());

@@ -3,11 +3,12 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use super::StartError;
+use super::doors::DoorId;
 use super::inherit::Inherited;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Pool, Protocol};
 
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
@@ -15,10 +16,18 @@ const BACKLOG: i32 = 65_535;
 /// Everything that workers accept on.
 #[derive(Debug)]
 pub(super) struct Doors {
-    /// Each listener with the addresses it got.
-    pub(super) addresses: Vec<(String, Vec<SocketAddr>)>,
+    /// Every address, in the order of the configuration.
+    pub(super) held: Vec<Held>,
     /// For each worker: its sockets, each with the place of its listener.
     pub(super) sockets: Vec<Vec<(u32, Bound)>>,
+}
+
+/// A listening address: every worker has a socket of its own there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    /// As it stands in the configuration, perhaps without a port.
+    pub(super) configured: SocketAddr,
+    pub(super) door: DoorId,
 }
 
 /// A socket of one worker, by its listener's protocol.
@@ -30,72 +39,87 @@ pub(super) enum Bound {
     Udp(UdpSocket),
 }
 
+impl Doors {
+    /// The addresses of so many listeners, by place.
+    pub(super) fn addresses(&self, listeners: usize) -> Vec<Vec<SocketAddr>> {
+        let mut addresses = vec![Vec::new(); listeners];
+        for held in &self.held {
+            if let Some(own) = addresses.get_mut(held.door.listener as usize) {
+                own.push(held.door.address);
+            }
+        }
+        addresses
+    }
+}
+
 /// Binds every address of every listener, once for each worker, but for those that somebody has bound before.
 pub(super) fn doors(config: &Config, workers: usize, inherited: &mut Inherited) -> Result<Doors, StartError> {
-    let mut doors = Doors { addresses: Vec::new(), sockets: (0..workers).map(|_| Vec::new()).collect() };
+    let mut doors = Doors { held: Vec::new(), sockets: (0..workers).map(|_| Vec::new()).collect() };
     for (listener, place) in config.listeners.iter().zip(0_u32..) {
-        let mut bound = Vec::new();
         for &configured in &listener.bind {
-            // Port 0: the first worker's socket finds a port, and the others join it there.
-            let mut address = configured;
-            let refused = |address| {
-                move |error| StartError::Bind {
-                    what: format!("listener \"{}\"", listener.name),
-                    address,
-                    error,
-                }
-            };
-            let given = given(listener.protocol, configured, workers, inherited).map_err(refused(address))?;
-            if !given.is_empty() {
-                given.into_iter().zip(&mut doors.sockets).for_each(|(socket, own)| own.push((place, socket)));
-                bound.push(address);
-                continue;
-            }
-            for sockets in &mut doors.sockets {
-                let socket = match listener.protocol {
-                    config::Protocol::Tcp => open(address, true).map(Bound::Tcp),
-                    config::Protocol::Udp => open_udp(address).map(Bound::Udp),
-                };
-                let socket = socket.map_err(refused(address))?;
-                address = socket.local_addr().map_err(refused(address))?;
-                sockets.push((place, socket));
-            }
-            bound.push(address);
+            doors.held.push(bind(listener, place, configured, &mut doors.sockets, inherited)?);
         }
-        doors.addresses.push((listener.name.clone(), bound));
     }
     Ok(doors)
 }
 
-/// What somebody has bound before of an address, for the workers in their order; none where nobody has.
+/// Binds one address of a listener, once for each worker, but where somebody has bound it before.
 ///
-/// One listening socket serves all workers, for they could not bind a low port; but a flow's datagrams must come to one
-/// worker, so of one UDP socket only the first gets it.
-fn given(
-    protocol: config::Protocol,
-    address: SocketAddr,
-    workers: usize,
+/// What is there already is spread over the workers, however many there are. Those that are left bind their own beside it;
+/// where they must not, as with a low port, they share the first. But a flow's datagrams must come to one worker, which the
+/// kernel finds by how many sockets there are: of UDP there are as many as before, and no socket of it is shared.
+pub(super) fn bind(
+    listener: &config::Listener,
+    place: u32,
+    configured: SocketAddr,
+    workers: &mut [Vec<(u32, Bound)>],
     inherited: &mut Inherited,
-) -> io::Result<Vec<Bound>> {
-    match protocol {
-        config::Protocol::Tcp => {
-            let given = inherited.tcp(address, BACKLOG)?;
-            // One that nobody accepts from would swallow connections.
-            for socket in given.iter().skip(workers) {
-                inherited.tcp.push(socket.try_clone()?);
-            }
-            let each = given.iter().cycle().take(if given.is_empty() { 0 } else { workers });
-            each.map(|socket| socket.try_clone().map(Bound::Tcp)).collect()
-        }
-        config::Protocol::Udp => {
-            let mut given = inherited.udp(address)?;
-            inherited.udp.extend(given.drain(workers.min(given.len())..));
-            Ok(given.into_iter().map(Bound::Udp).collect())
-        }
+) -> Result<Held, StartError> {
+    // Port 0: the first worker's socket finds a port, and the others join it there.
+    let mut address = inherited.bound(&listener.name, configured);
+    let refused = |address| {
+        move |error| StartError::Bind { what: format!("listener \"{}\"", listener.name), address, error }
+    };
+    let given = given(listener.protocol, address, inherited).map_err(refused(address))?;
+    let (had, count) = (given.len(), workers.len().max(1));
+    for (socket, number) in given.into_iter().zip(0..) {
+        workers.get_mut(number % count).into_iter().for_each(|own| own.push((place, socket)));
     }
+    let own = |sockets: &Vec<(u32, Bound)>| sockets.last().and_then(|(_, socket)| socket.try_clone());
+    let first = if had > 0 { workers.first().and_then(own) } else { None };
+    for sockets in workers.iter_mut().skip(had) {
+        let socket = match listener.protocol {
+            Protocol::Udp if had > 0 => break,
+            Protocol::Udp => open_udp(address).map(Bound::Udp),
+            Protocol::Tcp => open(address, true).map(Bound::Tcp),
+        };
+        let socket = match (socket, first.as_ref().and_then(Bound::try_clone)) {
+            (Err(_), Some(shared)) => shared,
+            (socket, _) => socket.map_err(refused(address))?,
+        };
+        address = socket.local_addr().map_err(refused(address))?;
+        sockets.push((place, socket));
+    }
+    Ok(Held { configured, door: DoorId { listener: place, protocol: listener.protocol, address } })
+}
+
+/// What somebody has bound before of an address; none where nobody has.
+fn given(protocol: Protocol, address: SocketAddr, inherited: &mut Inherited) -> io::Result<Vec<Bound>> {
+    Ok(match protocol {
+        Protocol::Tcp => inherited.tcp(address, BACKLOG)?.into_iter().map(Bound::Tcp).collect(),
+        Protocol::Udp => inherited.udp(address)?.into_iter().map(Bound::Udp).collect(),
+    })
 }
 
 impl Bound {
+    /// The same socket once more, of TCP alone.
+    fn try_clone(&self) -> Option<Self> {
+        match self {
+            Self::Tcp(socket) => socket.try_clone().ok().map(Self::Tcp),
+            Self::Udp(_) => None,
+        }
+    }
+
     fn local_addr(&self) -> io::Result<SocketAddr> {
         match self {
             Self::Tcp(socket) => socket.local_addr(),
@@ -105,11 +129,12 @@ impl Bound {
 }
 
 /// Binds a port of every source address once: one that is not this machine's would fail every session.
-pub(super) fn try_sources(config: &Config) -> Result<(), StartError> {
-    for pool in &config.pools {
+pub(super) fn try_sources<'a>(pools: impl IntoIterator<Item = &'a Pool>) -> Result<(), StartError> {
+    for pool in pools {
         for &source in &pool.source_addresses {
             let address = SocketAddr::new(source, 0);
-            let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP));
+            let socket =
+                Socket::new(Domain::for_address(address), Type::STREAM, Some(socket2::Protocol::TCP));
             socket.and_then(|socket| socket.bind(&address.into())).map_err(|error| StartError::Bind {
                 what: format!("pool \"{}\": source-addresses", pool.name),
                 address,
@@ -141,7 +166,7 @@ pub(super) fn page(
 
 fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     let kind = Type::STREAM.nonblocking().cloexec();
-    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    let socket = Socket::new(Domain::for_address(address), kind, Some(socket2::Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if shared {
         socket.set_reuse_port(true)?;
@@ -159,7 +184,7 @@ fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
 
 fn open_udp(address: SocketAddr) -> io::Result<UdpSocket> {
     let kind = Type::DGRAM.nonblocking().cloexec();
-    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::UDP))?;
+    let socket = Socket::new(Domain::for_address(address), kind, Some(socket2::Protocol::UDP))?;
     // One socket for each worker, and a sender's datagrams always come to the same one: the kernel goes by the addresses.
     socket.set_reuse_port(true)?;
     if address.is_ipv6() {

@@ -1,12 +1,18 @@
 //! What the control thread does for pools: probes, lookups, and what is due by time alone.
 
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::account::lock;
 use crate::clock;
+use crate::config::Target;
 use crate::pool::Pool;
 use crate::pool::backend::Backend;
 use crate::probe::{self, Lanes, Turn};
@@ -17,37 +23,68 @@ use crate::state::Live;
 const EVERY: Duration = Duration::from_millis(100);
 
 /// What a pool's backends are looked after with.
-#[derive(Clone, Debug)]
-struct Tools {
-    live: Arc<Live>,
-    lanes: Arc<Lanes>,
+#[derive(Clone)]
+pub(super) struct Tools {
+    pub(super) live: Arc<Live>,
+    pub(super) lanes: Arc<Lanes>,
+    /// There where a pool has names.
+    pub(super) resolver: Arc<OnceLock<Arc<Resolver>>>,
 }
 
-/// Starts it all, for as long as the runtime lives. `resolver` is there where a pool has names.
-pub(super) fn start(live: &Arc<Live>, lanes: &Arc<Lanes>, resolver: Option<&Arc<Resolver>>) {
-    let tools = Tools { live: Arc::clone(live), lanes: Arc::clone(lanes) };
-    let snapshot = live.snapshot.load();
-    let probed = snapshot.pools.iter().filter(|pool| pool.probe.is_some());
-    let probed =
-        probed.flat_map(|pool| pool.roster().backends().to_vec().into_iter().map(move |own| (pool, own)));
-    let probed: Vec<_> = probed.collect();
-    let of = probed.len();
-    for (place, (pool, backend)) in probed.into_iter().enumerate() {
-        tools.probe(pool, backend, Turn { place, of }, known(live));
+/// Who probes the backends of one pool, by address: a mark of whom, and the task.
+type Probes = Arc<Mutex<HashMap<SocketAddr, (usize, AbortHandle)>>>;
+
+/// A pool that is looked after.
+#[derive(Debug)]
+struct Care {
+    pool: Arc<Pool>,
+    probes: Probes,
+    names: HashMap<Target, AbortHandle>,
+}
+
+impl Drop for Care {
+    fn drop(&mut self) {
+        lock(&self.probes).values().for_each(|(_, task)| task.abort());
+        self.names.values().for_each(AbortHandle::abort);
     }
-    for pool in &snapshot.pools {
-        for (place, resolver) in (0..pool.names().count()).zip(std::iter::repeat(resolver)) {
-            let Some(resolver) = resolver.cloned() else { continue };
-            tokio::spawn(tools.clone().follow(resolver, Arc::clone(pool), place));
+}
+
+/// Starts it all, for as long as the runtime lives; `changed` is told when a reload has brought other pools.
+pub(super) fn start(tools: &Tools, changed: Arc<Notify>) {
+    let cared = tools.begin();
+    let live = Arc::clone(&tools.live);
+    let following = tokio::spawn(follow(tools.clone(), cared, changed));
+    tokio::spawn(async move {
+        if let Err(error) = following.await {
+            tracing::error!(%error, "a fault in vestibule itself: pools that reloads bring are not probed any more");
         }
-    }
-    let live = Arc::clone(live);
+    });
     tokio::spawn(async move {
         // Without it no ejection would end.
         while let Err(error) = tokio::spawn(tend(Arc::clone(&live))).await {
             tracing::error!(%error, "a fault in vestibule itself while pools were tended; it goes on");
         }
     });
+}
+
+/// Goes on with the pools that each reload brings.
+async fn follow(tools: Tools, mut cared: HashMap<String, Care>, changed: Arc<Notify>) {
+    loop {
+        changed.notified().await;
+        let snapshot = tools.live.snapshot.load_full();
+        let mut before = std::mem::take(&mut cared);
+        for pool in &snapshot.pools {
+            let name = pool.label.name();
+            let care = before.remove(name).unwrap_or_else(|| Care {
+                pool: Arc::clone(pool),
+                probes: Arc::default(),
+                names: HashMap::new(),
+            });
+            cared.insert(name.to_owned(), tools.go_on(care, pool));
+        }
+        // The tasks of the others end.
+        drop(before);
+    }
 }
 
 /// What is called when the first word of a backend or a name is in. It counts when it is dropped, whatever happened: the
@@ -66,38 +103,123 @@ impl Drop for Awaited {
 }
 
 impl Tools {
+    /// Looks after the first pools of all: the process is starting until all of their backends are known.
+    fn begin(&self) -> HashMap<String, Care> {
+        let snapshot = self.live.snapshot.load_full();
+        let is_probed = |pool: &&Arc<Pool>| pool.probe.is_some();
+        let of = snapshot.pools.iter().filter(is_probed).map(|pool| pool.roster().backends().len()).sum();
+        let mut places = 0..;
+        let care = |pool: &Arc<Pool>| {
+            let probes = Probes::default();
+            for backend in pool.roster().backends().iter().filter(|_| pool.probe.is_some()) {
+                let turn = Turn { place: places.next().unwrap_or(0), of };
+                self.probe(&probes, pool, backend, turn, known(&self.live));
+            }
+            let mut names = HashMap::new();
+            for target in pool.names() {
+                let first = Some(known(&self.live));
+                names.insert(target.clone(), self.look_up(&probes, pool, target, first));
+            }
+            (pool.label.name().to_owned(), Care { pool: Arc::clone(pool), probes, names })
+        };
+        snapshot.pools.iter().map(care).collect()
+    }
+
+    /// Goes on with a pool, or the one in its place: probes and lookups of what is there still are not disturbed.
+    fn go_on(&self, mut care: Care, pool: &Arc<Pool>) -> Care {
+        let is_same = care.pool.probe == pool.probe && care.pool.sources == pool.sources;
+        let names: HashSet<_> = pool.names().collect();
+        care.names.retain(|target, task| {
+            let stays = names.contains(target) && !task.is_finished();
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        let roster = pool.roster();
+        let marks: HashMap<_, _> =
+            roster.backends().iter().map(|backend| (backend.address().0, backend.mark())).collect();
+        let unprobed: Vec<_> = {
+            let mut probes = lock(&care.probes);
+            probes.retain(|address, (mark, task)| {
+                let stays = is_same && marks.get(address) == Some(mark) && !task.is_finished();
+                if !stays {
+                    task.abort();
+                }
+                stays
+            });
+            let is_new = |backend: &&Arc<Backend>| !probes.contains_key(&backend.address().0);
+            roster.backends().iter().filter(|_| pool.probe.is_some()).filter(is_new).collect()
+        };
+        let of = unprobed.len();
+        for (place, backend) in unprobed.into_iter().enumerate() {
+            self.probe(&care.probes, pool, backend, Turn { place, of }, || ());
+        }
+        for target in names {
+            if !care.names.contains_key(target) {
+                let task = self.look_up(&care.probes, pool, target, None::<fn()>);
+                care.names.insert(target.clone(), task);
+            }
+        }
+        Care {
+            pool: Arc::clone(pool),
+            probes: Arc::clone(&care.probes),
+            names: std::mem::take(&mut care.names),
+        }
+    }
+
+    /// Has a backend probed.
     fn probe(
         &self,
+        probes: &Probes,
         pool: &Arc<Pool>,
-        backend: Arc<Backend>,
+        backend: &Arc<Backend>,
         turn: Turn,
         first: impl FnOnce() + Send + 'static,
     ) {
-        tokio::spawn(probe::run(Arc::clone(pool), backend, turn, Arc::clone(&self.lanes), first));
+        let probing = probe::run(Arc::clone(pool), Arc::clone(backend), turn, Arc::clone(&self.lanes), first);
+        let task = tokio::spawn(probing).abort_handle();
+        let before = lock(probes).insert(backend.address().0, (backend.mark(), task));
+        if let Some((_, before)) = before {
+            before.abort();
+        }
     }
 
-    /// Looks a name up, and has probed what it leads to. The process is starting until those of the first answer are
-    /// known too.
-    async fn follow(self, resolver: Arc<Resolver>, pool: Arc<Pool>, place: usize) {
+    /// Looks a name up, and has probed what it leads to. Where there is `first`, the process is starting until that is
+    /// called, and those of the first answer are known too.
+    fn look_up(
+        &self,
+        probes: &Probes,
+        pool: &Arc<Pool>,
+        target: &Target,
+        first: Option<impl FnOnce() + Send + 'static>,
+    ) -> AbortHandle {
         const AT_ONCE: Turn = Turn { place: 0, of: 1 };
-        let Some(lookups) = pool.lookups().nth(place).cloned() else { return };
-        let (is_known, name_known) = (AtomicBool::new(false), known(&self.live));
-        let fresh = |backend: Arc<Backend>| {
-            if pool.probe.is_none() {
-                return;
-            }
-            if is_known.load(Ordering::Acquire) {
-                self.probe(&pool, backend, AT_ONCE, || ());
-            } else {
-                self.live.unprobed.fetch_add(1, Ordering::AcqRel);
-                self.probe(&pool, backend, AT_ONCE, known(&self.live));
-            }
-        };
-        let first = || {
-            is_known.store(true, Ordering::Release);
-            name_known();
-        };
-        resolve::run(resolver, Arc::clone(&pool), place, lookups, &self.live.labels, first, fresh).await;
+        let (tools, probes, pool) = (self.clone(), Arc::clone(probes), Arc::clone(pool));
+        let target = target.clone();
+        let task = tokio::spawn(async move {
+            let Some(resolver) = tools.resolver.get().cloned() else { return };
+            let is_known = AtomicBool::new(first.is_none());
+            let fresh = |pool: &Arc<Pool>, backend: Arc<Backend>| {
+                if pool.probe.is_none() {
+                    return;
+                }
+                if is_known.load(Ordering::Acquire) {
+                    tools.probe(&probes, pool, &backend, AT_ONCE, || ());
+                } else {
+                    tools.live.unprobed.fetch_add(1, Ordering::AcqRel);
+                    tools.probe(&probes, pool, &backend, AT_ONCE, known(&tools.live));
+                }
+            };
+            let first = || {
+                is_known.store(true, Ordering::Release);
+                if let Some(first) = first {
+                    first();
+                }
+            };
+            resolve::run(resolver, pool, target, &tools.live.labels, first, fresh).await;
+        });
+        task.abort_handle()
     }
 }
 
@@ -109,6 +231,15 @@ async fn tend(live: Arc<Live>) {
         ticks.tick().await;
         for pool in &live.snapshot.load().pools {
             pool.tend(clock::now()).iter().for_each(|change| change.log(pool));
+        }
+        let unused = live.unused();
+        if !unused.is_empty() {
+            // Nobody waits for it: what a thread of its own does not free, the end of the process does.
+            let live = Arc::clone(&live);
+            tokio::task::spawn_blocking(move || {
+                drop(unused);
+                live.quotas.forget_unused();
+            });
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A worker: one thread, one runtime, its own listening sockets, its own sessions.
 
+use std::cell::OnceCell;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,11 +14,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 
-use super::crew::{Aboard, Crew, OpenDoor};
+use super::crew::{Aboard, Crew};
+use super::doors::{Doors, Order};
 use super::drain::{self, Stage};
 use super::listen::Bound;
-use super::moving::{self, Order};
-use crate::accept::{Accepted, Door, PAUSE, Trouble};
+use super::moving;
+use crate::accept::Accepted;
 use crate::account::log::{Batch, Journal};
 use crate::account::meter::Ledger;
 use crate::clock;
@@ -51,6 +53,7 @@ pub(super) struct Post {
     pub(super) others: Vec<mpsc::Sender<Fresh>>,
     pub(super) handed_over: mpsc::Receiver<Fresh>,
     pub(super) orders: mpsc::Receiver<Order>,
+    pub(super) moves: mpsc::Receiver<moving::Order>,
     pub(super) stages: watch::Receiver<Stage>,
     pub(super) journal: Option<SyncSender<Batch>>,
 }
@@ -71,15 +74,16 @@ pub(super) fn spawn(post: Post) -> io::Result<JoinHandle<()>> {
 /// What the tasks of one worker share.
 pub(super) struct Shop {
     pub(super) worker: Rc<Worker>,
-    live: Arc<Live>,
-    crew: Arc<Crew>,
+    pub(super) live: Arc<Live>,
+    pub(super) crew: Arc<Crew>,
     others: Vec<mpsc::Sender<Fresh>>,
-    /// Where a listener is UDP.
-    pub(super) flows: Option<Rc<Flows<Aboard>>>,
+    /// Once a listener is UDP; nothing where they cannot be carried.
+    flows: OnceCell<Option<Rc<Flows<Aboard>>>>,
+    journal: Option<SyncSender<Batch>>,
 }
 
 impl Shop {
-    fn vital(&self, what: &'static str) -> Vital {
+    pub(super) fn vital(&self, what: &'static str) -> Vital {
         Vital { live: Arc::clone(&self.live), worker: self.worker.number, what }
     }
 
@@ -88,7 +92,7 @@ impl Shop {
     }
 
     /// Takes a fresh connection in, or hands it to a worker with fewer sessions.
-    fn receive(&self, accepted: Accepted, listener: u32) {
+    pub(super) fn receive(&self, accepted: Accepted, listener: u32) {
         let Some(lighter) = self.crew.lighter(self.number()) else { return self.start(accepted, listener) };
         let fresh = Fresh { accepted, listener, aboard: self.crew.board(lighter) };
         let Some(other) = self.others.get(lighter) else { return };
@@ -100,21 +104,53 @@ impl Shop {
         }
     }
 
-    fn start(&self, accepted: Accepted, listener: u32) {
+    pub(super) fn start(&self, accepted: Accepted, listener: u32) {
         self.carry(Fresh { accepted, listener, aboard: self.crew.board(self.number()) });
     }
 
     /// Hands the lines of the access log on.
     fn flush(&self) {
         self.worker.journal.flush();
-        let of_flows = self.flows.as_ref().map_or(0, |flows| flows.flush());
+        let of_flows = self.known_flows().map_or(0, |flows| flows.flush());
         self.worker.local.ledger.worker().log_dropped.add(self.worker.journal.take_dropped() + of_flows);
     }
 
     /// Tells what was left out of the access log.
     fn tell(&self) {
         self.worker.rejections.tell();
-        self.flows.iter().for_each(|flows| flows.tell());
+        self.known_flows().iter().for_each(|flows| flows.tell());
+    }
+
+    /// The worker's flows, where there may be any.
+    fn known_flows(&self) -> Option<&Rc<Flows<Aboard>>> {
+        self.flows.get()?.as_ref()
+    }
+
+    /// The worker's flows, from the first UDP listener on; none where they cannot be carried.
+    pub(super) fn flows(&self) -> Option<Rc<Flows<Aboard>>> {
+        self.flows.get_or_init(|| self.begin_flows()).clone()
+    }
+
+    fn begin_flows(&self) -> Option<Rc<Flows<Aboard>>> {
+        let (crew, number, live) = (Arc::clone(&self.crew), self.number(), Arc::clone(&self.live));
+        let board = Box::new(move || crew.board(number));
+        let (worker, local) = (self.worker.number, Rc::clone(&self.worker.local));
+        let flows = match Flows::new(worker, &live, local, self.journal.clone(), board) {
+            Ok(flows) => flows,
+            Err(error) => {
+                tracing::error!(worker, %error, "a worker cannot carry flows; its UDP listeners are closed");
+                live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+                return None;
+            }
+        };
+        let answering = Rc::clone(&flows);
+        spawn_local(async move {
+            if let Err(error) = answering.answer().await {
+                tracing::error!(worker, %error, "a worker does not hear its flows' backends");
+                live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+            }
+        });
+        Some(flows)
     }
 
     fn carry(&self, fresh: Fresh) {
@@ -146,29 +182,21 @@ async fn work(mut post: Post) {
     let ledger = Ledger::new(Arc::clone(shard), post.live.labels.intern(""));
     let local = Local::new(ledger, clock::now());
     let worker = Worker::new(post.number, &post.live, Rc::clone(&local), Journal::new(post.journal.clone()));
-    let flows = flows(&post, &local);
     let shop = Rc::new(Shop {
         worker: Rc::new(worker),
         live: Arc::clone(&post.live),
         crew: Arc::clone(&post.crew),
         others: post.others,
-        flows,
+        flows: OnceCell::new(),
+        journal: post.journal,
     });
     spawn_local(tick(Rc::clone(&shop)));
-    if let Some(flows) = shop.flows.clone() {
-        let shop = Rc::clone(&shop);
-        spawn_local(async move {
-            let _vital = shop.vital("answers of flows");
-            if let Err(error) = flows.answer().await {
-                tracing::error!(worker = shop.worker.number, %error, "a worker does not hear its flows' backends");
-                shop.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
-            }
-        });
-    }
+    let doors = Doors::new(&shop, &post.stages);
     for (listener, socket) in post.doors {
-        open(&shop, listener, socket, &post.stages);
+        doors.open(listener, socket);
     }
-    let orders = spawn_local(moving::obey(Rc::clone(&shop), post.orders));
+    spawn_local(doors.obey(post.orders));
+    let orders = spawn_local(moving::obey(Rc::clone(&shop), post.moves));
     let handed_over = {
         let shop = Rc::clone(&shop);
         spawn_local(async move {
@@ -182,11 +210,11 @@ async fn work(mut post: Post) {
         post.stages.wait_for(|stage| *stage != Stage::Serving).await.map_or(Stage::Over, |stage| *stage);
     if let Stage::Closing { idle } = reached {
         local.drain(idle);
-        shop.flows.iter().for_each(|flows| flows.drain(idle.duration()));
+        shop.known_flows().iter().for_each(|flows| flows.drain(idle.duration()));
         drain::over(&mut post.stages).await;
     }
     local.end_all();
-    shop.flows.iter().for_each(|flows| flows.end_all());
+    shop.known_flows().iter().for_each(|flows| flows.end_all());
     handed_over.abort();
     orders.abort();
     while post.crew.count(number) > 0 {
@@ -194,48 +222,6 @@ async fn work(mut post: Post) {
     }
     shop.tell();
     shop.flush();
-}
-
-/// The worker's flows, where any listener is UDP.
-fn flows(post: &Post, local: &Rc<Local>) -> Option<Rc<Flows<Aboard>>> {
-    let is_udp = |(_, socket): &(u32, Bound)| matches!(socket, Bound::Udp(_));
-    if !post.doors.iter().any(is_udp) {
-        return None;
-    }
-    let (crew, number) = (Arc::clone(&post.crew), usize::from(post.number));
-    let board = Box::new(move || crew.board(number));
-    match Flows::new(post.number, &post.live, Rc::clone(local), post.journal.clone(), board) {
-        Ok(flows) => Some(flows),
-        Err(error) => {
-            tracing::error!(worker = post.number, %error, "a worker cannot carry flows; its UDP listeners are closed");
-            post.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
-            None
-        }
-    }
-}
-
-/// Begins to serve a listener's socket.
-fn open(shop: &Rc<Shop>, listener: u32, socket: Bound, stages: &watch::Receiver<Stage>) {
-    match (socket, &shop.flows) {
-        (Bound::Tcp(socket), _) => match Door::new(socket) {
-            Ok(door) => {
-                let open = shop.crew.open_door();
-                spawn_local(keep(door, open, listener, Rc::clone(shop), stages.clone()));
-            }
-            Err(error) => stopped(shop, listener, &error),
-        },
-        (Bound::Udp(socket), Some(flows)) => {
-            let (shop, flows) = (Rc::clone(shop), Rc::clone(flows));
-            spawn_local(async move {
-                let _vital = shop.vital("datagrams");
-                if let Err(error) = flows.keep(socket, listener).await {
-                    stopped(&shop, listener, &error);
-                }
-            });
-        }
-        // That it has no flows was told already.
-        (Bound::Udp(_), None) => {}
-    }
 }
 
 /// While sessions wait for their tenant's bandwidth, how often it is granted. What comes in during a whole tick is
@@ -253,8 +239,10 @@ async fn tick(shop: Rc<Shop>) {
         shop.worker.local.ledger.worker().ticks.add(1);
         let now = clock::now();
         shop.worker.local.advance(now);
+        // A worker without sessions keeps no old one.
+        shop.worker.renew();
         shop.worker.pacer.borrow_mut().advance(now);
-        while shop.flows.as_ref().is_some_and(|flows| flows.advance(now)) {
+        while shop.known_flows().is_some_and(|flows| flows.advance(now)) {
             // Everybody else has a turn in between.
             yield_now().await;
         }
@@ -276,44 +264,4 @@ async fn next(ticks: &mut Interval, shop: &Shop) {
         shop.worker.pacer.borrow_mut().advance(clock::now());
     }
     ticks.tick().await;
-}
-
-/// Accepts at one door until the process stops accepting.
-async fn keep(door: Door, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut stages: watch::Receiver<Stage>) {
-    let snapshot = shop.live.snapshot.load_full();
-    let Some(label) = snapshot.listeners.get(listener as usize).map(|listener| &listener.label) else {
-        return;
-    };
-    let _vital = shop.vital("accepting");
-    let cells = shop.worker.local.ledger.listener(label);
-    let mut short = false;
-    loop {
-        let accepted = tokio::select! {
-            accepted = door.accept(|accepted| shop.receive(accepted, listener)) => accepted,
-            _ = stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => break,
-        };
-        match accepted {
-            Ok(()) => short = false,
-            Err(Trouble::Peer(_)) => cells.errors_peer.add(1),
-            Err(Trouble::Shortage(error)) => {
-                cells.errors_shortage.add(1);
-                if !std::mem::replace(&mut short, true) {
-                    tracing::warn!(listener = label.name(), %error, "accepting pauses");
-                }
-                sleep(PAUSE).await;
-            }
-            Err(Trouble::Fatal(error)) => {
-                cells.errors_fatal.add(1);
-                return stopped(&shop, listener, &error);
-            }
-        }
-    }
-    door.close(|accepted| shop.start(accepted, listener));
-    drop(open);
-}
-
-/// A listener never dies in silence.
-fn stopped(shop: &Shop, listener: u32, error: &io::Error) {
-    tracing::error!(worker = shop.worker.number, listener, %error, "a listening socket has stopped");
-    shop.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
 }

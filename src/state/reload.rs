@@ -1,67 +1,174 @@
-//! What a reload may change, and how often it did.
+//! Another configuration in the place of the one in force: what it may change, and how often it did.
 
-use std::sync::Mutex;
+use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
+use super::rows::Rows;
+use super::{Changes, Live, Snapshot};
+use crate::account::lock;
+use crate::clock::Moment;
 use crate::config::Config;
+use crate::pool::{Answers, Pool};
 
-/// What a reload must not change, and how often there was one.
+/// What goes from one reload to the next, and how often there was one.
 #[derive(Debug)]
 pub struct Reloads {
-    /// All but the tenants, as it was at the start.
-    first: Config,
-    pub(super) turn: Mutex<()>,
+    lasting: Mutex<Lasting>,
     done: AtomicU64,
     refused: AtomicU64,
     successful: AtomicBool,
 }
 
-/// The table that a reload must not change.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}: must be as it was at the start, for a reload changes tenants only; a change needs a restart")]
-pub struct Frozen(String);
+/// What is found again by name.
+#[derive(Debug)]
+struct Lasting {
+    rows: Rows,
+    /// Pools that are configured no more, as long as a session has one: it may come back.
+    removed: HashMap<String, Weak<Pool>>,
+}
+
+/// The tables that a reload must not change, and that differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frozen(Vec<&'static str>);
+
+impl std::error::Error for Frozen {}
+
+impl std::fmt::Display for Frozen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut messages = self.messages();
+        messages.next().into_iter().try_for_each(|first| f.write_str(&first))?;
+        messages.try_for_each(|message| write!(f, "\n{message}"))
+    }
+}
+
+impl Frozen {
+    /// Finds every table that differs and must not.
+    pub(super) fn judge(present: &Config, config: &Config) -> Result<(), Self> {
+        let Config { process, admin, health, log, dns, .. } = present;
+        let tables = [
+            ("[process]", *process == config.process),
+            ("[admin]", *admin == config.admin),
+            ("[health]", *health == config.health),
+            ("[log]", *log == config.log),
+            ("[dns]", *dns == config.dns),
+        ];
+        let differing: Vec<_> =
+            tables.into_iter().filter(|(_, same)| !same).map(|(table, _)| table).collect();
+        if differing.is_empty() { Ok(()) } else { Err(Self(differing)) }
+    }
+
+    /// The tables.
+    #[must_use]
+    pub fn tables(&self) -> &[&'static str] {
+        &self.0
+    }
+
+    /// What the operator is told, a message for each table.
+    pub fn messages(&self) -> impl Iterator<Item = String> + '_ {
+        self.0.iter().map(|table| {
+            format!(
+                "{table}: must be as it was at the start, for no reload changes it; a change needs a restart"
+            )
+        })
+    }
+}
+
+/// The turn of one reload: what it would put in force, before it does so.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    live: &'a Live,
+    lasting: MutexGuard<'a, Lasting>,
+}
+
+impl Turn<'_> {
+    /// The places that these listeners will have.
+    #[must_use]
+    pub fn places(&self, config: &Config) -> Vec<u32> {
+        let mut new = 0;
+        let rows = &self.lasting.rows;
+        config.listeners.iter().map(|listener| rows.place(&listener.name, &mut new)).collect()
+    }
+
+    /// Puts the configuration in force. Listeners accept at `bound`, by place; names lead to what `answers` has of them.
+    #[must_use]
+    pub fn put(
+        mut self,
+        config: &Config,
+        bound: Vec<Vec<SocketAddr>>,
+        answers: &Answers,
+        now: Moment,
+    ) -> Changes {
+        let Self { live, lasting } = &mut self;
+        let (present, before) = (live.config.load_full(), live.snapshot.load_full());
+        let changes = Changes::between(&present, config);
+        lasting.rows.set(&config.listeners);
+        // Places of pools and tenants follow their order; those of listeners stay. Snapshots that sessions hold for long share
+        // what is large.
+        let is_same = present.tenants == config.tenants
+            && present.pools.iter().map(|pool| &pool.name).eq(config.pools.iter().map(|pool| &pool.name));
+        let directory = is_same.then(|| Arc::clone(&before.directory));
+        let bare = Snapshot::new(config, &live.labels, &live.quotas, &lasting.rows, directory);
+        // Last of all, for from here on the old pools' sessions reach the new ones.
+        let pools = lasting.pools(live, &present, &before, config, answers, now);
+        let next = Arc::new(Snapshot { pools, ..bare });
+        live.bound.store(Arc::new(bound));
+        live.snapshot.store(next);
+        live.config.store(Arc::new(config.clone()));
+        lock(&live.replaced).push(before);
+        live.quotas.forget_unused();
+        live.reloads.accept();
+        changes
+    }
+}
+
+impl Lasting {
+    /// The pools of a configuration: those that are as they were, the heirs of those that are not, and new ones.
+    fn pools(
+        &mut self,
+        live: &Live,
+        present: &Config,
+        before: &Snapshot,
+        config: &Config,
+        answers: &Answers,
+        now: Moment,
+    ) -> Vec<Arc<Pool>> {
+        let own = present
+            .pools
+            .iter()
+            .zip(&before.pools)
+            .map(|(config, pool)| (config.name.as_str(), (config, pool)));
+        let mut own: HashMap<_, _> = own.collect();
+        let pools = config.pools.iter().map(|wanted| {
+            let known = own.remove(wanted.name.as_str());
+            if let Some((_, pool)) = known.filter(|(config, _)| *config == wanted) {
+                return Arc::clone(pool);
+            }
+            let removed = || self.removed.remove(&wanted.name)?.upgrade();
+            let before = known.map(|(_, pool)| Arc::clone(pool)).or_else(removed);
+            Pool::succeed(before.as_ref(), wanted, &live.labels, answers, now)
+        });
+        let pools: Vec<_> = pools.collect();
+        self.removed.retain(|_, pool| pool.strong_count() > 0);
+        let gone = own.into_iter().map(|(name, (_, pool))| (name.to_owned(), Arc::downgrade(pool)));
+        self.removed.extend(gone);
+        pools
+    }
+}
 
 impl Reloads {
-    pub(super) fn new(config: &Config) -> Self {
-        let first = Config {
-            process: config.process.clone(),
-            admin: config.admin.clone(),
-            health: config.health.clone(),
-            log: config.log.clone(),
-            timeouts: config.timeouts,
-            drain: config.drain,
-            dns: config.dns.clone(),
-            listeners: config.listeners.clone(),
-            pools: config.pools.clone(),
-            tenants: Vec::new(),
-        };
+    pub(super) fn new(rows: Rows) -> Self {
         Self {
-            first,
-            turn: Mutex::default(),
+            lasting: Mutex::new(Lasting { rows, removed: HashMap::new() }),
             done: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             successful: AtomicBool::new(true),
         }
     }
 
-    /// Finds the first table that differs and must not.
-    pub(super) fn judge(&self, config: &Config) -> Result<(), Frozen> {
-        let Config { process, admin, health, log, timeouts, drain, dns, listeners, pools, tenants: _ } =
-            &self.first;
-        let tables = [
-            ("[process]", *process == config.process),
-            ("[admin]", *admin == config.admin),
-            ("[health]", *health == config.health),
-            ("[log]", *log == config.log),
-            ("[timeouts]", *timeouts == config.timeouts),
-            ("[drain]", *drain == config.drain),
-            ("[dns]", *dns == config.dns),
-        ];
-        if let Some((table, _)) = tables.iter().find(|(_, same)| !same) {
-            return Err(Frozen((*table).to_owned()));
-        }
-        same("listener", listeners, &config.listeners, |listener| &listener.name)?;
-        same("pool", pools, &config.pools, |pool| &pool.name)
+    pub(super) fn turn<'a>(&'a self, live: &'a Live) -> Turn<'a> {
+        Turn { live, lasting: lock(&self.lasting) }
     }
 
     pub(super) fn accept(&self) {
@@ -92,20 +199,6 @@ impl Reloads {
     pub fn last_was_successful(&self) -> bool {
         self.successful.load(Ordering::Acquire)
     }
-}
-
-/// Tables that stand many times: the same ones, in the same order, for a place is how they are found.
-fn same<T: PartialEq>(
-    kind: &str,
-    before: &[T],
-    after: &[T],
-    name: impl Fn(&T) -> &String,
-) -> Result<(), Frozen> {
-    let differing =
-        before.iter().zip(after).find(|(before, after)| before != after).map(|(before, _)| before);
-    let longer = if before.len() > after.len() { before } else { after };
-    let odd = differing.or_else(|| longer.get(before.len().min(after.len())));
-    odd.map_or(Ok(()), |odd| Err(Frozen(format!("{kind} \"{}\"", name(odd)))))
 }
 
 #[cfg(test)]
@@ -139,33 +232,41 @@ mod tests {
         name = "acme"
     "#;
 
-    fn frozen(first: &str, next: &str) -> Option<String> {
+    fn frozen(first: &str, next: &str) -> Vec<&'static str> {
         let [first, next] = [first, next].map(|text| Config::parse("test.toml", text).unwrap());
-        Reloads::new(&first).judge(&next).err().map(|Frozen(table)| table)
+        Frozen::judge(&first, &next).err().map_or_else(Vec::new, |Frozen(tables)| tables)
     }
 
     #[test]
-    fn tenants_may_change_and_nothing_else() {
-        for (before, after, table) in [
+    fn what_needs_a_restart_is_told_table_by_table() {
+        let changes = [
             ("workers = 2", "workers = 3", "[process]"),
             ("127.0.0.1:9900", "127.0.0.1:9901", "[admin]"),
             ("/healthz", "/health", "[health]"),
             ("\"info\"", "\"warn\"", "[log]"),
-            ("350s", "351s", "[timeouts]"),
-            ("idle = \"30s\"", "idle = \"31s\"", "[drain]"),
             ("10.0.0.2", "10.0.0.3", "[dns]"),
-            ("10.0.0.0/16", "10.1.0.0/16", "listener \"web\""),
-            ("10.0.1.10:80", "10.0.1.11:80", "pool \"app\""),
-            ("[\"10.0.1.10:80\"]", "[{ address = \"10.0.1.10:80\", weight = 99 }]", "pool \"app\""),
-        ] {
-            assert_eq!(frozen(TEXT, &TEXT.replace(before, after)).as_deref(), Some(table));
+        ];
+        let mut all = TEXT.to_owned();
+        for (before, after, table) in changes {
+            assert_eq!(frozen(TEXT, &TEXT.replace(before, after)), [table]);
+            all = all.replace(before, after);
         }
-        let pool = "[[pool]]\nname = \"more\"\nbackends = [\"10.0.1.10:80\"]\n";
-        let more = format!("{TEXT}\n{pool}");
-        assert_eq!(frozen(TEXT, &more).as_deref(), Some("pool \"more\""));
-        assert_eq!(frozen(&more, TEXT).as_deref(), Some("pool \"more\""));
-        let tenants =
-            TEXT.replace("acme", "globex") + "[tenant.limits]\nsessions = 5\n[[tenant]]\nname = \"acme\"\n";
-        assert_eq!(frozen(TEXT, &tenants), None);
+        assert_eq!(frozen(TEXT, &all), changes.map(|(.., table)| table));
+        let told = Frozen(vec!["[process]", "[dns]"]).to_string();
+        let told: Vec<_> = told.lines().map(|line| line.split_once(':').unwrap().0).collect();
+        assert_eq!(told, ["[process]", "[dns]"]);
+    }
+
+    #[test]
+    fn all_else_may_change() {
+        for (before, after) in [
+            ("350s", "351s"),
+            ("idle = \"30s\"", "idle = \"31s\""),
+            ("10.0.0.0/16", "10.1.0.0/16"),
+            ("10.0.1.10:80", "10.0.1.11:80"),
+            ("acme", "globex"),
+        ] {
+            assert!(frozen(TEXT, &TEXT.replace(before, after)).is_empty());
+        }
     }
 }

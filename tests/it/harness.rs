@@ -16,8 +16,8 @@ use tokio::time::{sleep, timeout};
 use vestibule::config::Config;
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::lab::nlb;
-use vestibule::server::{Server, StartError};
-use vestibule::state::Frozen;
+use vestibule::server::{ReloadError, Server, StartError};
+use vestibule::state::Changes;
 
 /// The tenant that a test is about, and its endpoint.
 pub const ACME: &str = "vpce-0acce0000acce0000";
@@ -176,13 +176,21 @@ impl Proxy {
     }
 
     /// Puts another configuration in force: the present one with `to` in place of `from`.
-    pub fn reload(&mut self, from: &str, to: &str) -> Result<(), Frozen> {
-        assert_eq!(self.text.matches(from).count(), 1, "{from}");
-        let text = self.text.replace(from, to);
+    pub fn reload(&mut self, from: &str, to: &str) -> Result<Changes, ReloadError> {
+        self.reload_all(&[(from, to)])
+    }
+
+    /// The same with several changes at once.
+    pub fn reload_all(&mut self, changes: &[(&str, &str)]) -> Result<Changes, ReloadError> {
+        let mut text = self.text.clone();
+        for (from, to) in changes {
+            assert_eq!(text.matches(from).count(), 1, "{from}\n{text}");
+            text = text.replace(from, to);
+        }
         let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        self.server().live().reload(&config)?;
+        let changes = self.server().reload(&config)?;
         self.text = text;
-        Ok(())
+        Ok(changes)
     }
 
     /// The first address of a listener.

@@ -40,7 +40,7 @@ async fn listeners_accept_on_all_their_addresses_in_both_families() {
         ..conf(&acme)
     };
     let proxy = proxy.start().await;
-    let web = proxy.server().addresses("web").to_owned();
+    let web = proxy.server().addresses("web");
     let ips: Vec<_> = web.iter().map(SocketAddr::ip).collect();
     let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
     assert_eq!(ips, [localhost, [127, 0, 0, 2].into(), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
@@ -79,7 +79,7 @@ async fn a_range_of_ports_is_bound_from_its_first_to_its_last() {
     let listener =
         format!("bind = \"127.0.0.1:{}-{}\"\ntrusted-sources = [\"127.0.0.0/8\"]", first + 1, first + 3);
     let proxy = Conf { listener, ..conf(&acme) }.start().await;
-    let addresses = proxy.server().addresses("web").to_owned();
+    let addresses = proxy.server().addresses("web");
     assert_eq!(addresses, [1, 2, 3].map(|step| SocketAddr::from(([127, 0, 0, 1], first + step))));
     for address in addresses {
         is_served(address).await;
@@ -205,7 +205,7 @@ async fn headers_of_both_families_are_taken_on_either() {
         "bind = [\"127.0.0.1:0\", \"[::1]:0\"]\ntrusted-sources = [\"127.0.0.1\", \"::1\"]".to_owned();
     let proxy = Conf { listener, ..conf(&acme) }.start().await;
     let v6 = nlb::header("[fd00::7]:40000".parse().unwrap(), "[fd00::1]:80".parse().unwrap(), Some(ACME));
-    for address in proxy.server().addresses("web").to_owned() {
+    for address in proxy.server().addresses("web") {
         for bytes in [&v6, &header(ACME)] {
             let mut stream = connect(address).await;
             stream.write_all(&[&bytes[..], b"payload"].concat()).await.unwrap();

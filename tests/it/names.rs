@@ -89,15 +89,16 @@ impl Kept {
     fn start(resolver: Arc<Resolver>, target: Target) -> Self {
         let labels = Labels::default();
         let pool = Arc::new(Pool::new(&pool(target), &labels));
-        let (lookups, calls) = (Arc::<Lookups>::default(), Arc::<Mutex<Vec<String>>>::default());
-        let own = (Arc::clone(&pool), Arc::clone(&lookups), Arc::clone(&calls));
+        let lookups = Arc::clone(pool.lookups().next().unwrap());
+        let calls = Arc::<Mutex<Vec<String>>>::default();
+        let own = (Arc::clone(&pool), pool.names().next().unwrap().clone(), Arc::clone(&calls));
         let task = tokio::spawn(async move {
-            let (pool, lookups, calls) = own;
+            let (pool, target, calls) = own;
             let first = || calls.lock().unwrap().push("first".to_owned());
-            let fresh = |backend: Arc<vestibule::pool::backend::Backend>| {
+            let fresh = |_: &Arc<Pool>, backend: Arc<vestibule::pool::backend::Backend>| {
                 calls.lock().unwrap().push(backend.address().to_string());
             };
-            resolve::run(resolver, pool, 0, lookups, &labels, first, fresh).await;
+            resolve::run(resolver, pool, target, &labels, first, fresh).await;
         });
         Self { pool, lookups, calls, task }
     }

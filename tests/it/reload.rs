@@ -1,5 +1,8 @@
 //! Another configuration while sessions live: what changes, what stays, and what is refused.
 
+mod listeners;
+mod pools;
+
 use rustix::process::Signal;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -113,6 +116,7 @@ async fn a_tenant_that_goes_and_comes_back_finds_what_it_holds() {
     proxy.others_are_unharmed().await;
     let live = std::sync::Arc::clone(proxy.server().live());
     proxy.finish().await;
+    drop(live.unused());
     live.quotas.forget_unused();
     assert_eq!(live.quotas.count(), 3, "the other one is forgotten");
 }
@@ -121,8 +125,9 @@ async fn a_tenant_that_goes_and_comes_back_finds_what_it_holds() {
 async fn what_needs_a_restart_is_refused_as_a_whole() {
     let (_acme, mut proxy) = start("sessions = 1").await;
     let session = carried(&proxy).await;
-    let refused = proxy.reload("[timeouts]\n", "[timeouts]\nidle = \"1s\"\n").unwrap_err();
-    let message = "[timeouts]: must be as it was at the start, for a reload changes tenants only; a change needs a restart";
+    let refused = proxy.reload("workers = 2", "workers = 3").unwrap_err();
+    let message =
+        "[process]: must be as it was at the start, for no reload changes it; a change needs a restart";
     assert_eq!(refused.to_string(), message);
     proxy.metric("vestibule_config_last_reload_successful", &[]).is(0).await;
     proxy.metric("vestibule_config_rejected_total", &[]).is(1).await;

@@ -1,0 +1,62 @@
+//! Doors of flows that close: no flow begins there, and those that there are go on until they are silent.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::Flows;
+
+/// How many workers still have flows at an address that is given up.
+///
+/// They close their sockets together: the kernel spreads datagrams over those that there are, and where one goes, those of
+/// other workers' flows would come to the wrong one.
+#[derive(Debug)]
+pub struct Vacancy(AtomicUsize);
+
+impl Vacancy {
+    /// All of so many workers may have some.
+    #[must_use]
+    pub fn of(workers: usize) -> Arc<Self> {
+        Arc::new(Self(AtomicUsize::new(workers)))
+    }
+
+    /// One of them has none any more.
+    pub fn leave(&self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether none has.
+    fn is_complete(&self) -> bool {
+        self.0.load(Ordering::Acquire) == 0
+    }
+}
+
+impl<A> Flows<A> {
+    /// From now on no flow begins at a listener's address.
+    pub fn close(&self, listener: u32, address: SocketAddr, vacancy: Arc<Vacancy>) {
+        let doors = self.doors.borrow();
+        let door = doors.iter().flatten().find(|door| door.is_at(listener, address) && !door.is_closing());
+        match door {
+            Some(door) => door.close(vacancy),
+            // It is broken, and was told of.
+            None => vacancy.leave(),
+        }
+    }
+
+    /// Flows begin again where there are some still from before; whether that is so.
+    pub(super) fn reopen(&self, listener: u32, address: SocketAddr) -> bool {
+        let doors = self.doors.borrow();
+        let door = doors.iter().flatten().find(|door| door.is_at(listener, address) && door.is_closing());
+        if let Some(door) = door {
+            door.reopen();
+        }
+        door.is_some()
+    }
+
+    /// Closes doors where no worker has a flow any more.
+    pub(super) fn close_vacant(&self) {
+        for place in self.doors.borrow_mut().iter_mut() {
+            place.take_if(|door| door.is_vacant(Vacancy::is_complete));
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! A pool that takes another one's place in a reload: what it goes on with, and how the old one's sessions reach it.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use super::backend::{Backend, Traits};
+use super::cause::Cause;
+use super::health::Health;
+use super::naming::{MOST_ADDRESSES, Resolved};
+use super::queue::Queue;
+use super::retry::Budget;
+use super::vitals::{Load, Vitals};
+use super::{NOBODY_YET, Pool};
+use crate::account::{Labels, lock};
+use crate::addr::BackendAddr;
+use crate::clock::Moment;
+use crate::config::Target;
+
+/// What names lead to, as far as somebody has asked.
+pub type Answers = HashMap<Target, Vec<Resolved>>;
+
+/// What of a pool outlives a reload.
+#[derive(Debug)]
+pub(super) struct Lasting {
+    /// Who is in force under its name, once the first was replaced.
+    current: Mutex<Weak<Pool>>,
+    /// The one tenant whose sessions came here so far, [`NOBODY_YET`], or `SEVERAL`.
+    pub(super) tenant: AtomicU32,
+    pub(super) retries: Budget,
+    pub(super) retried: AtomicU64,
+    pub(super) not_retried: AtomicU64,
+    /// Addresses that it has no more, with sessions that go on.
+    left: Mutex<Vec<(BackendAddr, Arc<Load>)>>,
+}
+
+impl Lasting {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            current: Mutex::default(),
+            tenant: AtomicU32::new(NOBODY_YET),
+            retries: Budget::default(),
+            retried: AtomicU64::new(0),
+            not_retried: AtomicU64::new(0),
+            left: Mutex::default(),
+        })
+    }
+
+    /// Its sessions are counted on, should its address come back before they end.
+    pub(super) fn leave(&self, backend: &Backend) {
+        let mut left = lock(&self.left);
+        left.retain(|(_, load)| load.sessions.load(Ordering::SeqCst) > 0);
+        left.push((backend.address(), Arc::clone(&backend.load)));
+    }
+
+    /// The sessions of an address that was here before.
+    pub(super) fn load_of(&self, address: BackendAddr) -> Arc<Load> {
+        let mut left = lock(&self.left);
+        let place = left.iter().position(|(other, _)| *other == address);
+        place.map_or_else(Arc::default, |place| left.swap_remove(place).1)
+    }
+}
+
+/// Those of the pool before, by address.
+type Before<'a> = HashMap<SocketAddr, &'a Arc<Backend>>;
+
+impl Pool {
+    /// The pool that a reload puts in the place of `before`, or that is new. Addresses that were there already keep what is
+    /// known of them, and their sessions; names keep what they led to, and new ones lead to what `answers` has of them.
+    ///
+    /// Others are unknown until their first probe. Where there are only others, they count as healthy until then: nobody
+    /// else could take the traffic.
+    ///
+    /// From now on `before`, and all that were before it, tell this one what their sessions come to.
+    #[must_use]
+    pub fn succeed(
+        before: Option<&Arc<Self>>,
+        config: &crate::config::Pool,
+        labels: &Labels,
+        answers: &Answers,
+        now: Moment,
+    ) -> Arc<Self> {
+        let lasting = before.map_or_else(Lasting::new, |before| Arc::clone(&before.lasting));
+        let line = before.and_then(|before| before.queue.clone());
+        let line = line.or_else(|| (config.queue.length > 0).then(|| Queue::new(config.queue.length)));
+        let (mut pool, fixed) = Self::empty(config, labels, lasting, line);
+        // Nothing changes there from here on: an answer or a result that comes now waits, and goes to the new one.
+        let changing = before.map(|before| lock(&before.changing));
+        let own = changing.as_ref().and_then(|changing| changing.next.clone());
+        let own =
+            own.or_else(|| before.map(|before| before.roster().backends().to_vec())).unwrap_or_default();
+        let known: Before<'_> = own.iter().map(|backend| (backend.address().0, backend)).collect();
+        if let Some(before) = before {
+            // The plan of a table is worth keeping.
+            pool.roster = arc_swap::ArcSwap::new(before.roster());
+        }
+        let found = pool.inherit_names(before.map(Arc::as_ref), answers);
+        let all = fixed.into_iter().chain(found);
+        let mut seen = HashSet::new();
+        let all: Vec<_> = all.filter(|(address, ..)| seen.insert(*address)).collect();
+        let is_alone = all.iter().all(|(address, ..)| !known.contains_key(address));
+        let backends = all.into_iter().map(|(address, slot, traits)| {
+            pool.heir_at(address, slot, traits, known.get(&address).copied(), is_alone, labels, now)
+        });
+        let backends: Vec<_> = backends.collect();
+        let pool = Arc::new(pool);
+        if let Some(before) = before {
+            pool.take_over(before, &own, &backends);
+        }
+        for backend in &backends {
+            backend.load.hand_to(backend);
+        }
+        // Only now: whoever finds one of these retired finds who replaces it, too.
+        for backend in &own {
+            backend.retire();
+        }
+        if let Some(before) = before {
+            before.is_replaced.store(true, Ordering::Release);
+        }
+        drop(changing);
+        let mut own = lock(&pool.changing);
+        own.next = Some(backends);
+        pool.renew(own, now);
+        pool
+    }
+
+    /// One of its backends: of an address that was there before, with all that is known of it.
+    #[expect(clippy::too_many_arguments, reason = "each is one thing that makes a backend")]
+    fn heir_at(
+        &self,
+        address: SocketAddr,
+        slot: u32,
+        traits: Traits,
+        before: Option<&Arc<Backend>>,
+        is_alone: bool,
+        labels: &Labels,
+        now: Moment,
+    ) -> Arc<Backend> {
+        let address = BackendAddr(address);
+        let (vitals, load) = before.map_or_else(
+            || {
+                let health = match (self.rules(), is_alone) {
+                    (Some(rules), true) => Health::presumed(rules),
+                    _ => self.first_health(),
+                };
+                (Arc::new(Vitals::new(health, (now, Cause::Reload))), self.lasting.load_of(address))
+            },
+            |before| (Arc::clone(&before.vitals), Arc::clone(&before.load)),
+        );
+        Arc::new(self.new_backend(address, labels, slot, traits, vitals, load))
+    }
+
+    /// Gives each name what it led to before, or leads to now, and tells the slots of those addresses.
+    fn inherit_names(&mut self, before: Option<&Self>, answers: &Answers) -> Vec<(SocketAddr, u32, Traits)> {
+        let mut all = Vec::new();
+        for name in &mut self.names {
+            let mut led = before.iter().flat_map(|before| &before.names);
+            let led = led.find(|led| led.target == name.target);
+            if let Some(led) = led {
+                name.lookups = Arc::clone(&led.lookups);
+            }
+            let led = led.map(|led| lock(&led.found).clone());
+            let Some(found) = led.or_else(|| answers.get(&name.target).cloned()) else { continue };
+            for resolved in found.iter().take(MOST_ADDRESSES as usize) {
+                all.push((resolved.address, name.next_slot(), name.traits_of(resolved)));
+            }
+            *lock(&name.found) = found;
+        }
+        all
+    }
+
+    /// Becomes who is in force under its name.
+    fn take_over(self: &Arc<Self>, before: &Self, own: &[Arc<Backend>], backends: &[Arc<Backend>]) {
+        let heirs: HashSet<_> = backends.iter().map(|heir| Arc::as_ptr(&heir.vitals)).collect();
+        let (kept, gone): (Vec<_>, Vec<_>) =
+            own.iter().partition(|backend| heirs.contains(&Arc::as_ptr(&backend.vitals)));
+        for backend in kept {
+            backend.vitals.follow(|health| match (&before.probe, self.rules()) {
+                (Some(_), Some(rules)) => health.with(rules),
+                (None, Some(rules)) => Health::presumed(rules),
+                (_, None) => self.first_health(),
+            });
+        }
+        for backend in gone {
+            self.lasting.leave(backend);
+        }
+        *lock(&self.lasting.current) = Arc::downgrade(self);
+    }
+
+    /// Who is in force under its name, where that is another one.
+    pub(super) fn current(&self) -> Option<Arc<Self>> {
+        if self.is_replaced() { lock(&self.lasting.current).upgrade() } else { None }
+    }
+
+    /// Who is in force under its name; itself, where nobody is any more.
+    #[must_use]
+    pub fn latest(self: &Arc<Self>) -> Arc<Self> {
+        self.current().unwrap_or_else(|| Arc::clone(self))
+    }
+
+    /// Whether a reload has put another one in its place.
+    #[must_use]
+    pub fn is_replaced(&self) -> bool {
+        self.is_replaced.load(Ordering::Acquire)
+    }
+
+    /// Who stands for one of its backends now, and in which pool, where it was replaced.
+    #[must_use]
+    pub fn heir_of(&self, backend: &Backend) -> Option<(Arc<Self>, Arc<Backend>)> {
+        Some((self.current()?, backend.heir()?))
+    }
+
+    /// Who is to be probed for one of its backends, and in which pool; nobody where it is gone.
+    #[must_use]
+    pub fn follow(self: &Arc<Self>, backend: &Arc<Backend>) -> Option<(Arc<Self>, Arc<Backend>)> {
+        if backend.is_gone() {
+            None
+        } else if backend.is_retired() {
+            self.heir_of(backend).filter(|(_, heir)| !heir.is_gone())
+        } else {
+            Some((Arc::clone(self), Arc::clone(backend)))
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! What a pool goes on with that takes another one's place in a reload.
+
+use std::task::{Context, Poll, Waker};
+
+use super::*;
+
+fn succeed(before: &Arc<Pool>, config: &crate::config::Pool, now: Moment) -> Arc<Pool> {
+    Pool::succeed(Some(before), config, &Labels::default(), &Answers::new(), now)
+}
+
+fn ports(pool: &Pool) -> Vec<u16> {
+    pool.roster().used().iter().map(|backend| backend.address().0.port()).collect()
+}
+
+fn one(pool: &Arc<Pool>) -> Picked {
+    pool.pick(0, 0, &mut Tried::default()).unwrap()
+}
+
+#[test]
+fn health_counters_and_ejections_go_on_and_who_is_added_waits_for_its_probe() {
+    let before = Arc::new(healthy(&config(Balance::P2c, 3)));
+    assert!(probe(&before, 1, false, at(500)).is_none(), "one of two");
+    assert!(fail(&before, 0, Failed::Connect, 3, at(600)).is_some());
+    before.arrived(7);
+    assert!(before.may_retry(at(600)));
+    let mut other = config(Balance::P2c, 4);
+    other.backends.remove(2);
+    other.backends[1].weight = 50;
+    let after = succeed(&before, &other, at(1_000));
+    assert_eq!((ports(&after), after.retries()), (vec![1001], (1, 0)));
+    let roster = after.roster();
+    let shown: Vec<_> = roster
+        .backends()
+        .iter()
+        .map(|backend| (backend.is_ejected(), backend.state(), backend.summary().changed.1.word()))
+        .collect();
+    let expected = [
+        (true, State::Healthy, "connect_failures"),
+        (false, State::Healthy, "passed"),
+        (false, State::Unknown, "reload"),
+    ];
+    assert_eq!(shown, expected);
+    assert_eq!((backend(&after, 0).ejections(), backend(&after, 1).weight()), (1, 50 * FULL));
+    assert_eq!(backend(&after, 1).probes().map(|(_, count)| count).sum::<u64>(), 2);
+    // The second failure of two is the second here too.
+    assert!(probe(&after, 1, false, at(1_500)).is_some());
+    let over = after.tend(at(31_000));
+    assert_eq!((over[0].why, over.len()), ("ejection_over", 1));
+    assert!(before.is_replaced() && Arc::ptr_eq(&before.latest(), &after));
+}
+
+#[test]
+fn what_comes_to_the_old_one_reaches_the_new_one() {
+    let before = Arc::new(healthy(&config(Balance::LeastSessions, 2)));
+    let held = [one(&before), one(&before), one(&before)];
+    let mut other = config(Balance::LeastSessions, 2);
+    other.attempts = 1;
+    let middle = succeed(&before, &other, at(1_000));
+    let after = succeed(&middle, &config(Balance::LeastSessions, 2), at(2_000));
+    drop(middle);
+    let loads = || after.roster().backends().iter().map(|backend| backend.load()).collect::<Vec<_>>();
+    assert_eq!(loads().iter().sum::<u32>(), 3);
+    // Who has fewer is asked first, whoever the sessions were given by.
+    let (full, other) = if loads()[0] == 2 { (1000, 1001) } else { (1001, 1000) };
+    assert_eq!(port(&one(&after)), other);
+    let more: Vec<_> = (0..4).map(|_| one(&before)).collect();
+    assert_eq!(loads().iter().sum::<u32>(), 7);
+    drop((held, more));
+    assert_eq!((loads(), full != other), (vec![0, 0], true));
+    // Failures of old sessions eject in the new one, and so do results of probes that were under way.
+    let old = Arc::clone(&before.roster().backends()[0]);
+    assert!((0..3).filter_map(|_| before.failed(&old, Failed::Connect, at(3_000))).count() == 1);
+    after.tend(at(3_100));
+    assert_eq!(ports(&after), [1001]);
+    assert!(before.observe(&old, Verdict::ConnectRefused, SECOND, at(3_200)).is_none());
+    assert!(before.observe(&old, Verdict::ConnectRefused, SECOND, at(3_300)).is_some());
+    assert_eq!(backend(&after, 0).state(), State::Unhealthy);
+    let (pool, heir) = before.follow(&old).unwrap();
+    assert!(Arc::ptr_eq(&pool, &after) && Arc::ptr_eq(&heir, &after.roster().backends()[0]));
+    assert_eq!(heir.mark(), old.mark());
+}
+
+#[test]
+fn where_all_are_others_they_count_as_healthy_until_the_first_probe_says_otherwise() {
+    let before = Arc::new(healthy(&config(Balance::P2c, 2)));
+    let mut other = config(Balance::P2c, 2);
+    other.backends = vec![target(2000), target(2001)];
+    let after = succeed(&before, &other, at(1_000));
+    assert_eq!((after.roster().ground().word(), ports(&after)), ("healthy", vec![2000, 2001]));
+    assert!(probe(&after, 0, false, at(1_500)).is_some(), "the first result counts at once");
+    assert_eq!(ports(&after), [2001]);
+    let new = Pool::succeed(None, &other, &Labels::default(), &Answers::new(), at(2_000));
+    assert_eq!((new.roster().ground().word(), new.usable()), ("healthy", 2));
+}
+
+#[test]
+fn probes_that_are_switched_off_or_on_leave_nobody_down_or_unknown() {
+    let before = Arc::new(healthy(&config(Balance::P2c, 2)));
+    (1..3).for_each(|second| drop(probe(&before, 0, false, at(second * 1_000))));
+    assert_eq!(ports(&before), [1001]);
+    let off = succeed(&before, &crate::config::Pool { health: None, ..config(Balance::P2c, 2) }, at(3_000));
+    assert_eq!(ports(&off), [1000, 1001]);
+    let on = succeed(&off, &config(Balance::P2c, 2), at(4_000));
+    assert_eq!((ports(&on), on.roster().ground().word()), (vec![1000, 1001], "healthy"));
+    assert!(probe(&on, 0, false, at(5_000)).is_some());
+}
+
+#[test]
+fn who_waits_in_the_old_ones_line_is_served_by_the_new_one_and_never_by_who_is_removed() {
+    let mut config = config(Balance::P2c, 1);
+    config.queue.length = 3;
+    config.backends[0].max_sessions = Some(1);
+    let before = Arc::new(healthy(&config));
+    let held = one(&before);
+    let mut place = before.wait(1).unwrap();
+    let mut other = config.clone();
+    other.backends = vec![crate::config::Backend { max_sessions: Some(1), ..target(2000) }];
+    let poll = |place: &mut Place| std::pin::Pin::new(place).poll(&mut Context::from_waker(Waker::noop()));
+    // It is served at once, as the new one has room.
+    let after = succeed(&before, &other, at(1_000));
+    let Poll::Ready(picked) = poll(&mut place) else { panic!("nobody serves it") };
+    assert_eq!((port(&picked), after.waiting(), before.waiting()), (2000, 0, 0));
+    let (mut first, mut second) = (before.wait(1).unwrap(), after.wait(1).unwrap());
+    drop(held);
+    assert!(poll(&mut first).is_pending() && poll(&mut second).is_pending(), "nobody goes to the old one");
+    drop(picked);
+    let Poll::Ready(picked) = poll(&mut first) else { panic!("nobody serves it") };
+    // A line that is given up is served to its end.
+    let none = crate::config::Pool { queue: crate::config::Queue { length: 0, timeout: SECOND }, ..other };
+    let last = succeed(&after, &none, at(2_000));
+    assert!(last.wait(1).is_none() && last.waiting() == 1);
+    drop(picked);
+    assert!(poll(&mut second).is_ready());
+    assert!(last.roster().backends().iter().all(|backend| backend.load() == 0));
+}
+
+#[test]
+fn an_address_that_comes_back_has_the_sessions_that_it_had() {
+    let both = config(Balance::LeastSessions, 2);
+    let mut single = both.clone();
+    single.backends.remove(1);
+    let first = Arc::new(healthy(&both));
+    let held: Vec<_> = (0..4).map(|_| one(&first)).collect();
+    let second = succeed(&first, &single, at(1_000));
+    let third = succeed(&second, &both, at(2_000));
+    let loads: Vec<_> = third.roster().backends().iter().map(|backend| backend.load()).collect();
+    assert_eq!(loads, [2, 2]);
+    assert_eq!(backend(&third, 1).state(), State::Unknown);
+    assert!(first.follow(&first.roster().backends()[1]).is_some_and(|(pool, _)| Arc::ptr_eq(&pool, &third)));
+    assert!(second.follow(&second.roster().backends()[0]).is_some());
+    drop(held);
+    assert!(third.roster().backends().iter().all(|backend| backend.load() == 0));
+}
+
+#[test]
+fn names_keep_what_they_led_to_and_new_ones_lead_where_somebody_has_asked() {
+    let host = |name: &str| Target::Host { name: name.to_owned(), port: 80 };
+    let named = |names: &[&str]| {
+        let backends = names.iter().map(|name| crate::config::Backend { target: host(name), ..target(0) });
+        crate::config::Pool { backends: backends.collect(), ..config(Balance::P2c, 0) }
+    };
+    let found = |hosts: &[u8]| -> Vec<Resolved> {
+        let resolved = |host: &u8| Resolved {
+            address: ([10, 0, 9, *host], 80).into(),
+            weight: Some(u32::from(*host)),
+            is_backup: false,
+        };
+        hosts.iter().map(resolved).collect()
+    };
+    let labels = Labels::default();
+    let answers = Answers::from([(host("a"), found(&[1, 2])), (host("b"), found(&[2, 3]))]);
+    let first = Pool::succeed(None, &named(&["a"]), &labels, &answers, at(0));
+    assert_eq!((first.usable(), first.roster().ground().word()), (2, "healthy"));
+    first.lookups().next().unwrap().count(crate::account::lookup::Lookup::Found);
+    let second = Pool::succeed(Some(&first), &named(&["b", "a"]), &labels, &answers, at(1_000));
+    let hosts = |pool: &Pool| {
+        let roster = pool.roster();
+        let shown = roster.backends().iter().map(|backend| {
+            (backend.address().0.to_string(), backend.summary().weight, backend.state() == State::Healthy)
+        });
+        shown.collect::<Vec<_>>()
+    };
+    let expected = [("10.0.9.2:80", 2, true), ("10.0.9.3:80", 3, false), ("10.0.9.1:80", 1, true)];
+    let expected = expected.map(|(address, weight, healthy)| (address.to_owned(), weight, healthy));
+    assert_eq!(hosts(&second), expected);
+    let counts: Vec<u64> =
+        second.lookups().map(|lookups| lookups.counts().map(|(_, count)| count).sum()).collect();
+    assert_eq!(counts, [0, 1]);
+    // An answer that was asked for the old one is the new one's.
+    let (fresh, _) = first.resolve(0, &found(&[4]), &labels, at(2_000));
+    assert_eq!((fresh.len(), second.roster().backends().len()), (1, 3));
+    assert!(first.roster().backends().iter().all(|backend| backend.is_retired()));
+}
+
+#[test]
+fn a_thousand_generations_leave_no_chain() {
+    let configs = [config(Balance::RoundRobin, 2), config(Balance::P2c, 2)];
+    let mut pool = Arc::new(healthy(&configs[0]));
+    let first = Arc::downgrade(&pool);
+    let session = one(&pool);
+    for generation in 0..1_000_u64 {
+        let config = &configs[usize::from(generation % 2 == 0)];
+        pool = succeed(&pool, config, at(generation));
+    }
+    assert!(first.upgrade().is_none(), "a session keeps its backend, and not the pool");
+    assert_eq!(pool.roster().backends().iter().map(|backend| backend.load()).sum::<u32>(), 1);
+    drop(session);
+    assert_eq!(pool.roster().backends().iter().map(|backend| backend.load()).sum::<u32>(), 0);
+}

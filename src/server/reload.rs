@@ -1,0 +1,264 @@
+//! Another configuration while everything runs: what is new is bound first, then all of it is in force at once.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+use tokio::runtime::Builder;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::doors::{DoorId, Order};
+use super::listen::{self, Bound, Held};
+use super::{Capacity, StartError, limits};
+use crate::account::lock;
+use crate::clock;
+use crate::config::{Config, Pool, Target};
+use crate::flow::Vacancy;
+use crate::pool::Answers;
+use crate::resolve::Resolver;
+use crate::resolve::answer::Memory;
+use crate::state::{Changes, Frozen, Live};
+
+/// How long a reload waits for names without which a pool would have nobody. What is not known by then is looked up later.
+const NAMES: Duration = Duration::from_secs(5);
+
+/// Why a reload was refused; what was in force stays.
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    /// It changes what no reload changes.
+    #[error(transparent)]
+    Frozen(#[from] Frozen),
+    /// The machine has not what is new in it.
+    #[error(transparent)]
+    Machine(#[from] StartError),
+    /// Too many reloads before it are not carried out yet.
+    #[error("a worker has not yet opened and closed what the reloads before asked for; try again")]
+    Busy,
+}
+
+/// Puts configurations in force, from any thread.
+#[derive(Clone)]
+pub struct Reloader(Arc<Desk>);
+
+impl fmt::Debug for Reloader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reloader").finish_non_exhaustive()
+    }
+}
+
+struct Desk {
+    live: Arc<Live>,
+    /// Every listening address, each with a socket of every worker.
+    held: Mutex<Vec<Held>>,
+    orders: Vec<mpsc::Sender<Order>>,
+    resolver: Arc<OnceLock<Arc<Resolver>>>,
+    capacity: Capacity,
+    /// Told when there are other pools to be looked after.
+    changed: Arc<Notify>,
+}
+
+/// What a configuration's listeners need.
+#[derive(Debug, Default)]
+struct Plan {
+    held: Vec<Held>,
+    /// For each worker.
+    open: Vec<Vec<(u32, Bound)>>,
+    close: Vec<DoorId>,
+    /// By place.
+    addresses: Vec<Vec<SocketAddr>>,
+}
+
+impl Reloader {
+    pub(super) fn new(
+        live: &Arc<Live>,
+        held: Vec<Held>,
+        orders: Vec<mpsc::Sender<Order>>,
+        resolver: &Arc<OnceLock<Arc<Resolver>>>,
+        capacity: Capacity,
+        changed: &Arc<Notify>,
+    ) -> Self {
+        Self(Arc::new(Desk {
+            live: Arc::clone(live),
+            held: Mutex::new(held),
+            orders,
+            resolver: Arc::clone(resolver),
+            capacity,
+            changed: Arc::clone(changed),
+        }))
+    }
+
+    /// Puts another configuration in force, as a whole or not at all. Sessions keep what they were born with, but for their
+    /// tenant's limits, which hold for them too. One is put in force at a time: others wait for their turn. It may take as
+    /// long as a name's lookup, some seconds: where tasks share the thread, it belongs on one of its own.
+    ///
+    /// # Errors
+    /// Why it was refused; nothing has changed then.
+    pub fn reload(&self, config: &Config) -> Result<Changes, ReloadError> {
+        let changes = self.0.reload(config).inspect_err(|_| self.0.live.reloads.refuse())?;
+        tracing::info!(
+            tenants = config.tenants.len(),
+            tenants_added = changes.tenants.added,
+            tenants_removed = changes.tenants.removed,
+            tenants_changed = changes.tenants.changed,
+            pools_added = changes.pools.added,
+            pools_removed = changes.pools.removed,
+            pools_changed = changes.pools.changed,
+            listeners_added = changes.listeners.added,
+            listeners_removed = changes.listeners.removed,
+            listeners_changed = changes.listeners.changed,
+            "reloaded"
+        );
+        Ok(changes)
+    }
+}
+
+impl Desk {
+    fn reload(&self, config: &Config) -> Result<Changes, ReloadError> {
+        let turn = self.live.turn(config)?;
+        let present = self.live.config.load_full();
+        let mut held = lock(&self.held);
+        // Sockets that are bound here and not handed on are closed again.
+        let plan = self.plan(config, &turn.places(config), &held)?;
+        let differing = config.pools.iter().filter(|pool| !present.pools.contains(pool));
+        let differing: Vec<&Pool> = differing.collect();
+        listen::try_sources(differing.iter().copied())?;
+        if self.resolver.get().is_none() && config.pools.iter().any(has_names) {
+            let resolver = Arc::new(Resolver::new(&config.dns).map_err(StartError::from)?);
+            self.resolver.get_or_init(|| resolver);
+        }
+        let wanted = (plan.open.iter().any(|sockets| !sockets.is_empty()), !plan.close.is_empty());
+        let room = usize::from(wanted.0) + usize::from(wanted.1);
+        // A worker that is no more needs none.
+        if self.orders.iter().any(|orders| orders.capacity() < room && !orders.is_closed()) {
+            return Err(ReloadError::Busy);
+        }
+        let answers = answers(&present, config, &differing);
+        // From here on nothing fails.
+        let changes = turn.put(config, plan.addresses, &answers, clock::now());
+        let vacancies: Vec<_> =
+            plan.close.into_iter().map(|door| (door, Vacancy::of(self.orders.len()))).collect();
+        for (orders, sockets) in self.orders.iter().zip(plan.open) {
+            // Nobody else sends, so there is the room that there was.
+            let opened = if wanted.0 { orders.try_send(Order::Open(sockets)) } else { Ok(()) };
+            let closed = if wanted.1 { orders.try_send(Order::Close(vacancies.clone())) } else { Ok(()) };
+            if opened.and(closed).is_err() {
+                tracing::error!("a worker takes no orders: its doors are as they were");
+            }
+        }
+        if plan.held.len() > held.len() {
+            self.reckon(config, plan.held.len());
+        }
+        *held = plan.held;
+        self.changed.notify_one();
+        Ok(changes)
+    }
+
+    /// Binds what is not bound yet. An address that a listener keeps, keeps its sockets, and its port where that was free.
+    fn plan(&self, config: &Config, places: &[u32], held: &[Held]) -> Result<Plan, StartError> {
+        let workers = self.orders.len();
+        let mut plan = Plan { open: (0..workers).map(|_| Vec::new()).collect(), ..Plan::default() };
+        let mut rest = held.to_vec();
+        let rows = places.iter().map(|place| *place as usize + 1).max().unwrap_or(0);
+        plan.addresses.resize(rows.max(self.live.snapshot.load().listeners.len()), Vec::new());
+        for (listener, place) in config.listeners.iter().zip(places) {
+            for configured in &listener.bind {
+                let is_it = |held: &Held| {
+                    held.door.listener == *place
+                        && held.door.protocol == listener.protocol
+                        && held.configured == *configured
+                };
+                let kept = rest.iter().position(is_it).map(|at| rest.swap_remove(at));
+                let one = match kept {
+                    Some(kept) => kept,
+                    None => listen::bind(listener, *place, *configured, &mut plan.open)?,
+                };
+                plan.addresses
+                    .get_mut(*place as usize)
+                    .into_iter()
+                    .for_each(|all| all.push(one.door.address));
+                plan.held.push(one);
+            }
+        }
+        plan.close = rest.into_iter().map(|held| held.door).collect();
+        Ok(plan)
+    }
+
+    /// Warns where listeners have taken descriptors that sessions were promised.
+    fn reckon(&self, config: &Config, addresses: usize) {
+        let promised = self.capacity.sessions;
+        match limits::capacity(config, self.capacity.workers, addresses) {
+            Ok(now) if now.possible >= promised => {}
+            now => {
+                let possible = now.map_or(0, |now| now.possible);
+                tracing::warn!(
+                    max_sessions = promised,
+                    possible,
+                    "with these listeners, max-sessions is more than the file-descriptor limit allows"
+                );
+            }
+        }
+    }
+}
+
+fn has_names(pool: &Pool) -> bool {
+    pool.backends.iter().any(|backend| !matches!(backend.target, Target::Address(_)))
+}
+
+/// Looks up the names of pools that would have nobody without them. It waits for them on a thread of its own, as whoever
+/// reloads may stand in a task.
+fn answers(present: &Config, config: &Config, changed: &[&Pool]) -> Answers {
+    let before = |pool: &Pool| present.pools.iter().find(|other| other.name == pool.name);
+    let has_somebody = |pool: &Pool| {
+        pool.backends.iter().any(|backend| {
+            let is_kept = || {
+                before(pool)
+                    .is_some_and(|before| before.backends.iter().any(|other| other.target == backend.target))
+            };
+            matches!(backend.target, Target::Address(_)) || is_kept()
+        })
+    };
+    let alone = changed.iter().filter(|pool| !has_somebody(pool));
+    let targets: Vec<_> =
+        alone.flat_map(|pool| &pool.backends).map(|backend| backend.target.clone()).collect();
+    if targets.is_empty() {
+        return Answers::new();
+    }
+    let asked = thread::scope(|scope| scope.spawn(|| ask(config, targets)).join());
+    asked.unwrap_or_default()
+}
+
+fn ask(config: &Config, targets: Vec<Target>) -> Answers {
+    let mut answers = Answers::new();
+    // Connections belong to the runtime that made them: these are not the ones that look names up later.
+    let (Ok(runtime), Ok(resolver)) =
+        (Builder::new_current_thread().enable_all().build(), Resolver::new(&config.dns))
+    else {
+        return answers;
+    };
+    let resolver = Arc::new(resolver);
+    runtime.block_on(async {
+        let mut lookups = JoinSet::new();
+        for target in targets {
+            let resolver = Arc::clone(&resolver);
+            lookups.spawn(async move {
+                let answer = resolver.look_up(&target, &mut Memory::default()).await;
+                (target, answer)
+            });
+        }
+        let all = async {
+            while let Some(ended) = lookups.join_next().await {
+                if let Ok((target, Ok(answer))) = ended {
+                    answers.insert(target, answer.found);
+                }
+            }
+        };
+        if timeout(NAMES, all).await.is_err() {
+            tracing::warn!("names of new pools are not known yet: they have nobody until then");
+        }
+    });
+    answers
+}

@@ -1,0 +1,80 @@
+//! How much of a configuration another one changes.
+
+use std::collections::HashMap;
+
+use crate::config::Config;
+
+/// How many there are of what a configuration has and the one before had not, and the other way around.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// They are new.
+    pub added: usize,
+    /// They are there no more.
+    pub removed: usize,
+    /// They are not what they were.
+    pub changed: usize,
+}
+
+/// What differs between two configurations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Listeners, by name.
+    pub listeners: Count,
+    /// Pools, by name.
+    pub pools: Count,
+    /// Tenants, by name.
+    pub tenants: Count,
+}
+
+impl Changes {
+    /// Compares them.
+    #[must_use]
+    pub fn between(before: &Config, after: &Config) -> Self {
+        Self {
+            listeners: Count::between(&before.listeners, &after.listeners, |listener| &listener.name),
+            pools: Count::between(&before.pools, &after.pools, |pool| &pool.name),
+            tenants: Count::between(&before.tenants, &after.tenants, |tenant| &tenant.name),
+        }
+    }
+}
+
+impl Count {
+    fn between<T: PartialEq>(before: &[T], after: &[T], name: impl Fn(&T) -> &String) -> Self {
+        let mut count = Self::default();
+        // Most stand where they stood, and are found without a table.
+        let same = before.iter().zip(after).take_while(|(before, after)| name(before) == name(after));
+        let mut first = 0;
+        for (before, after) in same {
+            first += 1;
+            count.changed += usize::from(before != after);
+        }
+        let (before, after) =
+            (before.get(first..).unwrap_or_default(), after.get(first..).unwrap_or_default());
+        let mut known: HashMap<_, _> = before.iter().map(|before| (name(before), before)).collect();
+        for after in after {
+            match known.remove(name(after)) {
+                Some(before) => count.changed += usize::from(before != after),
+                None => count.added += 1,
+            }
+        }
+        count.removed = known.len();
+        count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_new_what_is_gone_and_what_differs() {
+        let all = |names: &[(&str, u8)]| -> Vec<(String, u8)> {
+            names.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+        };
+        let before = all(&[("a", 1), ("b", 1), ("c", 1), ("d", 1)]);
+        let after = all(&[("a", 2), ("c", 1), ("e", 1), ("d", 2), ("f", 1)]);
+        let count = Count::between(&before, &after, |(name, _)| name);
+        assert_eq!(count, Count { added: 2, removed: 1, changed: 2 });
+        assert_eq!(Count::between(&before, &before, |(name, _)| name), Count::default());
+    }
+}

@@ -1,0 +1,191 @@
+//! Listeners that come, go and change in a reload: who is there stays, and what is not free changes nothing.
+
+use std::net::{SocketAddr, TcpListener};
+
+use tokio::net::{TcpStream, UdpSocket};
+use vestibule::server::ReloadError;
+use vestibule::state::Count;
+
+use super::super::flow::{Balancer, Echo, HOOLI, datagram, finish, others_are_unharmed, world};
+use super::super::harness::{connect, end_of, header, http_get};
+use super::*;
+
+const CLIENT: &str = "10.100.0.10:40000";
+const BEFORE: &str = "[[listener]]\nname = \"web\"\n";
+
+fn with(name: &str, bind: &str) -> String {
+    format!("[[listener]]\nname = \"{name}\"\nbind = {bind}\ntrusted-sources = [\"127.0.0.0/8\"]\n{BEFORE}")
+}
+
+async fn carried_at(address: SocketAddr) -> TcpStream {
+    let mut stream = connect(address).await;
+    stream.write_all(&[&header(ACME)[..], b"x"].concat()).await.unwrap();
+    assert_eq!(read(&mut stream, 1).await, b"x");
+    stream
+}
+
+/// Nobody accepts there, soon.
+async fn is_closed(address: SocketAddr) {
+    eventually("the listener to be closed", async || TcpStream::connect(address).await.err()).await;
+}
+
+#[tokio::test]
+async fn a_listener_comes_and_goes_and_its_sessions_stay() {
+    let (_acme, mut proxy) = start("sessions = 9").await;
+    let extra = with("extra", "\"127.0.0.1:0\"");
+    let changes = proxy.reload(BEFORE, &extra).unwrap();
+    assert_eq!(changes.listeners, Count { added: 1, ..Count::default() });
+    let address = proxy.address("extra");
+    let mut session = carried_at(address).await;
+    let status = http_get(proxy.server().admin(), "/status").await;
+    assert!(status.contains(&address.to_string()), "{status}");
+
+    // What the kernel has accepted for it is served, though nobody has taken it in yet.
+    let changes = proxy.reload(&extra, BEFORE).unwrap();
+    assert_eq!(changes.listeners, Count { removed: 1, ..Count::default() });
+    is_closed(address).await;
+    assert!(proxy.server().addresses("extra").is_empty());
+    let status = http_get(proxy.server().admin(), "/status").await;
+    assert!(!status.contains(&address.to_string()), "{status}");
+    still_lives(&mut session).await;
+    proxy.metric("vestibule_sessions_active", &[("listener", "extra")]).is(1).await;
+
+    // The name comes back, and so do its counters.
+    proxy.reload(BEFORE, &extra).unwrap();
+    exchange(carried_at(proxy.address("extra")).await).await.unwrap();
+    exchange(session).await.unwrap();
+    proxy.ended(&[("listener", "extra"), ("why", "done")]).is(2).await;
+    exchange(carried(&proxy).await).await.unwrap();
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn an_address_that_stays_keeps_its_sockets() {
+    let (_acme, mut proxy) = start("sessions = 9").await;
+    let web = proxy.address("web");
+    let session = carried(&proxy).await;
+    let one = "name = \"web\"\nbind = \"127.0.0.1:0\"";
+    let two = "name = \"web\"\nbind = [\"127.0.0.2:0\", \"127.0.0.1:0\"]\nmax-pending = 1";
+    let changes = proxy.reload(one, two).unwrap();
+    assert_eq!(changes.listeners, Count { changed: 1, ..Count::default() });
+    let [second, first] = proxy.server().addresses("web")[..] else { panic!("two addresses") };
+    assert_eq!(first, web);
+    let on_second = carried_at(second).await;
+    // The new bound holds for those who are there already.
+    let silent = proxy.send(b"").await;
+    proxy.metric("vestibule_sessions_pending", &[("listener", "web")]).is(1).await;
+    assert_eq!(end_of(&mut connect(first).await).await.unwrap(), 0);
+    proxy.ended(&[("why", "pending_limit")]).is(1).await;
+    drop(silent);
+    proxy.metric("vestibule_sessions_pending", &[("listener", "web")]).is(0).await;
+
+    proxy.reload(two, one).unwrap();
+    is_closed(second).await;
+    assert_eq!(proxy.server().addresses("web"), [web]);
+    for mut session in [session, on_second, carried(&proxy).await] {
+        still_lives(&mut session).await;
+        exchange(session).await.unwrap();
+    }
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn an_address_that_is_not_free_refuses_all_of_it() {
+    let (_acme, mut proxy) = start("sessions = 1").await;
+    let session = carried(&proxy).await;
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = (taken.local_addr().unwrap(), taken);
+    let free = SocketAddr::new("127.0.0.9".parse().unwrap(), taken.0.port());
+    let extra = with("extra", &format!("[\"{free}\", \"{}\"]", taken.0));
+    let refused = proxy.reload(BEFORE, &extra).unwrap_err();
+    assert!(matches!(refused, ReloadError::Machine(_)), "{refused}");
+    let message = format!("listener \"extra\": {}: must be free and local", taken.0);
+    assert!(refused.to_string().starts_with(&message), "{refused}");
+    assert!(TcpStream::connect(free).await.is_err(), "what was bound for it is closed again");
+    proxy.metric("vestibule_config_last_reload_successful", &[]).is(0).await;
+    proxy.metric("vestibule_config_rejected_total", &[]).is(1).await;
+    assert!(proxy.server().addresses("extra").is_empty());
+    rejected(&proxy, ACME).await;
+    drop(taken);
+    proxy.reload(BEFORE, &extra).unwrap();
+    exchange(session).await.unwrap();
+    proxy.metric("vestibule_tenant_sessions", &[("tenant", "acme")]).is(0).await;
+    exchange(carried_at(free).await).await.unwrap();
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+/// A proxy whose listener `dns` can be taken away, and its text.
+async fn udp(acme: &Echo) -> (Proxy, Echo, String) {
+    let (proxy, hooli) = world(&[acme.address], |conf, _| conf.timeouts += "flow-idle = \"60s\"\n").await;
+    let listener = "[[listener]]\nname = \"dns\"\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\n\
+                    trusted-sources = [\"127.0.0.0/8\"]\n";
+    (proxy, hooli, listener.to_owned())
+}
+
+#[tokio::test]
+async fn a_udp_listener_that_goes_hears_and_answers_its_flows_to_their_end() {
+    let acme = Echo::start("acme").await;
+    let (mut proxy, _hooli, listener) = udp(&acme).await;
+    let address = proxy.address("dns");
+    // Some, so that every worker has one.
+    let mut flows = Vec::new();
+    for _ in 0..8 {
+        let flow = Balancer::to(address).await;
+        assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"one")).await, b"acme one");
+        flows.push(flow);
+    }
+    proxy.reload(&listener, "").unwrap();
+    let late = Balancer::to(address).await;
+    eventually("no flow to begin there", async || {
+        late.send(&datagram(CLIENT, HOOLI, b"late")).await;
+        let drained = proxy.value("vestibule_sessions_ended_total", &[("why", "drained")]).await;
+        (drained > 0.5).then_some(())
+    })
+    .await;
+    for flow in &flows {
+        assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"two")).await, b"acme two");
+    }
+    // Shorter patience reaches flows that are there; then the sockets are closed.
+    proxy.reload("flow-idle = \"60s\"", "flow-idle = \"200ms\"").unwrap();
+    proxy.ended(&[("tenant", "acme"), ("why", "idle_timeout")]).is(8).await;
+    proxy.metric("vestibule_sessions_active", &[]).is(0).await;
+    eventually("the address to be free", async || UdpSocket::bind(address).await.ok()).await;
+    proxy.reload("[[pool]]\nname = \"hooli\"", &format!("{listener}[[pool]]\nname = \"hooli\"")).unwrap();
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn a_udp_listener_that_comes_back_goes_on_with_its_flows() {
+    let acme = Echo::start("acme").await;
+    let (mut proxy, _hooli, listener) = udp(&acme).await;
+    let fixed = listener.replace("127.0.0.1:0", &proxy.address("dns").to_string());
+    let web = "[[listener]]\nname = \"web\"\n";
+    // One more, at an address that it can come back to.
+    let more = fixed.replace("127.0.0.1", "127.0.0.3").replace("\"dns\"", "\"more\"");
+    proxy.reload(web, &format!("{more}{web}")).unwrap();
+    let address = proxy.address("more");
+    let flow = Balancer::to(address).await;
+    assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"one")).await, b"acme one");
+    proxy.reload(&more, "").unwrap();
+    assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"two")).await, b"acme two");
+    proxy.reload(web, &format!("{more}{web}")).unwrap();
+    // Whoever is new is heard, whichever socket it comes to, and who was there goes on.
+    for _ in 0..8 {
+        let other = Balancer::to(address).await;
+        let answer = eventually("an answer", async || {
+            other.send(&datagram(CLIENT, ACME, b"new")).await;
+            let answer = tokio::time::timeout(std::time::Duration::from_millis(50), other.answer()).await;
+            answer.ok()
+        });
+        assert_eq!(answer.await, b"acme new");
+    }
+    assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"three")).await, b"acme three");
+    proxy.reload("flow-idle = \"60s\"", "flow-idle = \"200ms\"").unwrap();
+    proxy.metric("vestibule_sessions_active", &[]).is(0).await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
