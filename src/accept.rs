@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -87,8 +88,8 @@ impl Door {
         Ok(())
     }
 
-    /// Closes the door, and first hands over what the kernel has accepted already: that would be reset.
-    pub fn close(self, mut take: impl FnMut(Accepted)) {
+    /// Hands over what the kernel has accepted already, before the door is closed: that would be reset.
+    pub fn close(&self, mut take: impl FnMut(Accepted)) {
         loop {
             match self.next() {
                 Ok(accepted) => accepted.into_iter().for_each(&mut take),
@@ -104,6 +105,12 @@ impl Door {
         let (socket, peer) = acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
         let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
         Ok(peer.map(|peer| Accepted { socket: TcpStream::from(socket), peer: PeerAddr(peer) }))
+    }
+}
+
+impl AsFd for Door {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.get_ref().as_fd()
     }
 }
 

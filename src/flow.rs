@@ -12,7 +12,7 @@ pub mod table;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -159,6 +159,14 @@ impl<A> Flows<A> {
     /// From now on no datagram is taken from a client: it waits in the listening socket, as long as there is room.
     pub fn pause(&self) {
         self.paused.set(true);
+    }
+
+    /// A copy of each listening socket, with the place of its listener and its address.
+    #[must_use]
+    pub fn lend(&self) -> Vec<(u32, SocketAddr, OwnedFd)> {
+        let doors = self.doors.borrow();
+        let open = doors.iter().flatten().filter(|door| !door.is_closing());
+        open.filter_map(|door| Some((door.listener, door.address(), door.lend()?))).collect()
     }
 
     /// From now on clients are heard again.

@@ -175,7 +175,7 @@ impl Server {
         let (to_doors, told): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
         let changed = Arc::new(Notify::new());
         let reloader = Reloader::new(&live, doors.held, to_doors, &resolver, capacity, &changed);
-        let orders = Arc::new(Orders::new(reloader.clone(), source, drain.clone()));
+        let orders = Arc::new(Orders::new(Arc::clone(&live), reloader.clone(), source, drain.clone()));
         let mut server = Self {
             live: Arc::clone(&live),
             reloader,
@@ -206,6 +206,7 @@ impl Server {
                 handed_over,
                 orders,
                 moves,
+                accepts: true,
                 stages: stages.clone(),
                 journal: journal.clone(),
             };

@@ -215,8 +215,6 @@ pub struct Live {
     pub stopped_doors: AtomicUsize,
     /// Every address of each listener, by the listener's place, once it is bound.
     pub bound: ArcSwap<Vec<Vec<SocketAddr>>>,
-    /// The configuration that is in force.
-    pub config: ArcSwap<Config>,
     /// Backends whose first probe is still out, and names that were not yet looked up.
     pub unprobed: AtomicUsize,
     /// How often another configuration took its place.
@@ -280,7 +278,6 @@ impl Live {
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
             bound: ArcSwap::default(),
-            config: ArcSwap::from_pointee(config.clone()),
             unprobed: AtomicUsize::new(unprobed),
             reloads: Reloads::new(rows),
             replaced: Mutex::default(),

@@ -162,8 +162,8 @@ impl<A> Flows<A> {
     pub fn take_over(&self, moved: MovedFlow) -> Result<(), Refused> {
         let doors = self.doors.borrow();
         let place = place(&doors, &moved.told).ok_or(Refused::NoDoor)?;
-        let listener = doors.get(usize::from(place)).map_or(NOWHERE, |door| door.listener);
-        self.state.borrow_mut().adopt(moved, place, listener, &self.poll)
+        let Some(Some(door)) = doors.get(usize::from(place)) else { return Err(Refused::NoDoor) };
+        self.state.borrow_mut().adopt(moved, place, door, &self.poll)
     }
 
     /// Whether the listening socket of a flow that comes is here.
@@ -175,15 +175,18 @@ impl<A> Flows<A> {
 }
 
 /// The place of a flow's door: the same socket, or else one of the same address.
-fn place(doors: &[Rc<Door>], told: &Told) -> Option<u16> {
-    let same = doors.iter().position(|door| door.cookie == told.door);
-    let place = same.or_else(|| doors.iter().position(|door| door.address() == told.address));
+fn place(doors: &[Option<Rc<Door>>], told: &Told) -> Option<u16> {
+    let find = |is_it: &dyn Fn(&Door) -> bool| {
+        doors.iter().position(|door| door.as_deref().is_some_and(is_it))
+    };
+    let same = find(&|door| door.cookie == told.door);
+    let place = same.or_else(|| find(&|door| door.address() == told.address));
     place.and_then(|place| u16::try_from(place).ok())
 }
 
 impl<A> State<A> {
     /// Takes a flow out of the table and off the poll, and packs it; `None` where it has to stay, or is gone.
-    fn send_off(&mut self, id: FlowId, doors: &[Rc<Door>], poll: &Poll) -> Option<(Away<A>, Parcel)> {
+    fn send_off(&mut self, id: FlowId, doors: &[Option<Rc<Door>>], poll: &Poll) -> Option<(Away<A>, Parcel)> {
         let last = self.table.last(id)?;
         let (path, who, flow) = self.table.close(id)?;
         let away = Away { path, who, flow, last };
@@ -223,7 +226,7 @@ impl<A> State<A> {
         away.flow.end(Outcome::reject(At::Forward, why), away.path.peer, away.who, &books, clock::now());
     }
 
-    fn adopt(&mut self, moved: MovedFlow, socket: u16, listener: u32, poll: &Poll) -> Result<(), Refused> {
+    fn adopt(&mut self, moved: MovedFlow, socket: u16, door: &Door, poll: &Poll) -> Result<(), Refused> {
         let (snapshot, now, who) = (self.snapshot(), clock::now(), moved.who());
         let MovedFlow { told, socket: connected, header, first } = moved;
         let label = |name: &str| self.live.labels.intern(name);
@@ -247,13 +250,14 @@ impl<A> State<A> {
             meter,
             session: SessionId::of_number(told.session),
             began: Birth::before(now, Duration::from_micros(told.age_us)),
-            listener,
+            listener: door.listener,
             tenant: tenant_place.unwrap_or(NOWHERE),
             pool: pool_place.and_then(|place| u32::try_from(place).ok()).unwrap_or(NOWHERE),
         };
         let permit = quota.adopt_flow(told.beyond);
         let found = Found { socket: connected, picked, tried, attempts: told.attempts };
-        let mut flow = Flow::new(found, permit, self.slots.take_anyway(), (self.board)(), story);
+        let aboard = ((self.board)(), Rc::clone(&door.flows));
+        let mut flow = Flow::new(found, permit, self.slots.take_anyway(), aboard, story);
         (flow.is_answered, flow.first, flow.header) = (told.is_answered, first, header);
         flow.datagrams = told.datagrams;
         if told.together {
@@ -271,9 +275,9 @@ impl<A> State<A> {
 }
 
 impl<A> Away<A> {
-    fn pack(&self, worker: u16, doors: &[Rc<Door>]) -> Option<Parcel> {
+    fn pack(&self, worker: u16, doors: &[Option<Rc<Door>>]) -> Option<Parcel> {
         let (flow, story, now) = (&self.flow, &self.flow.story, clock::now());
-        let door = doors.get(usize::from(self.path.socket))?;
+        let door = doors.get(usize::from(self.path.socket))?.as_ref()?;
         let micros = |span: Duration| u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
         let [listener, tenant, pool] = story.meter.labels().map(|label| label.name().to_owned());
         let told = Told {

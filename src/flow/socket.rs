@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -107,6 +107,11 @@ impl Door {
             address,
             is_wild,
         })
+    }
+
+    /// A copy of the socket.
+    pub(super) fn lend(&self) -> Option<OwnedFd> {
+        self.socket.get_ref().as_fd().try_clone_to_owned().ok()
     }
 
     /// Whether it is a listener's, at this address.

@@ -4,10 +4,10 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_local;
@@ -17,15 +17,12 @@ use super::crew::OpenDoor;
 use super::drain::Stage;
 use super::listen::Bound;
 use super::worker::Shop;
-use crate::accept::{Door, Trouble};
+use crate::accept::{Door, PAUSE, Trouble};
 use crate::config::Protocol;
 use crate::flow::Vacancy;
 
 /// Orders that may wait for a worker; each is what one reload wants of it.
 pub(super) const ORDERS: usize = 64;
-
-/// How long accepting rests when descriptors or memory have run out.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Which door: the place of its listener, and what is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,19 +40,38 @@ pub(super) enum Order {
     /// Accept nothing more here. What the kernel has accepted is served, and so are flows, whose door all workers close
     /// together once none has any.
     Close(Vec<(DoorId, Arc<Vacancy>)>),
+    /// Accept nothing and hear nothing, and say so once that holds: what comes waits in the sockets.
+    Pause(oneshot::Sender<()>),
+    /// Accept and hear again.
+    Resume,
+    /// Show every socket, for another process to accept there too.
+    Lend(oneshot::Sender<Vec<Lent>>),
+}
+
+/// A copy of a socket, and which door it is of.
+pub(super) type Lent = (DoorId, OwnedFd);
+
+/// A TCP door that is open.
+struct Opened {
+    door: Rc<Door>,
+    /// Closes it, where this goes.
+    _close: oneshot::Sender<()>,
 }
 
 /// The doors of one worker.
 pub(super) struct Doors {
     shop: Rc<Shop>,
     stages: watch::Receiver<Stage>,
-    /// What closes each TCP door.
-    open: RefCell<HashMap<DoorId, oneshot::Sender<()>>>,
+    /// The TCP doors. There are several of one address where another process had more workers.
+    open: RefCell<HashMap<DoorId, Vec<Opened>>>,
+    /// Whether anything is accepted.
+    accepts: watch::Sender<bool>,
 }
 
 impl Doors {
-    pub(super) fn new(shop: &Rc<Shop>, stages: &watch::Receiver<Stage>) -> Self {
-        Self { shop: Rc::clone(shop), stages: stages.clone(), open: RefCell::default() }
+    pub(super) fn new(shop: &Rc<Shop>, stages: &watch::Receiver<Stage>, accepts: bool) -> Self {
+        let accepts = watch::Sender::new(accepts);
+        Self { shop: Rc::clone(shop), stages: stages.clone(), open: RefCell::default(), accepts }
     }
 
     /// Carries out what the worker is told, for as long as there is anybody to tell it something.
@@ -68,6 +84,18 @@ impl Doors {
                     }
                 }
                 Order::Close(doors) => doors.into_iter().for_each(|(door, last)| self.close(door, last)),
+                Order::Pause(done) => {
+                    // Whoever accepts looks here first: from now on nobody does.
+                    self.accepts.send_replace(false);
+                    self.shop.known_flows().iter().for_each(|flows| flows.pause());
+                    // Who asked has given up.
+                    done.send(()).unwrap_or_default();
+                }
+                Order::Resume => {
+                    self.accepts.send_replace(true);
+                    self.shop.known_flows().iter().for_each(|flows| flows.go_on());
+                }
+                Order::Lend(to) => drop(to.send(self.lend())),
             }
         }
         // The doors stay open without orders: what closes them must not go.
@@ -79,20 +107,25 @@ impl Doors {
         match socket {
             Bound::Tcp(socket) => match Door::new(socket) {
                 Ok(door) => {
-                    let address = door.address().0;
+                    let (address, door) = (door.address().0, Rc::new(door));
                     let (close, closes) = oneshot::channel();
                     let id = DoorId { listener, protocol: Protocol::Tcp, address };
-                    self.open.borrow_mut().insert(id, close);
+                    let opened = Opened { door: Rc::clone(&door), _close: close };
+                    self.open.borrow_mut().entry(id).or_default().push(opened);
                     let open = self.shop.crew.open_door();
-                    let shop = Rc::clone(&self.shop);
-                    spawn_local(keep(door, open, listener, shop, self.stages.clone(), closes));
+                    let orders = Stays { stages: self.stages.clone(), closes, accepts: self.accepts.subscribe() };
+                    spawn_local(keep(door, open, listener, Rc::clone(&self.shop), orders));
                 }
                 Err(error) => stopped(&self.shop, listener, &error),
             },
             Bound::Udp(socket) => {
                 let Some(flows) = self.shop.flows() else { return };
+                if !*self.accepts.borrow() {
+                    flows.pause();
+                }
                 let shop = Rc::clone(&self.shop);
                 spawn_local(async move {
+                    let _vital = shop.vital("datagrams");
                     if let Err(error) = flows.keep(socket, listener).await {
                         stopped(&shop, listener, &error);
                     }
@@ -101,9 +134,21 @@ impl Doors {
         }
     }
 
+    /// A copy of each socket. One of which no copy can be made is left out: the other process binds its own.
+    fn lend(&self) -> Vec<Lent> {
+        let open = self.open.borrow();
+        let tcp = open.iter().flat_map(|(id, doors)| doors.iter().map(move |opened| (*id, opened)));
+        let tcp = tcp.filter_map(|(id, opened)| Some((id, opened.door.as_fd().try_clone_to_owned().ok()?)));
+        let udp = self.shop.known_flows().map_or_else(Vec::new, |flows| flows.lend());
+        let udp = udp.into_iter().map(|(listener, address, socket)| {
+            (DoorId { listener, protocol: Protocol::Udp, address }, socket)
+        });
+        tcp.chain(udp).collect()
+    }
+
     fn close(&self, door: DoorId, last: Arc<Vacancy>) {
         match door.protocol {
-            // Its task closes it; where that has ended, the door is closed.
+            // Its task closes it; where that has ended, it is closed.
             Protocol::Tcp => drop(self.open.borrow_mut().remove(&door)),
             Protocol::Udp => match self.shop.flows() {
                 Some(flows) => flows.close(door.listener, door.address, last),
@@ -113,27 +158,39 @@ impl Doors {
     }
 }
 
+/// How long a door is kept.
+struct Stays {
+    stages: watch::Receiver<Stage>,
+    /// Until this is closed.
+    closes: oneshot::Receiver<()>,
+    accepts: watch::Receiver<bool>,
+}
+
 /// Accepts at one door until it, or the process, stops accepting.
-async fn keep(
-    door: Door,
-    open: OpenDoor,
-    listener: u32,
-    shop: Rc<Shop>,
-    mut stages: watch::Receiver<Stage>,
-    mut closes: oneshot::Receiver<()>,
-) {
+async fn keep(door: Rc<Door>, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut orders: Stays) {
     let snapshot = shop.live.snapshot.load_full();
     let Some(label) = snapshot.listeners.get(listener as usize).map(|listener| listener.label.clone()) else {
         return;
     };
     drop(snapshot);
+    let _vital = shop.vital("accepting");
     let cells = shop.worker.local.ledger.listener(&label);
     let mut short = false;
     loop {
+        if !*orders.accepts.borrow() {
+            tokio::select! {
+                // Another process may have the socket, and what waits there is its.
+                _ = orders.stages.wait_for(|stage| *stage == Stage::Over) => return,
+                _ = orders.accepts.wait_for(|accepts| *accepts) => {}
+            }
+        }
         let accepted = tokio::select! {
+            // In this order: once it is paused, nothing is accepted here.
+            biased;
+            _ = orders.accepts.wait_for(|accepts| !accepts) => continue,
+            _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => break,
+            _ = &mut orders.closes => break,
             accepted = door.accept(|accepted| shop.receive(accepted, listener)) => accepted,
-            _ = stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => break,
-            _ = &mut closes => break,
         };
         match accepted {
             Ok(()) => short = false,

@@ -43,7 +43,7 @@ pub(super) async fn run(
     tokio::select! {
         ordered = orders.wait_for(|drain| *drain) => {
             if ordered.is_ok() {
-                live.draining.begin(clock::now(), rules.deadline);
+                live.draining.begin(clock::now(), live.config.load().drain.deadline);
                 notify::stopping();
             }
         }

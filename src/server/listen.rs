@@ -83,7 +83,9 @@ pub(super) fn bind(
     let given = given(listener.protocol, address, inherited).map_err(refused(address))?;
     let (had, count) = (given.len(), workers.len().max(1));
     for (socket, number) in given.into_iter().zip(0..) {
-        workers.get_mut(number % count).into_iter().for_each(|own| own.push((place, socket)));
+        if let Some(own) = workers.get_mut(number % count) {
+            own.push((place, socket));
+        }
     }
     let own = |sockets: &Vec<(u32, Bound)>| sockets.last().and_then(|(_, socket)| socket.try_clone());
     let first = if had > 0 { workers.first().and_then(own) } else { None };

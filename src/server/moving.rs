@@ -115,7 +115,7 @@ impl Shop {
     pub(super) fn start_moving(&self, departures: mpsc::Sender<Leaving>) {
         *self.worker.departures.borrow_mut() = Some(departures.clone());
         self.worker.local.start_moving();
-        if let Some(flows) = self.flows.clone() {
+        if let Some(flows) = self.known_flows().cloned() {
             spawn_local(async move { flows.move_out(departures).await });
         }
     }
@@ -124,7 +124,7 @@ impl Shop {
     pub(super) fn stop_moving(&self) {
         *self.worker.departures.borrow_mut() = None;
         self.worker.local.stop_moving();
-        self.flows.iter().for_each(|flows| flows.go_on());
+        self.known_flows().iter().for_each(|flows| flows.go_on());
     }
 
     /// Goes on with a session of another process.
@@ -143,7 +143,7 @@ impl Shop {
 
     /// Goes on with a flow of another process; it comes back where its listening socket is not here.
     pub(super) fn take_flow(&self, leaving: Leaving) -> Option<Leaving> {
-        let Some(flows) = self.flows.as_ref().filter(|flows| flows.has_door(&leaving.parcel)) else {
+        let Some(flows) = self.known_flows().filter(|flows| flows.has_door(&leaving.parcel)) else {
             return Some(leaving);
         };
         let Leaving { parcel, answer } = leaving;

@@ -5,16 +5,18 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
+use super::reload::Reloader;
 use super::notify;
 use crate::account::lock;
 use crate::admin::control::{self, Fault, Refused, Reloaded};
 use crate::config::{Config, Faults};
-use crate::state::{Frozen, Live};
+use crate::state::Live;
 
 /// Carries orders out.
 #[derive(Debug)]
 pub struct Orders {
     live: Arc<Live>,
+    reloader: Reloader,
     /// The file that the process was started with.
     source: Option<PathBuf>,
     drain: watch::Sender<bool>,
@@ -23,15 +25,20 @@ pub struct Orders {
 }
 
 impl Orders {
-    pub(super) fn new(live: Arc<Live>, source: Option<PathBuf>, drain: watch::Sender<bool>) -> Self {
-        Self { live, source, drain, turn: Mutex::default() }
+    pub(super) fn new(
+        live: Arc<Live>,
+        reloader: Reloader,
+        source: Option<PathBuf>,
+        drain: watch::Sender<bool>,
+    ) -> Self {
+        Self { live, reloader, source, drain, turn: Mutex::default() }
     }
 
     fn read(&self) -> Result<Config, Refused> {
         let Some(source) = &self.source else {
             self.live.reloads.refuse();
             return Err(refused_for(
-                "the configuration: must come from a file, found none to read again".to_owned(),
+                "the configuration: must come from a file, found none to read again",
             ));
         };
         Config::load(source).map_err(|faults| {
@@ -42,7 +49,7 @@ impl Orders {
 
     fn put_in_force(&self) -> Result<Reloaded, Refused> {
         let config = self.read()?;
-        self.live.reload(&config).map_err(|frozen: Frozen| refused_for(frozen.to_string()))?;
+        self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
         Ok(Reloaded {
             listeners: config.listeners.len(),
             pools: config.pools.len(),
@@ -57,9 +64,8 @@ impl control::Orders for Orders {
         notify::reloading();
         let reloaded = self.put_in_force();
         match &reloaded {
-            Ok(Reloaded { listeners, pools, tenants }) => {
-                tracing::info!(listeners, pools, tenants, "reloaded");
-            }
+            // The one who does it says what has changed.
+            Ok(_) => {}
             Err(Refused { faults }) => {
                 for fault in faults {
                     tracing::error!("{}", fault.text);
@@ -88,7 +94,8 @@ impl From<&Faults> for Refused {
     }
 }
 
-/// A refusal that no line is at fault of.
-fn refused_for(text: String) -> Refused {
-    Refused { faults: vec![Fault { file: None, line: None, text }] }
+/// A refusal that no line is at fault of: each line of the text is a fault.
+fn refused_for(text: &str) -> Refused {
+    let fault = |text: &str| Fault { file: None, line: None, text: text.to_owned() };
+    Refused { faults: text.lines().map(fault).collect() }
 }

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::doors::{DoorId, Order};
+use super::inherit::Inherited;
 use super::listen::{self, Bound, Held};
 use super::{Capacity, StartError, limits};
 use crate::account::lock;
@@ -174,7 +175,13 @@ impl Desk {
                 let kept = rest.iter().position(is_it).map(|at| rest.swap_remove(at));
                 let one = match kept {
                     Some(kept) => kept,
-                    None => listen::bind(listener, *place, *configured, &mut plan.open)?,
+                    None => listen::bind(
+                        listener,
+                        *place,
+                        *configured,
+                        &mut plan.open,
+                        &mut Inherited::default(),
+                    )?,
                 };
                 plan.addresses
                     .get_mut(*place as usize)

@@ -50,6 +50,8 @@ pub(super) struct Post {
     pub(super) live: Arc<Live>,
     pub(super) crew: Arc<Crew>,
     pub(super) doors: Vec<(u32, Bound)>,
+    /// Whether the doors are heard from the start.
+    pub(super) accepts: bool,
     pub(super) others: Vec<mpsc::Sender<Fresh>>,
     pub(super) handed_over: mpsc::Receiver<Fresh>,
     pub(super) orders: mpsc::Receiver<Order>,
@@ -122,7 +124,7 @@ impl Shop {
     }
 
     /// The worker's flows, where there may be any.
-    fn known_flows(&self) -> Option<&Rc<Flows<Aboard>>> {
+    pub(super) fn known_flows(&self) -> Option<&Rc<Flows<Aboard>>> {
         self.flows.get()?.as_ref()
     }
 
@@ -161,7 +163,7 @@ impl Shop {
 }
 
 /// Held by a task that the worker cannot do without. Where it panics, nobody would notice before its sessions did.
-struct Vital {
+pub(super) struct Vital {
     live: Arc<Live>,
     worker: u16,
     what: &'static str,
@@ -191,7 +193,7 @@ async fn work(mut post: Post) {
         journal: post.journal,
     });
     spawn_local(tick(Rc::clone(&shop)));
-    let doors = Doors::new(&shop, &post.stages);
+    let doors = Doors::new(&shop, &post.stages, post.accepts);
     for (listener, socket) in post.doors {
         doors.open(listener, socket);
     }
