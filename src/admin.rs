@@ -23,6 +23,7 @@ use axum::{Json, Router};
 use tokio::sync::Semaphore;
 
 use self::control::{Orders, wrong};
+pub use self::serve::Turn;
 use crate::state::Live;
 
 /// What the admin address and the admin socket are made of.
@@ -34,6 +35,8 @@ pub struct Desks {
     pub socket: Option<(UnixListener, PathBuf)>,
     /// Who carries them out.
     pub orders: Arc<dyn Orders>,
+    /// When.
+    pub turn: Turn,
 }
 
 /// Serves pages and takes orders until its task is dropped.
@@ -49,11 +52,11 @@ async fn open(desks: Desks, live: Arc<Live>) -> io::Result<()> {
     if let Some((socket, _)) = desks.socket {
         let router = routes(pages.clone()).merge(control::routes(pages.clone(), desks.orders));
         let router = router.fallback(absent);
-        tokio::spawn(serve::serve(tokio::net::UnixListener::from_std(socket)?, router));
+        tokio::spawn(serve::serve(tokio::net::UnixListener::from_std(socket)?, router, desks.turn.clone()));
     }
     let look_only = move |request: Request, next: Next| look_only(remedy.clone(), request, next);
     let router = routes(pages).fallback(absent).layer(middleware::from_fn(look_only));
-    serve::serve(tokio::net::TcpListener::from_std(desks.address)?, router).await;
+    serve::serve(tokio::net::TcpListener::from_std(desks.address)?, router, desks.turn).await;
     Ok(())
 }
 

@@ -9,7 +9,6 @@ mod plot;
 mod serve;
 mod watch;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -32,8 +31,12 @@ enum Command {
     /// sending, and sessions may end by themselves within the limits of [drain]. A second signal ends it at once.
     /// SIGHUP reloads, and so does a file that changes where [process] watch is true: tenants and their limits change
     /// while sessions live; a file with a fault changes nothing.
-    #[command(after_help = "Example:  vestibule serve --config config/minimal.toml")]
-    Serve(Config),
+    ///
+    /// With --takeover, takes the place of a process that runs: gets its listening sockets, then its live sessions and flows,
+    /// and that one ends. Whatever goes wrong before this one could serve, that one goes on. SIGUSR2 has a process start its
+    /// own successor so.
+    #[command(after_help = serve::EXAMPLES)]
+    Serve(serve::Options),
     /// Checks a configuration and prints every fault in it; or what it would change in a process that runs
     ///
     /// With --against, prints what a reload would change: listeners, pools, backends and tenants that are added, removed,
@@ -56,18 +59,11 @@ enum Command {
     Backend(backend::Options),
 }
 
-#[derive(Debug, clap::Args)]
-struct Config {
-    /// The configuration file
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-}
-
 /// Does what the command line asks.
 #[must_use]
 pub fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Serve(options) => serve::run(&options.config),
+        Command::Serve(options) => serve::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Load(options) => load::run(&options),

@@ -11,6 +11,8 @@ pub mod notify;
 mod orders;
 mod reload;
 mod socket;
+pub mod takeover;
+mod team;
 mod upkeep;
 mod worker;
 mod writer;
@@ -28,12 +30,14 @@ use tokio::sync::{Notify, mpsc, watch};
 
 use self::doors::ORDERS;
 use self::drain::Stage;
+use self::crew::Crew;
 use self::inherit::Inherited;
 use self::moving::Movers;
+use self::takeover::{Heritage, TakeoverError};
 use self::upkeep::Tools;
 use self::worker::Post;
 use crate::account::log::QUEUE;
-use crate::admin::{self, Desks};
+use crate::admin::{self, Desks, Turn};
 use crate::config::Config;
 use crate::probe::Lanes;
 use crate::resolve::{NoServers, Resolver};
@@ -97,6 +101,9 @@ pub enum StartError {
     /// A pool has names, and there is nobody to ask for them.
     #[error("dns.servers: must name a server where pools have host names, for {0}")]
     NoServers(#[from] NoServers),
+    /// There is nothing to take over.
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
     /// A thread or its runtime could not be made.
     #[error("a worker thread could not be started: {0}")]
     Thread(#[from] io::Error),
@@ -118,6 +125,10 @@ pub struct Server {
     written: Option<Receiver<()>>,
     orders: Arc<Orders>,
     socket: Option<Arc<SocketFile>>,
+    /// Whether the pages are served here.
+    serving: watch::Sender<bool>,
+    crew: Arc<Crew>,
+    heritage: Option<Heritage>,
 }
 
 /// What a server may be started with beside its configuration.
@@ -127,6 +138,9 @@ pub struct Start {
     pub source: Option<PathBuf>,
     /// Sockets that are bound already.
     pub inherited: Inherited,
+    /// What another process has; its sockets stand for those above. Nothing is accepted then before
+    /// [`take_over`](Server::take_over).
+    pub heritage: Option<Heritage>,
 }
 
 /// How long the end waits for the access log to be written.
@@ -146,7 +160,10 @@ impl Server {
     /// # Errors
     /// As there; and where a socket was passed that no address asks for.
     pub fn start_with(config: &Config, start: Start) -> Result<Self, StartError> {
-        let Start { source, mut inherited } = start;
+        let Start { source, mut inherited, mut heritage } = start;
+        if let Some(heritage) = &mut heritage {
+            inherited = heritage.inherited();
+        }
         let workers = limits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
         let capacity = limits::capacity(config, workers, sockets)?;
@@ -169,8 +186,10 @@ impl Server {
         }
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
+        let (serving, turn) = watch::channel(heritage.is_none());
+        let pages = takeover::pages(config, [&admin, &health], admin_socket.as_ref(), &socket_file)?;
         live.bound.store(Arc::new(doors.addresses(config.listeners.len())));
-        let crew = crew::Crew::new(workers);
+        let crew = Crew::new(workers);
         let (movers, moves) = Movers::new(workers, &crew);
         let (to_doors, told): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
         let changed = Arc::new(Notify::new());
@@ -189,7 +208,11 @@ impl Server {
             written: None,
             orders: Arc::clone(&orders),
             socket: socket_file.flatten().map(Arc::new),
+            serving,
+            crew: Arc::clone(&crew),
+            heritage,
         };
+        server.may_be_taken_over(pages);
         let (journal, written) =
             writer::open(&config.log.access, QUEUE * workers, Arc::clone(&live.log_lost))?;
         server.written = written;
@@ -206,7 +229,7 @@ impl Server {
                 handed_over,
                 orders,
                 moves,
-                accepts: true,
+                accepts: server.heritage.is_none(),
                 stages: stages.clone(),
                 journal: journal.clone(),
             };
@@ -217,7 +240,7 @@ impl Server {
             changed,
             crew,
             path: config.health.path.clone(),
-            desks: Desks { address: admin, socket: admin_socket, orders },
+            desks: Desks { address: admin, socket: admin_socket, orders, turn: Turn::new(turn) },
             health,
             stage,
             drains,
@@ -359,7 +382,8 @@ fn admin_socket(
     let Some(path) = config.admin.socket.clone() else { return Ok(None) };
     let refused = |error: io::Error| StartError::AdminSocket { path: path.clone(), found: error.to_string() };
     if let Some(socket) = inherited.unix(&path).map_err(refused)? {
-        return Ok(Some(((socket, path), None)));
+        let file = if inherited.has_file { SocketFile::of_another(&path) } else { None };
+        return Ok(Some(((socket, path), file)));
     }
     let (socket, file) = socket::open(&path)?;
     Ok(Some(((socket, path), Some(file))))
@@ -388,9 +412,10 @@ impl Control {
     async fn run(self) {
         let live = &self.tools.live;
         upkeep::start(&self.tools, self.changed);
+        let turn = self.desks.turn.clone();
         tokio::spawn(admin::serve(self.desks, Arc::clone(live)));
         tokio::spawn(notify::run(Arc::clone(live), Arc::clone(&self.crew)));
-        tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(live)));
+        tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(live), turn));
         drain::run(live, &self.crew, self.stage, self.drains).await;
     }
 }

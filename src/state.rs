@@ -29,11 +29,13 @@ pub mod draining;
 pub mod rejections;
 mod reload;
 mod rows;
+mod takeovers;
 
 pub use self::changes::{Changes, Count};
 use self::draining::{Draining, Phase};
 pub use self::reload::{Frozen, Reloads, Turn};
 use self::rows::Rows;
+pub use self::takeovers::Takeovers;
 
 /// What is in force. It never changes; a new one takes its place.
 #[derive(Debug)]
@@ -221,6 +223,8 @@ pub struct Live {
     pub reloads: Reloads,
     /// Snapshots that sessions may still hold. No worker is the last to hold one, and has to free it.
     replaced: Mutex<Vec<Arc<Snapshot>>>,
+    /// How often everything was to go to another process, or come from one.
+    pub takeovers: Takeovers,
     /// How far the process has come to its end.
     pub draining: Draining,
 }
@@ -281,6 +285,7 @@ impl Live {
             unprobed: AtomicUsize::new(unprobed),
             reloads: Reloads::new(rows),
             replaced: Mutex::default(),
+            takeovers: Takeovers::default(),
             draining: Draining::default(),
         })
     }
@@ -309,6 +314,12 @@ impl Live {
     #[must_use]
     pub fn replaced(&self) -> usize {
         lock(&self.replaced).len()
+    }
+
+    /// Sessions that have not yet sent a whole header, over all workers.
+    #[must_use]
+    pub fn pending(&self) -> u64 {
+        self.shards.iter().flat_map(|shard| shard.listeners()).map(|listener| listener.pending.value()).sum()
     }
 
     /// Sessions and flows now, over all workers.

@@ -2,14 +2,18 @@
 
 use std::fmt::Debug;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Query, Request, State};
+use axum::http::header::{CONNECTION, UPGRADE};
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
+use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -28,6 +32,9 @@ pub trait Orders: Debug + Send + Sync {
 
     /// Starts to drain. A second call changes nothing.
     fn drain(&self);
+
+    /// Hands everything to the process at the other end. It takes its time, on a thread of its own.
+    fn hand_over(&self, to: UnixStream);
 }
 
 /// What is in force after a reload.
@@ -72,6 +79,7 @@ pub(super) fn routes(pages: Pages, orders: Arc<dyn Orders>) -> Router {
     Router::new()
         .route("/reload", post(reload))
         .route("/drain", post(drain))
+        .route("/takeover", post(takeover))
         .route("/weight", post(weight))
         .method_not_allowed_fallback(only_by_post)
         .layer(DefaultBodyLimit::max(BODY))
@@ -103,6 +111,24 @@ async fn reload(State(desk): State<Desk>) -> Response {
 async fn drain(State(desk): State<Desk>) -> Response {
     desk.orders.drain();
     Json(json!({ "draining": true })).into_response()
+}
+
+/// What a successor asks to speak from here on (RFC 9110, section 7.8).
+const TAKEOVER: &str = "vestibule-takeover";
+
+async fn takeover(State(desk): State<Desk>, request: Request) -> Response {
+    if request.headers().get(UPGRADE).is_none_or(|to| to != TAKEOVER) {
+        const WANTED: &str = "this is for a successor, which asks by itself: vestibule serve --takeover, and this socket's path";
+        return wrong(StatusCode::BAD_REQUEST, WANTED);
+    }
+    let upgrade = hyper::upgrade::on(request);
+    tokio::spawn(async move {
+        let upgraded = upgrade.await.ok().and_then(|upgraded| upgraded.downcast::<TokioIo<tokio::net::UnixStream>>().ok());
+        // It has gone already.
+        let Some(Ok(stream)) = upgraded.map(|parts| parts.io.into_inner().into_std()) else { return };
+        desk.orders.hand_over(stream);
+    });
+    (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, TAKEOVER)], Body::empty()).into_response()
 }
 
 /// The order to give a backend another weight.

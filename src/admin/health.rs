@@ -20,6 +20,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
+use super::Turn;
 use crate::header;
 use crate::state::Live;
 
@@ -38,7 +39,7 @@ const AT_ONCE: usize = 128;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers health checks until its task is dropped.
-pub async fn serve(socket: TcpListener, path: String, live: Arc<Live>) {
+pub async fn serve(socket: TcpListener, path: String, live: Arc<Live>, mut turn: Turn) {
     let socket = match tokio::net::TcpListener::from_std(socket) {
         Ok(socket) => socket,
         Err(error) => {
@@ -51,7 +52,7 @@ pub async fn serve(socket: TcpListener, path: String, live: Arc<Live>) {
     loop {
         // Acquired first: beyond the bound, checks wait in the kernel's queue.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let accepted = socket.accept().await;
+        let Some(accepted) = turn.of(socket.accept()).await else { return };
         let Ok((socket, _)) = accepted else {
             sleep(PAUSE).await;
             continue;

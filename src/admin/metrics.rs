@@ -218,6 +218,9 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::LOG_DROPPED, &[], live.log_lost.load(Ordering::Relaxed));
     sheet.count(&names::RELOADS, &[], live.reloads.done());
     sheet.count(&names::RELOADS_REJECTED, &[], live.reloads.refused());
+    for (result, count) in live.takeovers.results() {
+        sheet.count(&names::TAKEOVERS, &[result], count);
+    }
     sheet.count(&names::RELOAD_SUCCESSFUL, &[], u64::from(live.reloads.last_was_successful()));
     sheet.count(&names::DRAINING, &[], u64::from(live.is_draining()));
     let phase = live.draining.phase();

@@ -12,7 +12,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 /// Connections at once; more wait in the kernel's queue.
@@ -27,14 +27,39 @@ const REQUEST: Duration = Duration::from_secs(60);
 /// How long a connection may live; then it ends after the answer that it is at.
 const LIFE: Duration = Duration::from_secs(600);
 
+/// Whether it is this process's turn to serve its pages: before and after that another one accepts at the same sockets.
+#[derive(Clone, Debug)]
+pub struct Turn(watch::Receiver<bool>);
+
+impl Turn {
+    /// As this says.
+    #[must_use]
+    pub fn new(serving: watch::Receiver<bool>) -> Self {
+        Self(serving)
+    }
+
+    /// What `accept` brings while it is this process's turn; `None` where it will never be again.
+    pub(super) async fn of<T>(&mut self, accept: impl Future<Output = T>) -> Option<T> {
+        let mut accept = pin!(accept);
+        loop {
+            self.0.wait_for(|serving| *serving).await.ok()?;
+            tokio::select! {
+                biased;
+                other = self.0.wait_for(|serving| !serving) => other.is_ok().then_some(())?,
+                accepted = accept.as_mut() => return Some(accepted),
+            }
+        }
+    }
+}
+
 /// Serves what comes until its task is dropped. Where a route upgrades its connection, what is upgraded is the
 /// listener's own stream: `upgraded.downcast::<TokioIo<UnixStream>>()`.
-pub(super) async fn serve<L: Listener>(mut listener: L, router: Router) {
+pub(super) async fn serve<L: Listener>(mut listener: L, router: Router, mut turn: Turn) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         // Errors, such as a want of descriptors, are waited out in there.
-        let (stream, _) = listener.accept().await;
+        let Some((stream, _)) = turn.of(listener.accept()).await else { return };
         let router = router.clone();
         tokio::spawn(async move {
             let _place = place;
@@ -98,7 +123,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        tokio::spawn(serve(listener, Router::new().route("/take", post(take))));
+        let turn = Turn::new(watch::channel(true).1);
+        tokio::spawn(serve(listener, Router::new().route("/take", post(take)), turn));
         let mut stream = UnixStream::connect(&path).await.unwrap();
         let head = b"POST /take HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: test\r\n\r\ntake";
         stream.write_all(head).await.unwrap();

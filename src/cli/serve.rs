@@ -1,7 +1,7 @@
 //! `vestibule serve`: the proxy, from its configuration to its last session.
 
 use std::io::{self, IsTerminal};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -14,9 +14,25 @@ use crate::admin::control::Orders as _;
 use crate::config::sources::Sources;
 use crate::config::{Config, Format, Level, Log};
 use crate::server::inherit::Inherited;
+use crate::server::takeover::Heritage;
 use crate::server::{Orders, Server, Start, StartError, notify};
 
-pub(super) fn run(path: &Path) -> ExitCode {
+pub(super) const EXAMPLES: &str = "Examples:\n  \
+    vestibule serve --config config/minimal.toml\n  \
+    vestibule serve --config new.toml --takeover /run/vestibule/admin.sock";
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// The configuration file
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Takes the place of the process whose admin.socket this is
+    #[arg(long, value_name = "SOCKET")]
+    takeover: Option<PathBuf>,
+}
+
+pub(super) fn run(options: &Options) -> ExitCode {
+    let path = options.config.as_path();
     // First of all, while there is one thread: it takes variables out of the environment.
     let inherited = Inherited::from_environment();
     // Before they are read: what changes after it is another configuration.
@@ -30,7 +46,8 @@ pub(super) fn run(path: &Path) -> ExitCode {
     };
     let _writer = start_log(&config.log);
     let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
-        let start = Start { source: Some(path.to_owned()), inherited };
+        let heritage = options.takeover.as_deref().map(Heritage::ask).transpose()?;
+        let start = Start { source: Some(path.to_owned()), inherited, heritage };
         serve(&config, start, sources)
     });
     match started {
@@ -54,7 +71,8 @@ fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartErr
         }
     };
     let watched = start.source.clone().filter(|_| config.process.watch);
-    let server = Server::start_with(config, start)?;
+    let mut server = Server::start_with(config, start)?;
+    server.succeed()?;
     announce(&server, config);
     notify::ready();
     if let Some(main) = watched {

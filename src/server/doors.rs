@@ -32,6 +32,12 @@ pub(super) struct DoorId {
     pub(super) address: SocketAddr,
 }
 
+impl DoorId {
+    pub(super) fn is_udp(&self) -> bool {
+        self.protocol == Protocol::Udp
+    }
+}
+
 /// What a worker is told.
 #[derive(Debug)]
 pub(super) enum Order {

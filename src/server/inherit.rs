@@ -24,6 +24,8 @@ pub struct Inherited {
     pub ports: Vec<(String, SocketAddr, SocketAddr)>,
     /// Whether sockets may be left over: a predecessor's, whose configuration had more addresses.
     pub may_be_more: bool,
+    /// Whether the file of the socket with a path goes to this process.
+    pub has_file: bool,
 }
 
 impl Inherited {

@@ -154,6 +154,7 @@ pub(super) fn page(
     address: SocketAddr,
     inherited: &mut Inherited,
 ) -> Result<TcpListener, StartError> {
+    let address = inherited.bound(what, address);
     let given = inherited.tcp(address, BACKLOG).map(|mut given| {
         let first = given.pop();
         inherited.tcp.append(&mut given);

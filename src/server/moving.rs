@@ -9,7 +9,8 @@ use tokio::task::spawn_local;
 use super::crew::{Aboard, Crew};
 use super::worker::Shop;
 use crate::flow;
-use crate::session::{self, moved};
+use crate::session::moved::{self, Moved};
+use crate::session;
 use crate::takeover::{Answer, Kind, Leaving};
 
 /// Parcels that may wait for the other process: the sessions in them stand still, and all others go on meanwhile.
@@ -27,6 +28,8 @@ pub(super) enum Order {
     Stay,
     /// A session of another process goes on here.
     Session(Leaving, Aboard),
+    /// One that has been answered for.
+    Carry(Box<Moved>, Aboard),
     /// So does a flow; it comes back where its listening socket is another worker's.
     Flow(Leaving, oneshot::Sender<Option<Leaving>>),
 }
@@ -77,6 +80,18 @@ impl Movers {
         }
     }
 
+    /// Gives a session of another process, which has been told so, to a worker.
+    pub(super) async fn carry(&self, moved: Box<Moved>) {
+        let Some((lightest, worker)) =
+            self.orders.iter().enumerate().min_by_key(|(worker, _)| self.crew.count(*worker))
+        else {
+            return;
+        };
+        let order = Order::Carry(moved, self.crew.board(lightest));
+        // A worker that has ended ends its sessions.
+        worker.send(order).await.unwrap_or_default();
+    }
+
     /// The worker of the same number as before has a flow's listening socket most likely, and else one of the others.
     async fn take_flow(&self, mut leaving: Leaving) {
         let first = flow::moved::worker(&leaving.parcel).map_or(0, usize::from);
@@ -102,6 +117,7 @@ pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
             Order::Leave(departures) => shop.start_moving(departures),
             Order::Stay => shop.stop_moving(),
             Order::Session(leaving, aboard) => shop.take_session(leaving, aboard),
+            Order::Carry(moved, aboard) => shop.carry_on(moved, aboard),
             Order::Flow(leaving, back) => {
                 // Nobody waits for it where the process ends.
                 back.send(shop.take_flow(leaving)).unwrap_or_default();
@@ -134,11 +150,15 @@ impl Shop {
             // Who waits for no answer any more has it still.
             Ok(moved) => {
                 if answer.send(Answer::Taken).is_ok() {
-                    spawn_local(Box::pin(session::resume(Rc::clone(&self.worker), moved, aboard)));
+                    self.carry_on(moved, aboard);
                 }
             }
             Err(refused) => stays(answer, &refused),
         }
+    }
+
+    fn carry_on(&self, moved: Box<Moved>, aboard: Aboard) {
+        spawn_local(Box::pin(session::resume(Rc::clone(&self.worker), moved, aboard)));
     }
 
     /// Goes on with a flow of another process; it comes back where its listening socket is not here.

@@ -1,12 +1,14 @@
 //! What the process does when it is told to, by a signal, at the admin socket or by a file that changed.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use tokio::sync::watch;
 
 use super::reload::Reloader;
 use super::notify;
+use super::takeover::Giver;
 use crate::account::lock;
 use crate::admin::control::{self, Fault, Refused, Reloaded};
 use crate::config::{Config, Faults};
@@ -22,6 +24,8 @@ pub struct Orders {
     drain: watch::Sender<bool>,
     /// One reload at a time, from reading to the end: what was read last is in force.
     turn: Mutex<()>,
+    /// Once everything runs.
+    pub(super) giver: OnceLock<Arc<Giver>>,
 }
 
 impl Orders {
@@ -31,7 +35,7 @@ impl Orders {
         source: Option<PathBuf>,
         drain: watch::Sender<bool>,
     ) -> Self {
-        Self { live, reloader, source, drain, turn: Mutex::default() }
+        Self { live, reloader, source, drain, turn: Mutex::default(), giver: OnceLock::new() }
     }
 
     fn read(&self) -> Result<Config, Refused> {
@@ -80,6 +84,14 @@ impl control::Orders for Orders {
 
     fn drain(&self) {
         self.drain.send_replace(true);
+    }
+
+    fn hand_over(&self, to: UnixStream) {
+        let Some(giver) = self.giver.get().map(Arc::clone) else { return };
+        let spawned = std::thread::Builder::new().name("takeover".to_owned()).spawn(move || giver.run(to));
+        if let Err(error) = spawned {
+            tracing::error!(%error, "the takeover failed; this process goes on");
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use super::doors::{DoorId, Order};
 use super::inherit::Inherited;
 use super::listen::{self, Bound, Held};
+use super::team::Team;
 use super::{Capacity, StartError, limits};
 use crate::account::lock;
 use crate::clock;
@@ -90,6 +91,16 @@ impl Reloader {
             capacity,
             changed: Arc::clone(changed),
         }))
+    }
+
+    /// The way to the workers' doors.
+    pub(super) fn team(&self) -> Team {
+        Team::new(&self.0.orders)
+    }
+
+    /// Every listening address.
+    pub(super) fn held(&self) -> Vec<Held> {
+        lock(&self.0.held).clone()
     }
 
     /// Puts another configuration in force, as a whole or not at all. Sessions keep what they were born with, but for their

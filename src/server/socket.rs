@@ -26,6 +26,17 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
+    /// The file of a socket that another process has bound; it is kept until it is [own](Self::own).
+    pub(super) fn of_another(path: &Path) -> Option<Self> {
+        let own = identity(&symlink_metadata(path).ok()?);
+        Some(Self { path: path.to_owned(), own, kept: AtomicBool::new(true) })
+    }
+
+    /// The process that had the socket does not have it any more.
+    pub(super) fn own(&self) {
+        self.kept.store(false, Ordering::Release);
+    }
+
     /// Another process has the socket now: the file stays.
     pub fn keep(&self) {
         self.kept.store(true, Ordering::Release);

@@ -4,33 +4,101 @@
 //! the one who holds its answer. Until the successor has said that it is ready, nothing has changed; if it goes later, the old
 //! process goes on with all that was not taken.
 
-pub(super) mod give;
-pub(super) mod take;
+mod give;
+mod take;
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, park_timeout};
+use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+pub(super) use self::give::Giver;
+pub use self::take::{Heritage, TakeoverError};
+use super::{Server, SocketFile, notify};
+use crate::clock;
+use crate::config::Config;
+use crate::takeover::message::{Offered, Role};
 
-use super::crew::Aboard;
-use crate::takeover::message::Offered;
-use crate::takeover::{Leaving, Parcel};
+/// How long a successor waits for its backends to be known; a backend that is not by then is unknown to it at first.
+const PROBES: Duration = Duration::from_secs(30);
 
-/// Parcels of one worker that wait to be sent, or for their answer.
-pub(super) const ON_THEIR_WAY: usize = 32;
+/// How often it looks whether they are.
+const LOOK: Duration = Duration::from_millis(5);
 
-/// What a worker is told.
-#[derive(Debug)]
-pub(super) enum Order {
-    /// To show its listening sockets.
-    Lend(oneshot::Sender<Vec<(Offered, OwnedFd)>>),
-    /// To accept and hear nothing, until it may again.
-    Pause(oneshot::Sender<()>),
-    /// To go on accepting.
-    Resume,
-    /// To send its sessions and flows away.
-    Depart(mpsc::Sender<Leaving>),
-    /// To keep those that are left.
-    Stay,
-    /// To take one in.
-    Arrive(Parcel, Aboard),
+/// Sockets with what they are for.
+pub(super) type Pages = Vec<(Offered, OwnedFd)>;
+
+/// Copies of the sockets of the pages.
+pub(super) fn pages(
+    config: &Config,
+    [admin, health]: [&TcpListener; 2],
+    control: Option<&(UnixListener, PathBuf)>,
+    file: &Option<Option<SocketFile>>,
+) -> io::Result<Pages> {
+    let mut pages = Vec::new();
+    for (socket, role) in [
+        (admin, Role::Admin { configured: config.admin.bind }),
+        (health, Role::Health { configured: config.health.bind }),
+    ] {
+        let bound = Some(socket.local_addr()?);
+        pages.push((Offered { role, bound }, socket.as_fd().try_clone_to_owned()?));
+    }
+    if let Some((socket, path)) = control {
+        let has_file = matches!(file, Some(Some(_)));
+        let role = Role::Control { path: path.clone(), has_file };
+        pages.push((Offered { role, bound: None }, socket.as_fd().try_clone_to_owned()?));
+    }
+    Ok(pages)
+}
+
+impl Server {
+    /// From now on a successor may ask for everything.
+    pub(super) fn may_be_taken_over(&self, pages: Pages) {
+        let socket = self.socket.clone();
+        let giver = Giver {
+            live: Arc::clone(&self.live),
+            crew: Arc::clone(&self.crew),
+            team: self.reloader.team(),
+            movers: Arc::clone(&self.movers),
+            reloader: self.reloader.clone(),
+            pages,
+            serving: self.serving.clone(),
+            stage: self.stage.clone(),
+            gone: Box::new(move |heir| {
+                socket.iter().for_each(|socket| socket.keep());
+                // Systemd believes it of the process that it knows.
+                heir.into_iter().for_each(notify::main_pid);
+            }),
+            busy: AtomicBool::new(false),
+        };
+        // It is set once.
+        self.orders.giver.set(Arc::new(giver)).unwrap_or_default();
+    }
+
+    /// Takes the place of the process whose [heritage](super::Start::heritage) this one was started with: returns once that
+    /// accepts no more, and this one does. What lives there comes meanwhile. Nothing where there is none.
+    ///
+    /// # Errors
+    /// The old process does not stop, and goes on as if nothing had happened.
+    pub fn succeed(&mut self) -> Result<(), TakeoverError> {
+        let Some(heritage) = self.heritage.take() else { return Ok(()) };
+        let start = clock::now();
+        // Sessions come at once, and must not find backends of which nobody knows anything.
+        while self.live.unprobed.load(Ordering::Acquire) > 0 && clock::now().since(start) < PROBES {
+            park_timeout(LOOK);
+        }
+        let arrivals = heritage.ready()?;
+        let (live, movers) = (Arc::clone(&self.live), Arc::clone(&self.movers));
+        // Not one of the threads that the end waits for: it ends with the old process.
+        thread::Builder::new().name("takeover".to_owned()).spawn(move || arrivals.run(&live, &movers))?;
+        self.socket.iter().for_each(|socket| socket.own());
+        self.reloader.team().resume();
+        self.serving.send_replace(true);
+        Ok(())
+    }
 }

@@ -1,67 +1,42 @@
-//! The workers, as those see them who tell them something.
+//! The workers' doors, as a thread sees them that may wait.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::takeover::Order as Takeover;
-use super::worker::Order;
-use crate::takeover::Leaving;
-use crate::takeover::message::Offered;
+use super::doors::{Lent, Order};
 
 /// The way to each worker's ear. A worker that has ended hears nothing, and is left out.
 #[derive(Clone, Debug)]
 pub(super) struct Team(Arc<[mpsc::Sender<Order>]>);
 
 impl Team {
-    pub(super) fn new(orders: Vec<mpsc::Sender<Order>>) -> Self {
+    pub(super) fn new(orders: &[mpsc::Sender<Order>]) -> Self {
         Self(orders.into())
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Tells one worker something, and waits while its queue is full. Not for threads that run tasks.
-    pub(super) fn tell(&self, worker: usize, order: Takeover) {
-        let Some(orders) = self.0.get(worker) else { return };
-        orders.blocking_send(Order::Takeover(order)).unwrap_or_default();
-    }
-
     /// Tells all of them, and waits for all their answers.
-    fn ask<T>(&self, order: impl Fn(oneshot::Sender<T>) -> Takeover) -> Vec<T> {
-        let ask = |worker| {
+    fn ask<T>(&self, order: impl Fn(oneshot::Sender<T>) -> Order) -> Vec<T> {
+        let ask = |worker: &mpsc::Sender<Order>| {
             let (sender, answer) = oneshot::channel();
-            self.tell(worker, order(sender));
+            worker.blocking_send(order(sender)).unwrap_or_default();
             answer
         };
-        let answers: Vec<_> = (0..self.len()).map(ask).collect();
+        let answers: Vec<_> = self.0.iter().map(ask).collect();
         answers.into_iter().filter_map(|answer| answer.blocking_recv().ok()).collect()
     }
 
-    /// All listening sockets.
-    pub(super) fn lend(&self) -> Vec<(Offered, OwnedFd)> {
-        self.ask(Takeover::Lend).into_iter().flatten().collect()
+    /// All listening sockets, those of each worker together, in the order of the workers.
+    pub(super) fn lend(&self) -> Vec<Vec<Lent>> {
+        self.ask(Order::Lend)
     }
 
     /// Returns once nobody accepts any more.
     pub(super) fn pause(&self) {
-        self.ask(Takeover::Pause);
+        self.ask(Order::Pause);
     }
 
     pub(super) fn resume(&self) {
-        (0..self.len()).for_each(|worker| self.tell(worker, Takeover::Resume));
-    }
-
-    /// Has each worker send its sessions to its channel.
-    pub(super) fn depart(&self, channels: Vec<mpsc::Sender<Leaving>>) {
-        for (worker, channel) in channels.into_iter().enumerate() {
-            self.tell(worker, Takeover::Depart(channel));
-        }
-    }
-
-    pub(super) fn stay(&self) {
-        (0..self.len()).for_each(|worker| self.tell(worker, Takeover::Stay));
+        self.0.iter().for_each(|worker| worker.blocking_send(Order::Resume).unwrap_or_default());
     }
 }

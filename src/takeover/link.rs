@@ -190,16 +190,16 @@ mod tests {
                         let files: Vec<_> = (0..round % 7).map(|_| marked(sender)).collect();
                         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
                         let tail = vec![sender; usize::from(round) * 3_000];
-                        one.send(&Message::Parcel { id: round.into(), worker: sender.into() }, &tail, &fds)
-                            .unwrap();
+                        let id = u32::from(sender) << 8 | u32::from(round);
+                        one.send(&Message::Parcel { id }, &tail, &fds).unwrap();
                     }
                 });
             }
             let mut next = [0; 4];
             for _ in 0..200 {
                 let frame = other.receive().unwrap().unwrap();
-                let Message::Parcel { id, worker } = frame.message else { panic!("{:?}", frame.message) };
-                let sender = u8::try_from(worker).unwrap();
+                let Message::Parcel { id } = frame.message else { panic!("{:?}", frame.message) };
+                let (sender, id) = (u8::try_from(id >> 8).unwrap(), id & 0xff);
                 assert_eq!(std::mem::replace(&mut next[usize::from(sender)], id + 1), id);
                 assert_eq!(frame.tail.len(), id as usize * 3_000);
                 assert!(frame.tail.iter().all(|byte| *byte == sender));

@@ -1,6 +1,7 @@
 //! What an old process and its successor say to each other.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -36,12 +37,10 @@ pub enum Message {
     Ready,
     /// Old: it accepts no more, and hears no datagram any more.
     Stopped,
-    /// Old: a session or flow of one of its workers. The record is the tail.
+    /// Old: a session or flow. The record is the tail.
     Parcel {
         /// Its number on this link.
         id: u32,
-        /// The worker that it was with.
-        worker: u16,
     },
     /// New: from here on it is mine.
     Taken {
@@ -83,9 +82,20 @@ pub enum Role {
         worker: u16,
     },
     /// The read-only pages.
-    Admin,
+    Admin {
+        /// The address as it is configured.
+        configured: SocketAddr,
+    },
     /// The health check.
-    Health,
+    Health {
+        /// The address as it is configured.
+        configured: SocketAddr,
+    },
     /// What changes things: the unix socket on which this is said.
-    Control,
+    Control {
+        /// Its path.
+        path: PathBuf,
+        /// Whether it is for the process to remove the file.
+        has_file: bool,
+    },
 }

@@ -1,28 +1,33 @@
 //! The old process's side: it shows its sockets, stops, and sends away what lives.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::net::sockopt::socket_peercred;
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::super::crew::Crew;
-use super::super::drain::Stage;
-use super::super::team::Team;
-use super::{ON_THEIR_WAY, Order};
 use crate::account::lock;
 use crate::clock::{self, Moment};
+use crate::server::crew::Crew;
+use crate::server::drain::Stage;
+use crate::server::moving::Movers;
+use crate::server::reload::Reloader;
+use crate::server::team::Team;
 use crate::state::Live;
 use crate::takeover::link::{Link, MOST_FDS};
-use crate::takeover::message::{Message, Offered, VERSION};
+use crate::takeover::message::{Message, Offered, Role, VERSION};
 use crate::takeover::{Answer, Leaving};
 
-/// How long the successor may take to be ready: it reads its configuration and looks names up meanwhile.
+/// How long the successor may take to be ready: it reads its configuration, looks names up and probes meanwhile.
 const READY: Duration = Duration::from_secs(60);
 
 /// How long it may take to answer for a parcel. Beyond it the sessions of this process have stood still for long enough.
@@ -36,11 +41,13 @@ const TELL: Duration = Duration::from_secs(2);
 
 /// Why a takeover came to nothing.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Failed {
+enum Failed {
     #[error("{0}")]
     Refused(String),
     #[error("the successor has gone")]
     Gone,
+    #[error("the successor does not answer")]
+    Late,
     #[error("the successor said something else than was expected")]
     Confused,
     #[error("the link to the successor broke: {0}")]
@@ -52,59 +59,74 @@ pub(in crate::server) struct Giver {
     pub(in crate::server) live: Arc<Live>,
     pub(in crate::server) crew: Arc<Crew>,
     pub(in crate::server) team: Team,
-    /// Sockets of the pages; their roles say whose.
+    pub(in crate::server) movers: Arc<Movers>,
+    /// Knows how addresses are configured.
+    pub(in crate::server) reloader: Reloader,
+    /// Sockets of the pages.
     pub(in crate::server) pages: Vec<(Offered, OwnedFd)>,
     /// Whether the pages are served here.
     pub(in crate::server) serving: watch::Sender<bool>,
     pub(in crate::server) stage: watch::Sender<Stage>,
+    /// Called with the successor's number once everything is its.
+    pub(in crate::server) gone: Box<dyn Fn(Option<u32>) + Send + Sync>,
     /// One takeover at a time.
     pub(in crate::server) busy: AtomicBool,
 }
 
-/// Parcels that wait for their answer, with the time since when.
+impl fmt::Debug for Giver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Giver").finish_non_exhaustive()
+    }
+}
+
+/// Parcels that wait for their answer, each with the time since when.
 type Pending = Mutex<HashMap<u32, (oneshot::Sender<Answer>, Moment)>>;
 
 impl Giver {
-    /// Serves a successor that has connected; returns when all is its, or when it has failed and this process goes on.
+    /// Serves a successor that has connected; returns when all is its, or when that has failed and this process goes on.
     pub(in crate::server) fn run(&self, stream: UnixStream) {
-        if self.busy.swap(true, Ordering::AcqRel) {
-            tracing::warn!("a takeover is refused: another one is under way");
-            return;
-        }
-        match self.give(stream) {
+        let is_alone = !self.busy.swap(true, Ordering::AcqRel);
+        let heir = socket_peercred(&stream).ok().and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
+        match self.give(stream, is_alone) {
             Ok(()) => {
+                self.live.takeovers.count(true);
                 tracing::info!("everything is the successor's");
+                (self.gone)(heir);
                 self.stage.send_replace(Stage::Over);
             }
             Err(error) => {
-                self.live.takeovers.fail();
+                self.live.takeovers.count(false);
                 tracing::error!(%error, "the takeover failed; this process goes on");
-                self.busy.store(false, Ordering::Release);
+                if is_alone {
+                    self.busy.store(false, Ordering::Release);
+                }
             }
         }
     }
 
-    fn give(&self, stream: UnixStream) -> Result<(), Failed> {
+    fn give(&self, stream: UnixStream, is_alone: bool) -> Result<(), Failed> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let link = Link::new(stream, ANSWER)?;
-        let program = match link.receive()? {
-            Some(frame) => match frame.message {
-                Message::Hello { version: VERSION, program } => program,
-                Message::Hello { version, program } => {
-                    let why = format!(
-                        "version {program} speaks version {version} of the takeover, and {} speaks {VERSION}: restart \
-                         instead",
-                        env!("CARGO_PKG_VERSION")
-                    );
-                    return self.refuse(&link, why);
-                }
-                _ => return Err(Failed::Confused),
-            },
+        match link.receive()?.map(|frame| frame.message) {
+            Some(Message::Hello { version: VERSION, program }) => {
+                tracing::info!(program, "a successor asks for the sockets");
+            }
+            Some(Message::Hello { version, program }) => {
+                let own = env!("CARGO_PKG_VERSION");
+                return refuse(
+                    &link,
+                    format!("{program} speaks version {version} of the takeover, and {own} speaks {VERSION}: restart instead"),
+                );
+            }
+            Some(_) => return Err(Failed::Confused),
             None => return Err(Failed::Gone),
-        };
-        if self.live.is_draining() {
-            return self.refuse(&link, "the old process is draining already".to_owned());
         }
-        tracing::info!(program, "a successor asks for the sockets");
+        if !is_alone {
+            return refuse(&link, "another takeover is under way".to_owned());
+        }
+        if self.live.is_draining() {
+            return refuse(&link, "the old process is draining already".to_owned());
+        }
         self.show(&link)?;
         link.set_patience(Some(READY))?;
         match link.receive()?.map(|frame| frame.message) {
@@ -114,19 +136,34 @@ impl Giver {
         }
         let stopped = Stopped::new(self);
         link.send(&Message::Stopped, &[], &[])?;
-        self.send_away(&link)?;
+        self.send_away(&link, &runtime)?;
         stopped.stays_so();
         Ok(())
     }
 
-    fn refuse(&self, link: &Link, why: String) -> Result<(), Failed> {
-        link.send(&Message::Refused { why: why.clone() }, &[], &[])?;
-        Err(Failed::Refused(why))
-    }
-
     /// Shows every listening socket.
     fn show(&self, link: &Link) -> Result<(), Failed> {
-        let mut sockets = self.team.lend();
+        let (snapshot, held) = (self.live.snapshot.load_full(), self.reloader.held());
+        let configured = |bound: SocketAddr, listener: u32, udp: bool| {
+            let is_it = |held: &&crate::server::listen::Held| {
+                let door = held.door;
+                door.address == bound && door.listener == listener && door.is_udp() == udp
+            };
+            held.iter().find(is_it).map_or(bound, |held| held.configured)
+        };
+        let mut sockets = Vec::new();
+        for (own, worker) in self.team.lend().into_iter().zip(0_u16..) {
+            for (door, socket) in own {
+                let Some(listener) = snapshot.listeners.get(door.listener as usize) else { continue };
+                let role = Role::Listener {
+                    name: listener.label.name().to_owned(),
+                    udp: door.is_udp(),
+                    configured: configured(door.address, door.listener, door.is_udp()),
+                    worker,
+                };
+                sockets.push((Offered { role, bound: Some(door.address) }, socket));
+            }
+        }
         for (offered, socket) in &self.pages {
             sockets.push((offered.clone(), socket.try_clone()?));
         }
@@ -142,33 +179,27 @@ impl Giver {
     }
 
     /// Sends away every session and flow, as each comes to where it can go.
-    fn send_away(&self, link: &Link) -> Result<(), Failed> {
-        let (pending, next, gone) = (Pending::default(), AtomicU32::new(0), AtomicBool::new(false));
+    fn send_away(&self, link: &Link, runtime: &Runtime) -> Result<(), Failed> {
+        let (pending, gone) = (Pending::default(), AtomicBool::new(false));
         link.set_patience(None)?;
         let (ended, end) = sync_channel(1);
         std::thread::scope(|scope| {
-            let mut channels = Vec::new();
-            for worker in 0..self.team.len() {
-                let (sender, receiver) = mpsc::channel(ON_THEIR_WAY);
-                channels.push(sender);
-                let post = Post { link, pending: &pending, next: &next, gone: &gone, worker };
-                scope.spawn(move || post.run(receiver));
-            }
+            let leaving = runtime.block_on(self.movers.start());
+            scope.spawn(|| post(link, leaving, &pending, &gone));
             scope.spawn(|| hear(link, &pending, &gone, &ended));
-            self.team.depart(channels);
             let result = self.watch(&pending, &gone, &end);
             let result = result.and_then(|()| Ok(link.send(&Message::Done, &[], &[])?));
             // What was answered until now counts, and who had no answer stays. The threads end with their senders.
             link.stop_hearing();
-            self.team.stay();
+            runtime.block_on(self.movers.stop());
             result
         })
     }
 
-    /// Looks until nothing is left, or the successor is.
+    /// Looks until nothing is left, or the successor is gone.
     fn watch(&self, pending: &Pending, gone: &AtomicBool, end: &Receiver<()>) -> Result<(), Failed> {
         let start = clock::now();
-        let deadline = self.live.drain_deadline();
+        let deadline = self.live.config.load().drain.deadline;
         let mut told = start;
         loop {
             let ended = end.recv_timeout(LOOK);
@@ -179,17 +210,16 @@ impl Giver {
             if left == 0 {
                 return Ok(());
             }
-            let is_late = |since: &Moment| now.since(*since) > ANSWER;
-            if lock(pending).values().any(|(_, since)| is_late(since)) {
-                return Err(Failed::Gone);
+            if lock(pending).values().any(|(_, since)| now.since(*since) > ANSWER) {
+                return Err(Failed::Late);
             }
             if now.since(told) >= TELL {
                 told = now;
-                let pending = self.live.pending();
+                let pending = usize::try_from(self.live.pending()).unwrap_or(usize::MAX);
                 tracing::info!(
                     left,
-                    reading_their_header = pending,
-                    connecting = left.saturating_sub(pending),
+                    without_a_whole_header = pending.min(left),
+                    waiting_for_a_backend = left.saturating_sub(pending),
                     "sessions that cannot move yet are finished here"
                 );
             }
@@ -201,30 +231,23 @@ impl Giver {
     }
 }
 
-/// Sends one worker's parcels.
-struct Post<'a> {
-    link: &'a Link,
-    pending: &'a Pending,
-    next: &'a AtomicU32,
-    gone: &'a AtomicBool,
-    worker: usize,
+fn refuse(link: &Link, why: String) -> Result<(), Failed> {
+    link.send(&Message::Refused { why: why.clone() }, &[], &[])?;
+    Err(Failed::Refused(why))
 }
 
-impl Post<'_> {
-    fn run(&self, mut receiver: mpsc::Receiver<Leaving>) {
-        let worker = u16::try_from(self.worker).unwrap_or(u16::MAX);
-        while let Some(Leaving { parcel, answer }) = receiver.blocking_recv() {
-            let id = self.next.fetch_add(1, Ordering::Relaxed);
-            // Known before it is sent: the answer may be faster than we are.
-            lock(self.pending).insert(id, (answer, clock::now()));
-            let fds: Vec<_> = parcel.fds.iter().map(AsFd::as_fd).collect();
-            let sent = self.link.send(&Message::Parcel { id, worker }, &parcel.record, &fds);
-            if let Err(error) = sent {
-                // Not a whole frame has come: it stays.
-                lock(self.pending).remove(&id);
-                if !self.gone.swap(true, Ordering::AcqRel) {
-                    tracing::warn!(%error, "a session could not be sent to the successor");
-                }
+/// Sends parcels.
+fn post(link: &Link, mut leaving: mpsc::Receiver<Leaving>, pending: &Pending, gone: &AtomicBool) {
+    for id in 0.. {
+        let Some(Leaving { parcel, answer }) = leaving.blocking_recv() else { return };
+        // Known before it is sent: the answer may be faster than we are.
+        lock(pending).insert(id, (answer, clock::now()));
+        let fds: Vec<_> = parcel.fds.iter().map(AsFd::as_fd).collect();
+        if let Err(error) = link.send(&Message::Parcel { id }, &parcel.record, &fds) {
+            // Not a whole frame has come: it stays.
+            lock(pending).remove(&id);
+            if !gone.swap(true, Ordering::AcqRel) {
+                tracing::warn!(%error, "a session could not be sent to the successor");
             }
         }
     }
@@ -243,7 +266,7 @@ fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()
         };
         if let Some((sender, _)) = lock(pending).remove(&id) {
             // Who does not wait any more has ended meanwhile.
-            sender.send(answer).unwrap_or_default();
+            sender.send(answer).map_or((), |()| ());
         }
     }
     gone.store(true, Ordering::Release);

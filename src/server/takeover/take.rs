@@ -4,20 +4,17 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::super::crew::Crew;
-use super::super::team::Team;
-use super::Order;
-use crate::session::moved;
+use crate::server::inherit::Inherited;
+use crate::server::moving::Movers;
 use crate::state::Live;
-use crate::takeover::Parcel;
-use crate::takeover::link::Link;
-use crate::takeover::message::{Message, Offered, VERSION};
+use crate::takeover::link::{Frame, Link};
+use crate::takeover::message::{Message, Offered, Role, VERSION};
+use crate::takeover::{Answer, Kind, Leaving, Parcel};
 
 /// How long the old process may take to show its sockets, and to stop.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -77,11 +74,11 @@ impl Heritage {
         link.send(&Message::Hello { version: VERSION, program }, &[], &[])?;
         let mut sockets = Vec::new();
         loop {
-            let frame = link.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?;
+            let frame = link.receive()?.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
             match frame.message {
                 Message::Sockets(offered) => sockets.extend(offered.into_iter().zip(frame.fds)),
                 Message::AllSockets { program, pid } => {
-                    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidData)?;
+                    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                     let old = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
                     return Ok(Self { link, sockets, old, program });
                 }
@@ -91,11 +88,35 @@ impl Heritage {
         }
     }
 
-    /// Takes out the sockets that are wanted.
-    pub(in crate::server) fn take(&mut self, wanted: impl Fn(&Offered) -> bool) -> Vec<(Offered, OwnedFd)> {
-        let (taken, left) = std::mem::take(&mut self.sockets).into_iter().partition(|(offered, _)| wanted(offered));
-        self.sockets = left;
-        taken
+    /// What it was shown, for the addresses of its own configuration. What none of them wants is closed with this process's
+    /// start.
+    pub(in crate::server) fn inherited(&mut self) -> Inherited {
+        let mut all = Inherited { may_be_more: true, ..Inherited::default() };
+        for (Offered { role, bound }, socket) in std::mem::take(&mut self.sockets) {
+            match role {
+                Role::Listener { name, udp, configured, .. } => {
+                    if udp {
+                        all.udp.push(socket.into());
+                    } else {
+                        all.tcp.push(socket.into());
+                    }
+                    all.ports.extend(bound.map(|bound| (name, configured, bound)));
+                }
+                Role::Admin { configured } => {
+                    all.tcp.push(socket.into());
+                    all.ports.extend(bound.map(|bound| ("admin".to_owned(), configured, bound)));
+                }
+                Role::Health { configured } => {
+                    all.tcp.push(socket.into());
+                    all.ports.extend(bound.map(|bound| ("health".to_owned(), configured, bound)));
+                }
+                Role::Control { has_file, .. } => {
+                    all.has_file = has_file;
+                    all.unix.push(socket.into());
+                }
+            }
+        }
+        all
     }
 
     /// Says that this process could serve now, and waits until the old one has stopped. A process that has died has
@@ -104,7 +125,7 @@ impl Heritage {
     /// # Errors
     /// The old process does not stop, and goes on.
     pub(in crate::server) fn ready(self) -> Result<Arrivals, TakeoverError> {
-        let Self { link, sockets, old, .. } = self;
+        let Self { link, old, .. } = self;
         let said = link.send(&Message::Ready, &[], &[]).and_then(|()| link.receive());
         match said.map(|frame| frame.map(|frame| frame.message)) {
             Ok(Some(Message::Stopped)) => {}
@@ -115,7 +136,6 @@ impl Heritage {
             Ok(None) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             Err(error) => return Err(error.into()),
         }
-        drop(sockets);
         Ok(Arrivals { link, old })
     }
 }
@@ -147,58 +167,64 @@ pub(in crate::server) struct Arrivals {
 
 impl Arrivals {
     /// Takes in what comes until the old process has nothing left, or is gone.
-    pub(in crate::server) fn run(&self, live: &Live, crew: &Arc<Crew>, team: &Team) {
-        let mut count = 0_u64;
+    pub(in crate::server) fn run(&self, live: &Live, movers: &Movers) {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() else { return };
         // What cannot move yet may take its whole time; an old process that dies is noticed all the same.
         self.link.set_patience(None).unwrap_or_default();
-        loop {
+        let mut moved = 0_u64;
+        let why = loop {
             match self.link.receive() {
-                Ok(Some(frame)) => match frame.message {
-                    Message::Parcel { id, worker } => {
-                        let parcel = Parcel { record: frame.tail, fds: frame.fds };
-                        count += u64::from(self.take_in(id, worker, parcel, crew, team));
-                    }
-                    Message::Done => break,
-                    _ => {
-                        tracing::error!("the old process says what this one does not understand");
-                        break;
-                    }
-                },
-                Ok(None) => {
-                    tracing::warn!("the old process has gone before everything had come");
-                    break;
+                Ok(Some(Frame { message: Message::Parcel { id }, tail, fds })) => {
+                    let parcel = Parcel { record: tail, fds };
+                    moved += u64::from(runtime.block_on(self.take_in(id, parcel, movers)));
                 }
-                Err(error) => {
-                    tracing::error!(%error, "the link to the old process broke");
-                    break;
-                }
+                Ok(Some(Frame { message: Message::Done, .. })) => break None,
+                Ok(Some(_)) => break Some("it says what is not understood here".to_owned()),
+                Ok(None) => break Some("it has gone".to_owned()),
+                Err(error) => break Some(error.to_string()),
             }
+        };
+        live.takeovers.count(why.is_none());
+        match why {
+            None => tracing::info!(moved, "took over"),
+            Some(why) => tracing::error!(moved, why, "the old process has not given everything"),
         }
-        live.takeovers.done();
-        tracing::info!(moved = count, "took over");
     }
 
     /// Takes one in, if it can be carried; whether it was.
-    fn take_in(&self, id: u32, worker: u16, parcel: Parcel, crew: &Arc<Crew>, team: &Team) -> bool {
-        let moved = match moved::decode(parcel) {
-            Ok(moved) => moved,
-            Err(refused) => {
-                let why = refused.to_string();
-                tracing::warn!(why, "a session stays with the old process");
-                self.link.send(&Message::Stays { id, why }, &[], &[]).unwrap_or_default();
-                return false;
+    async fn take_in(&self, id: u32, parcel: Parcel, movers: &Movers) -> bool {
+        let refused = match parcel.kind() {
+            // A datagram more or less is nothing new to a flow.
+            Ok(Kind::Flow) => {
+                let (answer, answered) = tokio::sync::oneshot::channel();
+                movers.take_over(Leaving { parcel, answer }).await;
+                match answered.await {
+                    Ok(Answer::Taken) => return self.say_taken(id),
+                    Ok(Answer::Stays) | Err(_) => "the flow cannot be carried here".to_owned(),
+                }
             }
+            Ok(Kind::Session) => match crate::session::moved::decode(parcel) {
+                Ok(moved) => {
+                    // Said before its first byte moves: who has this answer closes its own side, who has none goes on with
+                    // it. If it could not be said, the other one has it, unless it is dead.
+                    if !self.say_taken(id) {
+                        return false;
+                    }
+                    movers.carry(moved).await;
+                    return true;
+                }
+                Err(refused) => refused.to_string(),
+            },
+            Err(refused) => refused.to_string(),
         };
-        // Said before its first byte moves: who has this answer closes its own side, who has none goes on with it. If it
-        // could not be said, the other one has it, unless it is dead.
-        if self.link.send(&Message::Taken { id }, &[], &[]).is_err() && !is_dead(&self.old) {
-            return false;
-        }
-        // A flow's datagrams come to the very socket that they came to before, and that is with the worker of this number.
-        let of_flow = usize::from(worker) % team.len().max(1);
-        let worker = if moved.is_flow() { of_flow } else { crew.lightest().unwrap_or(of_flow) };
-        team.tell(worker, Order::Arrive(moved, crew.board(worker)));
-        true
+        tracing::warn!(why = refused, "a session stays with the old process");
+        self.link.send(&Message::Stays { id, why: refused }, &[], &[]).unwrap_or_default();
+        false
+    }
+
+    /// Whether it is this process's from here on.
+    fn say_taken(&self, id: u32) -> bool {
+        self.link.send(&Message::Taken { id }, &[], &[]).is_ok() || is_dead(&self.old)
     }
 }
 
