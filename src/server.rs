@@ -319,6 +319,12 @@ impl Server {
         self.movers.stop().await;
     }
 
+    /// Has clients' datagrams wait in the listening sockets, while the flows that they belong to are still to come; or has
+    /// them heard.
+    pub async fn hear_datagrams(&self, hear: bool) {
+        self.movers.hear_datagrams(hear).await;
+    }
+
     /// Goes on with a session or flow of another process, and answers that.
     pub async fn take_over(&self, leaving: Leaving) {
         self.movers.take_over(leaving).await;

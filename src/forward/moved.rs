@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::ioctl_fionread;
+use rustix::net::SocketType;
+use rustix::net::sockopt::socket_type;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
@@ -93,6 +95,9 @@ impl Still {
     pub fn new(record: Record, tail: &[u8], fds: Vec<OwnedFd>) -> Result<Self, Misfit> {
         let mut fds = fds.into_iter();
         let (Some(client), Some(backend)) = (fds.next(), fds.next()) else { return Err(Misfit::Descriptors) };
+        if [&client, &backend].into_iter().any(|fd| socket_type(fd) != Ok(SocketType::STREAM)) {
+            return Err(Misfit::Descriptors);
+        }
         let (mut spills, mut pipes) = (EachWay::default(), EachWay::default());
         let mut rest = tail;
         for direction in Direction::ALL {

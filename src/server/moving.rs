@@ -26,6 +26,8 @@ pub(super) enum Order {
     Leave(mpsc::Sender<Leaving>),
     /// Those that have not left stay, and datagrams are heard again.
     Stay,
+    /// Datagrams wait in the listening sockets, for their flows are still to come; or they are heard.
+    Hear(bool),
     /// A session of another process goes on here.
     Session(Leaving, Aboard),
     /// One that has been answered for.
@@ -62,6 +64,14 @@ impl Movers {
         for worker in &self.orders {
             // As in `start`.
             worker.send(Order::Stay).await.unwrap_or_default();
+        }
+    }
+
+    /// Has all hear datagrams, or leave them where they are.
+    pub(super) async fn hear_datagrams(&self, hear: bool) {
+        for worker in &self.orders {
+            // As in `start`.
+            worker.send(Order::Hear(hear)).await.unwrap_or_default();
         }
     }
 
@@ -116,6 +126,9 @@ pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
         match order {
             Order::Leave(departures) => shop.start_moving(departures),
             Order::Stay => shop.stop_moving(),
+            Order::Hear(hear) => {
+                shop.flows.iter().for_each(|flows| if hear { flows.go_on() } else { flows.pause() })
+            }
             Order::Session(leaving, aboard) => shop.take_session(leaving, aboard),
             Order::Carry(moved, aboard) => shop.carry_on(moved, aboard),
             Order::Flow(leaving, back) => {
@@ -167,6 +180,10 @@ impl Shop {
             return Some(leaving);
         };
         let Leaving { parcel, answer } = leaving;
+        // Who waits for no answer any more has it still.
+        if answer.is_closed() {
+            return None;
+        }
         match flow::moved::decode(parcel).and_then(|moved| flows.take_over(moved)) {
             Ok(()) => answer.send(Answer::Taken).unwrap_or_default(),
             Err(refused) => stays(answer, &refused),

@@ -1,6 +1,7 @@
 //! UDP through real sockets: whose answers come back to whom, and what becomes of every other datagram.
 
 mod limits;
+mod moved;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;

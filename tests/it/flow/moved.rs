@@ -1,0 +1,285 @@
+//! Flows that go from one process to another while their clients and backends talk on.
+
+use std::cell::Cell;
+use std::net::UdpSocket as Bound;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
+use tokio::task::{LocalSet, spawn_local};
+use tokio::time::{interval, timeout};
+use vestibule::account::meter::Ledger;
+use vestibule::clock;
+use vestibule::config::Config;
+use vestibule::flow::{Flows, moved};
+use vestibule::life::Local;
+use vestibule::outcome::Why;
+use vestibule::state::Live;
+use vestibule::takeover::{Answer, Leaving, Refused};
+
+use super::super::harness::{ACME, GLOBEX, LIMIT, eventually};
+use super::{Balancer, datagram};
+
+/// One worker of one process, with flows alone.
+struct Side {
+    live: Arc<Live>,
+    local: Rc<Local>,
+    flows: Rc<Flows<()>>,
+}
+
+impl Side {
+    fn start(text: &str, door: &Bound) -> Self {
+        let live = Live::new(&Config::parse("test.toml", text).unwrap(), 1, 10_000, 0);
+        let ledger = Ledger::new(Arc::clone(&live.shards[0]), live.labels.intern(""));
+        let local = Local::new(ledger, clock::now());
+        let flows = Flows::new(0, &live, Rc::clone(&local), None, Box::new(|| ())).unwrap();
+        let (keeps, answers, ticks) = (Rc::clone(&flows), Rc::clone(&flows), Rc::clone(&flows));
+        let door = door.try_clone().unwrap();
+        spawn_local(async move { keeps.keep(door, 0).await.unwrap() });
+        spawn_local(async move { answers.answer().await.unwrap() });
+        spawn_local(async move {
+            let mut interval = interval(Duration::from_millis(50));
+            loop {
+                interval.tick().await;
+                assert!(!ticks.advance(clock::now()), "nobody is idle for so long");
+            }
+        });
+        Self { live, local, flows }
+    }
+
+    fn ended(&self, why: Why) -> u64 {
+        let routes = self.live.shards[0].routes();
+        let ended = routes.iter().flat_map(|route| route.ended().collect::<Vec<_>>());
+        ended.filter(|(outcome, _)| outcome.why == why).map(|(_, count)| count).sum()
+    }
+
+    /// All of its flows' places and gauges.
+    fn held(&self) -> [u64; 5] {
+        let tenants = self.live.snapshot.load();
+        let of_tenants = tenants.directory.tenants().iter().map(|tenant| tenant.quota.flows()).sum::<usize>();
+        let backends = tenants.pools.iter().flat_map(|pool| pool.roster().backends().to_vec());
+        let shard = &self.live.shards[0];
+        let active = shard.routes().iter().map(|route| route.active.value()).sum();
+        let at_backends = shard.backends().iter().map(|backend| backend.active.value()).sum::<u64>();
+        let load = backends.map(|backend| u64::from(backend.load())).sum::<u64>();
+        [self.live.sessions.used() as u64, of_tenants as u64, active, at_backends, load]
+    }
+
+    /// Moves all flows; each answer is `answer`'s.
+    async fn move_to(&self, other: &Self, answer: impl Fn(Leaving)) {
+        other.flows.pause();
+        self.local.start_moving();
+        let (departures, mut leaving) = mpsc::channel(8);
+        let ferry = async {
+            while let Some(leaving) = leaving.recv().await {
+                answer(leaving);
+                // The other process takes its time.
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::join!(self.flows.move_out(departures), ferry);
+        self.local.stop_moving();
+        other.flows.go_on();
+    }
+
+    fn take(&self, Leaving { parcel, answer }: Leaving) {
+        self.flows.take_over(moved::decode(parcel).unwrap()).unwrap();
+        answer.send(Answer::Taken).unwrap();
+    }
+}
+
+/// A backend that answers with the port that asked, and what it asked, as soon as it may.
+async fn backend(may_answer: Rc<Cell<bool>>) -> std::net::SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    spawn_local(async move {
+        let mut room = [0; 2_048];
+        loop {
+            let (count, from) = socket.recv_from(&mut room).await.unwrap();
+            while !may_answer.get() {
+                tokio::task::yield_now().await;
+            }
+            let answer = [from.port().to_string().as_bytes(), b" ", &room[..count]].concat();
+            socket.send_to(&answer, from).await.unwrap();
+        }
+    });
+    address
+}
+
+fn text(backend: std::net::SocketAddr) -> String {
+    format!(
+        "[admin]\nbind = \"127.0.0.1:0\"\n[health]\nbind = \"127.0.0.1:0\"\n\
+         [[listener]]\nname = \"dns\"\nprotocol = \"udp\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.0/8\"]\n\
+         [[pool]]\nname = \"acme\"\nbackends = [\"{backend}\"]\nhealth = {{ kind = \"none\" }}\n\
+         [[tenant]]\nname = \"acme\"\nendpoints = [\"{ACME}\"]\npool = \"acme\"\n\
+         [[tenant]]\nname = \"globex\"\nendpoints = [\"{GLOBEX}\"]\npool = \"acme\"\n"
+    )
+}
+
+struct World {
+    sides: [Side; 2],
+    door: Bound,
+    may_answer: Rc<Cell<bool>>,
+}
+
+async fn world() -> World {
+    let may_answer = Rc::new(Cell::new(true));
+    let text = text(backend(Rc::clone(&may_answer)).await);
+    let door = Bound::bind("127.0.0.1:0").unwrap();
+    door.set_nonblocking(true).unwrap();
+    let sides = [Side::start(&text, &door), Side::start(&text, &door)];
+    sides[1].flows.pause();
+    World { sides, door, may_answer }
+}
+
+impl World {
+    async fn balancer(&self) -> Balancer {
+        Balancer::to(self.door.local_addr().unwrap()).await
+    }
+
+    /// Everything was given back on both sides.
+    fn finish(self) {
+        for side in &self.sides {
+            side.flows.end_all();
+            assert_eq!(side.held(), [0; 5]);
+        }
+    }
+}
+
+/// Asks so many questions, each after the answer to the one before: by one port of the proxy's from the first to the last.
+async fn talk(balancer: Balancer, endpoint: &'static str, questions: usize) {
+    let mut port = None;
+    for number in 0..questions {
+        let question = format!("{endpoint} {number}");
+        let answer = balancer.ask(&datagram("10.100.0.10:40000", endpoint, question.as_bytes())).await;
+        let answer = String::from_utf8(answer).unwrap();
+        let (asked_from, said) = answer.split_once(' ').unwrap();
+        assert_eq!(said, question);
+        assert_eq!(port.get_or_insert(asked_from.to_owned()), asked_from, "its socket is another one");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn flows_go_there_and_back_while_they_talk_and_nothing_is_lost() {
+    let work = async {
+        let world = world().await;
+        let mut talks = Vec::new();
+        for _ in 0..25 {
+            for endpoint in [ACME, GLOBEX] {
+                talks.push(spawn_local(talk(world.balancer().await, endpoint, 200)));
+            }
+        }
+        let [one, other] = &world.sides;
+        eventually("all flows", async || (one.flows.count() == 50).then_some(())).await;
+        for _ in 0..10 {
+            one.move_to(other, |leaving| other.take(leaving)).await;
+            assert_eq!((one.held(), other.held()), ([0; 5], [50; 5]));
+            other.move_to(one, |leaving| one.take(leaving)).await;
+            assert_eq!((one.held(), other.held()), ([50; 5], [0; 5]));
+        }
+        for talk in talks {
+            timeout(LIMIT, talk).await.expect("every answer").unwrap();
+        }
+        assert_eq!((one.ended(Why::Moved), other.ended(Why::Moved)), (500, 500));
+        let routes = one.live.shards[0].routes();
+        assert_eq!(routes.iter().map(|route| route.taken_over.value()).sum::<u64>(), 500);
+        world.finish();
+    };
+    LocalSet::new().run_until(work).await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_under_way_arrives_by_the_other_process() {
+    let work = async {
+        let world = world().await;
+        let [one, other] = &world.sides;
+        let balancer = world.balancer().await;
+        world.may_answer.set(false);
+        balancer.send(&datagram("10.100.0.10:40000", ACME, b"slow")).await;
+        eventually("the flow", async || (one.flows.count() == 1).then_some(())).await;
+        one.move_to(other, |leaving| other.take(leaving)).await;
+        assert!(balancer.is_silent());
+        world.may_answer.set(true);
+        assert!(balancer.answer().await.ends_with(b" slow"));
+        // A datagram without a header finds it, too.
+        assert!(balancer.ask(b"bare").await.ends_with(b" bare"));
+        assert_eq!(other.ended(Why::NoHeader), 0);
+        world.finish();
+    };
+    LocalSet::new().run_until(work).await;
+}
+
+#[tokio::test]
+async fn a_flow_that_is_not_taken_goes_on_where_it_is() {
+    let work = async {
+        let world = world().await;
+        let [one, other] = &world.sides;
+        let talks: Vec<_> = [ACME, GLOBEX].map(|endpoint| (endpoint, world.balancer())).into_iter().collect();
+        let mut running = Vec::new();
+        for (endpoint, balancer) in talks {
+            running.push(spawn_local(talk(balancer.await, endpoint, 300)));
+        }
+        eventually("both flows", async || (one.flows.count() == 2).then_some(())).await;
+        for _ in 0..20 {
+            one.move_to(other, drop).await;
+            other.flows.pause();
+            one.flows.go_on();
+            assert_eq!(one.flows.count(), 2);
+        }
+        for talk in running {
+            timeout(LIMIT, talk).await.expect("every answer").unwrap();
+        }
+        assert_eq!((one.ended(Why::Moved), one.held(), other.held()), (0, [2; 5], [0; 5]));
+        world.finish();
+    };
+    LocalSet::new().run_until(work).await;
+}
+
+#[tokio::test]
+async fn a_flow_whose_listening_socket_is_not_there_is_refused() {
+    let work = async {
+        let world = world().await;
+        let [one, _] = &world.sides;
+        let elsewhere = Bound::bind("127.0.0.1:0").unwrap();
+        elsewhere.set_nonblocking(true).unwrap();
+        let stranger = Side::start(&text("127.0.0.1:9".parse().unwrap()), &elsewhere);
+        let balancer = world.balancer().await;
+        balancer.ask(&datagram("10.100.0.10:40000", ACME, b"hello")).await;
+        one.move_to(&stranger, |Leaving { parcel, answer }| {
+            assert_eq!((moved::worker(&parcel), stranger.flows.has_door(&parcel)), (Some(0), false));
+            let decoded = moved::decode(parcel).unwrap();
+            assert_eq!(stranger.flows.take_over(decoded), Err(Refused::NoDoor));
+            drop(answer);
+        })
+        .await;
+        one.flows.go_on();
+        assert!(balancer.ask(b"still here").await.ends_with(b"still here"));
+        stranger.flows.end_all();
+        assert_eq!(stranger.held(), [0; 5]);
+        world.finish();
+    };
+    LocalSet::new().run_until(work).await;
+}
+
+#[tokio::test]
+async fn the_older_flow_has_its_place_back_from_one_that_began_meanwhile() {
+    let work = async {
+        let world = world().await;
+        let [one, other] = &world.sides;
+        let balancer = world.balancer().await;
+        let question = datagram("10.100.0.10:40000", ACME, b"hello");
+        let first = balancer.ask(&question).await;
+        // The other process hears too early.
+        one.flows.pause();
+        other.flows.go_on();
+        assert_ne!(balancer.ask(&question).await, first, "by another port");
+        one.move_to(other, |leaving| other.take(leaving)).await;
+        assert_eq!(balancer.ask(&question).await, first);
+        assert_eq!((other.ended(Why::Evicted), other.flows.count()), (1, 1));
+        world.finish();
+    };
+    LocalSet::new().run_until(work).await;
+}
