@@ -316,7 +316,7 @@ impl Server {
 
     /// Whatever has not left stays, and all goes on as before.
     pub async fn stop_moving(&self) {
-        self.movers.stop().await;
+        self.movers.stop(true).await;
     }
 
     /// Has clients' datagrams wait in the listening sockets, while the flows that they belong to are still to come; or has

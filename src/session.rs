@@ -194,7 +194,7 @@ fn tell(worker: &Worker, life: Life, outcome: Outcome, session: SessionId, story
             connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
             total_ms: total,
             outcome,
-            marks: Marks { left_out, would_delay, ..story.marks },
+            marks: Marks { would_delay, left_out, ..story.marks },
             labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
         });
     }

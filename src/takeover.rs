@@ -96,7 +96,7 @@ struct Letter<T> {
     told: T,
 }
 
-fn malformed(error: impl ToString) -> Refused {
+fn malformed(error: &impl ToString) -> Refused {
     Refused::Malformed(error.to_string())
 }
 
@@ -107,9 +107,9 @@ impl Parcel {
     /// Where more is told than may be.
     pub fn pack<T: Serialize>(kind: Kind, told: &T, tail: &[u8], fds: Vec<OwnedFd>) -> Result<Self, Refused> {
         let letter = Letter { version: VERSION, kind, told };
-        let mut record = serde_json::to_vec(&letter).map_err(malformed)?;
+        let mut record = serde_json::to_vec(&letter).map_err(|error| malformed(&error))?;
         if record.len() > MOST_TOLD {
-            return Err(malformed("too long"));
+            return Err(malformed(&"too long"));
         }
         record.push(b'\n');
         record.extend_from_slice(tail);
@@ -119,7 +119,7 @@ impl Parcel {
     /// The record's line, and the bytes behind it.
     fn parts(&self) -> Result<(&[u8], &[u8]), Refused> {
         let within = self.record.iter().take(MOST_TOLD + 1);
-        let end = within.copied().position(|byte| byte == b'\n').ok_or_else(|| malformed("no end"))?;
+        let end = within.copied().position(|byte| byte == b'\n').ok_or_else(|| malformed(&"no end"))?;
         let (line, tail) = self.record.split_at_checked(end).unwrap_or_default();
         Ok((line, tail.get(1..).unwrap_or_default()))
     }
@@ -130,7 +130,7 @@ impl Parcel {
     /// Where that cannot be read.
     pub fn kind(&self) -> Result<Kind, Refused> {
         let (line, _) = self.parts()?;
-        let heading: Heading = serde_json::from_slice(line).map_err(malformed)?;
+        let heading: Heading = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
         if heading.version == VERSION { Ok(heading.kind) } else { Err(Refused::Version(heading.version)) }
     }
 
@@ -143,7 +143,7 @@ impl Parcel {
             return Err(Refused::Kind);
         }
         let (line, tail) = self.parts()?;
-        let letter: Letter<T> = serde_json::from_slice(line).map_err(malformed)?;
+        let letter: Letter<T> = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
         Ok((letter.told, tail))
     }
 }

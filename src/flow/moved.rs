@@ -36,6 +36,7 @@ const AT_ONCE: usize = 32;
 
 /// What is told of a flow.
 #[derive(Debug, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "what is told of a flow, each by its name")]
 struct Told {
     worker: u16,
     listener: String,
@@ -229,16 +230,16 @@ impl<A> State<A> {
     fn adopt(&mut self, moved: MovedFlow, socket: u16, door: &Door, poll: &Poll) -> Result<(), Refused> {
         let (snapshot, now, who) = (self.snapshot(), clock::now(), moved.who());
         let MovedFlow { told, socket: connected, header, first } = moved;
-        let label = |name: &str| self.live.labels.intern(name);
-        let (own, tenant, pool) = (label(&told.listener), label(&told.tenant), label(&told.pool));
-        let backend = label(&told.backend.to_string());
-        let mut meter =
-            Meter::taken_over(Rc::clone(&self.local.ledger), [&own, &tenant, &pool, &backend], told.bytes);
+        let labels = &self.live.labels;
+        let [own, tenant, to] = [&told.listener, &told.tenant, &told.pool].map(|name| labels.intern(name));
+        let backend = labels.intern(&told.backend.to_string());
+        let ledger = Rc::clone(&self.local.ledger);
+        let mut meter = Meter::taken_over(ledger, [&own, &tenant, &to, &backend], told.bytes);
         meter.would_delay = told.would_delay;
         let tenant_place = snapshot.known_place(&tenant, who.endpoint, &own);
         let known = tenant_place.and_then(|place| snapshot.directory.tenants().get(place as usize));
         let quota = known.map_or_else(|| self.live.quotas.find(&tenant), |known| Arc::clone(&known.quota));
-        let pool_place = snapshot.pools.iter().position(|known| known.label.serial() == pool.serial());
+        let pool_place = snapshot.pools.iter().position(|known| known.label.serial() == to.serial());
         let picked = pool_place.and_then(|place| snapshot.pools.get(place)).and_then(|pool| {
             let roster = pool.roster();
             roster.backends().iter().find(|own| own.address().0 == told.backend).map(Picked::adopt)

@@ -145,7 +145,7 @@ impl Still {
             way.spill = Spill::new(std::mem::take(self.spills.way_mut(direction)));
             let held = record.pipe.unwrap_or(0);
             let ends = self.pipes.way_mut(direction).take();
-            way.pipe = ends.map(|ends| lent.pipes.adopt(ends, held, lent.quota, life));
+            way.pipe = ends.map(|ends| Box::new(lent.pipes.adopt(ends, held, lent.quota, life)));
             way
         };
         let ways = EachWay {
@@ -266,4 +266,63 @@ fn holding(way: &Way) -> Option<&Pipe> {
 
 fn copy(fd: impl AsFd) -> io::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use rustix::pipe::pipe;
+
+    use super::*;
+
+    fn way(spill: usize, pipe: Option<usize>) -> WayRecord {
+        WayRecord { phase: Phase::Open, prompt: true, silent_ms: 7, spill, pipe }
+    }
+
+    fn record(to_backend: WayRecord, to_client: WayRecord) -> Record {
+        Record { to_backend, to_client, first_end: None, broken: None, settled: false }
+    }
+
+    fn sockets() -> Vec<OwnedFd> {
+        let (one, other) = UnixStream::pair().unwrap();
+        vec![one.into(), other.into()]
+    }
+
+    /// Both sockets, and a pipe with four bytes.
+    fn with_pipe() -> Vec<OwnedFd> {
+        let (mut fds, (read, write)) = (sockets(), pipe().unwrap());
+        std::fs::File::from(write.try_clone().unwrap()).write_all(b"held").unwrap();
+        fds.extend([read, write]);
+        fds
+    }
+
+    #[test]
+    fn what_fits_is_put_together() {
+        let still = Still::new(record(way(2, None), way(0, Some(4))), b"ab", with_pipe()).unwrap();
+        assert_eq!((&still.spills.to_backend[..], still.spills.to_client.len()), (&b"ab"[..], 0));
+        assert!(still.pipes.to_backend.is_none() && still.pipes.to_client.is_some());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let bare = record(way(0, None), way(0, None));
+        let spilled = record(way(3, None), way(0, None));
+        let piped = |held| record(way(0, Some(held)), way(0, None));
+        let long = vec![0; MOST_SPILLED + 1];
+        for (record, tail, fds, misfit) in [
+            (spilled, &b"ab"[..], sockets(), Misfit::Tail),
+            (spilled, b"abcd", sockets(), Misfit::Tail),
+            (record(way(long.len(), None), way(0, None)), &long, sockets(), Misfit::Tail),
+            (record(way(1, Some(4)), way(0, None)), b"a", with_pipe(), Misfit::Tail),
+            (piped(5), b"", with_pipe(), Misfit::Pipe),
+            (piped(4), b"", sockets(), Misfit::Descriptors),
+            (bare, b"", with_pipe(), Misfit::Descriptors),
+            (bare, b"", Vec::new(), Misfit::Descriptors),
+            (bare, b"", with_pipe().split_off(2), Misfit::Descriptors),
+        ] {
+            assert_eq!(Still::new(record, tail, fds).unwrap_err(), misfit);
+        }
+    }
 }

@@ -199,11 +199,11 @@ impl Pipes {
         held: usize,
         tenant: &Quota,
         life: &Life,
-    ) -> Box<Pipe> {
+    ) -> Pipe {
         tenant.pipes.fetch_add(1, Ordering::AcqRel);
         life.meter.worker().pipes.add(1);
         let capacity = fcntl_getpipe_size(&write).ok().and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
-        Box::new(Pipe { read, write, held, capacity, _share: self.budget.share_anyway() })
+        Pipe { read, write, held, capacity, _share: self.budget.share_anyway() }
     }
 
     /// Counts one pipe more for a tenant, if it may have one.

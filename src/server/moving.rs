@@ -2,16 +2,16 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_local;
 
 use super::crew::{Aboard, Crew};
 use super::worker::Shop;
-use crate::flow;
-use crate::session::moved::{self, Moved};
-use crate::session;
-use crate::takeover::{Answer, Kind, Leaving};
+use crate::flow::{self, Flows};
+use crate::session::{self, moved::{self, Moved}};
+use crate::takeover::{Answer, Kind, Leaving, Refused};
 
 /// Parcels that may wait for the other process: the sessions in them stand still, and all others go on meanwhile.
 const UNDER_WAY: usize = 64;
@@ -25,7 +25,7 @@ pub(super) enum Order {
     /// Every session and flow leaves, through here.
     Leave(mpsc::Sender<Leaving>),
     /// Those that have not left stay, and datagrams are heard again.
-    Stay,
+    Stay(bool),
     /// Datagrams wait in the listening sockets, for their flows are still to come; or they are heard.
     Hear(bool),
     /// A session of another process goes on here.
@@ -41,13 +41,15 @@ pub(super) enum Order {
 pub(super) struct Movers {
     crew: Arc<Crew>,
     orders: Vec<mpsc::Sender<Order>>,
+    /// Whether it was told that something stays with the other process: of thousands, the first is.
+    told: AtomicBool,
 }
 
 impl Movers {
     /// So many workers, and where each hears its orders.
     pub(super) fn new(workers: usize, crew: &Arc<Crew>) -> (Self, Vec<mpsc::Receiver<Order>>) {
         let (orders, heard) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
-        (Self { crew: Arc::clone(crew), orders }, heard)
+        (Self { crew: Arc::clone(crew), orders, told: AtomicBool::new(false) }, heard)
     }
 
     /// From now on every session and flow leaves.
@@ -60,10 +62,11 @@ impl Movers {
         leaving
     }
 
-    pub(super) async fn stop(&self) {
+    /// Whatever has not left stays. Datagrams are heard again, or not.
+    pub(super) async fn stop(&self, hear: bool) {
         for worker in &self.orders {
             // As in `start`.
-            worker.send(Order::Stay).await.unwrap_or_default();
+            worker.send(Order::Stay(hear)).await.unwrap_or_default();
         }
     }
 
@@ -86,7 +89,7 @@ impl Movers {
                 worker.send(order).await.unwrap_or_default();
             }
             Ok(Kind::Flow) => self.take_flow(leaving).await,
-            Err(refused) => tracing::warn!(%refused, "a session of the other process stays there"),
+            Err(refused) => self.stays(&refused),
         }
     }
 
@@ -116,27 +119,59 @@ impl Movers {
                 Ok(None) | Err(_) => return,
             }
         }
-        tracing::warn!("a flow of the other process stays there: no worker has its listening socket");
+        self.stays(&Refused::NoDoor);
+    }
+
+    fn stays(&self, refused: &Refused) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            warn(refused);
+        }
     }
 }
 
 /// Does what a worker is told, until nobody tells it anything any more.
 pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
+    let mut told = false;
     while let Some(order) = orders.recv().await {
-        match order {
-            Order::Leave(departures) => shop.start_moving(departures),
-            Order::Stay => shop.stop_moving(),
+        let taken = match order {
+            Order::Leave(departures) => {
+                shop.start_moving(departures);
+                Ok(())
+            }
+            Order::Stay(hear) => {
+                shop.stop_moving(hear);
+                Ok(())
+            }
             Order::Hear(hear) => {
-                shop.flows.iter().for_each(|flows| if hear { flows.go_on() } else { flows.pause() })
+                shop.hear(hear);
+                Ok(())
             }
             Order::Session(leaving, aboard) => shop.take_session(leaving, aboard),
-            Order::Carry(moved, aboard) => shop.carry_on(moved, aboard),
-            Order::Flow(leaving, back) => {
-                // Nobody waits for it where the process ends.
-                back.send(shop.take_flow(leaving)).unwrap_or_default();
+            Order::Carry(moved, aboard) => {
+                shop.carry_on(moved, aboard);
+                Ok(())
             }
+            Order::Flow(leaving, back) => {
+                let flows = shop.known_flows().filter(|flows| flows.has_door(&leaving.parcel));
+                let (taken, again) = match flows {
+                    Some(flows) => (take_flow(flows, leaving), None),
+                    None => (Ok(()), Some(leaving)),
+                };
+                // Nobody waits for it where the process ends.
+                back.send(again).unwrap_or_default();
+                taken
+            }
+        };
+        if let Err(refused) = taken
+            && !std::mem::replace(&mut told, true)
+        {
+            warn(&refused);
         }
     }
+}
+
+fn warn(refused: &Refused) {
+    tracing::warn!(%refused, "a session of the other process stays there, and others may, too");
 }
 
 impl Shop {
@@ -149,51 +184,44 @@ impl Shop {
         }
     }
 
-    /// Whatever has not left stays.
-    pub(super) fn stop_moving(&self) {
+    /// Whatever has not left stays. Datagrams are heard again, or not.
+    pub(super) fn stop_moving(&self, hear: bool) {
         *self.worker.departures.borrow_mut() = None;
         self.worker.local.stop_moving();
-        self.known_flows().iter().for_each(|flows| flows.go_on());
+        self.hear(hear);
+    }
+
+    fn hear(&self, hear: bool) {
+        self.known_flows().iter().for_each(|flows| if hear { flows.go_on() } else { flows.pause() });
     }
 
     /// Goes on with a session of another process.
-    pub(super) fn take_session(&self, leaving: Leaving, aboard: Aboard) {
+    ///
+    /// # Errors
+    /// Why it stays there.
+    pub(super) fn take_session(&self, leaving: Leaving, aboard: Aboard) -> Result<(), Refused> {
+        // Dropping the answer's sender is an answer, too.
         let Leaving { parcel, answer } = leaving;
-        match moved::decode(parcel) {
-            // Who waits for no answer any more has it still.
-            Ok(moved) => {
-                if answer.send(Answer::Taken).is_ok() {
-                    self.carry_on(moved, aboard);
-                }
-            }
-            Err(refused) => stays(answer, &refused),
+        let moved = moved::decode(parcel)?;
+        // Who waits for no answer any more has it still.
+        if answer.send(Answer::Taken).is_ok() {
+            self.carry_on(moved, aboard);
         }
+        Ok(())
     }
 
     fn carry_on(&self, moved: Box<Moved>, aboard: Aboard) {
         spawn_local(Box::pin(session::resume(Rc::clone(&self.worker), moved, aboard)));
     }
-
-    /// Goes on with a flow of another process; it comes back where its listening socket is not here.
-    pub(super) fn take_flow(&self, leaving: Leaving) -> Option<Leaving> {
-        let Some(flows) = self.known_flows().filter(|flows| flows.has_door(&leaving.parcel)) else {
-            return Some(leaving);
-        };
-        let Leaving { parcel, answer } = leaving;
-        // Who waits for no answer any more has it still.
-        if answer.is_closed() {
-            return None;
-        }
-        match flow::moved::decode(parcel).and_then(|moved| flows.take_over(moved)) {
-            Ok(()) => answer.send(Answer::Taken).unwrap_or_default(),
-            Err(refused) => stays(answer, &refused),
-        }
-        None
-    }
 }
 
-fn stays(answer: oneshot::Sender<Answer>, refused: &crate::takeover::Refused) {
-    tracing::warn!(%refused, "a session of the other process stays there");
-    // Who does not hear it takes it for granted.
-    answer.send(Answer::Stays).unwrap_or_default();
+/// Goes on with a flow of another process.
+fn take_flow(flows: &Flows<Aboard>, leaving: Leaving) -> Result<(), Refused> {
+    let Leaving { parcel, answer } = leaving;
+    // As above.
+    if !answer.is_closed() {
+        flows.take_over(flow::moved::decode(parcel)?)?;
+        answer.send(Answer::Taken).unwrap_or_default();
+    }
+    Ok(())
 }

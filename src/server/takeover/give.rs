@@ -191,7 +191,7 @@ impl Giver {
             let result = result.and_then(|()| Ok(link.send(&Message::Done, &[], &[])?));
             // What was answered until now counts, and who had no answer stays. The threads end with their senders.
             link.stop_hearing();
-            runtime.block_on(self.movers.stop());
+            runtime.block_on(self.movers.stop(result.is_err()));
             result
         })
     }
