@@ -15,8 +15,8 @@ use hyper_util::service::TowerToHyperService;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-/// Connections at once; more wait in the kernel's queue.
-const AT_ONCE: usize = 64;
+/// Connections at once, whose descriptors are of the reserve that limits.rs keeps; more wait in the kernel's queue.
+const AT_ONCE: usize = 32;
 
 /// How long a connection may be without a request: longer than scrapes are apart.
 const SILENCE: Duration = Duration::from_secs(90);

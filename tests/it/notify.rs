@@ -77,7 +77,7 @@ async fn systemd_hears_of_the_start_of_reloads_and_of_the_end() {
 }
 
 #[tokio::test]
-async fn a_service_manager_that_is_gone_stops_nothing() {
+async fn a_systemd_that_is_gone_stops_nothing() {
     let world = World::new().await;
     let config = world.config("[drain]\nnotice = \"0s\"\nquiet = \"0s\"");
     let mut command = program(&config);

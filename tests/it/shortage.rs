@@ -1,8 +1,11 @@
 //! A process that runs out of descriptors, or whose log nobody reads, goes on.
 
+use std::fs::File;
 use std::io;
 
+use rustix::fs::{FileType, Mode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
 
 use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http_get, read};
 use super::process::{Serve, World, lines_of};
@@ -165,4 +168,45 @@ async fn a_named_pipe_as_the_log_that_nobody_reads_drops_lines_and_no_session() 
     })
     .await;
     serve.end().await;
+}
+async fn a_log_that_is_too_slow_loses_lines_and_counts_them() {
+    let world = World::new().await;
+    let config = world.config("[log]\naccess = \"LOG\"");
+    let path = config.beside("log");
+    config.rewrite("LOG", path.to_str().unwrap());
+    rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    // With both ends, opening it waits for nobody; it is read later, as by a disk that stands still.
+    let log = File::options().read(true).write(true).open(&path).unwrap();
+    rustix::pipe::fcntl_setpipe_size(&log, 4096).unwrap();
+    let mut serve = Serve::start(&config).await;
+    let dropped = async || {
+        let page = http_get(serve.admin, "/metrics").await;
+        sum(&page, "vestibule_access_log_dropped_total", "")
+    };
+    // Each worker hands a batch to the writer with each tick, and 64 of each may wait.
+    let mut rounds = 0;
+    timeout(LIMIT * 3, async {
+        while dropped().await < 10.0 {
+            serve.serves().await;
+            rounds += 1;
+        }
+    })
+    .await
+    .expect("lines to be dropped");
+    let lines = lines_of(log);
+    serve.serves().await;
+    // Every session has its line or is counted.
+    eventually("the rest of the lines", async || {
+        let told = lines.lock().unwrap().len() + num(dropped().await);
+        (told == 2 * (rounds + 1)).then_some(())
+    })
+    .await;
+    for line in &*lines.lock().unwrap() {
+        assert_eq!(serde_json::from_str::<serde_json::Value>(line).unwrap()["outcome"]["why"], "done");
+    }
+    serve.end().await;
+}
+
+fn num(value: f64) -> usize {
+    value.to_string().parse().unwrap()
 }

@@ -95,3 +95,22 @@ fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its
     drop(held);
     assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
 }
+
+#[test]
+fn an_ordered_weight_counts_whatever_the_name_says() {
+    let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
+    let (fresh, _) = pool.resolve(0, &found(&[1]), &labels, at(1_000));
+    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(2_000));
+    pool.tend(at(3_000));
+    assert_eq!(pool.usable(), 2);
+    let address = fresh[0].address();
+    let (before, change) = pool.order(address, 0, at(4_000)).unwrap();
+    assert_eq!((before, change.why, pool.usable(), fresh[0].weight()), (50, "ordered", 1, 0));
+    let weighed = [Resolved { weight: Some(30), ..found(&[1])[0] }];
+    pool.resolve(0, &weighed, &labels, at(5_000));
+    pool.tend(at(6_000));
+    assert_eq!((pool.usable(), fresh[0].summary().weight), (1, 0));
+    assert_eq!(pool.order(address, 70, at(7_000)).unwrap().0, 0);
+    assert_eq!((pool.usable(), fresh[0].weight()), (2, 70 * FULL));
+    assert!(pool.order(BackendAddr(([10, 0, 9, 9], 80).into()), 1, at(8_000)).is_none());
+}
