@@ -41,8 +41,11 @@ const DATAGRAMS: u64 = 6;
 /// A long session's bytes each way, at most.
 const MOST: u64 = 8 << 20;
 
-/// A session that takes longer hangs: silence is over after ten seconds, half a session's after two.
+/// A session that takes longer hangs: silence is over after ten seconds, half a session's after eight.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// A datagram that is not answered by then is lost.
+const SOON: Duration = Duration::from_millis(200);
 
 #[derive(clap::Parser)]
 struct Options {
@@ -152,14 +155,20 @@ impl Clients {
         let mut random = fastrand::Rng::with_seed(seed);
         while !self.tally.over.load(Ordering::Relaxed) {
             let head = self.head(random.u32(..TENANTS), 0, 0);
-            if let Err(fault) = self.flow(head, 8, &mut random).await {
+            if let Err(fault) = self.flow(head, 8, SOON, &mut random).await {
                 return self.tally.fault(fault);
             }
         }
     }
 
-    /// One flow; how many of its datagrams were answered.
-    async fn flow(&self, head: Head, count: u64, random: &mut fastrand::Rng) -> Result<u64, String> {
+    /// One flow; how many of its datagrams were answered, each within `patience`.
+    async fn flow(
+        &self,
+        head: Head,
+        count: u64,
+        patience: Duration,
+        random: &mut fastrand::Rng,
+    ) -> Result<u64, String> {
         let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
         socket.connect(self.dns).await.expect("an address");
         let header = nlb::datagram_header(consumer(head.session), self.dns, Some(&endpoint(head.tenant)));
@@ -170,7 +179,7 @@ impl Clients {
             let payload = payload.get(..random.usize(64..1_200)).unwrap_or_default();
             // An answer of before that came to nobody comes back as an error.
             drop(socket.send(&[&header, payload].concat()).await);
-            let Ok(Ok(count)) = timeout(Duration::from_millis(200), socket.recv(&mut room)).await else {
+            let Ok(Ok(count)) = timeout(patience, socket.recv(&mut room)).await else {
                 continue;
             };
             let (found, _) = backend::checked(room.get(..count).unwrap_or_default(), Toward::Client)?;
@@ -202,7 +211,7 @@ impl Clients {
             succeeded(all.join_next().await.as_ref());
         }
         for tenant in 0..TENANTS {
-            let answered = self.flow(self.head(tenant, 0, 0), 8, &mut random).await;
+            let answered = self.flow(self.head(tenant, 0, 0), 8, LIMIT, &mut random).await;
             assert_eq!(answered, Ok(8), "a datagram was lost, though no call failed");
         }
     }
@@ -268,7 +277,7 @@ const CALLS: [Call; 12] = [
 fn configuration(backends: &[[SocketAddr; 2]]) -> Config {
     let mut text =
         "[process]\nworkers = 2\n[admin]\nbind = \"127.0.0.1:0\"\n[health]\nbind = \"127.0.0.1:0\"\n[log]\n\
-        access = \"off\"\n[timeouts]\nidle = \"10s\"\nhalf-close = \"2s\"\nflow-idle = \"1s\"\n"
+        access = \"off\"\n[timeouts]\nidle = \"10s\"\nhalf-close = \"8s\"\nflow-idle = \"1s\"\n"
             .to_owned();
     for (name, protocol) in [("web", "tcp"), ("dns", "udp")] {
         // Writing to a string does not fail.
