@@ -247,7 +247,7 @@ async fn send(
     sent: &Cell<u64>,
     mut finishes: watch::Receiver<bool>,
 ) -> Result<(), String> {
-    let mut say = async |to: &mut OwnedWriteHalf, len: usize| {
+    let say = async |to: &mut OwnedWriteHalf, len: usize| {
         let start = sent.get();
         let bytes: Vec<u8> = (start..start + len as u64).map(|place| words.byte(place)).collect();
         // Counted before: the other end may have them before this one comes back.

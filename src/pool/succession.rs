@@ -111,12 +111,12 @@ impl Pool {
         for backend in &backends {
             backend.load.hand_to(backend);
         }
-        // Only now: whoever finds one of these retired finds who replaces it, too.
-        for backend in &own {
-            backend.retire();
-        }
         if let Some(before) = before {
             before.is_replaced.store(true, Ordering::Release);
+        }
+        // Only now: whoever finds one of these retired finds who replaces it, and in which pool.
+        for backend in &own {
+            backend.retire();
         }
         drop(changing);
         let mut own = lock(&pool.changing);

@@ -161,11 +161,8 @@ impl Tools {
                 care.names.insert(target.clone(), task);
             }
         }
-        Care {
-            pool: Arc::clone(pool),
-            probes: Arc::clone(&care.probes),
-            names: std::mem::take(&mut care.names),
-        }
+        care.pool = Arc::clone(pool);
+        care
     }
 
     /// Has a backend probed.

@@ -150,7 +150,8 @@ async fn sighup_reloads_and_a_faulty_file_changes_nothing() {
     let limits = "pool = \"acme\"\n[tenant.limits]\nsessions = 1\n";
     config.rewrite("pool = \"acme\"\n", limits);
     serve.signal(Signal::HUP);
-    assert_eq!(serve.says("reloaded").await["tenants"], 2);
+    let told = serve.says("reloaded").await;
+    assert_eq!([&told["tenants"], &told["tenants_changed"], &told["pools_changed"]], [2, 1, 0]);
     is_reset(&mut serve.open(ACME, b"x").await).await;
 
     config.rewrite("sessions = 1", "sessions = 0");

@@ -169,6 +169,8 @@ async fn a_named_pipe_as_the_log_that_nobody_reads_drops_lines_and_no_session() 
     .await;
     serve.end().await;
 }
+
+#[tokio::test]
 async fn a_log_that_is_too_slow_loses_lines_and_counts_them() {
     let world = World::new().await;
     let config = world.config("[log]\naccess = \"LOG\"");

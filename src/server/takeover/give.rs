@@ -265,8 +265,9 @@ fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()
             _ => break,
         };
         if let Some((sender, _)) = lock(pending).remove(&id) {
-            // Who does not wait any more has ended meanwhile.
-            sender.send(answer).map_or((), |()| ());
+            if sender.send(answer).is_err() {
+                tracing::debug!(id, "an answer came for a session that has ended");
+            }
         }
     }
     gone.store(true, Ordering::Release);

@@ -138,8 +138,9 @@ async fn a_udp_listener_that_goes_hears_and_answers_its_flows_to_their_end() {
         flows.push(flow);
     }
     proxy.reload(&listener, "").unwrap();
-    let late = Balancer::to(address).await;
     eventually("no flow to begin there", async || {
+        // Each time somebody else: a worker may not have heard of it yet.
+        let late = Balancer::to(address).await;
         late.send(&datagram(CLIENT, HOOLI, b"late")).await;
         let drained = proxy.value("vestibule_sessions_ended_total", &[("why", "drained")]).await;
         (drained > 0.5).then_some(())

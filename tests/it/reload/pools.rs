@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use vestibule::state::Count;
 
+use super::super::dns::Names;
 use super::super::harness::{closed_port, header, http};
 use super::*;
 
@@ -133,6 +134,32 @@ async fn health_stays_known_and_probes_of_a_pool_that_goes_end() {
     eventually("the pool to go", async || (last.strong_count() == 0).then_some(())).await;
     exchange(answered(&proxy).await.0).await.unwrap();
     assert_eq!(ready(&proxy).await, "ok\n", "a new pool does not make the process start again");
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+// A reload waits for the answer, and the server of these names must not wait for the reload.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_name_of_all_comes_by_a_reload_and_leads_somewhere_at_once() {
+    let names = Names::start().await;
+    names.host("app.example.com.", 0, &["127.0.0.1"]);
+    let one = Backend::start("one", Temper::Greeting).await.unwrap();
+    let two = Backend::start("two", Temper::Greeting).await.unwrap();
+    let dns = format!("[dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"", names.address());
+    let mut proxy = Conf { acme: vec![one.address()], more: dns, ..Conf::default() }.start().await;
+    exchange(answered(&proxy).await.0).await.unwrap();
+    let named = format!("backends = [\"app.example.com:{}\"]", two.address().port());
+    proxy.reload(&format!("backends = [\"{}\"]", one.address()), &named).unwrap();
+    let (session, name) = answered(&proxy).await;
+    assert_eq!(name, "two", "it was looked up before");
+    // From then on it is followed, over reloads too.
+    let found = [("pool", "acme"), ("result", "found")];
+    proxy.metric("vestibule_name_lookups_total", &found).is_at_least(1).await;
+    proxy.reload(&named, &format!("attempts = 1\n{named}")).unwrap();
+    exchange(answered(&proxy).await.0).await.unwrap();
+    proxy.metric("vestibule_name_lookups_total", &found).is_at_least(2).await;
+    exchange(session).await.unwrap();
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(3).await;
     proxy.others_are_unharmed().await;
     proxy.finish().await;
 }
