@@ -286,6 +286,28 @@ async fn who_is_still_reading_its_header_leaves_once_it_forwards() {
 }
 
 #[tokio::test]
+async fn who_moves_on_and_on_is_idle_all_the_same() {
+    let raw = Raw::bind().await;
+    let conf = || Conf { timeouts: "idle = \"2s\"".to_owned(), ..Conf::default() };
+    let [one, other] = two(&raw, conf).await;
+    let (mut client, _backend) = raw.session(&one).await;
+    let mut moves = 0;
+    // Were its silence to begin anew each time, this would have no end.
+    let ended = async |proxy: &Proxy| proxy.value(ENDED, &[("why", "idle_timeout")]).await > 0.5;
+    timeout(LIMIT, async {
+        while !ended(&one).await && !ended(&other).await {
+            move_all(&one, &other, |_| moves += 1).await;
+            move_all(&other, &one, |_| moves += 1).await;
+        }
+    })
+    .await
+    .expect("its end");
+    assert!(moves > 1, "it never moved");
+    assert_eq!(end_of(&mut client).await.unwrap(), 0);
+    finish([one, other]).await;
+}
+
+#[tokio::test]
 async fn what_is_gone_there_ends_nothing_and_limits_let_in_who_is_alive() {
     let raw = Raw::bind().await;
     let one = raw.proxy(Conf::default()).await;
