@@ -19,8 +19,6 @@ pub struct RouteCells {
     pub pool: Label,
     /// Sessions now.
     pub active: Cell64,
-    /// Sessions that came from another process.
-    pub taken_over: Cell64,
     /// Bytes forwarded.
     pub bytes: EachWay<Cell64>,
     /// Datagrams forwarded.
@@ -54,6 +52,8 @@ pub struct ListenerCells {
     pub listener: Label,
     /// Connections accepted.
     pub accepted: Cell64,
+    /// Sessions and flows that came from another process.
+    pub taken_over: Cell64,
     /// Accept errors that were the peer's: it had gone already.
     pub errors_peer: Cell64,
     /// Accept errors for want of descriptors or memory.

@@ -78,6 +78,7 @@ impl Ledger {
         find(&self.listeners, &self.shard.listeners, listener.serial, || ListenerCells {
             listener: listener.clone(),
             accepted: Cell64::default(),
+            taken_over: Cell64::default(),
             errors_peer: Cell64::default(),
             errors_shortage: Cell64::default(),
             errors_fatal: Cell64::default(),
@@ -93,7 +94,6 @@ impl Ledger {
             tenant: tenant.clone(),
             pool: pool.clone(),
             active: Cell64::default(),
-            taken_over: Cell64::default(),
             bytes: EachWay::default(),
             datagrams: EachWay::default(),
             lost: Default::default(),
@@ -163,9 +163,9 @@ impl Meter {
         bytes: EachWay<u64>,
     ) -> Self {
         let route = ledger.route(listener, tenant, pool);
-        route.taken_over.add(1);
         route.active.add(1);
         let listener = ledger.listener(listener);
+        listener.taken_over.add(1);
         let mut meter = Self {
             ledger,
             listener,
@@ -388,7 +388,8 @@ mod tests {
         assert_eq!(meter.bytes(), EachWay { to_backend: 7, to_client: 29 });
         assert_eq!(meter.labels().map(Label::name), ["web", "acme", "shared"]);
         let (route, backend) = (Arc::clone(&shard.routes()[0]), Arc::clone(&shard.backends()[0]));
-        assert_eq!((route.active.value(), route.taken_over.value(), backend.active.value()), (1, 1, 1));
+        let taken_over = shard.listeners()[0].taken_over.value();
+        assert_eq!((route.active.value(), taken_over, backend.active.value()), (1, 1, 1));
         assert_eq!((route.bytes.to_client.value(), shard.listeners()[0].accepted.value()), (20, 0));
         assert_eq!(backend.connects().map(|(_, count)| count).sum::<u64>(), 0);
         meter.end(Outcome::reject(At::Forward, Why::Moved), Duration::from_secs(1));

@@ -43,8 +43,8 @@ metrics! {
     PENDING: Gauge "vestibule_sessions_pending" ["listener"]
         "Sessions that have not yet sent a whole header.";
     TAKEOVERS: Counter "vestibule_takeovers_total" ["result"]
-        "Takeovers that the process was part of, as the old or the new one, by result: done or failed.";
-    TAKEN_OVER: Counter "vestibule_sessions_taken_over_total" ["listener", "tenant", "pool"]
+        "Takeovers that the process was part of, as the old or the new one, by result: `done` or `failed`.";
+    TAKEN_OVER: Counter "vestibule_sessions_taken_over_total" ["listener"]
         "Sessions and flows that came alive from another process, which counts them as ended: `moved`.";
     ACTIVE: Gauge "vestibule_sessions_active" ["listener", "tenant", "pool"]
         "Sessions and flows now; tenant and pool are empty until they are known.";

@@ -330,9 +330,6 @@ fn routes(sheet: &mut Sheet, shard: &Shard) {
     for route in shard.routes() {
         let labels = [route.listener.name(), route.tenant.name(), route.pool.name()];
         sheet.count(&names::ACTIVE, &labels, route.active.value());
-        if route.taken_over.value() > 0 {
-            sheet.count(&names::TAKEN_OVER, &labels, route.taken_over.value());
-        }
         for (outcome, count) in route.ended().filter(|(_, count)| *count > 0) {
             let end = [outcome.by.word(), outcome.at.word(), outcome.why.word()];
             sheet.count(&names::ENDED, &[&labels[..], &end].concat(), count);
@@ -359,6 +356,7 @@ fn listeners(sheet: &mut Sheet, shard: &Shard) {
     for cells in shard.listeners() {
         let listener = cells.listener.name();
         sheet.count(&names::ACCEPTED, &[listener], cells.accepted.value());
+        sheet.count(&names::TAKEN_OVER, &[listener], cells.taken_over.value());
         sheet.count(&names::PENDING, &[listener], cells.pending.value());
         for (class, count) in [
             ("peer", &cells.errors_peer),

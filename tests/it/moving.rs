@@ -72,7 +72,7 @@ async fn sessions_of_every_kind_go_there_and_back_twenty_times() {
     }
     for proxy in [&one, &other] {
         proxy.metric(ENDED, &MOVED).is(80).await;
-        proxy.metric(TAKEN, &[("tenant", "acme")]).is(80).await;
+        proxy.metric(TAKEN, &[("listener", "web")]).is(80).await;
     }
     let [log, others_log] = finish([one, other]).await;
     assert!(acmes(&others_log).is_empty(), "each has one line, where it ends");

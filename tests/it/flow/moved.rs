@@ -184,8 +184,7 @@ async fn flows_go_there_and_back_while_they_talk_and_nothing_is_lost() {
             timeout(LIMIT, talk).await.expect("every answer").unwrap();
         }
         assert_eq!((one.ended(Why::Moved), other.ended(Why::Moved)), (500, 500));
-        let routes = one.live.shards[0].routes();
-        assert_eq!(routes.iter().map(|route| route.taken_over.value()).sum::<u64>(), 500);
+        assert_eq!(one.live.shards[0].listeners()[0].taken_over.value(), 500);
         world.finish();
     };
     LocalSet::new().run_until(work).await;
