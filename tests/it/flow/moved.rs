@@ -181,7 +181,7 @@ async fn flows_go_there_and_back_while_they_talk_and_nothing_is_lost() {
             assert_eq!((one.held(), other.held()), ([50; 5], [0; 5]));
         }
         for talk in talks {
-            timeout(LIMIT, talk).await.expect("every answer").unwrap();
+            timeout(3 * LIMIT, talk).await.expect("every answer").unwrap();
         }
         assert_eq!((one.ended(Why::Moved), other.ended(Why::Moved)), (500, 500));
         assert_eq!(one.live.shards[0].listeners()[0].taken_over.value(), 500);
@@ -229,7 +229,7 @@ async fn a_flow_that_is_not_taken_goes_on_where_it_is() {
             assert_eq!(one.flows.count(), 2);
         }
         for talk in running {
-            timeout(LIMIT, talk).await.expect("every answer").unwrap();
+            timeout(3 * LIMIT, talk).await.expect("every answer").unwrap();
         }
         assert_eq!((one.ended(Why::Moved), one.held(), other.held()), (0, [2; 5], [0; 5]));
         world.finish();
