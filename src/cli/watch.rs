@@ -1,5 +1,6 @@
 //! `[process] watch`: a configuration file that changes is read again.
 
+use std::future::pending;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -42,13 +43,12 @@ pub(super) async fn run(main: PathBuf, mut known: Sources, orders: Arc<Orders>) 
         let now = sources(&main, known.clone()).await;
         if now.are_as(&known) {
             known = now;
-            match &watch {
-                Ok(watch) => watch.change().await,
-                Err(_) => sleep(LOOK).await,
-            }
+            let told = async { if let Ok(watch) = &watch { watch.told().await } else { pending().await } };
+            // Late is no error: it is time to look anyway.
+            drop(timeout(LOOK, told).await);
             continue;
         }
-        known = now;
+        known = settled(&main, now).await;
         tracing::info!(file = %main.display(), "a configuration file has changed");
         let orders = Arc::clone(&orders);
         // What came of it is logged and counted there. The next change is the next attempt.
@@ -56,6 +56,20 @@ pub(super) async fn run(main: PathBuf, mut known: Sources, orders: Arc<Orders>) 
             tracing::error!(%error, "a fault in vestibule itself in a reload");
         }
     }
+}
+
+/// Looks until nothing has changed for [`QUIET`]: a file that is being written has its first half.
+async fn settled(main: &Path, mut now: Sources) -> Sources {
+    for _ in 0..ROUNDS {
+        sleep(QUIET).await;
+        let next = sources(main, now.clone()).await;
+        let same = next.are_as(&now);
+        now = next;
+        if same {
+            break;
+        }
+    }
+    now
 }
 
 /// Looks at the files, which may take a while.
@@ -93,18 +107,6 @@ impl Watch {
         for folder in &sources.folders {
             if let Err(error) = inotify::add_watch(&self.inotify, folder, what) {
                 tracing::debug!(folder = %folder.display(), %error, "a folder is not watched");
-            }
-        }
-    }
-
-    /// Waits for a change and for the quiet after it, or for the time to look anyway.
-    async fn change(&self) {
-        if timeout(LOOK, self.told()).await.is_err() {
-            return;
-        }
-        for _ in 0..ROUNDS {
-            if timeout(QUIET, self.told()).await.is_err() {
-                return;
             }
         }
     }
