@@ -1,6 +1,8 @@
 //! What systemd is told (`Type=notify`, `sd_notify(3)`): nothing where it has not asked.
 
-use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, LazyLock};
+use std::thread::Builder;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -26,8 +28,12 @@ pub fn ready() {
 }
 
 /// A process serves in this one's place, once it says [`ready`] itself.
+///
+/// Sent before this returns: who hands over may end at once.
 pub fn main_pid(pid: u32) {
-    tell(&[NotifyState::MainPid(pid)]);
+    if let Err(error) = sd_notify::notify(&[NotifyState::MainPid(pid)]) {
+        tracing::warn!(%error, "systemd cannot be told");
+    }
 }
 
 /// The configuration is being read again; [`ready`] ends it.
@@ -48,10 +54,29 @@ fn more_time() -> NotifyState<'static> {
     NotifyState::ExtendTimeoutUsec(u32::try_from(PATIENCE.as_micros()).unwrap_or(u32::MAX))
 }
 
+/// Messages that may wait for systemd.
+const WAITING: usize = 64;
+
+/// A thread of its own, as a systemd that takes nothing in must hold up neither the health check nor a reload. `None`
+/// where nobody has asked to be told.
+static TELLER: LazyLock<Option<SyncSender<String>>> = LazyLock::new(|| {
+    std::env::var_os("NOTIFY_SOCKET")?;
+    let (sender, messages) = sync_channel::<String>(WAITING);
+    let tell_all = move || {
+        for message in messages {
+            if let Err(error) = sd_notify::notify(&[NotifyState::Custom(&message)]) {
+                tracing::warn!(%error, "systemd cannot be told");
+            }
+        }
+    };
+    Builder::new().name("notify".to_owned()).spawn(tell_all).ok().map(|_| sender)
+});
+
 fn tell(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "systemd cannot be told");
-    }
+    let Some(teller) = &*TELLER else { return };
+    let lines: Vec<_> = states.iter().map(ToString::to_string).collect();
+    // One that does not listen misses what there is no room for.
+    teller.try_send(lines.join("\n")).unwrap_or_default();
 }
 
 /// Tells the status when it changes, and the watchdog, where there is one, that all workers go on. For as long as the

@@ -65,7 +65,11 @@ impl Orders {
 impl control::Orders for Orders {
     fn reload(&self) -> Result<Reloaded, Refused> {
         let _turn = lock(&self.turn);
-        notify::reloading();
+        // Who goes does not come back in systemd's eyes.
+        let goes = self.live.is_draining();
+        if !goes {
+            notify::reloading();
+        }
         let reloaded = self.put_in_force();
         match &reloaded {
             // The one who does it says what has changed.
@@ -78,7 +82,9 @@ impl control::Orders for Orders {
             }
         }
         // Also where it was refused: it serves.
-        notify::ready();
+        if !goes {
+            notify::ready();
+        }
         reloaded
     }
 
