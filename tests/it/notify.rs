@@ -21,17 +21,25 @@ impl Systemd {
 
     /// The next message in which this stands.
     async fn hears(&self, what: &str) -> String {
+        self.hears_all(&[what]).await
+    }
+
+    /// The next messages until each of these has stood in one; the last of them. Two threads tell: in which order the
+    /// status comes is open.
+    async fn hears_all(&self, what: &[&str]) -> String {
+        let mut missing = what.to_vec();
         let heard = async {
             loop {
                 let mut room = [0; 4096];
                 let count = self.socket.recv(&mut room).await.unwrap();
                 let message = String::from_utf8(room[..count].to_vec()).unwrap();
-                if message.contains(what) {
+                missing.retain(|what| !message.contains(what));
+                if missing.is_empty() {
                     return message;
                 }
             }
         };
-        timeout(LIMIT, heard).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+        timeout(LIMIT, heard).await.unwrap_or_else(|_| panic!("waited in vain for one of {what:?}"))
     }
 }
 
@@ -44,8 +52,7 @@ async fn systemd_hears_of_the_start_of_reloads_and_of_the_end() {
     let mut command = program(&config);
     command.env("NOTIFY_SOCKET", config.beside("notify")).env("WATCHDOG_USEC", "400000");
     let mut serve = Serve::of(command).await;
-    systemd.hears("READY=1\n").await;
-    systemd.hears("STATUS=serving, 0 sessions\n").await;
+    systemd.hears_all(&["READY=1\n", "STATUS=serving, 0 sessions\n"]).await;
     // More than once: it goes on.
     for _ in 0..3 {
         systemd.hears("WATCHDOG=1\n").await;
@@ -57,9 +64,7 @@ async fn systemd_hears_of_the_start_of_reloads_and_of_the_end() {
     let text = fs::read_to_string(&config.path).unwrap();
     fs::write(&config.path, "nonsense").unwrap();
     serve.signal(Signal::HUP);
-    systemd.hears("RELOADING=1\n").await;
-    systemd.hears("READY=1\n").await;
-    systemd.hears("; the last reload was refused").await;
+    systemd.hears_all(&["RELOADING=1\n", "READY=1\n", "; the last reload was refused"]).await;
     fs::write(&config.path, text).unwrap();
     serve.signal(Signal::HUP);
     systemd.hears("STATUS=serving, 0 sessions\n").await;
