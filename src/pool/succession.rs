@@ -31,7 +31,7 @@ pub(super) struct Lasting {
     pub(super) retries: Budget,
     pub(super) retried: AtomicU64,
     pub(super) not_retried: AtomicU64,
-    /// Addresses that it has no more, with sessions that go on.
+    /// Addresses that it has no more, with sessions that go on, or that are still to come of older pools.
     left: Mutex<Vec<(BackendAddr, Arc<Load>)>>,
 }
 
@@ -50,7 +50,8 @@ impl Lasting {
     /// Its sessions are counted on, should its address come back before they end.
     pub(super) fn leave(&self, backend: &Backend) {
         let mut left = lock(&self.left);
-        left.retain(|(_, load)| load.sessions.load(Ordering::SeqCst) > 0);
+        // As long as anybody has it: sessions that began before are still sent there.
+        left.retain(|(_, load)| Arc::strong_count(load) > 1);
         left.push((backend.address(), Arc::clone(&backend.load)));
     }
 

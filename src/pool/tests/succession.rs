@@ -207,3 +207,61 @@ fn a_thousand_generations_leave_no_chain() {
     drop(session);
     assert_eq!(pool.roster().backends().iter().map(|backend| backend.load()).sum::<u32>(), 0);
 }
+
+/// Those of the line that have had their turn.
+fn served(places: &mut Vec<Place>) -> Vec<Picked> {
+    let mut all = Vec::new();
+    places.retain_mut(|place| {
+        match std::pin::Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(picked) => all.push(picked),
+            Poll::Pending => return true,
+        }
+        false
+    });
+    all
+}
+
+#[test]
+fn whatever_is_reloaded_the_load_is_what_is_held_and_nobody_waits_beside_room() {
+    let mut random = fastrand::Rng::with_seed(7);
+    for balance in ALL {
+        let mut config = crate::config::Pool { health: None, ..config(balance, 6) };
+        config.queue.length = 4;
+        let first = Arc::new(pool(&config));
+        let mut pools = [Arc::clone(&first), first];
+        let (mut held, mut places) = (Vec::<Picked>::new(), Vec::new());
+        for step in 0..600 {
+            let from = &pools[usize::from(random.bool())];
+            match random.u8(..12) {
+                0 => {
+                    let mut next = config.clone();
+                    next.backends.retain(|_| random.u8(..4) > 0);
+                    next.backends.push(target(2_000 + random.u16(..2)));
+                    let most = random.u32(0..5);
+                    next.backends.iter_mut().for_each(|own| own.max_sessions = (most > 0).then_some(most));
+                    next.queue.length = random.usize(..6);
+                    let [_, last] = pools;
+                    pools = [Arc::clone(&last), succeed(&last, &next, at(step))];
+                }
+                1..=5 => match from.pick(random.u64(..), random.u64(..), &mut Tried::default()) {
+                    Ok(picked) => held.push(picked),
+                    Err(Nobody::Free) => places.extend(from.wait(random.u32(..2))),
+                    Err(Nobody::Usable) => {}
+                },
+                6 if !places.is_empty() => drop(places.swap_remove(random.usize(..places.len()))),
+                _ if !held.is_empty() => drop(held.swap_remove(random.usize(..held.len()))),
+                _ => {}
+            }
+            held.extend(served(&mut places));
+            let (now, roster) = (&pools[1], pools[1].roster());
+            for backend in roster.backends() {
+                let own = held.iter().filter(|picked| picked.address() == backend.address()).count();
+                assert_eq!(backend.load() as usize, own, "{balance:?}, step {step}, {backend:?}");
+            }
+            let is_full = || roster.used().iter().all(|backend| !backend.has_room());
+            assert!(now.waiting() == places.len() && (places.is_empty() || is_full()), "step {step}");
+        }
+        drop((held, places));
+        assert!(pools[1].roster().backends().iter().all(|backend| backend.load() == 0));
+    }
+}

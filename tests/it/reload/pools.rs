@@ -148,14 +148,14 @@ async fn the_first_name_of_all_comes_by_a_reload_and_leads_somewhere_at_once() {
     let dns = format!("[dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"", names.address());
     let mut proxy = Conf { acme: vec![one.address()], more: dns, ..Conf::default() }.start().await;
     exchange(answered(&proxy).await.0).await.unwrap();
-    let named = format!("backends = [\"app.example.com:{}\"]", two.address().port());
-    proxy.reload(&format!("backends = [\"{}\"]", one.address()), &named).unwrap();
+    let by_name = format!("backends = [\"app.example.com:{}\"]", two.address().port());
+    proxy.reload(&format!("backends = [\"{}\"]", one.address()), &by_name).unwrap();
     let (session, name) = answered(&proxy).await;
     assert_eq!(name, "two", "it was looked up before");
     // From then on it is followed, over reloads too.
     let found = [("pool", "acme"), ("result", "found")];
     proxy.metric("vestibule_name_lookups_total", &found).is_at_least(1).await;
-    proxy.reload(&named, &format!("attempts = 1\n{named}")).unwrap();
+    proxy.reload(&by_name, &format!("attempts = 1\n{by_name}")).unwrap();
     exchange(answered(&proxy).await.0).await.unwrap();
     proxy.metric("vestibule_name_lookups_total", &found).is_at_least(2).await;
     exchange(session).await.unwrap();
