@@ -83,7 +83,7 @@ pub fn now() -> Moment {
     Moment(u64::try_from(read_monotonic().saturating_duration_since(start).as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// Reads the wall clock, for logs only.
+/// Reads the wall clock, for what people and other machines read only.
 #[expect(clippy::disallowed_methods, reason = "this is the place that the rule names")]
 #[must_use]
 pub fn wall() -> SystemTime {

@@ -136,6 +136,8 @@ metrics! {
         "Reloads that were refused, for a fault or for a change that needs a restart; nothing changed.";
     RELOAD_SUCCESSFUL: Gauge "vestibule_config_last_reload_successful" []
         "1 where the last reload, or the start, put its configuration in force.";
+    RELOADED: Gauge "vestibule_config_last_reload_timestamp_seconds" []
+        "When a reload, or the start, last put its configuration in force, in Unix time.";
     TENANTS: Gauge "vestibule_tenants" []
         "Tenants of the live snapshot.";
     DRAINING: Gauge "vestibule_draining" []

@@ -222,6 +222,7 @@ fn process(sheet: &mut Sheet, live: &Live) {
         sheet.count(&names::TAKEOVERS, &[result], count);
     }
     sheet.count(&names::RELOAD_SUCCESSFUL, &[], u64::from(live.reloads.last_was_successful()));
+    sheet.add(&names::RELOADED, &[], live.reloads.last_done().as_secs_f64());
     sheet.count(&names::DRAINING, &[], u64::from(live.is_draining()));
     let phase = live.draining.phase();
     sheet.count(&names::DRAIN_STAGE, &[phase.word()], 1);

@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::rows::Rows;
 use super::{Changes, Live, Snapshot};
 use crate::account::lock;
+use crate::clock;
 use crate::clock::Moment;
 use crate::config::Config;
 use crate::pool::{Answers, Pool};
@@ -19,6 +21,8 @@ pub struct Reloads {
     done: AtomicU64,
     refused: AtomicU64,
     successful: AtomicBool,
+    /// Milliseconds of Unix time.
+    last_done: AtomicU64,
 }
 
 /// What is found again by name.
@@ -164,6 +168,7 @@ impl Reloads {
             done: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             successful: AtomicBool::new(true),
+            last_done: AtomicU64::new(unix_ms()),
         }
     }
 
@@ -173,6 +178,7 @@ impl Reloads {
 
     pub(super) fn accept(&self) {
         self.done.fetch_add(1, Ordering::AcqRel);
+        self.last_done.store(unix_ms(), Ordering::Release);
         self.successful.store(true, Ordering::Release);
     }
 
@@ -188,6 +194,12 @@ impl Reloads {
         self.done.load(Ordering::Acquire)
     }
 
+    /// When one, or the start, last put its configuration in force, in Unix time.
+    #[must_use]
+    pub fn last_done(&self) -> Duration {
+        Duration::from_millis(self.last_done.load(Ordering::Acquire))
+    }
+
     /// Reloads that were refused.
     #[must_use]
     pub fn refused(&self) -> u64 {
@@ -199,6 +211,11 @@ impl Reloads {
     pub fn last_was_successful(&self) -> bool {
         self.successful.load(Ordering::Acquire)
     }
+}
+
+fn unix_ms() -> u64 {
+    let since = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

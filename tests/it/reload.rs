@@ -168,6 +168,9 @@ async fn sighup_reloads_and_a_faulty_file_changes_nothing() {
         page.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
     };
     assert_eq!(value("vestibule_config_last_reload_successful").await, Some(0.0));
+    let first = value("vestibule_config_last_reload_timestamp_seconds").await.unwrap();
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
+    assert!(first > now - 60.0 && first < now + 0.001, "{first} at {now}");
 
     config.rewrite("sessions = 0", "sessions = 9");
     config.rewrite("workers = 2", "workers = 3");
@@ -181,6 +184,7 @@ async fn sighup_reloads_and_a_faulty_file_changes_nothing() {
     })
     .await;
     assert_eq!(value("vestibule_config_rejected_total").await, Some(2.0));
+    assert!(value("vestibule_config_last_reload_timestamp_seconds").await.unwrap() > first);
     assert_eq!(value("vestibule_config_last_reload_successful").await, Some(1.0));
     exchange(serve.carried().await).await.unwrap();
     exchange(session).await.unwrap();
