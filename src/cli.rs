@@ -11,7 +11,7 @@ mod watch;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// A layer-4 proxy that knows its tenants: the target of an AWS Network Load Balancer on the provider's side of
 /// PrivateLink.
@@ -57,6 +57,12 @@ enum Command {
     /// Serves the sessions of `vestibule load`: echo, source and sink, and says who answers
     #[command(after_help = "Example:  vestibule backend --listen app=127.0.0.1:9001")]
     Backend(backend::Options),
+}
+
+/// The command line itself, for man pages and completions (`examples/generate.rs`).
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Does what the command line asks.
