@@ -157,7 +157,7 @@ fn the_readme_has_every_reason_and_every_metric() {
 fn every_fault_in_the_readme_has_its_test() {
     let readme = fs::read_to_string("README.md").unwrap_or_default();
     let section =
-        readme.split("\n## ").find(|section| section.starts_with("What goes wrong")).unwrap_or_default();
+        readme.split("\n## ").find(|section| section.starts_with("Faults")).unwrap_or_default();
     let rows: Vec<_> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
     assert!(rows.len() > 30, "{} rows", rows.len());
     let tests: String = sources(&["tests"]).into_iter().map(|source| source.text).collect();
@@ -173,6 +173,16 @@ fn every_fault_in_the_readme_has_its_test() {
         faults.extend(missing.map(|name| format!("README.md: no test is called {name}")));
     }
     none(&faults);
+}
+
+#[test]
+fn the_readme_shows_the_configuration_that_is_checked() {
+    let readme = fs::read_to_string("README.md").unwrap_or_default();
+    let minimal = fs::read_to_string("config/minimal.toml").unwrap();
+    assert!(
+        readme.contains(&format!("```toml\n{minimal}```\n")),
+        "README.md: config/minimal.toml is not there as it is"
+    );
 }
 
 #[test]
