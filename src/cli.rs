@@ -4,6 +4,7 @@ mod ask;
 mod backend;
 mod check;
 mod demo;
+mod lab;
 mod load;
 mod plot;
 mod serve;
@@ -49,6 +50,16 @@ enum Command {
     /// backends, and the proxy between them; sends traffic, and prints what to curl meanwhile.
     #[command(after_help = "Example:  vestibule demo --seconds 10")]
     Demo(demo::Options),
+    /// Shows it in networks of their own: a provider and two consumers, all of them 10.100.0.0/16, on this machine
+    ///
+    /// Makes network namespaces, an interface endpoint for each consumer, a load balancer with PROXY v2 and health checks,
+    /// two proxies and two nginx for each tenant; curls from both consumers, drains a proxy and kills a backend under load;
+    /// removes it all. Needs root, ip, nginx and curl. Exit status 1 where something shown does not hold.
+    #[command(after_help = lab::EXAMPLES)]
+    Lab(lab::Options),
+    /// The lab's load balancer, in its own process
+    #[command(hide = true)]
+    LabNlb(lab::Nlb),
     /// Plays the load balancer: many sessions, each with its header, each checked for who answered
     ///
     /// Exit status 1 where a session was answered by another tenant's backend, or nothing was measured.
@@ -72,6 +83,8 @@ pub fn main() -> ExitCode {
         Command::Serve(options) => serve::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Lab(options) => lab::run(&options),
+        Command::LabNlb(options) => lab::balance(&options),
         Command::Load(options) => load::run(&options),
         Command::Backend(options) => backend::run(&options),
     }

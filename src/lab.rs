@@ -1,12 +1,14 @@
 //! A provider's world in one process: a load balancer with its VPC endpoints, backends of many tempers, and load.
 //! Demo, tests and benches share it. Everything listens on loopback, at ports that the system chooses, and ends
-//! when its handle is dropped.
+//! when its handle is dropped. The hands-on's world has networks and processes of its own (`vpc`, `world`).
 
 pub mod backend;
 mod datagram;
 pub mod day;
 pub mod load;
 pub mod nlb;
+pub mod vpc;
+pub mod world;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
