@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use crate::clock::{self, Moment};
 use crate::lab::vpc::run::network_name;
-use crate::lab::world::{ADMIN, CIDR, CLIENT, ENDPOINT, HTTP, NLB, PORT, PROXIES, RULES, TENANTS, World};
+use crate::lab::world::{ADMIN, CIDR, CLIENT, ENDPOINT, NLB, PORT, PROXIES, RULES, TENANTS, World};
 
 /// Lines of a log that are shown where something went wrong.
 const LOG_LINES: usize = 5;
@@ -41,7 +41,7 @@ impl Screen {
             format!("vestibule lab {}: three networks on one machine, all of them {CIDR}", world.name());
         println!("{}\n", self.paint(BOLD, &title));
         self.head(&format!(
-            "{:<16}{:<27}{:<15}{:<16}pools, of nginx",
+            "{:<16}{:<27}{:<15}{:<19}pools, of nginx",
             "consumers", "interface endpoints", "load balancer", "proxies"
         ));
         let [acme, globex] = TENANTS;
@@ -124,11 +124,11 @@ impl Screen {
         let enter = |network: &str| format!("ip netns exec {} bash", network_name(&run, network));
         let program = std::env::args().next().unwrap_or_else(|| "vestibule".to_owned());
         println!("\n{}\n", self.paint(BOLD, "It is left running. Look around, as root:"));
-        let line = |what: &str, command: &str| println!("  {what:<34}{command}");
+        let line = |what: &str, command: &str| println!("  {what:<37}{command}");
         for tenant in TENANTS {
             line(&format!("be {}'s consumer", tenant.name), &enter(tenant.name));
         }
-        line("  and there", &format!("curl http://{ENDPOINT}:{HTTP}/"));
+        line("  and there", &format!("curl http://{ENDPOINT}/"));
         line("be in the provider's network", &enter("provider"));
         for (name, address) in PROXIES {
             line(
