@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
@@ -26,14 +27,9 @@ struct Lab {
 }
 
 impl Lab {
-    /// Starts it, and reads the name of its run. `None`, and a line that says why, where it cannot run. It must where
-    /// `VESTIBULE_REQUIRE_PEERS=1`.
+    /// Starts it, and reads the name of its run; `None` where it cannot run.
     fn start(words: &[&str]) -> Option<Self> {
-        let lacking = lacking();
-        if !lacking.is_empty() {
-            assert!(!is_required(), "{lacking}, and VESTIBULE_REQUIRE_PEERS is set");
-            // Not eprintln!, which the test runner keeps to itself when a test passes.
-            io::stderr().write_all(format!("left out: {lacking}\n").as_bytes()).unwrap();
+        if !can_run() {
             return None;
         }
         let mut command = lab(words);
@@ -83,6 +79,17 @@ fn lab(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vestibule"));
     command.arg("lab").args(words).stdin(Stdio::null());
     command
+}
+
+/// Whether it can run; a line says why not. It must where `VESTIBULE_REQUIRE_PEERS=1`.
+fn can_run() -> bool {
+    let lacking = lacking();
+    if !lacking.is_empty() {
+        assert!(!is_required(), "{lacking}, and VESTIBULE_REQUIRE_PEERS is set");
+        // Not eprintln!, which the test runner keeps to itself when a test passes.
+        io::stderr().write_all(format!("left out: {lacking}\n").as_bytes()).unwrap();
+    }
+    lacking.is_empty()
 }
 
 /// What the lab says that it needs, or that namespaces cannot be made; empty where nothing is lacking.
@@ -233,6 +240,27 @@ fn what_a_killed_command_has_left_is_removed_by_the_next() {
     let next = Lab::start(&[]).unwrap();
     is_gone(&run);
     drop(next);
+}
+
+#[test]
+fn a_world_that_cannot_come_up_says_why_and_is_removed() {
+    if !can_run() {
+        return;
+    }
+    // An nginx that is installed, and does not run.
+    let folder = tempfile::tempdir().unwrap();
+    let nginx = folder.path().join("nginx");
+    fs::write(&nginx, "#!/bin/sh\n[ \"$1\" = -v ] || { echo broken by the test; exit 1; }\n").unwrap();
+    fs::set_permissions(&nginx, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut paths = vec![folder.path().to_owned()];
+    paths.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap()));
+    let output = lab(&["--keep"]).env("PATH", std::env::join_paths(paths).unwrap()).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("✗ DOES NOT HOLD: The lab can go on. acme-1 has ended"), "{text}");
+    assert!(text.contains("acme-1 broken by the test") && text.contains("All is removed"), "{text}");
+    let (_, title) = text.split_once("vestibule lab ").unwrap();
+    is_gone(&title[..4]);
 }
 
 #[test]

@@ -53,14 +53,17 @@ impl<'w> Story<'w> {
         let orders = self.world.orders();
         for (name, address) in PROXIES {
             let world = &mut *self.world;
-            until(name, async || {
+            let ended = until(name, async || {
                 if let Some(ended) = world.ended() {
-                    return Err(io::Error::other(format!("{ended} has ended")));
+                    return Ok(Some(Some(ended)));
                 }
                 let healthy = Targets::of(&orders).await?.standing(address) == Some(Standing::Healthy);
-                Ok((healthy && Status::of(provider, address).await?.all_healthy()).then_some(()))
+                Ok((healthy && Status::of(provider, address).await?.all_healthy()).then_some(None))
             })
             .await?;
+            if let Some(ended) = ended {
+                return Err(io::Error::other(format!("{ended} has ended")));
+            }
             self.screen.event(&format!("{name} has probed its backends, and the NLB finds it healthy"));
         }
         Ok(())
