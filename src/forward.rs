@@ -227,9 +227,8 @@ impl Relay<'_> {
             let want = way.appetite();
             let grant = self.lent.poll_grant(direction, &mut way.purse, want, source, self.life, context);
             let grant = ready!(grant).map_err(Broken::Source)?;
-            let most = grant.most();
             let (local, meter) = self.life.parts();
-            let read = way.bring(direction, (source, sink), most, local, meter, context);
+            let read = way.bring(direction, (source, sink), grant.most(), local, meter, context);
             self.life.meter.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
             let count = ready!(read)?;
             if count == 0 && way.pipe.is_some() {

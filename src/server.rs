@@ -28,10 +28,11 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 
+use self::crew::Crew;
 use self::doors::ORDERS;
 use self::drain::Stage;
-use self::crew::Crew;
 use self::inherit::Inherited;
+use self::listen::Bound;
 use self::moving::Movers;
 use self::takeover::{Heritage, TakeoverError};
 use self::upkeep::Tools;
@@ -143,6 +144,33 @@ pub struct Start {
     pub heritage: Option<Heritage>,
 }
 
+/// All sockets that are bound.
+struct Sockets {
+    admin: TcpListener,
+    health: TcpListener,
+    control: Option<AdminSocket>,
+    /// The file of that one, where this process has to remove it.
+    file: Option<SocketFile>,
+    doors: listen::Doors,
+}
+
+impl Sockets {
+    fn bind(config: &Config, workers: usize, inherited: &mut Inherited) -> Result<Self, StartError> {
+        let admin = listen::page("admin", config.admin.bind, inherited)?;
+        let health = listen::page("health", config.health.bind, inherited)?;
+        // After the address of the pages, which no second process of the same configuration gets.
+        let (control, file) = admin_socket(config, inherited)?.unzip();
+        listen::try_sources(&config.pools)?;
+        let doors = listen::doors(config, workers, inherited)?;
+        let unmatched = inherited.rest();
+        if unmatched.is_empty() {
+            Ok(Self { admin, health, control, file: file.flatten(), doors })
+        } else {
+            Err(StartError::Unmatched(unmatched))
+        }
+    }
+}
+
 /// How long the end waits for the access log to be written.
 const LOG_END: Duration = Duration::from_secs(2);
 
@@ -168,29 +196,19 @@ impl Server {
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
         let capacity = limits::capacity(config, workers, sockets)?;
         let live = Live::new(config, workers, capacity.sessions, capacity.pipes);
-        let admin = listen::page("admin", config.admin.bind, &mut inherited)?;
-        let health = listen::page("health", config.health.bind, &mut inherited)?;
-        // After the address of the pages, which no second process of the same configuration gets.
-        let (admin_socket, socket_file) = admin_socket(config, &mut inherited)?.unzip();
-        listen::try_sources(&config.pools)?;
-        let named = live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0);
+        let Sockets { admin, health, control, file, doors } = Sockets::bind(config, workers, &mut inherited)?;
         let resolver = Arc::new(OnceLock::new());
-        if named {
+        if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {
             let first = Arc::new(Resolver::new(&config.dns)?);
             resolver.get_or_init(|| first);
-        }
-        let doors = listen::doors(config, workers, &mut inherited)?;
-        let unmatched = inherited.rest();
-        if !unmatched.is_empty() {
-            return Err(StartError::Unmatched(unmatched));
         }
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
         let (serving, turn) = watch::channel(heritage.is_none());
-        let pages = takeover::pages(config, [&admin, &health], admin_socket.as_ref(), &socket_file)?;
+        let pages = takeover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
         live.bound.store(Arc::new(doors.addresses(config.listeners.len())));
         let crew = Crew::new(workers);
-        let (movers, moves) = Movers::new(workers, &crew);
+        let (movers, ears) = Movers::new(workers, &crew);
         let (to_doors, told): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
         let changed = Arc::new(Notify::new());
         let reloader = Reloader::new(&live, doors.held, to_doors, &resolver, capacity, &changed);
@@ -207,46 +225,58 @@ impl Server {
             threads: Vec::new(),
             written: None,
             orders: Arc::clone(&orders),
-            socket: socket_file.flatten().map(Arc::new),
+            socket: file.map(Arc::new),
             serving,
             crew: Arc::clone(&crew),
             heritage,
         };
         server.may_be_taken_over(pages);
-        let (journal, written) =
-            writer::open(&config.log.access, QUEUE * workers, Arc::clone(&live.log_lost))?;
-        server.written = written;
-        let (posts, boxes): (Vec<_>, Vec<_>) =
-            (0..workers).map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
-        let boxes = boxes.into_iter().zip(told).zip(moves);
-        for ((number, doors), ((handed_over, orders), moves)) in (0_u16..).zip(doors.sockets).zip(boxes) {
-            let post = Post {
-                number,
-                live: Arc::clone(&live),
-                crew: Arc::clone(&crew),
-                doors,
-                others: posts.clone(),
-                handed_over,
-                orders,
-                moves,
-                accepts: server.heritage.is_none(),
-                stages: stages.clone(),
-                journal: journal.clone(),
-            };
-            server.threads.push(worker::spawn(post)?);
-        }
+        let ears = told.into_iter().zip(ears);
+        server.hire(config, doors.sockets, ears, &stages)?;
         let control = Control {
             tools: Tools { live, lanes: Arc::new(Lanes::new(capacity.probes)), resolver },
             changed,
             crew,
             path: config.health.path.clone(),
-            desks: Desks { address: admin, socket: admin_socket, orders, turn: Turn::new(turn) },
+            desks: Desks { address: admin, socket: control, orders, turn: Turn::new(turn) },
             health,
             stage,
             drains,
         };
         server.threads.push(control.spawn()?);
         Ok(server)
+    }
+
+    /// Opens the access log, and starts a worker for each set of sockets, with the ears that it has for orders.
+    fn hire(
+        &mut self,
+        config: &Config,
+        sockets: Vec<Vec<(u32, Bound)>>,
+        ears: impl Iterator<Item = (mpsc::Receiver<doors::Order>, mpsc::Receiver<moving::Order>)>,
+        stages: &watch::Receiver<Stage>,
+    ) -> Result<(), StartError> {
+        let queue = QUEUE * sockets.len();
+        let (journal, written) = writer::open(&config.log.access, queue, Arc::clone(&self.live.log_lost))?;
+        self.written = written;
+        let (posts, boxes): (Vec<_>, Vec<_>) =
+            sockets.iter().map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
+        for (((number, doors), handed_over), (orders, moves)) in (0_u16..).zip(sockets).zip(boxes).zip(ears) {
+            let post = Post {
+                number,
+                live: Arc::clone(&self.live),
+                crew: Arc::clone(&self.crew),
+                doors,
+                others: posts.clone(),
+                handed_over,
+                orders,
+                moves,
+                accepts: self.heritage.is_none(),
+                stages: stages.clone(),
+                journal: journal.clone(),
+            };
+            self.threads.push(worker::spawn(post)?);
+        }
+        Ok(())
     }
 
     /// What all threads share.

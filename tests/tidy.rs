@@ -156,8 +156,7 @@ fn the_readme_has_every_reason_and_every_metric() {
 #[test]
 fn every_fault_in_the_readme_has_its_test() {
     let readme = fs::read_to_string("README.md").unwrap_or_default();
-    let section =
-        readme.split("\n## ").find(|section| section.starts_with("Faults")).unwrap_or_default();
+    let section = readme.split("\n## ").find(|section| section.starts_with("Faults")).unwrap_or_default();
     let rows: Vec<_> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
     assert!(rows.len() > 30, "{} rows", rows.len());
     let tests: String = sources(&["tests"]).into_iter().map(|source| source.text).collect();

@@ -112,7 +112,10 @@ async fn run(options: &Options) {
         assert!(status.success(), "turn {turn}: {status}");
         old = heir;
     }
-    println!("from a successor's start to its predecessor's end: median {:.0} ms", stage::median(took.clone()));
+    println!(
+        "from a successor's start to its predecessor's end: median {:.0} ms",
+        stage::median(took.clone())
+    );
     let (sessions, flows) = (finish(&mut sessions).await, finish(&mut flows).await);
     let bytes = long.finish().await;
     println!(
@@ -143,7 +146,8 @@ async fn finish(load: &mut Load) -> serde_json::Value {
         sleep(Duration::from_millis(20)).await;
     }
     let text = std::fs::read_to_string(&load.report).expect("a report");
-    let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+    let report: serde_json::Value =
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
     assert_eq!(report["misrouted"], 0, "{report}");
     assert_eq!(report["failed"].as_object().map_or(0, serde_json::Map::len), 0, "{report}");
     report
@@ -261,8 +265,13 @@ to-client = "2MiB/s"
             Load { proc: Proc(command.spawn().expect("the load generator")), report }
         };
         let rate = format!("{rate}/s");
-        let sessions = start("sessions", &["--mode", "connect", "--sessions", "64", "--rate", &rate], self.target);
-        let flows = start("flows", &["--mode", "udp", "--sessions", "64", "--timeout", "1s", "--rate", "2000/s"], self.datagrams);
+        let sessions =
+            start("sessions", &["--mode", "connect", "--sessions", "64", "--rate", &rate], self.target);
+        let flows = start(
+            "flows",
+            &["--mode", "udp", "--sessions", "64", "--timeout", "1s", "--rate", "2000/s"],
+            self.datagrams,
+        );
         (sessions, flows)
     }
 
@@ -276,7 +285,8 @@ to-client = "2MiB/s"
     fn is_empty(&self) {
         stage::until("something is left", || {
             let all = stage::scrape(self.admin);
-            let gauges = ["vestibule_sessions_active", "vestibule_pipes_in_use", "vestibule_tenant_sessions{"];
+            let gauges =
+                ["vestibule_sessions_active", "vestibule_pipes_in_use", "vestibule_tenant_sessions{"];
             gauges.iter().all(|gauge| {
                 all.iter().filter(|(name, _)| name.starts_with(gauge)).all(|(_, value)| *value == 0.0)
             })
@@ -284,7 +294,9 @@ to-client = "2MiB/s"
         let faults: Vec<_> = stage::scrape(self.admin)
             .into_iter()
             .filter(|(name, value)| {
-                name.starts_with("vestibule_sessions_ended_total") && name.contains("why=\"internal\"") && *value > 0.0
+                name.starts_with("vestibule_sessions_ended_total")
+                    && name.contains("why=\"internal\"")
+                    && *value > 0.0
             })
             .collect();
         assert!(faults.is_empty(), "{faults:?}");

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use axum::body::Bytes;
 use axum::body::Body;
+use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::header::{CONNECTION, UPGRADE};
 use axum::http::{Method, StatusCode, Uri};
@@ -123,12 +123,16 @@ async fn takeover(State(desk): State<Desk>, request: Request) -> Response {
     }
     let upgrade = hyper::upgrade::on(request);
     tokio::spawn(async move {
-        let upgraded = upgrade.await.ok().and_then(|upgraded| upgraded.downcast::<TokioIo<tokio::net::UnixStream>>().ok());
+        let upgraded = upgrade
+            .await
+            .ok()
+            .and_then(|upgraded| upgraded.downcast::<TokioIo<tokio::net::UnixStream>>().ok());
         // It has gone already.
         let Some(Ok(stream)) = upgraded.map(|parts| parts.io.into_inner().into_std()) else { return };
         desk.orders.hand_over(stream);
     });
-    (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, TAKEOVER)], Body::empty()).into_response()
+    (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, TAKEOVER)], Body::empty())
+        .into_response()
 }
 
 /// The order to give a backend another weight.

@@ -177,9 +177,8 @@ impl<A> Flows<A> {
 
 /// The place of a flow's door: the same socket, or else one of the same address.
 fn place(doors: &[Option<Rc<Door>>], told: &Told) -> Option<u16> {
-    let find = |is_it: &dyn Fn(&Door) -> bool| {
-        doors.iter().position(|door| door.as_deref().is_some_and(is_it))
-    };
+    let find =
+        |is_it: &dyn Fn(&Door) -> bool| doors.iter().position(|door| door.as_deref().is_some_and(is_it));
     let same = find(&|door| door.cookie == told.door);
     let place = same.or_else(|| find(&|door| door.address() == told.address));
     place.and_then(|place| u16::try_from(place).ok())

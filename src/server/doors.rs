@@ -119,7 +119,8 @@ impl Doors {
                     let opened = Opened { door: Rc::clone(&door), _close: close };
                     self.open.borrow_mut().entry(id).or_default().push(opened);
                     let open = self.shop.crew.open_door();
-                    let orders = Stays { stages: self.stages.clone(), closes, accepts: self.accepts.subscribe() };
+                    let orders =
+                        Stays { stages: self.stages.clone(), closes, accepts: self.accepts.subscribe() };
                     spawn_local(keep(door, open, listener, Rc::clone(&self.shop), orders));
                 }
                 Err(error) => stopped(&self.shop, listener, &error),

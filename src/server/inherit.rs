@@ -54,7 +54,8 @@ impl Inherited {
 
     /// The address that was bound where this one is configured.
     pub(super) fn bound(&self, whose: &str, configured: SocketAddr) -> SocketAddr {
-        let is_it = |(name, address, _): &&(String, SocketAddr, SocketAddr)| name == whose && *address == configured;
+        let is_it =
+            |(name, address, _): &&(String, SocketAddr, SocketAddr)| name == whose && *address == configured;
         self.ports.iter().find(is_it).map_or(configured, |(_, _, bound)| *bound)
     }
 

@@ -10,7 +10,10 @@ use tokio::task::spawn_local;
 use super::crew::{Aboard, Crew};
 use super::worker::Shop;
 use crate::flow::{self, Flows};
-use crate::session::{self, moved::{self, Moved}};
+use crate::session::{
+    self,
+    moved::{self, Moved},
+};
 use crate::takeover::{Answer, Kind, Leaving, Refused};
 
 /// Parcels that may wait for the other process: the sessions in them stand still, and all others go on meanwhile.

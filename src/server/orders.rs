@@ -1,13 +1,13 @@
 //! What the process does when it is told to, by a signal, at the admin socket or by a file that changed.
 
-use std::path::PathBuf;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use tokio::sync::watch;
 
-use super::reload::Reloader;
 use super::notify;
+use super::reload::Reloader;
 use super::takeover::Giver;
 use crate::account::lock;
 use crate::admin::control::{self, Fault, Refused, Reloaded};
@@ -41,9 +41,7 @@ impl Orders {
     fn read(&self) -> Result<Config, Refused> {
         let Some(source) = &self.source else {
             self.live.reloads.refuse();
-            return Err(refused_for(
-                "the configuration: must come from a file, found none to read again",
-            ));
+            return Err(refused_for("the configuration: must come from a file, found none to read again"));
         };
         Config::load(source).map_err(|faults| {
             self.live.reloads.refuse();

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 pub(super) use self::give::Giver;
 pub use self::take::{Heritage, TakeoverError};
-use super::{Server, SocketFile, notify};
+use super::{Server, notify};
 use crate::clock;
 use crate::config::Config;
 use crate::takeover::message::{Offered, Role};
@@ -38,7 +38,7 @@ pub(super) fn pages(
     config: &Config,
     [admin, health]: [&TcpListener; 2],
     control: Option<&(UnixListener, PathBuf)>,
-    file: &Option<Option<SocketFile>>,
+    has_file: bool,
 ) -> io::Result<Pages> {
     let mut pages = Vec::new();
     for (socket, role) in [
@@ -49,7 +49,6 @@ pub(super) fn pages(
         pages.push((Offered { role, bound }, socket.as_fd().try_clone_to_owned()?));
     }
     if let Some((socket, path)) = control {
-        let has_file = matches!(file, Some(Some(_)));
         let role = Role::Control { path: path.clone(), has_file };
         pages.push((Offered { role, bound: None }, socket.as_fd().try_clone_to_owned()?));
     }
@@ -70,9 +69,13 @@ impl Server {
             serving: self.serving.clone(),
             stage: self.stage.clone(),
             gone: Box::new(move |heir| {
-                socket.iter().for_each(|socket| socket.keep());
+                if let Some(socket) = &socket {
+                    socket.keep();
+                }
                 // Systemd believes it of the process that it knows.
-                heir.into_iter().for_each(notify::main_pid);
+                if let Some(heir) = heir {
+                    notify::main_pid(heir);
+                }
             }),
             busy: AtomicBool::new(false),
         };
@@ -96,7 +99,9 @@ impl Server {
         let (live, movers) = (Arc::clone(&self.live), Arc::clone(&self.movers));
         // Not one of the threads that the end waits for: it ends with the old process.
         thread::Builder::new().name("takeover".to_owned()).spawn(move || arrivals.run(&live, &movers))?;
-        self.socket.iter().for_each(|socket| socket.own());
+        if let Some(socket) = &self.socket {
+            socket.own();
+        }
         self.reloader.team().resume();
         self.serving.send_replace(true);
         Ok(())

@@ -11,11 +11,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use super::message::Message;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
 };
-use super::message::Message;
 
 /// Descriptors of one frame: the kernel takes 253 (`SCM_MAX_FD` in include/net/scm.h).
 pub const MOST_FDS: usize = 64;
@@ -128,18 +128,15 @@ impl Link {
             return Ok(None);
         }
         (&self.stream).read_exact(prefix.get_mut(came..).unwrap_or_default())?;
-        let [a, b, c, d, e, f, g, h] = prefix;
-        let (head, tail) = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
-        let head = self.read(head, MOST_HEAD)?;
-        let tail = self.read(tail, MOST_TAIL)?;
+        let both = u64::from_be_bytes(prefix);
+        let head = self.read(both >> 32, MOST_HEAD)?;
+        let tail = self.read(both & u64::from(u32::MAX), MOST_TAIL)?;
         Ok(Some(Frame { message: serde_json::from_slice(&head)?, tail, fds }))
     }
 
-    fn read(&self, len: u32, most: usize) -> io::Result<Vec<u8>> {
-        let len = len as usize;
-        if len > most {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a message beyond its bound"));
-        }
+    fn read(&self, len: u64, most: usize) -> io::Result<Vec<u8>> {
+        let beyond = || io::Error::new(io::ErrorKind::InvalidData, "a message beyond its bound");
+        let len = usize::try_from(len).ok().filter(|len| *len <= most).ok_or_else(beyond)?;
         let mut bytes = vec![0; len];
         (&self.stream).read_exact(&mut bytes)?;
         Ok(bytes)

@@ -86,7 +86,9 @@ impl Giver {
     /// Serves a successor that has connected; returns when all is its, or when that has failed and this process goes on.
     pub(in crate::server) fn run(&self, stream: UnixStream) {
         let is_alone = !self.busy.swap(true, Ordering::AcqRel);
-        let heir = socket_peercred(&stream).ok().and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
+        let heir = socket_peercred(&stream)
+            .ok()
+            .and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
         match self.give(stream, is_alone) {
             Ok(()) => {
                 self.live.takeovers.count(true);
@@ -115,7 +117,9 @@ impl Giver {
                 let own = env!("CARGO_PKG_VERSION");
                 return refuse(
                     &link,
-                    format!("{program} speaks version {version} of the takeover, and {own} speaks {VERSION}: restart instead"),
+                    format!(
+                        "{program} speaks version {version} of the takeover, and {own} speaks {VERSION}: restart instead"
+                    ),
                 );
             }
             Some(_) => return Err(Failed::Confused),
@@ -262,12 +266,18 @@ fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()
                 tracing::warn!(why, "a session stays: the successor cannot carry it");
                 (id, Answer::Stays)
             }
-            _ => break,
+            Message::Hello { .. }
+            | Message::Refused { .. }
+            | Message::Sockets(_)
+            | Message::AllSockets { .. }
+            | Message::Ready
+            | Message::Stopped
+            | Message::Parcel { .. }
+            | Message::Done => break,
         };
-        if let Some((sender, _)) = lock(pending).remove(&id) {
-            if sender.send(answer).is_err() {
-                tracing::debug!(id, "an answer came for a session that has ended");
-            }
+        let waits = lock(pending).remove(&id);
+        if waits.is_some_and(|(sender, _)| sender.send(answer).is_err()) {
+            tracing::debug!(id, "an answer came for a session that has ended");
         }
     }
     gone.store(true, Ordering::Release);

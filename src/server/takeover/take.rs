@@ -78,12 +78,19 @@ impl Heritage {
             match frame.message {
                 Message::Sockets(offered) => sockets.extend(offered.into_iter().zip(frame.fds)),
                 Message::AllSockets { program, pid } => {
-                    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+                    let pid =
+                        Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                     let old = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
                     return Ok(Self { link, sockets, old, program });
                 }
                 Message::Refused { why } => return Err(TakeoverError::Refused(why)),
-                _ => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+                Message::Hello { .. }
+                | Message::Ready
+                | Message::Stopped
+                | Message::Parcel { .. }
+                | Message::Taken { .. }
+                | Message::Stays { .. }
+                | Message::Done => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
             }
         }
     }
