@@ -66,6 +66,11 @@ impl Ledger {
         &self.shard.worker
     }
 
+    /// From now on sessions are numbered from here: those of a process before, which may live on here, had lower numbers.
+    pub fn number_from(&self, first: u64) {
+        self.sessions.set(first);
+    }
+
     /// Numbers the worker's sessions.
     #[must_use]
     pub fn next_session(&self) -> u64 {

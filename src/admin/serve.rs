@@ -123,7 +123,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
-        let turn = Turn::new(watch::channel(true).1);
+        let (_serving, turn) = watch::channel(true);
+        let turn = Turn::new(turn);
         tokio::spawn(serve(listener, Router::new().route("/take", post(take)), turn));
         let mut stream = UnixStream::connect(&path).await.unwrap();
         let head = b"POST /take HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: test\r\n\r\ntake";

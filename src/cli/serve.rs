@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -68,6 +68,8 @@ fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartErr
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            upgrade: signal(SignalKind::user_defined2())?,
+            successor: Successor { source: start.source.clone(), control: config.admin.socket.clone() },
         }
     };
     let watched = start.source.clone().filter(|_| config.process.watch);
@@ -87,6 +89,40 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    upgrade: Signal,
+    successor: Successor,
+}
+
+/// How a process starts the one that takes its place.
+struct Successor {
+    source: Option<PathBuf>,
+    control: Option<PathBuf>,
+}
+
+impl Successor {
+    /// Starts it from where this one was started: there is the new program by now.
+    fn start(&self) {
+        let (Some(source), Some(control)) = (&self.source, &self.control) else {
+            tracing::error!(
+                "SIGUSR2: must find an admin.socket in the configuration for a successor to ask at, found none"
+            );
+            return;
+        };
+        let program = std::env::args_os().next().unwrap_or_else(|| "vestibule".into());
+        let mut command = Command::new(program);
+        command.arg("serve").arg("--config").arg(source).arg("--takeover").arg(control);
+        match command.spawn() {
+            Ok(mut heir) => {
+                tracing::info!(pid = heir.id(), "a successor is started");
+                // Waited for on a thread: one that fails is told of, and leaves nothing behind.
+                std::thread::spawn(move || match heir.wait() {
+                    Ok(status) => tracing::error!(%status, "the successor has ended; this process goes on"),
+                    Err(error) => tracing::error!(%error, "nobody knows what became of the successor"),
+                });
+            }
+            Err(error) => tracing::error!(%error, "a successor cannot be started; this process goes on"),
+        }
+    }
 }
 
 impl Signals {
@@ -96,6 +132,7 @@ impl Signals {
             tokio::select! {
                 _ = self.terminate.recv() => return,
                 _ = self.interrupt.recv() => return,
+                _ = self.upgrade.recv() => self.successor.start(),
                 _ = self.hangup.recv() => {
                     let orders = Arc::clone(orders);
                     // What came of it is logged and counted there.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, watch};
@@ -178,10 +178,18 @@ impl Drop for Vital {
     }
 }
 
+/// The number of a process's first session: beyond all that the process before it has given, which would have had to take on
+/// 65,536 in each second.
+fn first_session() -> u64 {
+    let since = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_secs() << 16
+}
+
 async fn work(mut post: Post) {
     let number = usize::from(post.number);
     let Some(shard) = post.live.shards.get(number) else { return };
     let ledger = Ledger::new(Arc::clone(shard), post.live.labels.intern(""));
+    ledger.number_from(first_session());
     let local = Local::new(ledger, clock::now());
     let worker = Worker::new(post.number, &post.live, Rc::clone(&local), Journal::new(post.journal.clone()));
     let shop = Rc::new(Shop {

@@ -408,3 +408,51 @@ async fn two_signals_end_a_process_that_was_taken_over_to() {
     let lines = new.sessions(1).await;
     assert_eq!((&lines[0]["tenant"], &lines[0]["outcome"]["why"]), (&"acme".into(), &"drained".into()));
 }
+
+/// A process that no handle ends.
+struct Orphan(rustix::process::Pid);
+
+impl Orphan {
+    fn signal(&self, signal: Signal) {
+        // It may have ended already.
+        rustix::process::kill_process(self.0, signal).unwrap_or_default();
+    }
+}
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        self.signal(Signal::KILL);
+    }
+}
+
+#[tokio::test]
+async fn a_signal_has_a_process_start_its_own_successor() {
+    let world = World::new().await;
+    let (config, _control) = config(&world, "");
+    let mut old = Serve::start(&config).await;
+    let mut live = old.carried().await;
+    old.signal(Signal::USR2);
+    let pid = i32::try_from(old.says("a successor is started").await["pid"].as_u64().unwrap()).unwrap();
+    let heir = Orphan(rustix::process::Pid::from_raw(pid).unwrap());
+    assert_eq!(old.ended().await.code(), Some(0));
+    live.write_all(b"still").await.unwrap();
+    assert_eq!(read(&mut live, 5).await, b"still");
+    old.serves().await;
+    assert_eq!(value(&old, "vestibule_sessions_taken_over_total", "").await, 1);
+    assert_eq!(exchange(live).await.unwrap(), b"");
+    is_empty(&old).await;
+    heir.signal(Signal::TERM);
+    old.says("draining").await;
+    heir.signal(Signal::TERM);
+    eventually("its end", async || std::net::TcpStream::connect(old.web).is_err().then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_signal_without_an_admin_socket_says_what_is_missing() {
+    let world = World::new().await;
+    let mut alone = Serve::start(&world.config("")).await;
+    alone.signal(Signal::USR2);
+    alone.says("SIGUSR2: must find an admin.socket").await;
+    alone.serves().await;
+    alone.end().await;
+}
