@@ -203,10 +203,12 @@ impl<A> Flows<A> {
         };
         let mut short = false;
         while !door.is_closed() {
-            while self.paused.get() {
+            // One that closes is nobody else's.
+            let waits = |door: &Door| self.paused.get() && !door.is_closing();
+            while waits(&door) {
                 self.goes_on.notified().await;
             }
-            match door.hear(|door| if self.paused.get() { Ok(false) } else { self.hear(door, place) }).await {
+            match door.hear(|door| if waits(door) { Ok(false) } else { self.hear(door, place) }).await {
                 Ok(()) => short = false,
                 Err(error) if socket::loss(&error) == Loss::Shortage => {
                     self.count_shortage(listener);

@@ -359,11 +359,23 @@ impl Pool {
     /// there is no such backend.
     pub fn order(&self, address: BackendAddr, weight: u32, now: Moment) -> Option<(u32, Change)> {
         let changing = lock(&self.changing);
+        // Another one may have come into force while the lock was waited for.
+        if let Some(current) = self.current() {
+            drop(changing);
+            return current.order(address, weight, now);
+        }
         let all = changing.next.as_deref().map_or_else(|| self.roster().backends().to_vec(), <[_]>::to_vec);
         let backend = all.into_iter().find(|backend| backend.address() == address)?;
         let before = backend.order(weight, now);
         self.renew(changing, now);
         Some((before, change(&backend, None)))
+    }
+
+    /// Who is in it, or will be once its roster is made anew.
+    #[must_use]
+    pub fn backends(&self) -> Vec<Arc<Backend>> {
+        let changing = lock(&self.changing);
+        changing.next.as_deref().map_or_else(|| self.roster().backends().to_vec(), <[_]>::to_vec)
     }
 
     /// Makes the roster anew, or has it made when its time has come; at once where there is nobody in it.

@@ -341,7 +341,7 @@ impl Server {
     /// From now on every session that forwards, and every flow, leaves through what this returns, and ends here once its
     /// answer says that it was taken. Clients' datagrams wait in the listening sockets meanwhile.
     pub async fn start_moving(&self) -> mpsc::Receiver<Leaving> {
-        self.movers.start().await
+        self.movers.start().await.0
     }
 
     /// Whatever has not left stays, and all goes on as before.

@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
 use tracing_appender::non_blocking::WorkerGuard;
 
@@ -62,6 +63,7 @@ pub(super) fn run(options: &Options) -> ExitCode {
 fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // The signals are caught before the first thread serves: none can come too early.
+    let (reloads, asked) = mpsc::channel(1);
     let signals = {
         let _context = runtime.enter();
         Signals {
@@ -70,6 +72,7 @@ fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartErr
             hangup: signal(SignalKind::hangup())?,
             upgrade: signal(SignalKind::user_defined2())?,
             successor: Successor { source: start.source.clone(), control: config.admin.socket.clone() },
+            reloads,
         }
     };
     let watched = start.source.clone().filter(|_| config.process.watch);
@@ -77,6 +80,7 @@ fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartErr
     server.succeed()?;
     announce(&server, config);
     notify::ready();
+    runtime.spawn(reload(Arc::clone(server.orders()), asked));
     if let Some(main) = watched {
         runtime.spawn(watch::run(main, sources, Arc::clone(server.orders())));
     }
@@ -91,6 +95,8 @@ struct Signals {
     hangup: Signal,
     upgrade: Signal,
     successor: Successor,
+    /// Has room for one reload beside the one that is carried out: it reads the newest files.
+    reloads: mpsc::Sender<()>,
 }
 
 /// How a process starts the one that takes its place.
@@ -110,7 +116,14 @@ impl Successor {
         };
         let program = std::env::args_os().next().unwrap_or_else(|| "vestibule".into());
         let mut command = Command::new(program);
-        command.arg("serve").arg("--config").arg(source).arg("--takeover").arg(control);
+        // Systemd's watchdog is asked by whoever serves: this one's number in it would keep the successor from answering.
+        command
+            .env_remove("WATCHDOG_PID")
+            .arg("serve")
+            .arg("--config")
+            .arg(source)
+            .arg("--takeover")
+            .arg(control);
         match command.spawn() {
             Ok(mut heir) => {
                 tracing::info!(pid = heir.id(), "a successor is started");
@@ -127,19 +140,14 @@ impl Successor {
 
 impl Signals {
     /// Waits for the next order to end; meanwhile SIGHUP reloads.
-    async fn next(&mut self, orders: &Arc<Orders>) {
+    async fn next(&mut self) {
         loop {
             tokio::select! {
                 _ = self.terminate.recv() => return,
                 _ = self.interrupt.recv() => return,
                 _ = self.upgrade.recv() => self.successor.start(),
-                _ = self.hangup.recv() => {
-                    let orders = Arc::clone(orders);
-                    // What came of it is logged and counted there.
-                    if let Err(error) = tokio::task::spawn_blocking(move || orders.reload()).await {
-                        tracing::error!(%error, "a fault in vestibule itself in a reload");
-                    }
-                }
+                // Not here: it may wait for names, and the end must not wait for it.
+                _ = self.hangup.recv() => self.reloads.try_send(()).unwrap_or_default(),
             }
         }
     }
@@ -147,12 +155,23 @@ impl Signals {
     /// The first signal drains, the second ends. One that comes after `POST /drain` is the first: who stops a process by
     /// both, as Kubernetes does with a hook, must not cut off what drains.
     async fn carry_out(&mut self, orders: &Arc<Orders>, end: impl Fn()) {
-        self.next(orders).await;
+        self.next().await;
         orders.drain();
-        self.next(orders).await;
+        self.next().await;
         tracing::warn!("a second signal: ending now");
         end();
         std::future::pending::<()>().await;
+    }
+}
+
+/// Carries out one reload after the other, for as long as anybody asks.
+async fn reload(orders: Arc<Orders>, mut asked: mpsc::Receiver<()>) {
+    while asked.recv().await.is_some() {
+        let orders = Arc::clone(&orders);
+        // What came of it is logged and counted there.
+        if let Err(error) = tokio::task::spawn_blocking(move || orders.reload()).await {
+            tracing::error!(%error, "a fault in vestibule itself in a reload");
+        }
     }
 }
 

@@ -1,10 +1,12 @@
 //! Doors of flows that close: no flow begins there, and those that there are go on until they are silent.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Flows;
+use super::socket::Door;
 
 /// How many workers still have flows at an address that is given up.
 ///
@@ -33,14 +35,16 @@ impl Vacancy {
 
 impl<A> Flows<A> {
     /// From now on no flow begins at a listener's address.
-    pub fn close(&self, listener: u32, address: SocketAddr, vacancy: Arc<Vacancy>) {
+    pub fn close(&self, listener: u32, address: SocketAddr, vacancy: &Arc<Vacancy>) {
         let doors = self.doors.borrow();
-        let door = doors.iter().flatten().find(|door| door.is_at(listener, address) && !door.is_closing());
-        match door {
-            Some(door) => door.close(vacancy),
-            // It is broken, and was told of.
-            None => vacancy.leave(),
+        let is_it = |door: &&Rc<Door>| door.is_at(listener, address) && !door.is_closing();
+        // Several where another process had more workers. Each leaves once.
+        for door in doors.iter().flatten().filter(is_it) {
+            vacancy.0.fetch_add(1, Ordering::AcqRel);
+            door.close(Arc::clone(vacancy));
         }
+        // The worker itself; its doors may be broken, and were told of.
+        vacancy.leave();
     }
 
     /// Flows begin again where there are some still from before; whether that is so.

@@ -167,11 +167,13 @@ impl<A> Flows<A> {
         self.state.borrow_mut().adopt(moved, place, door, &self.poll)
     }
 
-    /// Whether the listening socket of a flow that comes is here.
+    /// Whether the listening socket of a flow that comes is here: the very same, or one of the same address.
     #[must_use]
-    pub fn has_door(&self, parcel: &Parcel) -> bool {
+    pub fn has_door(&self, parcel: &Parcel, the_same: bool) -> bool {
         let told = parcel.read::<Told>(Kind::Flow);
-        told.is_ok_and(|(told, _)| place(&self.doors.borrow(), &told).is_some())
+        let doors = self.doors.borrow();
+        let is_same = |told: &Told| doors.iter().flatten().any(|door| door.cookie == told.door);
+        told.is_ok_and(|(told, _)| if the_same { is_same(&told) } else { place(&doors, &told).is_some() })
     }
 }
 

@@ -292,6 +292,16 @@ impl Backend {
         before
     }
 
+    /// Keeps an operator's weight over a reload that says of it what was said before.
+    pub(super) fn keep_order(&self, before: &Self) {
+        let is_same = self.said.load(Ordering::Acquire) == before.said.load(Ordering::Acquire)
+            && self.is_backup.load(Ordering::Acquire) == before.is_backup.load(Ordering::Acquire)
+            && (self.max_sessions, &self.zone) == (before.max_sessions, &before.zone);
+        if is_same {
+            self.ordered.store(before.ordered.load(Ordering::Acquire), Ordering::Release);
+        }
+    }
+
     /// Its weight, as the operator, its name or the configuration says.
     fn said(&self) -> u32 {
         let ordered = self.ordered.load(Ordering::Acquire);

@@ -149,7 +149,11 @@ impl Pool {
             },
             |before| (Arc::clone(&before.vitals), Arc::clone(&before.load)),
         );
-        Arc::new(self.new_backend(address, labels, slot, traits, vitals, load))
+        let backend = self.new_backend(address, labels, slot, traits, vitals, load);
+        if let Some(before) = before {
+            backend.keep_order(before);
+        }
+        Arc::new(backend)
     }
 
     /// Gives each name what it led to before, or leads to now, and tells the slots of those addresses.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -48,7 +48,7 @@ pub(super) enum Order {
     Close(Vec<(DoorId, Arc<Vacancy>)>),
     /// Accept nothing and hear nothing, and say so once that holds: what comes waits in the sockets.
     Pause(oneshot::Sender<()>),
-    /// Accept and hear again.
+    /// Accept again. Datagrams are heard by an order of those who move flows.
     Resume,
     /// Show every socket, for another process to accept there too.
     Lend(oneshot::Sender<Vec<Lent>>),
@@ -59,7 +59,8 @@ pub(super) type Lent = (DoorId, OwnedFd);
 
 /// A TCP door that is open.
 struct Opened {
-    door: Rc<Door>,
+    /// Gone once its task has closed it.
+    door: Weak<Door>,
     /// Closes it, where this goes.
     _close: oneshot::Sender<()>,
 }
@@ -89,7 +90,7 @@ impl Doors {
                         self.open(listener, socket);
                     }
                 }
-                Order::Close(doors) => doors.into_iter().for_each(|(door, last)| self.close(door, last)),
+                Order::Close(doors) => doors.into_iter().for_each(|(door, last)| self.close(door, &last)),
                 Order::Pause(done) => {
                     // Whoever accepts looks here first: from now on nobody does.
                     self.accepts.send_replace(false);
@@ -97,10 +98,7 @@ impl Doors {
                     // Who asked has given up.
                     done.send(()).unwrap_or_default();
                 }
-                Order::Resume => {
-                    self.accepts.send_replace(true);
-                    self.shop.known_flows().iter().for_each(|flows| flows.go_on());
-                }
+                Order::Resume => drop(self.accepts.send_replace(true)),
                 Order::Lend(to) => drop(to.send(self.lend())),
             }
         }
@@ -116,7 +114,7 @@ impl Doors {
                     let (address, door) = (door.address().0, Rc::new(door));
                     let (close, closes) = oneshot::channel();
                     let id = DoorId { listener, protocol: Protocol::Tcp, address };
-                    let opened = Opened { door: Rc::clone(&door), _close: close };
+                    let opened = Opened { door: Rc::downgrade(&door), _close: close };
                     self.open.borrow_mut().entry(id).or_default().push(opened);
                     let open = self.shop.crew.open_door();
                     let orders =
@@ -145,7 +143,8 @@ impl Doors {
     fn lend(&self) -> Vec<Lent> {
         let open = self.open.borrow();
         let tcp = open.iter().flat_map(|(id, doors)| doors.iter().map(move |opened| (*id, opened)));
-        let tcp = tcp.filter_map(|(id, opened)| Some((id, opened.door.as_fd().try_clone_to_owned().ok()?)));
+        let tcp = tcp
+            .filter_map(|(id, opened)| Some((id, opened.door.upgrade()?.as_fd().try_clone_to_owned().ok()?)));
         let udp = self.shop.known_flows().map_or_else(Vec::new, |flows| flows.lend());
         let udp = udp.into_iter().map(|(listener, address, socket)| {
             (DoorId { listener, protocol: Protocol::Udp, address }, socket)
@@ -153,7 +152,7 @@ impl Doors {
         tcp.chain(udp).collect()
     }
 
-    fn close(&self, door: DoorId, last: Arc<Vacancy>) {
+    fn close(&self, door: DoorId, last: &Arc<Vacancy>) {
         match door.protocol {
             // Its task closes it; where that has ended, it is closed.
             Protocol::Tcp => drop(self.open.borrow_mut().remove(&door)),

@@ -65,9 +65,9 @@ pub(super) fn doors(config: &Config, workers: usize, inherited: &mut Inherited) 
 
 /// Binds one address of a listener, once for each worker, but where somebody has bound it before.
 ///
-/// What is there already is spread over the workers, however many there are. Those that are left bind their own beside it;
-/// where they must not, as with a low port, they share the first. But a flow's datagrams must come to one worker, which the
-/// kernel finds by how many sockets there are: of UDP there are as many as before, and no socket of it is shared.
+/// What is there already is spread over the workers, however many there are. Those that are left share it: one more would get
+/// connections at once, and nobody accepts before all is ready; and a low port they could not bind. But a flow's datagrams must
+/// come to one worker, which the kernel finds by how many sockets there are: of UDP no socket is shared, and none is added.
 pub(super) fn bind(
     listener: &config::Listener,
     place: u32,
@@ -87,18 +87,18 @@ pub(super) fn bind(
             own.push((place, socket));
         }
     }
-    let own = |sockets: &Vec<(u32, Bound)>| sockets.last().and_then(|(_, socket)| socket.try_clone());
-    let first = if had > 0 { workers.first().and_then(own) } else { None };
+    let shared: Vec<_> = workers.iter().take(had).filter_map(|own| own.last()?.1.try_clone()).collect();
+    let mut shared = shared.iter().cycle();
     for sockets in workers.iter_mut().skip(had) {
         let socket = match listener.protocol {
             Protocol::Udp if had > 0 => break,
             Protocol::Udp => open_udp(address).map(Bound::Udp),
-            Protocol::Tcp => open(address, true).map(Bound::Tcp),
+            Protocol::Tcp => match shared.next().and_then(Bound::try_clone) {
+                Some(again) => Ok(again),
+                None => open(address, true).map(Bound::Tcp),
+            },
         };
-        let socket = match (socket, first.as_ref().and_then(Bound::try_clone)) {
-            (Err(_), Some(shared)) => shared,
-            (socket, _) => socket.map_err(refused(address))?,
-        };
+        let socket = socket.map_err(refused(address))?;
         address = socket.local_addr().map_err(refused(address))?;
         sockets.push((place, socket));
     }

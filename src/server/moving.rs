@@ -25,8 +25,8 @@ const ORDERS: usize = 64;
 /// What a worker is told.
 #[derive(Debug)]
 pub(super) enum Order {
-    /// Every session and flow leaves, through here.
-    Leave(mpsc::Sender<Leaving>),
+    /// Every session and flow leaves, through here; the other one is dropped once all flows have been answered for.
+    Leave(mpsc::Sender<Leaving>, mpsc::Sender<()>),
     /// Those that have not left stay, and datagrams are heard again.
     Stay(bool),
     /// Datagrams wait in the listening sockets, for their flows are still to come; or they are heard.
@@ -36,7 +36,16 @@ pub(super) enum Order {
     /// One that has been answered for.
     Carry(Box<Moved>, Aboard),
     /// So does a flow; it comes back where its listening socket is another worker's.
-    Flow(Leaving, oneshot::Sender<Option<Leaving>>),
+    Flow(Leaving, Door, oneshot::Sender<Option<Leaving>>),
+}
+
+/// Where a flow goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Door {
+    /// Behind the very socket that it came to.
+    Same,
+    /// Behind one of the same address.
+    Alike,
 }
 
 /// The workers, as those who move sessions see them.
@@ -55,14 +64,15 @@ impl Movers {
         (Self { crew: Arc::clone(crew), orders, told: AtomicBool::new(false) }, heard)
     }
 
-    /// From now on every session and flow leaves.
-    pub(super) async fn start(&self) -> mpsc::Receiver<Leaving> {
+    /// From now on every session and flow leaves. The second channel ends once all flows have been answered for.
+    pub(super) async fn start(&self) -> (mpsc::Receiver<Leaving>, mpsc::Receiver<()>) {
         let (departures, leaving) = mpsc::channel(UNDER_WAY);
+        let (flows, flows_left) = mpsc::channel(1);
         for worker in &self.orders {
             // A worker that has ended has nothing that could leave.
-            worker.send(Order::Leave(departures.clone())).await.unwrap_or_default();
+            worker.send(Order::Leave(departures.clone(), flows.clone())).await.unwrap_or_default();
         }
-        leaving
+        (leaving, flows_left)
     }
 
     /// Whatever has not left stays. Datagrams are heard again, or not.
@@ -108,18 +118,21 @@ impl Movers {
         worker.send(order).await.unwrap_or_default();
     }
 
-    /// The worker of the same number as before has a flow's listening socket most likely, and else one of the others.
+    /// The worker of the same number as before has a flow's listening socket most likely, and else one of the others; one of the
+    /// same address is for a flow whose own is nowhere.
     async fn take_flow(&self, mut leaving: Leaving) {
         let first = flow::moved::worker(&leaving.parcel).map_or(0, usize::from);
-        for step in 0..self.orders.len() {
-            let Some(worker) = self.orders.get((first + step) % self.orders.len()) else { return };
-            let (back, comes_back) = oneshot::channel();
-            if worker.send(Order::Flow(leaving, back)).await.is_err() {
-                return;
-            }
-            match comes_back.await {
-                Ok(Some(again)) => leaving = again,
-                Ok(None) | Err(_) => return,
+        for door in [Door::Same, Door::Alike] {
+            for step in 0..self.orders.len() {
+                let Some(worker) = self.orders.get((first + step) % self.orders.len()) else { return };
+                let (back, comes_back) = oneshot::channel();
+                if worker.send(Order::Flow(leaving, door, back)).await.is_err() {
+                    return;
+                }
+                match comes_back.await {
+                    Ok(Some(again)) => leaving = again,
+                    Ok(None) | Err(_) => return,
+                }
             }
         }
         self.stays(&Refused::NoDoor);
@@ -137,8 +150,8 @@ pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
     let mut told = false;
     while let Some(order) = orders.recv().await {
         let taken = match order {
-            Order::Leave(departures) => {
-                shop.start_moving(departures);
+            Order::Leave(departures, flows) => {
+                shop.start_moving(departures, flows);
                 Ok(())
             }
             Order::Stay(hear) => {
@@ -154,8 +167,10 @@ pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
                 shop.carry_on(moved, aboard);
                 Ok(())
             }
-            Order::Flow(leaving, back) => {
-                let flows = shop.known_flows().filter(|flows| flows.has_door(&leaving.parcel));
+            Order::Flow(leaving, door, back) => {
+                let is_here =
+                    |flows: &&Rc<Flows<Aboard>>| flows.has_door(&leaving.parcel, door == Door::Same);
+                let flows = shop.known_flows().filter(is_here);
                 let (taken, again) = match flows {
                     Some(flows) => (take_flow(flows, leaving), None),
                     None => (Ok(()), Some(leaving)),
@@ -179,11 +194,16 @@ fn warn(refused: &Refused) {
 
 impl Shop {
     /// From now on every session and flow leaves, through here.
-    pub(super) fn start_moving(&self, departures: mpsc::Sender<Leaving>) {
+    pub(super) fn start_moving(&self, departures: mpsc::Sender<Leaving>, flows_left: mpsc::Sender<()>) {
         *self.worker.departures.borrow_mut() = Some(departures.clone());
         self.worker.local.start_moving();
         if let Some(flows) = self.known_flows().cloned() {
-            spawn_local(async move { flows.move_out(departures).await });
+            // Here, and not in the task: an order to hear may be the next.
+            flows.pause();
+            spawn_local(async move {
+                flows.move_out(departures).await;
+                drop(flows_left);
+            });
         }
     }
 

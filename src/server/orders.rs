@@ -50,6 +50,10 @@ impl Orders {
     }
 
     fn put_in_force(&self) -> Result<Reloaded, Refused> {
+        if self.giver.get().is_some_and(|giver| giver.is_busy()) {
+            self.live.reloads.refuse();
+            return Err(refused_for("a takeover is under way: ask the successor, or again once it is over"));
+        }
         let config = self.read()?;
         self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
         Ok(Reloaded {

@@ -23,10 +23,13 @@ use crate::flow::Vacancy;
 use crate::pool::Answers;
 use crate::resolve::Resolver;
 use crate::resolve::answer::Memory;
-use crate::state::{Changes, Frozen, Live};
+use crate::state::{Changes, Count, Frozen, Live};
 
 /// How long a reload waits for names without which a pool would have nobody. What is not known by then is looked up later.
 const NAMES: Duration = Duration::from_secs(5);
+
+/// What one reload may tell a worker: to open, and to close.
+const ROOM: usize = 2;
 
 /// Why a reload was refused; what was in force stays.
 #[derive(Debug, thiserror::Error)]
@@ -133,8 +136,6 @@ impl Desk {
         let turn = self.live.turn(config)?;
         let present = self.live.config.load_full();
         let mut held = lock(&self.held);
-        // Sockets that are bound here and not handed on are closed again.
-        let plan = self.plan(config, &turn.places(config), &held)?;
         let differing = config.pools.iter().filter(|pool| !present.pools.contains(pool));
         let differing: Vec<&Pool> = differing.collect();
         listen::try_sources(differing.iter().copied())?;
@@ -142,13 +143,14 @@ impl Desk {
             let resolver = Arc::new(Resolver::new(&config.dns).map_err(StartError::from)?);
             self.resolver.get_or_init(|| resolver);
         }
-        let wanted = (plan.open.iter().any(|sockets| !sockets.is_empty()), !plan.close.is_empty());
-        let room = usize::from(wanted.0) + usize::from(wanted.1);
-        // A worker that is no more needs none.
-        if self.orders.iter().any(|orders| orders.capacity() < room && !orders.is_closed()) {
+        // A worker that is no more needs no room.
+        if self.orders.iter().any(|orders| orders.capacity() < ROOM && !orders.is_closed()) {
             return Err(ReloadError::Busy);
         }
         let answers = answers(&present, config, &differing);
+        // The last that may fail, and then close what it has bound: connections come to it from here on.
+        let plan = self.plan(config, &turn.places(config), &held)?;
+        let wanted = (plan.open.iter().any(|sockets| !sockets.is_empty()), !plan.close.is_empty());
         // From here on nothing fails.
         let changes = turn.put(config, plan.addresses, &answers, clock::now());
         let vacancies: Vec<_> =
@@ -161,7 +163,7 @@ impl Desk {
                 tracing::error!("a worker takes no orders: its doors are as they were");
             }
         }
-        if plan.held.len() > held.len() {
+        if changes.listeners != Count::default() {
             self.reckon(config, plan.held.len());
         }
         *held = plan.held;

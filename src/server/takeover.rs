@@ -96,9 +96,24 @@ impl Server {
             park_timeout(LOOK);
         }
         let arrivals = heritage.ready()?;
-        let (live, movers) = (Arc::clone(&self.live), Arc::clone(&self.movers));
+        let (live, movers, team) = (Arc::clone(&self.live), Arc::clone(&self.movers), self.reloader.team());
+        let (serving, drain, socket) = (self.serving.clone(), self.drain.clone(), self.socket.clone());
+        live.takeovers.set_receiving(true);
         // Not one of the threads that the end waits for: it ends with the old process.
-        thread::Builder::new().name("takeover".to_owned()).spawn(move || arrivals.run(&live, &movers))?;
+        thread::Builder::new().name("takeover".to_owned()).spawn(move || {
+            let all = arrivals.run(&live, &movers);
+            live.takeovers.set_receiving(false);
+            if let Err(why) = all {
+                // The old one accepts again: this one finishes what it has.
+                tracing::error!(why, "the old process lives and goes on; this one drains");
+                serving.send_replace(false);
+                team.pause();
+                if let Some(socket) = socket {
+                    socket.keep();
+                }
+                drain.send_replace(true);
+            }
+        })?;
         if let Some(socket) = &self.socket {
             socket.own();
         }

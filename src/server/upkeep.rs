@@ -136,9 +136,9 @@ impl Tools {
             }
             stays
         });
-        let roster = pool.roster();
+        let backends = pool.backends();
         let marks: HashMap<_, _> =
-            roster.backends().iter().map(|backend| (backend.address().0, backend.mark())).collect();
+            backends.iter().map(|backend| (backend.address().0, backend.mark())).collect();
         let unprobed: Vec<_> = {
             let mut probes = lock(&care.probes);
             probes.retain(|address, (mark, task)| {
@@ -149,7 +149,7 @@ impl Tools {
                 stays
             });
             let is_new = |backend: &&Arc<Backend>| !probes.contains_key(&backend.address().0);
-            roster.backends().iter().filter(|_| pool.probe.is_some()).filter(is_new).collect()
+            backends.iter().filter(|_| pool.probe.is_some()).filter(is_new).collect()
         };
         let of = unprobed.len();
         for (place, backend) in unprobed.into_iter().enumerate() {

@@ -1,15 +1,27 @@
 //! How often everything was to go from one process to another.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Takeovers that this process was part of, on either side.
 #[derive(Debug, Default)]
 pub struct Takeovers {
     done: AtomicU64,
     failed: AtomicU64,
+    receiving: AtomicBool,
 }
 
 impl Takeovers {
+    /// Whether another process's sessions may still come.
+    #[must_use]
+    pub fn is_receiving(&self) -> bool {
+        self.receiving.load(Ordering::Acquire)
+    }
+
+    /// From now on they may, or not any more.
+    pub fn set_receiving(&self, receiving: bool) {
+        self.receiving.store(receiving, Ordering::Release);
+    }
+
     /// Counts one that is over.
     pub fn count(&self, is_done: bool) {
         if is_done { &self.done } else { &self.failed }.fetch_add(1, Ordering::AcqRel);

@@ -72,6 +72,13 @@ impl Link {
         self.stream.shutdown(Shutdown::Read).unwrap_or_default();
     }
 
+    /// Ends it for both sides: after a frame that was not sent whole, the next would be taken for the rest of it. What was said
+    /// before is still read.
+    pub fn break_off(&self) {
+        // As above.
+        self.stream.shutdown(Shutdown::Both).unwrap_or_default();
+    }
+
     /// Says something.
     ///
     /// # Errors
@@ -100,7 +107,7 @@ impl Link {
             }
         };
         // The descriptors went with the first byte.
-        (&self.stream).write_all(frame.get(sent..).unwrap_or_default())
+        (&self.stream).write_all(frame.get(sent..).unwrap_or_default()).inspect_err(|_| self.break_off())
     }
 
     /// Hears the next frame; `None` once the other side has gone.

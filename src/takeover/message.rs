@@ -42,6 +42,8 @@ pub enum Message {
         /// Its number on this link.
         id: u32,
     },
+    /// Old: every flow has been sent and answered for.
+    FlowsSent,
     /// New: from here on it is mine.
     Taken {
         /// Its number.

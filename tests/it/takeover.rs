@@ -197,6 +197,7 @@ impl Heir {
                 | Message::Ready
                 | Message::Stopped
                 | Message::Parcel { .. }
+                | Message::FlowsSent
                 | Message::Taken { .. }
                 | Message::Stays { .. }
                 | Message::Done => panic!("{:?}", frame.message),

@@ -48,6 +48,8 @@ enum Failed {
     Gone,
     #[error("the successor does not answer")]
     Late,
+    #[error("the configuration was changed, or the end ordered, after the successor had asked")]
+    Overtaken,
     #[error("the successor said something else than was expected")]
     Confused,
     #[error("the link to the successor broke: {0}")]
@@ -83,13 +85,18 @@ impl fmt::Debug for Giver {
 type Pending = Mutex<HashMap<u32, (oneshot::Sender<Answer>, Moment)>>;
 
 impl Giver {
+    /// Whether a successor is being served.
+    pub(in crate::server) fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Acquire)
+    }
+
     /// Serves a successor that has connected; returns when all is its, or when that has failed and this process goes on.
     pub(in crate::server) fn run(&self, stream: UnixStream) {
         let is_alone = !self.busy.swap(true, Ordering::AcqRel);
         let heir = socket_peercred(&stream)
             .ok()
             .and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
-        match self.give(stream, is_alone) {
+        match self.give(stream, is_alone, heir) {
             Ok(()) => {
                 self.live.takeovers.count(true);
                 tracing::info!("everything is the successor's");
@@ -106,7 +113,7 @@ impl Giver {
         }
     }
 
-    fn give(&self, stream: UnixStream, is_alone: bool) -> Result<(), Failed> {
+    fn give(&self, stream: UnixStream, is_alone: bool, heir: Option<u32>) -> Result<(), Failed> {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let link = Link::new(stream, ANSWER)?;
         match link.receive()?.map(|frame| frame.message) {
@@ -128,9 +135,13 @@ impl Giver {
         if !is_alone {
             return refuse(&link, "another takeover is under way".to_owned());
         }
+        if self.live.takeovers.is_receiving() {
+            return refuse(&link, "the takeover before this one is not over".to_owned());
+        }
         if self.live.is_draining() {
             return refuse(&link, "the old process is draining already".to_owned());
         }
+        let reloads = self.live.reloads.done();
         self.show(&link)?;
         link.set_patience(Some(READY))?;
         match link.receive()?.map(|frame| frame.message) {
@@ -138,9 +149,13 @@ impl Giver {
             Some(_) => return Err(Failed::Confused),
             None => return Err(Failed::Gone),
         }
-        let stopped = Stopped::new(self);
+        // It has read what was in force before.
+        if self.live.is_draining() || self.live.reloads.done() != reloads {
+            return Err(Failed::Overtaken);
+        }
+        let stopped = Stopped::new(self, &runtime);
         link.send(&Message::Stopped, &[], &[])?;
-        self.send_away(&link, &runtime)?;
+        self.send_away(&link, &runtime, heir)?;
         stopped.stays_so();
         Ok(())
     }
@@ -183,25 +198,40 @@ impl Giver {
     }
 
     /// Sends away every session and flow, as each comes to where it can go.
-    fn send_away(&self, link: &Link, runtime: &Runtime) -> Result<(), Failed> {
+    fn send_away(&self, link: &Link, runtime: &Runtime, heir: Option<u32>) -> Result<(), Failed> {
         let (pending, gone) = (Pending::default(), AtomicBool::new(false));
         link.set_patience(None)?;
         let (ended, end) = sync_channel(1);
         std::thread::scope(|scope| {
-            let leaving = runtime.block_on(self.movers.start());
+            let (leaving, mut flows_left) = runtime.block_on(self.movers.start());
             scope.spawn(|| post(link, leaving, &pending, &gone));
+            scope.spawn(move || {
+                while flows_left.blocking_recv().is_some() {}
+                // Where it cannot be said, the others will notice.
+                link.send(&Message::FlowsSent, &[], &[]).unwrap_or_default();
+            });
             scope.spawn(|| hear(link, &pending, &gone, &ended));
-            let result = self.watch(&pending, &gone, &end);
+            let result = self.watch(&pending, &gone, &end, heir);
             let result = result.and_then(|()| Ok(link.send(&Message::Done, &[], &[])?));
             // What was answered until now counts, and who had no answer stays. The threads end with their senders.
-            link.stop_hearing();
+            if result.is_ok() {
+                link.stop_hearing();
+            } else {
+                link.break_off();
+            }
             runtime.block_on(self.movers.stop(result.is_err()));
             result
         })
     }
 
     /// Looks until nothing is left, or the successor is gone.
-    fn watch(&self, pending: &Pending, gone: &AtomicBool, end: &Receiver<()>) -> Result<(), Failed> {
+    fn watch(
+        &self,
+        pending: &Pending,
+        gone: &AtomicBool,
+        end: &Receiver<()>,
+        heir: Option<u32>,
+    ) -> Result<(), Failed> {
         let start = clock::now();
         let deadline = self.live.config.load().drain.deadline;
         let mut told = start;
@@ -218,6 +248,10 @@ impl Giver {
                 return Err(Failed::Late);
             }
             if now.since(told) >= TELL {
+                if told == start {
+                    // It takes longer: orders are for the one who serves.
+                    (self.gone)(heir);
+                }
                 told = now;
                 let pending = usize::try_from(self.live.pending()).unwrap_or(usize::MAX);
                 tracing::info!(
@@ -244,6 +278,10 @@ fn refuse(link: &Link, why: String) -> Result<(), Failed> {
 fn post(link: &Link, mut leaving: mpsc::Receiver<Leaving>, pending: &Pending, gone: &AtomicBool) {
     for id in 0.. {
         let Some(Leaving { parcel, answer }) = leaving.blocking_recv() else { return };
+        if gone.load(Ordering::Acquire) {
+            // Dropped without an answer: it stays.
+            continue;
+        }
         // Known before it is sent: the answer may be faster than we are.
         lock(pending).insert(id, (answer, clock::now()));
         let fds: Vec<_> = parcel.fds.iter().map(AsFd::as_fd).collect();
@@ -273,6 +311,7 @@ fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()
             | Message::Ready
             | Message::Stopped
             | Message::Parcel { .. }
+            | Message::FlowsSent
             | Message::Done => break,
         };
         let waits = lock(pending).remove(&id);
@@ -286,13 +325,13 @@ fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()
 }
 
 /// The time in which this process accepts nothing and serves no page: it goes on with both, unless everything has gone.
-struct Stopped<'a>(Option<&'a Giver>);
+struct Stopped<'a>(Option<(&'a Giver, &'a Runtime)>);
 
 impl<'a> Stopped<'a> {
-    fn new(giver: &'a Giver) -> Self {
+    fn new(giver: &'a Giver, runtime: &'a Runtime) -> Self {
         giver.serving.send_replace(false);
         giver.team.pause();
-        Self(Some(giver))
+        Self(Some((giver, runtime)))
     }
 
     fn stays_so(mut self) {
@@ -302,8 +341,9 @@ impl<'a> Stopped<'a> {
 
 impl Drop for Stopped<'_> {
     fn drop(&mut self) {
-        if let Some(giver) = self.0 {
+        if let Some((giver, runtime)) = self.0 {
             giver.team.resume();
+            runtime.block_on(giver.movers.hear_datagrams(true));
             giver.serving.send_replace(true);
         }
     }

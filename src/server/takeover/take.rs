@@ -7,7 +7,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use tokio::runtime::Runtime;
 
 use crate::server::inherit::Inherited;
 use crate::server::moving::Movers;
@@ -76,7 +79,11 @@ impl Heritage {
         loop {
             let frame = link.receive()?.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
             match frame.message {
-                Message::Sockets(offered) => sockets.extend(offered.into_iter().zip(frame.fds)),
+                Message::Sockets(offered) if offered.len() == frame.fds.len() => {
+                    sockets.extend(offered.into_iter().zip(frame.fds));
+                }
+                // Some were cut off: this process may not have so many descriptors.
+                Message::Sockets(_) => return Err(io::Error::from(Errno::MFILE).into()),
                 Message::AllSockets { program, pid } => {
                     let pid =
                         Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
@@ -88,6 +95,7 @@ impl Heritage {
                 | Message::Ready
                 | Message::Stopped
                 | Message::Parcel { .. }
+                | Message::FlowsSent
                 | Message::Taken { .. }
                 | Message::Stays { .. }
                 | Message::Done => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
@@ -172,41 +180,78 @@ pub(in crate::server) struct Arrivals {
     old: OwnedFd,
 }
 
+/// Why nothing comes any more.
+enum End {
+    /// Everything has come.
+    Done,
+    /// The old process is dead.
+    Dead,
+    /// It lives, and has what was not answered for.
+    Lives(String),
+}
+
 impl Arrivals {
-    /// Takes in what comes until the old process has nothing left, or is gone.
-    pub(in crate::server) fn run(&self, live: &Live, movers: &Movers) {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() else { return };
+    /// Takes in what comes until the old process has nothing left, or is gone; `Err` where that lives and goes on. Then this one
+    /// must not: two would accept at the same sockets.
+    ///
+    /// # Errors
+    /// What is wrong with the link.
+    pub(in crate::server) fn run(self, live: &Live, movers: &Movers) -> Result<(), String> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().build().map_err(|error| error.to_string())?;
         // What cannot move yet may take its whole time; an old process that dies is noticed all the same.
         self.link.set_patience(None).unwrap_or_default();
         let mut moved = 0_u64;
-        let why = loop {
-            match self.link.receive() {
+        let end = self.take_all(&runtime, movers, &mut moved);
+        // Flows that have not come are not to come.
+        runtime.block_on(movers.hear_datagrams(true));
+        live.takeovers.count(matches!(end, End::Done));
+        match end {
+            End::Done => tracing::info!(moved, "took over"),
+            End::Dead => tracing::error!(moved, "the old process has died before everything had come"),
+            End::Lives(why) => return Err(why),
+        }
+        Ok(())
+    }
+
+    fn take_all(&self, runtime: &Runtime, movers: &Movers, moved: &mut u64) -> End {
+        loop {
+            let fault = match self.link.receive() {
                 Ok(Some(Frame { message: Message::Parcel { id }, tail, fds })) => {
                     let parcel = Parcel { record: tail, fds };
-                    moved += u64::from(runtime.block_on(self.take_in(id, parcel, movers)));
+                    match runtime.block_on(self.take_in(id, parcel, movers)) {
+                        Ok(taken) => {
+                            *moved += u64::from(taken);
+                            continue;
+                        }
+                        Err(error) => error.to_string(),
+                    }
                 }
-                Ok(Some(Frame { message: Message::Done, .. })) => break None,
-                Ok(Some(_)) => break Some("it says what is not understood here".to_owned()),
-                Ok(None) => break Some("it has gone".to_owned()),
-                Err(error) => break Some(error.to_string()),
-            }
-        };
-        live.takeovers.count(why.is_none());
-        match why {
-            None => tracing::info!(moved, "took over"),
-            Some(why) => tracing::error!(moved, why, "the old process has not given everything"),
+                Ok(Some(Frame { message: Message::FlowsSent, .. })) => {
+                    runtime.block_on(movers.hear_datagrams(true));
+                    continue;
+                }
+                Ok(Some(Frame { message: Message::Done, .. })) => return End::Done,
+                Ok(Some(_)) => "it says what is not understood here".to_owned(),
+                Ok(None) => "it has broken off".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            return if is_dead(&self.old) { End::Dead } else { End::Lives(fault) };
         }
     }
 
     /// Takes one in, if it can be carried; whether it was.
-    async fn take_in(&self, id: u32, parcel: Parcel, movers: &Movers) -> bool {
+    ///
+    /// # Errors
+    /// Where the old process could not be told, and lives: it has this one still, and all that follow.
+    async fn take_in(&self, id: u32, parcel: Parcel, movers: &Movers) -> io::Result<bool> {
         let refused = match parcel.kind() {
             // A datagram more or less is nothing new to a flow.
             Ok(Kind::Flow) => {
                 let (answer, answered) = tokio::sync::oneshot::channel();
                 movers.take_over(Leaving { parcel, answer }).await;
                 match answered.await {
-                    Ok(Answer::Taken) => return self.say_taken(id),
+                    Ok(Answer::Taken) => return self.say_taken(id).map(|()| true),
                     Ok(Answer::Stays) | Err(_) => "the flow cannot be carried here".to_owned(),
                 }
             }
@@ -214,24 +259,25 @@ impl Arrivals {
                 Ok(moved) => {
                     // Said before its first byte moves: who has this answer closes its own side, who has none goes on with
                     // it. If it could not be said, the other one has it, unless it is dead.
-                    if !self.say_taken(id) {
-                        return false;
-                    }
+                    self.say_taken(id)?;
                     movers.carry(moved).await;
-                    return true;
+                    return Ok(true);
                 }
                 Err(refused) => refused.to_string(),
             },
             Err(refused) => refused.to_string(),
         };
         tracing::warn!(why = refused, "a session stays with the old process");
-        self.link.send(&Message::Stays { id, why: refused }, &[], &[]).unwrap_or_default();
-        false
+        self.link.send(&Message::Stays { id, why: refused }, &[], &[])?;
+        Ok(false)
     }
 
-    /// Whether it is this process's from here on.
-    fn say_taken(&self, id: u32) -> bool {
-        self.link.send(&Message::Taken { id }, &[], &[]).is_ok() || is_dead(&self.old)
+    /// It is this process's from here on.
+    fn say_taken(&self, id: u32) -> io::Result<()> {
+        match self.link.send(&Message::Taken { id }, &[], &[]) {
+            Err(error) if !is_dead(&self.old) => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 }
 

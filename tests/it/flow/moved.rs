@@ -248,7 +248,7 @@ async fn a_flow_whose_listening_socket_is_not_there_is_refused() {
         let balancer = world.balancer().await;
         balancer.ask(&datagram("10.100.0.10:40000", ACME, b"hello")).await;
         one.move_to(&stranger, |Leaving { parcel, answer }| {
-            assert_eq!((moved::worker(&parcel), stranger.flows.has_door(&parcel)), (Some(0), false));
+            assert_eq!((moved::worker(&parcel), stranger.flows.has_door(&parcel, false)), (Some(0), false));
             let decoded = moved::decode(parcel).unwrap();
             assert_eq!(stranger.flows.take_over(decoded), Err(Refused::NoDoor));
             drop(answer);
