@@ -13,7 +13,8 @@ mod long;
 #[path = "../stage/mod.rs"]
 mod stage;
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -164,6 +165,7 @@ struct World {
     target: SocketAddr,
     datagrams: SocketAddr,
     admin: SocketAddr,
+    health: SocketAddr,
     control: PathBuf,
     _backends: [Proc; 2],
 }
@@ -225,7 +227,7 @@ to-client = "2MiB/s"
             control.display()
         );
         std::fs::write(dir.join("vestibule.toml"), text).expect("a configuration");
-        Self { dir: dir.to_owned(), target, datagrams, admin, control, _backends: backends }
+        Self { dir: dir.to_owned(), target, datagrams, admin, health, control, _backends: backends }
     }
 
     /// A proxy; one that takes over from the process behind this socket.
@@ -244,10 +246,7 @@ to-client = "2MiB/s"
         let proc = Proc(command.spawn().expect("a proxy"));
         if takeover.is_none() {
             stage::ready(self.target);
-            stage::until("the proxy is not ready", || {
-                let all = stage::scrape(self.admin);
-                all.iter().any(|(name, value)| name == "vestibule_ready" && *value > 0.0)
-            });
+            stage::until("the proxy is not ready", || self.is_ready());
         }
         proc
     }
@@ -273,6 +272,14 @@ to-client = "2MiB/s"
             self.datagrams,
         );
         (sessions, flows)
+    }
+
+    /// Whether the health check passes.
+    fn is_ready(&self) -> bool {
+        let Ok(mut stream) = TcpStream::connect(self.health) else { return false };
+        let mut answer = String::new();
+        let asked = stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n");
+        asked.and_then(|()| stream.read_to_string(&mut answer)).is_ok() && answer.starts_with("HTTP/1.1 200 ")
     }
 
     /// What the last lines of the log say.
