@@ -63,7 +63,7 @@ pub struct Heritage {
 }
 
 impl Heritage {
-    /// Asks the process behind its control socket for all that it has. It goes on until [`ready`](Self::ready).
+    /// Asks the process behind its control socket for all that it has. It goes on until this one is ready.
     ///
     /// # Errors
     /// Nobody is there, it refuses, or it breaks off.
