@@ -122,9 +122,11 @@ fn crowd() -> Config {
 
 /// The heap that is held for tenants that have never had a session, as it was asked for.
 fn memory() {
-    let config = crowd();
+    let mut config = None;
+    let read = allocation_counter::measure(|| config = Some(Arc::new(crowd())));
+    let config = config.expect("a configuration");
     let mut live = None;
-    let held = allocation_counter::measure(|| live = Some(Live::new(&config, 2, 50_000, 0)));
+    let held = allocation_counter::measure(|| live = Some(Live::of(Arc::clone(&config), 2, 50_000, 0)));
     let quotas = live.map_or(0, |live| live.quotas.count());
     assert_eq!(quotas, TENANTS as usize);
     let each = held.bytes_current / i64::from(TENANTS);
@@ -132,6 +134,10 @@ fn memory() {
         "{each} bytes and {} allocations for each of {TENANTS} idle tenants with every limit; {} of these bytes are its quota",
         held.count_current / i64::from(TENANTS),
         size_of::<Quota>()
+    );
+    println!(
+        "beside it the configuration that is in force, as it was read: {} bytes for each",
+        read.bytes_current / i64::from(TENANTS)
     );
     assert!(each <= MOST, "{MOST} bytes are the most");
 }

@@ -180,14 +180,14 @@ impl Server {
     /// # Errors
     /// The first thing that the machine refused; nothing runs then.
     pub fn start(config: &Config) -> Result<Self, StartError> {
-        Self::start_with(config, Start::default())
+        Self::start_with(&Arc::new(config.clone()), Start::default())
     }
 
     /// [`start`](Self::start), with more than a configuration.
     ///
     /// # Errors
     /// As there; and where a socket was passed that no address asks for.
-    pub fn start_with(config: &Config, start: Start) -> Result<Self, StartError> {
+    pub fn start_with(config: &Arc<Config>, start: Start) -> Result<Self, StartError> {
         let Start { source, mut inherited, mut heritage } = start;
         if let Some(heritage) = &mut heritage {
             inherited = heritage.inherited();
@@ -195,7 +195,7 @@ impl Server {
         let workers = limits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
         let capacity = limits::capacity(config, workers, sockets)?;
-        let live = Live::new(config, workers, capacity.sessions, capacity.pipes);
+        let live = Live::of(Arc::clone(config), workers, capacity.sessions, capacity.pipes);
         let Sockets { admin, health, control, file, doors } = Sockets::bind(config, workers, &mut inherited)?;
         let resolver = Arc::new(OnceLock::new());
         if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {

@@ -259,13 +259,19 @@ impl Live {
     /// The state of a process that starts: `workers` shards, at most `max_sessions` sessions and `pipes` pipes.
     #[must_use]
     pub fn new(config: &Config, workers: usize, max_sessions: usize, pipes: u64) -> Arc<Self> {
+        Self::of(Arc::new(config.clone()), workers, max_sessions, pipes)
+    }
+
+    /// [`new`](Self::new), with a configuration that is kept as it is: of 100,000 tenants a second one would be felt.
+    #[must_use]
+    pub fn of(config: Arc<Config>, workers: usize, max_sessions: usize, pipes: u64) -> Arc<Self> {
         let labels = Labels::default();
         let sessions = Slots::new(max_sessions);
         let quotas = Quotas::new(Arc::clone(&sessions));
         let mut rows = Rows::default();
         rows.set(&config.listeners);
         let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
-        let snapshot = Snapshot { pools, ..Snapshot::new(config, &labels, &quotas, &rows, None) };
+        let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
         let unknown = |pool: &Arc<Pool>| {
             let probed = if pool.probe.is_some() { pool.roster().backends().len() } else { 0 };
             probed + pool.names().count()
@@ -273,7 +279,7 @@ impl Live {
         let unprobed = snapshot.pools.iter().map(unknown).sum();
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
-            config: ArcSwap::from_pointee(config.clone()),
+            config: ArcSwap::new(config),
             labels,
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions,

@@ -49,7 +49,7 @@ pub(super) fn run(options: &Options) -> ExitCode {
     let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
         let heritage = options.takeover.as_deref().map(Heritage::ask).transpose()?;
         let start = Start { source: Some(path.to_owned()), inherited, heritage };
-        serve(&config, start, sources)
+        serve(Arc::new(config), start, sources)
     });
     match started {
         Ok(()) => ExitCode::SUCCESS,
@@ -60,7 +60,7 @@ pub(super) fn run(options: &Options) -> ExitCode {
     }
 }
 
-fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartError> {
+fn serve(config: Arc<Config>, start: Start, sources: Sources) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // The signals are caught before the first thread serves: none can come too early.
     let (reloads, asked) = mpsc::channel(1);
@@ -76,9 +76,11 @@ fn serve(config: &Config, start: Start, sources: Sources) -> Result<(), StartErr
         }
     };
     let watched = start.source.clone().filter(|_| config.process.watch);
-    let mut server = Server::start_with(config, start)?;
+    let mut server = Server::start_with(&config, start)?;
     server.succeed()?;
-    announce(&server, config);
+    announce(&server, &config);
+    // The server has it, until another one is in force.
+    drop(config);
     notify::ready();
     runtime.spawn(reload(Arc::clone(server.orders()), asked));
     if let Some(main) = watched {
