@@ -179,7 +179,7 @@ fn main() {
             for next in nexts {
                 config.tenants = next;
                 let turn = live.turn(&config).expect("nothing but tenants changes");
-                let changes = turn.put(&config, Vec::new(), &Answers::new(), clock::now());
+                let changes = turn.put(&Arc::new(config.clone()), Vec::new(), &Answers::new(), clock::now());
                 assert_eq!(changes.pools, Count::default());
             }
             barrier.wait();

@@ -107,7 +107,8 @@ fn swap(effort: Effort) -> Value {
     let live = Live::new(&configs[0], 1, 1_000, 0);
     let (mut most_cpu, mut most_wall) = (Duration::ZERO, Duration::ZERO);
     for turn in 1..=effort.swaps {
-        let config = &configs[turn % 2];
+        // As one that was just read: what was in force before is freed within the turn.
+        let config = &Arc::new(configs[turn % 2].clone());
         let (changes, swap_cpu, swap_wall) = timed(|| {
             let turn = live.turn(config).expect("nothing that needs a restart");
             turn.put(config, Vec::new(), &Answers::new(), clock::now())
@@ -190,7 +191,7 @@ fn judge(what: &str, report: &Report) {
 /// A hundred reloads a second, while sessions are held and others come and go.
 fn churn(effort: Effort) -> Value {
     let world = World::start();
-    let configs = ["old", "new"].map(|pool| parse(&text(world.backends, pool, "")));
+    let configs = ["old", "new"].map(|pool| Arc::new(parse(&text(world.backends, pool, ""))));
     // The held ones say something now and then.
     let talk = Some(f64::from(u32::try_from(effort.held).unwrap_or(u32::MAX)));
     let held = world.load(Mode::RoundTrip, effort.held, talk, effort.seconds);
@@ -228,14 +229,14 @@ fn beside(effort: Effort) -> Value {
     for with in [false, true] {
         let world = World::start();
         let texts = ["old", "new"].map(|pool| text(world.backends, pool, &more));
-        world.server.reload(&parse(&texts[0])).expect("a reload");
+        world.server.reload(&Arc::new(parse(&texts[0]))).expect("a reload");
         let load = world.load(Mode::RoundTrip, 16, Some(effort.rate / 5.0), effort.seconds);
         let (start, mut turn) = (clock::now(), 0_u32);
         while !load.is_finished() {
             if with && clock::now() >= start + Duration::from_secs(1) * turn {
                 turn += 1;
                 let text = if turn % 2 == 0 { &texts[0] } else { &texts[1] };
-                world.server.reload(&parse(text)).expect("a reload");
+                world.server.reload(&Arc::new(parse(text))).expect("a reload");
             }
             thread::park_timeout(Duration::from_millis(20));
         }

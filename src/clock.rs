@@ -76,6 +76,12 @@ fn read_monotonic() -> Instant {
     Instant::now()
 }
 
+/// The time of day, as the time since 1970 in UTC.
+#[must_use]
+pub fn unix() -> Duration {
+    wall().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
 /// Reads the monotonic clock.
 #[must_use]
 pub fn now() -> Moment {

@@ -289,14 +289,8 @@ impl Server {
     ///
     /// # Errors
     /// Why it was refused; nothing has changed then.
-    pub fn reload(&self, config: &Config) -> Result<Changes, ReloadError> {
+    pub fn reload(&self, config: &Arc<Config>) -> Result<Changes, ReloadError> {
         self.reloader.reload(config)
-    }
-
-    /// What puts configurations in force, for others.
-    #[must_use]
-    pub fn reloader(&self) -> Reloader {
-        self.reloader.clone()
     }
 
     /// Every address that a listener accepts on, ports filled in. Empty for a name that is no listener's.
@@ -332,12 +326,6 @@ impl Server {
         &self.orders
     }
 
-    /// The admin socket's file, where this process has made it: to [keep](SocketFile::keep) it for who comes after.
-    #[must_use]
-    pub fn socket(&self) -> Option<&Arc<SocketFile>> {
-        self.socket.as_ref()
-    }
-
     /// From now on every session that forwards, and every flow, leaves through what this returns, and ends here once its
     /// answer says that it was taken. Clients' datagrams wait in the listening sockets meanwhile.
     pub async fn start_moving(&self) -> mpsc::Receiver<Leaving> {
@@ -347,12 +335,6 @@ impl Server {
     /// Whatever has not left stays, and all goes on as before.
     pub async fn stop_moving(&self) {
         self.movers.stop(true).await;
-    }
-
-    /// Has clients' datagrams wait in the listening sockets, while the flows that they belong to are still to come; or has
-    /// them heard.
-    pub async fn hear_datagrams(&self, hear: bool) {
-        self.movers.hear_datagrams(hear).await;
     }
 
     /// Goes on with a session or flow of another process, and answers that.

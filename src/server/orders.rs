@@ -54,7 +54,7 @@ impl Orders {
             self.live.reloads.refuse();
             return Err(refused_for("a takeover is under way: ask the successor, or again once it is over"));
         }
-        let config = self.read()?;
+        let config = Arc::new(self.read()?);
         self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
         Ok(Reloaded {
             listeners: config.listeners.len(),

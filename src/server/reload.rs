@@ -112,7 +112,7 @@ impl Reloader {
     ///
     /// # Errors
     /// Why it was refused; nothing has changed then.
-    pub fn reload(&self, config: &Config) -> Result<Changes, ReloadError> {
+    pub fn reload(&self, config: &Arc<Config>) -> Result<Changes, ReloadError> {
         let changes = self.0.reload(config).inspect_err(|_| self.0.live.reloads.refuse())?;
         tracing::info!(
             tenants = config.tenants.len(),
@@ -132,7 +132,7 @@ impl Reloader {
 }
 
 impl Desk {
-    fn reload(&self, config: &Config) -> Result<Changes, ReloadError> {
+    fn reload(&self, config: &Arc<Config>) -> Result<Changes, ReloadError> {
         let turn = self.live.turn(config)?;
         let present = self.live.config.load_full();
         let mut held = lock(&self.held);

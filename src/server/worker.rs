@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::thread::JoinHandle;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, watch};
@@ -181,8 +181,7 @@ impl Drop for Vital {
 /// The number of a process's first session: beyond all that the process before it has given, which would have had to take on
 /// 65,536 in each second.
 fn first_session() -> u64 {
-    let since = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
-    since.as_secs() << 16
+    clock::unix().as_secs() << 16
 }
 
 async fn work(mut post: Post) {

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use super::rows::Rows;
-use super::{Changes, Live, Snapshot};
+use super::{Changes, Count, Live, Snapshot};
 use crate::account::lock;
 use crate::clock;
 use crate::clock::Moment;
@@ -99,7 +99,7 @@ impl Turn<'_> {
     #[must_use]
     pub fn put(
         mut self,
-        config: &Config,
+        config: &Arc<Config>,
         bound: Vec<Vec<SocketAddr>>,
         answers: &Answers,
         now: Moment,
@@ -110,8 +110,10 @@ impl Turn<'_> {
         lasting.rows.set(&config.listeners);
         // Places of pools and tenants follow their order; those of listeners stay. Snapshots that sessions hold for long share
         // what is large.
-        let is_same = present.tenants == config.tenants
-            && present.pools.iter().map(|pool| &pool.name).eq(config.pools.iter().map(|pool| &pool.name));
+        let same_tenants =
+            names(&present.tenants, |tenant| &tenant.name).eq(names(&config.tenants, |tenant| &tenant.name));
+        let same_pools = names(&present.pools, |pool| &pool.name).eq(names(&config.pools, |pool| &pool.name));
+        let is_same = changes.tenants == Count::default() && same_tenants && same_pools;
         let directory = is_same.then(|| Arc::clone(&before.directory));
         let bare = Snapshot::new(config, &live.labels, &live.quotas, &lasting.rows, directory);
         // Last of all, for from here on the old pools' sessions reach the new ones.
@@ -119,7 +121,7 @@ impl Turn<'_> {
         let next = Arc::new(Snapshot { pools, ..bare });
         live.bound.store(Arc::new(bound));
         live.snapshot.store(next);
-        live.config.store(Arc::new(config.clone()));
+        live.config.store(Arc::clone(config));
         lock(&live.replaced).push(before);
         live.quotas.forget_unused();
         live.reloads.accept();
@@ -213,9 +215,13 @@ impl Reloads {
     }
 }
 
+/// The names of all, in their order.
+fn names<T>(all: &[T], name: impl Fn(&T) -> &String) -> impl Iterator<Item = &String> {
+    all.iter().map(name)
+}
+
 fn unix_ms() -> u64 {
-    let since = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    u64::try_from(clock::unix().as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

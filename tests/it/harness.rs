@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -188,7 +189,7 @@ impl Proxy {
             text = text.replace(from, to);
         }
         let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        let changes = self.server().reload(&config)?;
+        let changes = self.server().reload(&Arc::new(config))?;
         self.text = text;
         Ok(changes)
     }
@@ -348,6 +349,12 @@ pub async fn connect(address: SocketAddr) -> TcpStream {
     let stream = timeout(LIMIT, TcpStream::connect(address)).await.unwrap().unwrap();
     stream.set_nodelay(true).unwrap();
     stream
+}
+
+/// A session with an echo behind it goes on.
+pub async fn still_lives(session: &mut TcpStream) {
+    session.write_all(b"still").await.unwrap();
+    assert_eq!(read(session, 5).await, b"still");
 }
 
 /// A connection from an address of this machine's own choice: all of 127.0.0.0/8 is.

@@ -8,7 +8,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use vestibule::lab::backend::{Backend, Temper};
 
-use super::harness::{ACME, Conf, GLOBEX, Proxy, STRANGER, eventually, exchange, http_get, is_reset, read};
+use super::harness::{
+    ACME, Conf, GLOBEX, Proxy, STRANGER, eventually, exchange, http_get, is_reset, read, still_lives,
+};
 use super::process::{Serve, World};
 
 async fn start(limits: &str) -> (Backend, Proxy) {
@@ -26,11 +28,6 @@ async fn carried(proxy: &Proxy) -> TcpStream {
 
 async fn rejected(proxy: &Proxy, endpoint: &str) {
     is_reset(&mut proxy.open(endpoint, b"x").await).await;
-}
-
-async fn still_lives(session: &mut TcpStream) {
-    session.write_all(b"still").await.unwrap();
-    assert_eq!(read(session, 5).await, b"still");
 }
 
 #[tokio::test]
