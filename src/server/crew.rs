@@ -51,13 +51,18 @@ impl Crew {
         (0..self.sessions.len()).map(|worker| self.count(worker)).sum()
     }
 
+    /// The worker with the fewest sessions.
+    pub(super) fn lightest(&self) -> Option<usize> {
+        (0..self.sessions.len()).min_by_key(|worker| self.count(*worker))
+    }
+
     /// The worker that a fresh connection should go to instead of `own`, where the difference is worth a hand-over.
     ///
     /// SO_REUSEPORT spreads connections by a hash of their addresses, and a load balancer has few of them; left
     /// alone, one worker can have twice the sessions of another.
     pub(super) fn lighter(&self, own: usize) -> Option<usize> {
         let mine = self.count(own);
-        let lightest = (0..self.sessions.len()).min_by_key(|worker| self.count(*worker))?;
+        let lightest = self.lightest()?;
         let least = self.count(lightest);
         (mine > least + least / 4 + 16).then_some(lightest)
     }

@@ -31,11 +31,9 @@ pub(super) enum Order {
     Stay(bool),
     /// Datagrams wait in the listening sockets, for their flows are still to come; or they are heard.
     Hear(bool),
-    /// A session of another process goes on here.
-    Session(Leaving, Aboard),
-    /// One that has been answered for.
-    Carry(Box<Moved>, Aboard),
-    /// So does a flow; it comes back where its listening socket is another worker's.
+    /// A session of another process goes on here; it has been answered for.
+    Session(Box<Moved>, Aboard),
+    /// A flow of another process goes on here, and is answered for; it comes back where its listening socket is another worker's.
     Flow(Leaving, Door, oneshot::Sender<Option<Leaving>>),
 }
 
@@ -91,31 +89,29 @@ impl Movers {
         }
     }
 
-    /// Gives what comes from another process to a worker, which answers. Where there is none, dropping it is an answer.
+    /// Gives what comes from another process to a worker, and answers. Where there is none, dropping it is an answer.
     pub(super) async fn take_over(&self, leaving: Leaving) {
         match leaving.parcel.kind() {
             Ok(Kind::Session) => {
-                let lightest =
-                    (0..self.orders.len()).min_by_key(|worker| self.crew.count(*worker)).unwrap_or(0);
-                let Some(worker) = self.orders.get(lightest) else { return };
-                let order = Order::Session(leaving, self.crew.board(lightest));
-                worker.send(order).await.unwrap_or_default();
+                let Leaving { parcel, answer } = leaving;
+                match moved::decode(parcel) {
+                    // Who waits for no answer any more has it still.
+                    Ok(moved) if answer.send(Answer::Taken).is_ok() => self.carry(moved).await,
+                    Ok(_) => {}
+                    Err(refused) => self.stays(&refused),
+                }
             }
             Ok(Kind::Flow) => self.take_flow(leaving).await,
             Err(refused) => self.stays(&refused),
         }
     }
 
-    /// Gives a session of another process, which has been told so, to a worker.
+    /// Gives a session of another process, which has been told so, to the worker with the fewest.
     pub(super) async fn carry(&self, moved: Box<Moved>) {
-        let Some((lightest, worker)) =
-            self.orders.iter().enumerate().min_by_key(|(worker, _)| self.crew.count(*worker))
-        else {
-            return;
-        };
-        let order = Order::Carry(moved, self.crew.board(lightest));
+        let Some(lightest) = self.crew.lightest() else { return };
+        let Some(worker) = self.orders.get(lightest) else { return };
         // A worker that has ended ends its sessions.
-        worker.send(order).await.unwrap_or_default();
+        worker.send(Order::Session(moved, self.crew.board(lightest))).await.unwrap_or_default();
     }
 
     /// The worker of the same number as before has a flow's listening socket most likely, and else one of the others; one of the
@@ -149,41 +145,28 @@ impl Movers {
 pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
     let mut told = false;
     while let Some(order) = orders.recv().await {
-        let taken = match order {
-            Order::Leave(departures, flows) => {
-                shop.start_moving(departures, flows);
-                Ok(())
-            }
-            Order::Stay(hear) => {
-                shop.stop_moving(hear);
-                Ok(())
-            }
-            Order::Hear(hear) => {
-                shop.hear(hear);
-                Ok(())
-            }
-            Order::Session(leaving, aboard) => shop.take_session(leaving, aboard),
-            Order::Carry(moved, aboard) => {
-                shop.carry_on(moved, aboard);
-                Ok(())
+        match order {
+            Order::Leave(departures, flows) => shop.start_moving(departures, flows),
+            Order::Stay(hear) => shop.stop_moving(hear),
+            Order::Hear(hear) => shop.hear(hear),
+            Order::Session(moved, aboard) => {
+                spawn_local(Box::pin(session::resume(Rc::clone(&shop.worker), moved, aboard)));
             }
             Order::Flow(leaving, door, back) => {
                 let is_here =
                     |flows: &&Rc<Flows<Aboard>>| flows.has_door(&leaving.parcel, door == Door::Same);
-                let flows = shop.known_flows().filter(is_here);
-                let (taken, again) = match flows {
+                let (taken, again) = match shop.known_flows().filter(is_here) {
                     Some(flows) => (take_flow(flows, leaving), None),
                     None => (Ok(()), Some(leaving)),
                 };
                 // Nobody waits for it where the process ends.
                 back.send(again).unwrap_or_default();
-                taken
+                if let Err(refused) = taken
+                    && !std::mem::replace(&mut told, true)
+                {
+                    warn(&refused);
+                }
             }
-        };
-        if let Err(refused) = taken
-            && !std::mem::replace(&mut told, true)
-        {
-            warn(&refused);
         }
     }
 }
@@ -217,31 +200,12 @@ impl Shop {
     fn hear(&self, hear: bool) {
         self.known_flows().iter().for_each(|flows| if hear { flows.go_on() } else { flows.pause() });
     }
-
-    /// Goes on with a session of another process.
-    ///
-    /// # Errors
-    /// Why it stays there.
-    pub(super) fn take_session(&self, leaving: Leaving, aboard: Aboard) -> Result<(), Refused> {
-        // Dropping the answer's sender is an answer, too.
-        let Leaving { parcel, answer } = leaving;
-        let moved = moved::decode(parcel)?;
-        // Who waits for no answer any more has it still.
-        if answer.send(Answer::Taken).is_ok() {
-            self.carry_on(moved, aboard);
-        }
-        Ok(())
-    }
-
-    fn carry_on(&self, moved: Box<Moved>, aboard: Aboard) {
-        spawn_local(Box::pin(session::resume(Rc::clone(&self.worker), moved, aboard)));
-    }
 }
 
 /// Goes on with a flow of another process.
 fn take_flow(flows: &Flows<Aboard>, leaving: Leaving) -> Result<(), Refused> {
     let Leaving { parcel, answer } = leaving;
-    // As above.
+    // Who waits for no answer any more has it still.
     if !answer.is_closed() {
         flows.take_over(flow::moved::decode(parcel)?)?;
         answer.send(Answer::Taken).unwrap_or_default();

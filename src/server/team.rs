@@ -27,8 +27,8 @@ impl Team {
     }
 
     /// All listening sockets, those of each worker together, in the order of the workers.
-    pub(super) fn lend(&self) -> Vec<Vec<Lent>> {
-        self.ask(Order::Lend)
+    pub(super) fn lend(&self) -> Vec<Lent> {
+        self.ask(Order::Lend).into_iter().flatten().collect()
     }
 
     /// Returns once nobody accepts any more.

@@ -80,8 +80,6 @@ pub enum Role {
         udp: bool,
         /// The address as it is configured: the port may be 0.
         configured: SocketAddr,
-        /// The worker that has it.
-        worker: u16,
     },
     /// The read-only pages.
     Admin {

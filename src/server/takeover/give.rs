@@ -171,17 +171,14 @@ impl Giver {
             held.iter().find(is_it).map_or(bound, |held| held.configured)
         };
         let mut sockets = Vec::new();
-        for (own, worker) in self.team.lend().into_iter().zip(0_u16..) {
-            for (door, socket) in own {
-                let Some(listener) = snapshot.listeners.get(door.listener as usize) else { continue };
-                let role = Role::Listener {
-                    name: listener.label.name().to_owned(),
-                    udp: door.is_udp(),
-                    configured: configured(door.address, door.listener, door.is_udp()),
-                    worker,
-                };
-                sockets.push((Offered { role, bound: Some(door.address) }, socket));
-            }
+        for (door, socket) in self.team.lend() {
+            let Some(listener) = snapshot.listeners.get(door.listener as usize) else { continue };
+            let role = Role::Listener {
+                name: listener.label.name().to_owned(),
+                udp: door.is_udp(),
+                configured: configured(door.address, door.listener, door.is_udp()),
+            };
+            sockets.push((Offered { role, bound: Some(door.address) }, socket));
         }
         for (offered, socket) in &self.pages {
             sockets.push((offered.clone(), socket.try_clone()?));
