@@ -6,13 +6,18 @@
     reason = "a demo that says something else has failed"
 )]
 
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+#[path = "it/printed.rs"]
+mod printed;
+
+use std::io::{self, Read as _, Write as _};
 use std::net::{TcpStream, UdpSocket};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use vestibule::clock;
+
+use self::printed::Printed;
 
 /// No answer takes longer.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -20,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// A demo that runs; it ends with this.
 struct Demo {
     child: Child,
-    output: BufReader<ChildStdout>,
+    output: Printed,
 }
 
 impl Demo {
@@ -28,27 +33,13 @@ impl Demo {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vestibule"));
         command.args(["demo", "--seconds", seconds]).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
+        let output = Printed::of(&mut child);
         Self { child, output }
-    }
-
-    /// What it prints up to and with the line that starts with `last`.
-    fn print_until(&mut self, last: &str) -> String {
-        let mut text = String::new();
-        loop {
-            let start = text.len();
-            assert_ne!(self.output.read_line(&mut text).unwrap(), 0, "no line with {last} in\n{text}");
-            if text[start..].trim_start().starts_with(last) {
-                return text;
-            }
-        }
     }
 
     /// What else it prints, and how it ends.
     fn end(mut self) -> (String, ExitStatus) {
-        let mut text = String::new();
-        self.output.read_to_string(&mut text).unwrap();
-        (text, self.child.wait().unwrap())
+        (self.output.rest(), self.child.wait().unwrap())
     }
 }
 
@@ -102,7 +93,7 @@ fn tenants_with_the_same_addresses_are_kept_apart() {
 #[test]
 fn what_is_printed_to_try_answers_while_it_runs_and_an_interrupt_ends_it_in_order() {
     let mut demo = Demo::start("60");
-    let text = demo.print_until("health");
+    let text = demo.output.until("health");
     let address = |line: &str| {
         let line = text.lines().find(|text| text.trim_start().starts_with(line)).unwrap();
         let url = line.split_whitespace().find_map(|word| word.strip_prefix("http://")).unwrap();
@@ -145,7 +136,7 @@ fn what_is_printed_to_try_answers_while_it_runs_and_an_interrupt_ends_it_in_orde
     }
 
     // Two seconds of its own report: time for every backend to have answered.
-    let report = demo.print_until("2 s ");
+    let report = demo.output.until("2 s ");
     assert!(report.contains("    1 s  acme ") && report.contains(" | globex "), "{report}");
     kill_process(Pid::from_child(&demo.child), Signal::INT).unwrap();
     let (text, status) = demo.end();

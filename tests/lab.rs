@@ -3,14 +3,19 @@
 
 #![expect(clippy::unwrap_used, reason = "a lab that says something else has failed")]
 
+#[path = "it/printed.rs"]
+mod printed;
+
 use std::fs;
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 
 use rustix::process::{Pid, Signal, kill_process};
+
+use self::printed::Printed;
 
 /// The folders in which a run is seen: its namespaces, and its own.
 const NAMED: &str = "/run/netns";
@@ -22,7 +27,7 @@ const CLAIMS: usize = 12;
 /// A lab that runs. One that a test does not end is interrupted, so that it removes its world.
 struct Lab {
     child: Child,
-    output: BufReader<ChildStdout>,
+    output: Printed,
     run: String,
 }
 
@@ -34,31 +39,17 @@ impl Lab {
         }
         let mut command = lab(words);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
+        let output = Printed::of(&mut child);
         let mut lab = Self { child, output, run: String::new() };
-        let text = lab.print_until("vestibule lab ");
+        let text = lab.output.until("vestibule lab ");
         let title = text.lines().last().unwrap();
         title["vestibule lab ".len()..][..4].clone_into(&mut lab.run);
         Some(lab)
     }
 
-    /// What it prints up to and with the line that starts with `last`.
-    fn print_until(&mut self, last: &str) -> String {
-        let mut text = String::new();
-        loop {
-            let start = text.len();
-            assert_ne!(self.output.read_line(&mut text).unwrap(), 0, "no line with {last} in\n{text}");
-            if text[start..].trim_start().starts_with(last) {
-                return text;
-            }
-        }
-    }
-
     /// What else it prints, and how it ends.
     fn end(mut self) -> (String, ExitStatus) {
-        let mut text = String::new();
-        self.output.read_to_string(&mut text).unwrap();
-        (text, self.child.wait().unwrap())
+        (self.output.rest(), self.child.wait().unwrap())
     }
 
     fn signal(&self, signal: Signal) {
@@ -219,7 +210,7 @@ fn what_is_kept_can_be_entered_and_is_removed_when_told() {
 fn an_interrupt_removes_everything() {
     for (signal, at) in [(Signal::INT, "1  Everything"), (Signal::TERM, "2  "), (Signal::INT, "4  proxy-1")] {
         let Some(mut lab) = Lab::start(&[]) else { return };
-        lab.print_until(at);
+        lab.output.until(at);
         lab.signal(signal);
         let run = lab.run.clone();
         let (text, status) = lab.end();
@@ -232,7 +223,7 @@ fn an_interrupt_removes_everything() {
 #[test]
 fn what_a_killed_command_has_left_is_removed_by_the_next() {
     let Some(mut killed) = Lab::start(&[]) else { return };
-    killed.print_until("4  proxy-1");
+    killed.output.until("4  proxy-1");
     let run = killed.run.clone();
     assert!(left(&run).len() > 6, "{:?}", left(&run));
     killed.signal(Signal::KILL);

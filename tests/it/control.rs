@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http, is_reset, read};
+use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http, is_reset, still_lives};
 use super::process::{DRAIN_NEVER, PROGRAM, Serve, World, Written, program};
 
 /// A process with an admin socket.
@@ -196,8 +196,7 @@ async fn an_order_drains_as_a_signal_does_and_says_how_far_it_is() {
     serve.says("listeners closed").await;
     eventually("the last stage", async || (stage("closing").await == Some(1.0)).then_some(())).await;
     assert_eq!(status().await["stage"], "closing");
-    live.write_all(b"still").await.unwrap();
-    assert_eq!(read(&mut live, 5).await, b"still");
+    still_lives(&mut live).await;
     assert_eq!(exchange(live).await.unwrap(), b"");
     assert_eq!(serve.ended().await.code(), Some(0));
     assert!(!socket.exists(), "the socket goes with its process");

@@ -16,6 +16,7 @@ use vestibule::lab::backend::{Backend, Temper};
 
 use super::harness::{
     ACME, GLOBEX, STRANGER, connect, end_of, eventually, exchange, header, http, http_get, is_reset, read,
+    still_lives,
 };
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vestibule");
@@ -310,8 +311,7 @@ async fn sigterm_drains_and_a_live_session_ends_by_itself() {
         (error.kind() == std::io::ErrorKind::ConnectionRefused).then_some(())
     })
     .await;
-    live.write_all(b"still").await.unwrap();
-    assert_eq!(read(&mut live, 5).await, b"still");
+    still_lives(&mut live).await;
     // The pages are there to the end, so that the last session is seen too.
     assert!(http_get(serve.admin, "/metrics").await.contains("\nvestibule_draining 1\n"));
     for session in [live, late] {

@@ -7,19 +7,49 @@ use std::path::{Path, PathBuf};
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
 use vestibule::takeover::link::{Frame, Link};
 use vestibule::takeover::message::{Message, Offered, Role, VERSION};
 
-use super::harness::{ACME, LIMIT, connect, eventually, exchange, header, http_get, is_reset, read};
+use super::harness::{
+    ACME, LIMIT, connect, eventually, exchange, header, http_get, is_reset, read, still_lives,
+};
 use super::process::{Serve, World, Written};
 
 /// A configuration whose process can be taken over, and the way to it.
-fn config(world: &World, head: &str) -> (Written, PathBuf) {
-    let config = world.config(head);
+fn config(world: &World) -> (Written, PathBuf) {
+    let config = world.config("");
     let control = config.beside("control");
     config.rewrite("[admin]\n", &format!("[admin]\nsocket = \"{}\"\n", control.display()));
     (config, control)
+}
+
+/// A process that can be taken over.
+struct Before {
+    config: Written,
+    control: PathBuf,
+    old: Serve,
+    /// Its backends: whoever takes this apart has to hold them too.
+    _world: World,
+}
+
+impl Before {
+    async fn start() -> Self {
+        let world = World::new().await;
+        let (config, control) = config(&world);
+        let old = Serve::start(&config).await;
+        Self { config, control, old, _world: world }
+    }
+}
+
+/// So many sessions that live.
+async fn carried(serve: &Serve, count: usize) -> Vec<TcpStream> {
+    let mut sessions = Vec::new();
+    for _ in 0..count {
+        sessions.push(serve.carried().await);
+    }
+    sessions
 }
 
 /// The value of a metric's series that has these words.
@@ -40,9 +70,7 @@ async fn is_empty(serve: &Serve) {
 
 #[tokio::test]
 async fn sessions_live_on_and_new_ones_are_served_all_the_time() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config, control, mut old, _world } = Before::start().await;
     let mut talks = old.carried().await;
     let over = exchange(old.open(ACME, b"before").await).await.unwrap();
     assert_eq!(over, b"before");
@@ -51,8 +79,7 @@ async fn sessions_live_on_and_new_ones_are_served_all_the_time() {
     let mut new = Serve::successor(&config, &control).await;
     assert_eq!(new.web, old.web);
     new.serves().await;
-    talks.write_all(b"still").await.unwrap();
-    assert_eq!(read(&mut talks, 5).await, b"still");
+    still_lives(&mut talks).await;
     // What has not said who it is stays, and moves once it has.
     let mut pending = pending;
     pending.write_all(&[&header(ACME)[..], b"late"].concat()).await.unwrap();
@@ -76,23 +103,18 @@ async fn sessions_live_on_and_new_ones_are_served_all_the_time() {
 
 #[tokio::test]
 async fn a_successor_may_have_other_workers() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config, control, mut old, _world } = Before::start().await;
     let mut sessions = Vec::new();
     for (from, to) in
         [("workers = 2", "workers = 1"), ("workers = 1", "workers = 3"), ("workers = 3", "workers = 2")]
     {
-        for _ in 0..8 {
-            sessions.push(old.carried().await);
-        }
+        sessions.extend(carried(&old, 8).await);
         config.rewrite(from, to);
         let new = Serve::successor(&config, &control).await;
         assert_eq!(old.ended().await.code(), Some(0));
         old = new;
         for session in &mut sessions {
-            session.write_all(b"still").await.unwrap();
-            assert_eq!(read(session, 5).await, b"still");
+            still_lives(session).await;
         }
         // Each of the sockets has somebody who accepts at it.
         for _ in 0..20 {
@@ -109,9 +131,7 @@ async fn a_successor_may_have_other_workers() {
 
 #[tokio::test]
 async fn a_successor_that_cannot_start_changes_nothing() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config, control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let more = format!(
@@ -128,8 +148,7 @@ async fn a_successor_that_cannot_start_changes_nothing() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(said.contains(says), "{said}");
         config.rewrite(to, from);
-        live.write_all(b"still").await.unwrap();
-        assert_eq!(read(&mut live, 5).await, b"still");
+        still_lives(&mut live).await;
         old.serves().await;
     }
     assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1, "the other one did not ask");
@@ -141,7 +160,7 @@ async fn a_successor_that_cannot_start_changes_nothing() {
 #[tokio::test]
 async fn nobody_to_take_over_from_is_said() {
     let world = World::new().await;
-    let (config, control) = config(&world, "");
+    let (config, control) = config(&world);
     let output = config.successor(&control);
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
@@ -205,6 +224,17 @@ impl Heir {
         }
     }
 
+    /// The next session, with its number. That all flows have come may be said before it: there are none.
+    fn parcel(&self) -> (u32, Frame) {
+        loop {
+            let frame = next(&self.link);
+            if let Message::Parcel { id } = frame.message {
+                return (id, frame);
+            }
+            assert_eq!(frame.message, Message::FlowsSent);
+        }
+    }
+
     /// Says that it could serve.
     fn ready(&self) {
         self.link.send(&Message::Ready, &[], &[]).unwrap();
@@ -214,9 +244,7 @@ impl Heir {
 
 #[tokio::test]
 async fn the_heir_is_shown_every_socket() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config: _config, control, mut old, _world } = Before::start().await;
     let at = control.clone();
     let sockets = spawn_blocking(move || Heir::ask(&at).sockets).await.unwrap();
     let listeners = sockets
@@ -236,9 +264,7 @@ async fn the_heir_is_shown_every_socket() {
 
 #[tokio::test]
 async fn a_version_that_is_not_known_is_refused() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config: _config, control, mut old, _world } = Before::start().await;
     let at = control.clone();
     let said = spawn_blocking(move || {
         let link = ask(&at);
@@ -254,9 +280,7 @@ async fn a_version_that_is_not_known_is_refused() {
 
 #[tokio::test]
 async fn one_successor_at_a_time() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config, control, mut old, _world } = Before::start().await;
     let at = control.clone();
     let first = spawn_blocking(move || Heir::ask(&at)).await.unwrap();
     let output = config.successor(&control);
@@ -272,27 +296,21 @@ async fn one_successor_at_a_time() {
 
 #[tokio::test]
 async fn a_successor_that_is_killed_before_it_answers_has_moved_nothing() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
-    let mut sessions = Vec::new();
-    for _ in 0..5 {
-        sessions.push(old.carried().await);
-    }
+    let Before { config: _config, control, mut old, _world } = Before::start().await;
+    let mut sessions = carried(&old, 5).await;
     let at = control.clone();
     // It is as dead as one can be that never answers: its descriptors are closed, and the link too.
     let seen = spawn_blocking(move || {
         let heir = Heir::ask(&at);
         heir.ready();
-        let frame = next(&heir.link);
-        assert!(matches!(frame.message, Message::Parcel { .. }) && !frame.fds.is_empty());
+        let (_, frame) = heir.parcel();
+        assert!(!frame.fds.is_empty());
         frame.tail.len()
     });
     assert!(seen.await.unwrap() > 0);
     old.says("the takeover failed; this process goes on").await;
     for session in &mut sessions {
-        session.write_all(b"still").await.unwrap();
-        assert_eq!(read(session, 5).await, b"still");
+        still_lives(session).await;
     }
     old.serves().await;
     assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1);
@@ -306,18 +324,13 @@ async fn a_successor_that_is_killed_before_it_answers_has_moved_nothing() {
 
 #[tokio::test]
 async fn a_successor_that_is_killed_takes_along_what_it_had_taken_and_no_more() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
-    let mut sessions = Vec::new();
-    for _ in 0..5 {
-        sessions.push(old.carried().await);
-    }
+    let Before { config: _config, control, mut old, _world } = Before::start().await;
+    let sessions = carried(&old, 5).await;
     let at = control.clone();
     let taken = spawn_blocking(move || {
         let heir = Heir::ask(&at);
         heir.ready();
-        let Message::Parcel { id, .. } = next(&heir.link).message else { panic!("a parcel") };
+        let (id, _) = heir.parcel();
         heir.link.send(&Message::Taken { id }, &[], &[]).unwrap();
     });
     taken.await.unwrap();
@@ -342,7 +355,7 @@ async fn a_successor_that_is_killed_takes_along_what_it_had_taken_and_no_more() 
 }
 
 /// Whether "still" comes back.
-async fn end_or(session: &mut tokio::net::TcpStream) -> bool {
+async fn end_or(session: &mut TcpStream) -> bool {
     use tokio::io::AsyncReadExt;
     let mut room = [0; 5];
     session.read_exact(&mut room).await.is_ok() && room == *b"still"
@@ -351,7 +364,7 @@ async fn end_or(session: &mut tokio::net::TcpStream) -> bool {
 #[tokio::test]
 async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
     let world = World::new().await;
-    let (config, control) = config(&world, "");
+    let (config, control) = config(&world);
     // An old process that the test plays: with a real one nobody would know where it was.
     let door = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = door.local_addr().unwrap();
@@ -372,7 +385,7 @@ async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
         stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").unwrap();
         let link = Link::new(stream, LIMIT).unwrap();
         assert!(matches!(next(&link).message, Message::Hello { .. }));
-        let role = Role::Listener { name: "web".to_owned(), udp: false, configured: address, worker: 0 };
+        let role = Role::Listener { name: "web".to_owned(), udp: false, configured: address };
         let own = Role::Control { path: path.clone(), has_file: true };
         let offered = vec![Offered { role, bound: Some(address) }, Offered { role: own, bound: None }];
         link.send(&Message::Sockets(offered), &[], &[door.as_fd(), listening.as_fd()]).unwrap();
@@ -395,9 +408,7 @@ async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
 
 #[tokio::test]
 async fn two_signals_end_a_process_that_was_taken_over_to() {
-    let world = World::new().await;
-    let (config, control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config, control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
     let mut new = Serve::successor(&config, &control).await;
     assert_eq!(old.ended().await.code(), Some(0));
@@ -428,16 +439,13 @@ impl Drop for Orphan {
 
 #[tokio::test]
 async fn a_signal_has_a_process_start_its_own_successor() {
-    let world = World::new().await;
-    let (config, _control) = config(&world, "");
-    let mut old = Serve::start(&config).await;
+    let Before { config: _config, control: _control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
     old.signal(Signal::USR2);
     let pid = i32::try_from(old.says("a successor is started").await["pid"].as_u64().unwrap()).unwrap();
     let heir = Orphan(rustix::process::Pid::from_raw(pid).unwrap());
     assert_eq!(old.ended().await.code(), Some(0));
-    live.write_all(b"still").await.unwrap();
-    assert_eq!(read(&mut live, 5).await, b"still");
+    still_lives(&mut live).await;
     old.serves().await;
     assert_eq!(value(&old, "vestibule_sessions_taken_over_total", "").await, 1);
     assert_eq!(exchange(live).await.unwrap(), b"");
