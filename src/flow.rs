@@ -47,9 +47,13 @@ use crate::state::rejections::Rejections;
 use crate::state::{Live, Snapshot};
 use crate::wire::{self, Transport};
 
-/// Flows that are closed for their idleness in one go. Each costs some 13 us, nearly all of it for its socket: what else the
-/// worker has to do waits for half a millisecond at most (benches/flows.rs).
+/// Flows that are closed for their idleness in one go: a tenth of a millisecond.
 const EXPIRED_AT_ONCE: usize = 32;
+
+/// How long the next ones wait. The kernel frees closed sockets later, all that it has by then at once and on this core
+/// (`SOCK_RCU_FREE`, `rcu_do_batch` in kernel/rcu/tree.c): of thousands that were closed without a rest that took 3 ms
+/// (benches/flows.rs).
+const REST: Duration = Duration::from_millis(1);
 
 /// Events of flows that are taken in one call.
 const EVENTS: usize = 64;
@@ -72,6 +76,8 @@ pub struct Flows<A> {
     /// While nobody listens at them; then what comes waits in their sockets.
     paused: Cell<bool>,
     goes_on: Notify,
+    /// Once flows may have been idle for long.
+    is_due: Notify,
 }
 
 struct State<A> {
@@ -153,6 +159,7 @@ impl<A> Flows<A> {
             doors: RefCell::default(),
             paused: Cell::new(false),
             goes_on: Notify::new(),
+            is_due: Notify::new(),
         }))
     }
 
@@ -292,15 +299,25 @@ impl<A> Flows<A> {
         }
     }
 
-    /// Goes on to `now`: flows that were idle for long are ended, some in each call. Whether there are more.
-    #[must_use]
-    pub fn advance(&self, now: Moment) -> bool {
+    /// Goes on to `now`, for [`end_idle`](Self::end_idle).
+    pub fn advance(&self, now: Moment) {
         let mut state = self.state.borrow_mut();
         state.follow_idle();
-        let is_more = state.expire(now);
+        if state.is_due(now) {
+            self.is_due.notify_one();
+        }
         drop(state);
         self.close_vacant();
-        is_more
+    }
+
+    /// Ends flows that were idle for long, some at a time; for ever.
+    pub async fn end_idle(&self) {
+        loop {
+            self.is_due.notified().await;
+            while self.state.borrow_mut().expire(clock::now()) {
+                sleep(REST).await;
+            }
+        }
     }
 
     /// Tells what was left out of the access log.
@@ -360,18 +377,20 @@ impl<A> State<A> {
         }
     }
 
+    /// Whether there is a flow that may have been idle for long.
+    fn is_due(&self, now: Moment) -> bool {
+        self.table.deadline().is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Ends some that were; whether there may be more.
     fn expire(&mut self, now: Moment) -> bool {
-        let is_due = |table: &Table<Flow<A>>| table.deadline().is_some_and(|deadline| deadline <= now);
-        if !is_due(&self.table) {
-            return false;
-        }
         let Self { table, journal, rejections, draining, .. } = self;
         let why = if *draining { Why::Drained } else { Why::IdleTimeout };
         let books = Books { journal, rejections };
         table.expire(now, EXPIRED_AT_ONCE, |path, who, flow| {
             flow.end(Outcome::reject(At::Forward, why), path.peer, who, &books, now);
         });
-        is_due(table)
+        self.is_due(now)
     }
 
     /// Does some work. A panic in it ends the flow whose turn it was, and no other; what came in the same batch is lost.

@@ -74,7 +74,12 @@ pub struct Table<F> {
     random: RandomState,
     queue: Queue,
     idle: Duration,
+    /// From this number on, those there are may hang later than they are due: `idle` has become shorter.
+    lagging: u32,
 }
+
+/// Flows that are hung anew in one call: some 40 us.
+const HUNG_ANEW: u32 = 1024;
 
 impl<F> Table<F> {
     /// No flows yet. One may be silent for `idle`.
@@ -87,6 +92,7 @@ impl<F> Table<F> {
             random: RandomState::default(),
             queue: Queue::default(),
             idle,
+            lagging: NIL,
         }
     }
 
@@ -228,6 +234,7 @@ impl<F> Table<F> {
 
     /// Takes out flows that were idle for long, at most `most` in one call: more are left for the next.
     pub fn expire(&mut self, now: Moment, most: usize, mut closed: impl FnMut(Path, Who, F)) {
+        self.catch_up();
         for _ in 0..most {
             let Some(slot) = self.queue.next_due(&mut self.slab, now) else { return };
             let Some(flow) = self.slab.at_mut(slot) else { continue };
@@ -246,7 +253,11 @@ impl<F> Table<F> {
     /// than a tick after a flow has been idle for long, unless the clock went back: then within a round of the wheel.
     #[must_use]
     pub fn deadline(&self) -> Option<Moment> {
-        if self.is_empty() { None } else { Some(self.queue.deadline()) }
+        match self.lagging {
+            _ if self.is_empty() => None,
+            NIL => Some(self.queue.deadline()),
+            _ => Some(Moment::from_nanos(0)),
+        }
     }
 
     /// Takes out a flow that was idle for at least `idle`: of this tenant, or else of the one that has most. Of some that
@@ -265,14 +276,27 @@ impl<F> Table<F> {
         self.idle
     }
 
-    /// From now on flows may be silent for this long. What that takes goes with their number.
+    /// From now on flows may be silent for this long. Where that is shorter, [`expire`](Self::expire) has something to do at
+    /// once.
     pub fn set_idle(&mut self, idle: Duration) {
+        if idle < self.idle {
+            self.lagging = 0;
+        }
         self.idle = idle;
-        for slot in self.slab.slots().collect::<Vec<_>>() {
+    }
+
+    /// Hangs some anew who may hang later than they are due.
+    fn catch_up(&mut self) {
+        if self.lagging == NIL {
+            return;
+        }
+        let end = self.lagging.saturating_add(HUNG_ANEW);
+        for slot in self.lagging..end.min(self.slab.end()) {
             if let Some(last) = self.slab.at(slot).map(|flow| flow.last) {
-                self.queue.put_off(&mut self.slab, slot, last + idle);
+                self.queue.put_off(&mut self.slab, slot, last + self.idle);
             }
         }
+        self.lagging = if end < self.slab.end() { end } else { NIL };
     }
 
     /// Takes out all of them.
@@ -441,6 +465,25 @@ mod tests {
         table.answer(ids[0], at(3)).unwrap();
         assert_eq!(expired(&mut table, at(6)), [1]);
         assert_eq!(expired(&mut table, at(9)), [0]);
+    }
+
+    #[test]
+    fn many_learn_of_a_shorter_patience_in_turn() {
+        let flows = u16::try_from(2 * HUNG_ANEW + 1).unwrap();
+        let (mut table, _) = table(flows);
+        table.set_idle(Duration::from_secs(200));
+        assert!(table.deadline().unwrap() > at(119), "a longer one asks for nothing");
+        table.set_idle(Duration::from_secs(5));
+        let mut calls = 0;
+        let mut gone = 0;
+        while table.deadline().is_some_and(|deadline| deadline <= at(6)) {
+            let before = gone;
+            table.expire(at(6), 1_000, |_, _, _| gone += 1);
+            assert!(gone - before <= 1_000);
+            calls += 1;
+        }
+        assert_eq!((gone, calls), (flows, 3));
+        assert!(table.is_empty());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{spawn_local, yield_now};
+use tokio::task::spawn_local;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 
 use super::crew::{Aboard, Crew};
@@ -145,12 +145,18 @@ impl Shop {
                 return None;
             }
         };
-        let answering = Rc::clone(&flows);
+        let (answering, vital) = (Rc::clone(&flows), self.vital("answers"));
         spawn_local(async move {
+            let _vital = vital;
             if let Err(error) = answering.answer().await {
                 tracing::error!(worker, %error, "a worker does not hear its flows' backends");
                 live.stopped_doors.fetch_add(1, Ordering::AcqRel);
             }
+        });
+        let (ending, vital) = (Rc::clone(&flows), self.vital("idle flows"));
+        spawn_local(async move {
+            let _vital = vital;
+            ending.end_idle().await;
         });
         Some(flows)
     }
@@ -251,10 +257,7 @@ async fn tick(shop: Rc<Shop>) {
         // A worker without sessions keeps no old one.
         shop.worker.renew();
         shop.worker.pacer.borrow_mut().advance(now);
-        while shop.known_flows().is_some_and(|flows| flows.advance(now)) {
-            // Everybody else has a turn in between.
-            yield_now().await;
-        }
+        shop.known_flows().iter().for_each(|flows| flows.advance(now));
         shop.flush();
         untold += 1;
         if untold == TELLING {

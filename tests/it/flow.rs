@@ -422,6 +422,25 @@ async fn a_drain_ends_silent_flows_and_lets_no_new_one_in() {
     proxy.end().await;
 }
 
+/// More than end in one go, and they end together.
+#[tokio::test]
+async fn many_that_are_silent_all_end() {
+    const MANY: u16 = 200;
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    for port in 0..MANY {
+        let client = format!("10.100.0.10:{}", 40_000 + port);
+        assert_eq!(balancer.ask(&datagram(&client, ACME, b"one")).await, b"acme one");
+    }
+    proxy.ended(&[("listener", "dns"), ("tenant", "acme"), ("why", "idle_timeout")]).is(MANY.into()).await;
+    others_are_unharmed(&proxy).await;
+    let log = finish(proxy).await;
+    let lines =
+        log.iter().filter(|line| line["tenant"] == "acme" && line["outcome"]["why"] == "idle_timeout");
+    assert_eq!(lines.count(), usize::from(MANY));
+}
+
 #[tokio::test]
 async fn a_flow_that_speaks_is_not_idle() {
     let acme = Echo::start("acme").await;

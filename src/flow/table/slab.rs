@@ -133,6 +133,12 @@ impl<F> Slab<F> {
         all.filter(|(_, slot)| slot.flow.is_some()).map(|(number, _)| number)
     }
 
+    /// Beyond every flow's number.
+    pub(super) fn end(&self) -> u32 {
+        let last = self.chunks.last().map_or(0, Vec::len);
+        u32::try_from((self.chunks.len().saturating_sub(1) << CHUNK_BITS) + last).unwrap_or(NIL)
+    }
+
     /// Puts a flow in; its number and generation.
     pub(super) fn insert(&mut self, flow: Slot<F>) -> (u32, u32) {
         if let Some(number) = self.free.pop()
@@ -145,9 +151,8 @@ impl<F> Slab<F> {
         if self.chunks.last().is_none_or(|chunk| chunk.len() >> CHUNK_BITS > 0) {
             self.chunks.push(Vec::with_capacity(1 << CHUNK_BITS));
         }
-        let before = (self.chunks.len() - 1) << CHUNK_BITS;
+        let number = self.end();
         let Some(chunk) = self.chunks.last_mut() else { return (NIL, 0) };
-        let number = u32::try_from(before + chunk.len()).unwrap_or(NIL);
         chunk.push(flow);
         (number, 0)
     }

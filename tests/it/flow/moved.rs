@@ -43,7 +43,7 @@ impl Side {
             let mut interval = interval(Duration::from_millis(50));
             loop {
                 interval.tick().await;
-                assert!(!ticks.advance(clock::now()), "nobody is idle for so long");
+                ticks.advance(clock::now());
             }
         });
         Self { live, local, flows }
