@@ -12,6 +12,7 @@ pub mod lookup;
 pub mod loss;
 pub mod meter;
 pub mod names;
+pub mod queues;
 
 pub use self::attempt::Verdict;
 

@@ -36,6 +36,7 @@ use self::table::{FlowId, Path, Table};
 use crate::accept::PAUSE;
 use crate::account::log::{Batch, Journal};
 use crate::account::loss::Loss;
+use crate::account::queues::Watch;
 use crate::addr::PeerAddr;
 use crate::admission::rate::Rate;
 use crate::admission::slots::Slots;
@@ -197,7 +198,8 @@ impl<A> Flows<A> {
         if self.reopen(listener, socket.local_addr()?) {
             return Ok(());
         }
-        let door = Rc::new(Door::new(socket, listener, None)?);
+        let watch = self.watch_queue(&socket, listener);
+        let door = Rc::new(Door::new(socket, listener, watch)?);
         let place = {
             let mut doors = self.doors.borrow_mut();
             // The place of one that is closed has no flows.
@@ -228,6 +230,14 @@ impl<A> Flows<A> {
             }
         }
         Ok(())
+    }
+
+    /// Has counted what the kernel drops there. A socket that cannot be asked is not counted, and serves.
+    fn watch_queue(&self, socket: &UdpSocket, listener: u32) -> Option<Watch> {
+        let mut state = self.state.borrow_mut();
+        let snapshot = state.snapshot();
+        let rules = snapshot.listeners.get(listener as usize)?;
+        state.live.queues.watch(socket, &rules.label).ok()
     }
 
     /// What could not be received is still in the socket's queue, or is lost there and counted by the kernel.

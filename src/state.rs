@@ -11,6 +11,7 @@ use ipnet::IpNet;
 
 use crate::accept;
 use crate::account::meter::Shard;
+use crate::account::queues::Queues;
 use crate::account::{Label, Labels, lock};
 use crate::addr::PeerAddr;
 use crate::admission::quota::Quotas;
@@ -211,6 +212,8 @@ pub struct Live {
     pub quotas: Quotas,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
+    /// What listening UDP sockets had no room for.
+    pub queues: Arc<Queues>,
     /// Lines of the access log that its writer could not write.
     pub log_lost: Arc<AtomicU64>,
     /// Listening sockets that broke.
@@ -285,6 +288,7 @@ impl Live {
             sessions,
             quotas,
             pipes: Budget::new(pipes * pipe::CAPACITY as u64, workers),
+            queues: Arc::default(),
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
             bound: ArcSwap::default(),

@@ -228,6 +228,9 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::DRAIN_STAGE, &[phase.word()], 1);
     let left = if live.is_draining() { live.sessions_now() } else { 0 };
     sheet.count(&names::DRAIN_LEFT, &[], left);
+    for (listener, count) in live.queues.dropped() {
+        sheet.count(&names::DATAGRAMS_OVERFLOWED, &[&listener], count);
+    }
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }
 

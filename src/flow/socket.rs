@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use super::door::Vacancy;
 use super::table::Path;
 use crate::account::loss::Loss;
+use crate::account::queues::Watch;
 use crate::addr::{BackendAddr, PeerAddr};
 use crate::fault::{self, Call};
 use crate::wire;
@@ -56,6 +57,8 @@ pub(super) struct Door {
     pub(super) header: Cell<Option<wire::Rules>>,
     /// The kernel's own number of the socket, in whatever process.
     pub(super) cookie: u64,
+    /// What the kernel drops here is counted.
+    _watch: Option<Watch>,
     /// Held by each of its flows.
     pub(super) flows: Rc<()>,
     /// While it closes: the workers that have flows there, and whether this one is no more among them.
@@ -73,7 +76,7 @@ impl Door {
     ///
     /// # Errors
     /// Where the system or the runtime refuses it.
-    pub(super) fn new(socket: UdpSocket, listener: u32, header: Option<wire::Rules>) -> io::Result<Self> {
+    pub(super) fn new(socket: UdpSocket, listener: u32, watch: Option<Watch>) -> io::Result<Self> {
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         let address = socket.local_addr()?;
         // What quinn-udp forbids for QUIC's sake is a datagram longer than the way allows; here it may be cut in pieces.
@@ -93,13 +96,14 @@ impl Door {
         )]
         let socket = AsyncFd::new(socket)?;
         let (flows, closing, closed) = (Rc::default(), RefCell::default(), Notify::new());
-        let (header, is_closed) = (Cell::new(header), Cell::new(false));
+        let (header, is_closed) = (Cell::default(), Cell::new(false));
         Ok(Self {
             socket,
             state,
             listener,
             header,
             cookie,
+            _watch: watch,
             flows,
             closing,
             closed,

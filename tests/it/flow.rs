@@ -1,11 +1,11 @@
 //! UDP through real sockets: whose answers come back to whom, and what becomes of every other datagram.
 
+mod idle;
 mod limits;
 mod moved;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use serde_json::Value;
 use tokio::net::UdpSocket;
@@ -389,69 +389,6 @@ async fn send_proxy_puts_the_header_on_every_datagram() {
     let too_long = [("tenant", "acme"), ("direction", "to_backend"), ("why", "too_long")];
     proxy.metric("vestibule_datagrams_dropped_total", &too_long).is(1).await;
     others_are_unharmed(&proxy).await;
-    finish(proxy).await;
-}
-
-#[tokio::test]
-async fn a_drain_ends_silent_flows_and_lets_no_new_one_in() {
-    let acme = Echo::start("acme").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, _| {
-        conf.drain = "notice = \"0s\"\nquiet = \"0s\"\nidle = \"500ms\"\ndeadline = \"20s\"\n".to_owned();
-    })
-    .await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
-    balancer.ask(&datagram(CLIENT, ACME, b"one")).await;
-    proxy.server().drain();
-    let other = Balancer::to(proxy.address("dns")).await;
-    // Whoever comes before the drain has begun is let in: each is somebody else.
-    let next = std::cell::Cell::new(1_u16);
-    let begun = eventually("a flow that is not let in", async || {
-        next.set(next.get() + 1);
-        other.send(&datagram(&format!("10.100.0.11:{}", next.get()), ACME, b"late")).await;
-        assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"still")).await, b"acme still");
-        let drained = [("at", "header"), ("why", "drained")];
-        (proxy.value("vestibule_sessions_ended_total", &drained).await > 0.0).then_some(())
-    });
-    begun.await;
-    let mut proxy = proxy;
-    eventually("the silent flow's end", async || {
-        let ended = |line: &Value| line["outcome"]["at"] == "forward" && line["outcome"]["why"] == "drained";
-        proxy.log().iter().any(ended).then_some(())
-    })
-    .await;
-    proxy.end().await;
-}
-
-/// More than end in one go, and they end together.
-#[tokio::test]
-async fn many_that_are_silent_all_end() {
-    const MANY: u16 = 200;
-    let acme = Echo::start("acme").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
-    for port in 0..MANY {
-        let client = format!("10.100.0.10:{}", 40_000 + port);
-        assert_eq!(balancer.ask(&datagram(&client, ACME, b"one")).await, b"acme one");
-    }
-    proxy.ended(&[("listener", "dns"), ("tenant", "acme"), ("why", "idle_timeout")]).is(MANY.into()).await;
-    others_are_unharmed(&proxy).await;
-    let log = finish(proxy).await;
-    let lines =
-        log.iter().filter(|line| line["tenant"] == "acme" && line["outcome"]["why"] == "idle_timeout");
-    assert_eq!(lines.count(), usize::from(MANY));
-}
-
-#[tokio::test]
-async fn a_flow_that_speaks_is_not_idle() {
-    let acme = Echo::start("acme").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
-    let mut pause = tokio::time::interval(Duration::from_millis(100));
-    for _ in 0..10 {
-        pause.tick().await;
-        balancer.ask(&datagram(CLIENT, ACME, b"here")).await;
-    }
-    proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(1).await;
     finish(proxy).await;
 }
 

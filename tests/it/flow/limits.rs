@@ -140,3 +140,24 @@ async fn a_backend_whose_answers_are_dropped_has_answered_once() {
     others_are_unharmed(&proxy).await;
     finish(proxy).await;
 }
+
+#[tokio::test]
+async fn datagrams_that_a_listener_has_no_room_for_are_counted() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let overflowed = [("listener", "dns")];
+    proxy.metric("vestibule_datagrams_overflowed_total", &overflowed).is(0).await;
+    let bytes = vec![0; 60_000];
+    let flood = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    flood.connect(proxy.address("dns")).unwrap();
+    eventually("a full queue", async || {
+        // A queue holds a handful of these, and to take one out is as much work as to put it in.
+        for _ in 0..200 {
+            flood.send(&bytes).unwrap();
+        }
+        (proxy.value("vestibule_datagrams_overflowed_total", &overflowed).await > 0.0).then_some(())
+    })
+    .await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
