@@ -59,6 +59,9 @@ const REST: Duration = Duration::from_millis(1);
 /// Events of flows that are taken in one call.
 const EVENTS: usize = 64;
 
+/// Datagrams after which others have their turn: half a millisecond of sends.
+const MUCH: usize = 256;
+
 /// Messages that one flow is given in its turn, so that a greedy one does not keep the others waiting.
 const TURN: usize = 16;
 
@@ -174,7 +177,7 @@ impl<A> Flows<A> {
     pub fn lend(&self) -> Vec<(u32, SocketAddr, OwnedFd)> {
         let doors = self.doors.borrow();
         let open = doors.iter().flatten().filter(|door| !door.is_closing());
-        open.filter_map(|door| Some((door.listener, door.address(), door.lend()?))).collect()
+        open.filter_map(|door| Some((door.listener(), door.address(), door.lend()?))).collect()
     }
 
     /// From now on clients are heard again.
@@ -220,9 +223,9 @@ impl<A> Flows<A> {
             match door.hear(|door| if waits(door) { Ok(false) } else { self.hear(door, place) }).await {
                 Ok(()) => short = false,
                 Err(error) if socket::loss(&error) == Loss::Shortage => {
-                    self.count_shortage(listener);
+                    self.count_shortage(door.listener());
                     if !std::mem::replace(&mut short, true) {
-                        tracing::warn!(listener = door.listener, %error, "receiving pauses");
+                        tracing::warn!(listener = door.listener(), %error, "receiving pauses");
                     }
                     sleep(PAUSE).await;
                 }
@@ -252,7 +255,7 @@ impl<A> Flows<A> {
     /// Takes one batch of datagrams from clients; whether that was all.
     fn hear(&self, door: &Door, place: u16) -> io::Result<bool> {
         let mut state = self.state.borrow_mut();
-        door.header.set(state.header_rules(door.listener));
+        door.header.set(state.header_rules(door.listener()));
         let (mut room, mut metas) = (std::mem::take(&mut state.room), std::mem::take(&mut state.metas));
         let received = door.receive(&mut room, &mut metas);
         if let Ok(count) = received {
@@ -285,9 +288,12 @@ impl<A> Flows<A> {
                 continue;
             }
             drop(ready);
-            self.pass_answers(&events);
-            // Clients have their turn, and what they bring may be answered by then.
-            tokio::task::yield_now().await;
+            let mut rest = &events[..];
+            while !rest.is_empty() {
+                rest = self.pass_answers(rest);
+                // Clients have their turn, and what they bring may be answered by then.
+                tokio::task::yield_now().await;
+            }
         }
     }
 
@@ -299,14 +305,17 @@ impl<A> Flows<A> {
         Ok(events.len())
     }
 
-    /// Gives each flow that has something to say its turn.
-    fn pass_answers(&self, events: &[epoll::Event]) {
+    /// Gives flows that have something to say their turns, until that is much; those whose turn has not come.
+    fn pass_answers<'a>(&self, events: &'a [epoll::Event]) -> &'a [epoll::Event] {
         let (mut state, doors, now) = (self.state.borrow_mut(), self.doors.borrow(), clock::now());
-        for event in events {
+        let (mut events, mut passed) = (events, 0);
+        while let Some((event, rest)) = events.split_first().filter(|_| passed < MUCH) {
             state.survive(now, |state| {
                 state.pass_answer(FlowId::from_u64(event.data.u64()), &doors, &self.poll, now);
             });
+            (events, passed) = (rest, passed + state.spans.len());
         }
+        events
     }
 
     /// Goes on to `now`, for [`end_idle`](Self::end_idle).
@@ -359,6 +368,8 @@ impl<A> Flows<A> {
     /// Ends every flow.
     pub fn end_all(&self) {
         let (mut state, now) = (self.state.borrow_mut(), clock::now());
+        // Doors may be heard for a while yet.
+        state.draining = true;
         let outcome = Outcome::reject(At::Forward, Why::Drained);
         let State { table, journal, rejections, .. } = &mut *state;
         let books = Books { journal, rejections };

@@ -90,7 +90,7 @@ impl Quota {
             beyond = Some(Why::SessionRate);
         }
         // The process is not the tenant's: who only observes its own limits is shed like anybody.
-        if self.share.as_ref().is_some_and(|share| !share.allows(held)) {
+        if self.share.as_ref().is_some_and(|share| !share.allows(held + self.flows())) {
             return Err(self.reject(Why::Shed));
         }
         if let Some(why) = beyond {

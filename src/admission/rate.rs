@@ -9,26 +9,33 @@ use crate::config;
 /// A rate with its burst. Without one set, everybody passes.
 ///
 /// The bucket is kept as a time (GCRA, ITU-T I.371): when it is full again. Each who passes moves that by one interval;
-/// who would move it further ahead of now than the burst allows is refused. A reload changes interval and burst, never
-/// that time: what was taken stays taken.
+/// who would move it further ahead of now than the burst allows is refused. A reload changes interval and burst: what was
+/// taken stays taken, but no more than all of the new burst.
 #[derive(Debug, Default)]
 pub struct Rate {
     full_at: AtomicU64,
     /// Nanoseconds from one to the next; 0 is no limit.
     interval: AtomicU64,
-    /// How far ahead of now the bucket's time may be before one more passes: the burst but one.
+    /// How far ahead of now the bucket's time may be before one more passes: the burst but one. With [`FRESH`] in it nobody
+    /// has passed by it yet.
     tolerance: AtomicU64,
 }
+
+/// In a tolerance: it is another one than before.
+const FRESH: u64 = 1 << 63;
 
 impl Rate {
     /// From now on this rate; `None` is no limit.
     pub fn set(&self, rate: Option<config::Rate>) {
         let (interval, tolerance) = rate.map_or((0, 0), |rate| {
             let interval = nanos(rate.interval);
-            (interval, interval.saturating_mul(rate.burst.saturating_sub(1)))
+            (interval, interval.saturating_mul(rate.burst.saturating_sub(1)).min(FRESH - 1))
         });
-        self.tolerance.store(tolerance, Ordering::Relaxed);
-        self.interval.store(interval, Ordering::Relaxed);
+        let interval_before = self.interval.load(Ordering::Relaxed);
+        if (interval_before, self.tolerance.load(Ordering::Relaxed) & !FRESH) != (interval, tolerance) {
+            self.tolerance.store(tolerance | FRESH, Ordering::Relaxed);
+            self.interval.store(interval, Ordering::Relaxed);
+        }
     }
 
     /// Whether one more may pass now; who may not takes nothing.
@@ -36,7 +43,24 @@ impl Rate {
     #[inline]
     pub fn admit(&self, now: Moment) -> bool {
         let interval = self.interval.load(Ordering::Relaxed);
-        interval == 0 || take(&self.full_at, now, interval, self.tolerance.load(Ordering::Relaxed))
+        if interval == 0 {
+            return true;
+        }
+        let tolerance = self.tolerance.load(Ordering::Relaxed);
+        if tolerance & FRESH != 0 {
+            self.begin(now, interval, tolerance & !FRESH);
+        }
+        take(&self.full_at, now, interval, tolerance & !FRESH)
+    }
+
+    /// Whoever is the first to pass by another rate has the bucket as empty as that rate can have it at most: by a slower one
+    /// before, it might be full again in an hour.
+    #[cold]
+    fn begin(&self, now: Moment, interval: u64, tolerance: u64) {
+        let empty = now.as_nanos().saturating_add(tolerance).saturating_add(interval);
+        if self.tolerance.fetch_and(!FRESH, Ordering::AcqRel) & FRESH != 0 {
+            self.full_at.fetch_min(empty, Ordering::AcqRel);
+        }
     }
 }
 
@@ -102,6 +126,20 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_rates_debt_is_no_more_than_a_fast_ones_burst() {
+        let rate = Rate::default();
+        rate.set(Some(config::Rate { interval: Duration::from_secs(6), burst: 600 }));
+        assert_eq!(admitted(&rate, 1_000, at_ms(0)), 600, "full again in an hour");
+        let fast = Some(config::Rate { interval: Duration::from_millis(10), burst: 100 });
+        rate.set(fast);
+        assert_eq!(admitted(&rate, 1_000, at_ms(0)), 0, "what was taken stays taken");
+        assert_eq!(admitted(&rate, 1_000, at_ms(500)), 50);
+        rate.set(fast);
+        assert_eq!(admitted(&rate, 1_000, at_ms(500)), 0, "the same once more gives nothing");
+        assert_eq!(admitted(&rate, 1_000, at_ms(60_000)), 100);
+    }
+
+    #[test]
     fn another_rate_holds_at_once_and_gives_nothing_back() {
         let rate = rate(10, 10);
         assert_eq!(admitted(&rate, 20, at_ms(0)), 10);
@@ -122,7 +160,8 @@ mod tests {
     fn time_that_does_not_move_and_time_at_its_end_are_borne() {
         let slow = Rate::default();
         slow.set(Some(config::Rate { interval: Duration::from_secs(3600), burst: u64::from(u32::MAX) }));
-        assert!(slow.admit(at_ms(0)) && slow.admit(Moment::from_nanos(u64::MAX)));
+        assert!(slow.admit(at_ms(0)) && slow.admit(Moment::from_nanos(u64::MAX >> 2)));
         assert!(slow.admit(at_ms(0)), "a burst of centuries");
+        assert!(slow.admit(Moment::from_nanos(u64::MAX)));
     }
 }

@@ -47,14 +47,15 @@ impl<A> Flows<A> {
         vacancy.leave();
     }
 
-    /// Flows begin again where there are some still from before; whether that is so.
+    /// Flows begin again where there are some still from before, of whatever listener; whether that is so. With more sockets
+    /// of the address than there were, the kernel would bring the datagrams of those flows to others.
     pub(super) fn reopen(&self, listener: u32, address: SocketAddr) -> bool {
         let doors = self.doors.borrow();
-        let door = doors.iter().flatten().find(|door| door.is_at(listener, address) && door.is_closing());
-        if let Some(door) = door {
-            door.reopen();
-        }
-        door.is_some()
+        let is_it = |door: &&Rc<Door>| door.address() == address && door.is_closing();
+        let mut closing = doors.iter().flatten().filter(is_it).peekable();
+        let is_there = closing.peek().is_some();
+        closing.for_each(|door| door.reopen(listener, |socket| self.watch_queue(socket, listener)));
+        is_there
     }
 
     /// Closes doors where no worker has a flow any more.

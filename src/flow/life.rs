@@ -247,9 +247,9 @@ impl<A> Flow<A> {
         };
     }
 
-    /// Sends the first datagram again. Nobody has heard it, so it counts once.
+    /// Sends the first datagram again, where it was sent. Nobody has heard it, so it counts once.
     pub(super) fn repeat_first(&self) {
-        if let Some(first) = &self.first
+        if let Some(first) = self.first.as_ref().filter(|_| self.datagrams.to_backend > 0)
             && let Err(error) = socket::send(&self.socket, &self.header, first)
         {
             self.story.meter.lost(Direction::ToBackend, socket::loss(&error), 1);

@@ -252,7 +252,7 @@ impl<A> State<A> {
             meter,
             session: SessionId::of_number(told.session),
             began: Birth::before(now, Duration::from_micros(told.age_us)),
-            listener: door.listener,
+            listener: door.listener(),
             tenant: tenant_place.unwrap_or(NOWHERE),
             pool: pool_place.and_then(|place| u32::try_from(place).ok()).unwrap_or(NOWHERE),
         };

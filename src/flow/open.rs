@@ -106,8 +106,8 @@ impl<A> State<A> {
 
     /// Counts a datagram that belongs to no flow and begins none.
     fn turn_away(&mut self, door: &Door, path: Path, who: Option<Who>, outcome: Outcome, now: Moment) {
-        let Some(story) = self.story(door.listener, now) else { return };
-        let rules = story.snapshot.listeners.get(door.listener as usize);
+        let Some(story) = self.story(door.listener(), now) else { return };
+        let rules = story.snapshot.listeners.get(door.listener() as usize);
         let is_stranger = rules.is_some_and(|rules| !rules.trusts(path.peer));
         let outcome = if is_stranger { Outcome::reject(At::Accept, Why::UntrustedSource) } else { outcome };
         self.reject(story, path, who, outcome, now);
@@ -137,7 +137,7 @@ impl<A> State<A> {
         poll: &Poll,
         now: Moment,
     ) -> Option<FlowId> {
-        let mut story = self.story(door.listener, now)?;
+        let mut story = self.story(door.listener(), now)?;
         let steps = if door.is_closing() {
             Err(Outcome::reject(At::Header, Why::Drained))
         } else {
@@ -255,43 +255,39 @@ impl<A> State<A> {
                 Ok(()) => return,
                 Err(refused) => done += refused.done,
             }
-            self.refused(id, poll, now);
+            self.refused(id, spans.len() - done, poll, now);
         }
     }
 
-    /// The backend's host has said that nobody listens there: another one is asked, as long as nobody has answered.
-    fn refused(&mut self, id: FlowId, poll: &Poll, now: Moment) {
+    /// The backend's host has said that nobody listens there: another one is asked, as long as nobody has answered. So many
+    /// datagrams are there that it would have got.
+    fn refused(&mut self, id: FlowId, unsent: usize, poll: &Poll, now: Moment) {
         let Some((_, who, flow)) = self.table.find(id) else { return };
-        if flow.is_answered {
-            return self.end(id, Outcome::new(By::Backend, At::Forward, Why::Reset), now);
-        }
-        let Some(born) = flow.story.pool() else { return };
-        // Those who are there now; whom it has tried it knows by their places in its own.
-        let own = born.latest();
-        if !Arc::ptr_eq(&own, born) {
-            flow.tried = Tried::default();
-        }
-        flow.story.meter.learn(Connect::Refused);
-        flow.picked.iter().for_each(|picked| blame(&own, picked, now));
-        let search = Search { pool: &own, who, rolls: &mut self.rolls, now };
-        match search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter) {
-            Ok(found) => {
-                flow.move_to(found);
-                if self.watch(id, poll, now)
-                    && let Some((_, _, flow)) = self.table.find(id)
-                {
-                    flow.repeat_first();
-                }
+        let is_answered = flow.is_answered;
+        let found = if is_answered { None } else { Search::again(flow, who, &mut self.rolls, now) };
+        if let Some(found) = found {
+            flow.move_to(found);
+            if self.watch(id, poll, now)
+                && let Some((_, _, flow)) = self.table.find(id)
+            {
+                flow.repeat_first();
             }
-            Err(_) => self.end(id, Outcome::new(By::Backend, At::Connect, Why::ConnectRefused), now),
+            return;
         }
+        flow.story.meter.lost(Direction::ToBackend, Loss::Refused, unsent as u64);
+        let (at, why) =
+            if is_answered { (At::Forward, Why::Reset) } else { (At::Connect, Why::ConnectRefused) };
+        self.end(id, Outcome::new(By::Backend, at, why), now);
     }
 
     /// Gives a flow that has something to say its turn.
     pub(super) fn pass_answer(&mut self, id: FlowId, doors: &[Option<Rc<Door>>], poll: &Poll, now: Moment) {
         let Some((path, _, flow)) = self.table.find(id) else { return };
         self.turn = Some(id);
-        let Some(Some(door)) = doors.get(usize::from(path.socket)) else { return };
+        let Some(Some(door)) = doors.get(usize::from(path.socket)) else {
+            // Nobody gets its answers any more: they must not stay, and wake the worker for ever.
+            return self.end(id, Outcome::reject(At::Forward, Why::Drained), now);
+        };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
         let metas = self.metas.get_mut(..TURN).unwrap_or_default();
         let mut hear = || flow.listening.hear(&flow.socket, door, room, metas, &mut self.spans);
@@ -302,7 +298,7 @@ impl<A> State<A> {
         };
         match heard {
             Ok(()) => {}
-            Err(_) if is_refused => return self.refused(id, poll, now),
+            Err(_) if is_refused => return self.refused(id, 0, poll, now),
             Err(error) if error.kind() == ErrorKind::WouldBlock || socket::is_too_long(&error) => return,
             Err(error) => {
                 let why =
@@ -323,7 +319,7 @@ impl<A> State<A> {
         flow.hold_to_limits(spans, Direction::ToClient, now);
         flow.send_to_client(spans, &self.room, &mut self.copy, door, path);
         if is_refused {
-            self.refused(id, poll, now);
+            self.refused(id, 0, poll, now);
         }
     }
 }
@@ -337,6 +333,20 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
+    /// Another backend for a flow whose own is not there; none for one from another process whose pool is unknown here.
+    fn again<A>(flow: &mut Flow<A>, who: Who, rolls: &mut fastrand::Rng, now: Moment) -> Option<Found> {
+        let born = flow.story.pool()?;
+        // Those who are there now; whom it has tried it knows by their places in its own.
+        let own = born.latest();
+        if !Arc::ptr_eq(&own, born) {
+            flow.tried = Tried::default();
+        }
+        flow.story.meter.learn(Connect::Refused);
+        flow.picked.iter().for_each(|picked| blame(&own, picked, now));
+        let search = Search { pool: &own, who, rolls, now };
+        search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter).ok()
+    }
+
     /// A backend, and a socket to it.
     fn run(mut self, mut tried: Tried, mut attempts: u32, meter: &mut Meter) -> Result<Found, Outcome> {
         let (pool, who) = (self.pool, self.who);

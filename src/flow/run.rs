@@ -4,7 +4,7 @@ use std::io::IoSlice;
 use std::ops::Range;
 
 use super::life::Flow;
-use super::socket::{self, Door, LONGEST, SEGMENTS, TOGETHER};
+use super::socket::{self, Door, EACH, LONGEST, SEGMENTS, TOGETHER};
 use super::table::{FlowId, Path};
 use crate::account::Direction;
 use crate::account::loss::Loss;
@@ -52,7 +52,7 @@ impl Runs {
 /// How many of these, from the first on, may go out in one call: all of one length, but for a shorter last one.
 fn together(spans: &[Span]) -> usize {
     let each = spans.first().map_or(0, ExactSizeIterator::len);
-    if each == 0 {
+    if each == 0 || each > EACH {
         return 1;
     }
     let most = (TOGETHER / each).clamp(1, SEGMENTS);
@@ -228,8 +228,8 @@ mod tests {
             (&[5, 6], 1),
             (&[5, 0], 1),
             (&[5, 3, 3], 2),
-            (&[60_000, 5_000], 1),
-            (&[40_000, 40_000], 1),
+            (&[EACH, EACH, 5], 3),
+            (&[EACH + 1, EACH + 1], 1),
         ] {
             assert_eq!(together(&spans(lens)), expected, "{lens:?}");
         }

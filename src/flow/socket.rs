@@ -39,6 +39,10 @@ pub(super) const SEGMENTS: usize = 64;
 /// ... and their bytes: with the headers in front they have to fit 16 bits.
 pub(super) const TOGETHER: usize = 65_000;
 
+/// The longest that go together: what Ethernet carries of IPv6. Kernels before 6.14 refuse longer ones than the way allows by
+/// an error (EINVAL) that says nothing of the length, and by themselves they may be cut in pieces.
+pub(super) const EACH: usize = 1_452;
+
 /// The longest payload of a datagram over IPv4: 16 bits, without the headers of IP and UDP.
 pub(super) const LONGEST: usize = 65_507;
 
@@ -51,14 +55,14 @@ const QUEUE: usize = 4 * 1024 * 1024;
 pub(super) struct Door {
     socket: AsyncFd<UdpSocket>,
     state: UdpSocketState,
-    /// The place of its listener.
-    pub(super) listener: u32,
+    /// The place of its listener: of the one whose flows begin here.
+    listener: Cell<u32>,
     /// What is asked of a header, as it was when the last batch came; `None` where there is none.
     pub(super) header: Cell<Option<wire::Rules>>,
     /// The kernel's own number of the socket, in whatever process.
     pub(super) cookie: u64,
     /// What the kernel drops here is counted.
-    _watch: Option<Watch>,
+    watch: RefCell<Option<Watch>>,
     /// Held by each of its flows.
     pub(super) flows: Rc<()>,
     /// While it closes: the workers that have flows there, and whether this one is no more among them.
@@ -100,10 +104,10 @@ impl Door {
         Ok(Self {
             socket,
             state,
-            listener,
+            listener: Cell::new(listener),
             header,
             cookie,
-            _watch: watch,
+            watch: RefCell::new(watch),
             flows,
             closing,
             closed,
@@ -118,9 +122,14 @@ impl Door {
         self.socket.get_ref().as_fd().try_clone_to_owned().ok()
     }
 
+    /// The place of its listener.
+    pub(super) fn listener(&self) -> u32 {
+        self.listener.get()
+    }
+
     /// Whether it is a listener's, at this address.
     pub(super) fn is_at(&self, listener: u32, address: SocketAddr) -> bool {
-        self.listener == listener && self.address == address
+        self.listener() == listener && self.address == address
     }
 
     /// No flow begins here any more.
@@ -128,8 +137,12 @@ impl Door {
         self.closing.replace(Some((vacancy, false)));
     }
 
-    /// Flows begin again.
-    pub(super) fn reopen(&self) {
+    /// Flows begin again, of this listener.
+    pub(super) fn reopen(&self, listener: u32, watch: impl FnOnce(&UdpSocket) -> Option<Watch>) {
+        self.listener.set(listener);
+        // The one before goes first: both know the socket by its number.
+        drop(self.watch.take());
+        self.watch.replace(watch(self.socket.get_ref()));
         self.closing.replace(None);
     }
 
@@ -147,11 +160,13 @@ impl Door {
     pub(super) fn is_vacant(&self, is_complete: impl Fn(&Vacancy) -> bool) -> bool {
         let mut closing = self.closing.borrow_mut();
         let Some((vacancy, has_left)) = closing.as_mut() else { return false };
-        if !*has_left && Rc::strong_count(&self.flows) == 1 {
+        // One that comes from another process may come late.
+        let is_empty = Rc::strong_count(&self.flows) == 1;
+        if !*has_left && is_empty {
             *has_left = true;
             vacancy.leave();
         }
-        let is_vacant = is_complete(vacancy);
+        let is_vacant = is_empty && is_complete(vacancy);
         if is_vacant {
             self.is_closed.set(true);
             self.closed.notify_one();
@@ -337,6 +352,8 @@ pub(super) fn is_peers(error: &io::Error) -> bool {
                 | Errno::HOSTUNREACH
                 | Errno::NETUNREACH
                 | Errno::HOSTDOWN
+                // What a firewall that rejects says over IPv6 (`icmp6_err_convert` in net/ipv6/icmp.c).
+                | Errno::ACCESS
                 | Errno::NOPROTOOPT
                 | Errno::PROTO
                 | Errno::INTR
@@ -370,7 +387,8 @@ mod tests {
         ] {
             assert_eq!(loss(&errno.into()), expected);
         }
-        assert!(is_peers(&Errno::CONNREFUSED.into()) && !is_peers(&Errno::BADF.into()));
+        assert!([Errno::CONNREFUSED, Errno::ACCESS].into_iter().all(|errno| is_peers(&errno.into())));
+        assert!(!is_peers(&Errno::BADF.into()));
         assert!(refuses_together(&Errno::IO.into()) && !refuses_together(&Errno::MSGSIZE.into()));
         assert!(is_too_long(&Errno::MSGSIZE.into()) && !is_too_long(&Errno::IO.into()));
     }

@@ -16,18 +16,18 @@ use tokio::net::TcpStream;
 
 use super::copy::Spill;
 use super::pace::Lent;
-use super::pipe::Pipe;
+use super::pipe::{CAPACITY, Pipe};
 use super::way::{Phase, Way};
 use super::{Patience, Relay, SETTLED};
 use crate::account::{Direction, EachWay};
 use crate::clock;
 use crate::clock::wheel::Tick;
-use crate::life::{Life, SCRATCH};
+use crate::life::Life;
 use crate::outcome::{By, Why};
 
-/// The bytes that one direction's spill may have: a read of the scratch buffer, or a header and what came with it, which
-/// is less.
-pub const MOST_SPILLED: usize = SCRATCH;
+/// The bytes that one direction's spill may have: what was taken out of a pipe, a read of the scratch buffer, or a header
+/// and what came with it, which is less.
+pub const MOST_SPILLED: usize = CAPACITY;
 
 /// What is told of one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -156,10 +156,11 @@ impl Desk {
         let vacancies: Vec<_> =
             plan.close.into_iter().map(|door| (door, Vacancy::of(self.orders.len()))).collect();
         for (orders, sockets) in self.orders.iter().zip(plan.open) {
-            // Nobody else sends, so there is the room that there was.
-            let opened = if wanted.0 { orders.try_send(Order::Open(sockets)) } else { Ok(()) };
+            // Nobody else sends, so there is the room that there was. Closed is first: flows of an address that another listener
+            // has from now on stay where they are, and it goes on there.
             let closed = if wanted.1 { orders.try_send(Order::Close(vacancies.clone())) } else { Ok(()) };
-            if opened.and(closed).is_err() {
+            let opened = if wanted.0 { orders.try_send(Order::Open(sockets)) } else { Ok(()) };
+            if closed.and(opened).is_err() {
                 tracing::error!("a worker takes no orders: its doors are as they were");
             }
         }

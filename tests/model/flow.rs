@@ -9,6 +9,7 @@ use vestibule::id::Claim;
 
 use super::*;
 
+const START: Moment = Moment::from_nanos(0);
 const IDLE: Duration = Duration::from_secs(10);
 
 /// A tick, and a tick for the part of it that has passed.
@@ -191,6 +192,39 @@ proptest! {
         expected.sort_unstable();
         prop_assert_eq!(left, expected);
     }
+}
+
+/// A table of so many flows that began at the start.
+fn filled(flows: u16) -> (Table<u64>, Vec<FlowId>) {
+    let mut table = Table::new(IDLE);
+    let path = |port| Path { socket: 0, local: None, peer: PeerAddr(([10, 0, 0, 1], port).into()) };
+    let ids = (0..flows).map(|port| table.open(path(port), who(0), 0, port.into(), START)).collect();
+    (table, ids)
+}
+
+#[test]
+fn many_learn_of_a_shorter_patience_in_turn() {
+    let (mut table, ids) = filled(3_000);
+    table.set_idle(IDLE * 2);
+    assert!(table.deadline() > Some(START + IDLE / 2), "a longer one asks for nothing");
+    table.set_idle(IDLE / 4);
+    let (mut gone, mut calls, now) = (0, 0, START + IDLE / 2);
+    while table.deadline().is_some_and(|deadline| deadline <= now) {
+        table.expire(now, 1_000, |_, _, _| gone += 1);
+        calls += 1;
+    }
+    assert_eq!((gone, calls, table.len()), (ids.len(), 3, 0));
+}
+
+#[test]
+fn who_is_only_put_off_takes_little_of_a_call() {
+    let (mut table, ids) = filled(500);
+    ids[..490].iter().for_each(|id| assert!(table.answer(*id, START + IDLE / 2).is_some()));
+    let mut gone = 0;
+    table.expire(START + IDLE + LATE, 32, |_, _, _| gone += 1);
+    assert_eq!((gone, table.len()), (10, 490));
+    table.expire(START + IDLE * 2, 32, |_, _, _| gone += 1);
+    assert_eq!((gone, table.len()), (42, 458), "no more are closed than may");
 }
 
 /// A datagram on its way: to the proxy, from a consumer, or back from a backend.

@@ -111,6 +111,8 @@ struct Plain {
     held: usize,
     /// Nanoseconds until the bucket is full again, at the last deed.
     owed: u64,
+    /// Whether nobody has asked since there is another rate.
+    is_fresh: bool,
     rejected: u64,
     would_reject: u64,
 }
@@ -122,6 +124,9 @@ impl Plain {
         let mut beyond = self.limits.sessions.is_some_and(|limit| self.held >= limit);
         if !beyond && let Some(rate) = self.limits.session_rate {
             let interval = u64::try_from(rate.interval.as_nanos()).unwrap();
+            if std::mem::take(&mut self.is_fresh) {
+                self.owed = self.owed.min(interval * rate.burst);
+            }
             beyond = self.owed > interval * (rate.burst - 1);
             self.owed += if beyond { 0 } else { interval };
         }
@@ -169,6 +174,7 @@ proptest! {
                 Deed::Drop(_) => {}
                 Deed::Set(tenant, limits) => {
                     tenants[tenant].set(&limits);
+                    plain[tenant].is_fresh |= limits.session_rate != plain[tenant].limits.session_rate;
                     plain[tenant].limits = limits;
                 }
             }

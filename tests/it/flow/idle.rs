@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::timeout;
 
 use super::{Balancer, CLIENT, Echo, datagram, finish, others_are_unharmed, soon, world};
-use crate::harness::{ACME, eventually};
+use crate::harness::{ACME, GLOBEX, LIMIT, eventually, still_lives};
 
 #[tokio::test]
 async fn a_drain_ends_silent_flows_and_lets_no_new_one_in() {
@@ -35,6 +36,27 @@ async fn a_drain_ends_silent_flows_and_lets_no_new_one_in() {
     })
     .await;
     proxy.end().await;
+}
+
+#[tokio::test]
+async fn an_end_at_once_is_one_though_datagrams_come() {
+    let acme = Echo::start("acme").await;
+    let (mut proxy, _hooli) = world(&[acme.address], |_, _| ()).await;
+    let mut held = proxy.open(GLOBEX, b"").await;
+    still_lives(&mut held).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    balancer.ask(&datagram(CLIENT, ACME, b"one")).await;
+    let flood = tokio::spawn(async move {
+        let mut pause = tokio::time::interval(Duration::from_millis(1));
+        for port in 1..=u16::MAX {
+            pause.tick().await;
+            // Once nobody hears them the kernel says so.
+            drop(balancer.socket.send(&datagram(&format!("10.100.0.11:{port}"), ACME, b"more")).await);
+        }
+    });
+    timeout(LIMIT, proxy.end()).await.expect("an end, whoever speaks");
+    flood.abort();
+    drop(held);
 }
 
 /// More than end in one go, and they end together.

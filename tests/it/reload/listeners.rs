@@ -190,3 +190,48 @@ async fn a_udp_listener_that_comes_back_goes_on_with_its_flows() {
     others_are_unharmed(&proxy).await;
     finish(proxy).await;
 }
+
+#[tokio::test]
+async fn a_udp_listener_of_another_name_goes_on_with_the_flows_of_its_address() {
+    let acme = Echo::start("acme").await;
+    let (mut proxy, _hooli, listener) = udp(&acme).await;
+    let fixed = listener.replace("127.0.0.1:0", &proxy.address("dns").to_string());
+    let web = "[[listener]]\nname = \"web\"\n";
+    let before = fixed.replace("127.0.0.1", "127.0.0.3").replace("\"dns\"", "\"before\"");
+    let after = before.replace("\"before\"", "\"after\"");
+    proxy.reload(web, &format!("{before}{web}")).unwrap();
+    let address = proxy.address("before");
+    let mut flows = Vec::new();
+    for _ in 0..16 {
+        let flow = Balancer::to(address).await;
+        assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"one")).await, b"acme one");
+        flows.push(flow);
+    }
+    proxy.reload(&before, &after).unwrap();
+    // Until every worker has heard of it some may be turned away. All stay, so that no two have the same port.
+    let mut others = Vec::new();
+    for _ in 0..16 {
+        let other = Balancer::to(address).await;
+        let answer = eventually("an answer", async || {
+            other.send(&datagram(CLIENT, ACME, b"new")).await;
+            let answer = tokio::time::timeout(std::time::Duration::from_millis(50), other.answer()).await;
+            answer.ok()
+        });
+        assert_eq!(answer.await, b"acme new");
+        others.push(other);
+    }
+    for flow in &flows {
+        assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"two")).await, b"acme two");
+    }
+    // Each is still its own, and nobody has begun a second one. Who is new may have come before a worker heard of it.
+    proxy.metric("vestibule_sessions_active", &[("tenant", "acme")]).is(32).await;
+    proxy.metric("vestibule_sessions_active", &[("listener", "after")]).is_at_least(8).await;
+    proxy.metric("vestibule_datagrams_overflowed_total", &[("listener", "after")]).is(0).await;
+    // It goes, too, and takes all of its sockets with it.
+    proxy.reload("flow-idle = \"60s\"", "flow-idle = \"200ms\"").unwrap();
+    proxy.reload(&after, "").unwrap();
+    proxy.metric("vestibule_sessions_active", &[]).is(0).await;
+    eventually("the address to be free", async || UdpSocket::bind(address).await.ok()).await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
