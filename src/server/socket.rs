@@ -32,7 +32,7 @@ impl SocketFile {
         Some(Self { path: path.to_owned(), own, kept: AtomicBool::new(true) })
     }
 
-    /// The process that had the socket does not have it any more.
+    /// No other process has the socket any more.
     pub(super) fn own(&self) {
         self.kept.store(false, Ordering::Release);
     }

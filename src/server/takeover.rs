@@ -19,7 +19,7 @@ use std::time::Duration;
 
 pub(super) use self::give::Giver;
 pub use self::take::{Heritage, TakeoverError};
-use super::{Server, notify};
+use super::Server;
 use crate::clock;
 use crate::config::Config;
 use crate::takeover::message::{Offered, Role};
@@ -58,7 +58,6 @@ pub(super) fn pages(
 impl Server {
     /// From now on a successor may ask for everything.
     pub(super) fn may_be_taken_over(&self, pages: Pages) {
-        let socket = self.socket.clone();
         let giver = Giver {
             live: Arc::clone(&self.live),
             crew: Arc::clone(&self.crew),
@@ -68,15 +67,7 @@ impl Server {
             pages,
             serving: self.serving.clone(),
             stage: self.stage.clone(),
-            gone: Box::new(move |heir| {
-                if let Some(socket) = &socket {
-                    socket.keep();
-                }
-                // Systemd believes it of the process that it knows.
-                if let Some(heir) = heir {
-                    notify::main_pid(heir);
-                }
-            }),
+            file: self.socket.clone(),
             busy: AtomicBool::new(false),
         };
         // It is set once.
@@ -103,20 +94,18 @@ impl Server {
         thread::Builder::new().name("takeover".to_owned()).spawn(move || {
             let all = arrivals.run(&live, &movers);
             live.takeovers.set_receiving(false);
-            if let Err(why) = all {
-                // The old one accepts again: this one finishes what it has.
-                tracing::error!(why, "the old process lives and goes on; this one drains");
-                serving.send_replace(false);
-                team.pause();
-                if let Some(socket) = socket {
-                    socket.keep();
+            match all {
+                // Not before: an old process that goes on needs its file, however this one ends.
+                Ok(()) => socket.iter().for_each(|socket| socket.own()),
+                Err(why) => {
+                    // The old one accepts again: this one finishes what it has.
+                    tracing::error!(why, "the old process lives and goes on; this one drains");
+                    serving.send_replace(false);
+                    team.pause();
+                    drain.send_replace(true);
                 }
-                drain.send_replace(true);
             }
         })?;
-        if let Some(socket) = &self.socket {
-            socket.own();
-        }
         self.reloader.team().resume();
         self.serving.send_replace(true);
         Ok(())

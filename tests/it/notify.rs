@@ -4,10 +4,12 @@ use std::fs;
 
 use rustix::process::Signal;
 use tokio::net::UnixDatagram;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::harness::{LIMIT, exchange};
+use super::harness::{LIMIT, connect, exchange};
 use super::process::{Serve, World, Written, program};
+use super::takeover::{Heir, config};
 
 /// Systemd's end.
 struct Systemd {
@@ -27,12 +29,18 @@ impl Systemd {
     /// The next messages until each of these has stood in one; the last of them. Two threads tell: in which order the
     /// status comes is open.
     async fn hears_all(&self, what: &[&str]) -> String {
+        self.hears_all_without(what, None).await
+    }
+
+    /// As [`hears_all`](Self::hears_all); and until then not once this.
+    async fn hears_all_without(&self, what: &[&str], never: Option<&str>) -> String {
         let mut missing = what.to_vec();
         let heard = async {
             loop {
                 let mut room = [0; 4096];
                 let count = self.socket.recv(&mut room).await.unwrap();
                 let message = String::from_utf8(room[..count].to_vec()).unwrap();
+                assert!(never.is_none_or(|never| !message.contains(never)), "{message}");
                 missing.retain(|what| !message.contains(what));
                 if missing.is_empty() {
                     return message;
@@ -92,4 +100,51 @@ async fn a_systemd_that_is_gone_stops_nothing() {
     serve.serves().await;
     serve.signal(Signal::TERM);
     assert_eq!(serve.ended().await.code(), Some(0));
+}
+
+/// A process that can be taken over, and says so to systemd.
+async fn notifying(config: &Written) -> Serve {
+    let mut command = program(config);
+    command.env("NOTIFY_SOCKET", config.beside("notify"));
+    Serve::of(command).await
+}
+
+#[tokio::test]
+async fn a_successor_that_fails_late_is_never_the_main_process() {
+    let world = World::new().await;
+    let (config, control) = config(&world);
+    let systemd = Systemd::at(&config);
+    let mut old = notifying(&config).await;
+    let pending = connect(old.web).await;
+    let at = control.clone();
+    let heir = spawn_blocking(move || {
+        let heir = Heir::ask(&at);
+        heir.ready();
+        heir
+    });
+    let heir = heir.await.unwrap();
+    old.says("sessions that cannot move yet are finished here").await;
+    drop(heir);
+    old.says("the takeover failed; this process goes on").await;
+    old.serves().await;
+    old.signal(Signal::TERM);
+    systemd.hears_all_without(&["STOPPING=1\n"], Some("MAINPID=")).await;
+    drop(pending);
+    old.signal(Signal::TERM);
+    assert_eq!(old.ended().await.code(), Some(0));
+    assert!(!control.exists(), "it takes its socket along");
+}
+
+#[tokio::test]
+async fn a_successor_that_has_everything_is_the_main_process() {
+    let world = World::new().await;
+    let (config, control) = config(&world);
+    let systemd = Systemd::at(&config);
+    let mut old = notifying(&config).await;
+    let mut new = Serve::successor(&config, &control).await;
+    systemd.hears(&format!("MAINPID={}", new.child.id())).await;
+    assert_eq!(old.ended().await.code(), Some(0));
+    assert!(control.exists(), "it is the successor's");
+    new.serves().await;
+    new.end().await;
 }

@@ -18,7 +18,7 @@ use super::harness::{
 use super::process::{Serve, World, Written};
 
 /// A configuration whose process can be taken over, and the way to it.
-fn config(world: &World) -> (Written, PathBuf) {
+pub fn config(world: &World) -> (Written, PathBuf) {
     let config = world.config("");
     let control = config.beside("control");
     config.rewrite("[admin]\n", &format!("[admin]\nsocket = \"{}\"\n", control.display()));
@@ -97,6 +97,7 @@ async fn sessions_live_on_and_new_ones_are_served_all_the_time() {
     assert!(lines.iter().all(|line| line["outcome"]["why"] == "done"), "{lines:?}");
     assert_eq!(bytes(&old.sessions(1).await[0]), 6);
     is_empty(&new).await;
+    new.says("took over").await;
     new.end().await;
     assert!(!control.exists(), "the last one takes its socket along");
 }
@@ -168,7 +169,7 @@ async fn nobody_to_take_over_from_is_said() {
 }
 
 /// A successor that is the test itself.
-struct Heir {
+pub struct Heir {
     link: Link,
     sockets: Vec<Offered>,
 }
@@ -199,7 +200,7 @@ fn hello(link: &Link, version: u32) {
 
 impl Heir {
     /// Comes as far as the sockets.
-    fn ask(control: &Path) -> Self {
+    pub fn ask(control: &Path) -> Self {
         let link = ask(control);
         hello(&link, VERSION);
         let mut sockets = Vec::new();
@@ -236,7 +237,7 @@ impl Heir {
     }
 
     /// Says that it could serve.
-    fn ready(&self) {
+    pub fn ready(&self) {
         self.link.send(&Message::Ready, &[], &[]).unwrap();
         assert_eq!(next(&self.link).message, Message::Stopped);
     }

@@ -20,7 +20,9 @@ use crate::clock::{self, Moment};
 use crate::server::crew::Crew;
 use crate::server::drain::Stage;
 use crate::server::moving::Movers;
+use crate::server::notify;
 use crate::server::reload::Reloader;
+use crate::server::socket::SocketFile;
 use crate::server::team::Team;
 use crate::state::Live;
 use crate::takeover::link::{Link, MOST_FDS};
@@ -36,7 +38,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// How often is looked whether anything is left.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// When what is left is told for the first time, and then how often.
+/// How often what is left is told.
 const TELL: Duration = Duration::from_secs(2);
 
 /// Why a takeover came to nothing.
@@ -69,8 +71,8 @@ pub(in crate::server) struct Giver {
     /// Whether the pages are served here.
     pub(in crate::server) serving: watch::Sender<bool>,
     pub(in crate::server) stage: watch::Sender<Stage>,
-    /// Called with the successor's number once everything is its.
-    pub(in crate::server) gone: Box<dyn Fn(Option<u32>) + Send + Sync>,
+    /// The file of the admin socket; it is the successor's once everything is.
+    pub(in crate::server) file: Option<Arc<SocketFile>>,
     /// One takeover at a time.
     pub(in crate::server) busy: AtomicBool,
 }
@@ -96,11 +98,15 @@ impl Giver {
         let heir = socket_peercred(&stream)
             .ok()
             .and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
-        match self.give(stream, is_alone, heir) {
+        match self.give(stream, is_alone) {
             Ok(()) => {
                 self.live.takeovers.count(true);
                 tracing::info!("everything is the successor's");
-                (self.gone)(heir);
+                // Not before: of a successor that fails it could not be taken back. Systemd believes it of the process that
+                // it knows.
+                if let Some(heir) = heir {
+                    notify::main_pid(heir);
+                }
                 self.stage.send_replace(Stage::Over);
             }
             Err(error) => {
@@ -113,7 +119,7 @@ impl Giver {
         }
     }
 
-    fn give(&self, stream: UnixStream, is_alone: bool, heir: Option<u32>) -> Result<(), Failed> {
+    fn give(&self, stream: UnixStream, is_alone: bool) -> Result<(), Failed> {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let link = Link::new(stream, ANSWER)?;
         match link.receive()?.map(|frame| frame.message) {
@@ -155,7 +161,7 @@ impl Giver {
         }
         let stopped = Stopped::new(self, &runtime);
         link.send(&Message::Stopped, &[], &[])?;
-        self.send_away(&link, &runtime, heir)?;
+        self.send_away(&link, &runtime)?;
         stopped.stays_so();
         Ok(())
     }
@@ -195,7 +201,7 @@ impl Giver {
     }
 
     /// Sends away every session and flow, as each comes to where it can go.
-    fn send_away(&self, link: &Link, runtime: &Runtime, heir: Option<u32>) -> Result<(), Failed> {
+    fn send_away(&self, link: &Link, runtime: &Runtime) -> Result<(), Failed> {
         let (pending, gone) = (Pending::default(), AtomicBool::new(false));
         link.set_patience(None)?;
         let (ended, end) = sync_channel(1);
@@ -208,7 +214,7 @@ impl Giver {
                 link.send(&Message::FlowsSent, &[], &[]).unwrap_or_default();
             });
             scope.spawn(|| hear(link, &pending, &gone, &ended));
-            let result = self.watch(&pending, &gone, &end, heir);
+            let result = self.watch(&pending, &gone, &end);
             let result = result.and_then(|()| Ok(link.send(&Message::Done, &[], &[])?));
             // What was answered until now counts, and who had no answer stays. The threads end with their senders.
             if result.is_ok() {
@@ -222,13 +228,7 @@ impl Giver {
     }
 
     /// Looks until nothing is left, or the successor is gone.
-    fn watch(
-        &self,
-        pending: &Pending,
-        gone: &AtomicBool,
-        end: &Receiver<()>,
-        heir: Option<u32>,
-    ) -> Result<(), Failed> {
+    fn watch(&self, pending: &Pending, gone: &AtomicBool, end: &Receiver<()>) -> Result<(), Failed> {
         let start = clock::now();
         let deadline = self.live.config.load().drain.deadline;
         let mut told = start;
@@ -245,10 +245,6 @@ impl Giver {
                 return Err(Failed::Late);
             }
             if now.since(told) >= TELL {
-                if told == start {
-                    // It takes longer: orders are for the one who serves.
-                    (self.gone)(heir);
-                }
                 told = now;
                 let pending = usize::try_from(self.live.pending()).unwrap_or(usize::MAX);
                 tracing::info!(
@@ -321,13 +317,16 @@ fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()
     ended.try_send(()).unwrap_or_default();
 }
 
-/// The time in which this process accepts nothing and serves no page: it goes on with both, unless everything has gone.
+/// The time in which this process accepts nothing, serves no page and leaves the admin socket's file where it is: it goes
+/// on with all of that, unless everything has gone.
 struct Stopped<'a>(Option<(&'a Giver, &'a Runtime)>);
 
 impl<'a> Stopped<'a> {
     fn new(giver: &'a Giver, runtime: &'a Runtime) -> Self {
         giver.serving.send_replace(false);
         giver.team.pause();
+        // Also where this process ends meanwhile: the successor is asked there then.
+        giver.file.iter().for_each(|file| file.keep());
         Self(Some((giver, runtime)))
     }
 
@@ -341,6 +340,7 @@ impl Drop for Stopped<'_> {
         if let Some((giver, runtime)) = self.0 {
             giver.team.resume();
             runtime.block_on(giver.movers.hear_datagrams(true));
+            giver.file.iter().for_each(|file| file.own());
             giver.serving.send_replace(true);
         }
     }
