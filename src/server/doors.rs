@@ -185,8 +185,8 @@ async fn keep(door: Rc<Door>, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut
     loop {
         if !*orders.accepts.borrow() {
             tokio::select! {
-                // Another process may have the socket, and what waits there is its.
-                _ = orders.stages.wait_for(|stage| *stage == Stage::Over) => return,
+                // Another process has the socket, and what waits there is its: only this copy is closed.
+                _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return,
                 _ = orders.accepts.wait_for(|accepts| *accepts) => {}
             }
         }

@@ -90,6 +90,9 @@ impl Server {
         let (live, movers, team) = (Arc::clone(&self.live), Arc::clone(&self.movers), self.reloader.team());
         let (serving, drain, socket) = (self.serving.clone(), self.drain.clone(), self.socket.clone());
         live.takeovers.set_receiving(true);
+        // First: where the takeover fails, nothing may be accepted after that.
+        self.reloader.team().resume();
+        self.serving.send_replace(true);
         // Not one of the threads that the end waits for: it ends with the old process.
         thread::Builder::new().name("takeover".to_owned()).spawn(move || {
             let all = arrivals.run(&live, &movers);
@@ -106,8 +109,6 @@ impl Server {
                 }
             }
         })?;
-        self.reloader.team().resume();
-        self.serving.send_replace(true);
         Ok(())
     }
 }

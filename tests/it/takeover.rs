@@ -1,6 +1,10 @@
 //! A successor takes over from a running process: sockets, sessions and flows, and what either side does when the other dies.
 
+mod midway;
+
 use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -134,7 +138,7 @@ async fn a_successor_may_have_other_workers() {
 async fn a_successor_that_cannot_start_changes_nothing() {
     let Before { config, control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
-    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let more = format!(
         "[[listener]]\nname = \"more\"\nbind = \"{}\"\ntrusted-sources = [\"127.0.0.1\"]\n",
         taken.local_addr().unwrap()
@@ -362,12 +366,34 @@ async fn end_or(session: &mut TcpStream) -> bool {
     session.read_exact(&mut room).await.is_ok() && room == *b"still"
 }
 
+/// An old process, of this number, that the test plays until its successor is ready.
+fn play(listening: &UnixListener, door: &TcpListener, path: &Path, pid: i32) -> Link {
+    let (mut stream, _) = listening.accept().unwrap();
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        request.push(byte[0]);
+    }
+    stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").unwrap();
+    let link = Link::new(stream, LIMIT).unwrap();
+    assert!(matches!(next(&link).message, Message::Hello { .. }));
+    let configured = door.local_addr().unwrap();
+    let role = Role::Listener { name: "web".to_owned(), udp: false, configured };
+    let own = Role::Control { path: path.to_owned(), has_file: true };
+    let offered = vec![Offered { role, bound: Some(configured) }, Offered { role: own, bound: None }];
+    link.send(&Message::Sockets(offered), &[], &[door.as_fd(), listening.as_fd()]).unwrap();
+    link.send(&Message::AllSockets { program: "test".to_owned(), pid }, &[], &[]).unwrap();
+    assert_eq!(next(&link).message, Message::Ready);
+    link
+}
+
 #[tokio::test]
 async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
     let world = World::new().await;
     let (config, control) = config(&world);
     // An old process that the test plays: with a real one nobody would know where it was.
-    let door = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let door = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = door.local_addr().unwrap();
     let (listening, path) = (UnixListener::bind(&control).unwrap(), control.clone());
     config.rewrite(
@@ -375,25 +401,8 @@ async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
         &format!("[[listener]]\nname = \"web\"\nbind = \"{address}\""),
     );
     let played = spawn_blocking(move || {
-        use std::os::fd::AsFd;
-        let (mut stream, _) = listening.accept().unwrap();
-        let mut request = Vec::new();
-        while !request.ends_with(b"\r\n\r\n") {
-            let mut byte = [0];
-            stream.read_exact(&mut byte).unwrap();
-            request.push(byte[0]);
-        }
-        stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").unwrap();
-        let link = Link::new(stream, LIMIT).unwrap();
-        assert!(matches!(next(&link).message, Message::Hello { .. }));
-        let role = Role::Listener { name: "web".to_owned(), udp: false, configured: address };
-        let own = Role::Control { path: path.clone(), has_file: true };
-        let offered = vec![Offered { role, bound: Some(address) }, Offered { role: own, bound: None }];
-        link.send(&Message::Sockets(offered), &[], &[door.as_fd(), listening.as_fd()]).unwrap();
         let mut dead = std::process::Command::new("true").spawn().unwrap();
-        let pid = i32::try_from(dead.id()).unwrap();
-        link.send(&Message::AllSockets { program: "test".to_owned(), pid }, &[], &[]).unwrap();
-        assert_eq!(next(&link).message, Message::Ready);
+        let link = play(&listening, &door, &path, i32::try_from(dead.id()).unwrap());
         // It has ended, and nobody has asked for its status: its number is still its own.
         drop((link, door, listening));
         dead.wait().unwrap();
