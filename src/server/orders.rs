@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use tokio::sync::watch;
 
 use super::notify;
-use super::reload::Reloader;
+use super::reload::{ReloadError, Reloader};
 use super::takeover::Giver;
 use crate::account::lock;
 use crate::admin::control::{self, Fault, Refused, Reloaded};
@@ -52,7 +52,7 @@ impl Orders {
     fn put_in_force(&self) -> Result<Reloaded, Refused> {
         if self.giver.get().is_some_and(|giver| giver.is_busy()) {
             self.live.reloads.refuse();
-            return Err(refused_for("a takeover is under way: ask the successor, or again once it is over"));
+            return Err(refused_for(&ReloadError::Leaving.to_string()));
         }
         let config = Arc::new(self.read()?);
         self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;

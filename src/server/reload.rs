@@ -43,6 +43,9 @@ pub enum ReloadError {
     /// Too many reloads before it are not carried out yet.
     #[error("a worker has not yet opened and closed what the reloads before asked for; try again")]
     Busy,
+    /// Everything is on its way to a successor, which would not know of it.
+    #[error("a takeover is under way: ask the successor, or again once it is over")]
+    Leaving,
 }
 
 /// Puts configurations in force, from any thread.
@@ -57,13 +60,29 @@ impl fmt::Debug for Reloader {
 
 struct Desk {
     live: Arc<Live>,
-    /// Every listening address, each with a socket of every worker.
-    held: Mutex<Vec<Held>>,
+    held: Mutex<Holdings>,
     orders: Vec<mpsc::Sender<Order>>,
     resolver: Arc<OnceLock<Arc<Resolver>>>,
     capacity: Capacity,
     /// Told when there are other pools to be looked after.
     changed: Arc<Notify>,
+}
+
+/// What is locked while a configuration is put in force.
+struct Holdings {
+    /// Every listening address, each with a socket of every worker.
+    doors: Vec<Held>,
+    /// Whether they are a successor's, and stay as they are.
+    are_leaving: bool,
+}
+
+/// While this lives no configuration is put in force.
+pub(super) struct NoReloads<'a>(&'a Reloader);
+
+impl Drop for NoReloads<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.0.held).are_leaving = false;
+    }
 }
 
 /// What a configuration's listeners need.
@@ -88,7 +107,7 @@ impl Reloader {
     ) -> Self {
         Self(Arc::new(Desk {
             live: Arc::clone(live),
-            held: Mutex::new(held),
+            held: Mutex::new(Holdings { doors: held, are_leaving: false }),
             orders,
             resolver: Arc::clone(resolver),
             capacity,
@@ -103,7 +122,13 @@ impl Reloader {
 
     /// Every listening address.
     pub(super) fn held(&self) -> Vec<Held> {
-        lock(&self.0.held).clone()
+        lock(&self.0.held).doors.clone()
+    }
+
+    /// Refuses every reload from now on; returns once one that is under way has come to its end.
+    pub(super) fn no_reloads(&self) -> NoReloads<'_> {
+        lock(&self.0.held).are_leaving = true;
+        NoReloads(self)
     }
 
     /// Puts another configuration in force, as a whole or not at all. Sessions keep what they were born with, but for their
@@ -136,6 +161,10 @@ impl Desk {
         let turn = self.live.turn(config)?;
         let present = self.live.config.load_full();
         let mut held = lock(&self.held);
+        // It may have been read before the takeover began.
+        if held.are_leaving {
+            return Err(ReloadError::Leaving);
+        }
         let differing = config.pools.iter().filter(|pool| !present.pools.contains(pool));
         let differing: Vec<&Pool> = differing.collect();
         listen::try_sources(differing.iter().copied())?;
@@ -149,7 +178,7 @@ impl Desk {
         }
         let answers = answers(&present, config, &differing);
         // The last that may fail, and then close what it has bound: connections come to it from here on.
-        let plan = self.plan(config, &turn.places(config), &held)?;
+        let plan = self.plan(config, &turn.places(config), &held.doors)?;
         let wanted = (plan.open.iter().any(|sockets| !sockets.is_empty()), !plan.close.is_empty());
         // From here on nothing fails.
         let changes = turn.put(config, plan.addresses, &answers, clock::now());
@@ -167,7 +196,7 @@ impl Desk {
         if changes.listeners != Count::default() {
             self.reckon(config, plan.held.len());
         }
-        *held = plan.held;
+        held.doors = plan.held;
         self.changed.notify_one();
         Ok(changes)
     }

@@ -155,7 +155,8 @@ impl Giver {
             Some(_) => return Err(Failed::Confused),
             None => return Err(Failed::Gone),
         }
-        // It has read what was in force before.
+        // It has read what was in force before. A reload that is under way is over then, or refused.
+        let no_reloads = self.reloader.no_reloads();
         if self.live.is_draining() || self.live.reloads.done() != reloads {
             return Err(Failed::Overtaken);
         }
@@ -163,6 +164,8 @@ impl Giver {
         link.send(&Message::Stopped, &[], &[])?;
         self.send_away(&link, &runtime)?;
         stopped.stays_so();
+        // This process ends.
+        std::mem::forget(no_reloads);
         Ok(())
     }
 

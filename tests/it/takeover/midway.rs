@@ -1,16 +1,19 @@
 //! What else happens while a takeover is under way, and what a failed one leaves behind.
 
+use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
 
-use rustix::process::getpid;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::process::{Signal, getpid};
 use tokio::task::spawn_blocking;
 use vestibule::takeover::message::Message;
 
-use super::super::harness::connect;
+use super::super::harness::{connect, eventually, still_lives};
 use super::super::process::{Serve, World};
-use super::{config, play};
+use super::{Before, Heir, config, play};
 
 #[tokio::test]
 async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_ones() {
@@ -47,4 +50,43 @@ async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_o
     let (_accepted, peer) = door.accept().unwrap();
     assert_eq!(peer, waits.local_addr().unwrap());
     assert!(control.exists(), "the old process has its socket still");
+}
+
+#[tokio::test]
+async fn a_reload_that_reads_while_a_takeover_begins_is_refused() {
+    let Before { config, control, mut old, _world } = Before::start().await;
+    // Without it there would be nothing to do, and the takeover done.
+    let mut live = old.carried().await;
+    let text = fs::read_to_string(&config.path).unwrap();
+    fs::remove_file(&config.path).unwrap();
+    mknodat(CWD, &config.path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    old.signal(Signal::HUP);
+    let (path, at) = (config.path.clone(), control.clone());
+    let (mut file, heir) = spawn_blocking(move || {
+        // It is opened once somebody reads.
+        let file = fs::File::options().write(true).open(path).unwrap();
+        let heir = Heir::ask(&at);
+        heir.ready();
+        (file, heir)
+    })
+    .await
+    .unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    drop(file);
+    old.says("a takeover is under way").await;
+    old.says("the reload is refused; what was in force stays").await;
+    drop(heir);
+    old.says("the takeover failed; this process goes on").await;
+    still_lives(&mut live).await;
+    assert!(old.log().iter().all(|line| line["message"] != "reloaded"));
+    fs::remove_file(&config.path).unwrap();
+    fs::write(&config.path, text).unwrap();
+    // It is known a moment later that the takeover is over.
+    eventually("a reload", async || {
+        old.signal(Signal::HUP);
+        old.log().iter().any(|line| line["message"] == "reloaded").then_some(())
+    })
+    .await;
+    old.serves().await;
+    old.end().await;
 }
