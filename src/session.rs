@@ -207,7 +207,7 @@ fn tell(worker: &Worker, life: Life, outcome: Outcome, session: SessionId, story
 /// Where its tenant, pool or backend is not here any more it goes on all the same, and is counted under their names.
 ///
 /// Boxed, so that what was told of it takes no room while it lives.
-pub async fn resume(worker: Rc<Worker>, moved: Box<Moved>, aboard: impl Sized) {
+pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Sized) {
     let (snapshot, session, _slot) = (worker.snapshot(), moved.session(), worker.slots.take_anyway());
     let mut story = moved.story(&snapshot, &worker.live.labels);
     let permit = moved.adopt(&story, &worker.live);

@@ -1,6 +1,7 @@
 //! What one tenant may take and what it has taken: found again by its name, whatever a reload changes.
 
 mod flows;
+mod kept;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -16,6 +17,7 @@ use crate::config::{Limits, Mode};
 use crate::outcome::Why;
 
 pub use self::flows::{Excess, FlowPermit, Passage};
+pub use self::kept::{Holding, Kept};
 
 /// One tenant's limits and what is in use of them.
 ///
@@ -100,9 +102,10 @@ impl Quota {
         Ok(permit)
     }
 
-    /// Takes in a session that another process has admitted: whatever the limits say, and nothing is taken of the rate.
+    /// Takes in a session that another process has admitted: whatever the limits say, and nothing is taken of the rate. It has a
+    /// place that is kept, where there is one.
     pub fn adopt(self: &Arc<Self>, would_reject: Option<Why>) -> Permit {
-        if self.sessions.enter_anyway() == 0 {
+        if self.sessions.enter_kept() {
             self.share.iter().for_each(|share| share.join());
         }
         Permit { quota: Arc::clone(self), would_reject }
@@ -129,7 +132,7 @@ impl Quota {
     /// Sessions now.
     #[must_use]
     pub fn sessions(&self) -> usize {
-        self.sessions.used()
+        self.sessions.present()
     }
 
     /// Sessions at most.

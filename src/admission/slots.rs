@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub struct Slots {
     limit: AtomicUsize,
     used: AtomicUsize,
+    /// Those of `used` that are kept for somebody who is to come, or has gone to another process.
+    kept: AtomicUsize,
 }
 
 impl Slots {
@@ -17,7 +19,7 @@ impl Slots {
     /// `limit` slots, all free.
     #[must_use]
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit: AtomicUsize::new(limit), used: AtomicUsize::new(0) })
+        Arc::new(Self { limit: AtomicUsize::new(limit), ..Self::default() })
     }
 
     /// From now on so many; who is in stays, and nobody comes in until there is room.
@@ -31,10 +33,11 @@ impl Slots {
         self.reserve().then(|| Permit(Arc::clone(self)))
     }
 
-    /// Takes a slot even beyond the limit, for one that is here already. Nobody else comes in until there is room again.
+    /// Takes a slot that is kept, or else one even beyond the limit, for one that is here already. Nobody else comes in until
+    /// there is room again.
     #[must_use]
     pub fn take_anyway(self: &Arc<Self>) -> Permit {
-        self.enter_anyway();
+        self.enter_kept();
         Permit(Arc::clone(self))
     }
 
@@ -54,6 +57,29 @@ impl Slots {
         self.used.fetch_add(1, Ordering::AcqRel)
     }
 
+    /// Takes a slot that is kept, or else one even beyond the limit, and tells whether none was taken before.
+    pub(super) fn enter_kept(&self) -> bool {
+        let one = |kept: usize| kept.checked_sub(1);
+        match self.kept.fetch_update(Ordering::AcqRel, Ordering::Acquire, one) {
+            // It is among those taken already.
+            Ok(_) => false,
+            Err(_) => self.enter_anyway() == 0,
+        }
+    }
+
+    /// Keeps so many more, even beyond the limit, and tells how many were taken before.
+    pub(super) fn keep(&self, count: usize) -> usize {
+        let before = self.used.fetch_add(count, Ordering::AcqRel);
+        self.kept.fetch_add(count, Ordering::AcqRel);
+        before
+    }
+
+    /// Gives back those that are kept, if any, and tells how many are taken still.
+    pub(super) fn keep_none(&self) -> Option<usize> {
+        let kept = Some(self.kept.swap(0, Ordering::AcqRel)).filter(|kept| *kept > 0)?;
+        Some(self.used.fetch_sub(kept, Ordering::AcqRel) - kept)
+    }
+
     /// Gives a slot back, and tells how many are taken still.
     pub(super) fn leave(&self) -> usize {
         self.used.fetch_sub(1, Ordering::AcqRel) - 1
@@ -65,17 +91,27 @@ impl Slots {
         self.limit.load(Ordering::Acquire)
     }
 
-    /// How many there are.
+    /// How many are taken, with those that are kept.
     #[must_use]
     pub fn used(&self) -> usize {
         self.used.load(Ordering::Acquire)
+    }
+
+    /// How many are here.
+    #[must_use]
+    pub fn present(&self) -> usize {
+        self.used().saturating_sub(self.kept.load(Ordering::Acquire))
     }
 }
 
 impl Default for Slots {
     /// As many as may be.
     fn default() -> Self {
-        Self { limit: AtomicUsize::new(Self::UNLIMITED), used: AtomicUsize::new(0) }
+        Self {
+            limit: AtomicUsize::new(Self::UNLIMITED),
+            used: AtomicUsize::new(0),
+            kept: AtomicUsize::new(0),
+        }
     }
 }
 
@@ -136,6 +172,22 @@ mod tests {
         assert!(slots.used() == 2 && slots.take().is_none());
         drop(held);
         assert_eq!(slots.used(), 0);
+    }
+
+    #[test]
+    fn what_is_kept_is_taken_by_who_comes_for_it_and_given_back_once() {
+        let slots = Slots::new(3);
+        assert_eq!((slots.keep(2), slots.used(), slots.present()), (0, 2, 0));
+        let _new = slots.take().unwrap();
+        assert!(slots.take().is_none(), "nobody else has what is kept");
+        let came = slots.take_anyway();
+        assert_eq!((slots.used(), slots.present()), (3, 2));
+        assert_eq!((slots.keep_none(), slots.used(), slots.present()), (Some(2), 2, 2));
+        assert_eq!(slots.keep_none(), None);
+        let _late = slots.take_anyway();
+        assert_eq!((slots.enter_kept(), slots.leave()), (false, 3));
+        drop(came);
+        assert_eq!((slots.used(), slots.keep(0)), (2, 2));
     }
 
     #[test]

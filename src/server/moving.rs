@@ -194,6 +194,8 @@ impl Shop {
     pub(super) fn stop_moving(&self, hear: bool) {
         *self.worker.departures.borrow_mut() = None;
         self.worker.local.stop_moving();
+        // Those of this worker's sessions, too: none that leaves after this keeps its place.
+        self.live.quotas.keep_none();
         self.hear(hear);
     }
 

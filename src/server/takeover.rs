@@ -86,7 +86,7 @@ impl Server {
         while self.live.unprobed.load(Ordering::Acquire) > 0 && clock::now().since(start) < PROBES {
             park_timeout(LOOK);
         }
-        let arrivals = heritage.ready()?;
+        let arrivals = heritage.ready(&self.live)?;
         let (live, movers, team) = (Arc::clone(&self.live), Arc::clone(&self.movers), self.reloader.team());
         let (serving, drain, socket) = (self.serving.clone(), self.drain.clone(), self.socket.clone());
         live.takeovers.set_receiving(true);

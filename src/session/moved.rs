@@ -18,7 +18,7 @@ use crate::account::log::Marks;
 use crate::account::meter::Meter;
 use crate::account::{EachWay, Labels};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
-use crate::admission::quota::Permit;
+use crate::admission::quota::{Kept, Permit};
 use crate::clock::wheel::Tick;
 use crate::clock::{self, Birth};
 use crate::forward::moved::{Record, Still};
@@ -58,9 +58,16 @@ struct Told {
 pub struct Moved {
     told: Told,
     still: Still,
+    /// Held until it has its own place.
+    kept: Option<Arc<Kept>>,
 }
 
 impl Moved {
+    /// Its place may be among these.
+    pub fn has_place_in(&mut self, kept: &Arc<Kept>) {
+        self.kept = Some(Arc::clone(kept));
+    }
+
     pub(super) fn session(&self) -> SessionId {
         SessionId::of_number(self.told.session)
     }
@@ -87,10 +94,12 @@ impl Moved {
     }
 
     /// Its place among its tenant's sessions, whatever the limits say. A tenant that is gone has no limits.
-    pub(super) fn adopt(&self, story: &Story<'_>, live: &Live) -> Permit {
+    pub(super) fn adopt(&mut self, story: &Story<'_>, live: &Live) -> Permit {
         let gone = || live.quotas.find(&live.labels.intern(&self.told.tenant));
         let quota = story.tenant.map_or_else(gone, |tenant| Arc::clone(&tenant.quota));
-        quota.adopt(self.told.would_reject)
+        let permit = quota.adopt(self.told.would_reject);
+        self.kept = None;
+        permit
     }
 
     /// Its place at its backend, where the pool has that.
@@ -132,7 +141,7 @@ pub fn decode(parcel: Parcel) -> Result<Box<Moved>, Refused> {
     let (told, tail) = parcel.read::<Told>(Kind::Session)?;
     let tail = tail.to_vec();
     let still = Still::new(told.relay, &tail, parcel.fds)?;
-    Ok(Box::new(Moved { told, still }))
+    Ok(Box::new(Moved { told, still, kept: None }))
 }
 
 fn pack(relay: &mut Relay<'_>, story: &Story<'_>, session: SessionId) -> Result<Parcel, Refused> {
@@ -199,7 +208,13 @@ pub(super) async fn depart(
     let (answer, answered) = oneshot::channel();
     turn.send(Leaving { parcel, answer });
     match hear(relay.life(), answered).await {
-        Ok(Answer::Taken) => Some(Outcome::reject(At::Forward, Why::Moved)),
+        Ok(Answer::Taken) => {
+            // It lives, and counts: who says only now who it is does not get its place, unless nobody leaves any more.
+            if let Some(tenant) = story.tenant.filter(|_| worker.departures.borrow().is_some()) {
+                tenant.quota.keep_sessions(1);
+            }
+            Some(Outcome::reject(At::Forward, Why::Moved))
+        }
         Ok(Answer::Stays) => {
             relay.go_on();
             None

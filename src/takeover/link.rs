@@ -20,9 +20,11 @@ use rustix::net::{
 /// Descriptors of one frame: the kernel takes 253 (`SCM_MAX_FD` in include/net/scm.h).
 pub const MOST_FDS: usize = 64;
 
-/// The bytes of a head, and of a tail: a session holds two spills and no more than its pipes beside.
+/// The bytes of a head.
 const MOST_HEAD: usize = 1 << 20;
-const MOST_TAIL: usize = 4 << 20;
+
+/// The bytes of a tail: a session holds two spills and no more than its pipes beside.
+pub const MOST_TAIL: usize = 4 << 20;
 
 /// Two lengths.
 const PREFIX: usize = 8;

@@ -35,7 +35,8 @@ pub enum Message {
     },
     /// New: it could serve now.
     Ready,
-    /// Old: it accepts no more, and hears no datagram any more.
+    /// Old: it accepts no more, and hears no datagram any more. The tail is what it holds of its limits, as JSON; it is empty
+    /// where an older program says this, and left alone where one hears it.
     Stopped,
     /// Old: a session or flow. The record is the tail.
     Parcel {

@@ -38,9 +38,9 @@ impl Quota {
         Ok(permit)
     }
 
-    /// Takes in a flow that another process has admitted, whatever the limits say.
+    /// Takes in a flow that another process has admitted, whatever the limits say. It has a place that is kept, where there is one.
     pub fn adopt_flow(self: &Arc<Self>, beyond: bool) -> FlowPermit {
-        if self.flows.enter_anyway() == 0 {
+        if self.flows.enter_kept() {
             self.share.iter().for_each(|share| share.join());
         }
         FlowPermit { quota: Arc::clone(self), beyond }
@@ -48,7 +48,7 @@ impl Quota {
 
     /// Whether the process has room for one more beside so many flows. Its sessions take room, too.
     fn has_share(&self, flows: usize) -> bool {
-        self.share.as_ref().is_none_or(|share| share.allows(flows + self.sessions()))
+        self.share.as_ref().is_none_or(|share| share.allows(flows + self.sessions.used()))
     }
 
     /// Whether one datagram of so many bytes may pass now. It does not wait: who has to go is dropped, and has taken nothing.
@@ -68,7 +68,7 @@ impl Quota {
     /// Flows now.
     #[must_use]
     pub fn flows(&self) -> usize {
-        self.flows.used()
+        self.flows.present()
     }
 
     /// Flows at most.

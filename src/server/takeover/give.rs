@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::account::lock;
+use crate::admission::quota::Holding;
 use crate::clock::{self, Moment};
 use crate::server::crew::Crew;
 use crate::server::drain::Stage;
@@ -25,9 +26,10 @@ use crate::server::reload::Reloader;
 use crate::server::socket::SocketFile;
 use crate::server::team::Team;
 use crate::state::Live;
-use crate::takeover::link::{Link, MOST_FDS};
+use crate::takeover::link::{Link, MOST_FDS, MOST_TAIL};
 use crate::takeover::message::{Message, Offered, Role, VERSION};
 use crate::takeover::{Answer, Leaving};
+use crate::tenant::Tenant;
 
 /// How long the successor may take to be ready: it reads its configuration, looks names up and probes meanwhile.
 const READY: Duration = Duration::from_secs(60);
@@ -161,12 +163,31 @@ impl Giver {
             return Err(Failed::Overtaken);
         }
         let stopped = Stopped::new(self, &runtime);
-        link.send(&Message::Stopped, &[], &[])?;
+        link.send(&Message::Stopped, &self.holding()?, &[])?;
         self.send_away(&link, &runtime)?;
         stopped.stays_so();
         // This process ends.
         std::mem::forget(no_reloads);
         Ok(())
+    }
+
+    /// What is held of the limits, as it is told. Of more tenants than can be told those with the fewest are left out.
+    fn holding(&self) -> io::Result<Vec<u8>> {
+        let snapshot = self.live.snapshot.load_full();
+        let held = |tenant: &Tenant| {
+            let (sessions, flows) = (tenant.quota.sessions(), tenant.quota.flows());
+            (sessions + flows > 0).then(|| (tenant.label.name().to_owned(), sessions, flows))
+        };
+        let mut tenants: Vec<_> = snapshot.directory.tenants().iter().filter_map(held).collect();
+        tenants.sort_unstable_by_key(|(_, sessions, flows)| std::cmp::Reverse(sessions + flows));
+        let mut holding = Holding { all: self.live.sessions.present(), tenants };
+        loop {
+            let told = serde_json::to_vec(&holding)?;
+            if told.len() <= MOST_TAIL {
+                return Ok(told);
+            }
+            holding.tenants.truncate(holding.tenants.len() / 2);
+        }
     }
 
     /// Shows every listening socket.

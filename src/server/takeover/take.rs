@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -12,6 +13,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use tokio::runtime::Runtime;
 
+use crate::admission::quota::{Holding, Kept};
 use crate::server::inherit::Inherited;
 use crate::server::moving::Movers;
 use crate::state::Live;
@@ -27,6 +29,9 @@ const DEATH: Duration = Duration::from_secs(1);
 
 /// The longest answer to a request that is not taken up.
 const MOST_ANSWER: usize = 16 * 1024;
+
+/// More sessions than any process has.
+const MOST_HELD: usize = u32::MAX as usize;
 
 /// Why a successor could not take over. The old process goes on.
 #[derive(Debug, thiserror::Error)]
@@ -135,15 +140,17 @@ impl Heritage {
     }
 
     /// Says that this process could serve now, and waits until the old one has stopped. A process that has died has
-    /// stopped too; its sockets live on here. Those that nobody wanted are closed with it.
+    /// stopped too; its sockets live on here. Those that nobody wanted are closed with it. From now on there is a place for
+    /// each session and flow that it has.
     ///
     /// # Errors
     /// The old process does not stop, and goes on.
-    pub(in crate::server) fn ready(self) -> Result<Arrivals, TakeoverError> {
+    pub(in crate::server) fn ready(self, live: &Live) -> Result<Arrivals, TakeoverError> {
         let Self { link, old, .. } = self;
         let said = link.send(&Message::Ready, &[], &[]).and_then(|()| link.receive());
-        match said.map(|frame| frame.map(|frame| frame.message)) {
-            Ok(Some(Message::Stopped)) => {}
+        let mut holding = Holding::default();
+        match said {
+            Ok(Some(Frame { message: Message::Stopped, tail, .. })) => holding = told(&tail),
             Ok(Some(_)) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
             Ok(None) | Err(_) if is_dead(&old) => {
                 tracing::warn!("the old process has died; its listening sockets go on here");
@@ -151,8 +158,30 @@ impl Heritage {
             Ok(None) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             Err(error) => return Err(error.into()),
         }
-        Ok(Arrivals { link, old })
+        Ok(Arrivals { link, old, kept: keep(live, &holding) })
     }
+}
+
+/// What the old process holds of its limits. An older one says nothing of it.
+fn told(tail: &[u8]) -> Holding {
+    if tail.is_empty() {
+        return Holding::default();
+    }
+    serde_json::from_slice(tail).unwrap_or_else(|error| {
+        tracing::warn!(%error, "what the old process holds of its limits is not understood, and not kept free here");
+        Holding::default()
+    })
+}
+
+/// Keeps places for what is to come. A tenant that is not here has no limits.
+fn keep(live: &Live, holding: &Holding) -> Arc<Kept> {
+    let known = |(name, sessions, flows): &(String, usize, usize)| {
+        Some((live.quotas.known(&live.labels.intern(name))?, *sessions, *flows))
+    };
+    // What it says beyond any bound would overflow: nobody has as many.
+    let is_sane = |(_, sessions, flows): &&(String, usize, usize)| (*sessions).max(*flows) <= MOST_HELD;
+    let tenants = holding.tenants.iter().filter(is_sane).filter_map(known).collect();
+    Kept::new(&live.sessions, holding.all.min(MOST_HELD), tenants)
 }
 
 /// Asks for the link in HTTP's words (RFC 9110, section 7.8), as the control socket speaks nothing else.
@@ -178,6 +207,8 @@ fn upgrade(mut stream: &UnixStream) -> Result<(), TakeoverError> {
 pub(in crate::server) struct Arrivals {
     link: Link,
     old: OwnedFd,
+    /// The places of those that are to come.
+    kept: Arc<Kept>,
 }
 
 /// Why nothing comes any more.
@@ -256,7 +287,8 @@ impl Arrivals {
                 }
             }
             Ok(Kind::Session) => match crate::session::moved::decode(parcel) {
-                Ok(moved) => {
+                Ok(mut moved) => {
+                    moved.has_place_in(&self.kept);
                     // Said before its first byte moves: who has this answer closes its own side, who has none goes on with
                     // it. If it could not be said, the other one has it, unless it is dead.
                     self.say_taken(id)?;

@@ -8,12 +8,14 @@ use std::sync::mpsc;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Signal, getpid};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
 use vestibule::takeover::message::Message;
 
-use super::super::harness::{connect, eventually, still_lives};
-use super::super::process::{Serve, World};
-use super::{Before, Heir, config, play};
+use super::super::harness::{ACME, GLOBEX, connect, eventually, exchange, header, is_reset, still_lives};
+use super::super::process::{Serve, World, Written};
+use super::{Before, Heir, carried, config, is_empty, play, value};
 
 #[tokio::test]
 async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_ones() {
@@ -89,4 +91,99 @@ async fn a_reload_that_reads_while_a_takeover_begins_is_refused() {
     .await;
     old.serves().await;
     old.end().await;
+}
+
+/// From now on acme may have two sessions.
+fn limit(config: &Written) {
+    let acme = format!("[[tenant]]\nname = \"acme\"\nendpoints = [\"{ACME}\"]\npool = \"acme\"\n");
+    config.rewrite(&acme, &format!("{acme}limits = {{ sessions = 2 }}\n"));
+}
+
+/// A session of acme, where there is room for one.
+async fn place(serve: &Serve) -> Option<TcpStream> {
+    let mut session = serve.open(ACME, b"live").await;
+    let mut room = [0; 4];
+    session.read_exact(&mut room).await.ok().map(|_| session)
+}
+
+async fn is_full(serve: &Serve) {
+    is_reset(&mut serve.open(ACME, b"one too many").await).await;
+    let other = serve.open(GLOBEX, b"payload").await;
+    assert_eq!(exchange(other).await.unwrap(), b"payload");
+}
+
+#[tokio::test]
+async fn what_is_still_to_come_counts_for_the_limits_and_is_no_session_yet() {
+    let world = World::new().await;
+    let (config, control) = config(&world);
+    limit(&config);
+    let door = TcpListener::bind("127.0.0.1:0").unwrap();
+    let web = "[[listener]]\nname = \"web\"\nbind = ";
+    config.rewrite(&format!("{web}\"127.0.0.1:0\""), &format!("{web}\"{}\"", door.local_addr().unwrap()));
+    let listening = UnixListener::bind(&control).unwrap();
+    let (end, ends) = mpsc::sync_channel(1);
+    let at = control.clone();
+    let played = spawn_blocking(move || {
+        let link = play(&listening, &door, &at, getpid().as_raw_nonzero().get());
+        let holding = br#"{"all":9,"tenants":[["acme",2,1],["stranger",7,0]]}"#;
+        link.send(&Message::Stopped, holding, &[]).unwrap();
+        ends.recv().unwrap();
+        link.send(&Message::Done, &[], &[]).unwrap();
+    });
+    let mut new = Serve::successor(&config, &control).await;
+    for _ in 0..3 {
+        is_full(&new).await;
+    }
+    is_empty(&new).await;
+    end.send(()).unwrap();
+    played.await.unwrap();
+    // What has not come does not come.
+    let mut sessions = Vec::new();
+    for _ in 0..2 {
+        sessions.push(eventually("a place", async || place(&new).await).await);
+    }
+    is_full(&new).await;
+    for mut session in sessions {
+        still_lives(&mut session).await;
+        assert_eq!(exchange(session).await.unwrap(), b"");
+    }
+    is_empty(&new).await;
+    new.end().await;
+}
+
+#[tokio::test]
+async fn a_limit_holds_across_both_processes() {
+    let Before { config, control, mut old, _world } = Before::start().await;
+    limit(&config);
+    old.signal(Signal::HUP);
+    old.says("reloaded").await;
+    let mut sessions = carried(&old, 2).await;
+    is_full(&old).await;
+    let header = header(ACME);
+    let mut late = connect(old.web).await;
+    late.write_all(&header[..20]).await.unwrap();
+    let pending = async || (value(&old, "vestibule_sessions_pending", "").await == 1).then_some(());
+    eventually("the old process to hear it", pending).await;
+
+    let mut new = Serve::successor(&config, &control).await;
+    is_full(&new).await;
+    let moved = async || (value(&new, "vestibule_sessions_taken_over_total", "").await == 2).then_some(());
+    eventually("both to move", moved).await;
+    is_full(&new).await;
+    // The old process has none any more, and yet no place.
+    late.write_all(&header[20..]).await.unwrap();
+    is_reset(&mut late).await;
+    assert_eq!(old.ended().await.code(), Some(0));
+    is_full(&new).await;
+    for session in &mut sessions {
+        still_lives(session).await;
+    }
+    assert_eq!(exchange(sessions.pop().unwrap()).await.unwrap(), b"");
+    sessions.push(eventually("a place", async || place(&new).await).await);
+    is_full(&new).await;
+    for session in sessions {
+        assert_eq!(exchange(session).await.unwrap(), b"");
+    }
+    is_empty(&new).await;
+    new.end().await;
 }

@@ -1,0 +1,103 @@
+//! Places that are kept while sessions and flows go from one process to the other, so that nobody else gets them meanwhile.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Quota, Quotas, Slots, lock};
+
+/// What a process holds of its limits, as it tells its successor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// Sessions and flows of the process.
+    pub all: usize,
+    /// Each tenant that has any: its name, its sessions, its flows.
+    pub tenants: Vec<(String, usize, usize)>,
+}
+
+/// Places for those that are to come; what nobody came for is given back with the last of those who hold this.
+#[derive(Debug)]
+pub struct Kept {
+    slots: Arc<Slots>,
+    quotas: Vec<Arc<Quota>>,
+}
+
+impl Kept {
+    /// Keeps so many of the process's slots, and of each tenant so many sessions and flows.
+    pub fn new(slots: &Arc<Slots>, all: usize, tenants: Vec<(Arc<Quota>, usize, usize)>) -> Arc<Self> {
+        slots.keep(all);
+        let keep = |(quota, sessions, flows): (Arc<Quota>, usize, usize)| {
+            quota.keep_sessions(sessions);
+            quota.keep_flows(flows);
+            quota
+        };
+        Arc::new(Self { slots: Arc::clone(slots), quotas: tenants.into_iter().map(keep).collect() })
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.slots.keep_none();
+        self.quotas.iter().for_each(|quota| quota.keep_none());
+    }
+}
+
+impl Quota {
+    /// Keeps so many more places of sessions, even beyond the limit.
+    pub fn keep_sessions(&self, count: usize) {
+        if count > 0 && self.sessions.keep(count) == 0 {
+            self.share.iter().for_each(|share| share.join());
+        }
+    }
+
+    fn keep_flows(&self, count: usize) {
+        if count > 0 && self.flows.keep(count) == 0 {
+            self.share.iter().for_each(|share| share.join());
+        }
+    }
+
+    /// Gives back every place that is kept.
+    fn keep_none(&self) {
+        for slots in [&self.sessions, &self.flows] {
+            if slots.keep_none() == Some(0) {
+                self.share.iter().for_each(|share| share.part());
+            }
+        }
+    }
+}
+
+impl Quotas {
+    /// Gives back every place that is kept of any tenant.
+    pub fn keep_none(&self) {
+        lock(&self.known).values().for_each(|quota| quota.keep_none());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{START, quota};
+    use super::*;
+    use crate::config::Limits;
+    use crate::outcome::Why;
+
+    #[test]
+    fn places_are_for_those_who_come_and_what_is_left_is_given_back() {
+        let slots = Slots::new(10);
+        let quota = quota(Limits { sessions: Some(2), flows: Some(1), ..Limits::default() });
+        let holders = || quota.share.as_ref().unwrap().holders();
+        let kept = Kept::new(&slots, 4, vec![(Arc::clone(&quota), 2, 1)]);
+        assert_eq!((slots.used(), slots.present(), quota.sessions(), quota.flows()), (4, 0, 0, 0));
+        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        assert_eq!(quota.admit_flow(|| false).unwrap_err(), Why::FlowLimit);
+        assert_eq!(holders(), 2, "one for its sessions, one for its flows");
+        let came = (slots.take_anyway(), quota.adopt(None));
+        assert_eq!((slots.used(), slots.present(), quota.sessions(), holders()), (4, 1, 1, 2));
+        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        drop(kept);
+        assert_eq!((slots.used(), quota.sessions(), holders()), (1, 1, 1));
+        let new = quota.admit(START).unwrap();
+        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        drop((came, new));
+        assert_eq!((slots.used(), quota.sessions(), quota.flows(), holders()), (0, 0, 0, 0));
+    }
+}
