@@ -92,7 +92,7 @@ impl Quota {
             beyond = Some(Why::SessionRate);
         }
         // The process is not the tenant's: who only observes its own limits is shed like anybody.
-        if self.share.as_ref().is_some_and(|share| !share.allows(held + self.flows())) {
+        if self.share.as_ref().is_some_and(|share| !share.allows(held + self.flows.used())) {
             return Err(self.reject(Why::Shed));
         }
         if let Some(why) = beyond {
