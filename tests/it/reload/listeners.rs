@@ -125,6 +125,23 @@ async fn udp(acme: &Echo) -> (Proxy, Echo, String) {
     (proxy, hooli, listener.to_owned())
 }
 
+/// So many who are new are answered. Until every worker has heard of a reload some may be turned away. All stay, so that no
+/// two have the same port.
+async fn new_ones_are_heard(address: SocketAddr, count: usize) -> Vec<Balancer> {
+    let mut others = Vec::new();
+    for _ in 0..count {
+        let other = Balancer::to(address).await;
+        let answer = eventually("an answer", async || {
+            other.send(&datagram(CLIENT, ACME, b"new")).await;
+            let answer = tokio::time::timeout(std::time::Duration::from_millis(50), other.answer()).await;
+            answer.ok()
+        });
+        assert_eq!(answer.await, b"acme new");
+        others.push(other);
+    }
+    others
+}
+
 #[tokio::test]
 async fn a_udp_listener_that_goes_hears_and_answers_its_flows_to_their_end() {
     let acme = Echo::start("acme").await;
@@ -175,15 +192,7 @@ async fn a_udp_listener_that_comes_back_goes_on_with_its_flows() {
     assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"two")).await, b"acme two");
     proxy.reload(web, &format!("{more}{web}")).unwrap();
     // Whoever is new is heard, whichever socket it comes to, and who was there goes on.
-    for _ in 0..8 {
-        let other = Balancer::to(address).await;
-        let answer = eventually("an answer", async || {
-            other.send(&datagram(CLIENT, ACME, b"new")).await;
-            let answer = tokio::time::timeout(std::time::Duration::from_millis(50), other.answer()).await;
-            answer.ok()
-        });
-        assert_eq!(answer.await, b"acme new");
-    }
+    new_ones_are_heard(address, 8).await;
     assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"three")).await, b"acme three");
     proxy.reload("flow-idle = \"60s\"", "flow-idle = \"200ms\"").unwrap();
     proxy.metric("vestibule_sessions_active", &[]).is(0).await;
@@ -208,18 +217,7 @@ async fn a_udp_listener_of_another_name_goes_on_with_the_flows_of_its_address() 
         flows.push(flow);
     }
     proxy.reload(&before, &after).unwrap();
-    // Until every worker has heard of it some may be turned away. All stay, so that no two have the same port.
-    let mut others = Vec::new();
-    for _ in 0..16 {
-        let other = Balancer::to(address).await;
-        let answer = eventually("an answer", async || {
-            other.send(&datagram(CLIENT, ACME, b"new")).await;
-            let answer = tokio::time::timeout(std::time::Duration::from_millis(50), other.answer()).await;
-            answer.ok()
-        });
-        assert_eq!(answer.await, b"acme new");
-        others.push(other);
-    }
+    let _others = new_ones_are_heard(address, 16).await;
     for flow in &flows {
         assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"two")).await, b"acme two");
     }
