@@ -14,27 +14,28 @@ use crate::config;
 #[derive(Debug, Default)]
 pub struct Rate {
     full_at: AtomicU64,
-    /// Nanoseconds from one to the next; 0 is no limit.
+    /// Nanoseconds from one to the next; 0 is no limit. With [`FRESH`] in it nobody has asked since it or the burst changed.
     interval: AtomicU64,
-    /// How far ahead of now the bucket's time may be before one more passes: the burst but one. With [`FRESH`] in it nobody
-    /// has passed by it yet.
+    /// How far ahead of now the bucket's time may be before one more passes: the burst but one.
     tolerance: AtomicU64,
 }
 
-/// In a tolerance: it is another one than before.
+/// In an interval: the rate is another one than before.
 const FRESH: u64 = 1 << 63;
 
 impl Rate {
     /// From now on this rate; `None` is no limit.
     pub fn set(&self, rate: Option<config::Rate>) {
         let (interval, tolerance) = rate.map_or((0, 0), |rate| {
-            let interval = nanos(rate.interval);
-            (interval, interval.saturating_mul(rate.burst.saturating_sub(1)).min(FRESH - 1))
+            let interval = nanos(rate.interval).min(FRESH - 1);
+            (interval, interval.saturating_mul(rate.burst.saturating_sub(1)))
         });
-        let interval_before = self.interval.load(Ordering::Relaxed);
-        if (interval_before, self.tolerance.load(Ordering::Relaxed) & !FRESH) != (interval, tolerance) {
-            self.tolerance.store(tolerance | FRESH, Ordering::Relaxed);
-            self.interval.store(interval, Ordering::Relaxed);
+        let before = self.interval.load(Ordering::Relaxed) & !FRESH;
+        if (before, self.tolerance.load(Ordering::Relaxed)) != (interval, tolerance) {
+            self.tolerance.store(tolerance, Ordering::Relaxed);
+            // Who sees that it is fresh sees its tolerance.
+            let mark = if interval == 0 { 0 } else { FRESH };
+            self.interval.store(interval | mark, Ordering::Release);
         }
     }
 
@@ -42,24 +43,22 @@ impl Rate {
     #[must_use]
     #[inline]
     pub fn admit(&self, now: Moment) -> bool {
-        let interval = self.interval.load(Ordering::Relaxed);
-        if interval == 0 {
-            return true;
+        let interval = self.interval.load(Ordering::Acquire);
+        if interval & FRESH != 0 {
+            self.begin(now, interval);
         }
-        let tolerance = self.tolerance.load(Ordering::Relaxed);
-        if tolerance & FRESH != 0 {
-            self.begin(now, interval, tolerance & !FRESH);
-        }
-        take(&self.full_at, now, interval, tolerance & !FRESH)
+        let interval = interval & !FRESH;
+        interval == 0 || take(&self.full_at, now, interval, self.tolerance.load(Ordering::Relaxed))
     }
 
-    /// Whoever is the first to pass by another rate has the bucket as empty as that rate can have it at most: by a slower one
+    /// Whoever is the first to ask for another rate has the bucket as empty as that rate can have it at most: by a slower one
     /// before, it might be full again in an hour.
     #[cold]
-    fn begin(&self, now: Moment, interval: u64, tolerance: u64) {
-        let empty = now.as_nanos().saturating_add(tolerance).saturating_add(interval);
-        if self.tolerance.fetch_and(!FRESH, Ordering::AcqRel) & FRESH != 0 {
-            self.full_at.fetch_min(empty, Ordering::AcqRel);
+    fn begin(&self, now: Moment, fresh: u64) {
+        let interval = fresh & !FRESH;
+        if self.interval.compare_exchange(fresh, interval, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            let ahead = self.tolerance.load(Ordering::Relaxed).saturating_add(interval);
+            self.full_at.fetch_min(now.as_nanos().saturating_add(ahead), Ordering::AcqRel);
         }
     }
 }
@@ -160,8 +159,7 @@ mod tests {
     fn time_that_does_not_move_and_time_at_its_end_are_borne() {
         let slow = Rate::default();
         slow.set(Some(config::Rate { interval: Duration::from_secs(3600), burst: u64::from(u32::MAX) }));
-        assert!(slow.admit(at_ms(0)) && slow.admit(Moment::from_nanos(u64::MAX >> 2)));
+        assert!(slow.admit(at_ms(0)) && slow.admit(Moment::from_nanos(u64::MAX)));
         assert!(slow.admit(at_ms(0)), "a burst of centuries");
-        assert!(slow.admit(Moment::from_nanos(u64::MAX)));
     }
 }

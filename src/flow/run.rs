@@ -55,7 +55,7 @@ fn together(spans: &[Span]) -> usize {
     if each == 0 || each > EACH {
         return 1;
     }
-    let most = (TOGETHER / each).clamp(1, SEGMENTS);
+    let most = (TOGETHER / each).min(SEGMENTS);
     let same = spans.iter().take(most).take_while(|span| span.len() == each).count();
     let has_last = same < most && spans.get(same).is_some_and(|last| (1..each).contains(&last.len()));
     same + usize::from(has_last)
@@ -228,6 +228,8 @@ mod tests {
             (&[5, 6], 1),
             (&[5, 0], 1),
             (&[5, 3, 3], 2),
+            (&[60_000, 5_000], 1),
+            (&[40_000, 40_000], 1),
             (&[EACH, EACH, 5], 3),
             (&[EACH + 1, EACH + 1], 1),
         ] {

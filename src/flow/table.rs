@@ -235,13 +235,16 @@ impl<F> Table<F> {
         Some((path, who, self.slab.remove(slot)?))
     }
 
-    /// Takes out flows that were idle for long, at most `most` in one call, and looks at a few hundred: more
+    /// Takes out flows that were idle for long, at most `most` in one call, and looks at no more than 32 times as many: others
     /// are left for the next.
     pub fn expire(&mut self, now: Moment, most: usize, mut closed: impl FnMut(Path, Who, F)) {
         self.catch_up();
         let mut left = most;
         for _ in 0..most.saturating_mul(LOOKS) {
-            let Some(slot) = self.queue.next_due(&mut self.slab, now).filter(|_| left > 0) else { return };
+            if left == 0 {
+                return;
+            }
+            let Some(slot) = self.queue.next_due(&mut self.slab, now) else { return };
             let Some(flow) = self.slab.at_mut(slot) else { continue };
             // A clock that went back must not let it live for ever.
             flow.last = flow.last.min(now);

@@ -211,7 +211,7 @@ pub(super) async fn depart(
         Ok(Answer::Taken) => {
             // It lives, and counts: who says only now who it is does not get its place, unless nobody leaves any more.
             if let Some(tenant) = story.tenant.filter(|_| worker.departures.borrow().is_some()) {
-                tenant.quota.keep_sessions(1);
+                tenant.quota.keep_session();
             }
             Some(Outcome::reject(At::Forward, Why::Moved))
         }

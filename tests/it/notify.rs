@@ -1,6 +1,7 @@
 //! What systemd is told by a service of `Type=notify`.
 
 use std::fs;
+use std::path::PathBuf;
 
 use rustix::process::Signal;
 use tokio::net::UnixDatagram;
@@ -103,18 +104,29 @@ async fn a_systemd_that_is_gone_stops_nothing() {
 }
 
 /// A process that can be taken over, and says so to systemd.
-async fn notifying(config: &Written) -> Serve {
-    let mut command = program(config);
-    command.env("NOTIFY_SOCKET", config.beside("notify"));
-    Serve::of(command).await
+struct Watched {
+    config: Written,
+    control: PathBuf,
+    systemd: Systemd,
+    old: Serve,
+    _world: World,
+}
+
+impl Watched {
+    async fn start() -> Self {
+        let world = World::new().await;
+        let (config, control) = config(&world);
+        let systemd = Systemd::at(&config);
+        let mut command = program(&config);
+        command.env("NOTIFY_SOCKET", config.beside("notify"));
+        let old = Serve::of(command).await;
+        Self { config, control, systemd, old, _world: world }
+    }
 }
 
 #[tokio::test]
 async fn a_successor_that_fails_late_is_never_the_main_process() {
-    let world = World::new().await;
-    let (config, control) = config(&world);
-    let systemd = Systemd::at(&config);
-    let mut old = notifying(&config).await;
+    let Watched { config: _config, control, systemd, mut old, _world } = Watched::start().await;
     let pending = connect(old.web).await;
     let at = control.clone();
     let heir = spawn_blocking(move || {
@@ -137,10 +149,7 @@ async fn a_successor_that_fails_late_is_never_the_main_process() {
 
 #[tokio::test]
 async fn a_successor_that_has_everything_is_the_main_process() {
-    let world = World::new().await;
-    let (config, control) = config(&world);
-    let systemd = Systemd::at(&config);
-    let mut old = notifying(&config).await;
+    let Watched { config, control, systemd, mut old, _world } = Watched::start().await;
     let mut new = Serve::successor(&config, &control).await;
     systemd.hears(&format!("MAINPID={}", new.child.id())).await;
     assert_eq!(old.ended().await.code(), Some(0));

@@ -366,6 +366,15 @@ async fn end_or(session: &mut TcpStream) -> bool {
     session.read_exact(&mut room).await.is_ok() && room == *b"still"
 }
 
+/// A door of the old process that a test plays; from now on it is that of the listener `web`.
+fn door(config: &Written) -> TcpListener {
+    let door = TcpListener::bind("127.0.0.1:0").unwrap();
+    let web = "[[listener]]\nname = \"web\"\nbind = ";
+    let bound = format!("{web}\"{}\"", door.local_addr().unwrap());
+    config.rewrite(&format!("{web}\"127.0.0.1:0\""), &bound);
+    door
+}
+
 /// An old process, of this number, that the test plays until its successor is ready.
 fn play(listening: &UnixListener, door: &TcpListener, path: &Path, pid: i32) -> Link {
     let (mut stream, _) = listening.accept().unwrap();
@@ -393,13 +402,9 @@ async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
     let world = World::new().await;
     let (config, control) = config(&world);
     // An old process that the test plays: with a real one nobody would know where it was.
-    let door = TcpListener::bind("127.0.0.1:0").unwrap();
+    let door = door(&config);
     let address = door.local_addr().unwrap();
     let (listening, path) = (UnixListener::bind(&control).unwrap(), control.clone());
-    config.rewrite(
-        "[[listener]]\nname = \"web\"\nbind = \"127.0.0.1:0\"",
-        &format!("[[listener]]\nname = \"web\"\nbind = \"{address}\""),
-    );
     let played = spawn_blocking(move || {
         let mut dead = std::process::Command::new("true").spawn().unwrap();
         let link = play(&listening, &door, &path, i32::try_from(dead.id()).unwrap());

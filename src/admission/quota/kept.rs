@@ -27,8 +27,8 @@ impl Kept {
     pub fn new(slots: &Arc<Slots>, all: usize, tenants: Vec<(Arc<Quota>, usize, usize)>) -> Arc<Self> {
         slots.keep(all);
         let keep = |(quota, sessions, flows): (Arc<Quota>, usize, usize)| {
-            quota.keep_sessions(sessions);
-            quota.keep_flows(flows);
+            quota.keep(&quota.sessions, sessions);
+            quota.keep(&quota.flows, flows);
             quota
         };
         Arc::new(Self { slots: Arc::clone(slots), quotas: tenants.into_iter().map(keep).collect() })
@@ -43,15 +43,14 @@ impl Drop for Kept {
 }
 
 impl Quota {
-    /// Keeps so many more places of sessions, even beyond the limit.
-    pub fn keep_sessions(&self, count: usize) {
-        if count > 0 && self.sessions.keep(count) == 0 {
-            self.share.iter().for_each(|share| share.join());
-        }
+    /// Keeps the place of a session that has gone to another process.
+    pub fn keep_session(&self) {
+        self.keep(&self.sessions, 1);
     }
 
-    fn keep_flows(&self, count: usize) {
-        if count > 0 && self.flows.keep(count) == 0 {
+    /// Keeps so many more of these places, even beyond the limit.
+    fn keep(&self, slots: &Slots, count: usize) {
+        if count > 0 && slots.keep(count) == 0 {
             self.share.iter().for_each(|share| share.join());
         }
     }

@@ -35,10 +35,11 @@ impl Side {
         let ledger = Ledger::new(Arc::clone(&live.shards[0]), live.labels.intern(""));
         let local = Local::new(ledger, clock::now());
         let flows = Flows::new(0, &live, Rc::clone(&local), None, Box::new(|| ())).unwrap();
-        let (keeps, answers, ticks) = (Rc::clone(&flows), Rc::clone(&flows), Rc::clone(&flows));
+        let [keeps, answers, ticks, ends] = [(); 4].map(|()| Rc::clone(&flows));
         let door = door.try_clone().unwrap();
         spawn_local(async move { keeps.keep(door, 0).await.unwrap() });
         spawn_local(async move { answers.answer().await.unwrap() });
+        spawn_local(async move { ends.end_idle().await });
         spawn_local(async move {
             let mut interval = interval(Duration::from_millis(50));
             loop {
@@ -64,6 +65,7 @@ impl Side {
         let active = shard.routes().iter().map(|route| route.active.value()).sum();
         let at_backends = shard.backends().iter().map(|backend| backend.active.value()).sum::<u64>();
         let load = backends.map(|backend| u64::from(backend.load())).sum::<u64>();
+        assert_eq!(self.ended(Why::IdleTimeout), 0, "nobody is idle for so long");
         [self.live.sessions.used() as u64, of_tenants as u64, active, at_backends, load]
     }
 

@@ -142,6 +142,15 @@ async fn new_ones_are_heard(address: SocketAddr, count: usize) -> Vec<Balancer> 
     others
 }
 
+/// One more of this name, at an address that it can come back to: its text, and where it is.
+fn elsewhere(proxy: &mut Proxy, listener: &str, name: &str) -> (String, SocketAddr) {
+    let fixed = listener.replace("127.0.0.1:0", &proxy.address("dns").to_string());
+    let more = fixed.replace("127.0.0.1", "127.0.0.3").replace("\"dns\"", &format!("\"{name}\""));
+    proxy.reload(BEFORE, &format!("{more}{BEFORE}")).unwrap();
+    let address = proxy.address(name);
+    (more, address)
+}
+
 #[tokio::test]
 async fn a_udp_listener_that_goes_hears_and_answers_its_flows_to_their_end() {
     let acme = Echo::start("acme").await;
@@ -180,17 +189,12 @@ async fn a_udp_listener_that_goes_hears_and_answers_its_flows_to_their_end() {
 async fn a_udp_listener_that_comes_back_goes_on_with_its_flows() {
     let acme = Echo::start("acme").await;
     let (mut proxy, _hooli, listener) = udp(&acme).await;
-    let fixed = listener.replace("127.0.0.1:0", &proxy.address("dns").to_string());
-    let web = "[[listener]]\nname = \"web\"\n";
-    // One more, at an address that it can come back to.
-    let more = fixed.replace("127.0.0.1", "127.0.0.3").replace("\"dns\"", "\"more\"");
-    proxy.reload(web, &format!("{more}{web}")).unwrap();
-    let address = proxy.address("more");
+    let (more, address) = elsewhere(&mut proxy, &listener, "more");
     let flow = Balancer::to(address).await;
     assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"one")).await, b"acme one");
     proxy.reload(&more, "").unwrap();
     assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"two")).await, b"acme two");
-    proxy.reload(web, &format!("{more}{web}")).unwrap();
+    proxy.reload(BEFORE, &format!("{more}{BEFORE}")).unwrap();
     // Whoever is new is heard, whichever socket it comes to, and who was there goes on.
     new_ones_are_heard(address, 8).await;
     assert_eq!(flow.ask(&datagram(CLIENT, ACME, b"three")).await, b"acme three");
@@ -204,12 +208,8 @@ async fn a_udp_listener_that_comes_back_goes_on_with_its_flows() {
 async fn a_udp_listener_of_another_name_goes_on_with_the_flows_of_its_address() {
     let acme = Echo::start("acme").await;
     let (mut proxy, _hooli, listener) = udp(&acme).await;
-    let fixed = listener.replace("127.0.0.1:0", &proxy.address("dns").to_string());
-    let web = "[[listener]]\nname = \"web\"\n";
-    let before = fixed.replace("127.0.0.1", "127.0.0.3").replace("\"dns\"", "\"before\"");
+    let (before, address) = elsewhere(&mut proxy, &listener, "before");
     let after = before.replace("\"before\"", "\"after\"");
-    proxy.reload(web, &format!("{before}{web}")).unwrap();
-    let address = proxy.address("before");
     let mut flows = Vec::new();
     for _ in 0..16 {
         let flow = Balancer::to(address).await;

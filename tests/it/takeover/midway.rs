@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
 
@@ -15,16 +14,14 @@ use vestibule::takeover::message::Message;
 
 use super::super::harness::{ACME, GLOBEX, connect, eventually, exchange, header, is_reset, still_lives};
 use super::super::process::{Serve, World, Written};
-use super::{Before, Heir, carried, config, is_empty, play, value};
+use super::{Before, Heir, carried, config, door, is_empty, play, value};
 
 #[tokio::test]
 async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_ones() {
     let world = World::new().await;
     let (config, control) = config(&world);
-    let door = TcpListener::bind("127.0.0.1:0").unwrap();
+    let door = door(&config);
     let address = door.local_addr().unwrap();
-    let web = "[[listener]]\nname = \"web\"\nbind = ";
-    config.rewrite(&format!("{web}\"127.0.0.1:0\""), &format!("{web}\"{address}\""));
     // One that only the successor has; and a drain that would wait for ever for a door that does not close.
     let pool = "[[pool]]\nname = \"acme\"";
     let own = "[[listener]]\nname = \"own\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1\"]\n";
@@ -117,9 +114,7 @@ async fn what_is_still_to_come_counts_for_the_limits_and_is_no_session_yet() {
     let world = World::new().await;
     let (config, control) = config(&world);
     limit(&config);
-    let door = TcpListener::bind("127.0.0.1:0").unwrap();
-    let web = "[[listener]]\nname = \"web\"\nbind = ";
-    config.rewrite(&format!("{web}\"127.0.0.1:0\""), &format!("{web}\"{}\"", door.local_addr().unwrap()));
+    let door = door(&config);
     let listening = UnixListener::bind(&control).unwrap();
     let (end, ends) = mpsc::sync_channel(1);
     let at = control.clone();
