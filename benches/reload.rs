@@ -168,6 +168,7 @@ impl World {
             rate,
             duration: Duration::from_secs(seconds),
             warmup: Duration::from_millis(200),
+            interval: None,
             clients: 1,
             noise: 0,
         };

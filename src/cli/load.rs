@@ -1,4 +1,6 @@
-//! `vestibule load`: what the load generator was asked for, and how its report is shown.
+//! `vestibule load`: what the load generator was asked for.
+
+mod shown;
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -9,7 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use serde_json::json;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::time::interval;
 
@@ -17,7 +18,7 @@ use super::{backend, plot};
 use crate::config::unit;
 use crate::id::EndpointId;
 use crate::lab::load::schedule::Skew;
-use crate::lab::load::{self, Datagrams, FRONT, MOST_CLIENTS, Mode, Plan, Progress, Report, Work};
+use crate::lab::load::{self, FRONT, MOST_CLIENTS, Mode, Plan, Progress, Report, Work};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -27,9 +28,6 @@ Examples:
       --mode roundtrip --sessions 64 --rate 5000 --duration 30s --plot latency.svg
   vestibule load --target 127.0.0.1:5353 --endpoint vpce-08d2bf15fac5001c9 --mode udp \\
       --sessions 1000 --window 4 --size 1200B --timeout 500ms";
-
-/// Percentiles that are shown.
-const PERCENTILES: [f64; 7] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -70,6 +68,9 @@ pub(super) struct Options {
     /// How long before that is not
     #[arg(long, default_value = "1s", value_parser = unit::duration)]
     warmup: Duration,
+    /// Report each such span by itself, too; at most 10000 of them
+    #[arg(long, value_parser = unit::duration)]
+    interval: Option<Duration>,
     /// How many client addresses are played, at random
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_CLIENTS)))]
     clients: u32,
@@ -154,9 +155,20 @@ impl Options {
         if self.timeout.is_some_and(|timeout| timeout.is_zero()) {
             return Some("--timeout: must be longer than nothing, such as \"1s\", found \"0s\"".to_owned());
         }
+        let least = self.duration / MOST_INTERVALS;
+        if let Some(interval) = self.interval.filter(|interval| interval.is_zero() || *interval < least) {
+            return Some(format!(
+                "--interval: must be at least {:?} with --duration {:?}, found {interval:?}",
+                least.max(Duration::from_millis(1)),
+                self.duration
+            ));
+        }
         None
     }
 }
+
+/// Intervals of a report: each takes some ten kilobytes.
+const MOST_INTERVALS: u32 = 10_000;
 
 /// The longest datagram that leaves room for the load balancer's header.
 const LARGEST: usize = 65_000;
@@ -228,6 +240,7 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         rate: options.rate,
         duration: options.duration,
         warmup: options.warmup,
+        interval: options.interval,
         clients: options.clients,
         noise: options.noise,
     };
@@ -240,9 +253,9 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         watched(plan).await.map_err(|error| error.to_string())
     })?;
     if options.json {
-        println!("{:#}", as_json(&report));
+        println!("{:#}", shown::as_json(&report, options.interval));
     } else {
-        print!("{}", as_text(&report, options.mode));
+        print!("{}", shown::as_text(&report, options.mode, options.interval));
     }
     if let Some(path) = &options.plot {
         draw(&report, path)?;
@@ -316,69 +329,6 @@ async fn watched(plan: Plan) -> io::Result<Report> {
     }
 }
 
-fn per_second(count: u64, took: Duration) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "a rate has fewer digits")]
-    let count = count as f64;
-    count / took.as_secs_f64().max(f64::MIN_POSITIVE)
-}
-
-fn as_text(report: &Report, mode: ModeName) -> String {
-    let mut text = format!(
-        "{:.0} operations/s, {:.1} MiB/s over {:.1} s; {} failed, {} misrouted, {} not sent, {} noise\n",
-        per_second(report.operations, report.took),
-        per_second(report.bytes, report.took) / f64::from(1 << 20),
-        report.took.as_secs_f64(),
-        report.failed(),
-        report.misrouted,
-        report.not_sent,
-        report.noise,
-    );
-    for (failure, count) in &report.failures {
-        writeln!(text, "  failed, {}: {count}", failure.word()).unwrap_or_default();
-    }
-    if matches!(mode, ModeName::Udp) {
-        let Datagrams { lost, late, reordered, duplicates } = report.datagrams;
-        writeln!(
-            text,
-            "datagrams without an answer {lost}, answered late {late}, reordered {reordered}, twice {duplicates}"
-        )
-        .unwrap_or_default();
-    }
-    if !matches!(mode, ModeName::ToClient | ModeName::ToBackend) && report.operations > 0 {
-        text.push_str("\nlatency\n");
-        for percentile in PERCENTILES {
-            let value = report.latency.value_at_percentile(percentile);
-            writeln!(text, "{:>10} {}", format!("p{percentile}"), plot::shown(value)).unwrap_or_default();
-        }
-        writeln!(text, "{:>10} {}\n", "max", plot::shown(report.latency.max())).unwrap_or_default();
-        text.push_str(&plot::bars(&report.latency));
-    }
-    text
-}
-
-fn as_json(report: &Report) -> serde_json::Value {
-    let latency = PERCENTILES
-        .map(|percentile| (format!("p{percentile}"), json!(report.latency.value_at_percentile(percentile))));
-    json!({
-        "operations": report.operations,
-        "operations_per_second": per_second(report.operations, report.took),
-        "bytes": report.bytes,
-        "bytes_per_second": per_second(report.bytes, report.took),
-        "failed": report.failures.iter().map(|(failure, count)| (failure.word(), *count))
-            .collect::<std::collections::BTreeMap<_, _>>(),
-        "misrouted": report.misrouted,
-        "not_sent": report.not_sent,
-        "noise": report.noise,
-        "lost": report.datagrams.lost,
-        "late": report.datagrams.late,
-        "reordered": report.datagrams.reordered,
-        "duplicates": report.datagrams.duplicates,
-        "seconds": report.took.as_secs_f64(),
-        "latency_ns": latency.into_iter().chain([("max".to_owned(), json!(report.latency.max()))])
-            .collect::<serde_json::Map<_, _>>(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,10 +365,15 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_with_datagrams_is_refused() {
-        for line in
-            ["", "--mode udp", "--mode udp --size 24B", "--mode udp --size 65000B", "--size 16B --noise 5%"]
-        {
+    fn what_does_not_go_together_is_refused() {
+        for line in [
+            "",
+            "--interval 1ms",
+            "--mode udp",
+            "--mode udp --size 24B",
+            "--mode udp --size 65000B",
+            "--size 16B --noise 5%",
+        ] {
             assert_eq!(fault(line), None, "{line}");
         }
         for (line, option) in [
@@ -427,6 +382,8 @@ mod tests {
             ("--mode udp --noise 1%", "--noise: "),
             ("--mode udp --timeout 0s", "--timeout: must be longer"),
             ("--mode connect --timeout 1s", "--timeout: must come with"),
+            ("--interval 0s", "--interval: must be at least 1ms with --duration 10s, found 0ns"),
+            ("--duration 100s --interval 9ms", "--interval: must be at least 10ms with --duration 100s"),
             ("--window 2", "--window: "),
         ] {
             assert!(fault(line).is_some_and(|fault| fault.starts_with(option)), "{line}");

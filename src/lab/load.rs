@@ -86,6 +86,8 @@ pub struct Plan {
     pub duration: Duration,
     /// How long before that is not.
     pub warmup: Duration,
+    /// What it is divided into: each such span is reported by itself, too.
+    pub interval: Option<Duration>,
     /// How many clients the connections are from, at least 1; drawn at random, all as often.
     pub clients: u32,
     /// How many of a hundred connections are noise: health checks, empty connections, split headers, unknown IDs.
@@ -136,6 +138,27 @@ pub struct Report {
     pub took: Duration,
     /// Latencies in nanoseconds, three digits.
     pub latency: Histogram<u64>,
+    /// The same for each interval of the plan, in order; the last may be shorter.
+    pub intervals: Vec<Interval>,
+}
+
+/// What was measured in one interval.
+#[derive(Clone, Debug)]
+pub struct Interval {
+    /// Operations that were due in it and ended well.
+    pub operations: u64,
+    /// Operations that failed in it.
+    pub failed: u64,
+    /// Latencies in nanoseconds, two digits: there may be many.
+    pub latency: Histogram<u32>,
+}
+
+impl Interval {
+    fn new() -> Self {
+        #[expect(clippy::expect_used, reason = "two is one of the digits that hdrhistogram takes")]
+        let latency = Histogram::new(2).expect("a histogram of two digits");
+        Self { operations: 0, failed: 0, latency }
+    }
 }
 
 /// What became of datagrams.
@@ -176,6 +199,7 @@ impl Report {
             datagrams: Datagrams::default(),
             took: Duration::ZERO,
             latency,
+            intervals: Vec::new(),
         }
     }
 
@@ -213,7 +237,12 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
     let room = Rc::default();
     let mut sessions = JoinSet::new();
     let mut senders = Vec::new();
-    let notes = Notes { report: Rc::new(RefCell::new(Report::new())), progress };
+    let mut report = Report::new();
+    if let Some(interval) = plan.interval {
+        let count = plan.duration.as_nanos().div_ceil(interval.as_nanos().max(1));
+        report.intervals = (0..count).map(|_| Interval::new()).collect();
+    }
+    let notes = Notes { report: Rc::new(RefCell::new(report)), progress, measured, interval: plan.interval };
     let mut begin = || {
         let orders = plan.rate.map(|_| {
             let (sender, receiver) = mpsc::channel(BEHIND);
@@ -288,6 +317,8 @@ type Begin = (Window, Option<mpsc::Receiver<Moment>>, Notes);
 struct Notes {
     report: Rc<RefCell<Report>>,
     progress: Arc<Progress>,
+    measured: Moment,
+    interval: Option<Duration>,
 }
 
 impl Notes {
@@ -302,12 +333,28 @@ impl Notes {
             let nanos = u64::try_from(now.since(due).as_nanos()).unwrap_or(u64::MAX).max(1);
             // The histogram grows as it has to.
             report.latency.record(nanos).unwrap_or_default();
+            self.interval(&mut report, due, |interval| {
+                interval.operations += 1;
+                interval.latency.record(nanos).unwrap_or_default();
+            });
         }
     }
 
     fn failed(&self, failure: Failure) {
         self.progress.fail();
-        *self.report.borrow_mut().failures.entry(failure).or_default() += 1;
+        let mut report = self.report.borrow_mut();
+        *report.failures.entry(failure).or_default() += 1;
+        self.interval(&mut report, clock::now(), |interval| interval.failed += 1);
+    }
+
+    /// Takes something down in the interval that a moment belongs to, if it belongs to any.
+    fn interval(&self, report: &mut Report, at: Moment, note: impl FnOnce(&mut Interval)) {
+        let Some(interval) = self.interval.filter(|_| at >= self.measured) else { return };
+        let place = at.since(self.measured).as_nanos() / interval.as_nanos().max(1);
+        if let Some(interval) = usize::try_from(place).ok().and_then(|place| report.intervals.get_mut(place))
+        {
+            note(interval);
+        }
     }
 
     /// A datagram that was due then had no answer in time.

@@ -55,6 +55,7 @@ pub fn acme_alone(target: SocketAddr, work: Work) -> Plan {
         rate: None,
         duration: Duration::from_millis(300),
         warmup: Duration::ZERO,
+        interval: None,
         noise: 0,
     }
 }
@@ -98,4 +99,78 @@ async fn an_open_loop_keeps_its_rate_through_noise() {
     }
     proxy.others_are_unharmed().await;
     proxy.finish().await;
+}
+
+#[tokio::test]
+async fn intervals_add_up_to_the_whole() {
+    let (proxy, _backends) = proxy().await;
+    let interval = Some(Duration::from_millis(120));
+    let report =
+        run(Plan { interval, warmup: Duration::from_millis(50), ..plan(&proxy, Mode::RoundTrip) }).await;
+    // Of 300 ms, the last is 60 ms.
+    assert_eq!(report.intervals.len(), 3, "{report:?}");
+    let operations: Vec<_> = report.intervals.iter().map(|interval| interval.operations).collect();
+    assert_eq!((operations.iter().sum::<u64>(), report.failed()), (report.operations, 0));
+    assert!(operations[0] > 0 && operations[1] > 0, "{operations:?}");
+    for interval in &report.intervals {
+        assert_eq!((interval.latency.len(), interval.failed), (interval.operations, 0));
+        // Two digits there, three in the whole.
+        assert!(interval.latency.max() <= report.latency.max() + report.latency.max() / 100);
+    }
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn failures_belong_to_the_interval_that_they_fall_into() {
+    let (proxy, backends) = proxy().await;
+    // Nobody answers any more; each connection is reset, or closed without an answer.
+    drop(backends);
+    let interval = Some(Duration::from_millis(100));
+    let report = run(Plan { interval, ..plan(&proxy, Mode::Connect) }).await;
+    assert_eq!((report.operations, report.intervals.len()), (0, 3), "{report:?}");
+    let failed: u64 = report.intervals.iter().map(|interval| interval.failed).sum();
+    // What fails after the last has ended belongs to none.
+    assert!(failed > 0 && failed <= report.failed(), "{report:?}");
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn intervals_are_shown_as_text_and_as_json() {
+    let backend = Backend::start("acme", Temper::Load).await.unwrap();
+    let load = async |more: &[&str]| {
+        let mut command = std::process::Command::new(super::process::PROGRAM);
+        command.args([
+            "load",
+            "--target",
+            &backend.address().to_string(),
+            "--mode",
+            "roundtrip",
+            "--sessions",
+            "2",
+        ]);
+        command.args(["--duration", "200ms", "--warmup", "0s", "--interval", "100ms"]).args(more);
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = load(&[]).await;
+    let table: Vec<Vec<&str>> = text
+        .lines()
+        .skip_while(|line| !line.contains("from"))
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(table[0], ["from", "operations", "failed", "p50", "p95", "p99", "max"], "{text}");
+    assert_eq!(
+        (&table[1][..2], &table[2][..2], table.len()),
+        (&["0", "s"][..], &["0.1", "s"][..], 3),
+        "{text}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&load(&["--json"]).await).unwrap();
+    let intervals = json["intervals"].as_array().unwrap();
+    assert_eq!(intervals.len(), 2, "{json}");
+    let operations: u64 = intervals.iter().map(|interval| interval["operations"].as_u64().unwrap()).sum();
+    assert_eq!(Some(operations), json["operations"].as_u64());
+    assert_eq!(intervals[1]["from_seconds"], 0.1);
+    assert!(intervals.iter().all(|interval| interval["latency_ns"]["p99"].as_u64() > Some(0)), "{json}");
 }

@@ -218,7 +218,12 @@ mod tests {
     fn answers_are_checked_and_counted() {
         let now = clock::now();
         let window = Window { measured: now, end: now + Duration::from_secs(1) };
-        let notes = Notes { report: Rc::new(RefCell::new(Report::new())), progress: Arc::default() };
+        let notes = Notes {
+            report: Rc::new(RefCell::new(Report::new())),
+            progress: Arc::default(),
+            measured: clock::now(),
+            interval: None,
+        };
         let mut questions = Questions::new(Duration::from_secs(1));
         let answer = |tag: &str, number: u64, body: &[u8]| {
             [&Tag::new(tag).as_bytes()[..], &number.to_be_bytes(), body].concat()
