@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::neighbour::{self, Neighbour};
-use super::{Bench, Effort, Figures};
+use super::stage::median;
+use super::{Bench, Figures, Options};
 
 /// What is told of B, and whether more is better.
 const COLUMNS: [(&str, bool); 6] = [
@@ -30,37 +31,39 @@ struct Ratios {
     apart: Vec<Figures>,
     /// The first to the second: what sharing the proxy costs beyond sharing the machine.
     sharing: Vec<Figures>,
+    /// What the neighbour did, through B's proxy.
+    did: Vec<f64>,
 }
 
 /// In each round B is alone, then beside the first neighbour, who comes through B's proxy and through a proxy of its own,
 /// then alone again, and so on; from round to round forwards and backwards.
-pub(super) fn measure(bench: &Bench, other: &Bench, effort: &Effort) -> Vec<Value> {
-    let _awake = [neighbour::awake(bench), neighbour::awake(bench)];
-    let b_beside = |neighbour: Neighbour, proxy| {
-        neighbour.beside(proxy, effort.beside / 4, || bench.load_of_b(effort.beside))
+pub(super) fn measure(bench: &Bench, other: &Bench, options: &Options) -> Vec<Value> {
+    let (effort, neighbours) = (options.effort(), options.neighbours());
+    let _awake = neighbour::awake(bench);
+    let b_beside = |neighbour: Option<Neighbour>, proxy| {
+        neighbour::beside(neighbour, proxy, effort.beside / 4, || bench.load_of_b(effort.beside))
     };
-    let (mut all, mut alone, mut noise) =
-        (vec![Ratios::default(); Neighbour::ALL.len()], Vec::new(), Vec::new());
-    for round in 0..effort.rounds {
-        let mut order: Vec<_> = (0..Neighbour::ALL.len()).collect();
+    let (mut all, mut alone, mut noise) = (vec![Ratios::default(); neighbours.len()], Vec::new(), Vec::new());
+    for round in 0..options.rounds() {
+        let mut order: Vec<_> = neighbours.iter().copied().enumerate().collect();
         if round % 2 == 1 {
             order.reverse();
         }
-        let mut before = b_beside(Neighbour::Nobody, bench);
+        let mut before = b_beside(None, bench).0;
         alone.push(before);
-        for (turn, place) in order.into_iter().enumerate() {
-            let neighbour = Neighbour::ALL[place];
+        for (turn, (place, neighbour)) in order.into_iter().enumerate() {
             // Whoever comes first is nearer to the one side; that changes, too.
-            let (shared, apart) = if (round / 2 + turn) % 2 == 0 {
-                let shared = b_beside(neighbour, bench);
-                (shared, b_beside(neighbour, other))
+            let ((shared, did), (apart, _)) = if (round / 2 + turn) % 2 == 0 {
+                let shared = b_beside(Some(neighbour), bench);
+                (shared, b_beside(Some(neighbour), other))
             } else {
-                let apart = b_beside(neighbour, other);
-                (b_beside(neighbour, bench), apart)
+                let apart = b_beside(Some(neighbour), other);
+                (b_beside(Some(neighbour), bench), apart)
             };
-            let after = b_beside(Neighbour::Nobody, bench);
+            let after = b_beside(None, bench).0;
             let mean = before.with(after, |before, after| (before * after).sqrt());
             let over = |figures: Figures, base: Figures| figures.with(base, |figure, base| figure / base);
+            all[place].did.push(did);
             all[place].shared.push(over(shared, mean));
             all[place].apart.push(over(apart, mean));
             all[place].sharing.push(over(shared, apart));
@@ -69,31 +72,32 @@ pub(super) fn measure(bench: &Bench, other: &Bench, effort: &Effort) -> Vec<Valu
             before = after;
         }
     }
-    tell(&all, &alone, &noise)
+    tell(&neighbours, &all, &alone, &noise)
 }
 
 /// The table, and the same as JSON.
-fn tell(all: &[Ratios], alone: &[Figures], noise: &[Figures]) -> Vec<Value> {
+fn tell(neighbours: &[Neighbour], all: &[Ratios], alone: &[Figures], noise: &[Figures]) -> Vec<Value> {
     println!(
-        "B at half of its limits: 4 KiB round trips at 2,000/s, and 400 new sessions/s; beside A over alone just before \
-         and after: the median of {} rounds, and where it lies with 95 %",
+        "B at half of its limits: 4 KiB round trips at 2,000/s, and 1,000 new sessions/s, in intervals of a hundred; \
+         beside A over alone just before and after: the median of {} rounds, and where it lies with 95 %",
         all[0].shared.len()
     );
     let heads = COLUMNS.map(|(name, _)| format!("{name:>22}"));
-    println!("  {:<36} {}", "A", heads.join(" "));
-    let median = |column: usize| middle(alone, column).1;
+    println!("  {:<52} {}", "A", heads.join(" "));
+    let usual = |column: usize| middle(alone, column).1;
     let figures = COLUMNS.iter().enumerate().map(|(column, (_, is_rate))| {
         let unit = if *is_rate { "" } else { " us" };
-        format!("{:>22}", format!("{:.0}{unit}", median(column)))
+        format!("{:>22}", format!("{:.0}{unit}", usual(column)))
     });
-    println!("  {:<36} {}", "is not there", figures.collect::<Vec<_>>().join(" "));
+    println!("  {:<52} {}", "is not there", figures.collect::<Vec<_>>().join(" "));
     let figures = COLUMNS.iter().enumerate();
-    let figures: BTreeMap<_, _> = figures.map(|(column, (name, _))| (*name, median(column))).collect();
+    let figures: BTreeMap<_, _> = figures.map(|(column, (name, _))| (*name, usual(column))).collect();
     let mut report = vec![json!({ "name": "alone", "figures": figures })];
     report.push(row("is not there, over the time before", noise));
     let mut verdicts = Vec::new();
-    for (neighbour, ratios) in Neighbour::ALL.into_iter().zip(all) {
-        report.push(row(neighbour.name(), &ratios.shared));
+    for (neighbour, ratios) in neighbours.iter().zip(all) {
+        let did = neighbour.did(median(ratios.did.clone()));
+        report.push(row(&format!("{} ({did})", neighbour.name()), &ratios.shared));
         report.push(row("  through a proxy of its own", &ratios.apart));
         report.push(row("  the first over the second", &ratios.sharing));
         verdicts.extend(COLUMNS.iter().enumerate().map(|(column, (name, is_more_better))| {
@@ -114,7 +118,7 @@ fn tell(all: &[Ratios], alone: &[Figures], noise: &[Figures]) -> Vec<Value> {
 }
 
 fn row(name: &str, ratios: &[Figures]) -> Value {
-    print!("  {name:<36}");
+    print!("  {name:<52}");
     let mut columns = Vec::new();
     for (column, (figure, _)) in COLUMNS.into_iter().enumerate() {
         let (low, median, high) = middle(ratios, column);

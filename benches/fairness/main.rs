@@ -1,9 +1,10 @@
 //! Limits at full speed: how exact a bandwidth is, how equally sessions share it, and what tenants do to each other.
 //!
-//! `cargo bench --bench fairness` takes ten minutes; `-- --test` some seconds. Nothing is pinned: proxy, load and
-//! backend share the machine. Whoever disturbs runs in the scheduler's idle class, and both ends of whom it disturbs
-//! before all others, so that what is measured is the proxy between them. Bandwidths are the proxy's own
-//! counts of bytes that it passed on. The table is also written to target/fairness.json.
+//! `cargo bench --bench fairness` takes a quarter of an hour; `-- --only greedy --rounds 20` sets one neighbour beside B, and
+//! more often; `-- --test` takes some seconds. Bandwidths are the proxy's own counts of bytes that it passed on, of two
+//! workers; nothing is pinned. For what tenants do to each other the proxy has one worker and one core to itself, so that
+//! both have all that they do in the same thread. On the other core whoever disturbs runs in the scheduler's idle class,
+//! and both ends of whom it disturbs before all others. The table is also written to target/fairness.json.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -19,13 +20,15 @@ mod stage;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
-use self::stage::{Proc, VESTIBULE, free, ready};
+use self::neighbour::Neighbour;
+use self::stage::{PROXY_CORE, Proc, VESTIBULE, free, ready};
 
 /// The tenant that does what it likes, the one beside it, and the one whose bandwidth is measured.
 const A: &str = "vpce-0aaaaaaaaaaaaaaaa";
@@ -39,6 +42,25 @@ const RATE: u64 = 32 << 20;
 /// else on a machine of two cores, as floods fit beside others on a large one.
 const RATE_OF_A: u32 = 40;
 
+#[derive(clap::Parser)]
+struct Options {
+    /// Set these neighbours alone beside B, and measure nothing else
+    #[arg(long, value_enum, num_args = 1.., value_delimiter = ',')]
+    only: Vec<Neighbour>,
+    /// How often each neighbour is set beside B
+    #[arg(long, default_value_t = 12)]
+    rounds: usize,
+    /// The proxy is this build of vestibule
+    #[arg(long, value_name = "PATH", default_value = VESTIBULE)]
+    proxy: PathBuf,
+    /// Briefly: that it runs
+    #[arg(long)]
+    test: bool,
+    /// Given by `cargo bench`
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
 /// How thorough a run is.
 #[derive(Clone, Copy)]
 struct Effort {
@@ -50,7 +72,6 @@ struct Effort {
     sessions: &'static [usize],
     /// B for each of its measurements, beside somebody or alone.
     beside: Duration,
-    rounds: usize,
 }
 
 const FULL: Effort = Effort {
@@ -58,15 +79,22 @@ const FULL: Effort = Effort {
     left_out: Duration::from_secs(2),
     sessions: &[1, 10, 1000],
     beside: Duration::from_secs(4),
-    rounds: 8,
 };
 const ONCE: Effort = Effort {
     measured: Duration::from_millis(300),
     left_out: Duration::from_millis(200),
     sessions: &[1, 10],
     beside: Duration::from_millis(300),
-    rounds: 1,
 };
+
+/// Where a proxy runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// On both cores, with a worker for each, among everything else.
+    Anywhere,
+    /// With one worker, on a core to itself.
+    Alone,
+}
 
 /// The proxy under test and its backend.
 struct Bench {
@@ -81,34 +109,52 @@ fn main() {
     if neighbour::act(&arguments) {
         return;
     }
-    let effort = if arguments.iter().any(|argument| argument == "--test") { ONCE } else { FULL };
+    let options = Options::parse();
+    let mut report = if options.only.is_empty() { alone(&options) } else { Vec::new() };
+    let [dir, apart] = [(); 2].map(|()| tempfile::tempdir().expect("a folder for the configuration"));
+    let [bench, other] = [&dir, &apart].map(|dir| Bench::start(dir.path(), &options.proxy, Place::Alone));
+    report.extend(beside::measure(&bench, &other, &options));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fairness.json");
+    std::fs::create_dir_all(path.parent().expect("a folder")).expect("target");
+    std::fs::write(&path, format!("{:#}\n", json!(report))).expect("target/fairness.json");
+}
+
+/// What one tenant has: its bandwidth, and how its sessions share it.
+fn alone(options: &Options) -> Vec<Value> {
+    let effort = options.effort();
     let dir = tempfile::tempdir().expect("a folder for the configuration");
+    // A proxy of its own for each: what the last one's sockets still hold would be let through for a while.
+    let start = || Bench::start(dir.path(), &options.proxy, Place::Anywhere);
     let mut report = Vec::new();
     println!("bandwidth of {} MiB/s, over {:?}", RATE >> 20, effort.measured);
     for mode in ["to-client", "to-backend"] {
         for sessions in effort.sessions {
-            // A proxy of its own for each: what the last one's sockets still hold would be let through for a while.
-            let ratio = Bench::start(dir.path(), false).accuracy(mode, *sessions, &effort);
+            let ratio = start().accuracy(mode, *sessions, &effort);
             println!("  {mode:<12} {sessions:>5} sessions   {:+.2} %", (ratio - 1.0) * 100.0);
             report.push(json!({ "name": "accuracy", "mode": mode, "sessions": sessions, "ratio": ratio }));
         }
     }
-    let (index, workers) =
-        greedy::share(&Bench::start(dir.path(), false), 50, effort.left_out, effort.measured);
+    let (index, workers) = greedy::share(&start(), 50, effort.left_out, effort.measured);
     println!(
         "50 greedy sessions, {} and {} on the two workers: Jain's index {index:.4}",
         workers[0], workers[1]
     );
     report.push(json!({ "name": "jain", "index": index, "workers": workers }));
-    let apart = tempfile::tempdir().expect("another folder");
-    report.extend(beside::measure(
-        &Bench::start(dir.path(), true),
-        &Bench::start(apart.path(), true),
-        &effort,
-    ));
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fairness.json");
-    std::fs::create_dir_all(path.parent().expect("a folder")).expect("target");
-    std::fs::write(&path, format!("{:#}\n", json!(report))).expect("target/fairness.json");
+    report
+}
+
+impl Options {
+    fn effort(&self) -> Effort {
+        if self.test { ONCE } else { FULL }
+    }
+
+    fn rounds(&self) -> usize {
+        if self.test { 1 } else { self.rounds }
+    }
+
+    fn neighbours(&self) -> Vec<Neighbour> {
+        if self.only.is_empty() { Neighbour::value_variants().to_vec() } else { self.only.clone() }
+    }
 }
 
 /// Of B: the 95th and the 99th percentile of a round trip in microseconds and round trips a second, and the same of new
@@ -117,18 +163,23 @@ fn main() {
 struct Figures([f64; 6]);
 
 impl Bench {
-    /// Starts both; B's backend before all others where it is to be measured for its latency.
-    fn start(dir: &Path, urgent: bool) -> Self {
+    /// Starts both, and A's backend.
+    fn start(dir: &Path, proxy: &Path, place: Place) -> Self {
         let [backend, of_a, target, admin] = [free(), free(), free(), free()];
-        let mut command = Command::new(VESTIBULE);
-        command.args(["backend", "--listen"]).arg(format!("app={backend}"));
-        let behind = Proc::start(&if urgent { neighbour::urgent(&command) } else { command });
-        ready(backend);
+        let of = |name, address: SocketAddr| {
+            let mut command = Command::new(VESTIBULE);
+            command.args(["backend", "--listen"]).arg(format!("{name}={address}"));
+            command
+        };
         // A's has no thread in common with B's, and is A's doing like its load.
-        let mut command = Command::new(VESTIBULE);
-        command.args(["backend", "--listen"]).arg(format!("other={of_a}"));
-        let behind_a = Proc::start(&neighbour::humble(&command));
+        let (of_b, humble) = (of("app", backend), neighbour::humble(&of("other", of_a)));
+        let (behind, behind_a) = match place {
+            Place::Anywhere => (Proc::start(&of_b), Proc::start(&of("other", of_a))),
+            Place::Alone => (Proc::start(&neighbour::urgent(&of_b)), Proc::start(&humble)),
+        };
+        ready(backend);
         ready(of_a);
+        let workers = if place == Place::Alone { 1 } else { 2 };
         let tenant = |name, endpoint, pool, limits: &str| {
             format!(
                 "[[tenant]]\nname = \"{name}\"\nendpoints = [\"{endpoint}\"]\npool = \"{pool}\"\n[tenant.limits]\n{limits}\n"
@@ -136,21 +187,24 @@ impl Bench {
         };
         let each_way = |bandwidth| format!("to-backend = \"{bandwidth}\"\nto-client = \"{bandwidth}\"\n");
         let text = format!(
-            "[process]\nworkers = 2\n[admin]\nbind = \"{admin}\"\n[health]\nbind = \"{}\"\n[log]\naccess = \"{}\"\n\
+            "[process]\nworkers = {workers}\n[admin]\nbind = \"{admin}\"\n[health]\nbind = \"{}\"\n[log]\naccess = \"{}\"\n\
              [[listener]]\nname = \"web\"\nbind = \"{target}\"\ntrusted-sources = [\"127.0.0.0/8\"]\npool = \"app\"\n\
              [[pool]]\nname = \"app\"\nbackends = [\"{backend}\"]\n\
              [[pool]]\nname = \"other\"\nbackends = [\"{of_a}\"]\n{}{}{}",
             free(),
             dir.join("access.log").display(),
             tenant("a", A, "other", &(each_way("8MiB/s") + &format!("session-rate = \"{RATE_OF_A}/s\""))),
-            tenant("b", B, "app", &(each_way("16MiB/s") + "session-rate = \"800/s\"")),
+            tenant("b", B, "app", &(each_way("16MiB/s") + "session-rate = \"2000/s\"")),
             tenant("metered", METERED, "app", &each_way(&format!("{RATE}B/s"))),
         );
         let path = dir.join("vestibule.toml");
         std::fs::write(&path, text).expect("a configuration");
-        let mut command = Command::new(VESTIBULE);
+        let mut command = Command::new(proxy);
         command.args(["serve", "--config"]).arg(&path);
-        let proxy = Proc::start(&command);
+        let proxy = match place {
+            Place::Anywhere => Proc::start(&command),
+            Place::Alone => Proc::start(&neighbour::on(PROXY_CORE, &[], &command)),
+        };
         ready(target);
         ready(admin);
         Self { target, admin, _processes: [behind, behind_a, proxy] }
@@ -164,23 +218,29 @@ impl Bench {
         command
     }
 
-    /// What B measures.
-    fn load_of_b(&self, duration: Duration) -> Figures {
-        let seconds = format!("{}ms", duration.as_millis());
+    /// What B measures: the medians of intervals in which it does a hundred things each. Where the machine stands still for
+    /// some milliseconds, which it does several times a second, that spoils the percentiles of one interval or two, and would
+    /// be the percentiles of all together; what a neighbour costs is in each.
+    fn load_of_b(&self, time: Duration) -> Figures {
+        let time = format!("{}ms", time.as_millis());
         let run = |options: &[&str]| {
             let mut command = self.load(B, options);
-            command.args(["--duration", &seconds, "--warmup", "500ms"]);
+            command.args(["--duration", &time, "--warmup", "500ms", "--sessions", "32"]);
             let output = neighbour::urgent(&command).output().expect("the load generator");
             let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
             let figure = |value: &Value| value.as_f64().expect("a number");
-            let latency = |percentile: &str| figure(&report["latency_ns"][percentile]) / 1e3;
+            let intervals = report["intervals"].as_array().expect("intervals");
+            let latency = |percentile: &str| {
+                let each = intervals.iter().map(|interval| figure(&interval["latency_ns"][percentile]) / 1e3);
+                stage::median(each.collect())
+            };
             [latency("p95"), latency("p99"), figure(&report["operations_per_second"])]
         };
         std::thread::scope(|scope| {
-            let trips = ["--mode", "roundtrip", "--size", "4KiB", "--rate", "2000/s", "--sessions", "32"];
+            let trips = ["--mode", "roundtrip", "--size", "4KiB", "--rate", "2000/s", "--interval", "50ms"];
             let trips = scope.spawn(move || run(&trips));
             let [new_p95, new_p99, new_rate] =
-                run(&["--mode", "connect", "--rate", "400/s", "--sessions", "32"]);
+                run(&["--mode", "connect", "--rate", "1000/s", "--interval", "100ms"]);
             let [p95, p99, rate] = trips.join().expect("round trips");
             Figures([p95, p99, rate, new_p95, new_p99, new_rate])
         })

@@ -7,18 +7,17 @@ use std::process::Command;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use vestibule::lab::nlb;
 
-use super::stage::Proc;
+use super::stage::{self, LOAD_CORE, PROXY_CORE, Proc};
 use super::{A, Bench, Figures, RATE_OF_A, now};
 
 /// One kind of neighbour.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, ValueEnum)]
 pub(super) enum Neighbour {
-    /// None: B is alone.
-    Nobody,
     /// All the bytes that it may, and more.
-    Bandwidth,
+    Greedy,
     /// New sessions, 50 times as many as it may.
     Sessions,
     /// Connections that are closed at once.
@@ -37,31 +36,40 @@ const HALVES: usize = 500;
 const LONGEST: Duration = Duration::from_secs(60);
 
 impl Neighbour {
-    /// Everybody but nobody.
-    pub(super) const ALL: [Self; 4] = [Self::Bandwidth, Self::Sessions, Self::Connections, Self::Halves];
-
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::Nobody => "is not there",
-            Self::Bandwidth => "16 greedy sessions each way",
+            Self::Greedy => "16 greedy sessions each way",
             Self::Sessions => "50 times its session rate",
             Self::Connections => "2,000 empty connections a second",
             Self::Halves => "500 connections with half a header",
         }
     }
 
-    /// Runs `measure` while it uses `bench`'s proxy.
-    pub(super) fn beside(
-        self,
-        bench: &Bench,
-        beforehand: Duration,
-        measure: impl FnOnce() -> Figures,
-    ) -> Figures {
+    /// What the proxy says that it does: a metric, and whether that counts up.
+    fn doing(self) -> (&'static str, &'static [(&'static str, &'static str)], bool) {
+        match self {
+            Self::Greedy => ("vestibule_forwarded_bytes_total", &[("tenant", "a")], true),
+            Self::Sessions => ("vestibule_tenant_rejected_total", &[("tenant", "a")], true),
+            Self::Connections => ("vestibule_sessions_ended_total", &[("why", "zero_bytes")], true),
+            Self::Halves => ("vestibule_sessions_pending", &[], false),
+        }
+    }
+
+    /// The same in words.
+    pub(super) fn did(self, figure: f64) -> String {
+        match self {
+            Self::Greedy => format!("{:.2} MiB/s", figure / f64::from(1 << 20)),
+            Self::Sessions => format!("{figure:.0} rejected/s"),
+            Self::Connections => format!("{figure:.0}/s"),
+            Self::Halves => format!("{figure:.0} pending"),
+        }
+    }
+
+    fn commands(self, bench: &Bench) -> Vec<Command> {
         let load =
             |options: &[&str]| bench.load(A, &[options, &["--duration", "60s", "--warmup", "0s"]].concat());
-        let commands = match self {
-            Self::Nobody => Vec::new(),
-            Self::Bandwidth => ["to-client", "to-backend"]
+        match self {
+            Self::Greedy => ["to-client", "to-backend"]
                 .map(|mode| load(&["--mode", mode, "--sessions", "16", "--size", "64KiB"]))
                 .into(),
             Self::Sessions => {
@@ -70,36 +78,54 @@ impl Neighbour {
             }
             Self::Connections => vec![ourselves("connections", bench.target)],
             Self::Halves => vec![ourselves("halves", bench.target)],
-        };
-        let _processes: Vec<_> = commands.iter().map(|command| Proc::start(&humble(command))).collect();
-        // Time for it to begin, and for what its beginning upsets to settle; as long where nobody is there.
-        std::thread::park_timeout(beforehand);
-        measure()
+        }
     }
 }
 
-/// The same command in the idle class, which every other task preempts at once (sched(7), `SCHED_IDLE`); one that is
-/// merely nice keeps its core to the end of its slice, some milliseconds.
+/// What `measure` has measured while the neighbour, if any, used `bench`'s proxy, and what that did meanwhile.
+pub(super) fn beside(
+    neighbour: Option<Neighbour>,
+    bench: &Bench,
+    beforehand: Duration,
+    measure: impl FnOnce() -> Figures,
+) -> (Figures, f64) {
+    let commands = neighbour.map_or_else(Vec::new, |neighbour| neighbour.commands(bench));
+    let _processes: Vec<_> = commands.iter().map(|command| Proc::start(&humble(command))).collect();
+    // Time for it to begin, and for what its beginning upsets to settle; as long where nobody is there.
+    std::thread::park_timeout(beforehand);
+    let Some((name, labels, counts)) = neighbour.map(Neighbour::doing) else { return (measure(), 0.0) };
+    let (start, before) = (now(), bench.metric(name, labels));
+    let figures = measure();
+    let (took, after) = ((now() - start).as_secs_f64(), bench.metric(name, labels));
+    (figures, if counts { (after - before) / took } else { after })
+}
+
+/// The scheduler's idle class, which every other task preempts at once (sched(7), `SCHED_IDLE`); one that is merely nice
+/// keeps its core to the end of its slice, some milliseconds.
+const IDLE: &[&str] = &["chrt", "--idle", "0"];
+
+/// Before all others of the ordinary classes (sched(7), `SCHED_RR`), where that is allowed.
+const FIRST: &[&str] = &["chrt", "--rr", "1"];
+
+/// The same command on a core, started by another.
+pub(super) fn on(core: &str, class: &[&str], command: &Command) -> Command {
+    let mut there = stage::pinned(core);
+    there.args(class).arg(command.get_program()).args(command.get_args());
+    there
+}
+
+/// The same command beside the proxy's core, after everybody.
 pub(super) fn humble(command: &Command) -> Command {
-    let mut idle = Command::new("chrt");
-    idle.args(["--idle", "0"]).arg(command.get_program()).args(command.get_args());
-    idle
+    on(LOAD_CORE, IDLE, command)
 }
 
-/// The same command before all others of the ordinary classes (sched(7), `SCHED_RR`), where that is allowed.
+/// The same command there, before everybody.
 pub(super) fn urgent(command: &Command) -> Command {
-    static MAY: LazyLock<bool> = LazyLock::new(|| {
-        let tried = Command::new("chrt").args(["--rr", "1", "true"]).status();
-        tried.is_ok_and(|status| status.success())
+    static CLASS: LazyLock<&[&str]> = LazyLock::new(|| {
+        let tried = Command::new(FIRST[0]).args(&FIRST[1..]).arg("true").status();
+        if tried.is_ok_and(|status| status.success()) { FIRST } else { &[] }
     });
-    if !*MAY {
-        let mut same = Command::new(command.get_program());
-        same.args(command.get_args());
-        return same;
-    }
-    let mut first = Command::new("chrt");
-    first.args(["--rr", "1"]).arg(command.get_program()).args(command.get_args());
-    first
+    on(LOAD_CORE, *CLASS, command)
 }
 
 /// This bench as a neighbour.
@@ -121,10 +147,11 @@ pub(super) fn act(arguments: &[String]) -> bool {
     true
 }
 
-/// Keeps a core from falling asleep, in the idle class. Waking up takes a core of a virtual machine longer than what is
+/// Keeps both cores from falling asleep, in the idle class. Waking up takes a core of a virtual machine longer than what is
 /// measured here: B alone would wait for that, and B beside somebody not.
-pub(super) fn awake(bench: &Bench) -> Proc {
-    Proc::start(&humble(&ourselves("nothing", bench.target)))
+pub(super) fn awake(bench: &Bench) -> [Proc; 2] {
+    let nothing = ourselves("nothing", bench.target);
+    [PROXY_CORE, LOAD_CORE].map(|core| Proc::start(&on(core, IDLE, &nothing)))
 }
 
 fn keep_awake() {
