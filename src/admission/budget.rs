@@ -194,13 +194,6 @@ impl Budget {
         self.terms().map_or(0, |terms| terms.bytes(terms.tolerance / 2).min(want))
     }
 
-    /// The part of the rate, in bytes a second, that belongs to so many of those who wait; 0 without a limit.
-    pub(super) fn rate_of(&self, heads: u64) -> u64 {
-        let part = u128::from(self.rate.load(Ordering::Relaxed)) * u128::from(heads)
-            / u128::from(self.waiting().max(1));
-        u64::try_from(part).unwrap_or(u64::MAX)
-    }
-
     /// How many wait, or are about to use what they waited for.
     #[must_use]
     pub fn waiting(&self) -> u64 {

@@ -86,7 +86,7 @@ pub struct Plan {
     pub duration: Duration,
     /// How long before that is not.
     pub warmup: Duration,
-    /// What it is divided into: each such span is reported by itself, too.
+    /// What it is divided into, not nothing: each such span is reported by itself, too.
     pub interval: Option<Duration>,
     /// How many clients the connections are from, at least 1; drawn at random, all as often.
     pub clients: u32,
@@ -147,6 +147,8 @@ pub struct Report {
 pub struct Interval {
     /// Operations that were due in it and ended well.
     pub operations: u64,
+    /// Their payload bytes, as in [`Report::bytes`].
+    pub bytes: u64,
     /// Operations that failed in it.
     pub failed: u64,
     /// Latencies in nanoseconds, two digits: there may be many.
@@ -157,7 +159,7 @@ impl Interval {
     fn new() -> Self {
         #[expect(clippy::expect_used, reason = "two is one of the digits that hdrhistogram takes")]
         let latency = Histogram::new(2).expect("a histogram of two digits");
-        Self { operations: 0, failed: 0, latency }
+        Self { operations: 0, bytes: 0, failed: 0, latency }
     }
 }
 
@@ -335,6 +337,7 @@ impl Notes {
             report.latency.record(nanos).unwrap_or_default();
             self.interval(&mut report, due, |interval| {
                 interval.operations += 1;
+                interval.bytes += bytes;
                 interval.latency.record(nanos).unwrap_or_default();
             });
         }

@@ -111,6 +111,7 @@ async fn intervals_add_up_to_the_whole() {
     assert_eq!(report.intervals.len(), 3, "{report:?}");
     let operations: Vec<_> = report.intervals.iter().map(|interval| interval.operations).collect();
     assert_eq!((operations.iter().sum::<u64>(), report.failed()), (report.operations, 0));
+    assert_eq!(report.intervals.iter().map(|interval| interval.bytes).sum::<u64>(), report.bytes);
     assert!(operations[0] > 0 && operations[1] > 0, "{operations:?}");
     for interval in &report.intervals {
         assert_eq!((interval.latency.len(), interval.failed), (interval.operations, 0));
@@ -140,33 +141,32 @@ async fn intervals_are_shown_as_text_and_as_json() {
     let backend = Backend::start("acme", Temper::Load).await.unwrap();
     let load = async |more: &[&str]| {
         let mut command = std::process::Command::new(super::process::PROGRAM);
-        command.args([
-            "load",
-            "--target",
-            &backend.address().to_string(),
-            "--mode",
-            "roundtrip",
-            "--sessions",
-            "2",
-        ]);
+        command.args(["load", "--target", &backend.address().to_string(), "--sessions", "2"]);
         command.args(["--duration", "200ms", "--warmup", "0s", "--interval", "100ms"]).args(more);
         let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     };
-    let text = load(&[]).await;
+    let text = load(&["--mode", "roundtrip"]).await;
     let table: Vec<Vec<&str>> = text
         .lines()
         .skip_while(|line| !line.contains("from"))
         .map(|line| line.split_whitespace().collect())
         .collect();
-    assert_eq!(table[0], ["from", "operations", "failed", "p50", "p95", "p99", "max"], "{text}");
+    assert_eq!(table[0], ["from", "operations", "MiB/s", "failed", "p50", "p95", "p99", "max"], "{text}");
     assert_eq!(
         (&table[1][..2], &table[2][..2], table.len()),
         (&["0", "s"][..], &["0.1", "s"][..], 3),
         "{text}"
     );
-    let json: serde_json::Value = serde_json::from_str(&load(&["--json"]).await).unwrap();
+    let bulk = load(&["--mode", "to-client"]).await;
+    let line = bulk.lines().last().unwrap();
+    assert!(
+        line.starts_with("     0.1 s ") && line.ends_with("-          -          -          -"),
+        "{bulk}"
+    );
+    let json: serde_json::Value =
+        serde_json::from_str(&load(&["--mode", "roundtrip", "--json"]).await).unwrap();
     let intervals = json["intervals"].as_array().unwrap();
     assert_eq!(intervals.len(), 2, "{json}");
     let operations: u64 = intervals.iter().map(|interval| interval["operations"].as_u64().unwrap()).sum();

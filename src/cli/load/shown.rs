@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::ModeName;
 use crate::cli::plot;
-use crate::lab::load::{Datagrams, Interval, Report};
+use crate::lab::load::{Datagrams, Report};
 
 /// Percentiles that are shown; those of an interval stand in one line.
 const PERCENTILES: [f64; 7] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
@@ -42,7 +42,9 @@ pub(super) fn as_text(report: &Report, mode: ModeName, interval: Option<Duration
         )
         .unwrap_or_default();
     }
-    if !matches!(mode, ModeName::ToClient | ModeName::ToBackend) && report.operations > 0 {
+    // How long one read or write of many takes says nothing.
+    let is_bulk = matches!(mode, ModeName::ToClient | ModeName::ToBackend);
+    if !is_bulk && report.operations > 0 {
         text.push_str("\nlatency\n");
         for percentile in PERCENTILES {
             let value = report.latency.value_at_percentile(percentile);
@@ -52,22 +54,33 @@ pub(super) fn as_text(report: &Report, mode: ModeName, interval: Option<Duration
         text.push_str(&plot::bars(&report.latency));
     }
     if let Some(interval) = interval {
-        let percentiles =
-            OF_INTERVALS.map(|percentile| format!("{:>10}", format!("p{percentile}"))).join(" ");
-        writeln!(text, "\n{:>10} {:>12} {:>8} {percentiles} {:>10}", "from", "operations", "failed", "max")
+        text.push_str(&table(report, interval, is_bulk));
+    }
+    text
+}
+
+/// A line for each interval.
+fn table(report: &Report, interval: Duration, is_bulk: bool) -> String {
+    let heads = OF_INTERVALS.map(|percentile| format!("p{percentile}"));
+    let heads = ["from", "operations", "MiB/s", "failed"].into_iter().map(str::to_owned).chain(heads);
+    let heads = heads.chain(["max".to_owned()]).map(|head| format!("{head:>10}"));
+    let mut text = format!("\n{}\n", heads.collect::<Vec<_>>().join(" "));
+    for (from, each) in starts(interval).zip(&report.intervals) {
+        // The last may be shorter.
+        let took = report.took.saturating_sub(from).min(interval);
+        let mebibytes = per_second(each.bytes, took) / f64::from(1 << 20);
+        let from = format!("{} s", from.as_secs_f64());
+        write!(text, "{from:>10} {:>10} {mebibytes:>10.1} {:>10}", each.operations, each.failed)
             .unwrap_or_default();
-        for (from, Interval { operations, failed, latency }) in starts(interval).zip(&report.intervals) {
-            let from = format!("{} s", from.as_secs_f64());
-            write!(text, "{from:>10} {operations:>12} {failed:>8}").unwrap_or_default();
-            for percentile in OF_INTERVALS.into_iter().chain([100.0]) {
-                let value = match operations {
-                    0 => "-".to_owned(),
-                    _ => plot::shown(latency.value_at_percentile(percentile)),
-                };
-                write!(text, " {value:>10}").unwrap_or_default();
-            }
-            text.push('\n');
+        for percentile in OF_INTERVALS.into_iter().chain([100.0]) {
+            let value = if is_bulk || each.operations == 0 {
+                "-".to_owned()
+            } else {
+                plot::shown(each.latency.value_at_percentile(percentile))
+            };
+            write!(text, " {value:>10}").unwrap_or_default();
         }
+        text.push('\n');
     }
     text
 }
@@ -92,6 +105,7 @@ pub(super) fn as_json(report: &Report, interval: Option<Duration>) -> serde_json
         json!({
             "from_seconds": from.as_secs_f64(),
             "operations": interval.operations,
+            "bytes": interval.bytes,
             "failed": interval.failed,
             "latency_ns": percentiles(&interval.latency),
         })
