@@ -407,13 +407,15 @@ impl Pool {
         self.serve();
     }
 
-    /// Gives those who wait what room there is.
+    /// Gives those who wait what room there is: of those in use first, then of those who help out.
     fn serve(&self) {
         if let Some(pool) = self.current() {
             return pool.serve();
         }
         if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
-            self.roster.load().backends().iter().for_each(|backend| queue.serve(backend));
+            let roster = self.roster.load();
+            let helpers = roster.backends().iter().filter(|backend| backend.is_spare());
+            roster.used().iter().chain(helpers).for_each(|backend| queue.serve(backend));
         }
     }
 

@@ -164,10 +164,11 @@ impl Backend {
         self.weight() > 0
     }
 
-    /// Whether it gets the sessions that those in use have no room for.
+    /// Whether it gets the sessions that those in use have no room for. Not where probes or sessions have said since the
+    /// roster was made that it is down: who helps must be sound.
     #[must_use]
     pub fn is_spare(&self) -> bool {
-        self.is_spare.load(Ordering::SeqCst)
+        self.is_spare.load(Ordering::SeqCst) && self.state() == State::Healthy && !self.is_ejected()
     }
 
     /// Whether it has room for a session more.

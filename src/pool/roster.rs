@@ -248,8 +248,7 @@ impl Roster {
         }
         any_with_room(left, roll)
             .or_else(|| {
-                let spare =
-                    self.backends.iter().filter(|backend| backend.is_spare() && !backend.is_ejected());
+                let spare = self.backends.iter().filter(|backend| backend.is_spare());
                 any_with_room(spare.filter(is_left).collect(), roll)
             })
             .ok_or(Nobody::Free)

@@ -404,3 +404,21 @@ proptest! {
         run(Balance::MaglevEndpoint, config, acts)?;
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4))]
+
+    /// Found by the others: one of another zone is back from its ejection, a probe of it fails before the roster follows,
+    /// and somebody waits.
+    #[test]
+    fn who_is_down_helps_no_other_zone(first in any::<Index>().prop_filter("it is the first", |it| it.index(2) == 0)) {
+        let mut config = config(Balance::P2c, &[100, 100]);
+        (config.backends[1].zone, config.prefer_zone) = (Some("a".to_owned()), Some("a".to_owned()));
+        config.queue.length = 1;
+        config.ejection = Ejection { consecutive_failures: 1, base_time: Duration::from_secs(1), max_percent: 10 };
+        let acts = [(Act::NotConnected(first, 1), 1_000), (Act::Probe(first, false), 0), (Act::Wait, 0)];
+        for balance in [Balance::RoundRobin, Balance::LeastSessions, Balance::P2c, Balance::Maglev] {
+            run(balance, config.clone(), acts.to_vec())?;
+        }
+    }
+}
