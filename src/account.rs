@@ -88,7 +88,7 @@ impl Cell64 {
 }
 
 /// Locks; a thread that panicked with the lock leaves counters, which are never half-written.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -5,6 +5,7 @@ pub mod account;
 pub mod addr;
 pub mod admin;
 pub mod admission;
+mod atomic;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -6,9 +6,9 @@
 //! worker to look deals it out to everybody, and each worker passes on at its own time what its sessions were dealt.
 //! So it does not matter when the workers' ticks come, nor how many of the sessions each of them has.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::atomic::{AtomicU64, Ordering};
 use crate::clock::Moment;
 use crate::clock::wheel::Tick;
 use crate::config::Bandwidth;
@@ -201,17 +201,17 @@ impl Budget {
     }
 
     /// One more waits; what each has been dealt before.
-    pub(super) fn join(&self) -> u64 {
+    pub fn join(&self) -> u64 {
         self.crowd.fetch_add(1, Ordering::AcqRel) >> HEADS
     }
 
     /// One waits no more; what each has been dealt by now.
-    pub(super) fn leave(&self) -> u64 {
+    pub fn leave(&self) -> u64 {
         self.crowd.fetch_sub(1, Ordering::AcqRel) >> HEADS
     }
 
     /// Deals out to those who wait what has come in; what each has been dealt by now.
-    pub(super) fn deal(&self, now: Moment) -> u64 {
+    pub fn deal(&self, now: Moment) -> u64 {
         let Some(terms) = self.terms() else { return self.crowd.load(Ordering::Acquire) >> HEADS };
         let now = at(now);
         let start = now.saturating_sub(LATE.saturating_sub(terms.tolerance));

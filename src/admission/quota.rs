@@ -4,7 +4,6 @@ mod flows;
 mod kept;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::budget::Budget;
@@ -12,6 +11,7 @@ use super::rate::{self, Rate};
 use super::share::Share;
 use super::slots::Slots;
 use crate::account::{Direction, EachWay, Label, lock};
+use crate::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::clock::Moment;
 use crate::config::{Limits, Mode};
 use crate::outcome::Why;

@@ -1,8 +1,8 @@
 //! So many in a time: a token bucket on one atomic number, exact over all workers.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::atomic::{AtomicU64, Ordering};
 use crate::clock::Moment;
 use crate::config;
 
@@ -33,9 +33,10 @@ impl Rate {
         let before = self.interval.load(Ordering::Relaxed) & !FRESH;
         if (before, self.tolerance.load(Ordering::Relaxed)) != (interval, tolerance) {
             self.tolerance.store(tolerance, Ordering::Relaxed);
-            // Who sees that it is fresh sees its tolerance.
+            // Who sees that it is fresh sees its tolerance. Exchanged, as loom lets a store go under that another thread's
+            // exchange was before.
             let mark = if interval == 0 { 0 } else { FRESH };
-            self.interval.store(interval | mark, Ordering::Release);
+            self.interval.swap(interval | mark, Ordering::AcqRel);
         }
     }
 

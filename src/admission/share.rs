@@ -1,9 +1,9 @@
 //! The process's sessions, shared fairly: when room gets scarce, those who hold most are shed first.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::slots::Slots;
+use crate::atomic::{AtomicUsize, Ordering};
 
 /// The process's slots, and how many tenants hold any.
 ///

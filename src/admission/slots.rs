@@ -1,7 +1,8 @@
 //! A bound on how many there may be at once, exact over all workers: permits that give themselves back.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::atomic::{AtomicUsize, Ordering};
 
 /// So many at once, and not one more.
 #[derive(Debug)]
@@ -68,14 +69,14 @@ impl Slots {
     }
 
     /// Keeps so many more, even beyond the limit, and tells how many were taken before.
-    pub(super) fn keep(&self, count: usize) -> usize {
+    pub fn keep(&self, count: usize) -> usize {
         let before = self.used.fetch_add(count, Ordering::AcqRel);
         self.kept.fetch_add(count, Ordering::AcqRel);
         before
     }
 
     /// Gives back those that are kept, if any, and tells how many are taken still.
-    pub(super) fn keep_none(&self) -> Option<usize> {
+    pub fn keep_none(&self) -> Option<usize> {
         let kept = Some(self.kept.swap(0, Ordering::AcqRel)).filter(|kept| *kept > 0)?;
         Some(self.used.fetch_sub(kept, Ordering::AcqRel) - kept)
     }
