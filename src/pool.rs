@@ -414,8 +414,8 @@ impl Pool {
         }
         if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
             let roster = self.roster.load();
-            let helpers = roster.backends().iter().filter(|backend| backend.is_spare());
-            roster.used().iter().chain(helpers).for_each(|backend| queue.serve(backend));
+            let spare = roster.backends().iter().filter(|backend| backend.is_spare());
+            roster.used().iter().chain(spare).for_each(|backend| queue.serve(backend));
         }
     }
 

@@ -360,7 +360,7 @@ fn a_full_zone_is_helped_by_the_others() {
 }
 
 #[test]
-fn who_waits_gets_the_zone_before_its_helpers_and_nobody_who_is_down() {
+fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
     let mut config = crate::config::Pool { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 2) };
     for (backend, zone) in config.backends.iter_mut().zip(["b", "a"]) {
         (backend.zone, backend.max_sessions) = (Some(zone.to_owned()), Some(1));
@@ -377,7 +377,7 @@ fn who_waits_gets_the_zone_before_its_helpers_and_nobody_who_is_down() {
     };
     let near = wait().ok().unwrap();
     assert_eq!(port(&near), 1001, "of its zone, though the other comes first in the list");
-    assert_eq!(port(&wait().ok().unwrap()), 1000, "the helper, as its zone is full");
+    assert_eq!(port(&wait().ok().unwrap()), 1000, "the other, as its zone is full");
     (1..4).for_each(|turn| drop(probe(&pool, 0, false, at(turn))));
     assert_eq!(pool.roster().backends()[0].state(), State::Unhealthy, "and the roster does not know it yet");
     let _waiting = wait().expect_err("who is down helps nobody");
