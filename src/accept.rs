@@ -43,8 +43,9 @@ pub enum Trouble {
 /// How long accepting rests when descriptors or memory have run out.
 pub const PAUSE: Duration = Duration::from_millis(100);
 
-/// Connections taken in one go before other tasks get their turn.
-const BATCH: usize = 32;
+/// Connections taken in one go before other tasks get their turn. Each costs a session's beginning, and what live sessions
+/// have to forward waits for all of them; but where all are busy, what waits to be accepted gets only so many of a round.
+const BATCH: usize = 8;
 
 impl Door {
     /// Takes over a bound, listening, non-blocking socket.
