@@ -36,8 +36,9 @@ const MOST_DEBT: u64 = 20 * fine(Tick::SPAN);
 const LEAST_SHARE: u64 = 1024;
 const MOST_SHARE: u64 = 64 * 1024;
 
-/// Nobody is made to read less than this, as far as the burst has it: a read costs the same however little it brings.
-pub const QUANTUM: u64 = 16 * 1024;
+/// Nobody is made to read less than this, as far as the burst has it: a read costs the same however little it brings, and
+/// from this much on bytes are spliced.
+pub const QUANTUM: u64 = 32 * 1024;
 
 /// The bits of the crowd's number that count heads. The others are what each has been dealt, in sixteenths of a byte.
 const HEADS: u32 = 24;
@@ -192,6 +193,13 @@ impl Budget {
     #[must_use]
     pub fn worth_while(&self, want: u64) -> u64 {
         self.terms().map_or(0, |terms| terms.bytes(terms.tolerance / 2).min(want))
+    }
+
+    /// The part of the rate, in bytes a second, that belongs to so many of those who wait; 0 without a limit.
+    pub(super) fn rate_of(&self, heads: u64) -> u64 {
+        let part = u128::from(self.rate.load(Ordering::Relaxed)) * u128::from(heads)
+            / u128::from(self.waiting().max(1));
+        u64::try_from(part).unwrap_or(u64::MAX)
     }
 
     /// How many wait, or are about to use what they waited for.

@@ -238,6 +238,18 @@ impl Pacer {
         }
     }
 
+    /// How long it takes until about so many bytes have come in for those who wait here, of all their budgets together.
+    #[must_use]
+    pub fn span_of(&self, bytes: u64) -> Duration {
+        let rate: u64 = self
+            .queues
+            .values()
+            .map(|queue| queue.budget().rate_of(queue.heads))
+            .fold(0, u64::saturating_add);
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
+
     /// Links a new place in, as the last of its queue.
     fn link(&mut self, number: u32, first: u32) {
         let last = self.places.get(first as usize).map_or(number, |place| place.prev);
@@ -336,7 +348,7 @@ mod tests {
         let keys: Vec<_> = (0..5).map(|_| pacer.join(&quota, WAY, Waker::noop(), at_ms(0))).collect();
         let mut served = vec![0; keys.len()];
         for tick in 1..=10 {
-            // 40,000 bytes, of which two get 16 KiB each; at times there is enough for a third.
+            // 40,000 bytes, of which one gets 32 KiB; at times there is enough for a second.
             pacer.advance(at_ms(tick * 50));
             // In which order they come back does not matter.
             for (key, sum) in keys.iter().zip(&mut served).rev() {
@@ -355,7 +367,7 @@ mod tests {
 
     #[test]
     fn whoever_goes_is_no_longer_in_the_way() {
-        let (quota, mut pacer) = (quota(400_000), Pacer::default());
+        let (quota, mut pacer) = (quota(800_000), Pacer::default());
         let mut keys: Vec<_> =
             (0..6).map(|_| Some(pacer.join(&quota, WAY, Waker::noop(), at_ms(0)))).collect();
         // The first, one in the middle, and the last.
@@ -411,6 +423,15 @@ mod tests {
         one.budget(other_way).take(u64::MAX >> 32, 1, at_ms(0));
         let keys = [(&one, WAY), (&two, WAY), (&one, other_way)]
             .map(|(quota, way)| pacer.join(quota, way, Waker::noop(), at_ms(0)));
+        // Two of 7 MB/s belong to somebody on another worker.
+        let mut elsewhere = Pacer::default();
+        let away = elsewhere.join(&one, other_way, Waker::noop(), at_ms(0));
+        assert_eq!([&pacer, &elsewhere].map(|pacer| pacer.span_of(10_000).as_millis()), [2, 5]);
+        elsewhere.leave(away, at_ms(0));
+        assert_eq!(elsewhere.span_of(1), Duration::from_secs(1), "nothing comes in for nobody");
+        one.budget(other_way).set(None);
+        assert_eq!(pacer.span_of(3_000), Duration::from_millis(1), "a limit that has gone does not count");
+        one.budget(other_way).set(Some(Bandwidth { bytes_per_second: 4_000_000, burst: 1 }));
         pacer.advance(at_ms(50));
         let granted = [0, 1, 2].map(|place: usize| poll(&mut pacer, &keys[place], 50));
         assert_eq!(granted, [Some(50_000), Some(100_000), Some(200_000)]);

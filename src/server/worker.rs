@@ -22,6 +22,7 @@ use super::moving;
 use crate::accept::Accepted;
 use crate::account::log::{Batch, Journal};
 use crate::account::meter::Ledger;
+use crate::admission::budget::QUANTUM;
 use crate::clock;
 use crate::clock::wheel::Tick;
 use crate::flow::Flows;
@@ -239,9 +240,14 @@ async fn work(mut post: Post) {
     shop.flush();
 }
 
-/// While sessions wait for their tenant's bandwidth, how often it is granted. What comes in during a whole tick is
-/// milliseconds of work where it is granted at once, and everybody else's sessions would wait for the end of it.
-const PART: Duration = Duration::from_millis(5);
+/// While sessions wait for their tenant's bandwidth, it is granted whenever about so many bytes have come in: the least
+/// that is worth a read. Everybody else's sessions wait for the end of what is granted at once, and what comes in during a
+/// whole tick can be milliseconds of work.
+const PARCEL: u64 = QUANTUM;
+
+/// How often at most, which is as fine as the runtime's timers are, and at least.
+const OFTEN: Duration = Duration::from_millis(1);
+const SELDOM: Duration = Duration::from_millis(5);
 
 /// Drives the worker's coarse time, and hands its lines of the access log on.
 async fn tick(shop: Rc<Shop>) {
@@ -269,11 +275,13 @@ async fn tick(shop: Rc<Shop>) {
 
 /// Waits for the next tick, and grants bandwidth meanwhile to those who wait for it.
 async fn next(ticks: &mut Interval, shop: &Shop) {
-    while !shop.worker.pacer.borrow().is_empty() {
-        if timeout(PART, ticks.tick()).await.is_ok() {
+    let pacer = &shop.worker.pacer;
+    while !pacer.borrow().is_empty() {
+        let span = pacer.borrow().span_of(PARCEL).clamp(OFTEN, SELDOM);
+        if timeout(span, ticks.tick()).await.is_ok() {
             return;
         }
-        shop.worker.pacer.borrow_mut().advance(clock::now());
+        pacer.borrow_mut().advance(clock::now());
     }
     ticks.tick().await;
 }
