@@ -41,28 +41,32 @@ const ALL: u64 = 1 << 32;
 
 const NOW: Moment = Moment::from_nanos(60_000_000_000);
 
-fn main() {
-    let models: [(&str, fn()); 12] = [
-        ("one_of_two_has_the_last_slot", one_of_two_has_the_last_slot),
-        ("nobody_is_refused_for_who_was_refused", nobody_is_refused_for_who_was_refused),
-        ("a_lowered_limit_holds_from_then_on", a_lowered_limit_holds_from_then_on),
-        ("a_kept_slot_is_taken_or_given_back_once", a_kept_slot_is_taken_or_given_back_once),
-        ("a_burst_is_admitted_and_not_one_more", a_burst_is_admitted_and_not_one_more),
-        ("a_rate_that_is_set_is_seen_whole", a_rate_that_is_set_is_seen_whole),
-        ("a_tenant_holds_while_it_has_a_session", a_tenant_holds_while_it_has_a_session),
-        ("the_limit_and_the_rate_together_lose_nothing", the_limit_and_the_rate_together_lose_nothing),
-        ("what_is_kept_for_a_successor_ends_at_nothing", what_is_kept_for_a_successor_ends_at_nothing),
-        ("bytes_are_taken_once_and_come_back", bytes_are_taken_once_and_come_back),
-        ("what_is_dealt_has_come_in", what_is_dealt_has_come_in),
-        ("what_is_dealt_to_nobody_stays", what_is_dealt_to_nobody_stays),
-    ];
-    let trial = |(name, model): (&str, fn())| {
-        Trial::test(name, move || {
-            loom::model(model);
+/// Models by their names.
+macro_rules! trials {
+    ($($model:ident),* $(,)?) => {
+        vec![$(Trial::test(stringify!($model), || {
+            loom::model($model);
             Ok(())
-        })
+        })),*]
     };
-    libtest_mimic::run(&Arguments::from_args(), models.into_iter().map(trial).collect()).exit();
+}
+
+fn main() {
+    let trials = trials![
+        one_of_two_has_the_last_slot,
+        nobody_is_refused_for_who_was_refused,
+        a_lowered_limit_holds_from_then_on,
+        a_kept_slot_is_taken_or_given_back_once,
+        a_burst_is_admitted_and_not_one_more,
+        a_rate_that_is_set_is_seen_whole,
+        a_tenant_holds_while_it_has_a_session,
+        the_limit_and_the_rate_together_lose_nothing,
+        what_is_kept_for_a_successor_ends_at_nothing,
+        bytes_are_taken_once_and_come_back,
+        what_is_dealt_has_come_in,
+        what_is_dealt_to_nobody_stays,
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 
 /// Does something with what is shared, in a thread of its own.

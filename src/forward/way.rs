@@ -12,6 +12,7 @@ use super::pipe::Pipe;
 use super::splice;
 use crate::account::Direction;
 use crate::account::meter::Meter;
+use crate::admission::budget::QUANTUM;
 use crate::admission::purse::Purse;
 use crate::clock::wheel::Tick;
 use crate::life::{Life, Local, SCRATCH};
@@ -21,6 +22,9 @@ use crate::life::{Life, Local, SCRATCH};
 /// 32 KiB: from there on a splice is cheaper than a copy, 0.58 s/GB against 0.67; at 16 KiB they are within a tenth, and
 /// below they are equal (`cargo bench --bench splice`, 2026-11-25, kernel 6.18).
 const LARGE: usize = SCRATCH / 2;
+
+// What is granted to who waits for bandwidth is worth a splice.
+const _: () = assert!(LARGE as u64 <= QUANTUM);
 
 /// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
 const LARGE_READS: u8 = 2;

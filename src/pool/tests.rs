@@ -1,6 +1,8 @@
 //! What a pool does with what probes, sessions, names and time say.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
 
 use super::*;
 use crate::config::{Ask, Balance, Ejection};
@@ -76,6 +78,14 @@ fn port(backend: &Backend) -> u16 {
 
 fn pick(pool: &Pool, roll: u64) -> Result<u16, Nobody> {
     pool.pick(roll, roll, &mut Tried::default()).map(|picked| port(&picked))
+}
+
+/// What a place in the line has been given, where it has.
+fn given(place: &mut Place) -> Option<Picked> {
+    match Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(picked) => Some(picked),
+        Poll::Pending => None,
+    }
 }
 
 /// How many of so many sessions, which end at once, each port has.
@@ -354,9 +364,7 @@ fn a_full_zone_is_helped_by_the_others() {
     assert_eq!(pick(&pool, 0), Err(Nobody::Free));
     let mut place = pool.wait(1).unwrap();
     held.truncate(2);
-    let polled =
-        std::pin::Pin::new(&mut place).poll(&mut std::task::Context::from_waker(std::task::Waker::noop()));
-    assert!(matches!(polled, std::task::Poll::Ready(picked) if port(&picked) != 1000));
+    assert!(given(&mut place).is_some_and(|picked| port(&picked) != 1000));
 }
 
 #[test]
@@ -369,11 +377,7 @@ fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
     let pool = healthy(&config);
     let wait = || {
         let mut place = pool.wait(1).unwrap();
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        match std::pin::Pin::new(&mut place).poll(&mut context) {
-            std::task::Poll::Ready(picked) => Ok(picked),
-            std::task::Poll::Pending => Err(place),
-        }
+        given(&mut place).ok_or(place)
     };
     let near = wait().ok().unwrap();
     assert_eq!(port(&near), 1001, "of its zone, though the other comes first in the list");
@@ -424,11 +428,7 @@ fn who_waits_is_served_in_turn_and_nobody_passes_by() {
     assert!(pool.wait(1).is_none() && pool.waiting() == 2);
     held.pop();
     assert_eq!(pick(&pool, 0), Err(Nobody::Free), "the one with room is the first waiter's");
-    let mut is_served = |place: usize| {
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        let polled = std::pin::Pin::new(&mut places[place]).poll(&mut context);
-        matches!(polled, std::task::Poll::Ready(_))
-    };
+    let mut is_served = |place: usize| given(&mut places[place]).is_some();
     assert!(!is_served(1) && is_served(0), "in turn");
     assert!(is_served(1) && pool.waiting() == 0, "the first one's session is over already");
     assert!(pick(&pool, 0).is_ok());

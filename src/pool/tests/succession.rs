@@ -1,7 +1,5 @@
 //! What a pool goes on with that takes another one's place in a reload.
 
-use std::task::{Context, Poll, Waker};
-
 use super::*;
 
 fn succeed(before: &Arc<Pool>, config: &crate::config::Pool, now: Moment) -> Arc<Pool> {
@@ -115,22 +113,21 @@ fn who_waits_in_the_old_ones_line_is_served_by_the_new_one_and_never_by_who_is_r
     let mut place = before.wait(1).unwrap();
     let mut other = config.clone();
     other.backends = vec![crate::config::Backend { max_sessions: Some(1), ..target(2000) }];
-    let poll = |place: &mut Place| std::pin::Pin::new(place).poll(&mut Context::from_waker(Waker::noop()));
     // It is served at once, as the new one has room.
     let after = succeed(&before, &other, at(1_000));
-    let Poll::Ready(picked) = poll(&mut place) else { panic!("nobody serves it") };
+    let picked = given(&mut place).expect("nobody serves it");
     assert_eq!((port(&picked), after.waiting(), before.waiting()), (2000, 0, 0));
     let (mut first, mut second) = (before.wait(1).unwrap(), after.wait(1).unwrap());
     drop(held);
-    assert!(poll(&mut first).is_pending() && poll(&mut second).is_pending(), "nobody goes to the old one");
+    assert!(given(&mut first).is_none() && given(&mut second).is_none(), "nobody goes to the old one");
     drop(picked);
-    let Poll::Ready(picked) = poll(&mut first) else { panic!("nobody serves it") };
+    let picked = given(&mut first).expect("nobody serves it");
     // A line that is given up is served to its end.
     let none = crate::config::Pool { queue: crate::config::Queue { length: 0, timeout: SECOND }, ..other };
     let last = succeed(&after, &none, at(2_000));
     assert!(last.wait(1).is_none() && last.waiting() == 1);
     drop(picked);
-    assert!(poll(&mut second).is_ready());
+    assert!(given(&mut second).is_some());
     assert!(last.roster().backends().iter().all(|backend| backend.load() == 0));
 }
 
@@ -211,13 +208,7 @@ fn a_thousand_generations_leave_no_chain() {
 /// Those of the line that have had their turn.
 fn served(places: &mut Vec<Place>) -> Vec<Picked> {
     let mut all = Vec::new();
-    places.retain_mut(|place| {
-        match std::pin::Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(picked) => all.push(picked),
-            Poll::Pending => return true,
-        }
-        false
-    });
+    places.retain_mut(|place| given(place).map(|picked| all.push(picked)).is_none());
     all
 }
 
