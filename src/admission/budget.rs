@@ -40,6 +40,13 @@ const MOST_SHARE: u64 = 64 * 1024;
 /// from this much on bytes are spliced.
 pub const QUANTUM: u64 = 32 * 1024;
 
+/// But whoever gets less than that in half a second reads less, down to [`LEAST_TURN`], and has its turn so often: shares
+/// are equal over seconds then, not only over minutes, for two reads a second of each.
+const TURNS_A_SECOND: u64 = 2;
+
+/// However many share a small rate: a page is the least that is worth a read.
+const LEAST_TURN: u64 = 4096;
+
 /// The bits of the crowd's number that count heads. The others are what each has been dealt, in sixteenths of a byte.
 const HEADS: u32 = 24;
 
@@ -187,6 +194,12 @@ impl Budget {
         let Some(terms) = self.terms() else { return u64::MAX };
         let share = terms.bytes(fine(Tick::SPAN)) / sessions.max(1);
         share.clamp(LEAST_SHARE, MOST_SHARE)
+    }
+
+    /// What is granted at least, in bytes, to one of those who wait now.
+    pub(super) fn turn(&self) -> u64 {
+        let part = self.rate_of(1) / TURNS_A_SECOND;
+        self.worth_while(part.clamp(LEAST_TURN, QUANTUM)).max(1)
     }
 
     /// The bytes that make a read worth while: `want`, or half of the burst where that is less.
@@ -370,6 +383,23 @@ mod tests {
             [0, 1, 2, 50, 100, 1000].map(|sessions| budget.share(sessions)),
             [65_536, 65_536, 50_000, 2_000, 1_024, 1_024]
         );
+    }
+
+    #[test]
+    fn a_turn_is_what_one_gets_in_half_a_second_between_a_page_and_a_read() {
+        let turn = |heads: u64, rate: u64, burst: u64| {
+            let budget = budget(rate, burst);
+            (0..heads).for_each(|_| _ = budget.join());
+            budget.turn()
+        };
+        let slow = |heads| turn(heads, 1_000_000, 1_000_000);
+        assert_eq!(
+            [1, 15, 16, 50, 122, 123, 5000].map(slow),
+            [QUANTUM, QUANTUM, 31_250, 10_000, 4_098, 4_096, 4_096]
+        );
+        assert_eq!(turn(0, 1_000_000, 1_000_000), QUANTUM, "nobody waits any more");
+        assert_eq!((turn(1, 100_000, 1), turn(50, 60_000, 1)), (5_000, 3_000), "half of a small burst");
+        assert_eq!((turn(1, 10, 1), turn(1, 1, 1), Budget::default().turn()), (1, 1, 1));
     }
 
     #[test]

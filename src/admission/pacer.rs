@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
-use super::budget::{Budget, PARTS, QUANTUM};
+use super::budget::{Budget, PARTS};
 use super::quota::Quota;
 use crate::account::Direction;
 use crate::clock::Moment;
@@ -213,7 +213,7 @@ impl Pacer {
             let is_over = queue.quota.is_observing() || !queue.budget().is_limited();
             // Those who still use their last grant keep their part.
             let part = queue.kept.checked_div(queue.heads).unwrap_or(0) / PARTS;
-            let each = part.max(queue.budget().worth_while(QUANTUM)).max(1);
+            let each = part.max(queue.budget().turn());
             let mut waited = Duration::ZERO;
             for _ in 0..queue.heads {
                 let Some(place) = places.get_mut(queue.first as usize) else { break };
@@ -284,6 +284,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::task::Wake;
 
+    use super::super::budget::QUANTUM;
     use super::*;
     use crate::config::{Bandwidth, Limits, Mode};
 
