@@ -23,7 +23,7 @@ use crate::life::{Life, Local, SCRATCH};
 /// below they are equal (`cargo bench --bench splice`, 2026-11-25, kernel 6.18).
 const LARGE: usize = SCRATCH / 2;
 
-// What is granted to who waits for bandwidth is worth a splice.
+// What is granted to who waits for bandwidth is worth a splice, where each gets 64 KiB a second or more.
 const _: () = assert!(LARGE as u64 <= QUANTUM);
 
 /// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
