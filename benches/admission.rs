@@ -35,7 +35,7 @@ fn all() -> Limits {
 /// A tenant's quota, of a process with room for all.
 fn quota(limits: Limits) -> Arc<Quota> {
     let quota = Quotas::new(Slots::new(1 << 20)).find(&Labels::default().intern("acme"));
-    quota.set(&limits);
+    quota.set(&limits, clock::now());
     quota
 }
 

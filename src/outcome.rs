@@ -149,6 +149,8 @@ outcomes! {
     BadCrcTlv = "bad_crc_tlv": Proxy at Header;
     /// The header's CRC32C does not match.
     CrcMismatch = "crc_mismatch": Proxy at Header;
+    /// The header names two VPC endpoints that differ.
+    AmbiguousEndpoint = "ambiguous_endpoint": Proxy at Header;
     /// The header names no VPC endpoint, and `on-no-endpoint` rejects.
     NoEndpoint = "no_endpoint": Proxy at Tenant;
     /// The header names a VPC endpoint that no tenant lists, and `on-unknown-endpoint` rejects.

@@ -16,6 +16,7 @@ use crate::account::{Label, Labels, lock};
 use crate::addr::PeerAddr;
 use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
+use crate::clock;
 use crate::clock::wheel::Span;
 use crate::config::{Config, Fallback, Identity};
 use crate::forward::Patience;
@@ -145,10 +146,11 @@ fn directory(
     let route = |(listener, pool): (&String, &String)| {
         Some((*rows.places().get(listener.as_str())?, *pools.get(pool.as_str())?))
     };
+    let now = clock::now();
     let tenants = config.tenants.iter().map(|tenant| {
         let label = labels.intern(&tenant.name);
         let quota = quotas.find(&label);
-        quota.set(&tenant.limits);
+        quota.set(&tenant.limits, now);
         Tenant {
             label,
             labels: (!tenant.labels.is_empty()).then(|| Box::new(tenant.labels.clone())),

@@ -157,7 +157,7 @@ fn a_rate_that_is_set_is_seen_whole() {
 fn quota(limits: &Limits) -> (Arc<Share>, Arc<Quota>) {
     let share = Share::new(Slots::new(1_000));
     let quota = Quota::new(Arc::clone(&share));
-    quota.set(limits);
+    quota.set(limits, NOW);
     (share, quota)
 }
 
@@ -203,7 +203,7 @@ fn what_is_kept_for_a_successor_ends_at_nothing() {
 
 fn budget() -> Arc<Budget> {
     let budget = Budget::default();
-    budget.set(Some(Bandwidth { bytes_per_second: 1_000, burst: 200 }));
+    budget.set(Some(Bandwidth { bytes_per_second: 1_000, burst: 200 }), NOW);
     Arc::new(budget)
 }
 

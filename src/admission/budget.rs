@@ -102,14 +102,30 @@ impl Budget {
     /// What each has been dealt comes round after so many parts.
     pub(super) const LEVELS: u64 = u64::MAX >> HEADS;
 
-    /// Sets the limit, or takes it away. What has been taken stays taken.
-    pub fn set(&self, limit: Option<Bandwidth>) {
-        let rate = limit.map_or(0, |limit| limit.bytes_per_second.max(1));
-        if let Some(limit) = limit {
-            let burst = Terms { rate: u128::from(rate), tolerance: 0 }.span(limit.burst);
-            self.tolerance.store(burst.max(KEPT), Ordering::Relaxed);
+    /// Sets the limit, or takes it away. The bytes that were taken stay taken, and no more than all of the new burst: what is
+    /// owed is kept as time, and a slow rate's seconds are a moment of a fast one.
+    pub fn set(&self, limit: Option<Bandwidth>, now: Moment) {
+        let Some(limit) = limit else { return self.rate.store(0, Ordering::Relaxed) };
+        let rate = limit.bytes_per_second.max(1);
+        let burst = Terms { rate: u128::from(rate), tolerance: 0 }.span(limit.burst).max(KEPT);
+        let tolerance = self.tolerance.swap(burst, Ordering::Relaxed);
+        let before = self.rate.swap(rate, Ordering::Relaxed);
+        if (before, tolerance) != (rate, burst) {
+            self.rescale(before, rate, burst, now);
         }
-        self.rate.store(rate, Ordering::Relaxed);
+    }
+
+    /// Counts what is owed of the rate before in the time of another.
+    fn rescale(&self, before: u64, rate: u64, burst: u64, now: Moment) {
+        let now = at(now);
+        let convert = |due: u64| {
+            let ahead = u128::from(due.saturating_sub(now));
+            // Without a limit before, it is not known of which rate that is.
+            let owed = if before == 0 { ahead } else { ahead * u128::from(before) / u128::from(rate) };
+            Some(now.saturating_add(u64::try_from(owed).unwrap_or(u64::MAX).min(burst))).filter(|_| ahead > 0)
+        };
+        // Where nothing is owed, nothing changes.
+        self.due.fetch_update(Ordering::AcqRel, Ordering::Acquire, convert).unwrap_or_default();
     }
 
     /// Whether there is a limit.
@@ -307,7 +323,7 @@ mod tests {
 
     fn budget(bytes_per_second: u64, burst: u64) -> Budget {
         let budget = Budget::default();
-        budget.set(Some(Bandwidth { bytes_per_second, burst }));
+        budget.set(Some(Bandwidth { bytes_per_second, burst }), at_ms(0));
         budget
     }
 
@@ -321,9 +337,9 @@ mod tests {
         assert!(budget.charge(ALL, at_ms(0)));
         budget.give_back(7);
         assert_eq!((budget.share(3), budget.worth_while(7), budget.most_kept()), (u64::MAX, 0, 0));
-        budget.set(Some(Bandwidth { bytes_per_second: 1000, burst: 200 }));
+        budget.set(Some(Bandwidth { bytes_per_second: 1000, burst: 200 }), at_ms(0));
         assert_eq!(budget.take(ALL, 1, at_ms(0)), 200, "nothing had been taken");
-        budget.set(None);
+        budget.set(None, at_ms(0));
         assert_eq!(budget.take(7, 7, at_ms(0)), 7);
     }
 
@@ -374,6 +390,24 @@ mod tests {
         assert_eq!(budget.take(ALL, 1, at_ms(101 + 1000)), 0);
         assert_eq!(budget.take(ALL, 1, at_ms(101 + 1002)), 2);
         assert!(budget.charge(10, at_ms(3000)));
+    }
+
+    #[test]
+    fn debt_of_a_slow_rate_does_not_stall_a_raised_one() {
+        let budget = budget(1_000, 1_000);
+        assert!(!budget.charge(50_000, at_ms(0)));
+        assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 0, "a second of debt beyond the burst");
+        let raised = Some(Bandwidth { bytes_per_second: 1_000_000, burst: 1_000_000 });
+        budget.set(raised, at_ms(1_000));
+        assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 999_000, "1,000 bytes are owed");
+        budget.set(raised, at_ms(1_000));
+        assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 0, "the same limit once more gives nothing");
+        budget.set(Some(Bandwidth { bytes_per_second: 1_000, burst: 500 }), at_ms(1_000));
+        assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 0, "what was taken stays taken");
+        assert_eq!(budget.take(ALL, 1, at_ms(1_500)), 500, "but no more than all of the new burst");
+        budget.set(None, at_ms(1_500));
+        budget.set(raised, at_ms(1_500));
+        assert_eq!(budget.take(ALL, 1, at_ms(1_500)), 500_000, "half a second of a rate that is not known");
     }
 
     #[test]

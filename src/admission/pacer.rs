@@ -306,7 +306,7 @@ mod tests {
     /// A quota whose bucket is empty at 0 ms.
     fn quota(bytes_per_second: u64) -> Arc<Quota> {
         let quota = Arc::new(Quota::default());
-        quota.budget(WAY).set(Some(Bandwidth { bytes_per_second, burst: 1 }));
+        quota.budget(WAY).set(Some(Bandwidth { bytes_per_second, burst: 1 }), at_ms(0));
         quota.budget(WAY).take(u64::MAX >> 32, 1, at_ms(0));
         quota
     }
@@ -397,17 +397,17 @@ mod tests {
     fn without_a_limit_any_more_everybody_goes() {
         let (quota, mut pacer) = (quota(1000), Pacer::default());
         let keys = [0, 1].map(|_| pacer.join(&quota, WAY, Waker::noop(), at_ms(0)));
-        quota.budget(WAY).set(None);
+        quota.budget(WAY).set(None, at_ms(1));
         pacer.advance(at_ms(1));
         assert!(keys.iter().all(|key| !pacer.is_waiting(key)));
         let limit = Some(Bandwidth { bytes_per_second: 1000, burst: 1 });
-        quota.set(&Limits { to_client: limit, ..Limits::default() });
+        quota.set(&Limits { to_client: limit, ..Limits::default() }, at_ms(1));
         for key in &keys {
             assert_eq!(poll(&mut pacer, key, 1), None, "it had come back in time for the next limit");
         }
         pacer.advance(at_ms(2));
         assert!(keys.iter().all(|key| pacer.is_waiting(key)));
-        quota.set(&Limits { to_client: limit, mode: Mode::Observe, ..Limits::default() });
+        quota.set(&Limits { to_client: limit, mode: Mode::Observe, ..Limits::default() }, at_ms(2));
         pacer.advance(at_ms(3));
         assert!(keys.iter().all(|key| !pacer.is_waiting(key)));
         for key in keys {
@@ -420,7 +420,7 @@ mod tests {
     fn two_tenants_and_two_directions_do_not_know_of_each_other() {
         let (one, two, mut pacer) = (quota(1_000_000), quota(2_000_000), Pacer::default());
         let other_way = Direction::ToBackend;
-        one.budget(other_way).set(Some(Bandwidth { bytes_per_second: 4_000_000, burst: 1 }));
+        one.budget(other_way).set(Some(Bandwidth { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
         one.budget(other_way).take(u64::MAX >> 32, 1, at_ms(0));
         let keys = [(&one, WAY), (&two, WAY), (&one, other_way)]
             .map(|(quota, way)| pacer.join(quota, way, Waker::noop(), at_ms(0)));
@@ -430,9 +430,9 @@ mod tests {
         assert_eq!([&pacer, &elsewhere].map(|pacer| pacer.span_of(10_000).as_millis()), [2, 5]);
         elsewhere.leave(away, at_ms(0));
         assert_eq!(elsewhere.span_of(1), Duration::from_secs(1), "nothing comes in for nobody");
-        one.budget(other_way).set(None);
+        one.budget(other_way).set(None, at_ms(0));
         assert_eq!(pacer.span_of(3_000), Duration::from_millis(1), "a limit that has gone does not count");
-        one.budget(other_way).set(Some(Bandwidth { bytes_per_second: 4_000_000, burst: 1 }));
+        one.budget(other_way).set(Some(Bandwidth { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
         pacer.advance(at_ms(50));
         let granted = [0, 1, 2].map(|place: usize| poll(&mut pacer, &keys[place], 50));
         assert_eq!(granted, [Some(50_000), Some(100_000), Some(200_000)]);

@@ -185,7 +185,7 @@ mod tests {
     impl Bench {
         fn new(mode: Mode, limit: Option<Bandwidth>) -> Self {
             let quota = Arc::new(Quota::default());
-            quota.set(&Limits { mode, to_backend: limit, ..Limits::default() });
+            quota.set(&Limits { mode, to_backend: limit, ..Limits::default() }, at_ms(0));
             Self { quota, pacer: Pacer::default() }
         }
 
@@ -279,7 +279,7 @@ mod tests {
         let (mut bench, mut purse) = (Bench::new(Mode::Enforce, LIMIT), Purse::default());
         bench.read(&mut purse, 20_000, 0);
         assert_eq!(bench.ask(&mut purse, 0), None);
-        bench.quota.set(&Limits::default());
+        bench.quota.set(&Limits::default(), at_ms(1));
         assert_eq!(bench.ask(&mut purse, 1), Some(Grant::Free));
         assert!(!purse.has_joined());
     }

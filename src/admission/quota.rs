@@ -58,8 +58,8 @@ impl Quota {
         Arc::new(Self { share: Some(share), ..Self::default() })
     }
 
-    /// From now on these limits hold. What is in use stays in use.
-    pub fn set(&self, limits: &Limits) {
+    /// From `now` on these limits hold. What is in use stays in use.
+    pub fn set(&self, limits: &Limits, now: Moment) {
         let none = Limits { mode: limits.mode, ..Limits::default() };
         self.observing.store(limits.mode == Mode::Observe, Ordering::Relaxed);
         self.limited.store(*limits != none, Ordering::Relaxed);
@@ -67,11 +67,11 @@ impl Quota {
         self.rate.set(limits.session_rate);
         self.flows.set_limit(limits.flows.unwrap_or(Slots::UNLIMITED));
         self.datagrams.set(limits.datagram_rate);
-        self.budgets.to_backend.set(limits.to_backend);
-        self.budgets.to_client.set(limits.to_client);
+        self.budgets.to_backend.set(limits.to_backend, now);
+        self.budgets.to_client.set(limits.to_client, now);
     }
 
-    /// Admits one more session: by the limit of sessions first, for one that this rejects takes nothing of the rate.
+    /// Admits one more session. The rate is asked last: a session that is rejected for another reason takes nothing of it.
     ///
     /// # Errors
     /// Why not; nothing is held then.
@@ -85,15 +85,15 @@ impl Quota {
             self.share.iter().for_each(|share| share.join());
         }
         let mut permit = Permit { quota: Arc::clone(self), would_reject: None };
+        // The process is not the tenant's: a tenant that only observes its own limits is shed like any other.
+        if self.share.as_ref().is_some_and(|share| !share.allows(held + self.flows.used())) {
+            return Err(self.reject(Why::Shed));
+        }
         if beyond.is_none() && !self.rate.admit(now) {
             if !self.is_observing() {
                 return Err(self.reject(Why::SessionRate));
             }
             beyond = Some(Why::SessionRate);
-        }
-        // The process is not the tenant's: who only observes its own limits is shed like anybody.
-        if self.share.as_ref().is_some_and(|share| !share.allows(held + self.flows.used())) {
-            return Err(self.reject(Why::Shed));
         }
         if let Some(why) = beyond {
             add(&self.would_reject, why);
@@ -274,7 +274,7 @@ mod tests {
 
     pub(super) fn quota(limits: Limits) -> Arc<Quota> {
         let quota = Quota::new(Share::new(Slots::new(1_000_000)));
-        quota.set(&limits);
+        quota.set(&limits, START);
         quota
     }
 
@@ -303,6 +303,23 @@ mod tests {
         assert!(quota.admit(at_ms(100)).is_ok());
         assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0]);
         assert_eq!(counts(quota.would_reject()), [0, 0, 0]);
+    }
+
+    #[test]
+    fn session_that_is_shed_takes_nothing_of_the_rate() {
+        let slots = Slots::new(10);
+        let quota = Quota::new(Share::new(Arc::clone(&slots)));
+        quota.set(&Limits { session_rate: Some(rate(1_000, 1)), ..Limits::default() }, START);
+        let held: Vec<_> = (0..9).map(|_| (slots.take().unwrap(), quota.adopt(None))).collect();
+        let tenth = slots.take().unwrap();
+        for _ in 0..3 {
+            assert_eq!(quota.admit(START).unwrap_err(), Why::Shed);
+        }
+        drop((held, tenth));
+        let _slot = slots.take().unwrap();
+        assert!(quota.admit(START).is_ok(), "the rate has its one still");
+        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
+        assert_eq!(counts(quota.rejected()), [0, 1, 0, 3, 0]);
     }
 
     #[test]

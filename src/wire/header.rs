@@ -31,7 +31,8 @@ pub(super) struct Parts {
     pub(super) command: Command,
     pub(super) family: Family,
     pub(super) tlvs_at: u16,
-    /// The value of the first AWS TLV that names an endpoint; a length of [`ABSENT`] where there is none.
+    /// The value of the first AWS TLV that names an endpoint, which every other one repeats; a length of [`ABSENT`] where
+    /// there is none.
     pub(super) endpoint_at: u16,
     pub(super) endpoint_len: u16,
     /// The CRC32C's value; [`ABSENT`] where there is none.
@@ -98,6 +99,7 @@ pub enum Malformed {
     TlvOverrun,
     BadCrcTlv,
     CrcMismatch,
+    AmbiguousEndpoint,
 }
 
 impl From<Malformed> for Why {
@@ -113,6 +115,7 @@ impl From<Malformed> for Why {
             Malformed::TlvOverrun => Self::TlvOverrun,
             Malformed::BadCrcTlv => Self::BadCrcTlv,
             Malformed::CrcMismatch => Self::CrcMismatch,
+            Malformed::AmbiguousEndpoint => Self::AmbiguousEndpoint,
         }
     }
 }
@@ -277,16 +280,19 @@ fn ip<const N: usize>(block: &[u8], address: impl Fn([u8; N]) -> IpAddr) -> Opti
     })
 }
 
-/// Walks all TLVs once: their lengths must add up, the checksum may stand once, the first endpoint wins.
+/// Walks all TLVs once: their lengths must add up, the checksum may stand once, and all endpoints are one. Two that differ are
+/// refused after everything else, because bytes that are not TLVs at all may look like an endpoint.
 fn scan(bytes: &[u8], mut parts: Parts) -> Result<Parts, Malformed> {
+    let mut is_ambiguous = false;
     let mut rest = bytes.get(usize::from(parts.tlvs_at)..).ok_or(Malformed::ShortAddress)?;
     while let Some((tlv, next)) = tlv::split(rest)? {
         rest = next;
         let value_at = bytes.len() - rest.len() - tlv.value.len();
         match (tlv.kind, tlv.value) {
-            (kind::AWS, [kind::AWS_VPCE_ID, id @ ..]) if parts.endpoint_len == ABSENT => {
-                (parts.endpoint_at, parts.endpoint_len) = (place(value_at + 1), place(id.len()));
-            }
+            (kind::AWS, [kind::AWS_VPCE_ID, id @ ..]) => match parts.endpoint(bytes) {
+                None => (parts.endpoint_at, parts.endpoint_len) = (place(value_at + 1), place(id.len())),
+                Some(first) => is_ambiguous |= first != id,
+            },
             (kind::CRC32C, value) => {
                 if value.len() != crc::LEN || parts.crc_at != ABSENT {
                     return Err(Malformed::BadCrcTlv);
@@ -296,7 +302,7 @@ fn scan(bytes: &[u8], mut parts: Parts) -> Result<Parts, Malformed> {
             _ => {}
         }
     }
-    Ok(parts)
+    if is_ambiguous { Err(Malformed::AmbiguousEndpoint) } else { Ok(parts) }
 }
 
 /// A place in a header, which has at most [`MAX_LEN`] bytes.
@@ -316,6 +322,16 @@ impl Parts {
             endpoint_len: ABSENT,
             crc_at: ABSENT,
         }
+    }
+
+    /// The endpoint's ID, in the header that these are the parts of.
+    #[inline]
+    fn endpoint(self, bytes: &[u8]) -> Option<&[u8]> {
+        if self.endpoint_len == ABSENT {
+            return None;
+        }
+        let start = usize::from(self.endpoint_at);
+        bytes.get(start..start + usize::from(self.endpoint_len))
     }
 }
 
@@ -339,15 +355,11 @@ impl<'a> Header<'a> {
         Tlvs::new(self.bytes.get(usize::from(self.parts.tlvs_at)..).unwrap_or_default())
     }
 
-    /// The value of the first AWS TLV that names a VPC endpoint: text that nobody has checked.
+    /// The ID in the AWS TLVs that name a VPC endpoint, which all name the same one: text that nobody has checked.
     #[inline]
     #[must_use]
     pub fn endpoint(&self) -> Option<&'a [u8]> {
-        if self.parts.endpoint_len == ABSENT {
-            return None;
-        }
-        let start = usize::from(self.parts.endpoint_at);
-        self.bytes.get(start..start + usize::from(self.parts.endpoint_len))
+        self.parts.endpoint(self.bytes)
     }
 
     /// The CRC32C that the header states, and where.

@@ -225,25 +225,31 @@ async fn what_is_no_endpoint_id_is_an_unknown_endpoint_and_what_is_empty_is_none
 }
 
 #[tokio::test]
-async fn the_first_endpoint_of_a_header_wins() {
+async fn header_with_two_different_endpoints_is_refused() {
     let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let (own, other) = (named(ACME), named(GLOBEX));
     let acmes: [&[(u8, &[u8])]; 3] = [
-        &[(0xEA, &own), (0xEA, &other)],
+        &[(0xEA, &own), (0xEA, &own)],
         &[(0xEA, b""), (0xEA, &own)],
-        &[(0xEA, b"\x02else"), (0x04, b"\0\0\0"), (0xEA, &own), (0xEA, &other), (0xEA, b"")],
+        &[(0xEA, b"\x02else"), (0x04, b"\0\0\0"), (0xEA, &own), (0xEA, &own), (0xEA, b"")],
     ];
     for tlvs in acmes {
         assert_eq!(greeting(&proxy, "web", &with_tlvs(tlvs)).await, "acme-1");
     }
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(3).await;
-    // The other way round it is the other one, whose backend is an echo.
-    assert_eq!(greeting(&proxy, "web", &with_tlvs(&[(0xEA, &other), (0xEA, &own)])).await, "");
-    proxy.ended(&[("tenant", "globex"), ("why", "done")]).is(1).await;
-    // A first one that is no ID is not made good by a second.
-    rejects(&proxy, "web", &with_tlvs(&[(0xEA, b"\x01nonsense"), (0xEA, &own)])).await;
-    proxy.ended(&[("why", "unknown_endpoint")]).is(1).await;
+    let ambiguous: [&[(u8, &[u8])]; 4] = [
+        &[(0xEA, &own), (0xEA, &other)],
+        &[(0xEA, &other), (0xEA, &own)],
+        &[(0xEA, &own), (0x04, b"\0\0\0"), (0xEA, b"\x02else"), (0xEA, &own), (0xEA, &other)],
+        &[(0xEA, b"\x01nonsense"), (0xEA, &own)],
+    ];
+    for tlvs in ambiguous {
+        rejects(&proxy, "web", &with_tlvs(tlvs)).await;
+    }
+    let refused = [("tenant", ""), ("by", "proxy"), ("at", "header"), ("why", "ambiguous_endpoint")];
+    proxy.ended(&refused).is(4).await;
+    assert_eq!(acme.sessions(), 3);
     proxy.others_are_unharmed().await;
     proxy.finish().await;
 }

@@ -122,6 +122,10 @@ impl Plain {
     fn admit(&mut self, room: bool) -> (bool, bool) {
         let observes = self.limits.mode == Mode::Observe;
         let mut beyond = self.limits.sessions.is_some_and(|limit| self.held >= limit);
+        if beyond && !observes || !room {
+            self.rejected += 1;
+            return (false, beyond);
+        }
         if !beyond && let Some(rate) = self.limits.session_rate {
             let interval = u64::try_from(rate.interval.as_nanos()).unwrap();
             if std::mem::take(&mut self.is_fresh) {
@@ -130,7 +134,7 @@ impl Plain {
             beyond = self.owed > interval * (rate.burst - 1);
             self.owed += if beyond { 0 } else { interval };
         }
-        let admitted = room && (!beyond || observes);
+        let admitted = !beyond || observes;
         self.held += usize::from(admitted);
         self.would_reject += u64::from(admitted && beyond);
         self.rejected += u64::from(!admitted);
@@ -173,7 +177,7 @@ proptest! {
                 }
                 Deed::Drop(_) => {}
                 Deed::Set(tenant, limits) => {
-                    tenants[tenant].set(&limits);
+                    tenants[tenant].set(&limits, Moment::from_nanos(now));
                     plain[tenant].is_fresh |= limits.session_rate != plain[tenant].limits.session_rate;
                     plain[tenant].limits = limits;
                 }
@@ -245,7 +249,7 @@ fn threads_leave_nothing_behind_while_limits_move() {
     let held: Vec<_> = tenants.iter().map(|_| AtomicUsize::new(0)).collect();
     let most = |tenant: usize| tenant + 3;
     for (tenant, quota) in tenants.iter().enumerate() {
-        quota.set(&Limits { sessions: Some(most(tenant)), ..Limits::default() });
+        quota.set(&Limits { sessions: Some(most(tenant)), ..Limits::default() }, Moment::default());
     }
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -263,7 +267,7 @@ fn threads_leave_nothing_behind_while_limits_move() {
                         drop(permit);
                     } else if random.u8(..) < 8 {
                         let sessions = Some(random.usize(1..=most(tenant)));
-                        tenants[tenant].set(&Limits { sessions, ..Limits::default() });
+                        tenants[tenant].set(&Limits { sessions, ..Limits::default() }, Moment::default());
                     } else if let Some(_slot) = slots.take()
                         && let Ok(permit) = tenants[tenant].admit(Moment::default())
                     {

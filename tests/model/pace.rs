@@ -66,7 +66,7 @@ const READS: usize = 32;
 impl World {
     fn new(rate: u64, burst: u64, phases: [u64; 2], sessions: &[(usize, Appetite)]) -> Self {
         let quota = Arc::new(Quota::default());
-        quota.budget(WAY).set(Some(Bandwidth { bytes_per_second: rate, burst }));
+        quota.budget(WAY).set(Some(Bandwidth { bytes_per_second: rate, burst }), at_ms(0));
         let session = |(worker, appetite): &(usize, Appetite)| Session {
             worker: *worker,
             appetite: *appetite,

@@ -98,9 +98,30 @@ fn an_empty_id_is_an_unknown_endpoint_and_not_an_absent_one() {
 }
 
 #[test]
-fn the_first_endpoint_wins_over_empty_foreign_and_later_ones() {
-    let header = tcp4(&[0xEA, 0, 0, 0xEA, 0, 2, 7, b'x', 0xEA, 0, 2, 1, b'a', 0xEA, 0, 2, 1, b'b']);
+fn endpoint_is_read_among_empty_and_foreign_aws_tlvs_and_may_be_repeated() {
+    let header = tcp4(&[0xEA, 0, 0, 0xEA, 0, 2, 7, b'x', 0xEA, 0, 2, 1, b'a', 0xEA, 0, 2, 1, b'a']);
     assert_eq!(done(&header, STREAM).endpoint(), Some(&b"a"[..]));
+}
+
+#[test]
+fn two_endpoints_that_differ_are_refused() {
+    const A: [u8; 5] = [0xEA, 0, 2, 1, b'a'];
+    for other in [&[0xEA, 0, 2, 1, b'b'][..], &[0xEA, 0, 1, 1], &[0xEA, 0, 3, 1, b'a', b'a']] {
+        for tlvs in
+            [[&A[..], other].concat(), [other, &A[..]].concat(), [&A[..], &A, &[4, 0, 0], other].concat()]
+        {
+            refused(&tcp4(&tlvs), Malformed::AmbiguousEndpoint);
+            refused(&raw(0x21, 0x00, &tlvs), Malformed::AmbiguousEndpoint);
+            let datagram = raw(0x21, 0x12, &[&[0; 12][..], &tlvs].concat());
+            assert_eq!(parse(&datagram, DATAGRAM), Parsed::Malformed(Malformed::AmbiguousEndpoint));
+        }
+        // Bytes that are not TLVs to the end are no endpoints: UNSPEC skips them, the others are refused for the overrun.
+        let overrun = [&A[..], other, &[4, 0]].concat();
+        refused(&tcp4(&overrun), Malformed::TlvOverrun);
+        assert_eq!(done(&raw(0x21, 0x00, &overrun), STREAM).endpoint(), None);
+    }
+    // LOCAL speaks for no client, and what it holds is skipped.
+    assert_eq!(done(&raw(0x20, 0x11, &[A, [0xEA, 0, 2, 1, b'b']].concat()), STREAM).endpoint(), None);
 }
 
 #[test]

@@ -149,7 +149,7 @@ mod tests {
             (quota.flows(), quota.flows_limit(), quota.admit_flow(|| false).is_ok()),
             (1, Some(2), true)
         );
-        quota.set(&Limits { mode: Mode::Observe, flows: Some(1), ..Limits::default() });
+        quota.set(&Limits { mode: Mode::Observe, flows: Some(1), ..Limits::default() }, START);
         assert_eq!(quota.admit_flow(|| false).unwrap().would_reject(), Some(Why::FlowLimit));
         assert_eq!(
             (counts(quota.rejected()), counts(quota.would_reject())),
@@ -178,7 +178,7 @@ mod tests {
         }
         assert_eq!(pass(back, 1, at_ms(100)), Passage::Free);
         assert_eq!(pass(there, 10_000, at_ms(200)), Passage::Free, "those that were dropped took nothing");
-        quota.set(&Limits { mode: Mode::Observe, ..limits });
+        quota.set(&Limits { mode: Mode::Observe, ..limits }, at_ms(200));
         assert_eq!(pass(there, 1, at_ms(200)), Passage::Observed(Excess::Bandwidth));
     }
 
