@@ -181,6 +181,8 @@ pub struct Dns {
     pub min_ttl: Duration,
     /// An answer counts at most this long.
     pub max_ttl: Duration,
+    /// Networks whose special addresses (loopback, link-local and the cloud's metadata) an answer may contain.
+    pub allow_answers: Vec<IpNet>,
 }
 
 /// What is spoken at a listener, or asked in a probe.

@@ -2,14 +2,19 @@
 
 pub mod answer;
 mod ask;
+mod guard;
 pub mod pace;
+mod server;
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tokio::time::sleep;
 
 use self::answer::{Answer, Memory};
 pub use self::ask::{NoServers, Resolver};
+pub use self::guard::Own;
 use self::pace::{Pace, spread};
 use crate::account::Labels;
 pub use crate::account::lookup::{Lookup, Lookups};
@@ -17,6 +22,9 @@ use crate::clock;
 use crate::config::Target;
 use crate::pool::Pool;
 use crate::pool::backend::Backend;
+
+/// Refused addresses of one lookup that are logged.
+const SHOWN: usize = 8;
 
 /// Looks up a name of `pool`, and of whoever a reload puts in its place, until that has it no more. Each new backend is given
 /// to `fresh`, with its pool, which has it probed; after the first lookup, whatever its end, and after those of its backends, `first` is called.
@@ -36,10 +44,11 @@ pub async fn run(
     let Some(lookups) = lookups else { return first() };
     let (min, max) = resolver.bounds();
     let mut times = Pace::new(min, max);
-    let mut teller = Teller { pool: &pool, name: name(&target), left_out: 0 };
+    let mut teller = Teller { pool: &pool, name: name(&target), left_out: 0, refused: BTreeSet::new() };
     let (mut memory, mut first) = (Memory::default(), Some(first));
     loop {
         let result = resolver.look_up(&target, &mut memory).await;
+        teller.refused(&memory.refused);
         lookups.count(result.as_ref().map_or_else(|lookup| *lookup, |_| Lookup::Found));
         let wait = match result {
             Ok(answer) => {
@@ -84,6 +93,8 @@ struct Teller<'a> {
     name: String,
     /// Addresses of the last answer that are not used.
     left_out: usize,
+    /// Addresses of the last answers that were refused.
+    refused: BTreeSet<IpAddr>,
 }
 
 impl Teller<'_> {
@@ -97,6 +108,23 @@ impl Teller<'_> {
             tracing::warn!(pool, name, addresses, left_out, "a name has more addresses than are used");
         }
         self.left_out = answer.left_out;
+    }
+
+    fn refused(&mut self, now: &BTreeSet<IpAddr>) {
+        if !now.is_subset(&self.refused) {
+            let (pool, name) = (self.pool.label.name(), self.name.as_str());
+            let addresses: Vec<_> = now.iter().take(SHOWN).map(ToString::to_string).collect();
+            let addresses = addresses.join(" ");
+            tracing::warn!(
+                pool,
+                name,
+                addresses,
+                "a DNS answer contains addresses that no answer may contain, and they are not used: this machine's own, loopback, \
+                 link-local, multicast and the like; where they are meant, list their network in dns.allow-answers, or write \
+                 them as backends themselves"
+            );
+        }
+        self.refused.clone_from(now);
     }
 
     fn failed(&self, lookup: Lookup, was_failing: bool) {

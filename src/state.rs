@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -222,6 +222,8 @@ pub struct Live {
     pub stopped_doors: AtomicUsize,
     /// Every address of each listener, by the listener's place, once it is bound.
     pub bound: ArcSwap<Vec<Vec<SocketAddr>>>,
+    /// Where the admin pages and the health check are served, once that is bound.
+    pub pages: OnceLock<[SocketAddr; 2]>,
     /// Backends whose first probe is still out, and names that were not yet looked up.
     pub unprobed: AtomicUsize,
     /// How often another configuration took its place.
@@ -294,6 +296,7 @@ impl Live {
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),
             bound: ArcSwap::default(),
+            pages: OnceLock::new(),
             unprobed: AtomicUsize::new(unprobed),
             reloads: Reloads::new(rows),
             replaced: Mutex::default(),
@@ -339,6 +342,16 @@ impl Live {
     pub fn sessions_now(&self) -> u64 {
         let routes = self.shards.iter().flat_map(|shard| shard.routes());
         routes.map(|route| route.active.value()).sum()
+    }
+
+    /// What tells the addresses at which the process listens: every listener's, the admin pages' and the health check's.
+    #[must_use]
+    pub fn own_addresses(self: &Arc<Self>) -> Box<dyn Fn() -> Vec<SocketAddr> + Send + Sync> {
+        let live = Arc::clone(self);
+        Box::new(move || {
+            let bound = live.bound.load();
+            bound.iter().flatten().chain(live.pages.get().into_iter().flatten()).copied().collect()
+        })
     }
 
     /// Whether the process is going.

@@ -95,7 +95,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     assert_eq!((backend.weight, backend.zone.as_ref(), backend.max_sessions), (100, None, None));
     assert!(!backend.backup);
     let [timeout, min_ttl, max_ttl] = [2, 1, 60].map(Duration::from_secs);
-    assert_eq!(config.dns, Dns { servers: Vec::new(), timeout, min_ttl, max_ttl });
+    assert_eq!(config.dns, Dns { servers: Vec::new(), timeout, min_ttl, max_ttl, allow_answers: Vec::new() });
 
     let [tenant] = config.tenants.as_slice() else { panic!("one tenant") };
     assert_eq!((tenant.name.as_str(), tenant.enabled, tenant.pool.as_ref()), ("acme", true, None));
@@ -235,6 +235,8 @@ fn name_servers_have_the_port_of_dns_where_none_is_written() {
     assert_eq!(servers, ["10.0.0.2:53", "10.0.0.3:5353", "[fd00::2]:53", "[fd00::3]:65535"]);
     let times = [dns.timeout, dns.min_ttl, dns.max_ttl].map(|time| time.as_millis());
     assert_eq!(times, [1, 120_000, 120_000]);
+    assert_eq!(dns.allow_answers.len(), 2);
+    assert_eq!(dns.allow_answers[1].to_string(), "fe80::1/128");
 }
 
 #[test]

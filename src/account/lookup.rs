@@ -11,6 +11,8 @@ pub enum Lookup {
     NoSuchName,
     /// The name has no address, or its service is not available.
     NoAddress,
+    /// Every address in the answers is one that no answer may contain.
+    AddressRefused,
     /// A server does not answer us.
     Refused,
     /// A server could not find out, or not understand.
@@ -27,10 +29,11 @@ pub enum Lookup {
 
 impl Lookup {
     /// Every result.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Found,
         Self::NoSuchName,
         Self::NoAddress,
+        Self::AddressRefused,
         Self::Refused,
         Self::ServerFailure,
         Self::Malformed,
@@ -46,6 +49,7 @@ impl Lookup {
             Self::Found => "found",
             Self::NoSuchName => "no_such_name",
             Self::NoAddress => "no_address",
+            Self::AddressRefused => "address_refused",
             Self::Refused => "refused",
             Self::ServerFailure => "server_failure",
             Self::Malformed => "malformed",

@@ -172,6 +172,7 @@ pub(super) struct Dns {
     pub(super) timeout: Field<Duration>,
     pub(super) min_ttl: Field<Duration>,
     pub(super) max_ttl: Field<Duration>,
+    pub(super) allow_answers: Field<List<IpNet>>,
 }
 
 impl Dns {
@@ -179,8 +180,9 @@ impl Dns {
         let mut section = Section::open(&head, table, faults).knowing(&["min-ttl", "max-ttl"]);
         let (servers, timeout) = (section.take_list("servers"), section.take("timeout"));
         let (min_ttl, max_ttl) = (section.take("min-ttl"), section.take("max-ttl"));
+        let allow_answers = section.take_list("allow-answers");
         section.finish();
-        Self { head: Some(head), servers, timeout, min_ttl, max_ttl }
+        Self { head: Some(head), servers, timeout, min_ttl, max_ttl, allow_answers }
     }
 }
 

@@ -72,24 +72,17 @@ fn time_to_live(record: &Record) -> u32 {
     if record.ttl > i32::MAX.unsigned_abs() { 0 } else { record.ttl }
 }
 
-/// The addresses that the records of `name` say, in order, and the least time to live of those records. Addresses that no
-/// backend can have are left out.
+/// The addresses that the records of `name` say, in order, and the least time to live of those records.
 #[must_use]
 pub fn addresses(name: &Name, records: &[Record]) -> Said<IpAddr> {
     let own = records.iter().filter(|record| record.name == *name);
     let (found, ttls): (BTreeSet<_>, Vec<_>) = own
         .filter_map(|record| {
             let address = record.data.ip_addr()?;
-            is_usable(address).then_some((address, time_to_live(record)))
+            Some((address, time_to_live(record)))
         })
         .unzip();
     Said { found: found.into_iter().collect(), ttl: least(ttls) }
-}
-
-fn is_usable(address: IpAddr) -> bool {
-    let is_mapped = matches!(address, IpAddr::V6(address) if address.to_ipv4_mapped().is_some());
-    let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
-    !is_mapped && !is_broadcast && !address.is_unspecified() && !address.is_multicast()
 }
 
 /// The services that the records of `name` say, the preferred first, and the least time to live of those records. The target `.` says that the service is not available (RFC 2782).
@@ -215,7 +208,11 @@ impl Scale {
 
 /// What the questions for each host's families were last answered with: where one fails, this still holds.
 #[derive(Debug, Default)]
-pub struct Memory(BTreeMap<Name, [Vec<IpAddr>; 2]>);
+pub struct Memory {
+    hosts: BTreeMap<Name, [Vec<IpAddr>; 2]>,
+    /// Addresses that the answers of the last lookup contained and that no answer may contain.
+    pub refused: BTreeSet<IpAddr>,
+}
 
 /// What is known of a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -229,7 +226,7 @@ pub struct Known {
 impl Memory {
     /// Takes in the answers for a host.
     pub fn settle(&mut self, host: &Name, families: Families) -> Known {
-        let last = self.0.entry(host.clone()).or_default();
+        let last = self.hosts.entry(host.clone()).or_default();
         let (mut addresses, mut worst) = (Said { found: Vec::new(), ttl: u32::MAX }, None);
         let mut is_found = false;
         for (last, family) in last.iter_mut().zip(families) {
@@ -255,7 +252,7 @@ impl Memory {
 
     /// Forgets every host but these.
     pub fn keep(&mut self, hosts: &BTreeSet<Name>) {
-        self.0.retain(|host, _| hosts.contains(host));
+        self.hosts.retain(|host, _| hosts.contains(host));
     }
 }
 

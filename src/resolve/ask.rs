@@ -2,33 +2,34 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverOpts};
-use hickory_resolver::net::runtime::TokioRuntimeProvider;
-use hickory_resolver::net::xfer::{DnsHandle, FirstAnswer};
 use hickory_resolver::net::{DnsError, NetError};
-use hickory_resolver::proto::op::{DnsRequestOptions, Message, Query, ResponseCode};
+use hickory_resolver::proto::op::{Message, Query, ResponseCode};
 use hickory_resolver::proto::rr::domain::usage::LOCALHOST;
 use hickory_resolver::proto::rr::{Name, RData, RecordType};
 use hickory_resolver::system_conf::read_system_conf;
-use hickory_resolver::{Hosts, NameServerPool, PoolContext, TlsConfig};
+use hickory_resolver::{Hosts, PoolContext, TlsConfig};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::Lookup;
 use super::answer::{self, Answer, Families, Known, Memory, Said, Service};
+use super::guard::{Guard, Own, is_usable};
+use super::server::Server;
 use crate::account::lock;
 use crate::account::meter::Connect;
 use crate::config::{Dns, Target};
 use crate::connect;
 use crate::pool::MOST_ADDRESSES;
 
-/// Questions on their way at once, of all names: each has a socket.
+/// Questions on their way at once, of all names: each has a socket, or two where it is asked with and without EDNS.
 const AT_ONCE: usize = 64;
 
 /// Aliases that are asked for one after the other where a server does not follow them itself.
@@ -47,7 +48,7 @@ pub struct NoServers(NetError);
 
 /// Looks names up. Answers are not kept: who asks again wants to know.
 pub struct Resolver {
-    servers: Vec<NameServerPool<TokioRuntimeProvider>>,
+    servers: Vec<Server>,
     /// The server that answered last.
     preferred: AtomicUsize,
     /// What a server, and what all of them together may take over a question.
@@ -59,15 +60,16 @@ pub struct Resolver {
     dots: usize,
     hosts: HostsFile,
     questions: Semaphore,
+    guard: Guard,
 }
 
 impl Resolver {
     /// One that asks the servers of the configuration, which know names as they are written; or those of the system, by its
-    /// search list.
+    /// search list. An answer with one of the `own` addresses, at which the process listens, is refused.
     ///
     /// # Errors
     /// The system's configuration is needed and cannot be read, or names no server.
-    pub fn new(config: &Dns) -> Result<Self, NoServers> {
+    pub fn new(config: &Dns, own: Own) -> Result<Self, NoServers> {
         let (servers, search, dots, edns) = if config.servers.is_empty() {
             let (system, options) = read_system_conf().map_err(NoServers)?;
             let (domain, mut search, servers) = system.into_parts();
@@ -89,11 +91,8 @@ impl Resolver {
         let mut options = ResolverOpts::default();
         (options.timeout, options.edns0) = (share, edns);
         let context = Arc::new(PoolContext::new(options, TlsConfig::new().map_err(NoServers)?));
-        // One pool for each: a pool of several takes the first failure of any for the answer.
-        let one =
-            |server| NameServerPool::from_config([server], Arc::clone(&context), TokioRuntimeProvider::new());
         Ok(Self {
-            servers: servers.into_iter().map(one).collect(),
+            servers: servers.into_iter().map(|server| Server::new(server, &context)).collect(),
             preferred: AtomicUsize::new(0),
             share,
             timeout: config.timeout,
@@ -102,6 +101,7 @@ impl Resolver {
             dots,
             hosts: HostsFile::new(HOSTS),
             questions: Semaphore::new(AT_ONCE),
+            guard: Guard::new(&config.allow_answers, own),
         })
     }
 
@@ -116,6 +116,17 @@ impl Resolver {
     /// # Errors
     /// How it ended, where nothing was found.
     pub async fn look_up(self: &Arc<Self>, target: &Target, memory: &mut Memory) -> Result<Answer, Lookup> {
+        memory.refused.clear();
+        let mut answer = self.find(target, memory).await?;
+        if matches!(target, Target::Address(_)) {
+            return Ok(answer);
+        }
+        let own = answer.found.extract_if(.., |resolved| self.guard.is_own(resolved.address));
+        memory.refused.extend(own.map(|resolved| resolved.address.ip()));
+        if answer.found.is_empty() { Err(Lookup::AddressRefused) } else { Ok(answer) }
+    }
+
+    async fn find(self: &Arc<Self>, target: &Target, memory: &mut Memory) -> Result<Answer, Lookup> {
         match target {
             Target::Address(address) => {
                 let said = Said { found: vec![address.ip()], ttl: u32::MAX };
@@ -125,7 +136,9 @@ impl Resolver {
                 let names = self.names_of_host(name)?;
                 let mut worst = Lookup::NoSuchName;
                 for name in &names {
-                    let Known { addresses, lookup } = memory.settle(name, self.families(name).await);
+                    let (families, refused) = self.families(name, true).await;
+                    memory.refused.extend(refused);
+                    let Known { addresses, lookup } = memory.settle(name, families);
                     if lookup == Lookup::Found {
                         memory.keep(&BTreeSet::from([name.clone()]));
                         return answer::of_host(addresses, *port).ok_or(Lookup::NoAddress);
@@ -150,13 +163,14 @@ impl Resolver {
         for host in hosts.clone() {
             let own = Arc::clone(self);
             asked.spawn(async move {
-                let families = own.families(&host).await;
+                let families = own.families(&host, false).await;
                 (host, families)
             });
         }
         let (mut known, mut worst, mut is_found) = (BTreeMap::new(), Lookup::NoAddress, false);
         while let Some(joined) = asked.join_next().await {
-            let Ok((host, families)) = joined else { continue };
+            let Ok((host, (families, refused))) = joined else { continue };
+            memory.refused.extend(refused);
             let Known { addresses, lookup } = memory.settle(&host, families);
             if lookup == Lookup::Found {
                 is_found = true;
@@ -217,21 +231,39 @@ impl Resolver {
         Ok(names)
     }
 
-    /// Both families of a host, from the hosts file where it knows one of them.
-    async fn families(&self, host: &Name) -> Families {
+    /// Both families of a host, without the addresses that no answer may contain, and those. What this machine knows of a name
+    /// that `is_configured` is no answer: the operator wrote both.
+    async fn families(&self, host: &Name, is_configured: bool) -> (Families, Vec<IpAddr>) {
+        let (mut families, is_answer) = match self.known_here(host) {
+            Some(families) => (families, !is_configured),
+            None => {
+                let ask = |kind| self.ask(host, kind, answer::addresses);
+                (tokio::join!(ask(RecordType::A), ask(RecordType::AAAA)).into(), true)
+            }
+        };
+        let mut refused = Vec::new();
+        for family in families.iter_mut().filter(|_| is_answer) {
+            let Ok(said) = family else { continue };
+            refused.append(&mut self.guard.refuse(&mut said.found));
+            if said.found.is_empty() {
+                *family = Err(Lookup::AddressRefused);
+            }
+        }
+        (families, refused)
+    }
+
+    /// What this machine knows of a host: from the hosts file, where it knows one of the families, or as localhost.
+    fn known_here(&self, host: &Name) -> Option<Families> {
         if self.hosts.knows(host) {
-            return FAMILIES.map(|kind| {
+            return Some(FAMILIES.map(|kind| {
                 let said = Said { found: self.hosts.find(host, kind), ttl: 0 };
                 if said.found.is_empty() { Err(Lookup::NoAddress) } else { Ok(said) }
-            });
+            }));
         }
-        if LOCALHOST.zone_of(host) {
-            // No server is asked for it (RFC 6761, 6.3).
-            let loopback = [std::net::Ipv4Addr::LOCALHOST.into(), std::net::Ipv6Addr::LOCALHOST.into()];
-            return loopback.map(|address| Ok(Said { found: vec![address], ttl: u32::MAX }));
-        }
-        let ask = |kind| self.ask(host, kind, answer::addresses);
-        tokio::join!(ask(RecordType::A), ask(RecordType::AAAA)).into()
+        // No server is asked for it (RFC 6761, 6.3).
+        let loopback = [std::net::Ipv4Addr::LOCALHOST.into(), std::net::Ipv6Addr::LOCALHOST.into()];
+        let said = |address| Ok(Said { found: vec![address], ttl: u32::MAX });
+        LOCALHOST.zone_of(host).then(|| loopback.map(said))
     }
 
     /// Asks a question, and for the aliases that are its answer.
@@ -270,17 +302,15 @@ impl Resolver {
 
     /// Asks each server until one knows, beginning with the one that knew last.
     async fn question(&self, name: &Name, kind: RecordType) -> Result<Message, Lookup> {
-        let mut options = DnsRequestOptions::default();
         let preferred = self.preferred.load(Ordering::Relaxed);
         let mut last = Lookup::Network;
         let turns = self.servers.iter().enumerate().cycle().skip(preferred).take(self.servers.len());
         for (place, server) in turns {
-            options.use_edns = server.context().options.edns0;
-            let asked = server.lookup(Query::query(name.clone(), kind), options).first_answer();
+            let asked = server.ask(Query::query(name.clone(), kind), self.share);
             last = match timeout(self.share, asked).await {
-                Ok(Ok(response)) => {
+                Ok(Ok(message)) => {
                     self.preferred.store(place, Ordering::Relaxed);
-                    return Ok(response.into_message());
+                    return Ok(message);
                 }
                 Ok(Err(error)) => classify(&error),
                 Err(_) => Lookup::Timeout,
@@ -337,9 +367,11 @@ impl HostsFile {
     }
 
     /// The addresses that it says for a host; none where it says none, or cannot be read.
-    fn find(&self, host: &Name, kind: RecordType) -> Vec<std::net::IpAddr> {
+    fn find(&self, host: &Name, kind: RecordType) -> Vec<IpAddr> {
         let found = self.hosts().lookup_static_host(&Query::query(host.clone(), kind));
-        found.map_or_else(Vec::new, |found| answer::addresses(host, found.answers()).found)
+        let mut found = found.map_or_else(Vec::new, |found| answer::addresses(host, found.answers()).found);
+        found.retain(|address| is_usable(*address));
+        found
     }
 
     fn hosts(&self) -> Arc<Hosts> {
@@ -362,8 +394,9 @@ mod tests {
     fn resolver(search: &[&str], dots: usize) -> Resolver {
         let second = Duration::from_secs(1);
         let servers = vec!["127.0.0.1:9".parse().unwrap()];
-        let config = Dns { servers, timeout: second, min_ttl: second, max_ttl: second };
-        let mut resolver = Resolver::new(&config).unwrap();
+        let config =
+            Dns { servers, timeout: second, min_ttl: second, max_ttl: second, allow_answers: Vec::new() };
+        let mut resolver = Resolver::new(&config, Box::new(Vec::new)).unwrap();
         resolver.search = search.iter().map(|domain| Name::from_ascii(domain).unwrap()).collect();
         (resolver.dots, resolver.hosts) = (dots, HostsFile::new("none"));
         resolver

@@ -169,14 +169,15 @@ impl Desk {
         let differing: Vec<&Pool> = differing.collect();
         listen::try_sources(differing.iter().copied())?;
         if self.resolver.get().is_none() && config.pools.iter().any(has_names) {
-            let resolver = Arc::new(Resolver::new(&config.dns).map_err(StartError::from)?);
+            let resolver =
+                Arc::new(Resolver::new(&config.dns, self.live.own_addresses()).map_err(StartError::from)?);
             self.resolver.get_or_init(|| resolver);
         }
         // A worker that is no more needs no room.
         if self.orders.iter().any(|orders| orders.capacity() < ROOM && !orders.is_closed()) {
             return Err(ReloadError::Busy);
         }
-        let answers = answers(&present, config, &differing);
+        let answers = answers(&self.live, config, &differing);
         // The last that may fail, and then close what it has bound: connections come to it from here on.
         let plan = self.plan(config, &turn.places(config), &held.doors)?;
         let wanted = (plan.open.iter().any(|sockets| !sockets.is_empty()), !plan.close.is_empty());
@@ -260,7 +261,8 @@ fn has_names(pool: &Pool) -> bool {
 
 /// Looks up the names of pools that would have nobody without them. It waits for them on a thread of its own, as whoever
 /// reloads may stand in a task.
-fn answers(present: &Config, config: &Config, changed: &[&Pool]) -> Answers {
+fn answers(live: &Arc<Live>, config: &Config, changed: &[&Pool]) -> Answers {
+    let present = live.config.load_full();
     let before = |pool: &Pool| present.pools.iter().find(|other| other.name == pool.name);
     let has_somebody = |pool: &Pool| {
         pool.backends.iter().any(|backend| {
@@ -277,16 +279,17 @@ fn answers(present: &Config, config: &Config, changed: &[&Pool]) -> Answers {
     if targets.is_empty() {
         return Answers::new();
     }
-    let asked = thread::scope(|scope| scope.spawn(|| ask(config, targets)).join());
+    let asked = thread::scope(|scope| scope.spawn(|| ask(live, config, targets)).join());
     asked.unwrap_or_default()
 }
 
-fn ask(config: &Config, targets: Vec<Target>) -> Answers {
+fn ask(live: &Arc<Live>, config: &Config, targets: Vec<Target>) -> Answers {
     let mut answers = Answers::new();
     // Connections belong to the runtime that made them: these are not the ones that look names up later.
-    let (Ok(runtime), Ok(resolver)) =
-        (Builder::new_current_thread().enable_all().build(), Resolver::new(&config.dns))
-    else {
+    let (Ok(runtime), Ok(resolver)) = (
+        Builder::new_current_thread().enable_all().build(),
+        Resolver::new(&config.dns, live.own_addresses()),
+    ) else {
         return answers;
     };
     let resolver = Arc::new(resolver);

@@ -22,7 +22,22 @@ pub enum Reply {
     Bytes(Vec<u8>),
     /// Nothing.
     Silence,
+    /// By UDP a truncated answer; by TCP nothing, and nothing for what is asked on the same connection after it.
+    Stalled,
 }
+
+/// What the server does with a question that has EDNS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edns {
+    Understood,
+    /// Answers with this code.
+    Refused(ResponseCode),
+    /// Answers FORMERR, without the question.
+    Misread,
+}
+
+/// How questions with EDNS are treated, and how many came with it and without.
+pub type Asked = Arc<Mutex<(Edns, [u32; 2])>>;
 
 /// The replies by name and type. What is asked for and not listed does not exist.
 type Zone = HashMap<(Name, RecordType), Reply>;
@@ -31,6 +46,7 @@ type Zone = HashMap<(Name, RecordType), Reply>;
 pub struct Names {
     address: SocketAddr,
     zone: Arc<Mutex<Zone>>,
+    asked: Asked,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -45,9 +61,22 @@ impl Names {
     pub async fn start() -> Self {
         let (udp, tcp) = sockets().await;
         let (address, zone) = (udp.local_addr().unwrap(), Arc::<Mutex<Zone>>::default());
-        let tasks =
-            [tokio::spawn(by_udp(udp, Arc::clone(&zone))), tokio::spawn(by_tcp(tcp, Arc::clone(&zone)))];
-        Self { address, zone, tasks }
+        let asked = Arc::new(Mutex::new((Edns::Understood, [0; 2])));
+        let tasks = [
+            tokio::spawn(by_udp(udp, Arc::clone(&zone), Arc::clone(&asked))),
+            tokio::spawn(by_tcp(tcp, Arc::clone(&zone))),
+        ];
+        Self { address, zone, asked, tasks }
+    }
+
+    /// From now on questions with EDNS are treated so.
+    pub fn treat_edns(&self, edns: Edns) {
+        self.asked.lock().unwrap().0 = edns;
+    }
+
+    /// How many questions came by UDP with EDNS, and without.
+    pub fn asked(&self) -> [u32; 2] {
+        self.asked.lock().unwrap().1
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -56,7 +85,9 @@ impl Names {
 
     /// From now on, this is the reply.
     pub fn say(&self, name: &str, kind: RecordType, reply: Reply) {
-        self.zone.lock().unwrap().insert((self::name(name), kind), reply);
+        let mut name = self::name(name);
+        name.set_fqdn(true);
+        self.zone.lock().unwrap().insert((name, kind), reply);
     }
 
     /// From now on, these are the host's addresses, of both families.
@@ -106,11 +137,12 @@ async fn sockets() -> (UdpSocket, TcpListener) {
     }
 }
 
-async fn by_udp(socket: UdpSocket, zone: Arc<Mutex<Zone>>) {
+async fn by_udp(socket: UdpSocket, zone: Arc<Mutex<Zone>>, asked: Asked) {
     let mut buffer = [0; 4096];
     loop {
         let (len, peer) = socket.recv_from(&mut buffer).await.unwrap();
-        if let Some(reply) = reply(&buffer[..len], &zone, true) {
+        let refusal = refusal(&buffer[..len], &asked);
+        if let Some(reply) = refusal.or_else(|| reply(&buffer[..len], &zone, true)) {
             socket.send_to(&reply, peer).await.unwrap();
         }
     }
@@ -127,10 +159,40 @@ async fn by_stream(mut stream: TcpStream, zone: Arc<Mutex<Zone>>) {
     while let Ok(len) = stream.read_u16().await {
         let mut question = vec![0; len.into()];
         stream.read_exact(&mut question).await.unwrap();
+        if is_stalled(&question, &zone) {
+            return std::future::pending().await;
+        }
         let Some(reply) = reply(&question, &zone, false) else { continue };
         stream.write_u16(reply.len().try_into().unwrap()).await.unwrap();
         stream.write_all(&reply).await.unwrap();
     }
+}
+
+/// What a question with EDNS is answered with by a server that does not understand it.
+fn refusal(question: &[u8], asked: &Asked) -> Option<Vec<u8>> {
+    let message = Message::from_vec(question).unwrap();
+    let mut asked = asked.lock().unwrap();
+    asked.1[usize::from(message.edns.is_none())] += 1;
+    message.edns.as_ref()?;
+    let mut reply = Message::response(message.id, OpCode::Query);
+    match asked.0 {
+        Edns::Understood => return None,
+        Edns::Refused(code) => {
+            reply.add_query(message.queries[0].clone());
+            reply.metadata.response_code = code;
+            if code.high() > 0 {
+                reply.set_edns(hickory_resolver::proto::op::Edns::new());
+            }
+        }
+        Edns::Misread => reply.metadata.response_code = ResponseCode::FormErr,
+    }
+    Some(reply.to_vec().unwrap())
+}
+
+fn is_stalled(question: &[u8], zone: &Mutex<Zone>) -> bool {
+    let question = Message::from_vec(question).unwrap();
+    let key = (question.queries[0].name().clone(), question.queries[0].query_type());
+    matches!(zone.lock().unwrap().get(&key), Some(Reply::Stalled))
 }
 
 fn reply(question: &[u8], zone: &Mutex<Zone>, by_udp: bool) -> Option<Vec<u8>> {
@@ -145,6 +207,10 @@ fn reply(question: &[u8], zone: &Mutex<Zone>, by_udp: bool) -> Option<Vec<u8>> {
         Reply::Code(code) => reply.metadata.response_code = code,
         Reply::Bytes(bytes) => return Some([&question.id.to_be_bytes()[..], &bytes].concat()),
         Reply::Silence => return None,
+        Reply::Stalled => {
+            reply.metadata.truncation = true;
+            return Some(reply.to_vec().unwrap());
+        }
     }
     let bytes = reply.to_vec().unwrap();
     if by_udp && bytes.len() > question.max_payload().into() {

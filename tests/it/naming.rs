@@ -19,7 +19,10 @@ fn conf(names: &Names, backend: &str, health: &str) -> Conf {
         backends: vec![format!("\"{backend}\"")],
         pool: ROUND_ROBIN.to_owned(),
         health: health.to_owned(),
-        more: format!("[dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"", names.address()),
+        more: format!(
+            "[dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"\nallow-answers = [\"127.0.0.0/8\"]",
+            names.address()
+        ),
         ..Conf::default()
     }
 }

@@ -72,6 +72,7 @@ pub(super) fn config(written: Written) -> Config {
             timeout: seconds(written.dns.timeout, 2),
             min_ttl: written.dns.min_ttl.or(MIN_TTL),
             max_ttl: written.dns.max_ttl.or(MAX_TTL),
+            allow_answers: items(written.dns.allow_answers),
         },
         listeners: written.listeners.into_iter().map(listener).collect(),
         pools: written.pools.into_iter().map(pool).collect(),

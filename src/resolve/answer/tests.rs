@@ -69,17 +69,8 @@ fn a_circle_of_aliases_has_an_end() {
 }
 
 #[test]
-fn addresses_that_no_backend_can_have_are_left_out() {
-    let texts = [
-        "0.0.0.0",
-        "224.0.0.1",
-        "255.255.255.255",
-        "::",
-        "ff02::1",
-        "::ffff:10.0.0.9",
-        "10.0.0.2",
-        "fd00::1",
-    ];
+fn each_address_is_told_once_with_the_shortest_life() {
+    let texts = ["10.0.0.2", "fd00::1"];
     let mut records: Vec<_> = texts.iter().map(|text| address("a.", 7, text)).collect();
     records.push(address("a.", 3, "10.0.0.2"));
     assert_eq!(addresses(&name("a."), &records), said(&["10.0.0.2", "fd00::1"], 3));

@@ -145,7 +145,10 @@ async fn the_first_name_of_all_comes_by_a_reload_and_leads_somewhere_at_once() {
     names.host("app.example.com.", 0, &["127.0.0.1"]);
     let one = Backend::start("one", Temper::Greeting).await.unwrap();
     let two = Backend::start("two", Temper::Greeting).await.unwrap();
-    let dns = format!("[dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"", names.address());
+    let dns = format!(
+        "[dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"\nallow-answers = [\"127.0.0.0/8\"]",
+        names.address()
+    );
     let mut proxy = Conf { acme: vec![one.address()], more: dns, ..Conf::default() }.start().await;
     exchange(answered(&proxy).await.0).await.unwrap();
     let by_name = format!("backends = [\"app.example.com:{}\"]", two.address().port());

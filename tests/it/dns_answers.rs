@@ -1,0 +1,204 @@
+//! DNS servers that do not understand EDNS or stand still, and answers that lead where no answer may.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hickory_resolver::proto::op::ResponseCode;
+use hickory_resolver::proto::rr::RecordType;
+use tokio::net::TcpListener;
+use vestibule::account::lookup::Lookup;
+use vestibule::config::{Dns, Target};
+use vestibule::lab::backend::{Backend, Temper};
+use vestibule::resolve::Resolver;
+use vestibule::resolve::answer::Memory;
+
+use super::dns::{Edns, Names, Reply, alias};
+use super::harness::{ACME, Conf, end_of};
+
+const HOST: &str = "db.example.com.";
+const OTHER: &str = "other.example.com.";
+const SERVICE: &str = "_http._tcp.app.example.com";
+
+fn host(name: &str) -> Target {
+    Target::Host { name: name.to_owned(), port: 80 }
+}
+
+fn service() -> Target {
+    Target::Service(SERVICE.to_owned())
+}
+
+/// One that asks this server, with these networks in `allow-answers`, for a process that listens at these addresses.
+fn resolver(names: &Names, timeout: Duration, allowed: &[&str], own: &[SocketAddr]) -> Arc<Resolver> {
+    let config = Dns {
+        servers: vec![names.address()],
+        timeout,
+        min_ttl: Duration::from_secs(1),
+        max_ttl: Duration::from_secs(1),
+        allow_answers: allowed.iter().map(|network| network.parse().unwrap()).collect(),
+    };
+    let own = own.to_vec();
+    Arc::new(Resolver::new(&config, Box::new(move || own.clone())).unwrap())
+}
+
+const LONG: Duration = Duration::from_secs(10);
+
+/// The addresses found, or how the lookup ended; and the addresses refused.
+async fn look_up(resolver: &Arc<Resolver>, target: &Target) -> (Result<Vec<String>, Lookup>, Vec<String>) {
+    let mut memory = Memory::default();
+    let answer = resolver.look_up(target, &mut memory).await;
+    let found = answer.map(|answer| answer.found.iter().map(|one| one.address.to_string()).collect());
+    (found, memory.refused.iter().map(ToString::to_string).collect())
+}
+
+fn addresses(all: &[&str]) -> Vec<String> {
+    all.iter().map(|address| (*address).to_owned()).collect()
+}
+
+#[tokio::test]
+async fn server_that_refuses_edns_is_asked_without_it_and_that_is_remembered() {
+    for code in [ResponseCode::FormErr, ResponseCode::NotImp, ResponseCode::BADVERS] {
+        let names = Names::start().await;
+        names.host(HOST, 60, &["10.0.0.1"]);
+        names.treat_edns(Edns::Refused(code));
+        let resolver = resolver(&names, LONG, &[], &[]);
+        assert_eq!(look_up(&resolver, &host(HOST)).await.0, Ok(addresses(&["10.0.0.1:80"])), "{code}");
+        assert_eq!(names.asked(), [2, 2], "{code}: A and AAAA, with EDNS and without");
+        assert_eq!(look_up(&resolver, &host(HOST)).await.0, Ok(addresses(&["10.0.0.1:80"])));
+        assert_eq!(names.asked(), [2, 4], "{code}: it is known by now");
+        if code == ResponseCode::BADVERS {
+            // Said by EDNS alone.
+            continue;
+        }
+        // The name itself is at fault, without EDNS too.
+        for kind in [RecordType::A, RecordType::AAAA] {
+            names.say(OTHER, kind, Reply::Code(code));
+        }
+        assert_eq!(look_up(&resolver, &host(OTHER)).await.0, Err(Lookup::ServerFailure));
+    }
+}
+
+#[tokio::test]
+async fn server_that_cannot_read_a_question_with_edns_is_asked_without_it() {
+    let names = Names::start().await;
+    names.host(HOST, 60, &["10.0.0.1"]);
+    names.treat_edns(Edns::Misread);
+    let resolver = resolver(&names, Duration::from_secs(4), &[], &[]);
+    assert_eq!(look_up(&resolver, &host(HOST)).await.0, Ok(addresses(&["10.0.0.1:80"])));
+    let [with, without] = names.asked();
+    assert_eq!(look_up(&resolver, &host(HOST)).await.0, Ok(addresses(&["10.0.0.1:80"])));
+    assert_eq!(names.asked(), [with, without + 2], "it is known by now");
+}
+
+#[tokio::test]
+async fn server_that_understands_edns_is_asked_with_it_alone() {
+    let names = Names::start().await;
+    names.host(HOST, 60, &["10.0.0.1", "fd00::1"]);
+    let resolver = resolver(&names, LONG, &[], &[]);
+    for round in 1..=3 {
+        assert_eq!(look_up(&resolver, &host(HOST)).await.0, Ok(addresses(&["10.0.0.1:80", "[fd00::1]:80"])));
+        assert_eq!(names.asked(), [2 * round, 0]);
+    }
+}
+
+#[tokio::test]
+async fn truncated_answer_that_stalls_over_tcp_does_not_delay_other_names() {
+    let names = Names::start().await;
+    for kind in [RecordType::A, RecordType::AAAA] {
+        names.say(HOST, kind, Reply::Stalled);
+    }
+    let many: Vec<_> = (0..200).map(|number| format!("10.0.0.{number}")).collect();
+    let many: Vec<_> = many.iter().map(String::as_str).collect();
+    names.host(OTHER, 60, &many);
+    names.host("small.example.com.", 60, &["10.0.1.1"]);
+    let resolver = resolver(&names, Duration::from_secs(3), &[], &[]);
+    let stalled = {
+        let resolver = Arc::clone(&resolver);
+        tokio::spawn(async move { look_up(&resolver, &host(HOST)).await })
+    };
+    // Its question stands at the head of its connection before and while the others are asked.
+    while !stalled.is_finished() {
+        assert_eq!(look_up(&resolver, &host("small.example.com.")).await.0, Ok(addresses(&["10.0.1.1:80"])));
+        assert_eq!(look_up(&resolver, &host(OTHER)).await.0.unwrap().len(), 64, "by TCP");
+    }
+    assert_eq!(stalled.await.unwrap().0, Err(Lookup::Timeout));
+}
+
+#[tokio::test]
+async fn special_addresses_in_answers_are_refused_and_the_others_are_used() {
+    let names = Names::start().await;
+    let strict = resolver(&names, LONG, &[], &[]);
+    let lenient = resolver(&names, LONG, &["127.0.0.0/8", "fe80::/10"], &[]);
+    for special in ["127.0.0.1", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254", "0.0.0.0", "224.0.0.1"]
+    {
+        names.host(HOST, 60, &[special]);
+        assert_eq!(look_up(&strict, &host(HOST)).await, (Err(Lookup::AddressRefused), addresses(&[special])));
+        names.host(HOST, 60, &[special, "10.0.0.1", "fd00::1"]);
+        let found = addresses(&["10.0.0.1:80", "[fd00::1]:80"]);
+        assert_eq!(look_up(&strict, &host(HOST)).await, (Ok(found), addresses(&[special])));
+    }
+    names.host(HOST, 60, &["127.0.0.1", "169.254.169.254", "fe80::1", "::1"]);
+    let found = addresses(&["127.0.0.1:80", "[fe80::1]:80"]);
+    assert_eq!(look_up(&lenient, &host(HOST)).await, (Ok(found), addresses(&["169.254.169.254", "::1"])));
+}
+
+#[tokio::test]
+async fn service_and_alias_cannot_lead_to_localhost_and_a_configured_localhost_can() {
+    let names = Names::start().await;
+    let strict = resolver(&names, LONG, &[], &[]);
+    names.service(SERVICE, 60, &[(0, 0, 9900, "app.localhost."), (0, 0, 80, HOST)]);
+    names.host(HOST, 60, &["10.0.0.1"]);
+    let refused = addresses(&["127.0.0.1", "::1"]);
+    assert_eq!(look_up(&strict, &service()).await, (Ok(addresses(&["10.0.0.1:80"])), refused.clone()));
+    names.service(SERVICE, 60, &[(0, 0, 9900, "app.localhost.")]);
+    assert_eq!(look_up(&strict, &service()).await, (Err(Lookup::AddressRefused), refused));
+    names.host("app.localhost.", 60, &["127.0.0.1"]);
+    for kind in [RecordType::A, RecordType::AAAA] {
+        names.say(OTHER, kind, Reply::Records(vec![alias(OTHER, 60, "app.localhost.")]));
+    }
+    assert_eq!(
+        look_up(&strict, &host(OTHER)).await,
+        (Err(Lookup::AddressRefused), addresses(&["127.0.0.1"]))
+    );
+    let found = addresses(&["127.0.0.1:80", "[::1]:80"]);
+    assert_eq!(look_up(&strict, &host("app.localhost")).await, (Ok(found), Vec::new()));
+}
+
+#[tokio::test]
+async fn own_addresses_in_answers_are_refused_though_their_network_is_allowed() {
+    let names = Names::start().await;
+    let own = ["127.0.0.1:9900".parse().unwrap(), "0.0.0.0:8080".parse().unwrap()];
+    let lenient = resolver(&names, LONG, &["127.0.0.0/8"], &own);
+    names.host(HOST, 60, &["127.0.0.1"]);
+    names.service(SERVICE, 60, &[(0, 0, 9900, HOST), (0, 0, 8080, HOST), (0, 0, 9901, HOST)]);
+    let found = addresses(&["127.0.0.1:9901"]);
+    assert_eq!(look_up(&lenient, &service()).await, (Ok(found), addresses(&["127.0.0.1"])));
+    names.service(SERVICE, 60, &[(0, 0, 9900, HOST), (0, 0, 8080, HOST)]);
+    assert_eq!(look_up(&lenient, &service()).await, (Err(Lookup::AddressRefused), addresses(&["127.0.0.1"])));
+}
+
+#[tokio::test]
+async fn answer_that_names_this_machine_leads_no_session_there() {
+    let names = Names::start().await;
+    let victim = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    names.service(SERVICE, 60, &[(0, 0, victim.local_addr().unwrap().port(), HOST)]);
+    names.host(HOST, 60, &["127.0.0.1"]);
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let more = format!(
+        "[[pool]]\nname = \"named\"\nbackends = [\"{SERVICE}\"]\n[pool.health]\nkind = \"none\"\n\
+         [dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"",
+        names.address()
+    );
+    let conf = Conf { acme: vec![acme.address()], more, ..Conf::default() };
+    let mut proxy = conf.start().await;
+    proxy.reload("pool = \"acme\"", "pool = \"named\"").unwrap();
+    let labels = [("pool", "named"), ("result", "address_refused")];
+    proxy.metric("vestibule_name_lookups_total", &labels).is_at_least(1).await;
+    proxy.metric("vestibule_name_lookups_total", &[("pool", "named"), ("result", "found")]).is(0).await;
+    let mut client = proxy.open(ACME, b"GET /config HTTP/1.1\r\n\r\n").await;
+    end_of(&mut client).await.unwrap_err();
+    proxy.ended(&[("tenant", "acme"), ("why", "no_backend")]).is(1).await;
+    assert!(tokio::time::timeout(Duration::ZERO, victim.accept()).await.is_err(), "no connection was made");
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
