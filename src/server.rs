@@ -189,6 +189,7 @@ impl Server {
     /// As there; and where a socket was passed that no address asks for.
     pub fn start_with(config: &Arc<Config>, start: Start) -> Result<Self, StartError> {
         let Start { source, mut inherited, mut heritage } = start;
+        let tie = takeover::tie(heritage.is_some());
         if let Some(heritage) = &mut heritage {
             inherited = heritage.inherited();
         }
@@ -199,13 +200,14 @@ impl Server {
         let Sockets { admin, health, control, file, doors } = Sockets::bind(config, workers, &mut inherited)?;
         let resolver = Arc::new(OnceLock::new());
         if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {
-            let first = Arc::new(Resolver::new(&config.dns)?);
+            let first = Arc::new(Resolver::new(&config.dns, live.own_addresses())?);
             resolver.get_or_init(|| first);
         }
         let (stage, stages) = watch::channel(Stage::Serving);
         let (drain, drains) = watch::channel(false);
         let (serving, turn) = watch::channel(heritage.is_none());
         let pages = takeover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
+        live.pages.set([local_address(&admin)?, local_address(&health)?]).unwrap_or_default();
         live.bound.store(Arc::new(doors.addresses(config.listeners.len())));
         let crew = Crew::new(workers);
         let (movers, ears) = Movers::new(workers, &crew);
@@ -230,7 +232,7 @@ impl Server {
             crew: Arc::clone(&crew),
             heritage,
         };
-        server.may_be_taken_over(pages);
+        server.may_be_taken_over(pages, tie);
         let ears = told.into_iter().zip(ears);
         server.hire(config, doors.sockets, ears, &stages)?;
         let control = Control {
@@ -423,7 +425,11 @@ struct Control {
 impl Control {
     fn spawn(self) -> io::Result<JoinHandle<()>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        std::thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(self.run()))
+        std::thread::Builder::new().name("control".to_owned()).spawn(move || {
+            runtime.block_on(self.run());
+            // A reload that waits for a file system must not keep the process from ending.
+            runtime.shutdown_background();
+        })
     }
 
     /// Pages, probes and lookups, until the process is over.

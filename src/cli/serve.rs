@@ -1,10 +1,11 @@
 //! `vestibule serve`: the proxy, from its configuration to its last session.
 
 use std::io::{self, IsTerminal};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
@@ -13,7 +14,7 @@ use tracing_appender::non_blocking::WorkerGuard;
 use super::watch;
 use crate::admin::control::Orders as _;
 use crate::config::sources::Sources;
-use crate::config::{Config, Format, Level, Log};
+use crate::config::{Config, Faults, Format, Level, Log};
 use crate::server::inherit::Inherited;
 use crate::server::takeover::Heritage;
 use crate::server::{Orders, Server, Start, StartError, notify};
@@ -36,20 +37,66 @@ pub(super) fn run(options: &Options) -> ExitCode {
     let path = options.config.as_path();
     // First of all, while there is one thread: it takes variables out of the environment.
     let inherited = Inherited::from_environment();
-    // Before they are read: what changes after it is another configuration.
-    let sources = Sources::of(path, &Sources::default());
-    let config = match Config::load(path) {
-        Ok(config) => config,
-        Err(faults) => {
-            eprintln!("{faults}");
+    // Before the configuration is read, which may take long: a signal then must not kill the process.
+    let caught = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .and_then(|runtime| Caught::new(&runtime).map(|caught| (runtime, caught)));
+    let (runtime, mut caught) = match caught {
+        Ok(caught) => caught,
+        Err(error) => {
+            eprintln!("signals cannot be caught: {error}");
             return ExitCode::FAILURE;
         }
     };
+    let status = match runtime.block_on(read(path, &mut caught)) {
+        Some(Ok((config, sources))) => begin(&runtime, caught, options, inherited, config, sources),
+        Some(Err(faults)) => {
+            eprintln!("{faults}");
+            ExitCode::FAILURE
+        }
+        None => {
+            eprintln!("ended by a signal before {} was read", path.display());
+            ExitCode::SUCCESS
+        }
+    };
+    // A thread that waits for a file system must not keep the process from ending.
+    runtime.shutdown_background();
+    status
+}
+
+/// Reads the configuration; `None` where a signal ends the process before it is read.
+async fn read(path: &Path, caught: &mut Caught) -> Option<Result<(Config, Sources), Faults>> {
+    let path = path.to_owned();
+    let reading = tokio::task::spawn_blocking(move || {
+        // Before they are read: what changes after it is another configuration.
+        let sources = Sources::of(&path, &Sources::default());
+        Config::load(&path).map(|config| (config, sources))
+    });
+    tokio::select! {
+        read = reading => match read {
+            Ok(read) => Some(read),
+            Err(fault) => std::panic::resume_unwind(fault.into_panic()),
+        },
+        _ = caught.terminate.recv() => None,
+        _ = caught.interrupt.recv() => None,
+    }
+}
+
+/// Starts the log, then serves; returns the exit status.
+fn begin(
+    runtime: &Runtime,
+    caught: Caught,
+    options: &Options,
+    inherited: io::Result<Inherited>,
+    config: Config,
+    sources: Sources,
+) -> ExitCode {
     let _writer = start_log(&config.log);
     let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
         let heritage = options.takeover.as_deref().map(Heritage::ask).transpose()?;
-        let start = Start { source: Some(path.to_owned()), inherited, heritage };
-        serve(Arc::new(config), start, sources)
+        let start = Start { source: Some(options.config.clone()), inherited, heritage };
+        serve(runtime, caught, Arc::new(config), start, sources)
     });
     match started {
         Ok(()) => ExitCode::SUCCESS,
@@ -60,21 +107,16 @@ pub(super) fn run(options: &Options) -> ExitCode {
     }
 }
 
-fn serve(config: Arc<Config>, start: Start, sources: Sources) -> Result<(), StartError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    // The signals are caught before the first thread serves: none can come too early.
+fn serve(
+    runtime: &Runtime,
+    caught: Caught,
+    config: Arc<Config>,
+    start: Start,
+    sources: Sources,
+) -> Result<(), StartError> {
     let (reloads, asked) = mpsc::channel(1);
-    let signals = {
-        let _context = runtime.enter();
-        Signals {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hangup: signal(SignalKind::hangup())?,
-            upgrade: signal(SignalKind::user_defined2())?,
-            successor: Successor { source: start.source.clone(), control: config.admin.socket.clone() },
-            reloads,
-        }
-    };
+    let successor = Successor { source: start.source.clone(), control: config.admin.socket.clone() };
+    let signals = Signals { caught, successor, reloads };
     let watched = start.source.clone().filter(|_| config.process.watch);
     let mut server = Server::start_with(&config, start)?;
     server.succeed()?;
@@ -91,11 +133,28 @@ fn serve(config: Arc<Config>, start: Start, sources: Sources) -> Result<(), Star
     Ok(())
 }
 
-struct Signals {
+/// The signals of `serve`. One that comes before it is waited for is kept, and several of a kind are one.
+struct Caught {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
     upgrade: Signal,
+}
+
+impl Caught {
+    fn new(runtime: &Runtime) -> io::Result<Self> {
+        let _context = runtime.enter();
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+            upgrade: signal(SignalKind::user_defined2())?,
+        })
+    }
+}
+
+struct Signals {
+    caught: Caught,
     successor: Successor,
     /// Has room for one reload beside the one that is carried out: it reads the newest files.
     reloads: mpsc::Sender<()>,
@@ -109,7 +168,11 @@ struct Successor {
 
 impl Successor {
     /// Starts it from where this one was started: there is the new program by now.
-    fn start(&self) {
+    fn start(&self, tie: Option<&str>) {
+        if let Some(tie) = tie {
+            tracing::error!("SIGUSR2 is refused: {tie}");
+            return;
+        }
         let (Some(source), Some(control)) = (&self.source, &self.control) else {
             tracing::error!(
                 "SIGUSR2: must find an admin.socket in the configuration for a successor to ask at, found none"
@@ -142,14 +205,14 @@ impl Successor {
 
 impl Signals {
     /// Waits for the next order to end; meanwhile SIGHUP reloads.
-    async fn next(&mut self) {
+    async fn next(&mut self, orders: &Orders) {
         loop {
             tokio::select! {
-                _ = self.terminate.recv() => return,
-                _ = self.interrupt.recv() => return,
-                _ = self.upgrade.recv() => self.successor.start(),
+                _ = self.caught.terminate.recv() => return,
+                _ = self.caught.interrupt.recv() => return,
+                _ = self.caught.upgrade.recv() => self.successor.start(orders.tie()),
                 // Not here: it may wait for names, and the end must not wait for it.
-                _ = self.hangup.recv() => self.reloads.try_send(()).unwrap_or_default(),
+                _ = self.caught.hangup.recv() => self.reloads.try_send(()).unwrap_or_default(),
             }
         }
     }
@@ -157,9 +220,9 @@ impl Signals {
     /// The first signal drains, the second ends. One that comes after `POST /drain` is the first: who stops a process by
     /// both, as Kubernetes does with a hook, must not cut off what drains.
     async fn carry_out(&mut self, orders: &Arc<Orders>, end: impl Fn()) {
-        self.next().await;
+        self.next(orders).await;
         orders.drain();
-        self.next().await;
+        self.next(orders).await;
         tracing::warn!("a second signal: ending now");
         end();
         std::future::pending::<()>().await;

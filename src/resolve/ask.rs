@@ -234,12 +234,12 @@ impl Resolver {
     /// Both families of a host, without the addresses that no answer may contain, and those. What this machine knows of a name
     /// that `is_configured` is no answer: the operator wrote both.
     async fn families(&self, host: &Name, is_configured: bool) -> (Families, Vec<IpAddr>) {
-        let (mut families, is_answer) = match self.known_here(host) {
-            Some(families) => (families, !is_configured),
-            None => {
-                let ask = |kind| self.ask(host, kind, answer::addresses);
-                (tokio::join!(ask(RecordType::A), ask(RecordType::AAAA)).into(), true)
-            }
+        let here = self.known_here(host);
+        let is_answer = here.is_none() || !is_configured;
+        let ask = |kind| self.ask(host, kind, answer::addresses);
+        let mut families = match here {
+            Some(families) => families,
+            None => tokio::join!(ask(RecordType::A), ask(RecordType::AAAA)).into(),
         };
         let mut refused = Vec::new();
         for family in families.iter_mut().filter(|_| is_answer) {

@@ -59,7 +59,7 @@ fn is_special(address: IpAddr) -> bool {
 }
 
 /// Whether the address is one of this machine: a route to it has the address itself as its source. Nothing is sent. Binding
-/// the address would not tell where net.ipv4.ip_nonlocal_bind is on.
+/// the address would not tell where `net.ipv4.ip_nonlocal_bind` is on.
 fn is_local(address: SocketAddr) -> bool {
     if address.ip().is_loopback() {
         return true;

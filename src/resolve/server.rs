@@ -9,7 +9,7 @@ use hickory_resolver::config::NameServerConfig;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::xfer::{DnsHandle, FirstAnswer};
 use hickory_resolver::net::{DnsError, NetError};
-use hickory_resolver::proto::op::{DnsRequestOptions, Message, Query, ResponseCode};
+use hickory_resolver::proto::op::{DnsRequestOptions, DnsResponse, Message, Query, ResponseCode};
 use hickory_resolver::{NameServerPool, PoolContext};
 use tokio::time::sleep;
 
@@ -83,7 +83,7 @@ impl Server {
         let servers = [self.config.clone()];
         let pool =
             NameServerPool::from_config(servers, Arc::clone(&self.context), TokioRuntimeProvider::new());
-        pool.lookup(query, options).first_answer().await.map(|response| response.into_message())
+        pool.lookup(query, options).first_answer().await.map(DnsResponse::into_message)
     }
 }
 

@@ -38,6 +38,12 @@ impl Orders {
         Self { live, reloader, source, drain, turn: Mutex::default(), giver: OnceLock::new() }
     }
 
+    /// Why a successor that this process starts would end with it, and what to do instead; `None` where it would not.
+    #[must_use]
+    pub fn tie(&self) -> Option<&str> {
+        self.giver.get()?.tie.as_deref()
+    }
+
     fn read(&self) -> Result<Config, Refused> {
         let Some(source) = &self.source else {
             self.live.reloads.refuse();

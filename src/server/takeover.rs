@@ -4,6 +4,7 @@
 //! the one who holds its answer. Until the successor has said that it is ready, nothing has changed; if it goes later, the old
 //! process goes on with all that was not taken.
 
+mod container;
 mod give;
 mod take;
 
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, park_timeout};
 use std::time::Duration;
 
+pub(super) use self::container::tie;
 pub(super) use self::give::Giver;
 pub use self::take::{Heritage, TakeoverError};
 use super::Server;
@@ -57,7 +59,7 @@ pub(super) fn pages(
 
 impl Server {
     /// From now on a successor may ask for everything.
-    pub(super) fn may_be_taken_over(&self, pages: Pages) {
+    pub(super) fn may_be_taken_over(&self, pages: Pages, tie: Option<String>) {
         let giver = Giver {
             live: Arc::clone(&self.live),
             crew: Arc::clone(&self.crew),
@@ -69,6 +71,7 @@ impl Server {
             stage: self.stage.clone(),
             file: self.socket.clone(),
             busy: AtomicBool::new(false),
+            tie,
         };
         // It is set once.
         self.orders.giver.set(Arc::new(giver)).unwrap_or_default();

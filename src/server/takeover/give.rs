@@ -11,7 +11,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::net::sockopt::socket_peercred;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -77,6 +78,8 @@ pub(in crate::server) struct Giver {
     pub(in crate::server) file: Option<Arc<SocketFile>>,
     /// One takeover at a time.
     pub(in crate::server) busy: AtomicBool,
+    /// Why a successor in the same PID namespace would end with this process, if it would.
+    pub(in crate::server) tie: Option<String>,
 }
 
 impl fmt::Debug for Giver {
@@ -97,10 +100,12 @@ impl Giver {
     /// Serves a successor that has connected; returns when all is its, or when that has failed and this process goes on.
     pub(in crate::server) fn run(&self, stream: UnixStream) {
         let is_alone = !self.busy.swap(true, Ordering::AcqRel);
-        let heir = socket_peercred(&stream)
+        // 0 is a process outside of this one's PID namespace (pid_namespaces(7)).
+        let heir = getsockopt(&stream, PeerCredentials)
             .ok()
-            .and_then(|peer| u32::try_from(peer.pid.as_raw_nonzero().get()).ok());
-        match self.give(stream, is_alone) {
+            .and_then(|peer| u32::try_from(peer.pid()).ok())
+            .filter(|pid| *pid > 0);
+        match self.give(stream, is_alone, heir.is_some()) {
             Ok(()) => {
                 self.live.takeovers.count(true);
                 tracing::info!("everything is the successor's");
@@ -121,7 +126,7 @@ impl Giver {
         }
     }
 
-    fn give(&self, stream: UnixStream, is_alone: bool) -> Result<(), Failed> {
+    fn give(&self, stream: UnixStream, is_alone: bool, shares_namespace: bool) -> Result<(), Failed> {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let link = Link::new(stream, ANSWER)?;
         match link.receive()?.map(|frame| frame.message) {
@@ -139,6 +144,9 @@ impl Giver {
             }
             Some(_) => return Err(Failed::Confused),
             None => return Err(Failed::Gone),
+        }
+        if let Some(tie) = self.tie.as_ref().filter(|_| shares_namespace) {
+            return refuse(&link, tie.clone());
         }
         if !is_alone {
             return refuse(&link, "another takeover is under way".to_owned());
