@@ -14,7 +14,7 @@ use vestibule::admission::quota::{Quota, Quotas};
 use vestibule::admission::slots::Slots;
 use vestibule::clock::{self, wheel::Tick};
 use vestibule::config::{Bandwidth, Config, Limits, Mode, Rate};
-use vestibule::state::Live;
+use vestibule::state::{Live, Most};
 
 /// Limits that nobody reaches, so that every session takes the whole way.
 fn all() -> Limits {
@@ -126,7 +126,9 @@ fn memory() {
     let read = allocation_counter::measure(|| config = Some(Arc::new(crowd())));
     let config = config.expect("a configuration");
     let mut live = None;
-    let held = allocation_counter::measure(|| live = Some(Live::of(Arc::clone(&config), 2, 50_000, 0)));
+    let held = allocation_counter::measure(|| {
+        live = Some(Live::of(Arc::clone(&config), 2, Most { sessions: 50_000, pending: 1_000, pipes: 0 }));
+    });
     let quotas = live.map_or(0, |live| live.quotas.count());
     assert_eq!(quotas, TENANTS as usize);
     let each = held.bytes_current / i64::from(TENANTS);

@@ -14,7 +14,7 @@ use vestibule::clock;
 use vestibule::config::{Config, Limits, Mode, Rate, Tenant};
 use vestibule::outcome::Why;
 use vestibule::pool::Answers;
-use vestibule::state::{Count, Live};
+use vestibule::state::{Count, Live, Most};
 
 const TENANTS: usize = 1_000;
 const THREADS: usize = 3;
@@ -140,7 +140,7 @@ fn main() {
     let end = clock::now() + Duration::from_secs(if short { 3 } else { 600 });
     let mut config = start();
     let mut all = config.tenants.clone();
-    let live = Live::new(&config, 1, PROCESS, 0);
+    let live = Live::new(&config, 1, Most { sessions: PROCESS, pending: 1_000, pipes: 0 });
     let holds: Vec<_> = (0..THREADS).map(|_| Mutex::<Hold>::default()).collect();
     let (barrier, over) = (Arc::new(Barrier::new(THREADS + 1)), AtomicBool::new(false));
     let mut random = Rng::with_seed(7);

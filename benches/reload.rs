@@ -22,7 +22,7 @@ use vestibule::lab::load::schedule::Skew;
 use vestibule::lab::load::{self, Mode, Plan, Progress, Report, Work};
 use vestibule::pool::Answers;
 use vestibule::server::Server;
-use vestibule::state::Live;
+use vestibule::state::{Live, Most};
 
 const ACME: &str = "vpce-0acce0000acce0000";
 const GLOBEX: &str = "vpce-0910be00910be0000";
@@ -104,7 +104,7 @@ fn swap(effort: Effort) -> Value {
     let texts = ["old", "new"].map(|pool| text(backends, pool, &more));
     let (first, parse_cpu, parse_wall) = timed(|| parse(&texts[0]));
     let configs = [first, parse(&texts[1])];
-    let live = Live::new(&configs[0], 1, 1_000, 0);
+    let live = Live::new(&configs[0], 1, Most { sessions: 1_000, pending: 1_000, pipes: 0 });
     let (mut most_cpu, mut most_wall) = (Duration::ZERO, Duration::ZERO);
     for turn in 1..=effort.swaps {
         // As one that was just read: what was in force before is freed within the turn.

@@ -2,6 +2,7 @@
 
 pub mod budget;
 pub mod pacer;
+pub mod pending;
 pub mod purse;
 pub mod quota;
 pub mod rate;

@@ -1,9 +1,11 @@
 //! The second step: exactly one PROXY header is read, and nothing that follows it is touched.
 
+use std::future::{Future, poll_fn};
 use std::io::{self, Read};
 use std::net::TcpStream as Fresh;
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -13,7 +15,8 @@ use tokio::net::TcpStream;
 use crate::account::Cell64;
 use crate::account::meter::ListenerCells;
 use crate::addr::{ClientAddr, DestinationAddr, PeerAddr};
-use crate::admission::slots::{Permit, Slots};
+use crate::admission::pending::{Place, Places, Standing};
+use crate::clock;
 use crate::clock::wheel::Span;
 use crate::fault::{self, Call};
 use crate::id::Claim;
@@ -167,20 +170,19 @@ pub struct Rules {
     /// From accept to a whole header.
     pub timeout: Span,
     /// Sessions that have not yet sent a whole header.
-    pub pending: Arc<Slots>,
+    pub pending: Arc<Places>,
 }
 
 /// Counts a session as pending as long as it lives.
 struct Pending<'a> {
     gauge: &'a Cell64,
-    _permit: Permit,
+    place: Place,
 }
 
 impl<'a> Pending<'a> {
-    fn enter(slots: &Arc<Slots>, cells: &'a ListenerCells) -> Option<Self> {
-        let permit = slots.take()?;
+    fn enter(places: &Arc<Places>, cells: &'a ListenerCells) -> Self {
         cells.pending.add(1);
-        Some(Self { gauge: &cells.pending, _permit: permit })
+        Self { gauge: &cells.pending, place: places.enter(clock::now()) }
     }
 }
 
@@ -235,23 +237,32 @@ impl Reading {
             return Ok(found);
         }
         let cells = life.meter.listener();
-        let _pending =
-            Pending::enter(&rules.pending, &cells).ok_or(Outcome::reject(At::Header, Why::PendingLimit))?;
+        let pending = Pending::enter(&rules.pending, &cells);
         life.wake_at(life.tick().after(rules.timeout));
         loop {
-            self.readable(life).await?;
+            self.readable(&pending.place, life).await?;
             if let Some(found) = self.receive(life)? {
                 return Ok(found);
             }
         }
     }
 
-    /// Waits until there is more to read.
-    async fn readable(&mut self, life: &Life) -> Result<(), Outcome> {
-        let shortage = |_| Outcome::reject(At::Header, Why::Shortage);
-        let socket = self.connection.registered().map_err(shortage)?;
-        match life.watch(pin!(socket.readable())).await {
-            Ok(ready) => ready.map_err(shortage),
+    /// Waits until there is more to read, as long as it has its place.
+    async fn readable(&mut self, place: &Place, life: &Life) -> Result<(), Outcome> {
+        let reject = |why| Outcome::reject(At::Header, why);
+        let socket = self.connection.registered().map_err(|_| reject(Why::Shortage))?;
+        let mut readable = pin!(socket.readable());
+        // What has come is read first, also where the place has gone.
+        let step = poll_fn(|context| match readable.as_mut().poll(context) {
+            Poll::Ready(ready) => Poll::Ready(ready.map_err(|_| reject(Why::Shortage))),
+            Poll::Pending => match place.poll(context.waker()) {
+                Standing::Waits => Poll::Pending,
+                Standing::Displaced => Poll::Ready(Err(reject(Why::PendingLimit))),
+                Standing::Expired => Poll::Ready(Err(reject(Why::HeaderTimeout))),
+            },
+        });
+        match life.watch(step).await {
+            Ok(ready) => ready,
             Err(Cut::Expired) => Err(Outcome::reject(At::Header, Why::HeaderTimeout)),
             Err(Cut::Drained) => Err(Outcome::reject(At::Header, Why::Drained)),
         }

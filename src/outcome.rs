@@ -117,11 +117,11 @@ outcomes! {
     Local = "local": Client at Header;
     /// The peer is in none of the listener's `trusted-sources`.
     UntrustedSource = "untrusted_source": Proxy at Accept;
-    /// The listener already has `max-pending` sessions without a whole header.
+    /// The session had no whole header yet, had waited longest of `max-pending` that had none, and a newer one needed its place.
     PendingLimit = "pending_limit": Proxy at Header;
-    /// The process already has `max-sessions` sessions; at the step `tenant`, it is near that and the tenant holds more than its share.
-    Shed = "shed": Proxy at Accept, Proxy at Tenant;
-    /// No whole header within `timeouts.header`.
+    /// The process has, or nearly has, `max-sessions` sessions, and the tenant holds more than its share.
+    Shed = "shed": Proxy at Tenant;
+    /// No whole header within `timeouts.header`, or within less where more than half of `max-pending` wait.
     HeaderTimeout = "header_timeout": Proxy at Header;
     /// The connection ended in the middle of its header.
     HeaderTruncated = "header_truncated": Client at Header;

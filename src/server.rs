@@ -42,7 +42,7 @@ use crate::admin::{self, Desks, Turn};
 use crate::config::Config;
 use crate::probe::Lanes;
 use crate::resolve::{NoServers, Resolver};
-use crate::state::{Changes, Listener, Live};
+use crate::state::{Changes, Listener, Live, Most};
 use crate::takeover::Leaving;
 
 pub use self::limits::Capacity;
@@ -196,7 +196,8 @@ impl Server {
         let workers = limits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
         let capacity = limits::capacity(config, workers, sockets)?;
-        let live = Live::of(Arc::clone(config), workers, capacity.sessions, capacity.pipes);
+        let most = Most { sessions: capacity.sessions, pending: capacity.pending, pipes: capacity.pipes };
+        let live = Live::of(Arc::clone(config), workers, most);
         let Sockets { admin, health, control, file, doors } = Sockets::bind(config, workers, &mut inherited)?;
         let resolver = Arc::new(OnceLock::new());
         if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {

@@ -19,9 +19,9 @@ use crate::account::meter::{Connect, Meter};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::admission::pacer::Pacer;
 use crate::admission::quota::Permit;
-use crate::admission::slots::Slots;
-use crate::clock;
+use crate::admission::slots::{self, Slots};
 use crate::clock::wheel::Span;
+use crate::clock::{self, Moment};
 use crate::connect::{self, Failure, Opening};
 use crate::forward::pace::Lent;
 use crate::forward::pipe::Pipes;
@@ -90,6 +90,13 @@ impl Worker {
         self.snapshot.borrow_mut().load();
     }
 
+    /// Ends sessions without a whole header that have waited too long for how many there are.
+    pub fn end_late_headers(&self, now: Moment) {
+        for header in self.snapshot().listeners.iter().filter_map(|listener| listener.header.as_ref()) {
+            header.pending.expire(header.timeout.duration(), now);
+        }
+    }
+
     fn roll(&self) -> u64 {
         self.rolls.borrow_mut().u64(..)
     }
@@ -137,8 +144,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
         marks: Marks::default(),
     };
     let outcome = 'life: {
-        let Some(_slot) = worker.slots.take() else { break 'life Outcome::reject(At::Accept, Why::Shed) };
-        let (pair, permit, picked) = {
+        let (pair, admitted, picked) = {
             let steps = Steps { worker: &worker, snapshot: &snapshot, listener, rules };
             // What leads to forwarding takes more room than forwarding does, and gives it back.
             match boxed(steps.lead(accepted, &mut life, &mut story)).await {
@@ -146,7 +152,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
                 Err(outcome) => break 'life outcome,
             }
         };
-        let lent = Lent { pipes: &worker.pipes, pacer: &worker.pacer, quota: permit.quota() };
+        let lent = Lent { pipes: &worker.pipes, pacer: &worker.pacer, quota: admitted.permit.quota() };
         let mut relay = forward::relay(pair, snapshot.patience, lent, &mut life);
         let outcome = loop {
             if let Stop::Ended(outcome) = (&mut relay).await {
@@ -241,6 +247,12 @@ fn boxed<F: Future>(lead: F) -> Pin<Box<F>> {
     Box::pin(lead)
 }
 
+/// What an admitted session holds: a place of its tenant and one of the process.
+struct Admitted {
+    permit: Permit,
+    _slot: slots::Permit,
+}
+
 /// The steps of a session, on the snapshot that it was born with.
 struct Steps<'a> {
     worker: &'a Worker,
@@ -256,10 +268,10 @@ impl<'a> Steps<'a> {
         accepted: Accepted,
         life: &mut Life,
         story: &mut Story<'a>,
-    ) -> Result<(Pair, Permit, Picked), Outcome> {
+    ) -> Result<(Pair, Admitted, Picked), Outcome> {
         let client = self.hear(accepted, life, story).await?;
         let heard = self.place(&client, life, story);
-        let (pool, permit) = heard.inspect_err(|_| client.connection.reset_on_close())?;
+        let (pool, admitted) = heard.inspect_err(|_| client.connection.reset_on_close())?;
         let speaks = pool.send_proxy || client.has_payload();
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
         let key = pool
@@ -268,7 +280,7 @@ impl<'a> Steps<'a> {
         let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
-        Ok((Pair { client, backend, first }, permit, load))
+        Ok((Pair { client, backend, first }, admitted, load))
     }
 
     /// Who speaks.
@@ -296,7 +308,7 @@ impl<'a> Steps<'a> {
         client: &Client,
         life: &mut Life,
         story: &mut Story<'a>,
-    ) -> Result<(&'a Pool, Permit), Outcome> {
+    ) -> Result<(&'a Pool, Admitted), Outcome> {
         let tenant = self.snapshot.directory.find(client.endpoint, self.rules.tenants)?;
         let pool = tenant.pool_on(self.listener, self.rules.pool);
         let pool = pool.and_then(|place| self.snapshot.pools.get(place as usize)).map(Arc::as_ref);
@@ -305,9 +317,12 @@ impl<'a> Steps<'a> {
         story.pool = pool;
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
-        let permit = tenant.quota.admit(clock::now()).map_err(|why| Outcome::reject(At::Tenant, why))?;
+        let reject = |why| Outcome::reject(At::Tenant, why);
+        // Before the tenant is asked: without a slot nothing is taken of its rate.
+        let slot = self.worker.slots.take().ok_or_else(|| reject(tenant.quota.reject(Why::Shed)))?;
+        let permit = tenant.quota.admit(clock::now()).map_err(reject)?;
         story.marks.would_reject = permit.would_reject();
-        Ok((pool, permit))
+        Ok((pool, Admitted { permit, _slot: slot }))
     }
 
     /// A connection to a backend: to another one after each failure, while attempts, budget and backends are left.

@@ -18,7 +18,7 @@ use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
 use crate::clock;
 use crate::clock::wheel::Span;
-use crate::config::{Config, Fallback, Identity};
+use crate::config::{Config, Fallback, Identity, Protocol};
 use crate::forward::Patience;
 use crate::forward::pipe::{self, Budget};
 use crate::header;
@@ -69,11 +69,20 @@ pub struct Listener {
     pub tenants: tenant::Rules,
     /// The place of the pool of tenants that name none.
     pub pool: Option<u32>,
+    /// Whether it takes connections; else it takes datagrams.
+    pub is_tcp: bool,
     /// Whether it is configured no more.
     pub is_retired: bool,
 }
 
 impl Listener {
+    /// How many of its sessions may wait for their headers at once; `None` where none does.
+    #[must_use]
+    pub fn pending_limit(&self) -> Option<usize> {
+        let waits = self.header.as_ref().filter(|_| self.is_tcp && !self.is_retired);
+        waits.map(|header| header.pending.limit())
+    }
+
     /// Whether it hears this peer.
     #[must_use]
     pub fn trusts(&self, peer: PeerAddr) -> bool {
@@ -105,6 +114,7 @@ impl Snapshot {
             header: header_rules(row, config),
             tenants: tenant_rules(&row.listener.identity, &tenant_places),
             pool: pool_of(&row.listener.pool),
+            is_tcp: row.listener.protocol == Protocol::Tcp,
             is_retired: row.is_retired,
         });
         Self {
@@ -197,6 +207,17 @@ fn tenant_rules(identity: &Identity, places: &HashMap<&str, u32>) -> tenant::Rul
     }
 }
 
+/// What a process may have at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Most {
+    /// Sessions and flows of tenants.
+    pub sessions: usize,
+    /// Connections that have not yet sent a whole header.
+    pub pending: usize,
+    /// Splice pipes.
+    pub pipes: u64,
+}
+
 /// Everything that workers, probes and pages share.
 #[derive(Debug)]
 pub struct Live {
@@ -263,19 +284,19 @@ impl NotReady {
 }
 
 impl Live {
-    /// The state of a process that starts: `workers` shards, at most `max_sessions` sessions and `pipes` pipes.
+    /// The state of a process that starts: `workers` shards, and at most so much of everything.
     #[must_use]
-    pub fn new(config: &Config, workers: usize, max_sessions: usize, pipes: u64) -> Arc<Self> {
-        Self::of(Arc::new(config.clone()), workers, max_sessions, pipes)
+    pub fn new(config: &Config, workers: usize, most: Most) -> Arc<Self> {
+        Self::of(Arc::new(config.clone()), workers, most)
     }
 
     /// [`new`](Self::new), with a configuration that is kept as it is: of 100,000 tenants a second one would be felt.
     #[must_use]
-    pub fn of(config: Arc<Config>, workers: usize, max_sessions: usize, pipes: u64) -> Arc<Self> {
+    pub fn of(config: Arc<Config>, workers: usize, most: Most) -> Arc<Self> {
         let labels = Labels::default();
-        let sessions = Slots::new(max_sessions);
+        let sessions = Slots::new(most.sessions);
         let quotas = Quotas::new(Arc::clone(&sessions));
-        let mut rows = Rows::default();
+        let mut rows = Rows::new(most.pending);
         rows.set(&config.listeners);
         let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
         let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
@@ -291,7 +312,7 @@ impl Live {
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions,
             quotas,
-            pipes: Budget::new(pipes * pipe::CAPACITY as u64, workers),
+            pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
             queues: Arc::default(),
             log_lost: Arc::default(),
             stopped_doors: AtomicUsize::new(0),

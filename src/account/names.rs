@@ -42,6 +42,8 @@ metrics! {
         "Errors of accept: `peer` (it had gone), `shortage` (descriptors or memory; accepting pauses), `fatal` (the listener stopped).";
     PENDING: Gauge "vestibule_sessions_pending" ["listener"]
         "Sessions that have not yet sent a whole header.";
+    PENDING_LIMIT: Gauge "vestibule_sessions_pending_limit" ["listener"]
+        "Sessions of the listener that may wait for their headers at once: `max-pending`, or its part of what the file descriptors allow.";
     TAKEOVERS: Counter "vestibule_takeovers_total" ["result"]
         "Takeovers that the process was part of, as the old or the new one, by result: `done` or `failed`.";
     TAKEN_OVER: Counter "vestibule_sessions_taken_over_total" ["listener"]

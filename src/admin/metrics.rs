@@ -213,6 +213,11 @@ fn times_row(metric: &Metric, labels: Vec<String>, times: &Times) -> Row {
 fn process(sheet: &mut Sheet, live: &Live) {
     let snapshot = live.snapshot.load();
     sheet.count(&names::SESSIONS_LIMIT, &[], live.sessions.limit() as u64);
+    for listener in &snapshot.listeners {
+        if let Some(limit) = listener.pending_limit() {
+            sheet.count(&names::PENDING_LIMIT, &[listener.label.name()], limit as u64);
+        }
+    }
     sheet.count(&names::TENANTS, &[], snapshot.directory.tenants().len() as u64);
     sheet.count(&names::PIPE_MEMORY, &[], live.pipes.used());
     sheet.count(&names::LOG_DROPPED, &[], live.log_lost.load(Ordering::Relaxed));

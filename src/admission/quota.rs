@@ -16,7 +16,7 @@ use crate::clock::Moment;
 use crate::config::{Limits, Mode};
 use crate::outcome::Why;
 
-pub use self::flows::{Excess, FlowPermit, Passage};
+pub use self::flows::{Excess, FlowPermit, Passage, Room};
 pub use self::kept::{Holding, Kept};
 
 /// One tenant's limits and what is in use of them.
@@ -372,14 +372,13 @@ mod tests {
         let slots = Slots::new(10);
         let (quotas, labels) = (Quotas::new(Arc::clone(&slots)), Labels::default());
         let [acme, globex] = ["acme", "globex"].map(|name| quotas.find(&labels.intern(name)));
-        let _process: Vec<_> = (0..9).map(|_| slots.take().unwrap()).collect();
-        let held: Vec<_> = (0..9).map(|_| acme.admit(START).unwrap()).collect();
+        let held: Vec<_> = (0..7).map(|_| (slots.take().unwrap(), acme.admit(START).unwrap())).collect();
         assert_eq!(quotas.holders(), 1);
-        let _tenth = slots.take().unwrap();
+        let slot = slots.take().unwrap();
         assert_eq!(acme.admit(START).unwrap_err(), Why::Shed);
         let other = globex.admit(START).unwrap();
         assert_eq!((quotas.holders(), globex.sessions()), (2, 1));
-        drop((held, other));
+        drop((held, other, slot));
         assert_eq!(quotas.holders(), 0);
         assert_eq!(counts(acme.rejected()), [0, 0, 0, 1, 0]);
     }

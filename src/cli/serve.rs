@@ -261,6 +261,7 @@ fn announce(server: &Server, config: &Config) {
         version = env!("CARGO_PKG_VERSION"),
         workers = capacity.workers,
         max_sessions = capacity.sessions,
+        max_pending = capacity.pending,
         file_descriptors = capacity.descriptors,
         tenants = config.tenants.len(),
         admin = %server.admin(),

@@ -17,7 +17,7 @@ use crate::account::Direction;
 use crate::account::loss::Loss;
 use crate::account::meter::{Connect, Meter};
 use crate::addr::{ClientAddr, DestinationAddr};
-use crate::admission::quota::FlowPermit;
+use crate::admission::quota::{FlowPermit, Room};
 use crate::admission::slots;
 use crate::clock::Moment;
 use crate::connect::{self, Failure};
@@ -202,8 +202,8 @@ impl<A> State<A> {
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
         let mut slot = self.slots.take();
-        let permit = tenant.quota.admit_flow(|| {
-            let evicted = self.evict(Some(tenant.label.serial()), now);
+        let permit = tenant.quota.admit_flow(|room| {
+            let evicted = self.evict((room == Room::OfTenant).then(|| tenant.label.serial()), now);
             if slot.is_none() && evicted {
                 // The place that this left, before the tenant's share is reckoned with what is free.
                 slot = self.slots.take();
@@ -212,7 +212,8 @@ impl<A> State<A> {
         });
         let permit = permit.map_err(|why| Outcome::reject(At::Tenant, why))?;
         // Only now: whom its own limit or share keeps out takes nobody else's place.
-        let slot = slot.map_or_else(|| self.slot(now), Ok)?;
+        let slot = slot.or_else(|| self.slot(now));
+        let slot = slot.ok_or_else(|| Outcome::reject(At::Tenant, tenant.quota.reject(Why::Shed)))?;
         pool.arrived(tenant.label.serial());
         let search = Search { pool, who, rolls: &mut self.rolls, now };
         let found = search.run(Tried::default(), 0, &mut story.meter)?;
@@ -220,10 +221,9 @@ impl<A> State<A> {
     }
 
     /// A place in the process, where need be that of the flow that was silent longest.
-    fn slot(&mut self, now: Moment) -> Result<slots::Permit, Outcome> {
+    fn slot(&mut self, now: Moment) -> Option<slots::Permit> {
         let slot = self.slots.take();
-        let slot = slot.or_else(|| if self.evict(None, now) { self.slots.take() } else { None });
-        slot.ok_or(Outcome::reject(At::Accept, Why::Shed))
+        slot.or_else(|| if self.evict(None, now) { self.slots.take() } else { None })
     }
 
     /// Ends the flow of this tenant, or of the one that has most, that was silent longest; whether there was one.

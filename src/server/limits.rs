@@ -14,6 +14,8 @@ pub struct Capacity {
     pub sessions: usize,
     /// Sessions that the descriptors allow; less than `sessions` only where the operator asked for more.
     pub possible: usize,
+    /// Connections at once that have not yet sent a whole header.
+    pub pending: usize,
     /// Splice pipes at once.
     pub pipes: u64,
     /// Probes at once.
@@ -26,6 +28,12 @@ pub struct Capacity {
 
 /// Descriptors of a session: its two sockets.
 const PER_SESSION: u64 = 2;
+/// Of the descriptors, one in so many is for connections without a whole header, which take one each: with places of their
+/// own they take none of a tenant's session.
+const PENDING_PART: u64 = 8;
+/// The bounds of that.
+const FEWEST_PENDING: u64 = 16;
+const MOST_PENDING: u64 = 65_536;
 /// Descriptors of a UDP flow: its socket to the backend.
 const PER_FLOW: u64 = 1;
 /// Descriptors of a pipe.
@@ -84,8 +92,12 @@ fn compute(
     // Beyond an eighth, probes wait for each other.
     let probes = probes.min((descriptors / 8).max(FEWEST_PROBES));
     let fixed = fixed + probes;
-    // Pipes take what they need of the rest, but never more than a quarter: without one a session copies.
     let rest = descriptors.saturating_sub(fixed);
+    // A datagram has its header whole.
+    let pending =
+        if each == PER_FLOW { 0 } else { (rest / PENDING_PART).clamp(FEWEST_PENDING, MOST_PENDING) };
+    let (fixed, rest) = (fixed + pending, rest.saturating_sub(pending));
+    // Pipes take what they need of the rest, but never more than a quarter: without one a session copies.
     let pipes = pipes.min(rest / 4 / PER_PIPE);
     let for_sessions = rest - pipes * PER_PIPE;
     let possible = usize::try_from(for_sessions / each).unwrap_or(usize::MAX);
@@ -94,7 +106,8 @@ fn compute(
     }
     let sessions = if process.max_sessions == 0 { possible } else { process.max_sessions };
     let probes = usize::try_from(probes).unwrap_or(usize::MAX);
-    Ok(Capacity { sessions, possible, pipes, probes, descriptors, workers })
+    let pending = usize::try_from(pending).unwrap_or(usize::MAX);
+    Ok(Capacity { sessions, possible, pending, pipes, probes, descriptors, workers })
 }
 
 #[cfg(test)]
@@ -114,23 +127,30 @@ mod tests {
     #[test]
     fn sessions_take_what_listeners_pipes_and_reserve_leave() {
         let mib_64 = 64 * 1024 * 1024;
-        assert_eq!(sessions(&process(0, mib_64), 20_000), Ok((20_000 - 272 - 14 - 512) / 2));
-        assert_eq!(sessions(&process(0, 0), 20_000), Ok((20_000 - 272 - 14) / 2));
-        assert_eq!(sessions(&process(0, u64::MAX / 4), 1_286), Ok((1_000 - 250) / 2));
+        assert_eq!(sessions(&process(0, mib_64), 20_000), Ok((20_000 - 272 - 14 - 2_464 - 512) / 2));
+        assert_eq!(sessions(&process(0, 0), 20_000), Ok((20_000 - 272 - 14 - 2_464) / 2));
+        assert_eq!(sessions(&process(0, u64::MAX / 4), 1_286), Ok((1_000 - 125 - 218) / 2));
         assert_eq!(sessions(&process(7, mib_64), 20_000), Ok(7));
+    }
+
+    #[test]
+    fn connections_without_a_header_have_a_part_of_the_descriptors() {
+        let pending =
+            |descriptors| compute(&process(7, 0), PER_SESSION, 16, 2, 3, descriptors).unwrap().pending;
+        assert_eq!([304, 1_286, 20_000, 1 << 40].map(pending), [16, 125, 2_464, 65_536]);
     }
 
     #[test]
     fn flows_take_one_each_and_leave_nothing_to_pipes() {
         let capacity = compute(&process(0, 64 << 20), PER_FLOW, 16, 2, 3, 20_000).unwrap();
-        assert_eq!((capacity.sessions, capacity.pipes), (20_000 - 272 - 14, 0));
+        assert_eq!((capacity.sessions, capacity.pending, capacity.pipes), (20_000 - 272 - 14, 0, 0));
     }
 
     #[test]
     fn too_few_descriptors_are_an_error_with_a_remedy() {
-        assert_eq!(sessions(&process(0, 0), 288), Ok(1));
-        let message = sessions(&process(0, 0), 287).unwrap_err();
-        assert!(message.contains("must be at least 288, found 287; raise LimitNOFILE"), "{message}");
+        assert_eq!(sessions(&process(0, 0), 304), Ok(1));
+        let message = sessions(&process(0, 0), 303).unwrap_err();
+        assert!(message.contains("must be at least 304, found 303; raise LimitNOFILE"), "{message}");
     }
 
     #[test]

@@ -262,6 +262,7 @@ async fn tick(shop: Rc<Shop>) {
         shop.worker.local.advance(now);
         // A worker without sessions keeps no old one.
         shop.worker.renew();
+        shop.worker.end_late_headers(now);
         shop.worker.pacer.borrow_mut().advance(now);
         shop.known_flows().iter().for_each(|flows| flows.advance(now));
         shop.flush();

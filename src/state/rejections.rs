@@ -89,10 +89,10 @@ mod tests {
     fn every_other_end_has_its_line() {
         let (rejections, acme, start) = (Rejections::default(), tenant(), Moment::from_nanos(0));
         let done = Outcome::new(By::Client, At::Forward, Why::Done);
-        let shed = Outcome::reject(At::Accept, Why::Shed);
+        let empty = Outcome::reject(At::Pool, Why::NoBackend);
         let unknown = Outcome::reject(At::Tenant, Why::UnknownEndpoint);
         assert!((0..100).all(|_| rejections.line(done, Some(&acme), start) == Some(0)));
-        assert!((0..100).all(|_| rejections.line(shed, Some(&acme), start) == Some(0)));
+        assert!((0..100).all(|_| rejections.line(empty, Some(&acme), start) == Some(0)));
         assert!((0..100).all(|_| rejections.line(unknown, None, start) == Some(0)));
     }
 }

@@ -3,14 +3,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::admission::slots::Slots;
-use crate::config;
+use crate::admission::pending::Places;
+use crate::config::{self, Identity, Protocol};
 
 /// Every listener that there ever was, by place.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     all: Vec<Row>,
     places: HashMap<String, u32>,
+    /// Places for sessions without a whole header that the process has, for all listeners together.
+    most_pending: usize,
 }
 
 /// One listener.
@@ -19,12 +21,22 @@ pub(super) struct Row {
     /// As it was last configured.
     pub(super) listener: config::Listener,
     /// Sessions without a whole header.
-    pub(super) pending: Arc<Slots>,
+    pub(super) pending: Arc<Places>,
     /// Whether it is configured no more: what the kernel had accepted for it is served still, as its rules say.
     pub(super) is_retired: bool,
 }
 
+/// Whether sessions of a listener may wait for their headers.
+fn has_pending(listener: &config::Listener) -> bool {
+    listener.protocol == Protocol::Tcp && matches!(listener.identity, Identity::Header { .. })
+}
+
 impl Rows {
+    /// None yet, of a process with so many places for sessions without a whole header.
+    pub(super) fn new(most_pending: usize) -> Self {
+        Self { most_pending, ..Self::default() }
+    }
+
     /// The place that a name has, or would get.
     pub(super) fn place(&self, name: &str, new: &mut u32) -> u32 {
         self.places.get(name).copied().unwrap_or_else(|| {
@@ -37,14 +49,22 @@ impl Rows {
     /// Puts these listeners in force, and retires all others.
     pub(super) fn set(&mut self, listeners: &[config::Listener]) {
         self.all.iter_mut().for_each(|row| row.is_retired = true);
-        for listener in listeners {
+        let asked = listeners.iter().filter(|listener| has_pending(listener));
+        let asked = asked.map(|listener| listener.max_pending as u128).sum::<u128>();
+        // Where listeners ask for more than the process has, each gets its part.
+        let limit = |listener: &config::Listener| {
+            let part = listener.max_pending as u128 * self.most_pending as u128 / asked.max(1);
+            listener.max_pending.min(usize::try_from(part).unwrap_or(usize::MAX))
+        };
+        let limits: Vec<_> = listeners.iter().map(limit).collect();
+        for (listener, limit) in listeners.iter().zip(limits) {
             let place = self.place(&listener.name, &mut 0);
             if let Some(row) = self.all.get_mut(place as usize) {
-                row.pending.set_limit(listener.max_pending);
+                row.pending.set_limit(limit);
                 row.is_retired = false;
                 row.listener = listener.clone();
             } else {
-                let pending = Slots::new(listener.max_pending);
+                let pending = Places::new(limit);
                 self.all.push(Row { listener: listener.clone(), pending, is_retired: false });
                 self.places.insert(listener.name.clone(), place);
             }

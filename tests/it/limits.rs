@@ -155,31 +155,37 @@ async fn what_is_only_observed_is_counted_and_carried() {
 async fn near_the_end_of_the_process_those_who_hold_most_are_shed_first() {
     let (_acme, proxy) = limited("", "max-sessions = 10").await;
     let mut sessions = Vec::new();
-    for _ in 0..9 {
+    for _ in 0..7 {
         sessions.push(carried(&proxy, ACME).await);
     }
     rejected(&proxy, ACME).await;
     let shed = [("tenant", "acme"), ("by", "proxy"), ("at", "tenant"), ("why", "shed")];
+    let shed_of_globex = [("tenant", "globex"), ("at", "tenant"), ("why", "shed")];
     proxy.ended(&shed).is(1).await;
     proxy.metric("vestibule_tenant_rejected_total", &[("tenant", "acme"), ("why", "shed")]).is(1).await;
     proxy.others_are_unharmed().await;
+    proxy.metric("vestibule_sessions_active", &[]).is(7).await;
 
-    // Who has less than its share gets it, down to the last place but one.
-    for session in sessions.drain(6..) {
+    // The reserve is for those that hold less than what is left.
+    sessions.push(carried(&proxy, GLOBEX).await);
+    rejected(&proxy, GLOBEX).await;
+    proxy.ended(&shed_of_globex).is(1).await;
+
+    // What the first gives back is for the other, up to its share.
+    for session in sessions.drain(4..7) {
         exchange(session).await.unwrap();
     }
-    proxy.metric("vestibule_sessions_active", &[]).is(6).await;
-    for _ in 0..3 {
+    proxy.metric("vestibule_sessions_active", &[]).is(5).await;
+    for _ in 0..2 {
         sessions.push(carried(&proxy, GLOBEX).await);
     }
-    // Its end has to be counted first: until then it has the last place.
+    rejected(&proxy, GLOBEX).await;
+    proxy.ended(&shed_of_globex).is(2).await;
     rejected(&proxy, ACME).await;
     proxy.ended(&shed).is(2).await;
-    rejected(&proxy, GLOBEX).await;
-    proxy.ended(&[("tenant", "globex"), ("at", "tenant"), ("why", "shed")]).is(1).await;
     // With room, an equal share is no bound.
     exchange(sessions.remove(0)).await.unwrap();
-    proxy.metric("vestibule_sessions_active", &[]).is(8).await;
+    proxy.metric("vestibule_sessions_active", &[]).is(6).await;
     sessions.push(carried(&proxy, GLOBEX).await);
     all_are_carried(sessions).await;
     proxy.finish().await;

@@ -7,7 +7,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use vestibule::lab::backend::{Backend, Temper};
 
-use super::harness::{ACME, Conf, Proxy, connect, end_of, exchange, header, is_reset, read};
+use super::harness::{
+    ACME, Conf, GLOBEX, Proxy, are_read, connect, end_of, exchange, header, is_reset, read,
+};
 
 async fn proxy(acme: &Backend, timeouts: &str, listener: &str) -> Proxy {
     let conf = Conf { acme: vec![acme.address()], timeouts: timeouts.to_owned(), ..Conf::default() };
@@ -41,34 +43,76 @@ async fn a_header_has_its_time_and_a_session_beyond_it_does_not() {
 }
 
 #[tokio::test]
-async fn the_last_pending_session_is_admitted_and_the_next_is_rejected() {
+async fn newcomer_gets_the_place_of_the_longest_silent_session_where_all_are_taken() {
     let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
-    let proxy = proxy(&acme, "", "max-pending = 2").await;
+    // Of a single place the time does not shrink.
+    let proxy = proxy(&acme, "", "max-pending = 1").await;
     let pending = proxy.metric("vestibule_sessions_pending", &[("listener", "web")]);
-    let (mut one, two) = (proxy.connect().await, proxy.connect().await);
-    pending.is(2).await;
-    proxy.ended(&[]).is(0).await;
-    assert_eq!(end_of(&mut proxy.connect().await).await.unwrap(), 0);
+    proxy.metric("vestibule_sessions_pending_limit", &[("listener", "web")]).is(1).await;
+    let mut silent = proxy.connect().await;
+    pending.is(1).await;
+    let mut partial = proxy.send(&header(ACME)[..50]).await;
+    assert_eq!(end_of(&mut silent).await.unwrap(), 0);
     let rejected = [("tenant", ""), ("by", "proxy"), ("at", "header"), ("why", "pending_limit")];
     proxy.ended(&rejected).is(1).await;
-    pending.is(2).await;
     assert_eq!(proxy.logged("pending_limit").await["listener"], "web");
-
-    // A header gives the place back, and so does an end.
-    one.write_all(&header(ACME)).await.unwrap();
+    are_read([&partial]).await;
+    let mut newest = proxy.connect().await;
+    // It had sent something, and learns that it was not heard.
+    is_reset(&mut partial).await;
+    proxy.ended(&rejected).is(2).await;
     pending.is(1).await;
-    let three = proxy.connect().await;
-    pending.is(2).await;
-    drop((two, three));
+
+    // Its header comes later, and is read.
+    newest.write_all(&header(ACME)).await.unwrap();
     pending.is(0).await;
-    let again = (proxy.connect().await, proxy.connect().await);
-    pending.is(2).await;
+    assert_eq!(exchange(newest).await.unwrap(), b"");
+    let again = proxy.connect().await;
+    pending.is(1).await;
     drop(again);
-    pending.is(0).await;
-    assert_eq!(exchange(one).await.unwrap(), b"");
-    proxy.ended(&rejected).is(1).await;
-    proxy.ended(&[("why", "zero_bytes")]).is(4).await;
+    proxy.ended(&[("why", "zero_bytes")]).is(1).await;
+    proxy.ended(&rejected).is(2).await;
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn silent_flood_keeps_no_client_out_whose_header_comes_later() {
+    const ROUNDS: usize = 20;
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme, "", "max-pending = 64").await;
+    let mut silent = Vec::new();
+    for _ in 0..ROUNDS {
+        let mut client = proxy.connect().await;
+        // Half of what there is place for, on the worker of the client and on the other one.
+        for _ in 0..32 {
+            silent.push(proxy.connect().await);
+        }
+        client.write_all(&[&header(GLOBEX)[..], b"served"].concat()).await.unwrap();
+        assert_eq!(exchange(client).await.unwrap(), b"served");
+    }
+    proxy.ended(&[("tenant", "globex"), ("why", "done")]).is(20).await;
+    proxy.ended(&[("by", "proxy"), ("at", "header"), ("why", "pending_limit")]).is_at_least(1).await;
+    drop(silent);
+    proxy.metric("vestibule_sessions_pending", &[]).is(0).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn headers_have_less_time_while_many_are_awaited() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme, "header = \"1h\"", "max-pending = 2").await;
+    let mut partial = proxy.send(&header(ACME)[..50]).await;
+    are_read([&partial]).await;
+    let mut second = proxy.connect().await;
+    is_reset(&mut partial).await;
+    proxy.ended(&[("by", "proxy"), ("at", "header"), ("why", "header_timeout")]).is(1).await;
+    // With half of the places free, the other one has all of its time.
+    second.write_all(&[&header(ACME)[..], b"in time"].concat()).await.unwrap();
+    assert_eq!(exchange(second).await.unwrap(), b"in time");
+    proxy.ended(&[("why", "header_timeout")]).is(1).await;
     proxy.others_are_unharmed().await;
     proxy.finish().await;
 }
@@ -80,11 +124,13 @@ async fn each_listener_has_pending_sessions_of_its_own() {
     let more = format!("[[listener]]\nname = \"tight\"\n{}\nmax-pending = 1", conf.listener);
     let proxy = Conf { more, ..conf }.start().await;
     let tight = proxy.address("tight");
-    let first = connect(tight).await;
-    proxy.metric("vestibule_sessions_pending", &[("listener", "tight")]).is(1).await;
-    assert_eq!(end_of(&mut connect(tight).await).await.unwrap(), 0);
-    proxy.ended(&[("listener", "tight"), ("why", "pending_limit")]).is(1).await;
     let elsewhere = proxy.connect().await;
+    proxy.metric("vestibule_sessions_pending", &[("listener", "web")]).is(1).await;
+    let mut before = connect(tight).await;
+    proxy.metric("vestibule_sessions_pending", &[("listener", "tight")]).is(1).await;
+    let first = connect(tight).await;
+    assert_eq!(end_of(&mut before).await.unwrap(), 0);
+    proxy.ended(&[("listener", "tight"), ("why", "pending_limit")]).is(1).await;
     proxy.metric("vestibule_sessions_pending", &[("listener", "web")]).is(1).await;
     proxy.others_are_unharmed().await;
     drop((first, elsewhere));
@@ -103,23 +149,46 @@ fn open_at_once(address: SocketAddr, bytes: &[u8]) -> TcpStream {
 }
 
 #[tokio::test]
-async fn a_session_whose_header_is_there_at_once_is_served_while_no_place_is_free() {
+async fn session_whose_header_is_there_at_once_takes_no_place() {
     let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
     let proxy = proxy(&acme, "", "max-pending = 1").await;
-    let idle = proxy.connect().await;
-    let pending = proxy.metric("vestibule_sessions_pending", &[]);
-    pending.is(1).await;
     let bytes = [&header(ACME)[..], b"at once"].concat();
-    let mut rejected = 0;
-    while exchange(open_at_once(proxy.address("web"), &bytes)).await.ok().as_deref() != Some(b"at once") {
-        rejected += 1;
-        assert!(rejected < 100, "never served");
+    let mut displaced = 0;
+    // A client that is kept from sending takes the place for a while.
+    loop {
+        let mut idle = proxy.connect().await;
+        proxy.metric("vestibule_sessions_pending", &[]).is(1).await;
+        let answer = exchange(open_at_once(proxy.address("web"), &bytes)).await.unwrap();
+        assert_eq!(answer, b"at once");
+        let ended = proxy.value("vestibule_sessions_ended_total", &[("why", "pending_limit")]).await;
+        if ended < f64::from(displaced) + 0.5 {
+            proxy.metric("vestibule_sessions_pending", &[]).is(1).await;
+            idle.write_all(&bytes).await.unwrap();
+            assert_eq!(exchange(idle).await.unwrap(), b"at once");
+            break;
+        }
+        displaced += 1;
+        assert!(displaced < 100, "always displaced");
     }
-    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
-    proxy.ended(&[("why", "pending_limit")]).is(rejected).await;
-    pending.is(1).await;
-    drop(idle);
-    pending.is(0).await;
+    proxy.metric("vestibule_sessions_pending", &[]).is(0).await;
     proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn silent_connections_take_no_session_of_a_tenant() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let conf = Conf { acme: vec![acme.address()], process: "max-sessions = 3".to_owned(), ..Conf::default() };
+    let proxy = conf.start().await;
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        silent.push(proxy.connect().await);
+    }
+    proxy.metric("vestibule_sessions_pending", &[]).is(20).await;
+    assert_eq!(exchange(proxy.open(ACME, b"served").await).await.unwrap(), b"served");
+    proxy.others_are_unharmed().await;
+    proxy.ended(&[("why", "shed")]).is(0).await;
+    assert_eq!(proxy.server().live().sessions.used(), 0);
+    drop(silent);
     proxy.finish().await;
 }

@@ -1,10 +1,16 @@
 //! What the process takes at once, and how its workers share it.
 
-use tokio::io::AsyncWriteExt;
+use std::io::ErrorKind;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use vestibule::lab::backend::{Backend, Temper};
 
-use super::harness::{ACME, Conf, GLOBEX, Proxy, end_of, exchange, read};
+use super::harness::{ACME, Conf, GLOBEX, LIMIT, Proxy, exchange, is_reset, read};
+
+/// A third tenant.
+const HOOLI: &str = "vpce-0400110400110400a";
 
 /// A session that is known to be carried.
 async fn carried(proxy: &Proxy) -> TcpStream {
@@ -19,42 +25,83 @@ async fn of_workers(proxy: &Proxy) -> [f64; 2] {
     [of("0").await, of("1").await]
 }
 
+/// Sessions of a tenant, as many as it gets.
+async fn as_many_as_it_gets(proxy: &Proxy, endpoint: &str) -> Vec<TcpStream> {
+    let mut sessions = Vec::new();
+    loop {
+        let mut stream = proxy.open(endpoint, b"x").await;
+        let mut byte = [0];
+        match timeout(LIMIT, stream.read(&mut byte)).await.expect("an answer or a reset") {
+            Ok(_) => sessions.push(stream),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+                return sessions;
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn the_last_session_is_taken_and_the_next_is_shed() {
     let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
-    let conf = Conf { acme: vec![acme.address()], process: "max-sessions = 3".to_owned(), ..Conf::default() };
-    let proxy = conf.start().await;
+    let more = format!("[[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"acme\"\n");
+    let process = "max-sessions = 3".to_owned();
+    let proxy = Conf { acme: vec![acme.address()], process, more, ..Conf::default() }.start().await;
     proxy.metric("vestibule_sessions_limit", &[]).is(3).await;
-    let mut sessions = vec![carried(&proxy).await, carried(&proxy).await];
-    // A session is one from its first moment: without a header it takes its place too.
-    let pending = proxy.connect().await;
-    proxy.metric("vestibule_sessions_pending", &[]).is(1).await;
-    proxy.ended(&[]).is(0).await;
-
-    assert_eq!(end_of(&mut proxy.connect().await).await.unwrap(), 0);
-    let shed = [("tenant", ""), ("by", "proxy"), ("at", "accept"), ("why", "shed")];
-    proxy.ended(&shed).is(1).await;
+    let mut sessions = Vec::new();
+    for endpoint in [ACME, GLOBEX, HOOLI] {
+        let mut stream = proxy.open(endpoint, b"x").await;
+        assert_eq!(read(&mut stream, 1).await, b"x");
+        sessions.push(stream);
+    }
+    for (endpoint, tenant) in [(ACME, "acme"), (GLOBEX, "globex")] {
+        is_reset(&mut proxy.open(endpoint, b"x").await).await;
+        proxy.ended(&[("tenant", tenant), ("by", "proxy"), ("at", "tenant"), ("why", "shed")]).is(1).await;
+        let labels = [("tenant", tenant), ("why", "shed")];
+        proxy.metric("vestibule_tenant_rejected_total", &labels).is(1).await;
+    }
     assert_eq!(proxy.logged("shed").await["listener"], "web");
-    // Whoever is in is not touched.
     for session in &mut sessions {
         session.write_all(b"still").await.unwrap();
         assert_eq!(read(session, 5).await, b"still");
     }
     assert_eq!(acme.sessions(), 2);
-
-    drop(pending);
-    proxy.ended(&[("why", "zero_bytes")]).is(1).await;
-    // The last place is not for the tenant that has all the others.
-    let mut other = proxy.open(GLOBEX, b"x").await;
-    assert_eq!(read(&mut other, 1).await, b"x");
-    assert_eq!(end_of(&mut proxy.connect().await).await.unwrap(), 0);
-    proxy.ended(&shed).is(2).await;
-    for session in sessions.into_iter().chain([other]) {
+    for session in sessions {
         exchange(session).await.unwrap();
     }
     proxy.ended(&[("why", "done")]).is(3).await;
     proxy.metric("vestibule_sessions_active", &[]).is(0).await;
     proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn two_tenants_at_their_most_and_silence_leave_room_for_a_third() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let more = format!("[[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"acme\"\n");
+    let process = "max-sessions = 64".to_owned();
+    let proxy = Conf { acme: vec![acme.address()], process, more, ..Conf::default() }.start().await;
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(proxy.connect().await);
+    }
+    let first = as_many_as_it_gets(&proxy, ACME).await;
+    let second = as_many_as_it_gets(&proxy, GLOBEX).await;
+    // A fifth is left beside the first, and half of that beside both.
+    assert_eq!((first.len(), second.len()), (50, 7));
+    proxy.metric("vestibule_sessions_pending", &[]).is(100).await;
+    for _ in 0..100 {
+        assert_eq!(exchange(proxy.open(HOOLI, b"served").await).await.unwrap(), b"served");
+    }
+    proxy.ended(&[("tenant", "hooli"), ("why", "done")]).is(100).await;
+    for (tenant, shed) in [("acme", 1), ("globex", 1), ("hooli", 0)] {
+        proxy.ended(&[("tenant", tenant), ("at", "tenant"), ("why", "shed")]).is(shed).await;
+    }
+    for session in first.into_iter().chain(second) {
+        exchange(session).await.unwrap();
+    }
+    drop(silent);
+    proxy.metric("vestibule_sessions_active", &[]).is(0).await;
     proxy.finish().await;
 }
 

@@ -25,10 +25,10 @@ async fn accepting_pauses_without_descriptors_and_goes_on_with_them() {
     assert!(warning["possible"].as_u64().unwrap() < 60, "{warning}");
     let mut live = serve.carried().await;
 
-    // More connections than descriptors; those that are not accepted wait in the kernel.
+    // More sessions than descriptors; those that are not accepted wait in the kernel.
     let mut flood = Vec::new();
     for _ in 0..400 {
-        flood.push(connect(serve.web).await);
+        flood.push(serve.open(ACME, b"x").await);
     }
     let paused = serve.says("accepting pauses").await;
     assert_eq!((&paused["level"], &paused["listener"]), (&"WARN".into(), &"web".into()));

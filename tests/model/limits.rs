@@ -2,8 +2,9 @@
 
 use std::sync::atomic::AtomicU64;
 
-use vestibule::admission::quota::{Permit, Quota, Quotas};
+use vestibule::admission::quota::{FlowPermit, Permit, Quota, Quotas};
 use vestibule::admission::rate::Rate;
+use vestibule::admission::share::Reserve;
 use vestibule::clock::Moment;
 use vestibule::config::{Limits, Mode};
 
@@ -76,6 +77,83 @@ proptest! {
                 prop_assert!(((last - first) as u64) < most, "{} to {}", from, to);
             }
         }
+    }
+}
+
+/// The rule of shares, written down once more: `free` is what is left behind the new one.
+fn has_room(own: usize, holders: usize, process: usize, free: usize) -> bool {
+    let (reserve, last, few) = (process.div_ceil(8), process.div_ceil(16), (process / 1024).max(1));
+    let is_greedy = free < reserve || own >= process / (holders + 1);
+    !is_greedy || (free > reserve && own < 9 * (free - reserve)) || (free >= last && own < free) || own < few
+}
+
+/// What tenants do to the process's slots.
+#[derive(Clone, Debug)]
+enum Grab {
+    /// A tenant takes so many, or all that it gets.
+    Sessions(usize, usize),
+    Flows(usize, usize),
+    /// A tenant gives so many back.
+    GiveBack(usize, usize),
+}
+
+fn grab(tenants: usize) -> impl Strategy<Value = Grab> {
+    let count = || prop_oneof![3 => 1..8_usize, 2 => 1..200_usize, 1 => Just(usize::MAX)];
+    prop_oneof![
+        5 => (0..tenants, count()).prop_map(|(tenant, count)| Grab::Sessions(tenant, count)),
+        2 => (0..tenants, count()).prop_map(|(tenant, count)| Grab::Flows(tenant, count)),
+        3 => (0..tenants, count()).prop_map(|(tenant, count)| Grab::GiveBack(tenant, count)),
+    ]
+}
+
+/// A place of the process and one of a tenant.
+type Held = (vestibule::admission::slots::Permit, Result<Permit, FlowPermit>);
+
+proptest! {
+    /// Whatever other tenants have taken, and in which order: a tenant that holds few sessions and flows gets another one,
+    /// as long as no more tenants hold any than the last part of the reserve is for.
+    #[test]
+    fn tenant_that_holds_few_is_always_admitted(
+        process in prop_oneof![16..200_usize, 1024..3000_usize],
+        grabs in prop::collection::vec(grab(15), 0..60),
+    ) {
+        let (slots, labels) = (Slots::new(process), Labels::default());
+        let quotas = Quotas::new(Arc::clone(&slots));
+        let tenants: Vec<_> = (0..15).map(|tenant| quotas.find(&labels.intern(&format!("{tenant}")))).collect();
+        let mut held: Vec<Vec<Held>> = tenants.iter().map(|_| Vec::new()).collect();
+        let reserve = Reserve::of(process);
+        prop_assert!(process < 1024 || reserve.last / reserve.few >= 64);
+        let take = |tenant: usize, flows: bool| -> Option<Held> {
+            let slot = slots.take()?;
+            let quota: &Arc<Quota> = &tenants[tenant];
+            let permit = if flows {
+                quota.admit_flow(|_| false).map(Err).ok()?
+            } else {
+                quota.admit(Moment::default()).map(Ok).ok()?
+            };
+            Some((slot, permit))
+        };
+        for grab in grabs {
+            match grab {
+                Grab::Sessions(tenant, count) | Grab::Flows(tenant, count) => {
+                    let flows = matches!(grab, Grab::Flows(..));
+                    held[tenant].extend((0..count.min(process)).map_while(|_| take(tenant, flows)));
+                }
+                Grab::GiveBack(tenant, count) => {
+                    let left = held[tenant].len().saturating_sub(count);
+                    held[tenant].truncate(left);
+                }
+            }
+            for (tenant, held) in held.iter().enumerate() {
+                // A tenant that has both sessions and flows counts twice.
+                if held.len() < reserve.few && quotas.holders() < reserve.last / reserve.few {
+                    prop_assert!(take(tenant, false).is_some(), "a session of {} of {}", tenant, process);
+                    prop_assert!(take(tenant, true).is_some(), "a flow of {} of {}", tenant, process);
+                }
+            }
+        }
+        drop(held);
+        prop_assert_eq!((quotas.holders(), slots.used()), (0, 0));
     }
 }
 
@@ -162,7 +240,7 @@ proptest! {
                     let others = plain.iter().enumerate().filter(|(other, plain)| *other != tenant && plain.held > 0);
                     let (own, holders) = (plain[tenant].held, others.count() + 1);
                     let free = PROCESS - slots.used();
-                    let room = own < PROCESS / (holders + 1) || own < 9 * free;
+                    let room = has_room(own, holders, PROCESS, free);
                     let (admitted, beyond) = plain[tenant].admit(room);
                     let permit = tenants[tenant].admit(Moment::from_nanos(now));
                     prop_assert_eq!(permit.is_ok(), admitted);

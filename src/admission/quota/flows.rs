@@ -8,14 +8,17 @@ use crate::clock::Moment;
 use crate::outcome::Why;
 
 impl Quota {
-    /// Admits one more flow. At the limit `make_room` is asked to end another one of the tenant's, and tells whether it did;
-    /// it is not asked where the new one would be shed all the same.
+    /// Admits one more flow. Where there is no room `make_room` is asked to end a silent one, and tells whether it did: one of
+    /// the tenant's own at its limit, any where the process has none for it and it holds less than an equal share. It is not
+    /// asked where the new one would be shed all the same.
     ///
     /// # Errors
     /// Why not; nothing is held then.
-    pub fn admit_flow(self: &Arc<Self>, make_room: impl FnOnce() -> bool) -> Result<FlowPermit, Why> {
+    pub fn admit_flow(self: &Arc<Self>, mut make_room: impl FnMut(Room) -> bool) -> Result<FlowPermit, Why> {
+        let mut replaces = false;
         let entered = match self.flows.enter() {
-            Err(held) if !self.is_observing() && self.has_share(held.saturating_sub(1)) && make_room() => {
+            Err(held) if !self.is_observing() && self.may_have(held.saturating_sub(1)) => {
+                replaces = make_room(Room::OfTenant);
                 self.flows.enter()
             }
             entered => entered,
@@ -29,7 +32,9 @@ impl Quota {
             self.share.iter().for_each(|share| share.join());
         }
         let permit = FlowPermit { quota: Arc::clone(self), beyond };
-        if !self.has_share(held) {
+        let fits =
+            replaces || self.has_share(held) || (self.has_equal_share(held) && make_room(Room::OfProcess));
+        if !fits {
             return Err(self.reject(Why::Shed));
         }
         if beyond {
@@ -49,6 +54,16 @@ impl Quota {
     /// Whether the process has room for one more beside so many flows. Its sessions take room, too.
     fn has_share(&self, flows: usize) -> bool {
         self.share.as_ref().is_none_or(|share| share.allows(flows + self.sessions.used()))
+    }
+
+    /// Whether it holds less than an equal share of the process.
+    fn has_equal_share(&self, flows: usize) -> bool {
+        self.share.as_ref().is_none_or(|share| share.is_equal(flows + self.sessions.used()))
+    }
+
+    /// Whether one more beside so many flows has a place, or the place of another one.
+    fn may_have(&self, flows: usize) -> bool {
+        self.has_share(flows) || self.has_equal_share(flows)
     }
 
     /// Whether one datagram of so many bytes may pass now. It does not wait: who has to go is dropped, and has taken nothing.
@@ -76,6 +91,15 @@ impl Quota {
     pub fn flows_limit(&self) -> Option<usize> {
         Some(self.flows.limit()).filter(|limit| *limit != Slots::UNLIMITED)
     }
+}
+
+/// Whose silent flow may end for a new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// The tenant's own.
+    OfTenant,
+    /// Any tenant's.
+    OfProcess,
 }
 
 /// What becomes of a datagram by its tenant's limits.
@@ -129,6 +153,7 @@ impl Drop for FlowPermit {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Share;
     use super::super::tests::{START, at_ms, counts, quota, rate};
     use super::*;
     use crate::config::{self, Limits, Mode};
@@ -136,25 +161,57 @@ mod tests {
     #[test]
     fn the_last_flow_is_admitted_and_the_next_is_not() {
         let quota = quota(Limits { flows: Some(2), ..Limits::default() });
-        let first = quota.admit_flow(|| false).unwrap();
-        let second = quota.admit_flow(|| false).unwrap();
-        assert_eq!(quota.admit_flow(|| false).unwrap_err(), Why::FlowLimit);
+        let first = quota.admit_flow(|_| false).unwrap();
+        let second = quota.admit_flow(|_| false).unwrap();
+        assert_eq!(quota.admit_flow(|_| false).unwrap_err(), Why::FlowLimit);
         let mut second = Some(second);
-        let third = quota.admit_flow(|| second.take().is_some()).unwrap();
+        let third = quota.admit_flow(|_| second.take().is_some()).unwrap();
         assert_eq!(third.would_reject(), None);
         assert!(second.is_none(), "the second has made room");
         assert!(quota.admit(START).is_ok(), "sessions have a limit of their own");
         drop(first);
         assert_eq!(
-            (quota.flows(), quota.flows_limit(), quota.admit_flow(|| false).is_ok()),
+            (quota.flows(), quota.flows_limit(), quota.admit_flow(|_| false).is_ok()),
             (1, Some(2), true)
         );
         quota.set(&Limits { mode: Mode::Observe, flows: Some(1), ..Limits::default() }, START);
-        assert_eq!(quota.admit_flow(|| false).unwrap().would_reject(), Some(Why::FlowLimit));
+        assert_eq!(quota.admit_flow(|_| false).unwrap().would_reject(), Some(Why::FlowLimit));
         assert_eq!(
             (counts(quota.rejected()), counts(quota.would_reject())),
             (vec![0, 0, 1, 0, 0], vec![0, 0, 1])
         );
+    }
+
+    #[test]
+    fn silent_flow_of_another_tenant_ends_for_one_below_its_equal_share() {
+        let slots = Slots::new(12);
+        let share = Share::new(Arc::clone(&slots));
+        let [acme, globex] = [0; 2].map(|_| Quota::new(Arc::clone(&share)));
+        let mut greedy: Vec<_> =
+            (0..9).map(|_| (slots.take().unwrap(), acme.admit_flow(|_| false).unwrap())).collect();
+        let mut own: Vec<_> = (0..2).map(|_| (slots.take().unwrap(), globex.admit_flow(|_| false))).collect();
+        assert!(own.iter().map(|(_, flow)| flow.is_ok()).eq([true, false]), "the reserve");
+        own.pop();
+        let slot = slots.take().unwrap();
+        let mut asked = Vec::new();
+        let mut end_one = |room| {
+            asked.push(room);
+            greedy.pop().is_some()
+        };
+        own.push((slot, globex.admit_flow(&mut end_one)));
+        assert!(own.iter().all(|(_, flow)| flow.is_ok()));
+        let slot = slots.take().unwrap();
+        assert_eq!(acme.admit_flow(&mut end_one).unwrap_err(), Why::Shed, "it holds more than its share");
+        drop(slot);
+        // At its own limit a tenant ends one of its own, and no other.
+        globex.set(&Limits { flows: Some(2), ..Limits::default() }, START);
+        assert_eq!(globex.admit_flow(|room| room == Room::OfProcess).unwrap_err(), Why::FlowLimit);
+        let third = globex.admit_flow(|room| {
+            assert_eq!(room, Room::OfTenant);
+            own.pop().is_some()
+        });
+        assert!(third.is_ok());
+        assert_eq!((asked, greedy.len()), (vec![Room::OfProcess], 8));
     }
 
     #[test]

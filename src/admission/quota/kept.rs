@@ -87,7 +87,7 @@ mod tests {
         let kept = Kept::new(&slots, 4, vec![(Arc::clone(&quota), 2, 1)]);
         assert_eq!((slots.used(), slots.present(), quota.sessions(), quota.flows()), (4, 0, 0, 0));
         assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
-        assert_eq!(quota.admit_flow(|| false).unwrap_err(), Why::FlowLimit);
+        assert_eq!(quota.admit_flow(|_| false).unwrap_err(), Why::FlowLimit);
         assert_eq!(holders(), 2, "one for its sessions, one for its flows");
         let came = (slots.take_anyway(), quota.adopt(None));
         assert_eq!((slots.used(), slots.present(), quota.sessions(), holders()), (4, 1, 1, 2));

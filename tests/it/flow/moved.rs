@@ -16,7 +16,7 @@ use vestibule::config::Config;
 use vestibule::flow::{Flows, moved};
 use vestibule::life::Local;
 use vestibule::outcome::Why;
-use vestibule::state::Live;
+use vestibule::state::{Live, Most};
 use vestibule::takeover::{Answer, Leaving, Refused};
 
 use super::super::harness::{ACME, GLOBEX, LIMIT, eventually};
@@ -31,7 +31,11 @@ struct Side {
 
 impl Side {
     fn start(text: &str, door: &Bound) -> Self {
-        let live = Live::new(&Config::parse("test.toml", text).unwrap(), 1, 10_000, 0);
+        let live = Live::new(
+            &Config::parse("test.toml", text).unwrap(),
+            1,
+            Most { sessions: 10_000, pending: 1_000, pipes: 0 },
+        );
         let ledger = Ledger::new(Arc::clone(&live.shards[0]), live.labels.intern(""));
         let local = Local::new(ledger, clock::now());
         let flows = Flows::new(0, &live, Rc::clone(&local), None, Box::new(|| ())).unwrap();

@@ -73,9 +73,10 @@ async fn an_address_that_stays_keeps_its_sockets() {
     assert_eq!(first, web);
     let on_second = carried_at(second).await;
     // The new bound holds for those who are there already.
-    let silent = proxy.send(b"").await;
+    let mut before = proxy.send(b"").await;
     proxy.metric("vestibule_sessions_pending", &[("listener", "web")]).is(1).await;
-    assert_eq!(end_of(&mut connect(first).await).await.unwrap(), 0);
+    let silent = connect(first).await;
+    assert_eq!(end_of(&mut before).await.unwrap(), 0);
     proxy.ended(&[("why", "pending_limit")]).is(1).await;
     drop(silent);
     proxy.metric("vestibule_sessions_pending", &[("listener", "web")]).is(0).await;

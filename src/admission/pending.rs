@@ -1,0 +1,373 @@
+//! Places for connections whose header is not whole yet: bounded in number, and in time that shrinks as they fill up.
+//!
+//! A silent connection costs its sender nothing, so a full table must not keep others out: the newcomer gets the place of
+//! the connection that has been silent longest, as the kernel's cache of half-open connections does (Lemon, "Resisting SYN
+//! flood attacks with a SYN cache", 2002). Behind a load balancer the header comes a round trip after the connection; with 4,096 places and
+//! 2,000 silent connections a second each has two seconds for that.
+//!
+//! One lock for each listener, over all workers, so that the longest-silent one is exactly that. Only a connection that has
+//! to wait for its header takes it, which costs some system calls anyway.
+
+use std::sync::{Arc, Mutex};
+use std::task::Waker;
+use std::time::Duration;
+
+use crate::account::lock;
+use crate::atomic::{AtomicUsize, Ordering};
+use crate::clock::Moment;
+
+/// The time that a connection has for its header where all places are taken.
+pub const LEAST_TIME: Duration = Duration::from_secs(2);
+
+/// The places of one listener.
+#[derive(Debug)]
+pub struct Places {
+    limit: AtomicUsize,
+    /// How many are taken, readable without the lock.
+    used: AtomicUsize,
+    table: Mutex<Table>,
+}
+
+/// How a place stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It waits for its header.
+    Waits,
+    /// A newer connection has it.
+    Displaced,
+    /// Its time is up, which was shorter because many wait.
+    Expired,
+}
+
+/// No node.
+const NIL: u32 = u32::MAX;
+
+#[derive(Debug)]
+struct Node {
+    /// The one before, which has waited for longer.
+    prev: u32,
+    next: u32,
+    since: Moment,
+    standing: Standing,
+    waker: Option<Waker>,
+}
+
+/// Those that wait, in the order in which they came.
+#[derive(Debug)]
+struct Table {
+    nodes: Vec<Node>,
+    free: u32,
+    oldest: u32,
+    newest: u32,
+    /// How many wait.
+    waiting: usize,
+    /// How many are here, with those that have lost their place and do not know it yet.
+    present: usize,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self { nodes: Vec::new(), free: NIL, oldest: NIL, newest: NIL, waiting: 0, present: 0 }
+    }
+}
+
+impl Places {
+    /// So many places, one at least.
+    #[must_use]
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self {
+            limit: AtomicUsize::new(limit.max(1)),
+            used: AtomicUsize::new(0),
+            table: Mutex::default(),
+        })
+    }
+
+    /// From now on so many, one at least. Those that are here stay until the next one comes.
+    pub fn set_limit(&self, limit: usize) {
+        self.limit.store(limit.max(1), Ordering::Release);
+    }
+
+    /// How many places there are.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        self.limit.load(Ordering::Acquire)
+    }
+
+    /// How many are taken.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Acquire)
+    }
+
+    /// Takes a place: a free one, or else that of the connection that has waited longest.
+    #[must_use]
+    pub fn enter(self: &Arc<Self>, now: Moment) -> Place {
+        let limit = self.limit();
+        let mut table = lock(&self.table);
+        while table.waiting >= limit {
+            table.end_oldest(Standing::Displaced);
+        }
+        let number = table.add(now);
+        self.used.store(table.waiting, Ordering::Release);
+        drop(table);
+        Place { places: Arc::clone(self), number }
+    }
+
+    /// Ends those that have waited for longer than a connection may while so many wait, where `timeout` is what it has
+    /// while few do.
+    pub fn expire(&self, timeout: Duration, now: Moment) {
+        let limit = self.limit();
+        if time_allowed(timeout, self.used(), limit) == timeout {
+            // Each has a deadline of its own for that.
+            return;
+        }
+        let mut table = lock(&self.table);
+        while let Some(since) = table.oldest_since()
+            && now.since(since) > time_allowed(timeout, table.waiting, limit)
+        {
+            table.end_oldest(Standing::Expired);
+        }
+        self.used.store(table.waiting, Ordering::Release);
+    }
+}
+
+/// How long a connection may take for its header: all of `timeout` while no more than half of the places are taken, then
+/// the less the fewer are free, down to [`LEAST_TIME`].
+fn time_allowed(timeout: Duration, used: usize, limit: usize) -> Duration {
+    let half = limit / 2;
+    let (beyond, range) = (used.saturating_sub(half), limit - half);
+    if beyond == 0 || limit < 2 {
+        return timeout;
+    }
+    let most_cut = timeout.saturating_sub(LEAST_TIME);
+    let part = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    timeout.saturating_sub(most_cut / part(range) * part(beyond.min(range)))
+}
+
+impl Table {
+    fn oldest_since(&self) -> Option<Moment> {
+        self.nodes.get(self.oldest as usize).map(|node| node.since)
+    }
+
+    fn add(&mut self, now: Moment) -> u32 {
+        let node = Node { prev: self.newest, next: NIL, since: now, standing: Standing::Waits, waker: None };
+        let number = if let Some(free) = self.nodes.get_mut(self.free as usize) {
+            let number = self.free;
+            self.free = free.next;
+            *free = node;
+            number
+        } else {
+            self.nodes.push(node);
+            u32::try_from(self.nodes.len() - 1).unwrap_or(NIL)
+        };
+        match self.nodes.get_mut(self.newest as usize) {
+            Some(before) => before.next = number,
+            None => self.oldest = number,
+        }
+        self.newest = number;
+        self.waiting += 1;
+        self.present += 1;
+        number
+    }
+
+    /// Takes the place of the one that has waited longest, and wakes it.
+    fn end_oldest(&mut self, standing: Standing) {
+        let number = self.oldest;
+        self.unlink(number);
+        if let Some(node) = self.nodes.get_mut(number as usize) {
+            node.standing = standing;
+            node.waker.iter().for_each(Waker::wake_by_ref);
+        }
+    }
+
+    /// Takes one out of the order.
+    fn unlink(&mut self, number: u32) {
+        let Some(node) = self.nodes.get(number as usize) else { return };
+        let (prev, next) = (node.prev, node.next);
+        match self.nodes.get_mut(prev as usize) {
+            Some(before) => before.next = next,
+            None => self.oldest = next,
+        }
+        match self.nodes.get_mut(next as usize) {
+            Some(after) => after.prev = prev,
+            None => self.newest = prev,
+        }
+        self.waiting -= 1;
+    }
+
+    /// Forgets one that has gone; its waker is the caller's to drop, without the lock.
+    fn remove(&mut self, number: u32) -> Option<Waker> {
+        if self.nodes.get(number as usize)?.standing == Standing::Waits {
+            self.unlink(number);
+        }
+        let node = self.nodes.get_mut(number as usize)?;
+        let waker = node.waker.take();
+        node.next = self.free;
+        self.free = number;
+        self.present -= 1;
+        if self.present == 0 {
+            // A flood has passed: its memory goes back.
+            *self = Self::default();
+        }
+        waker
+    }
+}
+
+/// The place of one connection, given back on drop.
+#[derive(Debug)]
+pub struct Place {
+    places: Arc<Places>,
+    number: u32,
+}
+
+impl Place {
+    /// How it stands; `waker` is woken once that changes.
+    #[must_use]
+    pub fn poll(&self, waker: &Waker) -> Standing {
+        let mut table = lock(&self.places.table);
+        let Some(node) = table.nodes.get_mut(self.number as usize) else { return Standing::Displaced };
+        match &mut node.waker {
+            Some(known) => known.clone_from(waker),
+            empty => *empty = Some(waker.clone()),
+        }
+        node.standing
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut table = lock(&self.places.table);
+        let waker = table.remove(self.number);
+        self.places.used.store(table.waiting, Ordering::Release);
+        drop(table);
+        drop(waker);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize as Counter;
+    use std::task::Wake;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Count(Counter);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn at_ms(ms: u64) -> Moment {
+        Moment::from_nanos(ms * 1_000_000)
+    }
+
+    fn standing(place: &Place) -> Standing {
+        place.poll(Waker::noop())
+    }
+
+    #[test]
+    fn newcomer_gets_the_place_of_the_one_that_waited_longest() {
+        let (places, count) = (Places::new(2), Arc::new(Count::default()));
+        let [first, second] = [0, 1].map(|ms| places.enter(at_ms(ms)));
+        let waker = Waker::from(Arc::clone(&count));
+        assert_eq!([&first, &second].map(|place| place.poll(&waker)), [Standing::Waits; 2]);
+        let third = places.enter(at_ms(2));
+        assert_eq!(
+            [&first, &second, &third].map(standing),
+            [Standing::Displaced, Standing::Waits, Standing::Waits]
+        );
+        assert_eq!((count.0.load(Ordering::Relaxed), places.used()), (1, 2));
+        drop(second);
+        let fourth = places.enter(at_ms(3));
+        assert_eq!((standing(&third), places.used()), (Standing::Waits, 2), "a free place is taken first");
+        drop((third, fourth));
+        assert_eq!(places.used(), 0);
+        drop(first);
+        assert_eq!(lock(&places.table).nodes.capacity(), 0, "a flood's memory goes back");
+    }
+
+    #[test]
+    fn lowered_limit_ends_the_longest_waiting_when_the_next_one_comes() {
+        let places = Places::new(5);
+        let held: Vec<_> = (0..5).map(|ms| places.enter(at_ms(ms))).collect();
+        places.set_limit(2);
+        assert!(
+            (places.limit(), places.used()) == (2, 5)
+                && held.iter().all(|place| standing(place) == Standing::Waits)
+        );
+        let next = places.enter(at_ms(5));
+        let waits: Vec<_> = held.iter().map(|place| standing(place) == Standing::Waits).collect();
+        assert_eq!((waits, places.used()), (vec![false, false, false, false, true], 2));
+        places.set_limit(0);
+        assert_eq!(places.limit(), 1, "a newcomer always has a place");
+        drop((held, next));
+        assert_eq!(places.used(), 0);
+    }
+
+    #[test]
+    fn time_shrinks_from_half_full_to_full() {
+        let timeout = Duration::from_secs(60);
+        let allowed = |used, limit| time_allowed(timeout, used, limit).as_millis();
+        assert_eq!(
+            [0, 50, 51, 75, 100, 200].map(|used| allowed(used, 100)),
+            [60_000, 60_000, 58_840, 31_000, 2_000, 2_000]
+        );
+        assert_eq!(
+            (allowed(1, 1), allowed(1, 2), allowed(2, 2), allowed(2, 3)),
+            (60_000, 60_000, 2_000, 31_000)
+        );
+        assert_eq!(
+            time_allowed(Duration::from_secs(1), 100, 100),
+            Duration::from_secs(1),
+            "it was shorter before"
+        );
+    }
+
+    #[test]
+    fn those_that_wait_too_long_for_a_full_table_end() {
+        let places = Places::new(4);
+        let timeout = Duration::from_secs(10);
+        let held: Vec<_> = (0..4).map(|second| places.enter(at_ms(second * 1_000))).collect();
+        places.expire(timeout, at_ms(2_000));
+        assert_eq!(places.used(), 4);
+        // Of four each has 2 s; of three 6 s are allowed, which nobody has waited.
+        places.expire(timeout, at_ms(3_000));
+        let standings: Vec<_> = held.iter().map(standing).collect();
+        assert_eq!((standings[0], places.used()), (Standing::Expired, 3));
+        assert!(standings[1..].iter().all(|standing| *standing == Standing::Waits));
+        places.expire(timeout, at_ms(7_001));
+        assert_eq!((standing(&held[1]), places.used()), (Standing::Expired, 2));
+        places.expire(timeout, at_ms(60_000));
+        assert_eq!(places.used(), 2, "with half of the places free each has a deadline of its own");
+        drop(held);
+        assert_eq!((places.used(), lock(&places.table).present), (0, 0));
+    }
+
+    #[test]
+    fn threads_leave_nothing_behind() {
+        let places = Places::new(3);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let places = &places;
+                scope.spawn(move || {
+                    let mut random = fastrand::Rng::with_seed(thread);
+                    let mut own = Vec::new();
+                    for step in 0..5_000 {
+                        if random.bool() {
+                            own.push(places.enter(at_ms(step)));
+                            assert!(places.used() <= 3);
+                        } else if !own.is_empty() {
+                            let place = own.swap_remove(random.usize(..own.len()));
+                            let _standing = place.poll(Waker::noop());
+                        }
+                        places.expire(Duration::from_secs(3), at_ms(step));
+                    }
+                });
+            }
+        });
+        assert_eq!((places.used(), lock(&places.table).present), (0, 0));
+    }
+}
