@@ -3,8 +3,13 @@
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
+    dead_code,
+    unreachable_pub,
     reason = "a test that cannot go on says so by panicking"
 )]
+
+#[path = "it/scrape.rs"]
+mod scrape;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -151,6 +156,11 @@ fn the_readme_has_every_reason_and_every_metric() {
     let metrics = names::ALL.iter().map(|metric| metric.name);
     let missing = reasons.chain(metrics).filter(|word| !said.contains(word));
     none(&missing.map(|word| format!("README.md: {word} is missing")).collect::<Vec<_>>());
+}
+
+#[test]
+fn every_label_of_a_metric_has_known_values() {
+    none(&scrape::labels_without_values());
 }
 
 #[test]

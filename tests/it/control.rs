@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http, is_reset, still_lives};
+use super::harness::{ACME, GLOBEX, LIMIT, connect, exchange, http, is_reset, still_lives};
 use super::process::{DRAIN_NEVER, PROGRAM, Serve, World, Written, program};
 
 /// A process with an admin socket.
@@ -46,11 +46,6 @@ async fn order(socket: &Path, path: &str, body: &str) -> (u16, Value) {
     (status, serde_json::from_str(&body).unwrap_or_else(|_| panic!("{body}")))
 }
 
-async fn value(serve: &Serve, name: &str) -> Option<f64> {
-    let page = super::harness::http_get(serve.admin, "/metrics").await;
-    page.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
-}
-
 #[tokio::test]
 async fn the_socket_shows_every_page_and_the_address_takes_no_order() {
     let world = World::new().await;
@@ -75,8 +70,8 @@ async fn the_socket_shows_every_page_and_the_address_takes_no_order() {
         assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
         assert!(answer.contains(&format!("curl --unix-socket {} -X POST", socket.display())), "{answer}");
     }
-    assert_eq!(value(&serve, "vestibule_draining").await, Some(0.0));
-    assert_eq!(value(&serve, "vestibule_config_reloads_total").await, Some(0.0));
+    serve.has("vestibule_draining", &[], 0).await;
+    serve.has("vestibule_config_reloads_total", &[], 0).await;
     serve.serves().await;
     serve.end().await;
 }
@@ -101,7 +96,7 @@ async fn a_reload_is_answered_with_what_is_in_force_or_with_every_fault() {
             "{fault}"
         );
     }
-    assert_eq!(value(&serve, "vestibule_config_last_reload_successful").await, Some(0.0));
+    serve.has("vestibule_config_last_reload_successful", &[], 0).await;
 
     config.rewrite("sessions = 0\nfrows = 1\n", "sessions = 9\n");
     config.rewrite("workers = 2", "workers = 3");
@@ -113,7 +108,7 @@ async fn a_reload_is_answered_with_what_is_in_force_or_with_every_fault() {
     );
     config.rewrite("workers = 3", "workers = 2");
     assert_eq!(order(&socket, "/reload", "").await.0, 200);
-    assert_eq!(value(&serve, "vestibule_config_rejected_total").await, Some(2.0));
+    serve.has("vestibule_config_rejected_total", &[], 2).await;
     let (_, shown) = ask(&socket, "GET", "/config", "").await;
     let shown: Value = serde_json::from_str(&shown).unwrap();
     assert_eq!(shown["config"]["tenants"][1]["limits"]["sessions"], 9, "{shown}");
@@ -174,13 +169,12 @@ async fn an_order_drains_as_a_signal_does_and_says_how_far_it_is() {
     let world = World::new().await;
     let drain = "[drain]\nnotice = \"6s\"\nquiet = \"100ms\"\nidle = \"300s\"\ndeadline = \"300s\"";
     let (mut serve, _config, socket) = start(&world, drain).await;
-    let stage =
-        async |stage: &str| value(&serve, &format!("vestibule_drain_stage{{stage=\"{stage}\"}}")).await;
-    assert_eq!((stage("serving").await, stage("notice").await), (Some(1.0), None));
+    serve.has("vestibule_drain_stage", &[("stage", "serving")], 1).await;
+    serve.has("vestibule_drain_stage", &[("stage", "notice")], 0).await;
     let mut live = serve.carried().await;
     assert_eq!(order(&socket, "/drain", "").await, (200, json!({"draining": true})));
-    eventually("the notice", async || (stage("notice").await == Some(1.0)).then_some(())).await;
-    assert_eq!(value(&serve, "vestibule_drain_sessions_left").await, Some(1.0));
+    serve.counts("vestibule_drain_stage", &[("stage", "notice")], 1).await;
+    serve.has("vestibule_drain_sessions_left", &[], 1).await;
     let status = async || {
         let (_, page) = http(serve.admin, "/status", b"").await;
         serde_json::from_str::<Value>(&page).unwrap()["drain"].clone()
@@ -194,7 +188,7 @@ async fn an_order_drains_as_a_signal_does_and_says_how_far_it_is() {
     let still = serve.says("still draining").await;
     assert_eq!((&still["stage"], &still["sessions_left"]), (&json!("notice"), &json!(1)));
     serve.says("listeners closed").await;
-    eventually("the last stage", async || (stage("closing").await == Some(1.0)).then_some(())).await;
+    serve.counts("vestibule_drain_stage", &[("stage", "closing")], 1).await;
     assert_eq!(status().await["stage"], "closing");
     still_lives(&mut live).await;
     assert_eq!(exchange(live).await.unwrap(), b"");

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -19,6 +19,13 @@ use vestibule::lab::backend::{Backend, Temper};
 use vestibule::lab::nlb;
 use vestibule::server::{ReloadError, Server, StartError};
 use vestibule::state::Changes;
+
+#[path = "http.rs"]
+mod page;
+#[path = "scrape.rs"]
+pub mod scrape;
+
+pub use self::page::{http, http_get};
 
 /// The tenant that a test is about, and its endpoint.
 pub const ACME: &str = "vpce-0acce0000acce0000";
@@ -158,7 +165,8 @@ state = "disabled"
         let globex = Backend::start("globex-1", Temper::Echo).await.unwrap();
         let text = self.text(globex.address(), log.to_str().unwrap());
         let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
-        Ok(Proxy { server: Some(Server::start(&config)?), text, dir, _globex: globex })
+        let (server, known) = (Some(Server::start(&config)?), Mutex::default());
+        Ok(Proxy { server, text, dir, known, _globex: globex })
     }
 }
 
@@ -168,6 +176,8 @@ pub struct Proxy {
     /// Its configuration.
     text: String,
     dir: TempDir,
+    /// Every name that it has had.
+    known: Mutex<scrape::Known>,
     _globex: Backend,
 }
 
@@ -189,6 +199,7 @@ impl Proxy {
             text = text.replace(from, to);
         }
         let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
+        self.known.lock().unwrap().live(self.server().live());
         let changes = self.server().reload(&Arc::new(config))?;
         self.text = text;
         Ok(changes)
@@ -216,15 +227,17 @@ impl Proxy {
         stream
     }
 
-    /// The sum of all series of a metric that have these labels.
+    /// The sum of all series of a metric that have these labels; a panic where none can exist.
     pub async fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let page = http_get(self.server().admin(), "/metrics").await;
-        let series = page.lines().filter(|line| {
-            let rest = line.strip_prefix(name).unwrap_or("?");
-            (rest.starts_with('{') || rest.starts_with(' '))
-                && labels.iter().all(|(label, value)| rest.contains(&format!("{label}=\"{value}\"")))
-        });
-        series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        let mut known = self.known.lock().unwrap();
+        known.live(self.server().live());
+        scrape::sum(&page, name, labels, &known)
+    }
+
+    /// A backend that DNS leads to later, or led to once: its series may have no row.
+    pub fn knows(&self, backend: SocketAddr) {
+        self.known.lock().unwrap().backend(backend);
     }
 
     /// A question about a metric: `proxy.metric("vestibule_…", &[("tenant", "acme")]).is(1).await`.
@@ -462,35 +475,4 @@ async fn poll_until<T, F: Future<Output = Option<T>>>(ask: impl Fn() -> F) -> T 
         }
         sleep(Duration::from_millis(5)).await;
     }
-}
-
-/// The body of a page.
-pub async fn http_get(address: SocketAddr, path: &str) -> String {
-    let (head, body) = http(address, path, b"").await;
-    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
-    body
-}
-
-/// A page's head and body; `before` goes in front of the request.
-pub async fn http(address: SocketAddr, path: &str, before: &[u8]) -> (String, String) {
-    let mut stream = connect(address).await;
-    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
-    stream.write_all(&[before, request.as_bytes()].concat()).await.unwrap();
-    let mut answer = Vec::new();
-    timeout(LIMIT, stream.read_to_end(&mut answer)).await.expect("an answer within the limit").unwrap();
-    let answer = String::from_utf8(answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    // The pages are long enough to come in chunks; a chunk's size line has only hexadecimal digits.
-    let chunked = head.to_lowercase().contains("transfer-encoding: chunked");
-    (head.to_owned(), if chunked { unchunk(body) } else { body.to_owned() })
-}
-
-fn unchunk(mut body: &str) -> String {
-    let mut whole = String::new();
-    while let Some((size, rest)) = body.split_once("\r\n") {
-        let size = usize::from_str_radix(size.trim(), 16).unwrap();
-        whole.push_str(&rest[..size]);
-        body = rest[size..].trim_start_matches("\r\n");
-    }
-    whole
 }

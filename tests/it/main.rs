@@ -5,6 +5,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::missing_panics_doc,
+    dead_code,
     unreachable_pub,
     reason = "a test that cannot go on says so by panicking, and what it uses of the harness is public to it alone"
 )]

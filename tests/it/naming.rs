@@ -60,6 +60,7 @@ async fn a_pool_follows_its_name_and_keeps_its_backends_where_that_fails() {
     assert_eq!(asked(&proxy).await, "acme-1");
 
     names.host(HOST, 3_600, &["127.0.0.2", "127.0.0.1"]);
+    proxy.knows(other.address());
     is(&proxy, "vestibule_backend_healthy", other.address(), 1).await;
     usable(&proxy, 2).await;
     let found: BTreeSet<_> = [asked(&proxy).await, asked(&proxy).await].into();
@@ -96,6 +97,7 @@ async fn a_session_of_a_backend_that_its_name_has_left_goes_on() {
     let mut session = proxy.open(super::harness::ACME, b"").await;
     assert_eq!(super::harness::read(&mut session, 7).await, b"acme-1\n");
     names.host(HOST, 0, &["127.0.0.2"]);
+    proxy.knows(other.address());
     is(&proxy, "vestibule_backend_weight", other.address(), 100).await;
     assert_eq!(asked(&proxy).await, "acme-2");
     tokio::io::AsyncWriteExt::write_all(&mut session, b"still").await.unwrap();

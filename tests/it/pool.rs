@@ -5,6 +5,7 @@ use vestibule::clock;
 use vestibule::lab::backend::Backend;
 
 use super::harness::{ACME, Conf, Proxy, eventually, header, http_get, read};
+use super::process::sum;
 use super::raw::{Held, Raw, Swallow};
 use super::sessions::{ROUND_ROBIN, asked, connects, greeting, is_turned_away, usable};
 
@@ -161,14 +162,14 @@ async fn becomes(proxy: &Proxy, expected: i64) -> (i64, i64, i64) {
 /// read before its probes are.
 async fn probed(proxy: &Proxy) -> (i64, i64, i64) {
     let page = http_get(proxy.server().admin(), "/metrics").await;
-    let sum = |name: &str, is: &dyn Fn(&str) -> bool| {
-        let of_acme = |line: &&str| line.starts_with(name) && line.contains("pool=\"acme\"");
-        let lines = page.lines().filter(of_acme).filter(|line| is(line));
-        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<i64>().unwrap()).sum()
+    let acme = |name: &str, labels: &[(&str, &str)]| {
+        format!("{:.0}", sum(&page, name, &[&[("pool", "acme")], labels].concat())).parse::<i64>().unwrap()
     };
-    let (probes, is_success) = ("vestibule_backend_probes_total", |line: &str| line.contains("\"passed\""));
-    let failed = sum(probes, &|line| !is_success(line));
-    (sum("vestibule_backend_healthy", &|_| true), sum(probes, &is_success), failed)
+    let (all, passed) = (
+        acme("vestibule_backend_probes_total", &[]),
+        acme("vestibule_backend_probes_total", &[("result", "passed")]),
+    );
+    (acme("vestibule_backend_healthy", &[]), passed, all - passed)
 }
 
 #[tokio::test]

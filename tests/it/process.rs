@@ -16,7 +16,7 @@ use vestibule::lab::backend::{Backend, Temper};
 
 use super::harness::{
     ACME, GLOBEX, STRANGER, connect, end_of, eventually, exchange, header, http, http_get, is_reset, read,
-    still_lives,
+    scrape, still_lives,
 };
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vestibule");
@@ -241,11 +241,35 @@ impl Serve {
         }
     }
 
+    /// The sum of all series of a metric that have these labels; a panic where none can exist.
+    pub async fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        sum(&http_get(self.admin, "/metrics").await, name, labels)
+    }
+
+    /// A metric becomes this, soon.
+    pub async fn counts(&self, name: &str, labels: &[(&str, &str)], expected: u32) {
+        eventually(&format!("{name}{labels:?} to be {expected}"), async || {
+            ((self.value(name, labels).await - f64::from(expected)).abs() < 0.5).then_some(())
+        })
+        .await;
+    }
+
+    /// A metric is this already.
+    pub async fn has(&self, name: &str, labels: &[(&str, &str)], expected: u32) {
+        let value = self.value(name, labels).await;
+        assert!((value - f64::from(expected)).abs() < 0.5, "{name}{labels:?}: {value}, not {expected}");
+    }
+
     /// The access log, once it has `count` lines.
     pub async fn sessions(&self, count: usize) -> Vec<Value> {
         eventually("the access log", async || Some(parsed(&self.out)).filter(|lines| lines.len() >= count))
             .await
     }
+}
+
+/// What a page says of a metric. Of names it knows those that the page has.
+pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+    scrape::sum(page, name, labels, &scrape::Known::default())
 }
 
 pub const DRAIN_NEVER: &str = "[drain]\nnotice = \"300s\"\ndeadline = \"300s\"";

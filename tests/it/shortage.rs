@@ -8,13 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http_get, read};
-use super::process::{Serve, World, lines_of};
-
-/// The sum of a metric's series that have this label.
-fn sum(page: &str, name: &str, label: &str) -> f64 {
-    let series = page.lines().filter(|line| line.starts_with(name) && line.contains(label));
-    series.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
-}
+use super::process::{Serve, World, lines_of, sum};
 
 #[tokio::test]
 async fn accepting_pauses_without_descriptors_and_goes_on_with_them() {
@@ -46,12 +40,12 @@ async fn accepting_pauses_without_descriptors_and_goes_on_with_them() {
     assert_eq!(exchange(live).await.unwrap(), b"");
     eventually("all sessions to have ended", async || {
         let page = http_get(serve.admin, "/metrics").await;
-        let shortages = sum(&page, "vestibule_accept_errors_total{", "class=\"shortage\"");
+        let shortages = sum(&page, "vestibule_accept_errors_total", &[("class", "shortage")]);
         assert!(shortages > 0.5, "{page}");
-        assert!(sum(&page, "vestibule_accept_errors_total{", "class=\"fatal\"") < 0.5, "{page}");
-        let accepted = sum(&page, "vestibule_connections_accepted_total{", "");
-        let ended = sum(&page, "vestibule_sessions_ended_total{", "");
-        let active = sum(&page, "vestibule_sessions_active{", "");
+        assert!(sum(&page, "vestibule_accept_errors_total", &[("class", "fatal")]) < 0.5, "{page}");
+        let accepted = sum(&page, "vestibule_connections_accepted_total", &[]);
+        let ended = sum(&page, "vestibule_sessions_ended_total", &[]);
+        let active = sum(&page, "vestibule_sessions_active", &[]);
         (accepted > 402.5 && (accepted - ended).abs() < 0.5 && active < 0.5).then_some(())
     })
     .await;
@@ -117,8 +111,8 @@ async fn a_log_that_nobody_reads_holds_up_nobody() {
     }
     eventually("all sessions to have ended", async || {
         let page = http_get(serve.admin, "/metrics").await;
-        assert!(sum(&page, "vestibule_access_log_dropped_total", "") < 0.5, "{page}");
-        let ended = sum(&page, "vestibule_sessions_ended_total{", "why=\"done\"");
+        assert!(sum(&page, "vestibule_access_log_dropped_total", &[]) < 0.5, "{page}");
+        let ended = sum(&page, "vestibule_sessions_ended_total", &[("why", "done")]);
         (ended > f64::from(u32::try_from(2 * rounds).unwrap()) - 0.5).then_some(())
     })
     .await;
@@ -139,10 +133,10 @@ async fn the_soft_limit_of_descriptors_is_raised_and_the_start_says_what_was_fou
     serve.serves().await;
     let page = http_get(serve.admin, "/metrics").await;
     assert!(
-        (sum(&page, "vestibule_sessions_limit ", "") - f64::from(u32::try_from(sessions).unwrap())).abs()
+        (sum(&page, "vestibule_sessions_limit", &[]) - f64::from(u32::try_from(sessions).unwrap())).abs()
             < 0.5
     );
-    assert!((sum(&page, "process_max_fds ", "") - 2_000.0).abs() < 0.5);
+    assert!((sum(&page, "process_max_fds", &[]) - 2_000.0).abs() < 0.5);
     serve.end().await;
 }
 
@@ -164,7 +158,7 @@ async fn a_named_pipe_as_the_log_that_nobody_reads_drops_lines_and_no_session() 
             serve.serves().await;
         }
         let page = http_get(serve.admin, "/metrics").await;
-        (sum(&page, "vestibule_access_log_dropped_total", "") > 0.5).then_some(())
+        (sum(&page, "vestibule_access_log_dropped_total", &[]) > 0.5).then_some(())
     })
     .await;
     serve.end().await;
@@ -183,7 +177,7 @@ async fn a_log_that_is_too_slow_loses_lines_and_counts_them() {
     let mut serve = Serve::start(&config).await;
     let dropped = async || {
         let page = http_get(serve.admin, "/metrics").await;
-        sum(&page, "vestibule_access_log_dropped_total", "")
+        sum(&page, "vestibule_access_log_dropped_total", &[])
     };
     // Each worker hands a batch to the writer with each tick, and 64 of each may wait.
     let mut rounds = 0;

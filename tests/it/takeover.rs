@@ -16,9 +16,7 @@ use tokio::task::spawn_blocking;
 use vestibule::takeover::link::{Frame, Link};
 use vestibule::takeover::message::{Message, Offered, Role, VERSION};
 
-use super::harness::{
-    ACME, LIMIT, connect, eventually, exchange, header, http_get, is_reset, read, still_lives,
-};
+use super::harness::{ACME, LIMIT, connect, eventually, exchange, header, is_reset, read, still_lives};
 use super::process::{Serve, World, Written};
 
 /// A configuration whose process can be taken over, and the way to it.
@@ -56,19 +54,12 @@ async fn carried(serve: &Serve, count: usize) -> Vec<TcpStream> {
     sessions
 }
 
-/// The value of a metric's series that has these words.
-async fn value(serve: &Serve, name: &str, with: &str) -> u64 {
-    let page = http_get(serve.admin, "/metrics").await;
-    let series = page.lines().filter(|line| line.starts_with(name) && line.contains(with));
-    series.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
-}
-
 /// Nothing is held any more.
 async fn is_empty(serve: &Serve) {
     for gauge in
-        ["vestibule_sessions_active", "vestibule_tenant_sessions{", "vestibule_backend_sessions_active"]
+        ["vestibule_sessions_active", "vestibule_tenant_sessions", "vestibule_backend_sessions_active"]
     {
-        eventually(gauge, async || (value(serve, gauge, "").await == 0).then_some(())).await;
+        serve.counts(gauge, &[], 0).await;
     }
 }
 
@@ -126,7 +117,7 @@ async fn a_successor_may_have_other_workers() {
             old.serves().await;
         }
     }
-    assert_eq!(value(&old, "vestibule_sessions_taken_over_total", "").await, 24);
+    old.has("vestibule_sessions_taken_over_total", &[], 24).await;
     for session in sessions {
         assert_eq!(exchange(session).await.unwrap(), b"");
     }
@@ -156,7 +147,7 @@ async fn a_successor_that_cannot_start_changes_nothing() {
         still_lives(&mut live).await;
         old.serves().await;
     }
-    assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1, "the other one did not ask");
+    old.has("vestibule_takeovers_total", &[("result", "failed")], 1).await;
     assert_eq!(exchange(live).await.unwrap(), b"");
     is_empty(&old).await;
     old.end().await;
@@ -279,7 +270,7 @@ async fn a_version_that_is_not_known_is_refused() {
     let Message::Refused { why } = said.await.unwrap() else { panic!("it is not refused") };
     assert!(why.contains("restart instead"), "{why}");
     old.serves().await;
-    assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1);
+    old.has("vestibule_takeovers_total", &[("result", "failed")], 1).await;
     old.end().await;
 }
 
@@ -318,8 +309,8 @@ async fn a_successor_that_is_killed_before_it_answers_has_moved_nothing() {
         still_lives(session).await;
     }
     old.serves().await;
-    assert_eq!(value(&old, "vestibule_takeovers_total", "failed").await, 1);
-    assert_eq!(value(&old, "vestibule_sessions_ended_total", "moved").await, 0);
+    old.has("vestibule_takeovers_total", &[("result", "failed")], 1).await;
+    old.has("vestibule_sessions_ended_total", &[("why", "moved")], 0).await;
     for session in sessions {
         assert_eq!(exchange(session).await.unwrap(), b"");
     }
@@ -350,7 +341,7 @@ async fn a_successor_that_is_killed_takes_along_what_it_had_taken_and_no_more() 
         }
     }
     assert_eq!((alive.len(), gone), (4, 1));
-    assert_eq!(value(&old, "vestibule_sessions_ended_total", "moved").await, 1);
+    old.has("vestibule_sessions_ended_total", &[("why", "moved")], 1).await;
     old.serves().await;
     for session in alive {
         assert_eq!(exchange(session).await.unwrap(), b"");
@@ -462,7 +453,7 @@ async fn a_signal_has_a_process_start_its_own_successor() {
     assert_eq!(old.ended().await.code(), Some(0));
     still_lives(&mut live).await;
     old.serves().await;
-    assert_eq!(value(&old, "vestibule_sessions_taken_over_total", "").await, 1);
+    old.has("vestibule_sessions_taken_over_total", &[], 1).await;
     assert_eq!(exchange(live).await.unwrap(), b"");
     is_empty(&old).await;
     heir.signal(Signal::TERM);

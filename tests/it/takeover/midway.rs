@@ -14,7 +14,7 @@ use vestibule::takeover::message::Message;
 
 use super::super::harness::{ACME, GLOBEX, connect, eventually, exchange, header, is_reset, still_lives};
 use super::super::process::{Serve, World, Written};
-use super::{Before, Heir, carried, config, door, is_empty, play, value};
+use super::{Before, Heir, carried, config, door, is_empty, play};
 
 #[tokio::test]
 async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_ones() {
@@ -157,13 +157,11 @@ async fn a_limit_holds_across_both_processes() {
     let header = header(ACME);
     let mut late = connect(old.web).await;
     late.write_all(&header[..20]).await.unwrap();
-    let pending = async || (value(&old, "vestibule_sessions_pending", "").await == 1).then_some(());
-    eventually("the old process to hear it", pending).await;
+    old.counts("vestibule_sessions_pending", &[], 1).await;
 
     let mut new = Serve::successor(&config, &control).await;
     is_full(&new).await;
-    let moved = async || (value(&new, "vestibule_sessions_taken_over_total", "").await == 2).then_some(());
-    eventually("both to move", moved).await;
+    new.counts("vestibule_sessions_taken_over_total", &[], 2).await;
     is_full(&new).await;
     // The old process has none any more, and yet no place.
     late.write_all(&header[20..]).await.unwrap();
