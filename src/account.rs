@@ -8,6 +8,7 @@ mod cells;
 pub mod latency;
 mod line;
 pub mod log;
+pub mod log_queue;
 pub mod lookup;
 pub mod loss;
 pub mod meter;

@@ -17,7 +17,6 @@ use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
@@ -34,14 +33,12 @@ use self::run::{Runs, Span};
 use self::socket::{BATCH, Door, ROOM};
 use self::table::{FlowId, Path, Table};
 use crate::accept::PAUSE;
-use crate::account::log::{Batch, Journal};
+use crate::account::log::{Journal, Outlet};
 use crate::account::loss::Loss;
 use crate::account::queues::Watch;
 use crate::addr::PeerAddr;
-use crate::admission::rate::Rate;
 use crate::admission::slots::Slots;
 use crate::clock::{self, Moment};
-use crate::config;
 use crate::life::Local;
 use crate::outcome::{At, Outcome, Why};
 use crate::state::rejections::Rejections;
@@ -64,9 +61,6 @@ const MUCH: usize = 256;
 
 /// Messages that one flow is given in its turn, so that a greedy one does not keep the others waiting.
 const TURN: usize = 16;
-
-/// Lines of the access log that tell of datagrams without a flow: so many in a second, and so many at once.
-const STRAY_LINES: config::Rate = config::Rate { interval: Duration::from_millis(100), burst: 20 };
 
 /// Which flows have something to say.
 type Poll = AsyncFd<OwnedFd>;
@@ -92,8 +86,6 @@ struct State<A> {
     slots: Arc<Slots>,
     journal: Journal,
     rejections: Rejections,
-    stray_lines: Rate,
-    strays_left_out: u64,
     table: Table<Flow<A>>,
     board: Box<dyn Fn() -> A>,
     rolls: fastrand::Rng,
@@ -124,7 +116,7 @@ impl<A> Flows<A> {
         number: u16,
         live: &Arc<Live>,
         local: Rc<Local>,
-        journal: Option<SyncSender<Batch>>,
+        journal: Option<Outlet>,
         board: Box<dyn Fn() -> A>,
     ) -> io::Result<Rc<Self>> {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -133,8 +125,6 @@ impl<A> Flows<A> {
             reason = "its successor is unsafe; an OwnedFd keeps its descriptor, as both ask"
         )]
         let poll = AsyncFd::new(poll)?;
-        let stray_lines = Rate::default();
-        stray_lines.set(Some(STRAY_LINES));
         let state = State {
             number,
             live: Arc::clone(live),
@@ -143,8 +133,6 @@ impl<A> Flows<A> {
             slots: Arc::clone(&live.sessions),
             journal: Journal::new(journal),
             rejections: Rejections::default(),
-            stray_lines,
-            strays_left_out: 0,
             table: Table::new(live.snapshot.load().flow_idle),
             board,
             rolls: fastrand::Rng::new(),
@@ -341,20 +329,12 @@ impl<A> Flows<A> {
 
     /// Tells what was left out of the access log.
     pub fn tell(&self) {
-        let mut state = self.state.borrow_mut();
-        state.rejections.tell();
-        let left_out = std::mem::take(&mut state.strays_left_out);
-        if left_out > 0 {
-            tracing::warn!(left_out, "datagrams without a flow were left out of the access log");
-        }
+        self.state.borrow().rejections.tell();
     }
 
-    /// Hands the lines of the access log on; how many were dropped because the writer was behind.
-    #[must_use]
-    pub fn flush(&self) -> u64 {
-        let state = self.state.borrow();
-        state.journal.flush();
-        state.journal.take_dropped()
+    /// Hands the lines of the access log on.
+    pub fn flush(&self) {
+        self.state.borrow().journal.flush();
     }
 
     /// From now on no flow begins, and one that has been silent for `idle` is ended.

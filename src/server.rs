@@ -15,7 +15,7 @@ pub mod takeover;
 mod team;
 mod upkeep;
 mod worker;
-mod writer;
+pub mod writer;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -37,7 +37,6 @@ use self::moving::Movers;
 use self::takeover::{Heritage, TakeoverError};
 use self::upkeep::Tools;
 use self::worker::Post;
-use crate::account::log::QUEUE;
 use crate::admin::{self, Desks, Turn};
 use crate::config::Config;
 use crate::probe::Lanes;
@@ -258,9 +257,12 @@ impl Server {
         ears: impl Iterator<Item = (mpsc::Receiver<doors::Order>, mpsc::Receiver<moving::Order>)>,
         stages: &watch::Receiver<Stage>,
     ) -> Result<(), StartError> {
-        let queue = QUEUE * sockets.len();
-        let (journal, written) = writer::open(&config.log.access, queue, Arc::clone(&self.live.log_lost))?;
-        self.written = written;
+        let mut journal = None;
+        if let Some(log) = writer::open(&config.log.access, sockets.len(), Arc::clone(&self.live.log))? {
+            self.written = Some(log.written);
+            self.orders.set_access_log(log.reopener);
+            journal = Some(log.outlet);
+        }
         let (posts, boxes): (Vec<_>, Vec<_>) =
             sockets.iter().map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
         for (((number, doors), handed_over), (orders, moves)) in (0_u16..).zip(sockets).zip(boxes).zip(ears) {
@@ -374,6 +376,8 @@ impl Server {
                 tracing::error!("a thread of the process panicked");
             }
         }
+        // Its writer ends with the last who may send to it.
+        self.orders.set_access_log(None);
         // A log that nobody reads must not keep the process from ending.
         let written = self.written.take().map(|written| written.recv_timeout(LOG_END));
         if let Some(Err(RecvTimeoutError::Timeout)) = written {
@@ -439,6 +443,7 @@ impl Control {
         upkeep::start(&self.tools, self.changed);
         let turn = self.desks.turn.clone();
         tokio::spawn(admin::serve(self.desks, Arc::clone(live)));
+        tokio::spawn(writer::tell_losses(Arc::clone(&live.log)));
         tokio::spawn(notify::run(Arc::clone(live), Arc::clone(&self.crew)));
         tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(live), turn));
         drain::run(live, &self.crew, self.stage, self.drains).await;

@@ -32,7 +32,7 @@ use crate::life::{Cut, Life, Local};
 use crate::outcome::{At, By, Outcome, Why};
 use crate::pool::queue::Place;
 use crate::pool::{Failed, Nobody, Picked, Pool, Tried, pick};
-use crate::state::rejections::Rejections;
+use crate::state::rejections::{Line, Rejections};
 use crate::state::{Listener, Live, Snapshot};
 use crate::takeover::Leaving;
 use crate::tenant::Tenant;
@@ -167,44 +167,59 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
         judge(&picked, outcome, &life, &story);
         outcome
     };
-    tell(&worker, life, outcome, session, &story);
+    tell(&worker, life, outcome, session, (&story, &snapshot));
     drop(aboard);
 }
 
 /// Accounts for a session, once.
-fn tell(worker: &Worker, life: Life, outcome: Outcome, session: SessionId, story: &Story<'_>) {
+fn tell(
+    worker: &Worker,
+    life: Life,
+    outcome: Outcome,
+    session: SessionId,
+    (story, snapshot): (&Story<'_>, &Snapshot),
+) {
+    if outcome.is_logged() && worker.journal.is_on() {
+        let strays = || snapshot.strays(life.meter.labels()[0]);
+        let strays = if story.tenant.is_none() { strays() } else { None };
+        match worker.rejections.line(outcome, story.tenant, strays, clock::now()) {
+            Ok(entry) => write(worker, &life, outcome, session, story, entry),
+            Err(class) => worker.journal.leave_out(class),
+        }
+    }
+    let total = life.started.age(clock::now());
+    life.meter.end(outcome, total);
+}
+
+/// Writes the line of a session's end.
+fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, story: &Story<'_>, entry: Line) {
     let bytes = life.meter.bytes();
     let would_delay = life.meter.would_delay;
-    let now = clock::now();
-    let total = life.started.age(now);
+    let total = life.started.age(clock::now());
+    let number = life.meter.labels()[1].serial();
     // By their names here: they need not be in any snapshot.
     let [listener, tenant, pool] = life.meter.labels().map(Label::name);
     let known = |name| Some(name).filter(|name: &&str| !name.is_empty());
-    if outcome.is_logged()
-        && worker.journal.is_on()
-        && let Some(left_out) = worker.rejections.line(outcome, story.tenant, now)
-    {
-        worker.journal.write(&Record {
-            time: clock::wall(),
-            session,
-            listener,
-            tenant: known(tenant),
-            endpoint: story.endpoint,
-            client: story.client,
-            peer: story.peer,
-            pool: known(pool),
-            backend: story.backend,
-            attempts: story.attempts,
-            bytes,
-            datagrams: None,
-            connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
-            total_ms: total,
-            outcome,
-            marks: Marks { would_delay, left_out, ..story.marks },
-            labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
-        });
-    }
-    life.meter.end(outcome, total);
+    let record = Record {
+        time: clock::wall(),
+        session,
+        listener,
+        tenant: known(tenant),
+        endpoint: story.endpoint,
+        client: story.client,
+        peer: story.peer,
+        pool: known(pool),
+        backend: story.backend,
+        attempts: story.attempts,
+        bytes,
+        datagrams: None,
+        connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
+        total_ms: total,
+        outcome,
+        marks: Marks { would_delay, left_out: entry.left_out, ..story.marks },
+        labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
+    };
+    worker.journal.write(entry.class, number, &record);
 }
 
 /// Carries on with a session that another process has begun, from what that has told to its last byte. `aboard` is held as
@@ -237,7 +252,7 @@ pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Size
     if let Some(picked) = &picked {
         judge(picked, outcome, &life, &story);
     }
-    tell(&worker, life, outcome, session, &story);
+    tell(&worker, life, outcome, session, (&story, &snapshot));
     drop(aboard);
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -10,6 +10,8 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::accept;
+use crate::account::log::QUEUE;
+use crate::account::log_queue::LogQueue;
 use crate::account::meter::Shard;
 use crate::account::queues::Queues;
 use crate::account::{Label, Labels, lock};
@@ -35,6 +37,7 @@ mod takeovers;
 
 pub use self::changes::{Changes, Count};
 use self::draining::{Draining, Phase};
+use self::rejections::StrayLines;
 pub use self::reload::{Frozen, Reloads, Turn};
 use self::rows::Rows;
 pub use self::takeovers::Takeovers;
@@ -73,6 +76,8 @@ pub struct Listener {
     pub is_tcp: bool,
     /// Whether it is configured no more.
     pub is_retired: bool,
+    /// Its lines of the access log that tell of connections without a tenant.
+    pub strays: Arc<StrayLines>,
 }
 
 impl Listener {
@@ -116,6 +121,7 @@ impl Snapshot {
             pool: pool_of(&row.listener.pool),
             is_tcp: row.listener.protocol == Protocol::Tcp,
             is_retired: row.is_retired,
+            strays: Arc::clone(&row.strays),
         });
         Self {
             listeners: listeners.collect(),
@@ -128,6 +134,13 @@ impl Snapshot {
             },
             flow_idle: config.timeouts.flow_idle,
         }
+    }
+
+    /// The lines of a listener's strays.
+    #[must_use]
+    pub fn strays(&self, listener: &Label) -> Option<&StrayLines> {
+        let rules = self.listeners.iter().find(|own| own.label.serial() == listener.serial());
+        rules.map(|rules| &*rules.strays)
     }
 
     /// The place of the tenant of this name, where there still is one: found by what its sessions claim nearly always,
@@ -237,8 +250,8 @@ pub struct Live {
     pub pipes: Arc<Budget>,
     /// What listening UDP sockets had no room for.
     pub queues: Arc<Queues>,
-    /// Lines of the access log that its writer could not write.
-    pub log_lost: Arc<AtomicU64>,
+    /// The lines of the access log that wait for its writer, and those that are missing.
+    pub log: Arc<LogQueue>,
     /// Listening sockets that broke.
     pub stopped_doors: AtomicUsize,
     /// Every address of each listener, by the listener's place, once it is bound.
@@ -314,7 +327,7 @@ impl Live {
             quotas,
             pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
             queues: Arc::default(),
-            log_lost: Arc::default(),
+            log: Arc::new(LogQueue::new(workers.max(1) * QUEUE)),
             stopped_doors: AtomicUsize::new(0),
             bound: ArcSwap::default(),
             pages: OnceLock::new(),

@@ -120,8 +120,6 @@ pub struct WorkerCells {
     pub handed_over: Cell64,
     /// Turns of its clock: it stands still where the worker does.
     pub ticks: Cell64,
-    /// Lines of the access log that were dropped because its writer was behind.
-    pub log_dropped: Cell64,
 }
 
 /// One worker's cells, as a scrape reads them.

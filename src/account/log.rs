@@ -1,12 +1,14 @@
 //! The access log: one JSON line for each session that ended, except load balancers' health checks.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::mpsc::SyncSender;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, SystemTime};
 
 use super::EachWay;
 use super::line::{Stamp, address, decimal, hexadecimal, milliseconds, quote};
+use super::log_queue::{Held, LineClass, LogQueue};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::id::{EndpointId, SessionId};
 use crate::outcome::{Outcome, Why};
@@ -60,7 +62,7 @@ pub struct Marks {
     pub would_reject: Option<Why>,
     /// Whether its bytes would have had to wait.
     pub would_delay: bool,
-    /// Lines that tell of the tenant's rejections and were left out before this one.
+    /// Lines of the same kind that were left out before this one.
     pub left_out: u64,
 }
 
@@ -182,15 +184,44 @@ impl Record<'_> {
 pub struct Batch {
     /// Whole lines, each with its end.
     pub text: Vec<u8>,
-    /// How many.
-    pub lines: u64,
+    lines: Vec<Held>,
+}
+
+impl Batch {
+    /// How many lines it has.
+    #[must_use]
+    pub fn lines(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// Gives back the room that its lines held in the queue; lines that could not be written are counted as dropped.
+    pub fn settle(&self, queue: &LogQueue, is_written: bool) {
+        for line in self.lines.iter().copied() {
+            if !is_written {
+                queue.lose(line);
+            }
+            queue.release(line);
+        }
+    }
 }
 
 /// The bytes after which a worker hands its lines to the writer without waiting for the next tick.
 const FULL: usize = 32 * 1024;
 
-/// Batches that may wait for the writer, for each worker: 2 MiB.
-pub const QUEUE: usize = 64;
+/// Bytes of lines that may wait, in the journals and for the writer, for each worker.
+pub const QUEUE: usize = 2 * 1024 * 1024;
+
+/// Batches that may be on their way to the writer, for each worker; the others wait in their journals.
+pub const BATCHES: usize = 64;
+
+/// The way to the writer.
+#[derive(Clone, Debug)]
+pub struct Outlet {
+    /// An empty batch wakes the writer.
+    pub to_writer: SyncSender<Batch>,
+    /// The account of the lines that wait.
+    pub queue: Arc<LogQueue>,
+}
 
 /// One worker's end of the access log: lines are collected, and handed to the writer by the batch.
 #[derive(Debug)]
@@ -198,34 +229,36 @@ pub struct Journal {
     batch: RefCell<Batch>,
     stamp: RefCell<Stamp>,
     /// `None` where the log is off.
-    writer: Option<SyncSender<Batch>>,
-    dropped: Cell<u64>,
+    outlet: Option<Outlet>,
 }
 
 impl Journal {
-    /// A journal that hands its batches to `writer`.
+    /// A journal that hands its batches to a writer.
     #[must_use]
-    pub fn new(writer: Option<SyncSender<Batch>>) -> Self {
-        Self { batch: RefCell::default(), stamp: RefCell::default(), writer, dropped: Cell::new(0) }
+    pub fn new(outlet: Option<Outlet>) -> Self {
+        Self { batch: RefCell::default(), stamp: RefCell::default(), outlet }
     }
 
-    /// Whether anybody reads the lines.
+    /// Whether there is a log.
     #[must_use]
     pub fn is_on(&self) -> bool {
-        self.writer.is_some()
+        self.outlet.is_some()
     }
 
-    /// Adds a line.
-    pub fn write(&self, record: &Record<'_>) {
-        if self.writer.is_none() {
-            return;
-        }
+    /// Adds a line of the tenant whose label has this number. Where the queue has no room for it, it is dropped and
+    /// counted: a slow disk must not hold up traffic.
+    pub fn write(&self, class: LineClass, tenant: u32, record: &Record<'_>) {
+        let Some(outlet) = &self.outlet else { return };
         let mut batch = self.batch.borrow_mut();
         if batch.text.capacity() == 0 {
             batch.text.reserve(FULL + FULL / 8);
         }
+        let before = batch.text.len();
         record.write(&mut batch.text, &mut self.stamp.borrow_mut());
-        batch.lines += 1;
+        match outlet.queue.admit(class, tenant, batch.text.len() - before) {
+            Some(held) => batch.lines.push(held),
+            None => batch.text.truncate(before),
+        }
         let full = batch.text.len() >= FULL;
         drop(batch);
         if full {
@@ -233,21 +266,32 @@ impl Journal {
         }
     }
 
-    /// Hands what was collected to the writer. Where the writer is behind, the lines are dropped and counted:
-    /// a slow disk must not hold up traffic.
-    pub fn flush(&self) {
-        let Some(writer) = &self.writer else { return };
-        let batch = std::mem::take(&mut *self.batch.borrow_mut());
-        let lines = batch.lines;
-        if lines > 0 && writer.try_send(batch).is_err() {
-            self.dropped.set(self.dropped.get() + lines);
-        }
+    /// Counts a line that is left out.
+    pub fn leave_out(&self, class: LineClass) {
+        self.outlet.iter().for_each(|outlet| outlet.queue.leave_out(class));
     }
 
-    /// Takes the count of lines dropped since it was last taken.
-    #[must_use]
-    pub fn take_dropped(&self) -> u64 {
-        self.dropped.take()
+    /// Hands what was collected to the writer, where that takes it now.
+    pub fn flush(&self) {
+        let Some(outlet) = &self.outlet else { return };
+        if self.batch.borrow().lines.is_empty() {
+            return;
+        }
+        let batch = std::mem::take(&mut *self.batch.borrow_mut());
+        match outlet.to_writer.try_send(batch) {
+            Ok(()) => {}
+            // They go with the next.
+            Err(TrySendError::Full(batch)) => *self.batch.borrow_mut() = batch,
+            Err(TrySendError::Disconnected(batch)) => batch.settle(&outlet.queue, false),
+        }
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        self.flush();
+        let rest = std::mem::take(&mut *self.batch.borrow_mut());
+        self.outlet.iter().for_each(|outlet| rest.settle(&outlet.queue, false));
     }
 }
 
@@ -280,19 +324,29 @@ mod tests {
         }
     }
 
-    fn journal(queue: usize) -> (Journal, Receiver<Batch>) {
-        let (sender, receiver) = sync_channel(queue);
-        (Journal::new(Some(sender)), receiver)
+    /// A journal with room for so many bytes.
+    fn journal(room: usize) -> (Journal, Receiver<Batch>, Arc<LogQueue>) {
+        let (to_writer, receiver) = sync_channel(1);
+        let queue = Arc::new(LogQueue::new(room));
+        (Journal::new(Some(Outlet { to_writer, queue: Arc::clone(&queue) })), receiver, queue)
+    }
+
+    fn write(journal: &Journal, record: &Record<'_>) {
+        journal.write(LineClass::Session, 1, record);
+    }
+
+    fn received(receiver: &Receiver<Batch>) -> Option<Batch> {
+        receiver.try_recv().ok()
     }
 
     #[test]
     fn a_line_has_all_that_is_known() {
         let labels = BTreeMap::from([("plan".to_owned(), "gold".to_owned())]);
-        let (journal, receiver) = journal(1);
-        journal.write(&record(&labels));
+        let (journal, receiver, _queue) = journal(QUEUE);
+        write(&journal, &record(&labels));
         journal.flush();
-        let batch = receiver.recv().unwrap();
-        assert_eq!(batch.lines, 1);
+        let batch = received(&receiver).unwrap();
+        assert_eq!(batch.lines(), 1);
         assert_eq!(
             String::from_utf8(batch.text).unwrap(),
             concat!(
@@ -308,20 +362,23 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_left_out() {
-        let (journal, receiver) = journal(1);
-        journal.write(&Record {
-            tenant: None,
-            endpoint: None,
-            client: None,
-            pool: None,
-            backend: None,
-            attempts: 0,
-            connect_ms: None,
-            labels: None,
-            ..record(&BTreeMap::new())
-        });
+        let (journal, receiver, _queue) = journal(QUEUE);
+        write(
+            &journal,
+            &Record {
+                tenant: None,
+                endpoint: None,
+                client: None,
+                pool: None,
+                backend: None,
+                attempts: 0,
+                connect_ms: None,
+                labels: None,
+                ..record(&BTreeMap::new())
+            },
+        );
         journal.flush();
-        let line = String::from_utf8(receiver.recv().unwrap().text).unwrap();
+        let line = String::from_utf8(received(&receiver).unwrap().text).unwrap();
         for key in [
             "tenant",
             "endpoint",
@@ -340,13 +397,13 @@ mod tests {
 
     #[test]
     fn what_limits_have_to_do_with_it_is_said_only_where_they_have() {
-        let (journal, receiver) = journal(1);
+        let (journal, receiver, _queue) = journal(QUEUE);
         let labels = BTreeMap::new();
         let marks =
             Marks { queued_us: 1_500, would_reject: Some(Why::SessionLimit), would_delay: true, left_out: 7 };
-        journal.write(&Record { marks, ..record(&labels) });
+        write(&journal, &Record { marks, ..record(&labels) });
         journal.flush();
-        let line = String::from_utf8(receiver.recv().unwrap().text).unwrap();
+        let line = String::from_utf8(received(&receiver).unwrap().text).unwrap();
         let expected = r#""queued_ms":1.5,"would_reject":["session_limit"],"would_delay":true,"left_out":7,"labels":{}}"#;
         assert!(line.trim_end().ends_with(expected), "{line}");
     }
@@ -354,37 +411,57 @@ mod tests {
     #[test]
     fn a_full_batch_goes_at_once_and_a_full_queue_drops_and_counts() {
         let labels = BTreeMap::new();
-        let (journal, receiver) = journal(1);
-        for _ in 0..200 {
-            journal.write(&record(&labels));
+        // Half of it is one tenant's.
+        let (journal, receiver, queue) = journal(4 * FULL);
+        for _ in 0..400 {
+            write(&journal, &record(&labels));
         }
-        let dropped = journal.take_dropped();
-        assert!(dropped > 0, "one batch waits, the next is dropped");
-        assert_eq!(journal.take_dropped(), 0);
-        let first = receiver.try_recv().unwrap();
+        let dropped = queue.losses().dropped[0];
+        assert!(dropped > 0);
+        let first = received(&receiver).unwrap();
         assert!(first.text.len() >= FULL && first.text.ends_with(b"\n"));
+        // The writer takes one at a time: the others have waited in the journal.
         journal.flush();
-        assert_eq!(receiver.try_recv().unwrap().lines + first.lines + dropped, 200);
+        let rest = received(&receiver).unwrap();
+        assert!(rest.text.len() > first.text.len());
+        assert_eq!(u64::try_from(first.lines() + rest.lines()).unwrap() + dropped, 400);
+        first.settle(&queue, true);
+        rest.settle(&queue, true);
+        assert_eq!((queue.waiting(), queue.losses().dropped[0]), (0, dropped));
         journal.flush();
-        assert!(receiver.try_recv().is_err(), "an empty batch is not sent");
+        assert!(received(&receiver).is_none(), "an empty batch is not sent");
+    }
+
+    #[test]
+    fn lines_that_the_writer_has_not_taken_at_the_end_are_counted() {
+        let (journal, receiver, queue) = journal(QUEUE);
+        for _ in 0..2 {
+            write(&journal, &record(&BTreeMap::new()));
+            journal.flush();
+        }
+        drop(journal);
+        assert_eq!((received(&receiver).unwrap().lines(), queue.losses().dropped[0]), (1, 1));
     }
 
     #[test]
     fn lines_for_a_writer_that_has_gone_are_dropped_and_counted() {
-        let (journal, receiver) = journal(1);
+        let (journal, receiver, queue) = journal(QUEUE);
         drop(receiver);
-        journal.write(&record(&BTreeMap::new()));
-        journal.write(&record(&BTreeMap::new()));
+        write(&journal, &record(&BTreeMap::new()));
+        journal.write(LineClass::Stray, 0, &record(&BTreeMap::new()));
+        journal.leave_out(LineClass::Stray);
         journal.flush();
-        assert_eq!(journal.take_dropped(), 2);
+        assert_eq!((queue.losses().dropped, queue.losses().left_out), ([1, 0, 1], [0, 0, 1]));
+        assert_eq!(queue.waiting(), 0);
     }
 
     #[test]
     fn a_log_that_is_off_costs_nothing() {
         let journal = Journal::new(None);
         assert!(!journal.is_on());
-        journal.write(&record(&BTreeMap::new()));
+        write(&journal, &record(&BTreeMap::new()));
+        journal.leave_out(LineClass::Stray);
         journal.flush();
-        assert_eq!((journal.take_dropped(), journal.batch.borrow().text.capacity()), (0, 0));
+        assert_eq!(journal.batch.borrow().text.capacity(), 0);
     }
 }

@@ -110,8 +110,10 @@ metrics! {
         "Sessions of each worker thread.";
     HANDED_OVER: Counter "vestibule_worker_handed_over_total" ["worker"]
         "Fresh connections that the worker handed to one with fewer sessions.";
-    LOG_DROPPED: Counter "vestibule_access_log_dropped_total" []
-        "Lines of the access log that were dropped because its writer was behind, or could not write them.";
+    LOG_DROPPED: Counter "vestibule_access_log_dropped_total" ["class"]
+        "Lines of the access log that were dropped because its writer was behind, or could not write them: `session`, `rejection` (a tenant's limit), `stray` (no tenant known).";
+    LOG_LEFT_OUT: Counter "vestibule_access_log_left_out_total" ["class"]
+        "Lines left out of the access log because more than 10 a second would tell the same: `rejection` (for each tenant) or `stray` (for each listener and reason).";
     SESSIONS_LIMIT: Gauge "vestibule_sessions_limit" []
         "Sessions that the process takes at once.";
     TENANT_SESSIONS: Gauge "vestibule_tenant_sessions" ["tenant"]

@@ -30,6 +30,12 @@ pub trait Orders: Debug + Send + Sync {
     /// Why not; what was in force stays.
     fn reload(&self) -> Result<Reloaded, Refused>;
 
+    /// Opens the access log's file anew, as after it was renamed; nothing where the log is no file.
+    ///
+    /// # Errors
+    /// Why it goes on in the file that it has; the process log has it, too.
+    fn reopen_access_log(&self) -> Result<(), String>;
+
     /// Starts to drain. A second call changes nothing.
     fn drain(&self);
 
@@ -38,12 +44,15 @@ pub trait Orders: Debug + Send + Sync {
 }
 
 /// What is in force after a reload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct Reloaded {
     pub listeners: usize,
     pub pools: usize,
     pub tenants: usize,
+    /// Why the access log's file was not opened anew, where it was not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access_log: Option<String>,
 }
 
 /// Why a reload was refused.

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, UNIX_EPOCH};
 
 use prometheus::core::{Collector, Desc};
@@ -13,6 +12,7 @@ use prometheus::proto::{
 use prometheus::{Registry, TextEncoder};
 
 use crate::account::latency::{Recorder, Times};
+use crate::account::log_queue::{LineClass, Lines};
 use crate::account::meter::Shard;
 use crate::account::names::{self, Kind, Metric};
 use crate::account::{Direction, EachWay};
@@ -220,7 +220,14 @@ fn process(sheet: &mut Sheet, live: &Live) {
     }
     sheet.count(&names::TENANTS, &[], snapshot.directory.tenants().len() as u64);
     sheet.count(&names::PIPE_MEMORY, &[], live.pipes.used());
-    sheet.count(&names::LOG_DROPPED, &[], live.log_lost.load(Ordering::Relaxed));
+    let losses = live.log.losses();
+    for class in LineClass::ALL {
+        let of = |lines: Lines| lines.get(class as usize).copied().unwrap_or_default();
+        sheet.count(&names::LOG_DROPPED, &[class.word()], of(losses.dropped));
+        if class != LineClass::Session {
+            sheet.count(&names::LOG_LEFT_OUT, &[class.word()], of(losses.left_out));
+        }
+    }
     sheet.count(&names::RELOADS, &[], live.reloads.done());
     sheet.count(&names::RELOADS_REJECTED, &[], live.reloads.refused());
     for (result, count) in live.takeovers.results() {
@@ -330,7 +337,6 @@ fn worker(sheet: &mut Sheet, number: usize, shard: &Shard) {
     sheet.count(&names::HANDED_OVER, &[&number], cells.handed_over.value());
     sheet.count(&names::PIPES, &[], cells.pipes.value());
     sheet.count(&names::PIPES_REFUSED, &[], cells.pipes_refused.value());
-    sheet.count(&names::LOG_DROPPED, &[], cells.log_dropped.value());
     sheet.each_way(&names::MODE_BYTES, &["copy"], cells.copied.values());
     sheet.each_way(&names::MODE_BYTES, &["splice"], cells.spliced.values());
 }

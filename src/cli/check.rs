@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use super::ask::Place;
 use crate::config::Config;
 use crate::config::difference::{Difference, InForce};
+use crate::server::writer;
 
 /// What `vestibule check` is told.
 #[derive(Debug, clap::Args)]
@@ -43,6 +44,10 @@ pub(super) fn run(options: &Options) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if let Err(error) = writer::check(&config.log.access) {
+        eprintln!("{error}");
+        return ExitCode::FAILURE;
+    }
     let Some(place) = &options.against else {
         println!("{}: fine: {}", options.config.display(), contents(&config));
         return ExitCode::SUCCESS;

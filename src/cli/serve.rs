@@ -115,8 +115,9 @@ fn serve(
     sources: Sources,
 ) -> Result<(), StartError> {
     let (reloads, asked) = mpsc::channel(1);
+    let (reopenings, asked_to_reopen) = mpsc::channel(1);
     let successor = Successor { source: start.source.clone(), control: config.admin.socket.clone() };
-    let signals = Signals { caught, successor, reloads };
+    let signals = Signals { caught, successor, reloads, reopenings };
     let watched = start.source.clone().filter(|_| config.process.watch);
     let mut server = Server::start_with(&config, start)?;
     server.succeed()?;
@@ -124,7 +125,11 @@ fn serve(
     // The server has it, until another one is in force.
     drop(config);
     notify::ready();
-    runtime.spawn(reload(Arc::clone(server.orders()), asked));
+    runtime.spawn(carry_out_each(Arc::clone(server.orders()), asked, |orders| drop(orders.reload())));
+    // Apart from reloads, which may wait for names for seconds.
+    runtime.spawn(carry_out_each(Arc::clone(server.orders()), asked_to_reopen, |orders| {
+        drop(orders.reopen_access_log());
+    }));
     if let Some(main) = watched {
         runtime.spawn(watch::run(main, sources, Arc::clone(server.orders())));
     }
@@ -138,6 +143,7 @@ struct Caught {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    reopen: Signal,
     upgrade: Signal,
 }
 
@@ -148,6 +154,7 @@ impl Caught {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            reopen: signal(SignalKind::user_defined1())?,
             upgrade: signal(SignalKind::user_defined2())?,
         })
     }
@@ -158,6 +165,8 @@ struct Signals {
     successor: Successor,
     /// Has room for one reload beside the one that is carried out: it reads the newest files.
     reloads: mpsc::Sender<()>,
+    /// The same for the access log's file.
+    reopenings: mpsc::Sender<()>,
 }
 
 /// How a process starts the one that takes its place.
@@ -204,12 +213,13 @@ impl Successor {
 }
 
 impl Signals {
-    /// Waits for the next order to end; meanwhile SIGHUP reloads.
+    /// Waits for the next order to end; meanwhile SIGHUP reloads, and SIGUSR1 opens the access log's file anew.
     async fn next(&mut self, orders: &Orders) {
         loop {
             tokio::select! {
                 _ = self.caught.terminate.recv() => return,
                 _ = self.caught.interrupt.recv() => return,
+                _ = self.caught.reopen.recv() => self.reopenings.try_send(()).unwrap_or_default(),
                 _ = self.caught.upgrade.recv() => self.successor.start(orders.tie()),
                 // Not here: it may wait for names, and the end must not wait for it.
                 _ = self.caught.hangup.recv() => self.reloads.try_send(()).unwrap_or_default(),
@@ -229,13 +239,13 @@ impl Signals {
     }
 }
 
-/// Carries out one reload after the other, for as long as anybody asks.
-async fn reload(orders: Arc<Orders>, mut asked: mpsc::Receiver<()>) {
+/// Carries out an order each time that it is asked for, one after the other.
+async fn carry_out_each(orders: Arc<Orders>, mut asked: mpsc::Receiver<()>, order: fn(&Orders)) {
     while asked.recv().await.is_some() {
         let orders = Arc::clone(&orders);
         // What came of it is logged and counted there.
-        if let Err(error) = tokio::task::spawn_blocking(move || orders.reload()).await {
-            tracing::error!(%error, "a fault in vestibule itself in a reload");
+        if let Err(error) = tokio::task::spawn_blocking(move || order(&orders)).await {
+            tracing::error!(%error, "a fault in vestibule itself while a signal's order was carried out");
         }
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::net::UdpSocket;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use quinn_udp::RecvMeta;
 
@@ -18,7 +19,7 @@ use crate::id::SessionId;
 use crate::outcome::Outcome;
 use crate::pool::{Picked, Pool, Tried};
 use crate::state::Snapshot;
-use crate::state::rejections::Rejections;
+use crate::state::rejections::{Line, Rejections};
 use crate::tenant::Tenant;
 
 use super::datagrams;
@@ -153,36 +154,46 @@ impl Story {
         self.snapshot.pools.get(self.pool as usize)
     }
 
-    /// Counts the end, and writes its line; `line` is what was left out of the log before it, `None` where it is too.
-    pub(super) fn end(self, outcome: Outcome, who: Told, journal: &Journal, line: Option<u64>, now: Moment) {
-        let bytes = self.meter.bytes();
+    /// Counts the end, and writes its line, where it has one.
+    pub(super) fn end(self, outcome: Outcome, who: Told, books: &Books<'_>, now: Moment) {
         let took = self.began.age(now);
-        if let Some(left_out) = line.filter(|_| outcome.is_logged() && journal.is_on()) {
-            let labels = self.tenant().and_then(|tenant| tenant.labels.as_deref());
-            // By their names here: they need not be in any snapshot.
-            let [listener, tenant, pool] = self.meter.labels().map(Label::name);
-            let known = |name| Some(name).filter(|name: &&str| !name.is_empty());
-            journal.write(&Record {
-                time: clock::wall(),
-                session: self.session,
-                listener,
-                tenant: known(tenant),
-                endpoint: who.who.and_then(|who| who.endpoint.id()),
-                client: who.who.and_then(|who| who.client),
-                peer: who.peer,
-                pool: known(pool),
-                backend: who.backend,
-                attempts: who.attempts,
-                bytes,
-                datagrams: Some(who.datagrams),
-                connect_ms: None,
-                total_ms: took,
-                outcome,
-                marks: Marks { left_out, would_reject: who.would_reject, ..Marks::default() },
-                labels,
-            });
+        if outcome.is_logged() && books.journal.is_on() {
+            let rules = self.snapshot.listeners.get(self.listener as usize);
+            let strays = rules.map(|rules| &*rules.strays);
+            match books.rejections.line(outcome, self.tenant(), strays, now) {
+                Ok(line) => self.write(outcome, who, books.journal, line, took),
+                Err(class) => books.journal.leave_out(class),
+            }
         }
         self.meter.end(outcome, took);
+    }
+
+    fn write(&self, outcome: Outcome, who: Told, journal: &Journal, line: Line, took: Duration) {
+        let labels = self.tenant().and_then(|tenant| tenant.labels.as_deref());
+        let number = self.meter.labels()[1].serial();
+        // By their names here: they need not be in any snapshot.
+        let [listener, tenant, pool] = self.meter.labels().map(Label::name);
+        let known = |name| Some(name).filter(|name: &&str| !name.is_empty());
+        let record = Record {
+            time: clock::wall(),
+            session: self.session,
+            listener,
+            tenant: known(tenant),
+            endpoint: who.who.and_then(|who| who.endpoint.id()),
+            client: who.who.and_then(|who| who.client),
+            peer: who.peer,
+            pool: known(pool),
+            backend: who.backend,
+            attempts: who.attempts,
+            bytes: self.meter.bytes(),
+            datagrams: Some(who.datagrams),
+            connect_ms: None,
+            total_ms: took,
+            outcome,
+            marks: Marks { left_out: line.left_out, would_reject: who.would_reject, ..Marks::default() },
+            labels,
+        };
+        journal.write(line.class, number, &record);
     }
 }
 
@@ -275,8 +286,7 @@ impl<A> Flow<A> {
             datagrams: self.datagrams,
             would_reject: self.permit.would_reject(),
         };
-        let line = books.rejections.line(outcome, self.story.tenant(), now);
-        self.story.end(outcome, told, books.journal, line, now);
+        self.story.end(outcome, told, books, now);
     }
 }
 

@@ -114,17 +114,8 @@ impl<A> State<A> {
     }
 
     fn reject(&mut self, story: Story, path: Path, who: Option<Who>, outcome: Outcome, now: Moment) {
-        // A flood of datagrams is cheaper to send than one of connections: of those without a tenant a few have a line.
-        let line = match story.tenant() {
-            Some(tenant) => self.rejections.line(outcome, Some(tenant), now),
-            None if !outcome.is_logged() => None,
-            None if self.stray_lines.admit(now) => Some(std::mem::take(&mut self.strays_left_out)),
-            None => {
-                self.strays_left_out += 1;
-                None
-            }
-        };
-        story.end(outcome, Told::stray(path.peer, who), &self.journal, line, now);
+        let books = Books { journal: &self.journal, rejections: &self.rejections };
+        story.end(outcome, Told::stray(path.peer, who), &books, now);
     }
 
     /// Begins a flow.

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::notify;
 use super::reload::{ReloadError, Reloader};
 use super::takeover::Giver;
+use super::writer::Reopener;
 use crate::account::lock;
 use crate::admin::control::{self, Fault, Refused, Reloaded};
 use crate::config::{Config, Faults};
@@ -26,6 +27,8 @@ pub struct Orders {
     turn: Mutex<()>,
     /// Once everything runs.
     pub(super) giver: OnceLock<Arc<Giver>>,
+    /// While the access log is a file that is written.
+    access_log: Mutex<Option<Arc<Reopener>>>,
 }
 
 impl Orders {
@@ -35,7 +38,20 @@ impl Orders {
         source: Option<PathBuf>,
         drain: watch::Sender<bool>,
     ) -> Self {
-        Self { live, reloader, source, drain, turn: Mutex::default(), giver: OnceLock::new() }
+        Self {
+            live,
+            reloader,
+            source,
+            drain,
+            turn: Mutex::default(),
+            giver: OnceLock::new(),
+            access_log: Mutex::default(),
+        }
+    }
+
+    /// From now on this is asked to open the access log's file anew.
+    pub(super) fn set_access_log(&self, log: Option<Reopener>) {
+        *lock(&self.access_log) = log.map(Arc::new);
     }
 
     /// Why a successor that this process starts would end with it, and what to do instead; `None` where it would not.
@@ -66,6 +82,7 @@ impl Orders {
             listeners: config.listeners.len(),
             pools: config.pools.len(),
             tenants: config.tenants.len(),
+            access_log: None,
         })
     }
 }
@@ -78,15 +95,19 @@ impl control::Orders for Orders {
         if !goes {
             notify::reloading();
         }
-        let reloaded = self.put_in_force();
-        match &reloaded {
+        let mut reloaded = self.put_in_force();
+        // Also where it is refused: a log that was renamed must not wait for another to be put right.
+        let reopened = self.reopen_access_log();
+        match &mut reloaded {
             // The one who does it says what has changed.
-            Ok(_) => {}
+            Ok(reloaded) => reloaded.access_log = reopened.err(),
             Err(Refused { faults }) => {
-                for fault in faults {
+                for fault in faults.iter() {
                     tracing::error!("{}", fault.text);
                 }
                 tracing::error!(faults = faults.len(), "the reload is refused; what was in force stays");
+                let reopening = reopened.err().map(|text| refused_for(&text).faults);
+                faults.extend(reopening.unwrap_or_default());
             }
         }
         // Also where it was refused: it serves.
@@ -94,6 +115,11 @@ impl control::Orders for Orders {
             notify::ready();
         }
         reloaded
+    }
+
+    fn reopen_access_log(&self) -> Result<(), String> {
+        let log = lock(&self.access_log).clone();
+        log.map_or(Ok(()), |log| log.reopen())
     }
 
     fn drain(&self) {

@@ -5,7 +5,6 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::SyncSender;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,7 +19,7 @@ use super::drain::{self, Stage};
 use super::listen::Bound;
 use super::moving;
 use crate::accept::Accepted;
-use crate::account::log::{Batch, Journal};
+use crate::account::log::{Journal, Outlet};
 use crate::account::meter::Ledger;
 use crate::admission::budget::QUANTUM;
 use crate::clock;
@@ -58,7 +57,7 @@ pub(super) struct Post {
     pub(super) orders: mpsc::Receiver<Order>,
     pub(super) moves: mpsc::Receiver<moving::Order>,
     pub(super) stages: watch::Receiver<Stage>,
-    pub(super) journal: Option<SyncSender<Batch>>,
+    pub(super) journal: Option<Outlet>,
 }
 
 /// Starts the thread of a worker.
@@ -82,7 +81,7 @@ pub(super) struct Shop {
     others: Vec<mpsc::Sender<Fresh>>,
     /// Once a listener is UDP; nothing where they cannot be carried.
     flows: OnceCell<Option<Rc<Flows<Aboard>>>>,
-    journal: Option<SyncSender<Batch>>,
+    journal: Option<Outlet>,
 }
 
 impl Shop {
@@ -114,8 +113,7 @@ impl Shop {
     /// Hands the lines of the access log on.
     fn flush(&self) {
         self.worker.journal.flush();
-        let of_flows = self.known_flows().map_or(0, |flows| flows.flush());
-        self.worker.local.ledger.worker().log_dropped.add(self.worker.journal.take_dropped() + of_flows);
+        self.known_flows().iter().for_each(|flows| flows.flush());
     }
 
     /// Tells what was left out of the access log.

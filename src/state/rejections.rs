@@ -1,12 +1,17 @@
-//! Rejections in the logs: a flood of them has a few lines, and the count of the others.
+//! Rejections and strays in the logs: a flood of them has a few lines, and the count of the others.
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::account::Label;
-use crate::admission::quota::Quota;
+use crate::account::log_queue::LineClass;
+use crate::admission::quota::{LINES_BURST, Quota};
+use crate::admission::rate::Rate;
 use crate::clock::Moment;
-use crate::outcome::{At, By, Outcome};
+use crate::config;
+use crate::outcome::{At, By, Outcome, Why};
 use crate::tenant::Tenant;
 
 /// Tenants that one telling names; of the others it says how many there are.
@@ -18,21 +23,86 @@ pub struct Rejections {
     untold: RefCell<Vec<(Label, Arc<Quota>)>>,
 }
 
+/// The lines of one listener that tell of connections and datagrams whose tenant is not known: for each reason a few at
+/// once, then so many in a second, over all workers. A flood of them is free to send, and must not fill the disk.
+#[derive(Debug)]
+pub struct StrayLines(Box<[Bucket]>);
+
+#[derive(Debug, Default)]
+struct Bucket {
+    rate: Rate,
+    left_out: AtomicU64,
+}
+
+/// As for the rejections of a tenant.
+const STRAY_LINES: config::Rate = config::Rate { interval: Duration::from_millis(100), burst: LINES_BURST };
+
+impl Default for StrayLines {
+    fn default() -> Self {
+        let bucket = |_| {
+            let bucket = Bucket::default();
+            bucket.rate.set(Some(STRAY_LINES));
+            bucket
+        };
+        Self(Why::ALL.iter().map(bucket).collect())
+    }
+}
+
+impl StrayLines {
+    /// Whether one more has a line now, and how many had none before it.
+    fn line(&self, why: Why, now: Moment) -> Option<u64> {
+        let bucket = self.0.get(why as usize)?;
+        if bucket.rate.admit(now) {
+            return Some(bucket.left_out.swap(0, Ordering::AcqRel));
+        }
+        bucket.left_out.fetch_add(1, Ordering::AcqRel);
+        None
+    }
+}
+
+/// The line of an end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// What it tells of.
+    pub class: LineClass,
+    /// How many of its kind had none before it.
+    pub left_out: u64,
+}
+
 impl Rejections {
-    /// Whether a session's end has its line: each has, but for a tenant's rejections beyond so many in a second. Tells
-    /// how many were left out before this one; `None` where this one is, too.
-    #[must_use]
-    pub fn line(&self, outcome: Outcome, tenant: Option<&Tenant>, now: Moment) -> Option<u64> {
-        let rejected = outcome.by == By::Proxy && outcome.at == At::Tenant;
-        let Some(tenant) = tenant.filter(|_| rejected) else { return Some(0) };
-        match tenant.quota.has_line(now) {
-            Ok(()) => Some(tenant.quota.take_left_out()),
-            Err(is_first) => {
-                if is_first {
-                    self.untold.borrow_mut().push((tenant.label.clone(), Arc::clone(&tenant.quota)));
-                }
-                None
+    /// The line of an end, which each has, but for a tenant's rejections, and a listener's strays, beyond so many in a
+    /// second.
+    ///
+    /// # Errors
+    /// It has none, and is of this class.
+    pub fn line(
+        &self,
+        outcome: Outcome,
+        tenant: Option<&Tenant>,
+        strays: Option<&StrayLines>,
+        now: Moment,
+    ) -> Result<Line, LineClass> {
+        // A session of another process may have a tenant that is unknown here, and is no stray.
+        let is_early = outcome.at <= At::Tenant;
+        match (tenant, strays) {
+            (None, Some(strays)) if is_early => {
+                let class = LineClass::Stray;
+                strays.line(outcome.why, now).map(|left_out| Line { class, left_out }).ok_or(class)
             }
+            (Some(tenant), _) if outcome.by == By::Proxy && outcome.at == At::Tenant => {
+                let class = LineClass::Rejection;
+                match tenant.quota.has_line(now) {
+                    Ok(()) => Ok(Line { class, left_out: tenant.quota.take_left_out() }),
+                    Err(is_first) => {
+                        if is_first {
+                            let untold = (tenant.label.clone(), Arc::clone(&tenant.quota));
+                            self.untold.borrow_mut().push(untold);
+                        }
+                        Err(class)
+                    }
+                }
+            }
+            _ => Ok(Line { class: LineClass::Session, left_out: 0 }),
         }
     }
 
@@ -57,8 +127,6 @@ impl Rejections {
 mod tests {
     use super::*;
     use crate::account::Labels;
-    use crate::admission::quota::LINES_BURST;
-    use crate::outcome::Why;
 
     fn tenant() -> Tenant {
         Tenant {
@@ -71,28 +139,59 @@ mod tests {
         }
     }
 
+    const START: Moment = Moment::from_nanos(0);
+    const LATER: Moment = Moment::from_nanos(100_000_000);
+
+    fn line(class: LineClass, left_out: u64) -> Line {
+        Line { class, left_out }
+    }
+
     #[test]
     fn a_flood_has_a_few_lines_and_the_rest_is_told_once() {
-        let (rejections, acme, start) = (Rejections::default(), tenant(), Moment::from_nanos(0));
+        let (rejections, acme) = (Rejections::default(), tenant());
         let rejected = Outcome::reject(At::Tenant, Why::SessionRate);
-        let line = |now| rejections.line(rejected, Some(&acme), now);
-        let lines = (0..100).filter(|_| line(start) == Some(0)).count();
+        let ask = |now| rejections.line(rejected, Some(&acme), Some(&StrayLines::default()), now);
+        let lines = (0..100).filter(|_| ask(START) == Ok(line(LineClass::Rejection, 0))).count();
         assert_eq!(u64::try_from(lines).unwrap(), LINES_BURST);
         assert_eq!(rejections.untold.borrow().len(), 1, "noted once");
-        let later = Moment::from_nanos(100_000_000);
-        assert_eq!((line(later), line(later)), (Some(80), None));
+        assert_eq!((ask(LATER), ask(LATER)), (Ok(line(LineClass::Rejection, 80)), Err(LineClass::Rejection)));
         rejections.tell();
         assert_eq!((acme.quota.take_left_out(), rejections.untold.borrow().len()), (0, 0));
     }
 
     #[test]
+    fn a_flood_of_strays_has_a_few_lines_for_each_reason_and_listener() {
+        let rejections = Rejections::default();
+        let [web, dns] = [(); 2].map(|()| StrayLines::default());
+        let ask = |strays, at, why, now| rejections.line(Outcome::reject(at, why), None, Some(strays), now);
+        for (at, why) in [
+            (At::Accept, Why::Shed),
+            (At::Accept, Why::UntrustedSource),
+            (At::Header, Why::PendingLimit),
+            (At::Header, Why::NoSignature),
+            (At::Tenant, Why::UnknownEndpoint),
+        ] {
+            for strays in [&web, &dns] {
+                let lines =
+                    (0..100).filter(|_| ask(strays, at, why, START) == Ok(line(LineClass::Stray, 0))).count();
+                assert_eq!(u64::try_from(lines).unwrap(), LINES_BURST, "{why:?}");
+            }
+            assert_eq!(ask(&web, at, why, LATER), Ok(line(LineClass::Stray, 80)), "{why:?}");
+            assert_eq!(ask(&web, at, why, LATER), Err(LineClass::Stray), "{why:?}");
+        }
+    }
+
+    #[test]
     fn every_other_end_has_its_line() {
-        let (rejections, acme, start) = (Rejections::default(), tenant(), Moment::from_nanos(0));
+        let (rejections, acme, strays) = (Rejections::default(), tenant(), StrayLines::default());
         let done = Outcome::new(By::Client, At::Forward, Why::Done);
-        let empty = Outcome::reject(At::Pool, Why::NoBackend);
-        let unknown = Outcome::reject(At::Tenant, Why::UnknownEndpoint);
-        assert!((0..100).all(|_| rejections.line(done, Some(&acme), start) == Some(0)));
-        assert!((0..100).all(|_| rejections.line(empty, Some(&acme), start) == Some(0)));
-        assert!((0..100).all(|_| rejections.line(unknown, None, start) == Some(0)));
+        let shed = Outcome::reject(At::Pool, Why::NoBackend);
+        for (outcome, tenant) in [(done, Some(&acme)), (shed, Some(&acme)), (done, None)] {
+            let is_line =
+                |_| rejections.line(outcome, tenant, Some(&strays), START) == Ok(line(LineClass::Session, 0));
+            assert!((0..100).all(is_line), "{outcome}");
+        }
+        let left = Outcome::reject(At::Tenant, Why::UnknownEndpoint);
+        assert_eq!(rejections.line(left, None, None, START), Ok(line(LineClass::Session, 0)));
     }
 }

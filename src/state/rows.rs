@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::admission::pending::Places;
 use crate::config::{self, Identity, Protocol};
+use crate::state::rejections::StrayLines;
 
 /// Every listener that there ever was, by place.
 #[derive(Debug, Default)]
@@ -22,6 +23,8 @@ pub(super) struct Row {
     pub(super) listener: config::Listener,
     /// Sessions without a whole header.
     pub(super) pending: Arc<Places>,
+    /// Its lines of the access log that tell of connections without a tenant.
+    pub(super) strays: Arc<StrayLines>,
     /// Whether it is configured no more: what the kernel had accepted for it is served still, as its rules say.
     pub(super) is_retired: bool,
 }
@@ -65,7 +68,12 @@ impl Rows {
                 row.listener = listener.clone();
             } else {
                 let pending = Places::new(limit);
-                self.all.push(Row { listener: listener.clone(), pending, is_retired: false });
+                self.all.push(Row {
+                    listener: listener.clone(),
+                    pending,
+                    strays: Arc::default(),
+                    is_retired: false,
+                });
                 self.places.insert(listener.name.clone(), place);
             }
         }

@@ -10,6 +10,7 @@
     reason = "a test that cannot go on says so by panicking, and what it uses of the harness is public to it alone"
 )]
 
+mod access_log;
 mod activation;
 mod admin;
 mod against;

@@ -447,7 +447,7 @@ async fn an_access_log_that_cannot_be_written_stops_nothing() {
         // Four rounds of two sessions, and each line is missed.
         eventually("the lost lines to be counted", async || {
             let page = http_get(serve.admin, "/metrics").await;
-            page.contains("\nvestibule_access_log_dropped_total 8\n").then_some(())
+            page.contains("\nvestibule_access_log_dropped_total{class=\"session\"} 8\n").then_some(())
         })
         .await;
         serve.end().await;

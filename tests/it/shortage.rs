@@ -8,7 +8,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http_get, read};
-use super::process::{Serve, World, lines_of, sum};
+use super::process::{Serve, World, Written, lines_of, sum};
+
+/// Lines so long that a few hundred fill the queue to the log's writer.
+fn long_lines(config: &Written) {
+    let labels = format!("[[tenant]]\nlabels = {{ note = \"{}\" }}", "x".repeat(20_000));
+    config.rewrite("[[tenant]]", &labels);
+}
 
 #[tokio::test]
 async fn accepting_pauses_without_descriptors_and_goes_on_with_them() {
@@ -149,7 +155,9 @@ async fn a_named_pipe_as_the_log_that_nobody_reads_drops_lines_and_no_session() 
     let log =
         format!("[log]\naccess = \"{}\"\n[drain]\nnotice = \"300s\"\ndeadline = \"300s\"", path.display());
     // Nobody has opened it: the start does not wait for a reader.
-    let mut serve = Serve::start(&world.config(&log)).await;
+    let config = world.config(&log);
+    long_lines(&config);
+    let mut serve = Serve::start(&config).await;
     serve.serves().await;
     eventually("lines to be dropped", async || {
         let done = http_get(serve.health, "/healthz").await;
@@ -174,12 +182,12 @@ async fn a_log_that_is_too_slow_loses_lines_and_counts_them() {
     // With both ends, opening it waits for nobody; it is read later, as by a disk that stands still.
     let log = File::options().read(true).write(true).open(&path).unwrap();
     rustix::pipe::fcntl_setpipe_size(&log, 4096).unwrap();
+    long_lines(&config);
     let mut serve = Serve::start(&config).await;
     let dropped = async || {
         let page = http_get(serve.admin, "/metrics").await;
         sum(&page, "vestibule_access_log_dropped_total", &[])
     };
-    // Each worker hands a batch to the writer with each tick, and 64 of each may wait.
     let mut rounds = 0;
     timeout(LIMIT * 3, async {
         while dropped().await < 10.0 {
