@@ -378,6 +378,14 @@ impl Pool {
         changing.next.as_deref().map_or_else(|| self.roster().backends().to_vec(), <[_]>::to_vec)
     }
 
+    /// Whether all that the first round of probes and lookups will say is known.
+    #[must_use]
+    pub fn first_round_is_over(&self) -> bool {
+        let is_known = |backend: &Arc<Backend>| !backend.awaits_first_probe();
+        self.lookups().all(|lookups| lookups.first_is_over())
+            && (self.probe.is_none() || self.backends().iter().all(is_known))
+    }
+
     /// Makes the roster anew, or has it made when its time has come; at once where there is nobody in it.
     fn renew_soon(&self, changing: MutexGuard<'_, Changing>, now: Moment) {
         let next = changing.renewed + RENEWAL;

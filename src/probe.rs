@@ -44,20 +44,13 @@ pub struct Turn {
     pub of: usize,
 }
 
-/// Probes a backend of `pool`, and whoever a reload puts in its place, until it is gone from there. `first` is called once: after the first result, or where the
-/// backend is gone before. Returns at once, without that call, where the pool has no probe.
+/// Probes a backend of `pool`, and whoever a reload puts in its place, until it is gone from there. Returns at once where the pool has no probe.
 ///
 /// What a probe waits for its lane is neither its time nor a failure.
-pub async fn run(
-    mut pool: Arc<Pool>,
-    mut backend: Arc<Backend>,
-    turn: Turn,
-    lanes: Arc<Lanes>,
-    first: impl FnOnce(),
-) {
+pub async fn run(mut pool: Arc<Pool>, mut backend: Arc<Backend>, turn: Turn, lanes: Arc<Lanes>) {
     let Some(probe) = &pool.probe else { return };
     let mut rhythm = Rhythm::new(probe, turn, clock::now());
-    let (mut first, mut warned) = (Some(first), None);
+    let mut warned = None;
     loop {
         sleep(rhythm.due.since(clock::now())).await;
         // A reload may have put others in their place, and keeps on probing in the same rhythm.
@@ -76,18 +69,12 @@ pub async fn run(
         if let Some(change) = pool.observe(&backend, verdict, now.since(start), now) {
             change.log(&pool);
         }
-        if let Some(first) = first.take() {
-            first();
-        }
         // What is short here is no fault of the backend's: a busy process must not take its backends for dead.
         if verdict.is_success().is_none() && is_due(warned, now) {
             warn(&pool, &backend, verdict);
             warned = Some(now);
         }
         rhythm.advance(now, Duration::from_nanos(fastrand::u64(0..=rhythm.most_jitter())));
-    }
-    if let Some(first) = first {
-        first();
     }
 }
 

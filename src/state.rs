@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -258,8 +258,8 @@ pub struct Live {
     pub bound: ArcSwap<Vec<Vec<SocketAddr>>>,
     /// Where the admin pages and the health check are served, once that is bound.
     pub pages: OnceLock<[SocketAddr; 2]>,
-    /// Backends whose first probe is still out, and names that were not yet looked up.
-    pub unprobed: AtomicUsize,
+    /// Whether the first round of probes and lookups is over.
+    started: AtomicBool,
     /// How often another configuration took its place.
     pub reloads: Reloads,
     /// Snapshots that sessions may still hold. No worker is the last to hold one, and has to free it.
@@ -313,11 +313,6 @@ impl Live {
         rows.set(&config.listeners);
         let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
         let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
-        let unknown = |pool: &Arc<Pool>| {
-            let probed = if pool.probe.is_some() { pool.roster().backends().len() } else { 0 };
-            probed + pool.names().count()
-        };
-        let unprobed = snapshot.pools.iter().map(unknown).sum();
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
             config: ArcSwap::new(config),
@@ -331,7 +326,7 @@ impl Live {
             stopped_doors: AtomicUsize::new(0),
             bound: ArcSwap::default(),
             pages: OnceLock::new(),
-            unprobed: AtomicUsize::new(unprobed),
+            started: AtomicBool::new(false),
             reloads: Reloads::new(rows),
             replaced: Mutex::default(),
             takeovers: Takeovers::default(),
@@ -394,6 +389,16 @@ impl Live {
         self.draining.phase() > Phase::Serving
     }
 
+    /// Whether the first round of probes and lookups is not over, of the pools that are in force now. Once it is, the process
+    /// never starts again: a reload brings backends into pools that already work.
+    pub fn is_starting(&self) -> bool {
+        let is_over = || self.snapshot.load().pools.iter().all(|pool| pool.first_round_is_over());
+        if !self.started.load(Ordering::Acquire) && is_over() {
+            self.started.store(true, Ordering::Release);
+        }
+        !self.started.load(Ordering::Acquire)
+    }
+
     /// Whether the load balancer should send traffic here.
     ///
     /// # Errors
@@ -404,7 +409,7 @@ impl Live {
             Err(NotReady::Draining)
         } else if self.stopped_doors.load(Ordering::Acquire) > 0 {
             Err(NotReady::ListenerStopped)
-        } else if self.unprobed.load(Ordering::Acquire) > 0 {
+        } else if self.is_starting() {
             Err(NotReady::Starting)
         } else if usable() {
             Ok(())

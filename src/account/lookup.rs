@@ -1,6 +1,6 @@
 //! How the lookup of a name ended: a closed set, so that it can be a metric's label.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How a lookup ended. What lies further back says less of the name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -68,19 +68,33 @@ impl Lookup {
 
 /// The lookups of one name by result.
 #[derive(Debug, Default)]
-pub struct Lookups([AtomicU64; Lookup::ALL.len()]);
+pub struct Lookups {
+    counts: [AtomicU64; Lookup::ALL.len()],
+    first_is_over: AtomicBool,
+}
 
 impl Lookups {
     /// How many ended so.
     pub fn counts(&self) -> impl Iterator<Item = (Lookup, u64)> + '_ {
-        Lookup::ALL.into_iter().zip(self.0.iter().map(|count| count.load(Ordering::Relaxed)))
+        Lookup::ALL.into_iter().zip(self.counts.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
     /// Counts one.
     pub fn count(&self, lookup: Lookup) {
-        if let Some(count) = self.0.get(lookup as usize) {
+        if let Some(count) = self.counts.get(lookup as usize) {
             count.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Records that the first lookup is over, whatever its result, and that the pool has the addresses it found.
+    pub fn end_first(&self) {
+        self.first_is_over.store(true, Ordering::Release);
+    }
+
+    /// Whether the first lookup is over.
+    #[must_use]
+    pub fn first_is_over(&self) -> bool {
+        self.first_is_over.load(Ordering::Acquire)
     }
 }
 

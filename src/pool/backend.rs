@@ -183,6 +183,17 @@ impl Backend {
         self.vitals.state()
     }
 
+    /// Whether its first probe is still to come.
+    #[must_use]
+    pub fn awaits_first_probe(&self) -> bool {
+        self.state() == State::Unknown && !self.vitals.was_probed()
+    }
+
+    /// Nothing waits for its first probe any more: no task will make it.
+    pub fn give_up_first_probe(&self) {
+        self.vitals.end_first_probe();
+    }
+
     /// Whether sessions have put it out.
     #[must_use]
     pub fn is_ejected(&self) -> bool {

@@ -48,6 +48,8 @@ pub(super) struct Vitals {
     pub(super) probes: [AtomicU64; Verdict::ALL.len()],
     /// How long the last probe took, in microseconds.
     pub(super) probe_us: AtomicU32,
+    /// Whether its first probe is over, or never will be.
+    first_probe_is_over: AtomicBool,
 }
 
 /// What changes seldom.
@@ -85,11 +87,21 @@ impl Vitals {
             ejections: AtomicU64::new(0),
             probes: Default::default(),
             probe_us: AtomicU32::new(0),
+            first_probe_is_over: AtomicBool::new(false),
         }
     }
 
     pub(super) fn state(&self) -> State {
         State::from(self.state.load(Ordering::Acquire))
+    }
+
+    /// Whether a probe has said something of it, if only that it could not be sent.
+    pub(super) fn was_probed(&self) -> bool {
+        self.first_probe_is_over.load(Ordering::Acquire)
+    }
+
+    pub(super) fn end_first_probe(&self) {
+        self.first_probe_is_over.store(true, Ordering::Release);
     }
 
     pub(super) fn is_ejected(&self) -> bool {
@@ -126,15 +138,18 @@ impl Vitals {
             count.fetch_add(1, Ordering::Relaxed);
         }
         self.probe_us.store(u32::try_from(took.as_micros()).unwrap_or(u32::MAX), Ordering::Relaxed);
-        let Some(is_success) = verdict.is_success() else { return false };
         let mut chart = lock(&self.chart);
         let before = chart.health.state();
-        let Some(state) = chart.health.observe(is_success) else { return false };
+        let Some(state) = verdict.is_success().and_then(|is_success| chart.health.observe(is_success)) else {
+            self.end_first_probe();
+            return false;
+        };
         if state == State::Healthy && (before == State::Unhealthy || is_late) {
             chart.come_back(now, slow_start);
         }
         chart.changed = (now, Cause::Probe(verdict));
         self.state.store(state as u8, Ordering::Release);
+        self.end_first_probe();
         true
     }
 

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread::{self, park_timeout};
 use std::time::Duration;
 
@@ -86,7 +86,7 @@ impl Server {
         let Some(heritage) = self.heritage.take() else { return Ok(()) };
         let start = clock::now();
         // Sessions come at once, and must not find backends of which nobody knows anything.
-        while self.live.unprobed.load(Ordering::Acquire) > 0 && clock::now().since(start) < PROBES {
+        while self.live.is_starting() && clock::now().since(start) < PROBES {
             park_timeout(LOOK);
         }
         let arrivals = heritage.ready(&self.live)?;

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::account::lock;
+use crate::account::lookup::Lookups;
 use crate::clock;
 use crate::config::Target;
 use crate::pool::Pool;
@@ -87,23 +87,32 @@ async fn follow(tools: Tools, mut cared: HashMap<String, Care>, changed: Arc<Not
     }
 }
 
-/// What is called when the first word of a backend or a name is in. It counts when it is dropped, whatever happened: the
-/// process must not be starting for ever.
-fn known(live: &Arc<Live>) -> impl FnOnce() + Send + use<> {
-    let awaited = Awaited(Arc::clone(live));
-    move || drop(awaited)
+/// A backend that a task probes. Where the task panics, the start does not wait for its first probe any more.
+struct Probed(Arc<Backend>);
+
+impl Drop for Probed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!(
+                backend = self.0.label().name(),
+                "a fault in vestibule itself: a backend is not probed any more"
+            );
+            self.0.give_up_first_probe();
+        }
+    }
 }
 
-struct Awaited(Arc<Live>);
+/// The lookups of a name by a task. However that ends, the start waits no longer for the first.
+struct LookedUp(Option<Arc<Lookups>>);
 
-impl Drop for Awaited {
+impl Drop for LookedUp {
     fn drop(&mut self) {
-        self.0.unprobed.fetch_sub(1, Ordering::AcqRel);
+        self.0.iter().for_each(|lookups| lookups.end_first());
     }
 }
 
 impl Tools {
-    /// Looks after the first pools of all: the process is starting until all of their backends are known.
+    /// Looks after the first pools of all.
     fn begin(&self) -> HashMap<String, Care> {
         let snapshot = self.live.snapshot.load_full();
         let is_probed = |pool: &&Arc<Pool>| pool.probe.is_some();
@@ -113,12 +122,11 @@ impl Tools {
             let probes = Probes::default();
             for backend in pool.roster().backends().iter().filter(|_| pool.probe.is_some()) {
                 let turn = Turn { place: places.next().unwrap_or(0), of };
-                self.probe(&probes, pool, backend, turn, known(&self.live));
+                self.probe(&probes, pool, backend, turn);
             }
             let mut names = HashMap::new();
             for target in pool.names() {
-                let first = Some(known(&self.live));
-                names.insert(target.clone(), self.look_up(&probes, pool, target, first));
+                names.insert(target.clone(), self.look_up(&probes, pool, target));
             }
             (pool.label.name().to_owned(), Care { pool: Arc::clone(pool), probes, names })
         };
@@ -153,11 +161,11 @@ impl Tools {
         };
         let of = unprobed.len();
         for (place, backend) in unprobed.into_iter().enumerate() {
-            self.probe(&care.probes, pool, backend, Turn { place, of }, || ());
+            self.probe(&care.probes, pool, backend, Turn { place, of });
         }
         for target in names {
             if !care.names.contains_key(target) {
-                let task = self.look_up(&care.probes, pool, target, None::<fn()>);
+                let task = self.look_up(&care.probes, pool, target);
                 care.names.insert(target.clone(), task);
             }
         }
@@ -166,54 +174,34 @@ impl Tools {
     }
 
     /// Has a backend probed.
-    fn probe(
-        &self,
-        probes: &Probes,
-        pool: &Arc<Pool>,
-        backend: &Arc<Backend>,
-        turn: Turn,
-        first: impl FnOnce() + Send + 'static,
-    ) {
-        let probing = probe::run(Arc::clone(pool), Arc::clone(backend), turn, Arc::clone(&self.lanes), first);
-        let task = tokio::spawn(probing).abort_handle();
-        let before = lock(probes).insert(backend.address().0, (backend.mark(), task));
+    fn probe(&self, probes: &Probes, pool: &Arc<Pool>, backend: &Arc<Backend>, turn: Turn) {
+        let probed = Probed(Arc::clone(backend));
+        let probing = probe::run(Arc::clone(pool), Arc::clone(backend), turn, Arc::clone(&self.lanes));
+        let task = tokio::spawn(async move {
+            let _probed = probed;
+            probing.await;
+        });
+        let before = lock(probes).insert(backend.address().0, (backend.mark(), task.abort_handle()));
         if let Some((_, before)) = before {
             before.abort();
         }
     }
 
-    /// Looks a name up, and has probed what it leads to. Where there is `first`, the process is starting until that is
-    /// called, and those of the first answer are known too.
-    fn look_up(
-        &self,
-        probes: &Probes,
-        pool: &Arc<Pool>,
-        target: &Target,
-        first: Option<impl FnOnce() + Send + 'static>,
-    ) -> AbortHandle {
+    /// Looks a name up, and has probed what it leads to.
+    fn look_up(&self, probes: &Probes, pool: &Arc<Pool>, target: &Target) -> AbortHandle {
         const AT_ONCE: Turn = Turn { place: 0, of: 1 };
         let (tools, probes, pool) = (self.clone(), Arc::clone(probes), Arc::clone(pool));
         let target = target.clone();
+        let place = pool.names().position(|other| *other == target);
+        let looked_up = LookedUp(place.and_then(|place| pool.lookups().nth(place).cloned()));
         let task = tokio::spawn(async move {
             let Some(resolver) = tools.resolver.get().cloned() else { return };
-            let is_known = AtomicBool::new(first.is_none());
             let fresh = |pool: &Arc<Pool>, backend: Arc<Backend>| {
-                if pool.probe.is_none() {
-                    return;
-                }
-                if is_known.load(Ordering::Acquire) {
-                    tools.probe(&probes, pool, &backend, AT_ONCE, || ());
-                } else {
-                    tools.live.unprobed.fetch_add(1, Ordering::AcqRel);
-                    tools.probe(&probes, pool, &backend, AT_ONCE, known(&tools.live));
+                if pool.probe.is_some() {
+                    tools.probe(&probes, pool, &backend, AT_ONCE);
                 }
             };
-            let first = || {
-                is_known.store(true, Ordering::Release);
-                if let Some(first) = first {
-                    first();
-                }
-            };
+            let first = move || drop(looked_up);
             resolve::run(resolver, pool, target, &tools.live.labels, first, fresh).await;
         });
         task.abort_handle()
@@ -226,6 +214,8 @@ async fn tend(live: Arc<Live>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        // Asked here too: pools that a later reload brings must not find it starting still.
+        live.is_starting();
         for pool in &live.snapshot.load().pools {
             pool.tend(clock::now()).iter().for_each(|change| change.log(pool));
         }
@@ -238,5 +228,66 @@ async fn tend(live: Arc<Live>) {
                 live.quotas.forget_unused();
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::pool::Answers;
+    use crate::state::NotReady;
+
+    /// A configuration with one pool, all of whose backends accept connections; each is probed once a minute.
+    fn config(pool: &str, backends: &[SocketAddr]) -> Arc<Config> {
+        let backends: Vec<_> = backends.iter().map(|address| format!("\"{address}\"")).collect();
+        let text = format!(
+            "[[listener]]\nname = \"web\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1\"]\npool = \"{pool}\"
+             [[pool]]\nname = \"{pool}\"\nbackends = [{}]\nhealth = {{ interval = \"60s\", timeout = \"60s\" }}",
+            backends.join(", ")
+        );
+        let text = format!("{text}\n[[tenant]]\nname = \"acme\"\n");
+        Arc::new(Config::parse("test.toml", &text).unwrap())
+    }
+
+    #[tokio::test]
+    async fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
+        let accepting: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let addresses: Vec<_> = accepting.iter().map(|socket| socket.local_addr().unwrap()).collect();
+        // The first configuration has more backends than the one that replaces it, then fewer.
+        for (first, second) in [(3, 1), (1, 3)] {
+            let live = Live::of(config("app", &addresses[..first]), 1, 10, 0);
+            let next = config("other", &addresses[..second]);
+            let turn = live.turn(&next).unwrap();
+            let changes = turn.put(&next, vec![Vec::new()], &Answers::default(), clock::now());
+            assert_eq!((changes.pools.added, changes.pools.removed), (1, 1));
+            let tools =
+                Tools { live: Arc::clone(&live), lanes: Arc::new(Lanes::new(1)), resolver: Arc::default() };
+            start(&tools, Arc::new(Notify::new()));
+            let ready = async {
+                while live.readiness().is_err() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), ready).await.expect("the process to be ready");
+        }
+    }
+
+    #[test]
+    fn process_that_has_started_does_not_start_again() {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let live = Live::of(config("app", &[address]), 1, 10, 0);
+        assert_eq!(live.readiness(), Err(NotReady::Starting));
+        let pool = Arc::clone(&live.snapshot.load().pools[0]);
+        pool.backends()[0].give_up_first_probe();
+        assert!(!live.is_starting(), "a backend that no task probes is not waited for");
+        let next = config("other", &[address, "127.0.0.1:1".parse().unwrap()]);
+        let changes =
+            live.turn(&next).unwrap().put(&next, vec![Vec::new()], &Answers::default(), clock::now());
+        assert_eq!(changes.pools.added, 1);
+        assert!(!live.is_starting());
     }
 }

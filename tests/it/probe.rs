@@ -361,15 +361,8 @@ async fn a_backend_is_probed_until_it_is_gone() {
     let (pool, backends) = pool(probe, Vec::new(), &[address]);
     let backend = Arc::clone(&backends[0]);
     let firsts = Arc::new(AtomicUsize::new(0));
-    let first = {
-        let firsts = Arc::clone(&firsts);
-        move || {
-            firsts.fetch_add(1, Ordering::Relaxed);
-        }
-    };
     let turn = Turn { place: 0, of: 1 };
-    let running =
-        tokio::spawn(run(Arc::clone(&pool), Arc::clone(&backend), turn, Arc::new(Lanes::new(1)), first));
+    let running = tokio::spawn(run(Arc::clone(&pool), Arc::clone(&backend), turn, Arc::new(Lanes::new(1))));
     for state in [State::Unhealthy, State::Healthy, State::Unhealthy, State::Healthy] {
         let listener = (state == State::Healthy).then(|| open_port(address));
         eventually(state.word(), async || (backend.state() == state).then_some(())).await;
@@ -378,7 +371,6 @@ async fn a_backend_is_probed_until_it_is_gone() {
     assert!(count(&backend, Verdict::Passed) >= 2 && count(&backend, Verdict::ConnectRefused) >= 2);
     pool.resolve(0, &[], &Labels::default(), clock::now());
     timeout(LIMIT, running).await.expect("an end, as the backend is gone").unwrap();
-    assert_eq!(firsts.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
@@ -386,13 +378,10 @@ async fn who_is_gone_before_its_first_probe_is_not_waited_for() {
     let (_socket, address) = closed_port(0).unwrap();
     let (pool, backends) = pool(probe(Ask::Connect), Vec::new(), &[address]);
     pool.resolve(0, &[], &Labels::default(), clock::now());
-    let is_first = Cell::new(false);
     let turn = Turn { place: 0, of: 1 };
-    let running = run(Arc::clone(&pool), Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1)), || {
-        is_first.set(true);
-    });
+    let running = run(Arc::clone(&pool), Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1)));
     timeout(LIMIT, running).await.unwrap();
-    assert!(is_first.get());
+    assert!(backends[0].awaits_first_probe() && pool.backends().is_empty());
     assert_eq!(backends[0].probes().map(|(_, count)| count).sum::<u64>(), 0);
 }
 
@@ -403,7 +392,7 @@ async fn a_probe_that_could_not_be_sent_says_nothing_of_its_backend() {
     let probe = Probe { interval: Duration::from_millis(20), ..probe(Ask::Connect) };
     let (pool, backends) = pool(probe, vec![foreign], &[listener.local_addr().unwrap()]);
     let turn = Turn { place: 0, of: 1 };
-    let running = tokio::spawn(run(pool, Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1)), || ()));
+    let running = tokio::spawn(run(pool, Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1))));
     let many = async || (count(&backends[0], Verdict::NoLocalPort) >= 5).then_some(());
     eventually("probes that cannot be sent", many).await;
     assert_eq!(backends[0].state(), State::Unknown);
@@ -420,7 +409,7 @@ async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others(
     let lanes = Arc::new(Lanes::new(AT_ONCE));
     for (place, backend) in backends.iter().enumerate() {
         let turn = Turn { place, of: backends.len() };
-        tokio::spawn(run(Arc::clone(&pool), Arc::clone(backend), turn, Arc::clone(&lanes), || ()));
+        tokio::spawn(run(Arc::clone(&pool), Arc::clone(backend), turn, Arc::clone(&lanes)));
     }
     let accept = async || timeout(LIMIT, listener.accept()).await.unwrap().unwrap().0;
     let mut held = Vec::new();
