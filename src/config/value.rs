@@ -1,18 +1,18 @@
 //! What a key may hold: numbers, words, addresses and names, each with the message for anything else.
 
+mod address;
 mod pool;
 
-use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use toml::de::DeValue;
 
+pub(super) use self::address::Nameserver;
 pub(super) use self::pool::{Bytes, HostHeader, Match, PathAndQuery, PreferZone, ProbeKind, SendProxy};
 use super::section::{FromToml, quoted, shown};
 use super::suggest;
-use super::unit::{self, Malformed, Ports};
+use super::unit::{self, Malformed};
 use super::{AccessLog, Fallback, Format, Level, Mode, Protocol};
 use crate::id::EndpointId;
 
@@ -177,54 +177,6 @@ impl FromToml for Mode {
 /// Reads a text that is what it is, without a unit.
 fn text<T>(value: &DeValue<'_>, wanted: &str, read: impl Fn(&str) -> Option<T>) -> Result<T, String> {
     value.as_str().and_then(read).ok_or_else(|| must_be(wanted, value))
-}
-
-impl FromToml for Ports {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let text = value.as_str().ok_or_else(|| must_be(unit::PORTS, value))?;
-        unit::ports(text)
-            .map_err(|malformed| format!("{malformed}, found {}{}", quoted(text), malformed.because))
-    }
-}
-
-impl FromToml for SocketAddr {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        text(value, "an IP address and a port, such as \"127.0.0.1:9900\" or \"[::]:9900\"", |text| {
-            text.parse().ok()
-        })
-    }
-}
-
-/// Who is asked for the addresses of names; the port is DNS's own where none is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Nameserver(pub(super) SocketAddr);
-
-impl FromToml for Nameserver {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        const PORT: u16 = 53;
-        let reachable = |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified();
-        text(
-            value,
-            "an IP address, with a port or without, such as \"10.0.0.2\" or \"[fd00::2]:53\"",
-            |text| {
-                let address =
-                    text.parse().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::new(ip, PORT)));
-                address.ok().filter(reachable).map(Self)
-            },
-        )
-    }
-}
-
-impl FromToml for IpAddr {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        text(value, "an IP address, such as \"10.0.0.5\"", |text| text.parse().ok())
-    }
-}
-
-impl FromToml for IpNet {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        text(value, unit::NETWORK, |text| unit::network(text).ok())
-    }
 }
 
 impl FromToml for EndpointId {
@@ -422,21 +374,6 @@ mod tests {
             "must be \"json\" or \"text\", found the date 1979-05-27"
         );
         assert_eq!(one_of(&[]), "");
-    }
-
-    #[test]
-    fn a_name_server_has_a_port_by_default() {
-        for (text, address) in [
-            ("\"10.0.0.2\"", "10.0.0.2:53"),
-            ("\"10.0.0.2:5353\"", "10.0.0.2:5353"),
-            ("\"fd00::2\"", "[fd00::2]:53"),
-            ("\"[fd00::2]:65535\"", "[fd00::2]:65535"),
-        ] {
-            assert_eq!(read(text), Ok(Nameserver(address.parse().unwrap())), "{text}");
-        }
-        for text in ["\"10.0.0.2:0\"", "\"0.0.0.0\"", "\"[::]:53\"", "\"ns.example\"", "\"\"", "53"] {
-            assert!(read::<Nameserver>(text).is_err(), "{text}");
-        }
     }
 
     #[test]

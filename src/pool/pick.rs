@@ -71,10 +71,10 @@ pub fn hash(bytes: &[u8]) -> u64 {
     xxhash_rust::xxh3::xxh3_64(bytes)
 }
 
-/// The same for the same client, whatever its port.
+/// The same for the same client, whatever its port, and whether an IPv4 address is written as such or as an IPv4-mapped one.
 #[must_use]
 pub fn by_client(client: Option<ClientAddr>) -> u64 {
-    match client.map(|client| client.0.ip()) {
+    match client.map(|client| client.0.ip().to_canonical()) {
         Some(IpAddr::V4(ip)) => hash(&ip.octets()),
         Some(IpAddr::V6(ip)) => hash(&ip.octets()),
         None => 0,
@@ -154,6 +154,14 @@ mod tests {
         assert_eq!(round_robin(7, &equal(0)), None);
         assert_eq!(p2c(u64::MAX, &equal(0), |_| 0), None);
         assert!(equal(0).is_empty() && equal(2).len() == 2);
+    }
+
+    #[test]
+    fn ipv4_client_and_its_mapped_form_have_one_key() {
+        let key = |text: &str| by_client(Some(ClientAddr(text.parse().unwrap())));
+        assert_eq!(key("10.0.0.1:1"), key("[::ffff:10.0.0.1]:2"));
+        assert_ne!(key("10.0.0.1:1"), key("[::10.0.0.1]:1"));
+        assert_ne!(key("10.0.0.1:1"), key("10.0.0.2:1"));
     }
 
     #[test]

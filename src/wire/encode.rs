@@ -222,6 +222,11 @@ mod tests {
         let bytes = Builder::proxy(Transport::Stream, client, destination).build();
         let expected = addresses("[fd00::1]:1", "[::ffff:10.0.0.1]:2").1;
         assert_eq!(read(&bytes, STREAM).addresses(), Addresses::Ip { client, destination: expected });
+        // A client so written is the IPv4 client; the address block stays as it is.
+        let (client, destination) = addresses("10.0.0.1:2", "[fd00::1]:1");
+        let bytes = Builder::proxy(Transport::Stream, client, destination).build();
+        assert_eq!(read(&bytes, STREAM).client(), Some(client));
+        assert_eq!(read(&bytes, STREAM).as_bytes(), bytes);
     }
 
     #[test]

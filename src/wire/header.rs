@@ -398,7 +398,9 @@ impl<'a> Header<'a> {
             return Some(ClientAddr(SocketAddr::from(([a, b, c, d], port))));
         }
         match self.addresses() {
-            Addresses::Ip { client, .. } => Some(client),
+            Addresses::Ip { client: ClientAddr(client), .. } => {
+                Some(ClientAddr(SocketAddr::new(client.ip().to_canonical(), client.port())))
+            }
             Addresses::Unspecified | Addresses::Unix => None,
         }
     }

@@ -1,9 +1,11 @@
 //! What the keys of a pool may hold: targets, ways of balancing, zones, and what a probe asks.
 
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 use toml::de::DeValue;
 
+use super::address::not_mapped;
 use super::{Name, must_be, text, word};
 use crate::config::section::{FromToml, quoted};
 use crate::config::{Balance, Target, target};
@@ -11,8 +13,12 @@ use crate::config::{Balance, Target, target};
 impl FromToml for Target {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| must_be(target::TARGET, value))?;
-        target::target(text)
-            .map_err(|malformed| format!("{malformed}, found {}{}", quoted(text), malformed.because))
+        let target = target::target(text)
+            .map_err(|malformed| format!("{malformed}, found {}{}", quoted(text), malformed.because))?;
+        if let Self::Address(address) = target {
+            not_mapped(address.ip(), text, |ip| SocketAddr::new(ip, address.port()).to_string())?;
+        }
+        Ok(target)
     }
 }
 
