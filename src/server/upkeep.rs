@@ -175,10 +175,10 @@ impl Tools {
 
     /// Has a backend probed.
     fn probe(&self, probes: &Probes, pool: &Arc<Pool>, backend: &Arc<Backend>, turn: Turn) {
-        let probed = Probed(Arc::clone(backend));
+        let guard = Probed(Arc::clone(backend));
         let probing = probe::run(Arc::clone(pool), Arc::clone(backend), turn, Arc::clone(&self.lanes));
         let task = tokio::spawn(async move {
-            let _probed = probed;
+            let _guard = guard;
             probing.await;
         });
         let before = lock(probes).insert(backend.address().0, (backend.mark(), task.abort_handle()));
