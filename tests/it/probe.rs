@@ -1,10 +1,8 @@
 //! Probes against servers that do what servers should, and what they should not.
 
-use std::cell::Cell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
@@ -360,7 +358,6 @@ async fn a_backend_is_probed_until_it_is_gone() {
     let probe = Probe { interval: Duration::from_millis(20), ..probe(Ask::Connect) };
     let (pool, backends) = pool(probe, Vec::new(), &[address]);
     let backend = Arc::clone(&backends[0]);
-    let firsts = Arc::new(AtomicUsize::new(0));
     let turn = Turn { place: 0, of: 1 };
     let running = tokio::spawn(run(Arc::clone(&pool), Arc::clone(&backend), turn, Arc::new(Lanes::new(1))));
     for state in [State::Unhealthy, State::Healthy, State::Unhealthy, State::Healthy] {
