@@ -38,9 +38,24 @@ role! {
     BackendAddr
 }
 
+impl ClientAddr {
+    /// An IPv4-mapped IPv6 address (RFC 4291, section 2.5.5.2) as the IPv4 address that it stands for; any other as it is.
+    #[must_use]
+    pub fn canonical(self) -> Self {
+        Self(SocketAddr::new(self.0.ip().to_canonical(), self.0.port()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mapped_client_is_the_ipv4_client() {
+        let client = |text: &str| ClientAddr(text.parse().unwrap()).canonical().to_string();
+        assert_eq!(client("[::ffff:10.0.0.1]:80"), "10.0.0.1:80");
+        assert_eq!([client("[fd00::1]:443"), client("10.0.0.1:80")], ["[fd00::1]:443", "10.0.0.1:80"]);
+    }
 
     #[test]
     fn an_address_is_shown_as_it_is_written() {

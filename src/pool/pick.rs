@@ -74,7 +74,7 @@ pub fn hash(bytes: &[u8]) -> u64 {
 /// The same for the same client, whatever its port, and whether an IPv4 address is written as such or as an IPv4-mapped one.
 #[must_use]
 pub fn by_client(client: Option<ClientAddr>) -> u64 {
-    match client.map(|client| client.0.ip().to_canonical()) {
+    match client.map(|client| client.canonical().0.ip()) {
         Some(IpAddr::V4(ip)) => hash(&ip.octets()),
         Some(IpAddr::V6(ip)) => hash(&ip.octets()),
         None => 0,

@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
+    async fn backends_of_a_reload_before_the_first_probes_are_probed() {
         let accepting: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let addresses: Vec<_> = accepting.iter().map(|socket| socket.local_addr().unwrap()).collect();
         // The first configuration has more backends than the one that replaces it, then fewer.

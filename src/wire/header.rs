@@ -398,9 +398,7 @@ impl<'a> Header<'a> {
             return Some(ClientAddr(SocketAddr::from(([a, b, c, d], port))));
         }
         match self.addresses() {
-            Addresses::Ip { client: ClientAddr(client), .. } => {
-                Some(ClientAddr(SocketAddr::new(client.ip().to_canonical(), client.port())))
-            }
+            Addresses::Ip { client, .. } => Some(client.canonical()),
             Addresses::Unspecified | Addresses::Unix => None,
         }
     }

@@ -1,11 +1,16 @@
 //! What the load balancer's health check asks, whatever stands in front of its request.
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use vestibule::clock;
+use vestibule::config::Config;
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::lab::nlb;
+use vestibule::pool::Answers;
+use vestibule::state::{Live, NotReady};
 
 use super::harness::{
     ACME, Conf, Proxy, are_read, closed_port, connect, end_of, eventually, exchange, header, http, is_reset,
@@ -195,6 +200,29 @@ async fn before_the_first_round_of_probes_it_says_starting() {
     })
     .await;
     proxy.finish().await;
+}
+
+#[test]
+fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
+    let config = |backends: &str, health: &str| {
+        let text = format!(
+            "[[listener]]\nname = \"web\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1\"]\npool = \"app\"
+             [[pool]]\nname = \"app\"\nbackends = [{backends}]\nhealth = {{ {health} }}\n[[tenant]]\nname = \"acme\""
+        );
+        Arc::new(Config::parse("test.toml", &text).unwrap())
+    };
+    let live = Live::of(config("\"127.0.0.1:1\", \"127.0.0.1:2\"", "interval = \"5s\""), 1, 10, 0);
+    assert_eq!(live.readiness(), Err(NotReady::Starting));
+    // No probe task runs yet, and none will know of the backends of before.
+    let next = config("\"127.0.0.1:3\"", "kind = \"none\"");
+    let turn = live.turn(&next).unwrap();
+    assert_eq!(turn.put(&next, vec![Vec::new()], &Answers::default(), clock::now()).pools.changed, 1);
+    assert_eq!(live.readiness(), Ok(()));
+    // A process that has started once does not start again.
+    let last = config("\"127.0.0.1:3\", \"127.0.0.1:4\"", "interval = \"5s\"");
+    let turn = live.turn(&last).unwrap();
+    assert_eq!(turn.put(&last, vec![Vec::new()], &Answers::default(), clock::now()).pools.changed, 1);
+    assert_eq!(live.readiness(), Ok(()));
 }
 
 #[tokio::test]
