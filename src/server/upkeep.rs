@@ -238,7 +238,9 @@ mod tests {
     use super::*;
     use crate::config::Config;
     use crate::pool::Answers;
-    use crate::state::NotReady;
+    use crate::state::{Most, NotReady};
+
+    const MOST: Most = Most { sessions: 10, pending: 10, pipes: 0 };
 
     /// A configuration with one pool, all of whose backends accept connections; each is probed once a minute.
     fn config(pool: &str, backends: &[SocketAddr]) -> Arc<Config> {
@@ -258,7 +260,7 @@ mod tests {
         let addresses: Vec<_> = accepting.iter().map(|socket| socket.local_addr().unwrap()).collect();
         // The first configuration has more backends than the one that replaces it, then fewer.
         for (first, second) in [(3, 1), (1, 3)] {
-            let live = Live::of(config("app", &addresses[..first]), 1, 10, 0);
+            let live = Live::of(config("app", &addresses[..first]), 1, MOST);
             let next = config("other", &addresses[..second]);
             let turn = live.turn(&next).unwrap();
             let changes = turn.put(&next, vec![Vec::new()], &Answers::default(), clock::now());
@@ -279,7 +281,7 @@ mod tests {
     fn process_that_has_started_does_not_start_again() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
-        let live = Live::of(config("app", &[address]), 1, 10, 0);
+        let live = Live::of(config("app", &[address]), 1, MOST);
         assert_eq!(live.readiness(), Err(NotReady::Starting));
         let pool = Arc::clone(&live.snapshot.load().pools[0]);
         pool.backends()[0].give_up_first_probe();

@@ -10,7 +10,7 @@ use vestibule::config::Config;
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::lab::nlb;
 use vestibule::pool::Answers;
-use vestibule::state::{Live, NotReady};
+use vestibule::state::{Live, Most, NotReady};
 
 use super::harness::{
     ACME, Conf, Proxy, are_read, closed_port, connect, end_of, eventually, exchange, header, http, is_reset,
@@ -211,7 +211,8 @@ fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
         );
         Arc::new(Config::parse("test.toml", &text).unwrap())
     };
-    let live = Live::of(config("\"127.0.0.1:1\", \"127.0.0.1:2\"", "interval = \"5s\""), 1, 10, 0);
+    const MOST: Most = Most { sessions: 10, pending: 10, pipes: 0 };
+    let live = Live::of(config("\"127.0.0.1:1\", \"127.0.0.1:2\"", "interval = \"5s\""), 1, MOST);
     assert_eq!(live.readiness(), Err(NotReady::Starting));
     // No probe task runs yet, and none will know of the backends of before.
     let next = config("\"127.0.0.1:3\"", "kind = \"none\"");
