@@ -18,6 +18,8 @@ use super::harness::{
 };
 
 const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: target\r\nuser-agent: ELB-HealthChecker/2.0\r\n\r\n";
+/// Room of a process that carries no session.
+const MOST: Most = Most { sessions: 10, pending: 10, pipes: 0 };
 /// Checks that are answered at once; more wait.
 const AT_ONCE: usize = 128;
 
@@ -211,7 +213,6 @@ fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
         );
         Arc::new(Config::parse("test.toml", &text).unwrap())
     };
-    const MOST: Most = Most { sessions: 10, pending: 10, pipes: 0 };
     let live = Live::of(config("\"127.0.0.1:1\", \"127.0.0.1:2\"", "interval = \"5s\""), 1, MOST);
     assert_eq!(live.readiness(), Err(NotReady::Starting));
     // No probe task runs yet, and none will know of the backends of before.
