@@ -13,7 +13,6 @@ pub mod lookup;
 pub mod loss;
 pub mod meter;
 pub mod names;
-pub mod queues;
 
 pub use self::attempt::Verdict;
 

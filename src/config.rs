@@ -226,6 +226,8 @@ pub enum Identity {
         on_no_endpoint: Fallback,
         /// An endpoint ID that no tenant lists.
         on_unknown_endpoint: Fallback,
+        /// A datagram without a header, of a UDP listener.
+        bare_datagrams: BareDatagrams,
     },
     /// `proxy-protocol = "off"`: all of it is this tenant's.
     Fixed {
@@ -234,6 +236,30 @@ pub enum Identity {
         /// Whose connections are accepted; empty is everybody's.
         trusted: Vec<IpNet>,
     },
+}
+
+impl Identity {
+    /// What decides whose a session is, beside the tenants' endpoints.
+    #[must_use]
+    pub fn tenants(&self) -> (Option<&str>, [&Fallback; 2]) {
+        match self {
+            Self::Header { on_no_endpoint, on_unknown_endpoint, .. } => {
+                (None, [on_no_endpoint, on_unknown_endpoint])
+            }
+            Self::Fixed { tenant, .. } => (Some(tenant), [&Fallback::Reject; 2]),
+        }
+    }
+}
+
+/// What happens to a datagram without a header where headers are required.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BareDatagrams {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It belongs to the one flow of its sender, unless the sender has had several.
+    Follow,
 }
 
 /// What becomes of traffic that names no tenant.
@@ -407,6 +433,22 @@ pub struct Tenant {
     pub labels: BTreeMap<String, String>,
     /// What it may take at most.
     pub limits: Limits,
+    /// What happens to its sessions and flows once a reload takes their endpoint or the tenant away.
+    pub on_revoke: OnRevoke,
+    /// How long they may go on where they end.
+    pub revoke_grace: Duration,
+}
+
+/// What happens to a session or a flow whose tenant is removed or disabled, or whose endpoint no longer belongs to that
+/// tenant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnRevoke {
+    /// It ends after the grace.
+    #[default]
+    End,
+    /// It continues until it ends by itself.
+    Keep,
 }
 
 /// What a tenant may take at most; its own keys, and those of the defaults that it does not set.

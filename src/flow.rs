@@ -2,14 +2,18 @@
 //! accounted for.
 
 mod door;
+mod drops;
+mod follow;
 mod life;
 pub mod moved;
 mod open;
+mod revoke;
 mod run;
 mod socket;
 pub mod table;
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -33,9 +37,9 @@ use self::run::{Runs, Span};
 use self::socket::{BATCH, Door, ROOM};
 use self::table::{FlowId, Path, Table};
 use crate::accept::PAUSE;
+use crate::account::EachWay;
 use crate::account::log::{Journal, Outlet};
 use crate::account::loss::Loss;
-use crate::account::queues::Watch;
 use crate::addr::PeerAddr;
 use crate::admission::slots::Slots;
 use crate::clock::{self, Moment};
@@ -99,6 +103,8 @@ struct State<A> {
     draining: bool,
     /// Whose turn it is.
     turn: Option<FlowId>,
+    /// Flows that are revoked and have a grace: when each ends. No more than there are flows.
+    revoked: HashMap<FlowId, Moment>,
 }
 
 impl<A> fmt::Debug for Flows<A> {
@@ -144,6 +150,7 @@ impl<A> Flows<A> {
             together: true,
             draining: false,
             turn: None,
+            revoked: HashMap::new(),
         };
         Ok(Rc::new(Self {
             state: RefCell::new(state),
@@ -189,8 +196,8 @@ impl<A> Flows<A> {
         if self.reopen(listener, socket.local_addr()?) {
             return Ok(());
         }
-        let watch = self.watch_queue(&socket, listener);
-        let door = Rc::new(Door::new(socket, listener, watch)?);
+        let door = Rc::new(Door::new(socket, listener)?);
+        self.count_drops(&door);
         let place = {
             let mut doors = self.doors.borrow_mut();
             // The place of one that is closed has no flows.
@@ -223,12 +230,22 @@ impl<A> Flows<A> {
         Ok(())
     }
 
-    /// Has counted what the kernel drops there. A socket that cannot be asked is not counted, and serves.
-    fn watch_queue(&self, socket: &UdpSocket, listener: u32) -> Option<Watch> {
+    /// Counts what the kernel has dropped at a listening socket since the last time: in another process it may have been
+    /// another's, whose counter goes on here.
+    fn count_drops(&self, door: &Door) {
         let mut state = self.state.borrow_mut();
         let snapshot = state.snapshot();
-        let rules = snapshot.listeners.get(listener as usize)?;
-        state.live.queues.watch(socket, &rules.label).ok()
+        if let Some(rules) = snapshot.listeners.get(door.listener() as usize) {
+            let cells = state.local.ledger.listener(&rules.label);
+            cells.overflowed.get_or_init(EachWay::default).to_backend.add(door.take_drops());
+        }
+    }
+
+    /// Counts what the kernel has dropped at the listening sockets since the last time.
+    pub fn count_all_drops(&self) {
+        for door in self.doors.borrow().iter().flatten() {
+            self.count_drops(door);
+        }
     }
 
     /// What could not be received is still in the socket's queue, or is lost there and counted by the kernel.
@@ -243,7 +260,9 @@ impl<A> Flows<A> {
     /// Takes one batch of datagrams from clients; whether that was all.
     fn hear(&self, door: &Door, place: u16) -> io::Result<bool> {
         let mut state = self.state.borrow_mut();
-        door.header.set(state.header_rules(door.listener()));
+        let rules = state.header_rules(door.listener());
+        door.header.set(rules.map(|(rules, _)| rules));
+        door.follows_bare.set(rules.is_some_and(|(_, follows_bare)| follows_bare));
         let (mut room, mut metas) = (std::mem::take(&mut state.room), std::mem::take(&mut state.metas));
         let received = door.receive(&mut room, &mut metas);
         if let Ok(count) = received {
@@ -310,6 +329,7 @@ impl<A> Flows<A> {
     pub fn advance(&self, now: Moment) {
         let mut state = self.state.borrow_mut();
         state.follow_idle();
+        state.end_revoked(now);
         if state.is_due(now) {
             self.is_due.notify_one();
         }
@@ -364,10 +384,12 @@ impl<A> State<A> {
         Arc::clone(self.snapshot.load())
     }
 
-    /// What is asked of a header at a listener; `None` where there is none.
-    fn header_rules(&mut self, listener: u32) -> Option<wire::Rules> {
-        let rules = self.snapshot.load().listeners.get(listener as usize)?.header.as_ref()?;
-        Some(wire::Rules { transport: Transport::Datagram, verify_crc: rules.verify_crc })
+    /// What is asked of a header at a listener, and whether a datagram may come without one; `None` where there is none.
+    fn header_rules(&mut self, listener: u32) -> Option<(wire::Rules, bool)> {
+        let listener = self.snapshot.load().listeners.get(listener as usize)?;
+        let rules = listener.header.as_ref()?;
+        let rules = wire::Rules { transport: Transport::Datagram, verify_crc: rules.verify_crc };
+        Some((rules, listener.follows_bare))
     }
 
     /// How long a flow may be silent, as it is in force now; while the process drains, that is decided already.
@@ -408,6 +430,9 @@ impl<A> State<A> {
 
     /// Ends one flow.
     fn end(&mut self, id: FlowId, outcome: Outcome, now: Moment) {
+        if !self.revoked.is_empty() {
+            self.revoked.remove(&id);
+        }
         if let Some((path, who, flow)) = self.table.close(id) {
             let books = Books { journal: &self.journal, rejections: &self.rejections };
             flow.end(outcome, path.peer, who, &books, now);

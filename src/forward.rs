@@ -24,7 +24,7 @@ use self::way::{Broken, Phase, Way};
 use crate::account::{Direction, EachWay};
 use crate::clock::wheel::{Span, Tick};
 use crate::fault;
-use crate::life::{Cut, Life, Round};
+use crate::life::{Cut, Life};
 use crate::outcome::{At, By, Outcome, Why};
 
 /// The bytes that one direction may move in one turn; then the worker's other sessions get theirs.
@@ -89,7 +89,8 @@ pub fn relay<'a>(pair: Pair, patience: Patience, lent: Lent<'a>, life: &'a mut L
         first_end: None,
         broken: None,
         ended: false,
-        asked: None,
+        visits: 0,
+        revoked_at: Tick::NEVER,
         lent,
         life,
     }
@@ -111,8 +112,10 @@ pub struct Relay<'a> {
     /// Whose connection broke, and how, while the other direction was still to be emptied.
     broken: Option<(By, Why)>,
     ended: bool,
-    /// The last time that it was to leave for another process.
-    asked: Option<Round>,
+    /// How many visits of the worker to its sessions it knows of.
+    visits: u32,
+    /// While its endpoint is no longer its tenant's: when it ends.
+    revoked_at: Tick,
     lent: Lent<'a>,
     life: &'a mut Life,
 }
@@ -122,8 +125,9 @@ pub struct Relay<'a> {
 pub enum Stop {
     /// Its end.
     Ended(Outcome),
-    /// Sessions leave for another process, and this one may. Said once each time; polled again, it goes on as before.
-    Leaves,
+    /// The worker visits its sessions, or the grace of this one is over: the session checks what has changed for it. Polled
+    /// again, the relay continues.
+    Visit,
 }
 
 impl Future for Relay<'_> {
@@ -131,10 +135,10 @@ impl Future for Relay<'_> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Stop> {
         let this = &mut *self;
-        let moving = this.life.local().moving();
-        if moving.is_some() && moving != this.asked {
-            this.asked = moving;
-            return Poll::Ready(Stop::Leaves);
+        let visits = this.life.local().visits();
+        if visits != this.visits {
+            this.visits = visits;
+            return Poll::Ready(Stop::Visit);
         }
         fault::panic_where_injected();
         for direction in Direction::ALL {
@@ -150,14 +154,27 @@ impl Future for Relay<'_> {
         if this.ways.to_backend.is_over() && this.ways.to_client.is_over() {
             return Poll::Ready(Stop::Ended(this.both_ended()));
         }
-        match this.poll_time(context) {
-            Some(outcome) => Poll::Ready(Stop::Ended(outcome)),
-            None => Poll::Pending,
-        }
+        this.poll_time(context).map_or(Poll::Pending, Poll::Ready)
     }
 }
 
 impl Relay<'_> {
+    /// Its endpoint is no longer its tenant's: it ends after this grace, which begins with the first call; its end, where
+    /// that is now.
+    pub fn revoke(&mut self, grace: Duration) -> Option<Outcome> {
+        let now = self.life.tick();
+        if self.revoked_at == Tick::NEVER && !grace.is_zero() {
+            self.revoked_at = now.after(Span::of(grace));
+        }
+        let is_over = grace.is_zero() || self.revoked_at <= now;
+        is_over.then(|| self.reset(Outcome::reject(At::Forward, Why::Revoked)))
+    }
+
+    /// Its endpoint is its tenant's.
+    pub fn confirm(&mut self) {
+        self.revoked_at = Tick::NEVER;
+    }
+
     /// Moves one direction's bytes until one of its ends, or the tenant's bandwidth, has to be waited for, or nothing
     /// is `left` of its turn. Ready once there is nothing left to do.
     fn pump(
@@ -294,7 +311,7 @@ impl Relay<'_> {
     }
 
     /// Looks at the time: gives back pipes that rest, and ends a session that was silent for too long.
-    fn poll_time(&mut self, context: &Context<'_>) -> Option<Outcome> {
+    fn poll_time(&mut self, context: &Context<'_>) -> Option<Stop> {
         let (patience, why) = if self.first_end.is_some() || self.broken.is_some() {
             (self.patience.half_close, Why::HalfCloseTimeout)
         } else {
@@ -310,20 +327,27 @@ impl Relay<'_> {
             if deadline <= now {
                 if let Some((by, why)) = self.broken {
                     // What was lost is why it ends, and whose bytes they were has to learn it.
-                    return Some(self.reset(Outcome::new(by, At::Forward, why)));
+                    return Some(Stop::Ended(self.reset(Outcome::new(by, At::Forward, why))));
                 }
                 let why = if allowed < patience { Why::Drained } else { why };
-                return Some(self.expire(Outcome::reject(At::Forward, why)));
+                return Some(Stop::Ended(self.expire(Outcome::reject(At::Forward, why))));
             }
             if let Some(outcome) = self.look_for_resets(now) {
-                return Some(self.reset(outcome));
+                return Some(Stop::Ended(self.reset(outcome)));
+            }
+            if self.revoked_at <= now {
+                return Some(Stop::Visit);
             }
             let next = deadline.min(self.settle(now)).min(self.rest_pipes(now)).min(self.looks_at);
+            let next = next.min(self.revoked_at);
             self.life.wake_at(next);
             match self.life.poll_cut(context) {
                 None => return None,
                 // It may be in the middle of an answer, and a plain end would say that this was all of it.
-                Some(Cut::Drained) => return Some(self.reset(Outcome::reject(At::Forward, Why::Drained))),
+                Some(Cut::Drained) => {
+                    let outcome = Outcome::reject(At::Forward, Why::Drained);
+                    return Some(Stop::Ended(self.reset(outcome)));
+                }
                 Some(Cut::Expired) => {}
             }
         }

@@ -145,6 +145,16 @@ impl Claim {
         value.map_or(Self::Absent, |id| EndpointId::from_bytes(id).map_or(Self::Malformed, Self::Id))
     }
 
+    /// What [`from_tlv`](Self::from_tlv) reads back as the same claim.
+    #[must_use]
+    pub fn told(self) -> Option<String> {
+        match self {
+            Self::Absent => None,
+            Self::Malformed => Some(String::new()),
+            Self::Id(id) => Some(id.to_string()),
+        }
+    }
+
     /// The ID, where there is a well-formed one.
     #[must_use]
     pub fn id(self) -> Option<EndpointId> {

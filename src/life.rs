@@ -1,7 +1,6 @@
 //! What a session carries through all its steps: its deadline on the worker's wheel, and its counters.
 
 use std::cell::{Cell, RefCell};
-use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -36,14 +35,11 @@ pub struct Local {
     drain_idle: Cell<Option<Span>>,
     /// Set when the drain's deadline has passed.
     over: Cell<bool>,
-    /// While sessions leave for another process: the how-manyeth time that is.
-    moving: Cell<Option<Round>>,
-    rounds: Cell<u32>,
+    /// Whether sessions leave for another process.
+    moving: Cell<bool>,
+    /// How often every session was visited.
+    visits: Cell<u32>,
 }
-
-/// Tells one time of moving from the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Round(NonZeroU32);
 
 impl Local {
     /// The shared part of a new worker.
@@ -58,35 +54,39 @@ impl Local {
             started: now,
             drain_idle: Cell::new(None),
             over: Cell::new(false),
-            moving: Cell::new(None),
-            rounds: Cell::new(0),
+            moving: Cell::new(false),
+            visits: Cell::new(0),
         })
     }
 
     /// From now on every session that forwards leaves for another process. All are woken, to find out.
     pub fn start_moving(&self) {
-        let round = NonZeroU32::MIN.saturating_add(self.rounds.get());
-        self.rounds.set(round.get());
-        self.moving.set(Some(Round(round)));
+        self.moving.set(true);
+        self.visit();
+    }
+
+    /// Visits every session once: each that forwards checks what has changed for it. All are woken.
+    pub fn visit(&self) {
+        self.visits.set(self.visits.get().wrapping_add(1));
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
+    }
+
+    /// How often every session was visited. A session that knows another number has a visit before it.
+    #[inline]
+    #[must_use]
+    pub fn visits(&self) -> u32 {
+        self.visits.get()
     }
 
     /// From now on no session leaves that has not been handed over yet.
     pub fn stop_moving(&self) {
-        self.moving.set(None);
+        self.moving.set(false);
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
     }
 
     /// Whether sessions leave for another process.
     #[must_use]
     pub fn is_moving(&self) -> bool {
-        self.moving.get().is_some()
-    }
-
-    /// While sessions leave, which time that is.
-    #[inline]
-    #[must_use]
-    pub fn moving(&self) -> Option<Round> {
         self.moving.get()
     }
 
@@ -324,14 +324,15 @@ mod tests {
         let (labels, shard) = (Labels::default(), Arc::default());
         let life = life(&labels, &shard);
         let local = Rc::clone(life.local());
-        assert!(!local.is_moving() && local.moving().is_none());
+        assert!(!local.is_moving() && local.visits() == 0);
         local.start_moving();
-        let first = local.moving();
-        assert!(local.is_moving());
+        assert_eq!((local.is_moving(), local.visits()), (true, 1));
         local.stop_moving();
         assert!(!local.is_moving());
         local.start_moving();
-        assert!(local.moving().is_some() && local.moving() != first, "it is another time");
+        assert_eq!((local.is_moving(), local.visits()), (true, 2), "it is another time");
+        local.visit();
+        assert_eq!(local.visits(), 3);
         let day = Duration::from_hours(24);
         assert_eq!(life.tick().since(life.tick().before(day)), day, "silent since before the process began");
     }

@@ -127,9 +127,9 @@ outcomes! {
     HeaderTruncated = "header_truncated": Client at Header;
     /// The first bytes are not the PROXY v2 signature.
     NoSignature = "no_signature": Proxy at Header;
-    /// A datagram without a header, from a sender that has no flow.
+    /// A datagram without a header; with `bare-datagrams = "follow"`, from a sender that has no flow.
     NoHeader = "no_header": Proxy at Header;
-    /// A datagram without a header, from a sender that has several flows.
+    /// A datagram without a header with `bare-datagrams = "follow"`, from a sender that has several flows or had them a moment ago.
     Ambiguous = "ambiguous": Proxy at Header;
     /// The header's version is not 2.
     BadVersion = "bad_version": Proxy at Header;
@@ -193,6 +193,8 @@ outcomes! {
     Unanswered = "unanswered": Client at Header, Client at Forward, Backend at Forward;
     /// The flow was silent, and another one needed its place.
     Evicted = "evicted": Proxy at Forward;
+    /// A reload disabled or removed the tenant, or took the endpoint away from it, and `on-revoke` is `end`.
+    Revoked = "revoked": Proxy at Forward;
     /// The process is draining, and the session was silent or the deadline passed.
     Drained = "drained": Proxy at Header, Proxy at Pool, Proxy at Connect, Proxy at Forward;
     /// Another process has taken it over, and goes on with it: it ends there, and has its line there. Not logged.

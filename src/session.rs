@@ -1,8 +1,9 @@
 //! One TCP life, from accept to its line in the log: the only place that knows the order of the steps.
 
 pub mod moved;
+mod visit;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::forward::pace::Lent;
 use crate::forward::pipe::Pipes;
 use crate::forward::{self, Pair, Stop};
 use crate::header::{self, Client};
-use crate::id::{EndpointId, SessionId};
+use crate::id::{Claim, SessionId};
 use crate::life::{Cut, Life, Local};
 use crate::outcome::{At, By, Outcome, Why};
 use crate::pool::queue::Place;
@@ -60,6 +61,9 @@ pub struct Worker {
     slots: Arc<Slots>,
     snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     rolls: RefCell<fastrand::Rng>,
+    /// The snapshot's number of revocations that sessions were last visited for, and when they may be visited again.
+    revocations: Cell<u32>,
+    next_visit: Cell<Moment>,
 }
 
 impl Worker {
@@ -78,16 +82,13 @@ impl Worker {
             slots: Arc::clone(&live.sessions),
             snapshot: RefCell::new(Cache::new(Arc::clone(&live.snapshot))),
             rolls: RefCell::new(fastrand::Rng::new()),
+            revocations: Cell::new(live.snapshot.load().revocations),
+            next_visit: Cell::default(),
         }
     }
 
     fn snapshot(&self) -> Arc<Snapshot> {
         Arc::clone(self.snapshot.borrow_mut().load())
-    }
-
-    /// Lets go of a snapshot that is no more in force.
-    pub fn renew(&self) {
-        self.snapshot.borrow_mut().load();
     }
 
     /// Ends sessions without a whole header that have waited too long for how many there are.
@@ -106,7 +107,7 @@ impl Worker {
 struct Story<'a> {
     peer: PeerAddr,
     client: Option<ClientAddr>,
-    endpoint: Option<EndpointId>,
+    endpoint: Claim,
     tenant: Option<&'a Tenant>,
     pool: Option<&'a Pool>,
     backend: Option<BackendAddr>,
@@ -135,7 +136,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
     let mut story = Story {
         peer: accepted.peer,
         client: None,
-        endpoint: None,
+        endpoint: Claim::Absent,
         tenant: None,
         pool: None,
         backend: None,
@@ -158,8 +159,14 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
             if let Stop::Ended(outcome) = (&mut relay).await {
                 break outcome;
             }
+            if let Some(outcome) = worker.check(&mut relay, &story, &admitted.permit) {
+                break outcome;
+            }
             // Apart, because few sessions ever leave, and each would keep room for it for its whole life.
-            if let Some(outcome) = boxed(moved::depart(&worker, &mut relay, &story, session)).await {
+            if worker.local.is_moving()
+                && let Some(outcome) =
+                    boxed(moved::depart(&worker, &mut relay, &story, &admitted.permit, session)).await
+            {
                 break outcome;
             }
         };
@@ -205,7 +212,7 @@ fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, sto
         session,
         listener,
         tenant: known(tenant),
-        endpoint: story.endpoint,
+        endpoint: story.endpoint.id(),
         client: story.client,
         peer: story.peer,
         pool: known(pool),
@@ -216,7 +223,11 @@ fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, sto
         connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
         total_ms: total,
         outcome,
-        marks: Marks { would_delay, left_out: entry.left_out, ..story.marks },
+        marks: Marks {
+            would_delay,
+            left_out: u32::try_from(entry.left_out).unwrap_or(u32::MAX),
+            ..story.marks
+        },
         labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
     };
     worker.journal.write(entry.class, number, &record);
@@ -244,7 +255,13 @@ pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Size
             if let Stop::Ended(outcome) = (&mut relay).await {
                 break outcome;
             }
-            if let Some(outcome) = boxed(moved::depart(&worker, &mut relay, &story, session)).await {
+            if let Some(outcome) = worker.check(&mut relay, &story, &permit) {
+                break outcome;
+            }
+            if worker.local.is_moving()
+                && let Some(outcome) =
+                    boxed(moved::depart(&worker, &mut relay, &story, &permit, session)).await
+            {
                 break outcome;
             }
         }
@@ -313,7 +330,7 @@ impl<'a> Steps<'a> {
             None => Client::without_header(accepted.socket, accepted.peer),
         };
         story.client = client.address;
-        story.endpoint = client.endpoint.id();
+        story.endpoint = client.endpoint;
         Ok(client)
     }
 

@@ -13,14 +13,13 @@ use crate::accept;
 use crate::account::log::QUEUE;
 use crate::account::log_queue::LogQueue;
 use crate::account::meter::Shard;
-use crate::account::queues::Queues;
 use crate::account::{Label, Labels, lock};
 use crate::addr::PeerAddr;
 use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
 use crate::clock;
 use crate::clock::wheel::Span;
-use crate::config::{Config, Fallback, Identity, Protocol};
+use crate::config::{BareDatagrams, Config, Fallback, Identity, Protocol};
 use crate::forward::Patience;
 use crate::forward::pipe::{self, Budget};
 use crate::header;
@@ -32,6 +31,7 @@ mod changes;
 pub mod draining;
 pub mod rejections;
 mod reload;
+mod revocation;
 mod rows;
 mod takeovers;
 
@@ -57,6 +57,9 @@ pub struct Snapshot {
     pub patience: Patience,
     /// How long a flow may be silent.
     pub flow_idle: Duration,
+    /// How many reloads may have taken an endpoint away from the tenant of a live session or flow: at another number each
+    /// of them checks whether it still [belongs](Self::admits) to its tenant.
+    pub revocations: u32,
 }
 
 /// A listener's rules.
@@ -68,6 +71,8 @@ pub struct Listener {
     pub trusted: Vec<IpNet>,
     /// What is asked of a header; `None` where there is none.
     pub header: Option<header::Rules>,
+    /// Whether a datagram without a header may belong to the one flow of its sender.
+    pub follows_bare: bool,
     /// Whose traffic it is.
     pub tenants: tenant::Rules,
     /// The place of the pool of tenants that name none.
@@ -117,6 +122,10 @@ impl Snapshot {
                 Identity::Header { trusted, .. } | Identity::Fixed { trusted, .. } => trusted.clone(),
             },
             header: header_rules(row, config),
+            follows_bare: matches!(
+                row.listener.identity,
+                Identity::Header { bare_datagrams: BareDatagrams::Follow, .. }
+            ),
             tenants: tenant_rules(&row.listener.identity, &tenant_places),
             pool: pool_of(&row.listener.pool),
             is_tcp: row.listener.protocol == Protocol::Tcp,
@@ -133,6 +142,7 @@ impl Snapshot {
                 half_close: Span::of(config.timeouts.half_close),
             },
             flow_idle: config.timeouts.flow_idle,
+            revocations: 0,
         }
     }
 
@@ -174,6 +184,7 @@ fn directory(
         let label = labels.intern(&tenant.name);
         let quota = quotas.find(&label);
         quota.set(&tenant.limits, now);
+        quota.set_revocation(tenant.into());
         Tenant {
             label,
             labels: (!tenant.labels.is_empty()).then(|| Box::new(tenant.labels.clone())),
@@ -248,8 +259,6 @@ pub struct Live {
     pub quotas: Quotas,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
-    /// What listening UDP sockets had no room for.
-    pub queues: Arc<Queues>,
     /// The lines of the access log that wait for its writer, and those that are missing.
     pub log: Arc<LogQueue>,
     /// Listening sockets that broke.
@@ -321,7 +330,6 @@ impl Live {
             sessions,
             quotas,
             pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
-            queues: Arc::default(),
             log: Arc::new(LogQueue::new(workers.max(1) * QUEUE)),
             stopped_doors: AtomicUsize::new(0),
             bound: ArcSwap::default(),

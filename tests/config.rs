@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use vestibule::config::{
-    AccessLog, Ask, Backend, Balance, Bandwidth, Config, Dns, Ejection, Fallback, Faults, Format, Identity,
-    Level, Limits, Mode, Probe, Protocol, Queue, Rate, Target,
+    AccessLog, Ask, Backend, Balance, Bandwidth, BareDatagrams, Config, Dns, Ejection, Fallback, Faults,
+    Format, Identity, Level, Limits, Mode, OnRevoke, Probe, Protocol, Queue, Rate, Target,
 };
 
 fn load(path: impl AsRef<Path>) -> Result<Config, Faults> {
@@ -76,6 +76,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
         verify_crc: true,
         on_no_endpoint: Fallback::Reject,
         on_unknown_endpoint: Fallback::Reject,
+        bare_datagrams: BareDatagrams::Refuse,
     };
     assert_eq!(listener.identity, expected);
 
@@ -101,6 +102,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     assert_eq!((tenant.name.as_str(), tenant.enabled, tenant.pool.as_ref()), ("acme", true, None));
     assert!(tenant.routes.is_empty() && tenant.labels.is_empty());
     assert_eq!(tenant.limits, Limits::default());
+    assert_eq!((tenant.on_revoke, tenant.revoke_grace), (OnRevoke::End, Duration::ZERO));
 }
 
 #[test]
@@ -158,7 +160,7 @@ fn what_is_not_the_default_is_read_too() {
     assert_eq!(config.log.access, AccessLog::File("access.log".into()));
     assert_eq!(config.timeouts.connect, Duration::from_millis(200));
     assert_eq!(config.drain.notice, Duration::ZERO);
-    let Identity::Header { trusted, verify_crc, on_no_endpoint, on_unknown_endpoint } =
+    let Identity::Header { trusted, verify_crc, on_no_endpoint, on_unknown_endpoint, bare_datagrams: _ } =
         &config.listeners[0].identity
     else {
         panic!("a header is required")
@@ -179,6 +181,8 @@ fn what_is_not_the_default_is_read_too() {
     assert_eq!(pool.health, Some(probe));
     assert_eq!(config.pools[1].health, None);
     assert!(!config.tenants[0].enabled);
+    let revoke = [0, 1].map(|place| (config.tenants[place].on_revoke, config.tenants[place].revoke_grace));
+    assert_eq!(revoke, [(OnRevoke::End, Duration::from_hours(1)), (OnRevoke::Keep, Duration::ZERO)]);
 }
 
 #[test]

@@ -28,7 +28,7 @@ use self::source::admission::share::Share;
 use self::source::admission::slots::Slots;
 
 mod atomic {
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 }
 
 #[path = "../src"]

@@ -1,6 +1,6 @@
 //! What one worker counts, and what a scrape reads of it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::attempt::Connect;
 use super::latency::Recorder;
@@ -62,6 +62,9 @@ pub struct ListenerCells {
     pub errors_fatal: Cell64,
     /// Sessions without a whole header, now.
     pub pending: Cell64,
+    /// Datagrams that the kernel dropped because a socket's queue was full, where the listener is UDP: to backends at the
+    /// listening sockets, to clients at the flows' own.
+    pub overflowed: OnceLock<EachWay<Cell64>>,
     /// From accept to the end, of the sessions that are logged.
     pub duration: Recorder,
 }

@@ -63,7 +63,7 @@ pub struct Marks {
     /// Whether its bytes would have had to wait.
     pub would_delay: bool,
     /// Lines of the same kind that were left out before this one.
-    pub left_out: u64,
+    pub left_out: u32,
 }
 
 impl Marks {
@@ -82,7 +82,7 @@ impl Marks {
         }
         if self.left_out > 0 {
             to.extend_from_slice(br#","left_out":"#);
-            decimal(to, self.left_out);
+            decimal(to, self.left_out.into());
         }
     }
 }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 pub use super::attempt::Connect;
@@ -88,6 +88,7 @@ impl Ledger {
             errors_shortage: Cell64::default(),
             errors_fatal: Cell64::default(),
             pending: Cell64::default(),
+            overflowed: OnceLock::new(),
             duration: Recorder::default(),
         })
     }
@@ -205,6 +206,11 @@ impl Meter {
         }
     }
 
+    /// Counts an attempt to connect another backend that failed, while the present one is kept.
+    pub fn failed(&self, backend: &Label, result: Connect) {
+        self.ledger.backend(&self.route.pool, backend).count(result);
+    }
+
     /// Goes to a backend of which nobody knows yet whether it is there.
     pub fn assume(&mut self, backend: &Label) {
         let cells = self.ledger.backend(&self.route.pool, backend);
@@ -218,6 +224,13 @@ impl Meter {
         if result != Connect::Done {
             cells.active.sub(1);
             self.backend = None;
+        }
+    }
+
+    /// Leaves its backend for another one, or for none.
+    pub fn leave(&mut self) {
+        if let Some(cells) = self.backend.take() {
+            cells.active.sub(1);
         }
     }
 
@@ -249,6 +262,11 @@ impl Meter {
     pub fn passed(&mut self, direction: Direction, datagrams: u64, bytes: u64) {
         self.forwarded(direction, bytes, false);
         self.route.datagrams.way(direction).add(datagrams);
+    }
+
+    /// Counts datagrams that the kernel dropped because the queue of its own socket was full.
+    pub fn overflowed(&self, datagrams: u64) {
+        self.listener.overflowed.get_or_init(EachWay::default).to_client.add(datagrams);
     }
 
     /// Counts datagrams that were dropped.

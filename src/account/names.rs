@@ -60,8 +60,8 @@ metrics! {
         "Datagrams that were dropped while their flow went on: `rate`, `bandwidth`, `too_long`, `full`, `shortage`, `refused`, `unreachable`.";
     DATAGRAMS_WOULD_DROP: Counter "vestibule_datagrams_would_drop_total" ["listener", "tenant", "pool", "direction", "why"]
         "Datagrams that the tenant's limits would have dropped, were they not only observed.";
-    DATAGRAMS_OVERFLOWED: Counter "vestibule_datagrams_overflowed_total" ["listener"]
-        "Datagrams that came faster than they were received: the kernel dropped them at a listening socket whose queue was full.";
+    DATAGRAMS_OVERFLOWED: Counter "vestibule_datagrams_overflowed_total" ["listener", "direction"]
+        "Datagrams that the kernel dropped because the receive queue of a socket was full: `to_backend` at the listening sockets, `to_client` at the sockets towards backends.";
     MODE_BYTES: Counter "vestibule_forward_mode_bytes_total" ["mode", "direction"]
         "Bytes forwarded by `copy` through a buffer, or by `splice` inside the kernel.";
     PIPES: Gauge "vestibule_pipes_in_use" []

@@ -240,9 +240,6 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::DRAIN_STAGE, &[phase.word()], 1);
     let left = if live.is_draining() { live.sessions_now() } else { 0 };
     sheet.count(&names::DRAIN_LEFT, &[], left);
-    for (listener, count) in live.queues.dropped() {
-        sheet.count(&names::DATAGRAMS_OVERFLOWED, &[&listener], count);
-    }
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }
 
@@ -379,6 +376,12 @@ fn listeners(sheet: &mut Sheet, shard: &Shard) {
             ("fatal", &cells.errors_fatal),
         ] {
             sheet.count(&names::ACCEPT_ERRORS, &[listener, class], count.value());
+        }
+        if let Some(overflowed) = cells.overflowed.get() {
+            for direction in Direction::ALL {
+                let count = overflowed.way(direction).value();
+                sheet.count(&names::DATAGRAMS_OVERFLOWED, &[listener, direction.word()], count);
+            }
         }
         sheet.times(&names::DURATION, listener, &cells.duration);
     }

@@ -5,15 +5,18 @@ mod kept;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::budget::Budget;
 use super::rate::{self, Rate};
 use super::share::Share;
 use super::slots::Slots;
 use crate::account::{Direction, EachWay, Label, lock};
-use crate::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use crate::clock::Moment;
-use crate::config::{Limits, Mode};
+use crate::config::{Limits, Mode, OnRevoke, Tenant};
 use crate::outcome::Why;
 
 pub use self::flows::{Excess, FlowPermit, Passage, Room};
@@ -31,6 +34,8 @@ pub struct Quota {
     budgets: EachWay<Budget>,
     /// Splice pipes that its sessions hold.
     pub pipes: AtomicU32,
+    /// How its sessions end once they are revoked, as a [`Revocation`].
+    revocation: AtomicU16,
     observing: AtomicBool,
     limited: AtomicBool,
     share: Option<Arc<Share>>,
@@ -39,6 +44,40 @@ pub struct Quota {
     /// The bucket of the lines that tell of rejections.
     lines_full_at: AtomicU64,
     left_out: AtomicU64,
+}
+
+/// What happens to a session or a flow whose tenant is removed or disabled, or whose endpoint no longer belongs to the
+/// tenant: it ends after so many tenths of a second, or never. By default it ends at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation(u16);
+
+impl Revocation {
+    /// It continues until it ends by itself.
+    pub const KEEP: Self = Self(u16::MAX);
+
+    const UNIT: Duration = Duration::from_millis(100);
+
+    /// It ends after this grace, rounded up; after an hour and three quarters at the latest.
+    #[must_use]
+    pub fn end_after(grace: Duration) -> Self {
+        let units = grace.as_millis().div_ceil(Self::UNIT.as_millis());
+        Self(u16::try_from(units).unwrap_or(u16::MAX).min(u16::MAX - 1))
+    }
+
+    /// The time until it ends; `None` where it continues.
+    #[must_use]
+    pub fn grace(self) -> Option<Duration> {
+        (self != Self::KEEP).then(|| Self::UNIT * u32::from(self.0))
+    }
+}
+
+impl From<&Tenant> for Revocation {
+    fn from(tenant: &Tenant) -> Self {
+        match tenant.on_revoke {
+            OnRevoke::End => Self::end_after(tenant.revoke_grace),
+            OnRevoke::Keep => Self::KEEP,
+        }
+    }
 }
 
 /// Lines of the access log that tell of one tenant's rejections: so many in a second ...
@@ -69,6 +108,17 @@ impl Quota {
         self.datagrams.set(limits.datagram_rate);
         self.budgets.to_backend.set(limits.to_backend, now);
         self.budgets.to_client.set(limits.to_client, now);
+    }
+
+    /// From now on this happens to sessions and flows that are revoked. It outlives the tenant as long as they live.
+    pub fn set_revocation(&self, revocation: Revocation) {
+        self.revocation.store(revocation.0, Ordering::Relaxed);
+    }
+
+    /// What happens to a session or a flow that is revoked.
+    #[must_use]
+    pub fn revocation(&self) -> Revocation {
+        Revocation(self.revocation.load(Ordering::Relaxed))
     }
 
     /// Admits one more session. The rate is asked last: a session that is rejected for another reason takes nothing of it.

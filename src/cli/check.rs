@@ -88,7 +88,15 @@ fn tell(difference: &Difference, as_json: bool) -> io::Result<()> {
         (_, true) => writeln!(out, "a reload would be refused as a whole, and change nothing"),
         (_, false) => {
             let changes = counted(count, "thing");
-            writeln!(out, "a reload would change {changes}, which concern {} now", difference.now)
+            writeln!(out, "a reload would change {changes}, which concern {} now", difference.now)?;
+            if difference.ends.is_nothing() {
+                return Ok(());
+            }
+            writeln!(
+                out,
+                "a reload would end at most {}, whose tenant or endpoint is taken away",
+                difference.ends
+            )
         }
     }
 }

@@ -8,13 +8,14 @@ mod usage;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::hash::Hash;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use self::shown::{keys, limits};
 use self::usage::Uses;
 pub use self::usage::{BackendUse, RouteUse, Use};
-use super::{Backend, Config, Listener, Pool, Protocol, Tenant};
+use super::{Backend, Config, Listener, OnRevoke, Pool, Protocol, Tenant};
 
 /// A configuration that is in force, and what goes through it now.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -100,6 +101,8 @@ pub struct Difference {
     /// Sessions and flows that any of it concerns now, each counted once.
     #[serde(flatten)]
     pub now: Use,
+    /// Sessions and flows that a reload would end at most, because their tenant or their endpoint is taken away.
+    pub ends: Use,
 }
 
 impl Difference {
@@ -112,7 +115,8 @@ impl Difference {
         pools(&now.config, next, &uses, &mut changes);
         tenants(&now.config, next, &uses, &mut changes);
         let concerned = uses.concerned(&changes);
-        Self { changes, now: concerned }
+        let ends = uses.revoked(&now.config, next);
+        Self { changes, now: concerned, ends }
     }
 
     /// Whether nothing would change.
@@ -333,9 +337,26 @@ fn tenant(
         let key = Key { key: "state".to_owned(), from: Some(from.to_owned()), to: Some(to.to_owned()) };
         changes.push(of_tenant(after, Kind::State, uses).with(vec![key]));
     }
+    let revoke = keys(&Revoke::of(before), &Revoke::of(after));
+    if !revoke.is_empty() {
+        changes.push(of_tenant(after, Kind::Changed, uses).with(revoke));
+    }
     if before.labels != after.labels {
         let labels = |tenant: &Tenant| BTreeMap::from([("labels", tenant.labels.clone())]);
         changes.push(of_tenant(after, Kind::Changed, uses).with(keys(&labels(before), &labels(after))));
+    }
+}
+
+/// The keys of a tenant that say how its sessions end once they are revoked.
+#[derive(Serialize)]
+struct Revoke {
+    on_revoke: OnRevoke,
+    revoke_grace: Duration,
+}
+
+impl Revoke {
+    fn of(tenant: &Tenant) -> Self {
+        Self { on_revoke: tenant.on_revoke, revoke_grace: tenant.revoke_grace }
     }
 }
 

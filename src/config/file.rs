@@ -9,7 +9,8 @@ use toml::de::DeTable;
 use super::error::{Fault, Faults, Source};
 use super::section::{Field, Head, List, Section, into_array, into_table, quoted, shown};
 use super::written::{
-    Admin, Dns, Drain, HealthEndpoint, Limits, Listener, Log, Pool, Process, Tenant, Timeouts, Written,
+    Admin, Dns, Drain, HealthEndpoint, Listener, Log, Pool, Process, Tenant, TenantDefaults, Timeouts,
+    Written,
 };
 
 /// Reads a file and all that it includes. Faults of form are handed on with what could be read.
@@ -166,7 +167,7 @@ impl Reading {
                 "drain" => written.drain = Drain::read(&head, table, faults),
                 "dns" => written.dns = Dns::read(head, table, faults),
                 _ => {
-                    written.default_limits = Limits::of_defaults(&head, table, faults);
+                    written.tenant_defaults = TenantDefaults::read(&head, table, faults);
                     written.defaults = Some(head);
                 }
             }

@@ -2,6 +2,7 @@
 
 mod address;
 mod pool;
+mod word;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -16,7 +16,7 @@ use super::value::{
     Count, Interval, Name, Nameserver, PerSecond, ProxyProtocol, Sessions, Size, SocketPath, State, UrlPath,
     Whole,
 };
-use super::{AccessLog, Fallback, Format, Level, Mode, Protocol};
+use super::{AccessLog, BareDatagrams, Fallback, Format, Level, Mode, OnRevoke, Protocol};
 use crate::id::EndpointId;
 
 /// Everything that was written, in all files, and what was wrong with its form.
@@ -35,8 +35,8 @@ pub(super) struct Written {
     pub(super) listeners: Vec<Listener>,
     pub(super) pools: Vec<Pool>,
     pub(super) tenants: Vec<Tenant>,
-    /// `[tenant-defaults.limits]`
-    pub(super) default_limits: Limits,
+    /// `[tenant-defaults]`
+    pub(super) tenant_defaults: TenantDefaults,
     /// Where `[tenant-defaults]` stands.
     pub(super) defaults: Option<Head>,
 }
@@ -199,6 +199,7 @@ pub(super) struct Listener {
     pub(super) pool: Field<String>,
     pub(super) on_no_endpoint: Field<Fallback>,
     pub(super) on_unknown_endpoint: Field<Fallback>,
+    pub(super) bare_datagrams: Field<BareDatagrams>,
     pub(super) tenant: Field<String>,
     pub(super) max_pending: Field<Count<1>>,
 }
@@ -215,6 +216,7 @@ impl Listener {
         let (pool, max_pending) = (section.take("pool"), section.take("max-pending"));
         let on_no_endpoint = section.take("on-no-endpoint");
         let on_unknown_endpoint = section.take("on-unknown-endpoint");
+        let bare_datagrams = section.take("bare-datagrams");
         section.finish();
         Self {
             head,
@@ -227,6 +229,7 @@ impl Listener {
             pool,
             on_no_endpoint,
             on_unknown_endpoint,
+            bare_datagrams,
             tenant,
             max_pending,
         }
@@ -243,6 +246,7 @@ pub(super) struct Tenant {
     pub(super) routes: Field<Pairs<String>>,
     pub(super) state: Field<State>,
     pub(super) labels: Field<Pairs<String>>,
+    pub(super) revoke: Revoke,
     pub(super) limits: Limits,
 }
 
@@ -252,9 +256,39 @@ impl Tenant {
         let (name, endpoints) = (section.require("name", "\"acme\""), section.take_list("endpoints"));
         let (pool, routes) = (section.take("pool"), section.take_pairs("routes"));
         let (state, labels) = (section.take("state"), section.take_pairs("labels"));
+        let revoke = Revoke::within(&mut section);
         let limits = Limits::within(&mut section);
         section.finish();
-        Self { head, name, endpoints, pool, routes, state, labels, limits }
+        Self { head, name, endpoints, pool, routes, state, labels, revoke, limits }
+    }
+}
+
+/// `on-revoke` and `revoke-grace` of `[[tenant]]` and `[tenant-defaults]`
+#[derive(Debug, Default)]
+pub(super) struct Revoke {
+    pub(super) on_revoke: Field<OnRevoke>,
+    pub(super) grace: Field<Duration>,
+}
+
+impl Revoke {
+    fn within(section: &mut Section<'_, '_>) -> Self {
+        Self { on_revoke: section.take("on-revoke"), grace: section.take("revoke-grace") }
+    }
+}
+
+/// `[tenant-defaults]`
+#[derive(Debug, Default)]
+pub(super) struct TenantDefaults {
+    pub(super) revoke: Revoke,
+    pub(super) limits: Limits,
+}
+
+impl TenantDefaults {
+    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+        let mut section = Section::open(head, table, faults);
+        let (revoke, limits) = (Revoke::within(&mut section), Limits::within(&mut section));
+        section.finish();
+        Self { revoke, limits }
     }
 }
 
@@ -275,14 +309,6 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    /// Reads `[tenant-defaults]`, which holds nothing else.
-    pub(super) fn of_defaults(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
-        let mut section = Section::open(head, table, faults);
-        let limits = Self::within(&mut section);
-        section.finish();
-        limits
-    }
-
     fn within(section: &mut Section<'_, '_>) -> Self {
         match section.take_table("limits") {
             Field::Given(table) => Self::read(section.nested("limits.", table)),

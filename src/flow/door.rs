@@ -54,14 +54,21 @@ impl<A> Flows<A> {
         let is_it = |door: &&Rc<Door>| door.address() == address && door.is_closing();
         let mut closing = doors.iter().flatten().filter(is_it).peekable();
         let is_there = closing.peek().is_some();
-        closing.for_each(|door| door.reopen(listener, |socket| self.watch_queue(socket, listener)));
+        closing.for_each(|door| {
+            // What was dropped until now is the other listener's.
+            self.count_drops(door);
+            door.reopen(listener);
+            self.count_drops(door);
+        });
         is_there
     }
 
     /// Closes doors where no worker has a flow any more.
     pub(super) fn close_vacant(&self) {
         for place in self.doors.borrow_mut().iter_mut() {
-            place.take_if(|door| door.is_vacant(Vacancy::is_complete));
+            if let Some(gone) = place.take_if(|door| door.is_vacant(Vacancy::is_complete)) {
+                self.count_drops(&gone);
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::state::rejections::{Line, Rejections};
 use crate::tenant::Tenant;
 
 use super::datagrams;
+use super::drops::Drops;
 use super::run::Span;
 use super::socket::{self, Door, ROOM};
 use super::table::Who;
@@ -36,12 +37,16 @@ pub(super) struct Flow<A> {
     pub(super) picked: Option<Picked>,
     pub(super) tried: Tried,
     pub(super) attempts: u32,
+    /// When it looks again for a backend in use, while its own is not.
+    pub(super) searches_at: Moment,
     /// Whether the backend has answered, whatever became of the answer.
     pub(super) is_answered: bool,
     pub(super) listening: Listening,
+    /// What the kernel has dropped at its socket, as far as it is counted.
+    pub(super) drops: Drops,
     /// The first datagram, as long as it is the only one and nobody has answered: another backend may be asked too.
     pub(super) first: Option<Box<[u8]>>,
-    /// Goes in front of each datagram to the backend whose own header does not; empty where none does.
+    /// The header of the first datagram, for those that come without one; empty where the pool wants none.
     pub(super) header: Box<[u8]>,
     pub(super) datagrams: EachWay<u64>,
     pub(super) permit: FlowPermit,
@@ -190,7 +195,11 @@ impl Story {
             connect_ms: None,
             total_ms: took,
             outcome,
-            marks: Marks { left_out: line.left_out, would_reject: who.would_reject, ..Marks::default() },
+            marks: Marks {
+                left_out: u32::try_from(line.left_out).unwrap_or(u32::MAX),
+                would_reject: who.would_reject,
+                ..Marks::default()
+            },
             labels,
         };
         journal.write(line.class, number, &record);
@@ -229,8 +238,10 @@ impl<A> Flow<A> {
             picked: found.picked,
             tried: found.tried,
             attempts: found.attempts,
+            searches_at: Moment::default(),
             is_answered: false,
             listening: Listening::default(),
+            drops: Drops::default(),
             first: None,
             header: Box::default(),
             datagrams: EachWay::default(),
@@ -243,10 +254,20 @@ impl<A> Flow<A> {
 
     /// Goes on with another backend.
     pub(super) fn move_to(&mut self, found: Found) {
+        self.count_drops();
+        self.drops = Drops::default();
         // The socket goes, and with it its place on the poll.
         (self.socket, self.picked) = (found.socket, found.picked);
         (self.tried, self.attempts) = (found.tried, found.attempts);
         self.listening = Listening::default();
+    }
+
+    /// Counts the answers that the kernel has dropped at its socket since the last time.
+    pub(super) fn count_drops(&mut self) {
+        let drops = self.drops.take(&self.socket);
+        if drops > 0 {
+            self.story.meter.overflowed(drops);
+        }
     }
 
     /// Remembers the first datagram, while it is the only one: where its backend is not there, another one gets it.
@@ -274,7 +295,8 @@ impl<A> Flow<A> {
     }
 
     /// Ends it, and accounts for it.
-    pub(super) fn end(self, outcome: Outcome, peer: PeerAddr, who: Who, books: &Books<'_>, now: Moment) {
+    pub(super) fn end(mut self, outcome: Outcome, peer: PeerAddr, who: Who, books: &Books<'_>, now: Moment) {
+        self.count_drops();
         if self.is_answered {
             self.picked.iter().for_each(|picked| picked.answered());
         }
@@ -308,7 +330,7 @@ mod tests {
         let flow = socket::connect(BackendAddr(backend.local_addr().unwrap()), None).unwrap();
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
         client.set_nonblocking(true).unwrap();
-        let door = Door::new(client, 0, None).unwrap();
+        let door = Door::new(client, 0).unwrap();
         backend.connect(flow.local_addr().unwrap()).unwrap();
         let (mut listening, mut spans) = (Listening::default(), Vec::new());
         let (mut room, mut metas) = (vec![0; 4 * ROOM], [RecvMeta::default(); 4]);

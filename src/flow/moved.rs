@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
 use tokio::time::timeout;
 
+use super::drops::Drops;
 use super::life::{Books, Flow, Found, Listening, NOWHERE, Story};
 use super::socket::Door;
 use super::table::{Command, FlowId, Path, Who};
@@ -23,6 +24,7 @@ use super::{Flows, Poll, State};
 use crate::account::EachWay;
 use crate::account::meter::Meter;
 use crate::addr::{ClientAddr, PeerAddr};
+use crate::admission::quota::Revocation;
 use crate::clock::wheel::Tick;
 use crate::clock::{self, Birth, Moment};
 use crate::id::{Claim, SessionId};
@@ -52,8 +54,14 @@ struct Told {
     /// What it claims; empty where that is no endpoint's ID.
     endpoint: Option<String>,
     session: u64,
+    /// What happens to it where its tenant is not there any more. An older process does not say it.
+    #[serde(default)]
+    revocation: Revocation,
     attempts: u32,
     is_answered: bool,
+    /// Whether its path has had another speaker. An older process does not say it.
+    #[serde(default)]
+    shares_path: bool,
     /// Whether the kernel puts together what its socket receives.
     together: bool,
     beyond: bool,
@@ -83,6 +91,7 @@ struct Away<A> {
     who: Who,
     flow: Flow<A>,
     last: Moment,
+    shares_path: bool,
 }
 
 /// Reads what another process tells of a flow. Nothing has happened to it yet.
@@ -190,8 +199,9 @@ impl<A> State<A> {
     /// Takes a flow out of the table and off the poll, and packs it; `None` where it has to stay, or is gone.
     fn send_off(&mut self, id: FlowId, doors: &[Option<Rc<Door>>], poll: &Poll) -> Option<(Away<A>, Parcel)> {
         let last = self.table.last(id)?;
+        let shares_path = self.table.shares_path(id);
         let (path, who, flow) = self.table.close(id)?;
-        let away = Away { path, who, flow, last };
+        let away = Away { path, who, flow, last, shares_path };
         // Not by closing it: the other process's copy would keep it on the poll.
         let packed = epoll::delete(poll.get_ref(), &away.flow.socket).ok();
         let packed = packed.and_then(|()| away.pack(self.number, doors));
@@ -211,6 +221,9 @@ impl<A> State<A> {
         let [_, tenant, _] = away.flow.story.meter.labels();
         let tenant = tenant.serial();
         let id = self.table.take_in(away.path, away.who, tenant, away.flow, away.last, now);
+        if away.shares_path {
+            self.table.set_shares_path(id);
+        }
         self.watch(id, poll, now);
     }
 
@@ -239,7 +252,12 @@ impl<A> State<A> {
         meter.would_delay = told.would_delay;
         let tenant_place = snapshot.known_place(&tenant, who.endpoint, &own);
         let known = tenant_place.and_then(|place| snapshot.directory.tenants().get(place as usize));
-        let quota = known.map_or_else(|| self.live.quotas.find(&tenant), |known| Arc::clone(&known.quota));
+        let gone = || {
+            let quota = self.live.quotas.find(&tenant);
+            quota.set_revocation(told.revocation);
+            quota
+        };
+        let quota = known.map_or_else(gone, |known| Arc::clone(&known.quota));
         let pool_place = snapshot.pools.iter().position(|known| known.label.serial() == to.serial());
         let picked = pool_place.and_then(|place| snapshot.pools.get(place)).and_then(|pool| {
             let roster = pool.roster();
@@ -262,6 +280,7 @@ impl<A> State<A> {
         let mut flow = Flow::new(found, permit, self.slots.take_anyway(), aboard, story);
         (flow.is_answered, flow.first, flow.header) = (told.is_answered, first, header);
         flow.datagrams = told.datagrams;
+        flow.drops = Drops::from_now(&flow.socket);
         if told.together {
             flow.listening = Listening::Together;
         }
@@ -272,7 +291,14 @@ impl<A> State<A> {
         }
         let last = now.before(Duration::from_micros(told.silent_us));
         let id = self.table.take_in(path, who, tenant.serial(), flow, last, now);
-        if self.watch(id, poll, now) { Ok(()) } else { Err(Refused::Shortage) }
+        if told.shares_path {
+            self.table.set_shares_path(id);
+        }
+        if !self.watch(id, poll, now) {
+            return Err(Refused::Shortage);
+        }
+        self.check(id, now);
+        Ok(())
     }
 }
 
@@ -293,14 +319,12 @@ impl<A> Away<A> {
             local: self.path.local,
             peer: self.path.peer.0,
             client: self.who.client.map(|client| client.0),
-            endpoint: match self.who.endpoint {
-                Claim::Absent => None,
-                Claim::Malformed => Some(String::new()),
-                Claim::Id(id) => Some(id.to_string()),
-            },
+            endpoint: self.who.endpoint.told(),
             session: story.session.number(),
+            revocation: flow.permit.quota().revocation(),
             attempts: flow.attempts,
             is_answered: flow.is_answered,
+            shares_path: self.shares_path,
             together: matches!(flow.listening, Listening::Together),
             beyond: flow.permit.would_reject().is_some(),
             would_delay: story.meter.would_delay,

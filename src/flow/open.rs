@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::event::epoll;
 
 use super::life::{Books, Flow, Found, NOWHERE, Story, Told};
-use super::run::Span;
+use super::run::{Headers, Span};
 use super::socket::{self, Door, ROOM};
 use super::table::{Command, FlowId, Path, Stray, Who};
 use super::{Poll, State, TURN};
@@ -75,16 +75,19 @@ impl<A> State<A> {
         let spoken = door.header.get().map_or(Spoken::Header(peer, 0), |rules| read(bytes, rules));
         let (who, header_len) = match spoken {
             Spoken::Header(who, len) => (Some(who), len),
-            Spoken::Bare => (None, 0),
+            Spoken::Bare if door.follows_bare.get() => (None, 0),
+            Spoken::Bare => {
+                return self.turn_away(door, path, None, Outcome::reject(At::Header, Why::NoHeader), now);
+            }
             Spoken::Nobody(outcome) => return self.turn_away(door, path, None, outcome, now),
         };
         let payload = span.start + header_len..span.end;
         match (self.table.hear(path, who, now), who) {
-            (Command::ToBackend(id), _) => self.runs.add(id, payload),
+            (Command::ToBackend(id), _) => self.add_to_run(id, payload, header_len),
             (Command::Open, Some(who)) => {
                 let header = bytes.get(..header_len).unwrap_or_default();
                 if let Some(id) = self.open(door, path, who, header, poll, now) {
-                    self.runs.add(id, payload);
+                    self.add_to_run(id, payload, header_len);
                 }
             }
             (Command::Drop(Stray::Ambiguous), _) => {
@@ -94,6 +97,15 @@ impl<A> State<A> {
                 self.turn_away(door, path, None, Outcome::reject(At::Header, Why::NoHeader), now);
             }
         }
+    }
+
+    fn add_to_run(&mut self, id: FlowId, payload: Span, header_len: usize) {
+        let wants_header =
+            header_len > 0 && self.table.find(id).is_some_and(|(.., flow)| !flow.header.is_empty());
+        if wants_header {
+            self.runs.headers.add(payload.clone(), payload.start - header_len..payload.start);
+        }
+        self.runs.add(id, payload);
     }
 
     fn story(&mut self, listener: u32, now: Moment) -> Option<Story> {
@@ -228,13 +240,24 @@ impl<A> State<A> {
     /// Sends what the batch brought to the backends.
     pub(super) fn send_runs(&mut self, poll: &Poll, room: &[u8], now: Moment) {
         let (mut runs, mut spans) = (std::mem::take(&mut self.runs), std::mem::take(&mut self.spans));
-        runs.take_by_flow(&mut spans, |id, spans| self.send_run(id, spans, room, poll, now));
+        let mut headers = std::mem::take(&mut runs.headers);
+        runs.take_by_flow(&mut spans, |id, spans| self.send_run(id, spans, (room, &headers), poll, now));
+        headers.clear();
+        runs.headers = headers;
         (self.runs, self.spans) = (runs, spans);
     }
 
-    fn send_run(&mut self, id: FlowId, spans: &mut Vec<Span>, room: &[u8], poll: &Poll, now: Moment) {
-        let Some((_, _, flow)) = self.table.find(id) else { return };
+    fn send_run(
+        &mut self,
+        id: FlowId,
+        spans: &mut Vec<Span>,
+        (room, headers): (&[u8], &Headers),
+        poll: &Poll,
+        now: Moment,
+    ) {
         self.turn = Some(id);
+        self.follow_pool(id, poll, now);
+        let Some((_, _, flow)) = self.table.find(id) else { return };
         fault::panic_where_injected();
         flow.hold_to_limits(spans, Direction::ToBackend, now);
         flow.keep_first(spans, room);
@@ -242,7 +265,7 @@ impl<A> State<A> {
         // Each time around another backend is asked, or the flow is over.
         while let Some((_, _, flow)) = self.table.find(id) {
             let rest = spans.get(done..).unwrap_or_default();
-            match flow.send_to_backend(rest, room, &mut self.together) {
+            match flow.send_to_backend(rest, room, headers, &mut self.together) {
                 Ok(()) => return,
                 Err(refused) => done += refused.done,
             }
@@ -298,6 +321,10 @@ impl<A> State<A> {
             }
         }
         let Some((path, _, flow)) = self.table.answer(id, now) else { return };
+        if self.spans.len() >= TURN {
+            // So many wait that some may have had no room.
+            flow.count_drops();
+        }
         flow.first = None;
         if !std::mem::replace(&mut flow.is_answered, true) {
             flow.story.meter.learn(Connect::Done);
@@ -316,11 +343,11 @@ impl<A> State<A> {
 }
 
 /// The search for a backend.
-struct Search<'a> {
-    pool: &'a Pool,
-    who: Who,
-    rolls: &'a mut fastrand::Rng,
-    now: Moment,
+pub(super) struct Search<'a> {
+    pub(super) pool: &'a Pool,
+    pub(super) who: Who,
+    pub(super) rolls: &'a mut fastrand::Rng,
+    pub(super) now: Moment,
 }
 
 impl Search<'_> {
@@ -375,7 +402,7 @@ impl Search<'_> {
         Err(failed)
     }
 
-    fn connect(&mut self, picked: &Picked) -> Result<UdpSocket, Connect> {
+    pub(super) fn connect(&mut self, picked: &Picked) -> Result<UdpSocket, Connect> {
         let address = picked.address();
         let start = usize::try_from(self.rolls.u64(..)).unwrap_or(0);
         let mut result = Err(Connect::NoLocalPort);
@@ -389,7 +416,7 @@ impl Search<'_> {
     }
 }
 
-fn blame(pool: &Pool, picked: &Picked, now: Moment) {
+pub(super) fn blame(pool: &Pool, picked: &Picked, now: Moment) {
     pool.failed(picked, Failed::Connect, now).iter().for_each(|change| change.log(pool));
 }
 

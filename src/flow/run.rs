@@ -10,6 +10,7 @@ use crate::account::Direction;
 use crate::account::loss::Loss;
 use crate::admission::quota::{Excess, Passage};
 use crate::clock::Moment;
+use crate::wire::{self, Parsed, Transport};
 
 /// Where a datagram lies in what was received.
 pub(super) type Span = Range<usize>;
@@ -19,6 +20,30 @@ pub(super) type Span = Range<usize>;
 pub(super) struct Runs {
     /// In the order in which they came.
     all: Vec<(FlowId, u32, Span)>,
+    pub(super) headers: Headers,
+}
+
+/// The headers of datagrams whose pool wants each of them: where the payload lies, and where its header. In the order in which
+/// the datagrams came, so by rising places.
+#[derive(Debug, Default)]
+pub(super) struct Headers(Vec<(Span, Span)>);
+
+impl Headers {
+    /// Adds a datagram's.
+    pub(super) fn add(&mut self, payload: Span, header: Span) {
+        self.0.push((payload, header));
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// The header that came with this payload.
+    fn of<'a>(&self, payload: &Span, room: &'a [u8]) -> Option<&'a [u8]> {
+        let first = self.0.partition_point(|(known, _)| known.start < payload.start);
+        let mut known = self.0.iter().skip(first).take_while(|(known, _)| known.start == payload.start);
+        known.find(|(known, _)| known == payload).and_then(|(_, header)| room.get(header.clone()))
+    }
 }
 
 impl Runs {
@@ -100,6 +125,7 @@ impl<A> Flow<A> {
         &mut self,
         spans: &[Span],
         room: &[u8],
+        headers: &Headers,
         may_go_together: &mut bool,
     ) -> Result<(), Refused> {
         // How many of the next have to go one by one.
@@ -109,10 +135,10 @@ impl<A> Flow<A> {
             let count = if goes_together { together(rest) } else { 1 };
             let group = rest.get(..count).unwrap_or(rest);
             let bytes: usize = group.iter().map(ExactSizeIterator::len).sum();
-            let sent = self.send_group(group, room).or_else(|error| {
+            let sent = self.send_group(group, room, headers).or_else(|error| {
                 // It may have been said of an earlier one.
                 if count == 1 && socket::is_too_long(&error) {
-                    self.send_group(group, room)
+                    self.send_group(group, room, headers)
                 } else {
                     Err(error)
                 }
@@ -141,13 +167,16 @@ impl<A> Flow<A> {
         Ok(())
     }
 
-    fn send_group(&self, group: &[Span], room: &[u8]) -> std::io::Result<()> {
+    fn send_group(&self, group: &[Span], room: &[u8], headers: &Headers) -> std::io::Result<()> {
         let bytes = |span: &Span| room.get(span.clone()).unwrap_or_default();
         if let [one] = group {
-            if !self.header.is_empty() && self.header.len() + one.len() > LONGEST {
+            // Its own header, which may say more than the first one's did; one without a header has the first one's.
+            let own = if self.header.is_empty() { None } else { headers.of(one, room).and_then(resealed) };
+            let header = own.as_deref().unwrap_or(&self.header);
+            if !header.is_empty() && header.len() + one.len() > LONGEST {
                 return Err(rustix::io::Errno::MSGSIZE.into());
             }
-            return socket::send(&self.socket, &self.header, bytes(one));
+            return socket::send(&self.socket, header, bytes(one));
         }
         let mut parts = [IoSlice::new(&[]); SEGMENTS];
         parts.iter_mut().zip(group).for_each(|(part, span)| *part = IoSlice::new(bytes(span)));
@@ -190,6 +219,15 @@ impl<A> Flow<A> {
             apart = apart.saturating_sub(1);
             done += count;
         }
+    }
+}
+
+/// A header as it goes to a backend. It was verified when it came.
+fn resealed(header: &[u8]) -> Option<Vec<u8>> {
+    let rules = wire::Rules { transport: Transport::Datagram, verify_crc: false };
+    match wire::parse(header, rules) {
+        Parsed::Done(header, _) => Some(wire::reseal(&header)),
+        Parsed::Partial(_) | Parsed::Malformed(_) => None,
     }
 }
 
@@ -246,6 +284,22 @@ mod tests {
         assert!(copy.is_empty());
         assert_eq!(side_by_side(&[0..2, 4..6], &room, &mut copy), b"abef");
         assert_eq!(side_by_side(&[], &room, &mut copy), b"");
+    }
+
+    #[test]
+    fn header_is_found_by_the_place_of_its_payload() {
+        let room: Vec<u8> = (0..30).collect();
+        let mut headers = Headers::default();
+        headers.add(2..5, 0..2);
+        // An empty one: a datagram without a header may begin where it ends.
+        headers.add(8..8, 5..8);
+        headers.add(12..20, 10..12);
+        assert_eq!(headers.of(&(2..5), &room), Some(&[0, 1][..]));
+        assert_eq!(headers.of(&(8..8), &room), Some(&[5, 6, 7][..]));
+        assert_eq!(headers.of(&(12..20), &room), Some(&[10, 11][..]));
+        assert_eq!([8..10, 20..22, 0..2].map(|payload| headers.of(&payload, &room)), [None; 3]);
+        headers.clear();
+        assert_eq!(headers.of(&(2..5), &room), None);
     }
 
     #[test]

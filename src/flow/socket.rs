@@ -20,9 +20,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
 use super::door::Vacancy;
+use super::drops::Drops;
 use super::table::Path;
 use crate::account::loss::Loss;
-use crate::account::queues::Watch;
 use crate::addr::{BackendAddr, PeerAddr};
 use crate::fault::{self, Call};
 use crate::wire;
@@ -46,7 +46,7 @@ pub(super) const EACH: usize = 1_452;
 /// The longest payload of a datagram over IPv4: 16 bits, without the headers of IP and UDP.
 pub(super) const LONGEST: usize = 65_507;
 
-/// Bytes of a listening socket's queue: what comes while a worker is at other work. The kernel cuts it to
+/// Bytes of a socket's receive queue, of a listening one's and of a flow's own: what comes while a worker is at other work. The kernel cuts it to
 /// `net.core.rmem_max`.
 const QUEUE: usize = 4 * 1024 * 1024;
 
@@ -59,10 +59,12 @@ pub(super) struct Door {
     listener: Cell<u32>,
     /// What is asked of a header, as it was when the last batch came; `None` where there is none.
     pub(super) header: Cell<Option<wire::Rules>>,
+    /// Whether a datagram without a header may belong to the one flow of its sender; as it was then.
+    pub(super) follows_bare: Cell<bool>,
     /// The kernel's own number of the socket, in whatever process.
     pub(super) cookie: u64,
-    /// What the kernel drops here is counted.
-    watch: RefCell<Option<Watch>>,
+    /// What the kernel has dropped here, as far as it is counted.
+    drops: Cell<Drops>,
     /// Held by each of its flows.
     pub(super) flows: Rc<()>,
     /// While it closes: the workers that have flows there, and whether this one is no more among them.
@@ -80,7 +82,7 @@ impl Door {
     ///
     /// # Errors
     /// Where the system or the runtime refuses it.
-    pub(super) fn new(socket: UdpSocket, listener: u32, watch: Option<Watch>) -> io::Result<Self> {
+    pub(super) fn new(socket: UdpSocket, listener: u32) -> io::Result<Self> {
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         let address = socket.local_addr()?;
         // What quinn-udp forbids for QUIC's sake is a datagram longer than the way allows; here it may be cut in pieces.
@@ -106,8 +108,9 @@ impl Door {
             state,
             listener: Cell::new(listener),
             header,
+            follows_bare: Cell::new(false),
             cookie,
-            watch: RefCell::new(watch),
+            drops: Cell::default(),
             flows,
             closing,
             closed,
@@ -138,12 +141,17 @@ impl Door {
     }
 
     /// Flows begin again, of this listener.
-    pub(super) fn reopen(&self, listener: u32, watch: impl FnOnce(&UdpSocket) -> Option<Watch>) {
+    pub(super) fn reopen(&self, listener: u32) {
         self.listener.set(listener);
-        // The one before goes first: both know the socket by its number.
-        drop(self.watch.take());
-        self.watch.replace(watch(self.socket.get_ref()));
         self.closing.replace(None);
+    }
+
+    /// How many datagrams the kernel has dropped here since the last call.
+    pub(super) fn take_drops(&self) -> u64 {
+        let mut drops = self.drops.get();
+        let count = drops.take(self.socket.get_ref());
+        self.drops.set(drops);
+        count
     }
 
     /// Whether no flow begins here any more.
@@ -286,6 +294,7 @@ pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Resul
         fault::at(Call::Bind)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
+    socket.set_recv_buffer_size(QUEUE)?;
     fault::at(Call::Connect)?;
     socket.connect(&address.0.into())?;
     Ok(socket.into())

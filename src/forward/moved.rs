@@ -171,7 +171,9 @@ impl Still {
             first_end: self.record.first_end,
             broken: self.record.broken,
             ended: false,
-            asked: None,
+            // Its tenant may not be here, or not have its endpoint: it is visited at once.
+            visits: life.local().visits().wrapping_sub(1),
+            revoked_at: Tick::NEVER,
             lent,
             life,
         })

@@ -158,6 +158,13 @@ impl Backend {
         self.weight.load(Ordering::SeqCst)
     }
 
+    /// Whether a flow may stay there: it is in use, or it is sound and others are only preferred. Costs a few reads.
+    #[must_use]
+    pub fn keeps_flows(&self) -> bool {
+        let is_sound = || self.state() == State::Healthy && !self.is_ejected() && self.said() > 0;
+        !self.is_retired() && !self.is_gone() && (self.is_used() || is_sound())
+    }
+
     /// Whether new sessions may go there.
     #[must_use]
     pub fn is_used(&self) -> bool {

@@ -119,7 +119,10 @@ impl Shop {
     /// Tells what was left out of the access log.
     fn tell(&self) {
         self.worker.rejections.tell();
-        self.known_flows().iter().for_each(|flows| flows.tell());
+        self.known_flows().iter().for_each(|flows| {
+            flows.tell();
+            flows.count_all_drops();
+        });
     }
 
     /// The worker's flows, where there may be any.
@@ -259,7 +262,11 @@ async fn tick(shop: Rc<Shop>) {
         let now = clock::now();
         shop.worker.local.advance(now);
         // A worker without sessions keeps no old one.
-        shop.worker.renew();
+        let is_visit = shop.worker.renew(now);
+        if is_visit {
+            shop.worker.local.visit();
+            shop.known_flows().iter().for_each(|flows| flows.visit(now));
+        }
         shop.worker.end_late_headers(now);
         shop.worker.pacer.borrow_mut().advance(now);
         shop.known_flows().iter().for_each(|flows| flows.advance(now));

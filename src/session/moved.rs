@@ -18,13 +18,13 @@ use crate::account::log::Marks;
 use crate::account::meter::Meter;
 use crate::account::{EachWay, Labels};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
-use crate::admission::quota::{Kept, Permit};
+use crate::admission::quota::{Kept, Permit, Revocation};
 use crate::clock::wheel::Tick;
 use crate::clock::{self, Birth};
 use crate::forward::moved::{Record, Still};
 use crate::forward::pace::Lent;
 use crate::forward::{Patience, Relay, Stop};
-use crate::id::{Claim, EndpointId, SessionId};
+use crate::id::{Claim, SessionId};
 use crate::life::{Cut, Life};
 use crate::outcome::{At, Outcome, Why};
 use crate::pool::Picked;
@@ -44,6 +44,9 @@ struct Told {
     session: u64,
     attempts: u32,
     connect_us: Option<u32>,
+    /// What happens to it where its tenant is not there any more. An older process does not say it.
+    #[serde(default)]
+    revocation: Revocation,
     queued_us: u32,
     would_reject: Option<Why>,
     would_delay: bool,
@@ -77,8 +80,8 @@ impl Moved {
         let told = &self.told;
         let [listener, tenant, pool] =
             [&told.listener, &told.tenant, &told.pool].map(|name| labels.intern(name));
-        let endpoint = told.endpoint.as_ref().and_then(|id| id.parse().ok());
-        let place = snapshot.known_place(&tenant, endpoint.map_or(Claim::Absent, Claim::Id), &listener);
+        let endpoint = Claim::from_tlv(told.endpoint.as_ref().map(String::as_bytes));
+        let place = snapshot.known_place(&tenant, endpoint, &listener);
         let mut pools = snapshot.pools.iter().map(Arc::as_ref);
         Story {
             peer: PeerAddr(told.peer),
@@ -95,7 +98,11 @@ impl Moved {
 
     /// Its place among its tenant's sessions, whatever the limits say. A tenant that is gone has no limits.
     pub(super) fn adopt(&mut self, story: &Story<'_>, live: &Live) -> Permit {
-        let gone = || live.quotas.find(&live.labels.intern(&self.told.tenant));
+        let gone = || {
+            let quota = live.quotas.find(&live.labels.intern(&self.told.tenant));
+            quota.set_revocation(self.told.revocation);
+            quota
+        };
         let quota = story.tenant.map_or_else(gone, |tenant| Arc::clone(&tenant.quota));
         let permit = quota.adopt(self.told.would_reject);
         self.kept = None;
@@ -144,7 +151,12 @@ pub fn decode(parcel: Parcel) -> Result<Box<Moved>, Refused> {
     Ok(Box::new(Moved { told, still, kept: None }))
 }
 
-fn pack(relay: &mut Relay<'_>, story: &Story<'_>, session: SessionId) -> Result<Parcel, Refused> {
+fn pack(
+    relay: &mut Relay<'_>,
+    story: &Story<'_>,
+    permit: &Permit,
+    session: SessionId,
+) -> Result<Parcel, Refused> {
     let (record, tail, fds) = relay.pack().map_err(|_| Refused::Shortage)?;
     let life = relay.life();
     let [listener, tenant, pool] = life.meter.labels().map(|label| label.name().to_owned());
@@ -156,12 +168,13 @@ fn pack(relay: &mut Relay<'_>, story: &Story<'_>, session: SessionId) -> Result<
         tenant,
         pool,
         backend,
-        endpoint: story.endpoint.as_ref().map(EndpointId::to_string),
+        endpoint: story.endpoint.told(),
         client: story.client.map(|client| client.0),
         peer: story.peer.0,
         session: session.number(),
         attempts: story.attempts,
         connect_us: story.connect_us,
+        revocation: permit.quota().revocation(),
         queued_us: story.marks.queued_us,
         would_reject: story.marks.would_reject,
         would_delay: life.meter.would_delay,
@@ -178,7 +191,7 @@ enum First {
     Turn(OwnedPermit<Leaving>),
     /// Its end.
     End(Outcome),
-    /// Another time of moving has begun.
+    /// Sessions are visited again.
     Again,
     /// Nobody leaves any more.
     Nobody,
@@ -190,18 +203,23 @@ pub(super) async fn depart(
     worker: &Worker,
     relay: &mut Relay<'_>,
     story: &Story<'_>,
+    permit: &Permit,
     session: SessionId,
 ) -> Option<Outcome> {
     let turn = loop {
         match first(worker, relay).await {
             First::Turn(turn) => break turn,
             First::End(outcome) => return Some(outcome),
-            First::Again => {}
+            First::Again => {
+                if let Some(outcome) = worker.check(relay, story, permit) {
+                    return Some(outcome);
+                }
+            }
             First::Nobody => return None,
         }
     };
     relay.stand_still();
-    let Ok(parcel) = pack(relay, story, session) else {
+    let Ok(parcel) = pack(relay, story, permit, session) else {
         relay.go_on();
         return None;
     };
@@ -236,7 +254,7 @@ async fn first(worker: &Worker, relay: &mut Relay<'_>) -> First {
         }
         match Pin::new(&mut *relay).poll(context) {
             Poll::Ready(Stop::Ended(outcome)) => Poll::Ready(First::End(outcome)),
-            Poll::Ready(Stop::Leaves) => Poll::Ready(First::Again),
+            Poll::Ready(Stop::Visit) => Poll::Ready(First::Again),
             Poll::Pending => Poll::Pending,
         }
     })

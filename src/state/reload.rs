@@ -118,7 +118,9 @@ impl Turn<'_> {
         let bare = Snapshot::new(config, &live.labels, &live.quotas, &lasting.rows, directory);
         // Last of all, for from here on the old pools' sessions reach the new ones.
         let pools = lasting.pools(live, &present, &before, config, answers, now);
-        let next = Arc::new(Snapshot { pools, ..bare });
+        let takes_away = changes.takes_away(&present, config);
+        let revocations = before.revocations.wrapping_add(u32::from(takes_away));
+        let next = Arc::new(Snapshot { pools, revocations, ..bare });
         live.bound.store(Arc::new(bound));
         live.snapshot.store(next);
         live.config.store(Arc::clone(config));

@@ -1,8 +1,11 @@
 //! UDP through real sockets: whose answers come back to whom, and what becomes of every other datagram.
 
+mod follow;
 mod idle;
 mod limits;
 mod moved;
+mod revoke;
+mod send_proxy;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -135,6 +138,9 @@ pub async fn finish(proxy: Proxy) -> Vec<Value> {
     proxy.finish_with_log().await
 }
 
+/// A listener where a datagram without a header may belong to the one flow of its sender.
+const FOLLOW: &str = "bare-datagrams = \"follow\"\n";
+
 /// Flows go soon.
 pub fn soon(conf: &mut Conf) {
     conf.timeouts += "flow-idle = \"300ms\"\n";
@@ -190,7 +196,11 @@ async fn two_consumers_with_one_address_behind_one_load_balancer_never_meet() {
 #[tokio::test]
 async fn without_a_header_only_the_one_known_flow_is_heard() {
     let acme = Echo::start("acme").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
+        listener.push_str(FOLLOW);
+        soon(conf);
+    })
+    .await;
     let balancer = Balancer::to(proxy.address("dns")).await;
     balancer.send(b"who am I").await;
     proxy.ended(&[("listener", "dns"), ("by", "proxy"), ("at", "header"), ("why", "no_header")]).is(1).await;
@@ -198,6 +208,45 @@ async fn without_a_header_only_the_one_known_flow_is_heard() {
     assert_eq!(balancer.ask(b"two").await, b"acme two");
     assert_eq!(balancer.ask(b"").await, b"acme ");
     balancer.ask(&datagram(CLIENT, HOOLI, b"three")).await;
+    balancer.send(b"whose").await;
+    proxy.ended(&[("listener", "dns"), ("at", "header"), ("why", "ambiguous")]).is(1).await;
+    assert!(balancer.is_silent());
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn bare_datagram_is_refused_by_default() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"one")).await, b"acme one");
+    balancer.send(b"two").await;
+    proxy.ended(&[("listener", "dns"), ("by", "proxy"), ("at", "header"), ("why", "no_header")]).is(1).await;
+    assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"three")).await, b"acme three");
+    assert!(balancer.is_silent());
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn bare_datagram_of_a_sender_that_had_two_speakers_reaches_no_flow() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
+        listener.push_str(FOLLOW);
+        soon(conf);
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    balancer.ask(&datagram(CLIENT, HOOLI, b"one")).await;
+    // The second speaker goes on until the first one's flow is over.
+    eventually("the end of the first flow", async || {
+        assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"two")).await, b"acme two");
+        let ended =
+            proxy.value("vestibule_sessions_ended_total", &[("tenant", "hooli"), ("why", "idle_timeout")]);
+        (ended.await > 0.5).then_some(())
+    })
+    .await;
     balancer.send(b"whose").await;
     proxy.ended(&[("listener", "dns"), ("at", "header"), ("why", "ambiguous")]).is(1).await;
     assert!(balancer.is_silent());
@@ -246,7 +295,11 @@ async fn what_leads_to_no_flow_is_counted_by_its_reason() {
 #[tokio::test]
 async fn datagrams_of_every_length_pass_whole() {
     let acme = Echo::start("").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
+    let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
+        listener.push_str(FOLLOW);
+        soon(conf);
+    })
+    .await;
     let balancer = Balancer::to(proxy.address("dns")).await;
     for len in [0, 1, 1_400, 1_472, 1_473, 9_000, 65_407] {
         let payload: Vec<u8> = (0..len).map(|at| u8::try_from(at % 251).unwrap()).collect();
@@ -372,29 +425,6 @@ async fn a_burst_of_many_flows_comes_back_whole_and_in_order() {
         }
     }
     proxy.metric("vestibule_connections_accepted_total", &[("listener", "dns")]).is(8).await;
-    finish(proxy).await;
-}
-
-#[tokio::test]
-async fn send_proxy_puts_the_header_on_every_datagram() {
-    let acme = Echo::start("").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, _| {
-        conf.pool = "send-proxy = \"v2\"".to_owned();
-        soon(conf);
-    })
-    .await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
-    let whole = datagram(CLIENT, ACME, b"one");
-    assert_eq!(balancer.ask(&whole).await, whole);
-    assert_eq!(
-        balancer.ask(b"two").await,
-        datagram(CLIENT, ACME, b"two"),
-        "one that came without a header too"
-    );
-    balancer.send(&vec![0; 65_500]).await;
-    let too_long = [("tenant", "acme"), ("direction", "to_backend"), ("why", "too_long")];
-    proxy.metric("vestibule_datagrams_dropped_total", &too_long).is(1).await;
-    others_are_unharmed(&proxy).await;
     finish(proxy).await;
 }
 

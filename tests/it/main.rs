@@ -50,6 +50,7 @@ mod quic;
 mod raw;
 mod reload;
 mod retry;
+mod revoke;
 mod send_proxy;
 mod sessions;
 mod share;

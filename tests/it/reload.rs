@@ -92,6 +92,7 @@ async fn a_tenant_that_goes_and_comes_back_finds_what_it_holds() {
     let mut session = carried(&proxy).await;
     let listed = format!("name = \"acme\"\nendpoints = [\"{ACME}\"]\npool");
     let other = format!("name = \"umbrella\"\nendpoints = [\"{STRANGER}\"]\npool");
+    proxy.reload("labels = { plan = \"gold\" }", "on-revoke = \"keep\"").unwrap();
     proxy.reload(&listed, &other).unwrap();
     rejected(&proxy, ACME).await;
     proxy.ended(&[("why", "unknown_endpoint")]).is(1).await;

@@ -65,6 +65,8 @@ struct Known {
     tenant: u32,
     value: u64,
     last: Moment,
+    /// Whether another flow of its path lived at the same time.
+    is_shared: bool,
 }
 
 struct Naive {
@@ -79,6 +81,7 @@ impl Naive {
         let of = |flow: &&Known| flow.path == path && who.is_none_or(|who| who == flow.who);
         let found: Vec<_> = self.flows.iter().filter(of).collect();
         match (found.as_slice(), who) {
+            ([flow], None) if flow.is_shared => Command::Drop(Stray::Ambiguous),
             ([flow], _) => Command::ToBackend(flow.id),
             ([], Some(_)) => Command::Open,
             ([], None) => Command::Drop(Stray::NoHeader),
@@ -130,7 +133,10 @@ proptest! {
                             next += 1;
                             let tenant = u32::from(speaker.unwrap() % 3);
                             let id = table.open(path, who, tenant, next, now);
-                            naive.flows.push(Known { id, path, who, tenant, value: next, last: now });
+                            let mut others = naive.flows.iter_mut().filter(|flow| flow.path == path).peekable();
+                            let is_shared = others.peek().is_some();
+                            others.for_each(|flow| flow.is_shared = true);
+                            naive.flows.push(Known { id, path, who, tenant, value: next, last: now, is_shared });
                         }
                         (Command::ToBackend(id), _) => {
                             naive.flows.iter_mut().filter(|flow| flow.id == id).for_each(|flow| flow.last = now);

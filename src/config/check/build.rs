@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use toml::Spanned;
 
-use super::limits;
+use super::{limits, tenant};
 use crate::config::section::{Field, List, Pairs};
 use crate::config::value::{
     Bytes, Count, Match, Name, PathAndQuery, PreferZone, ProbeKind, ProxyProtocol, SendProxy, Size, State,
@@ -13,8 +13,8 @@ use crate::config::value::{
 };
 use crate::config::written::{self, Written};
 use crate::config::{
-    AccessLog, Admin, Ask, Backend, Balance, Config, Dns, Drain, Ejection, Fallback, Format, HealthEndpoint,
-    Identity, Level, Listener, Log, Pool, Probe, Process, Protocol, Queue, Tenant, Timeouts,
+    AccessLog, Admin, Ask, Backend, Balance, BareDatagrams, Config, Dns, Drain, Ejection, Fallback, Format,
+    HealthEndpoint, Identity, Level, Listener, Log, Pool, Probe, Process, Protocol, Queue, Tenant, Timeouts,
 };
 
 /// Where the admin pages are read, by default: from this machine only.
@@ -76,7 +76,7 @@ pub(super) fn config(written: Written) -> Config {
         },
         listeners: written.listeners.into_iter().map(listener).collect(),
         pools: written.pools.into_iter().map(pool).collect(),
-        tenants: written.tenants.into_iter().map(|own| tenant(own, &written.default_limits)).collect(),
+        tenants: written.tenants.into_iter().map(|own| tenant(own, &written.tenant_defaults)).collect(),
     }
 }
 
@@ -106,6 +106,7 @@ fn listener(written: written::Listener) -> Listener {
             verify_crc: written.verify_crc.or(true),
             on_no_endpoint: written.on_no_endpoint.or(Fallback::Reject),
             on_unknown_endpoint: written.on_unknown_endpoint.or(Fallback::Reject),
+            bare_datagrams: written.bare_datagrams.or(BareDatagrams::Refuse),
         },
         ProxyProtocol::Off => Identity::Fixed { tenant: written.tenant.value().unwrap_or_default(), trusted },
     };
@@ -187,9 +188,12 @@ fn probe(written: written::Probe) -> Option<Probe> {
     })
 }
 
-fn tenant(written: written::Tenant, defaults: &written::Limits) -> Tenant {
+fn tenant(written: written::Tenant, defaults: &written::TenantDefaults) -> Tenant {
+    let grace = limits::own_or(&written.revoke.grace, &defaults.revoke.grace);
     Tenant {
-        limits: limits::effective(&written.limits, defaults),
+        limits: limits::effective(&written.limits, &defaults.limits),
+        on_revoke: tenant::on_revoke(&written.revoke, &defaults.revoke),
+        revoke_grace: grace.given().copied().unwrap_or_default(),
         name: name(written.name),
         endpoints: items(written.endpoints),
         pool: written.pool.value(),

@@ -12,7 +12,7 @@ use crate::config::{Bandwidth, Limits, Mode, Rate};
 
 /// Every rule, for the defaults and for every tenant.
 pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
-    let defaults = &written.default_limits;
+    let defaults = &written.tenant_defaults.limits;
     if let Some(head) = &written.defaults {
         judge(head, defaults, &written::Limits::default(), faults);
     }
@@ -71,7 +71,7 @@ fn wrong_burst(
 }
 
 /// What holds: what a table sets itself, else the default.
-fn own_or<'f, T>(own: &'f Field<T>, default: &'f Field<T>) -> &'f Field<T> {
+pub(super) fn own_or<'f, T>(own: &'f Field<T>, default: &'f Field<T>) -> &'f Field<T> {
     if own.is_absent() { default } else { own }
 }
 

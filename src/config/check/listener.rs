@@ -4,7 +4,7 @@ use crate::config::error::Fault;
 use crate::config::section::quoted;
 use crate::config::value::ProxyProtocol;
 use crate::config::written::{Listener, Written};
-use crate::config::{Fallback, Protocol};
+use crate::config::{BareDatagrams, Fallback, Protocol};
 
 /// Every rule, for every listener.
 pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
@@ -12,6 +12,7 @@ pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
         faults.extend(a_listener_binds_something(listener));
         faults.extend(a_listener_binds_at_most_1024_ports(listener));
         faults.extend(no_datagram_is_pending(listener));
+        faults.extend(bare_datagrams_are_of_udp(listener));
         match listener.proxy_protocol.effective(&ProxyProtocol::Require) {
             Some(ProxyProtocol::Require) => {
                 faults.extend(headers_count_from_trusted_sources_only(listener));
@@ -39,6 +40,24 @@ fn no_datagram_is_pending(listener: &Listener) -> Option<Fault> {
         "must be absent where protocol = \"udp\", because a datagram brings its header whole or not at all, found {found}"
     );
     Some(listener.head.fault_at(offset, "max-pending", message))
+}
+
+fn bare_datagrams_are_of_udp(listener: &Listener) -> Option<Fault> {
+    listener.protocol.effective(&Protocol::Tcp).filter(|protocol| **protocol == Protocol::Tcp)?;
+    let (offset, found) = listener.bare_datagrams.said(bare)?;
+    let default = if listener.protocol.is_absent() { " (the default)" } else { "" };
+    let message = format!(
+        "must be absent where protocol = \"tcp\"{default}, because no datagram comes there, found {found}"
+    );
+    Some(listener.head.fault_at(offset, "bare-datagrams", message))
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what a field is said with takes a reference")]
+fn bare(bare: &BareDatagrams) -> String {
+    match bare {
+        BareDatagrams::Refuse => "\"refuse\"".to_owned(),
+        BareDatagrams::Follow => "\"follow\"".to_owned(),
+    }
 }
 
 /// How many ports a listener may bind: each takes a socket for each worker.
@@ -90,6 +109,7 @@ fn rules_of_headers_stand_with_headers_only(listener: &Listener, faults: &mut Ve
         ("verify-crc", listener.verify_crc.said(bool::to_string)),
         ("on-no-endpoint", listener.on_no_endpoint.said(fallback)),
         ("on-unknown-endpoint", listener.on_unknown_endpoint.said(fallback)),
+        ("bare-datagrams", listener.bare_datagrams.said(bare)),
     ];
     for (key, written) in keys {
         let Some((offset, found)) = written else { continue };

@@ -1,17 +1,48 @@
 //! The rules of a tenant, and of a tenant on a listener.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
+use super::limits::own_or;
+use crate::config::OnRevoke;
 use crate::config::error::Fault;
 use crate::config::section::{Field, Head};
 use crate::config::value::ProxyProtocol;
-use crate::config::written::{Listener, Tenant, Written};
+use crate::config::written::{Listener, Revoke, Tenant, Written};
 use crate::id::EndpointId;
 
 /// Every rule, for every tenant.
 pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
     an_endpoint_belongs_to_one_tenant(written, faults);
     every_tenant_has_a_pool_on_every_listener(written, faults);
+    if let Some(head) = &written.defaults {
+        a_revoke_grace_is_used(head, &written.tenant_defaults.revoke, &Revoke::default(), faults);
+    }
+    for tenant in &written.tenants {
+        a_revoke_grace_is_used(&tenant.head, &tenant.revoke, &written.tenant_defaults.revoke, faults);
+    }
+}
+
+/// The longest grace that a session or a flow may have after its endpoint was taken away.
+const LONGEST_GRACE: Duration = Duration::from_secs(3600);
+
+/// What holds for a tenant.
+pub(super) fn on_revoke(own: &Revoke, defaults: &Revoke) -> OnRevoke {
+    own_or(&own.on_revoke, &defaults.on_revoke).given().copied().unwrap_or_default()
+}
+
+/// A grace has an end, and stands where sessions end.
+fn a_revoke_grace_is_used(head: &Head, own: &Revoke, defaults: &Revoke, faults: &mut Vec<Fault>) {
+    let Some(grace) = own.grace.spanned() else { return };
+    let (offset, grace) = (grace.span().start, *grace.get_ref());
+    let message = if grace > LONGEST_GRACE {
+        format!("must be at most 1h, found {grace:?}")
+    } else if on_revoke(own, defaults) == OnRevoke::Keep {
+        format!("must be absent where on-revoke is \"keep\", found {grace:?}")
+    } else {
+        return;
+    };
+    faults.push(head.fault_at(offset, "revoke-grace", message));
 }
 
 fn an_endpoint_belongs_to_one_tenant(written: &Written, faults: &mut Vec<Fault>) {

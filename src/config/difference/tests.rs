@@ -133,8 +133,8 @@ fn listeners_come_go_and_change_their_addresses_and_keys() {
     );
     assert_eq!(concerned, "7 flows");
     let fixed = "proxy-protocol = \"off\"\ntenant = \"acme\"";
-    let line = "listener \"web\": changed: on-no-endpoint reject -> none, on-unknown-endpoint reject -> none, \
-                tenant none -> acme, trusted 10.0.0.0/16 -> none, verify-crc true -> none; 125 sessions now";
+    let line = "listener \"web\": changed: bare-datagrams refuse -> none, on-no-endpoint reject -> none, \
+                on-unknown-endpoint reject -> none, tenant none -> acme, trusted 10.0.0.0/16 -> none, verify-crc true -> none; 125 sessions now";
     one("trusted-sources = [\"10.0.0.0/16\"]", fixed, line, "125 sessions");
 }
 
@@ -191,6 +191,32 @@ fn a_tenant_moves_by_its_pool_its_routes_its_listeners_pool_and_its_endpoints() 
     let endpoints = "tenant \"acme\": moved: endpoints -vpce-08d2bf15fac5001c9, \
                      endpoints +vpce-0a000000000000001; 120 sessions and 7 flows now";
     one("vpce-08d2bf15fac5001c9", "vpce-0a000000000000001", endpoints, "120 sessions and 7 flows");
+}
+
+#[test]
+fn sessions_that_a_reload_would_end_are_counted() {
+    let ends = |from: &str, to: &str| {
+        let text = TEXT.replacen(from, to, 1);
+        assert_ne!(text, TEXT);
+        Difference::between(&in_force(), &parse(&text)).ends.to_string()
+    };
+    let all = "120 sessions and 7 flows";
+    assert_eq!(ends("vpce-08d2bf15fac5001c9", "vpce-0a000000000000001"), all);
+    assert_eq!(ends("name = \"acme\"", "name = \"acme\"\nstate = \"disabled\""), all);
+    assert_eq!(
+        ends("name = \"acme\"", "name = \"acme\"\nstate = \"disabled\"\non-revoke = \"keep\""),
+        "0 sessions"
+    );
+    assert_eq!(ends("name = \"globex\"", "name = \"initech\""), "1 session");
+    assert_eq!(ends("pool = \"app\"", "pool = \"app\"\non-no-endpoint = \"tenant:acme\""), "121 sessions");
+    assert_eq!(
+        ends("\"vpce-08d2bf15fac5001c9\"", "\"vpce-08d2bf15fac5001c9\", \"vpce-00000001\""),
+        "0 sessions"
+    );
+    let change = "tenant \"acme\": changed: on-revoke end -> keep; 120 sessions and 7 flows now";
+    one("name = \"acme\"", "name = \"acme\"\non-revoke = \"keep\"", change, all);
+    let change = "tenant \"globex\": changed: revoke-grace 0s -> 5s; 1 session now";
+    one("name = \"globex\"", "name = \"globex\"\nrevoke-grace = \"5s\"", change, "1 session");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::ops::AddAssign;
 use serde::{Deserialize, Serialize};
 
 use super::{Change, InForce, Kind, What};
+use crate::config::{Config, OnRevoke, Tenant};
 
 /// Sessions or flows of a listener, a tenant and a pool now. Before a session's tenant is known, the two are empty.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -36,7 +37,9 @@ pub struct Use {
 }
 
 impl Use {
-    pub(super) fn is_nothing(self) -> bool {
+    /// Whether there is none of either.
+    #[must_use]
+    pub fn is_nothing(self) -> bool {
         self == Self::default()
     }
 }
@@ -138,6 +141,41 @@ impl<'n> Uses<'n> {
         let now = self.backends.get(&(pool, backend)).copied().unwrap_or_default();
         let (sessions, flows) = if self.flows.contains(pool) { (0, now) } else { (now, 0) };
         Use { sessions, flows }
+    }
+
+    /// How many would end at most, because a tenant is removed or disabled, an endpoint is taken from it, or a listener
+    /// gives its traffic to another tenant. Where only some of a tenant's endpoints go, all of its sessions count: a row of
+    /// a route does not say which endpoint.
+    pub(super) fn revoked(&self, now: &Config, next: &Config) -> Use {
+        let after: HashMap<&str, &Tenant> =
+            next.tenants.iter().map(|tenant| (tenant.name.as_str(), tenant)).collect();
+        let ends = |tenant: &Tenant| tenant.on_revoke == OnRevoke::End;
+        let loses = |before: &Tenant| match after.get(before.name.as_str()) {
+            None => true,
+            Some(after) => {
+                let kept: HashSet<_> = after.endpoints.iter().collect();
+                before.enabled && !after.enabled || before.endpoints.iter().any(|own| !kept.contains(own))
+            }
+        };
+        let last = |before: &'_ Tenant| ends(after.get(before.name.as_str()).copied().unwrap_or(before));
+        let ending = || now.tenants.iter().filter(|before| last(before));
+        let ending_tenants: HashSet<&str> = ending().map(|tenant| tenant.name.as_str()).collect();
+        let deprived: HashSet<&str> =
+            ending().filter(|tenant| loses(tenant)).map(|tenant| tenant.name.as_str()).collect();
+        let listeners = now.listeners.iter().filter(|before| {
+            let after = next.listeners.iter().find(|after| after.name == before.name);
+            after.is_some_and(|after| after.identity.tenants() != before.identity.tenants())
+        });
+        let listeners: HashSet<&str> = listeners.map(|listener| listener.name.as_str()).collect();
+        let mut sum = Use::default();
+        for (route, now) in &self.routes {
+            let is_of_listener = listeners.contains(route.listener.as_str());
+            let tenant = route.tenant.as_str();
+            if deprived.contains(tenant) || is_of_listener && ending_tenants.contains(tenant) {
+                sum += *now;
+            }
+        }
+        sum
     }
 
     /// What any of these changes concerns, each session once. Of a changed backend its whole pool, for a row of a route

@@ -78,6 +78,8 @@ pub(super) struct Slot<F> {
     pub(super) last: Moment,
     pub(super) tenant: u32,
     pub(super) generation: u32,
+    /// Whether its path has had another speaker while it lived.
+    pub(super) shares_path: bool,
     /// Where it hangs on the wheel.
     pub(super) bucket: u32,
     links: [Link; 3],
@@ -87,7 +89,17 @@ pub(super) struct Slot<F> {
 impl<F> Slot<F> {
     pub(super) fn new(path: Path, who: Who, tenant: u32, flow: F, now: Moment) -> Self {
         let links = [Link { before: NIL, after: NIL }; 3];
-        Self { path, who, last: now, tenant, generation: 0, bucket: 0, links, flow: Some(flow) }
+        Self {
+            path,
+            who,
+            last: now,
+            tenant,
+            generation: 0,
+            shares_path: false,
+            bucket: 0,
+            links,
+            flow: Some(flow),
+        }
     }
 }
 

@@ -145,7 +145,7 @@ async fn a_backend_whose_answers_are_dropped_has_answered_once() {
 async fn datagrams_that_a_listener_has_no_room_for_are_counted() {
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
-    let overflowed = [("listener", "dns")];
+    let overflowed = [("listener", "dns"), ("direction", "to_backend")];
     proxy.metric("vestibule_datagrams_overflowed_total", &overflowed).is(0).await;
     let bytes = vec![0; 60_000];
     let flood = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -156,6 +156,57 @@ async fn datagrams_that_a_listener_has_no_room_for_are_counted() {
             flood.send(&bytes).unwrap();
         }
         (proxy.value("vestibule_datagrams_overflowed_total", &overflowed).await > 0.0).then_some(())
+    })
+    .await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+/// A backend that answers one question with so many datagrams of so many bytes at once.
+fn burst(count: usize, len: usize) -> std::net::SocketAddr {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut room = [0; 100];
+        // Ends with the test's process at the latest.
+        while let Ok((_, from)) = socket.recv_from(&mut room) {
+            for number in 0..count {
+                socket.send_to(&[&number.to_be_bytes()[..], &vec![7; len]].concat(), from).unwrap();
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn burst_of_300_answers_arrives_whole() {
+    let most: usize = std::fs::read_to_string("/proc/sys/net/core/rmem_max").unwrap().trim().parse().unwrap();
+    if most < 2 << 20 {
+        return eprintln!("SKIPPED: net.core.rmem_max is less than 2 MiB");
+    }
+    let backend = burst(300, 1_200);
+    let (proxy, _hooli) = world(&[backend], |conf, _| conf.timeouts += "flow-idle = \"2s\"\n").await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    socket2::SockRef::from(&balancer.socket).set_recv_buffer_size(4 << 20).unwrap();
+    balancer.send(&datagram(CLIENT, ACME, b"all")).await;
+    for number in 0..300_usize {
+        assert_eq!(balancer.answer().await[..8], number.to_be_bytes());
+    }
+    proxy.metric("vestibule_datagrams_overflowed_total", &[("direction", "to_client")]).is(0).await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn answers_beyond_the_queue_of_a_flow_are_counted() {
+    // More than 4 MiB at once.
+    let backend = burst(1_500, 30_000);
+    let (proxy, _hooli) = world(&[backend], |conf, _| soon(conf)).await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    eventually("a full queue", async || {
+        balancer.send(&datagram(CLIENT, ACME, b"all")).await;
+        let overflowed = proxy.value("vestibule_datagrams_overflowed_total", &[("direction", "to_client")]);
+        (overflowed.await > 0.0).then_some(())
     })
     .await;
     others_are_unharmed(&proxy).await;

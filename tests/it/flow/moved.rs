@@ -118,6 +118,7 @@ fn text(backend: std::net::SocketAddr) -> String {
     format!(
         "[admin]\nbind = \"127.0.0.1:0\"\n[health]\nbind = \"127.0.0.1:0\"\n\
          [[listener]]\nname = \"dns\"\nprotocol = \"udp\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.0/8\"]\n\
+         bare-datagrams = \"follow\"\n\
          [[pool]]\nname = \"acme\"\nbackends = [\"{backend}\"]\nhealth = {{ kind = \"none\" }}\n\
          [[tenant]]\nname = \"acme\"\nendpoints = [\"{ACME}\"]\npool = \"acme\"\n\
          [[tenant]]\nname = \"globex\"\nendpoints = [\"{GLOBEX}\"]\npool = \"acme\"\n"

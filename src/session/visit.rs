@@ -1,0 +1,37 @@
+//! Sessions are visited when a reload may have taken something away from them, and each checks what it may still do.
+
+use std::time::Duration;
+
+use super::{Story, Worker};
+use crate::admission::quota::Permit;
+use crate::clock::Moment;
+use crate::forward::Relay;
+use crate::outcome::Outcome;
+
+/// The least time from one visit of all sessions because of reloads to the next.
+const VISIT_INTERVAL: Duration = Duration::from_millis(250);
+
+impl Worker {
+    /// Lets go of a snapshot that is no more in force. Whether sessions are to be visited, because a reload may have taken
+    /// their endpoint away from their tenant; at most once in [`VISIT_INTERVAL`], however many reloads there are.
+    pub fn renew(&self, now: Moment) -> bool {
+        let revocations = self.snapshot.borrow_mut().load().revocations;
+        let is_due = revocations != self.revocations.get() && now >= self.next_visit.get();
+        if is_due {
+            self.revocations.set(revocations);
+            self.next_visit.set(now + VISIT_INTERVAL);
+        }
+        is_due
+    }
+
+    /// Checks whether a session's endpoint still belongs to its tenant; its end, where it does not.
+    pub(super) fn check(&self, relay: &mut Relay<'_>, story: &Story<'_>, permit: &Permit) -> Option<Outcome> {
+        let [listener, tenant, _] = relay.life().meter.labels();
+        let is_admitted = self.snapshot.borrow_mut().load().admits(listener, story.endpoint, tenant);
+        let grace = permit.quota().revocation().grace().filter(|_| !is_admitted);
+        if grace.is_none() {
+            relay.confirm();
+        }
+        grace.and_then(|grace| relay.revoke(grace))
+    }
+}
