@@ -134,6 +134,42 @@ fn names_say_what_things_are() {
 }
 
 #[test]
+fn no_test_asserts_that_something_was_fast() {
+    let mut faults = Vec::new();
+    for source in sources(&["tests"]) {
+        // Models have a time of their own, and lower bounds are one type's.
+        if source.path.starts_with("tests/model") || source.path == "tests/it/began.rs" {
+            continue;
+        }
+        let tokens = tokens(&source.text);
+        let token = |at: usize| tokens.get(at).map_or("", |token| token.1.as_str());
+        for (at, (line, name)) in tokens.iter().enumerate() {
+            let is_call = at > 0 && token(at - 1) == "." && token(at + 1) == "(";
+            let reads = name == "Instant" || (is_call && matches!(name.as_str(), "since" | "elapsed"));
+            if reads || (name == "timeout" && token(at + 1) == "(" && is_asserted(&tokens[at + 1..])) {
+                faults.push(format!("{}:{line}: {name}: order, counts or states, or `Began`", source.path));
+            }
+        }
+    }
+    none(&faults);
+}
+
+/// Whether a call's arguments have a time of their own, and that it is not over is asserted.
+fn is_asserted(call: &[(usize, String)]) -> bool {
+    let mut depth = 0_usize;
+    let end = call.iter().position(|(_, token)| {
+        depth += usize::from(token == "(");
+        depth -= usize::from(token == ")");
+        depth == 0
+    });
+    let (arguments, after) = call.split_at(end.unwrap_or(call.len()));
+    let has_time =
+        arguments.iter().take_while(|(_, token)| token != ",").any(|(_, token)| token.starts_with("from_"));
+    let after: Vec<_> = after.iter().skip(1).take(4).map(|(_, token)| token.as_str()).collect();
+    has_time && matches!(after[..], [".", "await", ".", "unwrap" | "expect"])
+}
+
+#[test]
 fn nothing_is_left_for_later() {
     let marks =
         [concat!("to", "do!"), concat!("un", "implemented!"), concat!("FIX", "ME"), concat!("#[ign", "ore")];

@@ -5,9 +5,8 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::sleep;
-use vestibule::clock;
 
-use super::harness::{Conf, end_of, read};
+use super::harness::{Began, Conf, end_of, read};
 use super::raw::{Bytes, Raw, receive_all, send_all};
 
 fn conf(timeouts: &str) -> Conf {
@@ -16,8 +15,8 @@ fn conf(timeouts: &str) -> Conf {
 
 /// One byte at a time, at intervals that are short for the timeout of a second, for longer than it.
 async fn trickle(from: &mut TcpStream, to: &mut TcpStream) {
-    let start = clock::now();
-    while clock::now().since(start) < Duration::from_millis(2_500) {
+    let began = Began::now();
+    while !began.is_past(Duration::from_millis(2_500)) {
         from.write_all(b".").await.unwrap();
         assert_eq!(read(to, 1).await, b".");
         sleep(Duration::from_millis(20)).await;
@@ -30,10 +29,10 @@ async fn a_silent_session_ends_after_idle_and_not_before() {
     let proxy = raw.proxy(conf("idle = \"400ms\"\nhalf-close = \"1h\"")).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
     client.write_all(b"hello").await.unwrap();
-    let start = clock::now();
+    let began = Began::now();
     assert_eq!(read(&mut backend, 5).await, b"hello");
     assert_eq!(end_of(&mut client).await.unwrap(), 0, "nothing is lost, so the end is clean");
-    assert!(clock::now().since(start) >= Duration::from_millis(350), "a tick of 50 ms may have passed");
+    began.lasted(Duration::from_millis(400));
     assert_eq!(end_of(&mut backend).await.unwrap(), 0);
     let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "idle_timeout")];
     proxy.ended(&labels).is(1).await;
@@ -80,11 +79,11 @@ async fn a_half_that_stays_silent_is_ended_and_not_before_its_time() {
     for client_first in [true, false] {
         let (client, backend) = raw.session(&proxy).await;
         let (mut first, mut silent) = if client_first { (client, backend) } else { (backend, client) };
-        let start = clock::now();
+        let began = Began::now();
         send_all(&mut first, 1, 70_000).await;
         receive_all(&mut silent, 1, 70_000).await;
         assert_eq!(end_of(&mut first).await.unwrap(), 0);
-        assert!(clock::now().since(start) >= Duration::from_millis(350), "a tick of 50 ms may have passed");
+        began.lasted(Duration::from_millis(400));
     }
     let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "half_close_timeout")];
     proxy.ended(&labels).is(2).await;
