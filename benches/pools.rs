@@ -324,7 +324,7 @@ fn configuration(target: SocketAddr, admin: SocketAddr, hosts: &[Host]) -> Strin
 
 async fn get(admin: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(admin).await.expect("the admin address");
-    let request = format!("GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("a request");
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await.expect("an answer");

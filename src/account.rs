@@ -3,6 +3,7 @@
 //! Each worker counts in cells of its own, which nobody else writes; a scrape adds them up. So a byte forwarded
 //! costs a plain addition: no lock, no label, no shared cache line.
 
+pub mod admin_connections;
 mod attempt;
 mod cells;
 pub mod latency;

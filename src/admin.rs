@@ -2,11 +2,14 @@
 
 pub mod control;
 pub mod health;
+mod hosts;
 mod in_force;
 pub mod metrics;
 mod page;
+mod places;
 mod serve;
 pub mod status;
+mod text;
 
 use std::io;
 use std::net::TcpListener;
@@ -14,23 +17,32 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
 use tokio::sync::Semaphore;
 
 use self::control::{Orders, wrong};
+use self::hosts::Hosts;
 pub use self::serve::Turn;
+use self::status::Status;
+use self::text::Page;
+use crate::account::admin_connections::Endpoint;
 use crate::state::Live;
+
+/// Bytes that the kernel may hold of a connection of the admin address, in each direction.
+const BUFFERS: usize = 256 * 1024;
 
 /// What the admin address and the admin socket are made of.
 #[derive(Debug)]
 pub struct Desks {
     /// Where the pages are read.
     pub address: TcpListener,
+    /// The names, beside IP addresses and `localhost`, by which that may be asked.
+    pub hosts: Vec<String>,
     /// Where orders are taken too, and its path.
     pub socket: Option<(UnixListener, PathBuf)>,
     /// Who carries them out.
@@ -47,16 +59,22 @@ pub async fn serve(desks: Desks, live: Arc<Live>) {
 }
 
 async fn open(desks: Desks, live: Arc<Live>) -> io::Result<()> {
-    let pages = Pages { live, turn: Arc::new(Semaphore::new(1)) };
+    let pages = Pages::of(&live);
     let remedy = remedy(desks.socket.as_ref().map(|(_, path)| path.as_path()));
     if let Some((socket, _)) = desks.socket {
-        let router = routes(pages.clone()).merge(control::routes(pages.clone(), desks.orders));
+        let router = routes(pages.clone()).merge(control::routes(&live, desks.orders));
         let router = router.fallback(absent);
-        tokio::spawn(serve::serve(tokio::net::UnixListener::from_std(socket)?, router, desks.turn.clone()));
+        let (socket, live) = (tokio::net::UnixListener::from_std(socket)?, Arc::clone(&live));
+        tokio::spawn(serve::serve(socket, Endpoint::AdminSocket, router, desks.turn.clone(), live));
     }
+    let hosts = Hosts::new(desks.hosts);
+    let known =
+        move |request: Request, next: Next| hosts::only_known_hosts(Arc::clone(&hosts), request, next);
     let look_only = move |request: Request, next: Next| look_only(remedy.clone(), request, next);
-    let router = routes(pages).fallback(absent).layer(middleware::from_fn(look_only));
-    serve::serve(tokio::net::TcpListener::from_std(desks.address)?, router, desks.turn).await;
+    let router = routes(pages).route_layer(middleware::from_fn(known)).fallback(absent);
+    let router = router.layer(middleware::from_fn(look_only));
+    let socket = serve::tcp(desks.address, BUFFERS)?;
+    serve::serve(socket, Endpoint::Admin, router, desks.turn, live).await;
     Ok(())
 }
 
@@ -93,56 +111,61 @@ async fn look_only(remedy: Arc<str>, request: Request, next: Next) -> Response {
 }
 
 async fn metrics(State(pages): State<Pages>) -> Response {
-    match pages.render(metrics::text).await {
-        Some(Ok(text)) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
-        Some(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
-        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-    }
+    let make =
+        |live: &Arc<Live>| metrics::text(live).map(String::into_bytes).map_err(|error| error.to_string());
+    pages.answer(&pages.texts.metrics, prometheus::TEXT_FORMAT, make).await
 }
 
 async fn status(State(pages): State<Pages>) -> Response {
-    match pages.render(|live| status::Status::of(live)).await {
-        Some(status) => Json(status).into_response(),
-        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-    }
+    let make = |live: &Arc<Live>| serde_json::to_vec(&Status::of(live)).map_err(|error| error.to_string());
+    pages.answer(&pages.texts.status, JSON, make).await
 }
 
 async fn config(State(pages): State<Pages>) -> Response {
-    match pages.render(|live| in_force::json(live)).await {
-        Some(Ok(json)) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
-        Some(Err(error)) => wrong(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
-        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-    }
+    let make = |live: &Arc<Live>| in_force::json(live).map_err(|error| error.to_string());
+    pages.answer(&pages.texts.config, JSON, make).await
 }
 
 async fn page(State(pages): State<Pages>) -> Response {
-    match pages.render(|live| page::html(&status::Status::of(live))).await {
-        Some(page) => Html(page).into_response(),
-        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-    }
+    let make = |live: &Arc<Live>| Ok(page::html(&Status::of(live)).into_bytes());
+    pages.answer(&pages.texts.people, "text/html; charset=utf-8", make).await
 }
 
-/// What the pages show, and who may look.
+const JSON: &str = "application/json";
+
+/// What the pages show.
 #[derive(Clone)]
 struct Pages {
     live: Arc<Live>,
-    /// One page is made at a time: with 100,000 tenants it takes a second.
+    texts: Arc<Texts>,
+    /// One page is made at a time.
     turn: Arc<Semaphore>,
 }
 
+#[derive(Default)]
+struct Texts {
+    people: Page,
+    metrics: Page,
+    status: Page,
+    config: Page,
+}
+
 impl Pages {
-    /// Makes a page on a thread of its own, so that health checks, probes and the drain do not wait for it. `None`
-    /// where that failed.
-    async fn render<T: Send + 'static>(
+    fn of(live: &Arc<Live>) -> Self {
+        Self { live: Arc::clone(live), texts: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
+    }
+
+    async fn answer(
         &self,
-        page: impl FnOnce(&Arc<Live>) -> T + Send + 'static,
-    ) -> Option<T> {
-        let turn = Arc::clone(&self.turn).acquire_owned().await.ok()?;
+        page: &Page,
+        kind: &'static str,
+        make: impl FnOnce(&Arc<Live>) -> Result<Vec<u8>, String> + Send + 'static,
+    ) -> Response {
         let live = Arc::clone(&self.live);
-        let made = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            page(&live)
-        });
-        made.await.inspect_err(|error| tracing::error!(%error, "a page could not be made")).ok()
+        match page.text(&self.turn, move || make(&live)).await {
+            Some(Ok(text)) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
+            Some(Err(error)) => wrong(StatusCode::INTERNAL_SERVER_ERROR, error),
+            None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        }
     }
 }

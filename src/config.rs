@@ -1,5 +1,6 @@
 //! The configuration as checked: what the rest of the program may rely on.
 
+mod admin;
 mod check;
 pub mod difference;
 mod error;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use self::admin::{Admin, HealthEndpoint};
 pub use self::error::{Fault, Faults};
 use crate::id::EndpointId;
 
@@ -78,24 +80,6 @@ pub struct Process {
     pub pipe_memory: u64,
     /// Whether a configuration file that changes is put in force by itself.
     pub watch: bool,
-}
-
-/// Where metrics and status are read, and orders are given.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Admin {
-    /// The address of the read-only pages.
-    pub bind: SocketAddr,
-    /// The socket that takes orders too; none takes none.
-    pub socket: Option<PathBuf>,
-}
-
-/// What the load balancer's health check asks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HealthEndpoint {
-    /// Its address.
-    pub bind: SocketAddr,
-    /// The path that answers, with its leading slash.
-    pub path: String,
 }
 
 /// What is logged, and where.

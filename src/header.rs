@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::TcpStream;
 
 use crate::account::Cell64;
@@ -338,7 +338,7 @@ pub struct Optional {
 ///
 /// # Errors
 /// What the socket says.
-pub async fn read_optional(socket: &mut TcpStream) -> io::Result<Optional> {
+pub async fn read_optional(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<Optional> {
     let rules = wire::Rules { transport: wire::Transport::Stream, verify_crc: false };
     let mut first = Vec::with_capacity(512);
     loop {

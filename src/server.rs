@@ -38,7 +38,7 @@ use self::takeover::{Heritage, TakeoverError};
 use self::upkeep::Tools;
 use self::worker::Post;
 use crate::admin::{self, Desks, Turn};
-use crate::config::Config;
+use crate::config::{Config, HealthEndpoint};
 use crate::probe::Lanes;
 use crate::resolve::{NoServers, Resolver};
 use crate::state::{Changes, Listener, Live, Most};
@@ -239,9 +239,14 @@ impl Server {
             tools: Tools { live, lanes: Arc::new(Lanes::new(capacity.probes)), resolver },
             changed,
             crew,
-            path: config.health.path.clone(),
-            desks: Desks { address: admin, socket: control, orders, turn: Turn::new(turn) },
-            health,
+            desks: Desks {
+                address: admin,
+                hosts: config.admin.hosts.clone(),
+                socket: control,
+                orders,
+                turn: Turn::new(turn),
+            },
+            health: (health, config.health.clone()),
             stage,
             drains,
         };
@@ -419,10 +424,8 @@ struct Control {
     tools: Tools,
     changed: Arc<Notify>,
     crew: Arc<crew::Crew>,
-    /// The path of the health check.
-    path: String,
     desks: Desks,
-    health: TcpListener,
+    health: (TcpListener, HealthEndpoint),
     stage: watch::Sender<Stage>,
     drains: watch::Receiver<bool>,
 }
@@ -445,7 +448,7 @@ impl Control {
         tokio::spawn(admin::serve(self.desks, Arc::clone(live)));
         tokio::spawn(writer::tell_losses(Arc::clone(&live.log)));
         tokio::spawn(notify::run(Arc::clone(live), Arc::clone(&self.crew)));
-        tokio::spawn(admin::health::serve(self.health, self.path, Arc::clone(live), turn));
+        tokio::spawn(admin::health::serve(self.health.0, self.health.1, Arc::clone(live), turn));
         drain::run(live, &self.crew, self.stage, self.drains).await;
     }
 }

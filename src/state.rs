@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::accept;
+use crate::account::admin_connections::AdminConnections;
 use crate::account::log::QUEUE;
 use crate::account::log_queue::LogQueue;
 use crate::account::meter::Shard;
@@ -275,6 +276,8 @@ pub struct Live {
     replaced: Mutex<Vec<Arc<Snapshot>>>,
     /// How often everything was to go to another process, or come from one.
     pub takeovers: Takeovers,
+    /// Connections of the health port, the admin address and the admin socket.
+    pub admin_connections: AdminConnections,
     /// How far the process has come to its end.
     pub draining: Draining,
 }
@@ -338,6 +341,7 @@ impl Live {
             reloads: Reloads::new(rows),
             replaced: Mutex::default(),
             takeovers: Takeovers::default(),
+            admin_connections: AdminConnections::default(),
             draining: Draining::default(),
         })
     }

@@ -279,7 +279,7 @@ impl Bench {
     /// The sum of a metric's series that have these labels.
     fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let mut stream = TcpStream::connect(self.admin).expect("the admin server");
-        stream.write_all(b"GET /metrics HTTP/1.0\r\nhost: bench\r\n\r\n").expect("a request");
+        stream.write_all(b"GET /metrics HTTP/1.0\r\nhost: localhost\r\n\r\n").expect("a request");
         let mut page = String::new();
         stream.read_to_string(&mut page).expect("the metrics");
         let series =

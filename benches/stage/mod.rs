@@ -178,7 +178,7 @@ pub(crate) fn write_tenants(count: &str, pools: &str, path: &Path) {
 pub(crate) fn scrape(admin: SocketAddr) -> Vec<(String, f64)> {
     let mut stream = TcpStream::connect(admin).expect("the admin address");
     stream
-        .write_all(b"GET /metrics HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n")
+        .write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         .expect("a request");
     let mut text = String::new();
     stream.read_to_string(&mut text).expect("the metrics");

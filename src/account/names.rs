@@ -152,6 +152,10 @@ metrics! {
         "1 for how far the process has come to its end: `serving`, `notice` (still accepting), `closing` (listeners closed).";
     DRAIN_LEFT: Gauge "vestibule_drain_sessions_left" []
         "Sessions and flows that a drain waits for; 0 before it.";
+    ADMIN_OPEN: Gauge "vestibule_admin_connections" ["endpoint"]
+        "Connections now at the health port (`health`), the admin address (`admin`) and the admin socket (`admin_socket`).";
+    ADMIN_ENDED: Counter "vestibule_admin_connections_total" ["endpoint", "result"]
+        "Connections there that ended, by result: `answered`, `closed` by the peer without an answer, `displaced` by a newer one because all places were taken, or `first_byte_timeout`, `request_timeout`, `answer_timeout`, `send_timeout`.";
     BUILD: Gauge "vestibule_build_info" ["version"]
         "1, with the version as a label.";
 }

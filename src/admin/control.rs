@@ -10,6 +10,7 @@ use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::header::{CONNECTION, UPGRADE};
 use axum::http::{Method, StatusCode, Uri};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
@@ -17,7 +18,8 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::Pages;
+use super::hosts;
+use super::places::Watched;
 use crate::addr::BackendAddr;
 use crate::clock;
 use crate::state::Live;
@@ -76,7 +78,7 @@ pub struct Fault {
 /// What the routes share.
 #[derive(Clone)]
 struct Desk {
-    pages: Pages,
+    live: Arc<Live>,
     orders: Arc<dyn Orders>,
 }
 
@@ -84,7 +86,7 @@ struct Desk {
 const BODY: usize = 4096;
 
 /// The routes.
-pub(super) fn routes(pages: Pages, orders: Arc<dyn Orders>) -> Router {
+pub(super) fn routes(live: &Arc<Live>, orders: Arc<dyn Orders>) -> Router {
     Router::new()
         .route("/reload", post(reload))
         .route("/drain", post(drain))
@@ -92,7 +94,8 @@ pub(super) fn routes(pages: Pages, orders: Arc<dyn Orders>) -> Router {
         .route("/weight", post(weight))
         .method_not_allowed_fallback(only_by_post)
         .layer(DefaultBodyLimit::max(BODY))
-        .with_state(Desk { pages, orders })
+        .route_layer(middleware::from_fn(hosts::not_from_web_pages))
+        .with_state(Desk { live: Arc::clone(live), orders })
 }
 
 /// An answer that says what is wrong.
@@ -135,9 +138,10 @@ async fn takeover(State(desk): State<Desk>, request: Request) -> Response {
         let upgraded = upgrade
             .await
             .ok()
-            .and_then(|upgraded| upgraded.downcast::<TokioIo<tokio::net::UnixStream>>().ok());
+            .and_then(|upgraded| upgraded.downcast::<TokioIo<Watched<tokio::net::UnixStream>>>().ok());
         // It has gone already.
-        let Some(Ok(stream)) = upgraded.map(|parts| parts.io.into_inner().into_std()) else { return };
+        let stream = upgraded.and_then(|parts| parts.io.into_inner().into_stream());
+        let Some(Ok(stream)) = stream.map(tokio::net::UnixStream::into_std) else { return };
         desk.orders.hand_over(stream);
     });
     (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, TAKEOVER)], Body::empty())
@@ -183,7 +187,7 @@ async fn weight(State(desk): State<Desk>, uri: Uri, body: Bytes) -> Response {
         }
         Err(error) => return wrong(StatusCode::BAD_REQUEST, format!("{WANTED}: {error}")),
     };
-    match weigh(&desk.pages.live, &order) {
+    match weigh(&desk.live, &order) {
         Ok(weighed) => Json(weighed).into_response(),
         Err(absent) => wrong(StatusCode::NOT_FOUND, absent),
     }

@@ -15,63 +15,67 @@ use axum::http::{Request, Response, StatusCode};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, join};
+use tokio::io::{AsyncReadExt, join, split};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
 
 use super::Turn;
+use super::places::{Limits, Step, Visit};
+use super::serve::{self, Room};
+use crate::account::admin_connections::Endpoint;
+use crate::config::HealthEndpoint;
 use crate::header;
 use crate::state::Live;
 
-/// What one check may take, from accept to its answer. NLB waits for 6 s, so that a check that had to wait for one
-/// silent connection to be given up is still answered in time.
-const LIMIT: Duration = Duration::from_secs(3);
-
-/// What may pass before a check's first byte. A load balancer sends its question at once; those that say nothing
-/// must not take the places of those that ask.
-const FIRST_BYTE: Duration = Duration::from_millis(500);
+/// How long the steps of a check may take. A load balancer sends its question at once, and waits for an answer for 6 s.
+const LIMITS: Limits = Limits {
+    first_byte: Duration::from_millis(500),
+    request: Duration::from_millis(2_500),
+    answer: Duration::from_secs(1),
+    stall: Duration::from_secs(1),
+    send: Duration::from_secs(1),
+    idle: Duration::from_secs(1),
+};
 
 /// Checks at once: a flood here must not take the sessions' descriptors.
 const AT_ONCE: usize = 128;
 
-/// How long accepting rests after an error.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Of these, places that networks beside the trusted ones share, where there are trusted ones.
+const FOR_OTHERS: usize = 32;
+
+/// Bytes that the kernel may hold of a check in each direction.
+const BUFFERS: usize = 16 * 1024;
 
 /// Answers health checks until its task is dropped.
-pub async fn serve(socket: TcpListener, path: String, live: Arc<Live>, mut turn: Turn) {
-    let socket = match tokio::net::TcpListener::from_std(socket) {
+pub async fn serve(socket: TcpListener, config: HealthEndpoint, live: Arc<Live>, turn: Turn) {
+    let socket = match serve::tcp(socket, BUFFERS) {
         Ok(socket) => socket,
         Err(error) => {
             tracing::error!(%error, "the health endpoint has stopped");
             return;
         }
     };
+    let HealthEndpoint { path, trusted_sources: trusted, .. } = config;
+    let for_others = if trusted.is_empty() { 0 } else { FOR_OTHERS };
+    let room = Room { trusted, for_trusted: AT_ONCE - for_others, for_others };
     let path: Arc<str> = path.into();
-    let places = Arc::new(Semaphore::new(AT_ONCE));
-    loop {
-        // Acquired first: beyond the bound, checks wait in the kernel's queue.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let Some(accepted) = turn.of(socket.accept()).await else { return };
-        let Ok((socket, _)) = accepted else {
-            sleep(PAUSE).await;
-            continue;
-        };
-        let (path, live) = (Arc::clone(&path), Arc::clone(&live));
-        tokio::spawn(async move {
-            let _place = place;
-            // A check that fails or takes too long is the checker's to notice.
-            timeout(LIMIT, check(socket, &path, &live)).await.unwrap_or(Ok(())).unwrap_or_default();
-        });
-    }
+    let asked = Arc::clone(&live);
+    let attend = |visit| {
+        let (path, live) = (Arc::clone(&path), Arc::clone(&asked));
+        // A check that fails is the checker's to notice.
+        async move { check(visit, &path, &live).await.unwrap_or_default() }
+    };
+    serve::accept(socket, Endpoint::Health, room, &LIMITS, turn, live, attend).await;
 }
 
-async fn check(mut socket: TcpStream, path: &str, live: &Live) -> io::Result<()> {
-    timeout(FIRST_BYTE, socket.readable()).await.map_err(io::Error::from)??;
-    let first = header::read_optional(&mut socket).await?.rest;
-    let (read, write) = socket.split();
+async fn check(visit: Arc<Visit<TcpStream>>, path: &str, live: &Live) -> io::Result<()> {
+    let mut stream = visit.stream();
+    let first = header::read_optional(&mut stream).await?.rest;
+    let (read, write) = split(stream);
     let stream = TokioIo::new(join(first.as_slice().chain(read), write));
-    let answer = service_fn(async |request: Request<_>| Ok::<_, Infallible>(answer(&request, path, live)));
+    let answer = service_fn(async |request: Request<_>| {
+        visit.enter(Step::Sending);
+        Ok::<_, Infallible>(answer(&request, path, live))
+    });
     http1::Builder::new().keep_alive(false).serve_connection(stream, answer).await.map_err(io::Error::other)
 }
 

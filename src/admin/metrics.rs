@@ -240,6 +240,12 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::DRAIN_STAGE, &[phase.word()], 1);
     let left = if live.is_draining() { live.sessions_now() } else { 0 };
     sheet.count(&names::DRAIN_LEFT, &[], left);
+    for (endpoint, count) in live.admin_connections.open() {
+        sheet.count(&names::ADMIN_OPEN, &[endpoint.word()], count);
+    }
+    for (endpoint, ended, count) in live.admin_connections.ended() {
+        sheet.count(&names::ADMIN_ENDED, &[endpoint.word(), ended.word()], count);
+    }
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }
 

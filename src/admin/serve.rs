@@ -1,5 +1,7 @@
-//! HTTP at one socket, bounded: connections at once, the time of a request, the life of a connection.
+//! Connections of the control thread's listening sockets: accepted at once, bounded in number and time, and counted.
 
+use std::io;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,25 +9,49 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
-use axum::serve::Listener;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
-use tokio::sync::{Semaphore, watch};
-use tokio::time::timeout;
+use ipnet::IpNet;
+use rustix::io::Errno;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
-/// Connections at once, whose descriptors are of the reserve that limits.rs keeps; more wait in the kernel's queue.
+use super::places::{Limits, Places, Step, Stream, Visit};
+use crate::accept::{self, Trouble};
+use crate::account::admin_connections::Endpoint;
+use crate::clock;
+use crate::state::Live;
+
+/// Connections at once of the admin address, and of the admin socket; their descriptors are of the reserve that limits.rs keeps.
 const AT_ONCE: usize = 32;
-
-/// How long a connection may be without a request: longer than scrapes are apart.
-const SILENCE: Duration = Duration::from_secs(90);
 
 /// What one request may take, from its head to the head of its answer: a reload of 100,000 tenants takes a few seconds.
 const REQUEST: Duration = Duration::from_secs(60);
 
+/// How long the steps of a connection may take.
+const LIMITS: Limits = Limits {
+    first_byte: Duration::from_secs(5),
+    request: Duration::from_secs(10),
+    // The request has its own time, and an answer that says so.
+    answer: Duration::from_secs(65),
+    stall: Duration::from_secs(10),
+    send: Duration::from_secs(60),
+    // Longer than scrapes are apart.
+    idle: Duration::from_secs(90),
+};
+
 /// How long a connection may live; then it ends after the answer that it is at.
 const LIFE: Duration = Duration::from_secs(600);
+
+/// The head of a request, at most; hyper takes no less than 8 KiB.
+const HEAD: usize = 16 * 1024;
+
+/// Connections accepted in one go. Then those that were accepted run, and the kernel is asked what has come for them: so a
+/// request that is there already is read before a flood of newcomers takes its place.
+const BATCH: usize = 8;
 
 /// Whether it is this process's turn to serve its pages: before and after that another one accepts at the same sockets.
 #[derive(Clone, Debug)]
@@ -39,7 +65,7 @@ impl Turn {
     }
 
     /// What `accept` brings while it is this process's turn; `None` where it will never be again.
-    pub(super) async fn of<T>(&mut self, accept: impl Future<Output = T>) -> Option<T> {
+    async fn of<T>(&mut self, accept: impl Future<Output = T>) -> Option<T> {
         let mut accept = pin!(accept);
         loop {
             self.0.wait_for(|serving| *serving).await.ok()?;
@@ -52,43 +78,132 @@ impl Turn {
     }
 }
 
-/// Serves what comes until its task is dropped. Where a route upgrades its connection, what is upgraded is the
-/// listener's own stream: `upgraded.downcast::<TokioIo<UnixStream>>()`.
-pub(super) async fn serve<L: Listener>(mut listener: L, router: Router, mut turn: Turn) {
-    let places = Arc::new(Semaphore::new(AT_ONCE));
-    loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        // Errors, such as a want of descriptors, are waited out in there.
-        let Some((stream, _)) = turn.of(listener.accept()).await else { return };
-        let router = router.clone();
-        tokio::spawn(async move {
-            let _place = place;
-            connection(stream, router).await;
-        });
+/// A listening socket.
+pub(super) trait Listens {
+    /// What it accepts.
+    type Stream: Stream;
+
+    /// A connection and its peer's address, where it has one.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
+}
+
+impl Listens for TcpListener {
+    type Stream = tokio::net::TcpStream;
+
+    async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
+        Self::accept(self).await.map(|(stream, peer)| (stream, Some(peer.ip())))
     }
 }
 
-async fn connection<S>(stream: S, router: Router)
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
+impl Listens for UnixListener {
+    type Stream = tokio::net::UnixStream;
+
+    async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
+        Self::accept(self).await.map(|(stream, _)| (stream, None))
+    }
+}
+
+/// A TCP listener of the control thread. The kernel holds little for each of its connections: `buffers` bytes each way.
+///
+/// # Errors
+/// Where the runtime cannot register it.
+pub(super) fn tcp(socket: std::net::TcpListener, buffers: usize) -> io::Result<TcpListener> {
+    // Accepted sockets inherit both (tcp(7)).
+    let options = socket2::SockRef::from(&socket);
+    options.set_send_buffer_size(buffers)?;
+    options.set_recv_buffer_size(buffers)?;
+    TcpListener::from_std(socket)
+}
+
+/// Which places there are.
+pub(super) struct Room {
+    /// Networks that have places of their own; empty is everybody.
+    pub(super) trusted: Vec<IpNet>,
+    /// Places of those networks.
+    pub(super) for_trusted: usize,
+    /// Places that all others share.
+    pub(super) for_others: usize,
+}
+
+/// Accepts until its task is dropped, and has each connection attended to.
+pub(super) async fn accept<L, F>(
+    listener: L,
+    endpoint: Endpoint,
+    room: Room,
+    limits: &'static Limits,
+    mut turn: Turn,
+    live: Arc<Live>,
+    attend: impl Fn(Arc<Visit<L::Stream>>) -> F,
+) where
+    L: Listens,
+    F: Future<Output = ()> + Send + 'static,
 {
+    let mut trusted = Places::new(room.for_trusted);
+    let mut others = Places::new(room.for_others);
+    loop {
+        for _ in 0..BATCH {
+            let Some(accepted) = turn.of(listener.accept()).await else { return };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                    // A want of descriptors is waited out; a peer that has gone keeps nobody waiting.
+                    if !matches!(accept::classify(errno), Trouble::Peer(_)) {
+                        sleep(accept::PAUSE).await;
+                    }
+                    continue;
+                }
+            };
+            let is_trusted = room.trusted.is_empty()
+                || peer.is_none_or(|ip| room.trusted.iter().any(|net| net.contains(&ip)));
+            let visit = Visit::new(stream, clock::now());
+            if is_trusted { &mut trusted } else { &mut others }.take(&visit);
+            live.admin_connections.begin(endpoint);
+            let (attended, live) = (attend(Arc::clone(&visit)), Arc::clone(&live));
+            tokio::spawn(async move {
+                live.admin_connections.end(endpoint, visit.run(limits, attended).await);
+            });
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Serves pages until its task is dropped. Where a route upgrades its connection, what is upgraded is the listener's own
+/// stream: `upgraded.downcast::<TokioIo<Watched<UnixStream>>>()`.
+pub(super) async fn serve<L: Listens>(
+    listener: L,
+    endpoint: Endpoint,
+    router: Router,
+    turn: Turn,
+    live: Arc<Live>,
+) {
+    let room = Room { trusted: Vec::new(), for_trusted: AT_ONCE, for_others: 0 };
+    let attend = |visit| connection(visit, router.clone());
+    accept(listener, endpoint, room, &LIMITS, turn, live, attend).await;
+}
+
+async fn connection<S: Stream>(visit: Arc<Visit<S>>, router: Router) {
     let service = TowerToHyperService::new(router);
     let bounded = service_fn(|request| {
+        visit.enter(Step::Answering);
         let answer = service.call(request);
-        async {
-            timeout(REQUEST, answer).await.unwrap_or_else(|_| Ok(StatusCode::GATEWAY_TIMEOUT.into_response()))
+        let visit = Arc::clone(&visit);
+        async move {
+            let late = |_| Ok(StatusCode::GATEWAY_TIMEOUT.into_response());
+            let answer = timeout(REQUEST, answer).await.unwrap_or_else(late);
+            visit.enter(Step::Sending);
+            answer
         }
     });
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(SILENCE)
-        .serve_connection(TokioIo::new(stream), bounded)
+        .max_buf_size(HEAD)
+        .serve_connection(TokioIo::new(visit.stream()), bounded)
         .with_upgrades();
     let mut connection = pin!(connection);
-    // How a connection ends is the business of who opened it.
+    // How a connection ends is the business of the peer that opened it.
     if timeout(LIFE, connection.as_mut()).await.is_err() {
         connection.as_mut().graceful_shutdown();
-        drop(timeout(REQUEST, connection).await);
+        drop(connection.await);
     }
 }
 
@@ -101,14 +216,24 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};
 
+    use super::super::places::Watched;
     use super::*;
+    use crate::config::Config;
+    use crate::state::Most;
+
+    fn live() -> Arc<Live> {
+        let text = "[[listener]]\nname = \"web\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1\"]\npool = \"app\"
+            [[pool]]\nname = \"app\"\nbackends = [\"127.0.0.1:9\"]\n[[tenant]]\nname = \"acme\"\n";
+        let most = Most { sessions: 10, pending: 10, pipes: 0 };
+        Live::new(&Config::parse("test.toml", text).unwrap(), 1, most)
+    }
 
     /// Takes the stream over, and answers on it.
     async fn take(request: Request) -> impl IntoResponse {
         let upgrade = hyper::upgrade::on(request);
         tokio::spawn(async move {
-            let parts = upgrade.await.unwrap().downcast::<TokioIo<UnixStream>>().unwrap();
-            let mut stream = parts.io.into_inner();
+            let parts = upgrade.await.unwrap().downcast::<TokioIo<Watched<UnixStream>>>().unwrap();
+            let mut stream = parts.io.into_inner().into_stream().unwrap();
             let mut more = parts.read_buf.to_vec();
             more.resize(4, 0);
             stream.read_exact(&mut more[parts.read_buf.len()..]).await.unwrap();
@@ -125,7 +250,9 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let (_serving, turn) = watch::channel(true);
         let turn = Turn::new(turn);
-        tokio::spawn(serve(listener, Router::new().route("/take", post(take)), turn));
+        let live = live();
+        let router = Router::new().route("/take", post(take));
+        tokio::spawn(serve(listener, Endpoint::AdminSocket, router, turn, live));
         let mut stream = UnixStream::connect(&path).await.unwrap();
         let head = b"POST /take HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: test\r\n\r\ntake";
         stream.write_all(head).await.unwrap();

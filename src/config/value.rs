@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
-pub(super) use self::address::Nameserver;
+pub(super) use self::address::{HostName, Nameserver};
 pub(super) use self::pool::{Bytes, HostHeader, Match, PathAndQuery, PreferZone, ProbeKind, SendProxy};
 use super::section::{FromToml, quoted, shown};
 use super::suggest;

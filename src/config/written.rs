@@ -13,8 +13,8 @@ use super::error::Fault;
 use super::section::{Field, Head, List, Pairs, Section};
 use super::unit::Ports;
 use super::value::{
-    Count, Interval, Name, Nameserver, PerSecond, ProxyProtocol, Sessions, Size, SocketPath, State, UrlPath,
-    Whole,
+    Count, HostName, Interval, Name, Nameserver, PerSecond, ProxyProtocol, Sessions, Size, SocketPath, State,
+    UrlPath, Whole,
 };
 use super::{AccessLog, BareDatagrams, Fallback, Format, Level, Mode, OnRevoke, Protocol};
 use crate::id::EndpointId;
@@ -70,14 +70,16 @@ pub(super) struct Admin {
     pub(super) head: Option<Head>,
     pub(super) bind: Field<SocketAddr>,
     pub(super) socket: Field<SocketPath>,
+    pub(super) hosts: Field<List<HostName>>,
 }
 
 impl Admin {
     pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
         let mut section = Section::open(&head, table, faults);
         let (bind, socket) = (section.take("bind"), section.take("socket"));
+        let hosts = section.take_list("hosts");
         section.finish();
-        Self { head: Some(head), bind, socket }
+        Self { head: Some(head), bind, socket, hosts }
     }
 }
 
@@ -87,14 +89,16 @@ pub(super) struct HealthEndpoint {
     pub(super) head: Option<Head>,
     pub(super) bind: Field<SocketAddr>,
     pub(super) path: Field<UrlPath>,
+    pub(super) trusted_sources: Field<List<IpNet>>,
 }
 
 impl HealthEndpoint {
     pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
         let mut section = Section::open(&head, table, faults);
         let (bind, path) = (section.take("bind"), section.take("path"));
+        let trusted_sources = section.take_list("trusted-sources");
         section.finish();
-        Self { head: Some(head), bind, path }
+        Self { head: Some(head), bind, path, trusted_sources }
     }
 }
 

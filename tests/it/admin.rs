@@ -3,14 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use vestibule::account::names::{self, Kind};
 use vestibule::lab::backend::{Backend, Temper};
 use vestibule::outcome::Outcome;
 
 use super::dns::Names;
 use super::flow::{Balancer, HOOLI, datagram};
-use super::harness::{ACME, Conf, INITECH, Proxy, STRANGER, exchange, http, http_get, is_reset, read};
+use super::harness::{
+    ACME, Conf, INITECH, LIMIT, Proxy, STRANGER, connect, exchange, http, http_get, is_reset, read,
+};
 
 use super::raw::{Held, Raw};
 use super::sessions::{ROUND_ROBIN, usable, with};
@@ -368,5 +372,34 @@ async fn the_pages_are_there_to_be_read_only() {
         let (head, _) = http(proxy.server().admin(), path, b"X").await;
         assert!(head.starts_with("HTTP/1.1 405 "), "{path}: {head}");
     }
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn address_is_answered_by_known_hosts_only() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    let ask = async |path: &str, host: &str| {
+        let mut stream = connect(proxy.server().admin()).await;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(LIMIT, stream.read_to_string(&mut answer)).await.expect("an answer").unwrap();
+        answer
+    };
+    let own = proxy.server().admin().to_string();
+    for path in ["/", "/metrics", "/status", "/config"] {
+        for host in [&own[..], "localhost", "192.0.2.1:80"] {
+            assert!(ask(path, host).await.starts_with("HTTP/1.1 200 "), "{path} by {host}");
+        }
+        let refused = ask(path, "evil.example:9900").await;
+        assert!(refused.starts_with("HTTP/1.1 421 "), "{path}: {refused}");
+        let (_, body) = refused.split_once("\r\n\r\n").unwrap();
+        let body: Value = serde_json::from_str(body).unwrap();
+        let error = body["error"].as_str().unwrap();
+        assert!(error.contains("found \"evil.example:9900\"") && error.contains("[admin] hosts"), "{error}");
+        assert!(!refused.contains(ACME) && !refused.to_lowercase().contains("access-control"), "{refused}");
+    }
+    proxy.others_are_unharmed().await;
     proxy.finish().await;
 }

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::harness::{ACME, GLOBEX, LIMIT, connect, exchange, http, is_reset, still_lives};
+use super::harness::{ACME, GLOBEX, LIMIT, connect, eventually, exchange, http, is_reset, still_lives};
 use super::process::{DRAIN_NEVER, PROGRAM, Serve, World, Written, program};
 
 /// A process with an admin socket.
@@ -231,23 +231,59 @@ async fn the_socket_of_a_dead_process_is_replaced_and_that_of_a_living_one_is_no
 }
 
 #[tokio::test]
-async fn more_connections_than_are_served_at_once_wait_and_are_served() {
+async fn connection_beyond_the_places_takes_that_of_the_longest_silent() {
+    const PLACES: usize = 32;
     let world = World::new().await;
     let (mut serve, _config, socket) = start(&world, DRAIN_NEVER).await;
     let mut silent = Vec::new();
-    for _ in 0..32 {
+    for _ in 0..2 * PLACES {
         silent.push(UnixStream::connect(&socket).await.unwrap());
     }
-    let mut waiting = UnixStream::connect(&socket).await.unwrap();
-    waiting.write_all(b"GET /status HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
-    // Nobody is hurt by it, and who goes makes room.
+    let mut half = Vec::new();
+    for _ in 0..2 * PLACES {
+        let mut stream = connect(serve.admin).await;
+        // It may have been closed already, for a later one.
+        stream.write_all(b"GET /").await.unwrap_or_default();
+        half.push(stream);
+    }
     serve.serves().await;
     assert!(http(serve.admin, "/status", b"").await.0.starts_with("HTTP/1.1 200 "));
-    silent.pop();
-    let mut answer = String::new();
-    timeout(LIMIT, waiting.read_to_string(&mut answer)).await.expect("an answer within the limit").unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    drop(silent);
+    assert_eq!(ask(&socket, "GET", "/status", "").await.0, 200);
+    let first = timeout(LIMIT, silent[0].read(&mut [0])).await.expect("the end of the first");
+    assert_eq!(first.unwrap_or(0), 0);
+    for endpoint in ["admin", "admin_socket"] {
+        let displaced = [("endpoint", endpoint), ("result", "displaced")];
+        eventually("a connection to give way", async || {
+            (serve.value("vestibule_admin_connections_total", &displaced).await >= 1.0).then_some(())
+        })
+        .await;
+    }
+    drop((silent, half));
+    serve.end().await;
+}
+
+#[tokio::test]
+async fn order_of_a_web_page_is_refused_and_the_socket_is_asked_by_any_name() {
+    let world = World::new().await;
+    let (mut serve, _config, socket) = start(&world, DRAIN_NEVER).await;
+    for (path, headers, status) in [
+        ("/drain", "host: admin\r\norigin: http://evil.example\r\n", "403"),
+        ("/reload", "host: evil.example\r\norigin: http://evil.example\r\n", "403"),
+        ("/drain", "host: admin\r\norigin: null\r\n", "403"),
+        ("/reload", "host: any.name\r\n", "200"),
+    ] {
+        let mut stream = UnixStream::connect(&socket).await.unwrap();
+        let request =
+            format!("POST {path} HTTP/1.1\r\n{headers}connection: close\r\ncontent-length: 0\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(LIMIT, stream.read_to_string(&mut answer)).await.expect("an answer").unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{headers}: {answer}");
+        assert!(status == "200" || answer.contains("found an Origin header"), "{answer}");
+    }
+    serve.counts("vestibule_draining", &[], 0).await;
+    serve.counts("vestibule_config_reloads_total", &[], 1).await;
+    serve.serves().await;
     serve.end().await;
 }
 

@@ -60,6 +60,8 @@ pub struct Conf {
     pub listener: String,
     /// More keys of acme's pool.
     pub pool: String,
+    /// More keys of `[health]`.
+    pub check: String,
     /// `[pool.health]` of acme's pool.
     pub health: String,
     /// `[pool.health]` of globex's pool.
@@ -83,6 +85,7 @@ impl Default for Conf {
                 trusted-sources = ["127.0.0.0/8"]"#
                 .to_owned(),
             pool: String::new(),
+            check: String::new(),
             health: "kind = \"none\"".to_owned(),
             globex_health: "kind = \"none\"".to_owned(),
             limits: String::new(),
@@ -104,6 +107,7 @@ workers = {workers}
 bind = "127.0.0.1:0"
 [health]
 bind = "127.0.0.1:0"
+{check}
 [log]
 access = "{log}"
 [timeouts]
@@ -149,6 +153,7 @@ state = "disabled"
             listener = self.listener,
             acme = acme.join(", "),
             pool = self.pool,
+            check = self.check,
             health = self.health,
             globex_health = self.globex_health,
             limits = self.limits,

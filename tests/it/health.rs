@@ -13,14 +13,14 @@ use vestibule::pool::Answers;
 use vestibule::state::{Live, Most, NotReady};
 
 use super::harness::{
-    ACME, Conf, Proxy, are_read, closed_port, connect, end_of, eventually, exchange, header, http, is_reset,
-    open_port,
+    ACME, Conf, Metric, Proxy, are_read, closed_port, connect, connect_from, end_of, eventually, exchange,
+    header, http, is_reset, open_port,
 };
 
 const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: target\r\nuser-agent: ELB-HealthChecker/2.0\r\n\r\n";
 /// Room of a process that carries no session.
 const MOST: Most = Most { sessions: 10, pending: 10, pipes: 0 };
-/// Checks that are answered at once; more wait.
+/// Connections at once; one more takes the place of the one that was silent for longest.
 const AT_ONCE: usize = 128;
 
 async fn proxy(acme: &Backend) -> Proxy {
@@ -246,7 +246,8 @@ async fn half_asked(proxy: &Proxy, count: usize) -> Vec<TcpStream> {
     let mut silent = Vec::new();
     for _ in 0..count {
         let mut stream = connect(proxy.server().health()).await;
-        stream.write_all(&REQUEST[..10]).await.unwrap();
+        // It may have been closed already, for a later one.
+        stream.write_all(&REQUEST[..10]).await.unwrap_or_default();
         silent.push(stream);
     }
     silent
@@ -279,28 +280,88 @@ async fn silence_gives_its_place_back_after_a_time() {
     let proxy = proxy(&acme).await;
     let mut silent = half_asked(&proxy, AT_ONCE).await;
     assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
-    assert!(!silent.iter().all(is_open), "more than {AT_ONCE} at once");
+    let gave_way = async || (!silent.iter().all(is_open)).then_some(());
+    eventually("one to give way", gave_way).await;
     for stream in &mut silent {
         assert_eq!(end_of(stream).await.unwrap_or(0), 0, "half a request was answered");
     }
     proxy.finish().await;
 }
 
+/// What became of connections at the health port.
+fn ended<'a>(proxy: &'a Proxy, labels: &'a [(&'a str, &'a str)]) -> Metric<'a> {
+    proxy.metric("vestibule_admin_connections_total", labels)
+}
+
 #[tokio::test]
-async fn a_flood_of_checks_does_not_touch_sessions() {
+async fn check_is_answered_while_2000_connections_want_all_places() {
+    const MANY: usize = 2000;
     let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
-    let mut flood = Vec::new();
-    for _ in 0..400 {
-        flood.push(connect(proxy.server().health()).await);
-    }
-    for _ in 0..20 {
+    // Silent ones, and such as have sent one byte, half a request, or a header without a request.
+    for bytes in [vec![], b"G".to_vec(), REQUEST[..10].to_vec(), nlb::health_check_header()] {
+        let mut held = Vec::new();
+        for _ in 0..MANY {
+            let mut stream = connect(proxy.server().health()).await;
+            // It may have been closed already, for a later one.
+            stream.write_all(&bytes).await.unwrap_or_default();
+            held.push(stream);
+        }
+        assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
         assert_eq!(exchange(proxy.open(ACME, b"payload").await).await.unwrap(), b"payload");
+        let are_bounded =
+            async || (held.iter().filter(|stream| is_open(stream)).count() <= AT_ONCE).then_some(());
+        eventually("all but so many to be closed", are_bounded).await;
     }
+    ended(&proxy, &[("endpoint", "health"), ("result", "displaced")]).is_at_least(1).await;
+    ended(&proxy, &[("endpoint", "health"), ("result", "answered")]).is(4).await;
     proxy.others_are_unharmed().await;
-    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(20).await;
-    assert!(flood.iter().filter(|stream| is_open(stream)).count() > 400 - 2 * AT_ONCE, "the flood was over");
-    drop(flood);
-    assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
+    proxy.metric("vestibule_admin_connections", &[("endpoint", "health")]).is(0).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(4).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn silent_and_half_checks_are_ended_by_their_own_limits() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let proxy = proxy(&acme).await;
+    let mut silent = connect(proxy.server().health()).await;
+    let mut half = half_asked(&proxy, 1).await;
+    assert_eq!(end_of(&mut silent).await.unwrap(), 0);
+    assert_eq!(end_of(&mut half[0]).await.unwrap_or(0), 0);
+    ended(&proxy, &[("endpoint", "health"), ("result", "first_byte_timeout")]).is(1).await;
+    ended(&proxy, &[("endpoint", "health"), ("result", "request_timeout")]).is(1).await;
+    drop(connect(proxy.server().health()).await);
+    ended(&proxy, &[("endpoint", "health"), ("result", "closed")]).is(1).await;
+    proxy.others_are_unharmed().await;
+    proxy.metric("vestibule_admin_connections", &[("endpoint", "health")]).is(0).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn strangers_take_no_place_of_trusted_networks() {
+    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let check_keys = "trusted-sources = [\"127.0.0.2\"]".to_owned();
+    let proxy = Conf { acme: vec![acme.address()], check: check_keys, ..Conf::default() }.start().await;
+    // A machine so busy that the first is given up meanwhile says nothing of places.
+    for attempt in 1.. {
+        let mut trusted = connect_from("127.0.0.2", proxy.server().health()).await;
+        trusted.write_all(&REQUEST[..10]).await.unwrap();
+        let strangers = half_asked(&proxy, 2 * AT_ONCE).await;
+        // Strangers share places, so one more of them is answered.
+        assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
+        let is_kept = trusted.write_all(&REQUEST[10..]).await.is_ok();
+        let mut found = String::new();
+        if is_kept
+            && trusted.read_to_string(&mut found).await.is_ok()
+            && found.starts_with("HTTP/1.1 200 OK\r\n")
+        {
+            drop(strangers);
+            break;
+        }
+        assert!(attempt < 5, "strangers took a place of a trusted network");
+    }
+    ended(&proxy, &[("endpoint", "health"), ("result", "displaced")]).is_at_least(1).await;
+    proxy.others_are_unharmed().await;
     proxy.finish().await;
 }

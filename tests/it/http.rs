@@ -17,7 +17,7 @@ pub async fn http_get(address: SocketAddr, path: &str) -> String {
 /// A page's head and body; `before` goes in front of the request.
 pub async fn http(address: SocketAddr, path: &str, before: &[u8]) -> (String, String) {
     let mut stream = connect(address).await;
-    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
     stream.write_all(&[before, request.as_bytes()].concat()).await.unwrap();
     let mut answer = Vec::new();
     timeout(LIMIT, stream.read_to_end(&mut answer)).await.expect("an answer within the limit").unwrap();

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use vestibule::account::admin_connections::{Ended, Endpoint};
 use vestibule::account::lookup::Lookup;
 use vestibule::account::loss::Loss;
 use vestibule::account::meter::Connect;
@@ -80,6 +81,8 @@ fn values(metric: &str, label: &str) -> Option<BTreeSet<String>> {
         ("result", "vestibule_backend_connects_total") => Connect::ALL.map(Connect::word).into(),
         ("result", "vestibule_backend_probes_total") => Verdict::ALL.map(Verdict::word).into(),
         ("result", "vestibule_name_lookups_total") => Lookup::ALL.map(Lookup::word).into(),
+        ("endpoint", _) => Endpoint::ALL.map(Endpoint::word).into(),
+        ("result", "vestibule_admin_connections_total") => Ended::ALL.map(Ended::word).into(),
         ("version", _) => vec![env!("CARGO_PKG_VERSION")],
         ("worker", _) => return Some((0..64).map(|worker| worker.to_string()).collect()),
         _ => return None,

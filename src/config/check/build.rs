@@ -44,10 +44,12 @@ pub(super) fn config(written: Written) -> Config {
         admin: Admin {
             bind: written.admin.bind.or(ADMIN_BIND),
             socket: written.admin.socket.value().map(|socket| socket.0),
+            hosts: items(written.admin.hosts).into_iter().map(|host| host.0).collect(),
         },
         health: HealthEndpoint {
             bind: written.health.bind.or(HEALTH_BIND),
             path: written.health.path.or(UrlPath("/healthz".to_owned())).0,
+            trusted_sources: items(written.health.trusted_sources),
         },
         log: Log {
             level: written.log.level.or(Level::Info),

@@ -92,6 +92,25 @@ impl FromToml for IpNet {
     }
 }
 
+/// A name by which a browser or a scraper asks, in lower case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct HostName(pub(in crate::config) String);
+
+impl FromToml for HostName {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        const WANTED: &str =
+            "a host name without a port, such as \"proxy.internal\" (IP addresses are always accepted)";
+        /// Of a name and of a label (RFC 1035, section 2.3.4).
+        const LONGEST: (usize, usize) = (253, 63);
+        text(value, WANTED, |text| {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+            let is_label = |label: &str| (1..=LONGEST.1).contains(&label.len()) && label.bytes().all(plain);
+            let is_name = text.len() <= LONGEST.0 && text.split('.').all(is_label);
+            (is_name && text.parse::<IpAddr>().is_err()).then(|| Self(text.to_ascii_lowercase()))
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +132,24 @@ mod tests {
         }
         for text in ["\"10.0.0.2:0\"", "\"0.0.0.0\"", "\"[::]:53\"", "\"ns.example\"", "\"\"", "53"] {
             assert!(read::<Nameserver>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn host_name_has_no_port_and_is_no_address() {
+        assert_eq!(read("\"Proxy-1.Internal\""), Ok(HostName("proxy-1.internal".to_owned())));
+        for text in [
+            "",
+            "proxy:9900",
+            "10.0.0.1",
+            "[::1]",
+            "*.internal",
+            "a..b",
+            "internal.",
+            "http://a",
+            &"a".repeat(64),
+        ] {
+            assert!(read::<HostName>(&format!("\"{text}\"")).is_err(), "{text}");
         }
     }
 

@@ -1,0 +1,134 @@
+//! Connections of the health port, the admin address and the admin socket, counted by how they ended.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Where a connection was accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `[health] bind`
+    Health,
+    /// `[admin] bind`
+    Admin,
+    /// `[admin] socket`
+    AdminSocket,
+}
+
+impl Endpoint {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Health, Self::Admin, Self::AdminSocket];
+
+    /// The word in metrics.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Health => "health",
+            Self::Admin => "admin",
+            Self::AdminSocket => "admin_socket",
+        }
+    }
+}
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// At least one request was answered, and nothing was under way.
+    Answered,
+    /// The peer ended it, or sent what is no HTTP, without an answer.
+    Closed,
+    /// All places were taken by connections that made progress since: it gave way to a newer one.
+    Displaced,
+    /// Its first byte did not come in time.
+    FirstByteTimeout,
+    /// A request did not come as a whole in time.
+    RequestTimeout,
+    /// An answer was not made in time.
+    AnswerTimeout,
+    /// The peer did not read its answer in time.
+    SendTimeout,
+}
+
+impl Ended {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Answered,
+        Self::Closed,
+        Self::Displaced,
+        Self::FirstByteTimeout,
+        Self::RequestTimeout,
+        Self::AnswerTimeout,
+        Self::SendTimeout,
+    ];
+
+    /// The word in metrics.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::Closed => "closed",
+            Self::Displaced => "displaced",
+            Self::FirstByteTimeout => "first_byte_timeout",
+            Self::RequestTimeout => "request_timeout",
+            Self::AnswerTimeout => "answer_timeout",
+            Self::SendTimeout => "send_timeout",
+        }
+    }
+}
+
+/// The counts of the process.
+#[derive(Debug, Default)]
+pub struct AdminConnections {
+    open: [AtomicU64; Endpoint::ALL.len()],
+    ended: [[AtomicU64; Ended::ALL.len()]; Endpoint::ALL.len()],
+}
+
+impl AdminConnections {
+    /// Counts one that was accepted.
+    pub fn begin(&self, endpoint: Endpoint) {
+        if let Some(open) = self.open.get(endpoint as usize) {
+            open.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts its end.
+    pub fn end(&self, endpoint: Endpoint, ended: Ended) {
+        if let Some(open) = self.open.get(endpoint as usize) {
+            open.fetch_sub(1, Ordering::Relaxed);
+        }
+        if let Some(count) = self.ended.get(endpoint as usize).and_then(|counts| counts.get(ended as usize)) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many there are now.
+    pub fn open(&self) -> impl Iterator<Item = (Endpoint, u64)> + '_ {
+        Endpoint::ALL.into_iter().zip(self.open.iter().map(|count| count.load(Ordering::Relaxed)))
+    }
+
+    /// How many ended, and how.
+    pub fn ended(&self) -> impl Iterator<Item = (Endpoint, Ended, u64)> + '_ {
+        Endpoint::ALL.into_iter().zip(&self.ended).flat_map(|(endpoint, counts)| {
+            let counts = Ended::ALL.into_iter().zip(counts);
+            counts.map(move |(ended, count)| (endpoint, ended, count.load(Ordering::Relaxed)))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn each_end_has_a_word_and_a_count_of_its_own() {
+        let connections = AdminConnections::default();
+        connections.begin(Endpoint::Admin);
+        connections.begin(Endpoint::Health);
+        connections.end(Endpoint::Health, Ended::Displaced);
+        let open: Vec<_> = connections.open().map(|(endpoint, count)| (endpoint.word(), count)).collect();
+        assert_eq!(open, [("health", 0), ("admin", 1), ("admin_socket", 0)]);
+        let counted: Vec<_> = connections.ended().filter(|(.., count)| *count > 0).collect();
+        assert_eq!(counted, [(Endpoint::Health, Ended::Displaced, 1)]);
+        assert_eq!(Ended::ALL.map(Ended::word).into_iter().collect::<BTreeSet<_>>().len(), Ended::ALL.len());
+    }
+}

@@ -1,0 +1,31 @@
+//! `[admin]` and `[health]`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// Where metrics and status are read, and orders are given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admin {
+    /// The address of the read-only pages.
+    pub bind: SocketAddr,
+    /// The socket that takes orders too; none takes none.
+    pub socket: Option<PathBuf>,
+    /// Names, in lower case, by which the address may be asked, beside IP addresses and `localhost`.
+    #[serde(default)]
+    pub hosts: Vec<String>,
+}
+
+/// What the load balancer's health check asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthEndpoint {
+    /// Its address.
+    pub bind: SocketAddr,
+    /// The path that answers, with its leading slash.
+    pub path: String,
+    /// Networks whose checks have places of their own; empty is everybody.
+    #[serde(default)]
+    pub trusted_sources: Vec<IpNet>,
+}
