@@ -3,6 +3,7 @@
 pub mod budget;
 pub mod pacer;
 pub mod pending;
+pub mod ports;
 pub mod purse;
 pub mod quota;
 pub mod rate;

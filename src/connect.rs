@@ -2,7 +2,10 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::IpBindAddressNoPort;
@@ -13,6 +16,8 @@ use tokio::net::TcpStream;
 
 use crate::account::meter::Connect;
 use crate::addr::BackendAddr;
+use crate::admission::ports::{Port, Ports, Range, Reuse, Space};
+use crate::clock;
 use crate::clock::wheel::Span;
 use crate::fault::{self, Call};
 use crate::life::{Cut, Life};
@@ -46,6 +51,22 @@ impl Failure {
     }
 }
 
+/// Candidates that the kernel is asked for until there is said to be no local port: few are used by others.
+const CANDIDATES: usize = 4;
+
+/// Where a connection comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin<'a> {
+    /// The source address; the system's choice where there is none.
+    pub source: Option<IpAddr>,
+    /// The local ports in use.
+    pub ports: &'a Ports,
+    /// Those of them that lead from this source to this backend.
+    pub space: &'a Arc<Space>,
+    /// The tenant that its port is counted for.
+    pub tenant: u32,
+}
+
 /// What a connection is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opening {
@@ -55,19 +76,21 @@ pub enum Opening {
     Listens,
 }
 
-/// Connects to `address`, from `source` where one is given, within `limit`.
+/// Connects to the backend that the ports of `origin` lead to, within `limit`. The connection uses the port as long as it lives.
 ///
 /// # Errors
 /// Why not; nothing has been sent then.
 pub async fn dial(
-    address: BackendAddr,
-    source: Option<IpAddr>,
+    origin: Origin<'_>,
     opening: Opening,
     limit: Span,
     life: &mut Life,
-) -> Result<TcpStream, Failure> {
+) -> Result<(TcpStream, Port), Failure> {
     let failed = |error: io::Error| Failure::Backend(classify(&error));
-    let socket = start(address, source, opening).map_err(failed)?;
+    let started = clock::now();
+    let socket = start(origin, opening);
+    life.meter.worker().connect_calls.add(nanos(clock::now().since(started)));
+    let (socket, port) = socket.map_err(failed)?;
     life.wake_at(life.tick().after(limit));
     let connected = life.watch(pin!(socket.ready(Interest::WRITABLE))).await;
     match connected {
@@ -78,7 +101,7 @@ pub async fn dial(
             {
                 return Err(failed(error));
             }
-            Ok(socket)
+            Ok((socket, port))
         }
         Ok(Err(error)) => Err(failed(error)),
         Err(Cut::Expired) => Err(Failure::Backend(Connect::Timeout)),
@@ -107,7 +130,11 @@ pub fn sources(
 ///
 /// # Errors
 /// What the system says at once.
-pub fn start(address: BackendAddr, source: Option<IpAddr>, opening: Opening) -> io::Result<TcpStream> {
+pub fn start(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream, Port)> {
+    let Origin { source, ports, space, tenant } = origin;
+    let address = BackendAddr(space.backend());
+    let no_port = || io::Error::from(Errno::ADDRNOTAVAIL);
+    let mut port = space.take(tenant).ok_or_else(no_port)?;
     let kind = Type::STREAM.nonblocking().cloexec();
     fault::at(Call::Socket)?;
     let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::TCP))?;
@@ -122,14 +149,102 @@ pub fn start(address: BackendAddr, source: Option<IpAddr>, opening: Opening) -> 
         fault::at(Call::Bind)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
-    fault::at(Call::Connect)?;
-    match socket.connect(&address.0.into()) {
-        Ok(()) => {}
-        Err(error) if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) => {}
-        Err(error) => return Err(error),
+    let mut candidates = CANDIDATES;
+    loop {
+        if let Some(number) = port.number()
+            && !choose_port(&socket, number)?
+        {
+            ports.leave_choice_to_kernel();
+        }
+        fault::at(Call::Connect)?;
+        let Err(error) = socket.connect(&address.0.into()) else { break };
+        match Errno::from_io_error(&error) {
+            Some(Errno::INPROGRESS) => break,
+            Some(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => {
+                port.refused();
+                candidates -= 1;
+                if candidates == 0 {
+                    return Err(error);
+                }
+                port = space.take(tenant).ok_or_else(no_port)?;
+            }
+            _ => return Err(error),
+        }
+    }
+    if ports.range().contains(address.0.port()) && is_connected_to_itself(&socket, address) {
+        return Err(Errno::CONNREFUSED.into());
     }
     fault::at(Call::Register)?;
-    TcpStream::from_std(socket.into())
+    Ok((TcpStream::from_std(socket.into())?, port))
+}
+
+/// Whether a socket's own address is the one that it was to be connected to: where nothing listens at a port of the same
+/// host within the range of local ports, the kernel may choose that very port, and TCP's simultaneous open then connects
+/// the socket to itself (RFC 9293 section 3.5).
+#[must_use]
+pub fn is_connected_to_itself(socket: &Socket, address: BackendAddr) -> bool {
+    socket.local_addr().ok().and_then(|own| own.as_socket()).is_some_and(|own| own == address.0)
+}
+
+mod port_range {
+    //! An option that the nix crate does not name.
+
+    use nix::libc;
+    use nix::sys::socket::sockopt::SetStruct;
+
+    /// include/uapi/linux/in.h, since Linux 6.3.
+    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+
+    /// The ports that the kernel chooses from at connect, for IPv6 as well: the highest in the upper 16 bits, the lowest in
+    /// the lower ones.
+    #[derive(Clone, Copy, Debug)]
+    pub(super) struct IpLocalPortRange;
+
+    nix::setsockopt_impl!(IpLocalPortRange, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, u32, SetStruct<u32>);
+}
+
+/// Has the kernel take this port and no other; whether it can.
+fn choose_port(socket: &Socket, port: u16) -> io::Result<bool> {
+    let only = u32::from(port) << 16 | u32::from(port);
+    match setsockopt(socket, port_range::IpLocalPortRange, &only) {
+        Ok(()) => Ok(true),
+        Err(nix::errno::Errno::ENOPROTOOPT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The local ports that the system lets connections use, as its sysctls say at this moment; the kernel's defaults where
+/// they cannot be read.
+#[must_use]
+pub fn system_ports() -> Ports {
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+    let reuse = match read("tcp_tw_reuse").trim() {
+        "0" => Reuse::Never,
+        "1" => Reuse::Always,
+        _ => Reuse::Loopback,
+    };
+    let reserved = reserved(&read("ip_local_reserved_ports"));
+    let is_reserved = |port: u16| reserved.iter().any(|range| range.contains(&port));
+    let range = read("ip_local_port_range");
+    let bounds: Vec<u16> = range.split_whitespace().filter_map(|bound| bound.parse().ok()).collect();
+    let range = match bounds[..] {
+        [low, high] => Range::new(low, high, is_reserved),
+        _ => Range::default(),
+    };
+    Ports::new(range, reuse)
+}
+
+/// Reads `ip_local_reserved_ports`: ports and ranges of ports, such as `8080,9148-9150`.
+fn reserved(text: &str) -> Vec<RangeInclusive<u16>> {
+    let range = |part: &str| {
+        let (low, high) = part.split_once('-').unwrap_or((part, part));
+        Some(low.parse().ok()?..=high.parse().ok()?)
+    };
+    text.trim().split(',').filter_map(range).collect()
+}
+
+fn nanos(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What kind of failure an error is.
@@ -141,7 +256,8 @@ pub fn classify(error: &io::Error) -> Connect {
         Some(Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::NETDOWN | Errno::HOSTDOWN) => {
             Connect::Unreachable
         }
-        Some(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => Connect::NoLocalPort,
+        // The last is what a datagram socket without a port says where none is left (`inet_autobind` in net/ipv4/af_inet.c).
+        Some(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE | Errno::AGAIN) => Connect::NoLocalPort,
         Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::NOSPC) => Connect::Shortage,
         _ => Connect::Failed,
     }
@@ -183,6 +299,8 @@ mod tests {
             (Errno::TIMEDOUT, Connect::Timeout),
             (Errno::HOSTUNREACH, Connect::Unreachable),
             (Errno::ADDRNOTAVAIL, Connect::NoLocalPort),
+            (Errno::ADDRINUSE, Connect::NoLocalPort),
+            (Errno::AGAIN, Connect::NoLocalPort),
             (Errno::MFILE, Connect::Shortage),
             (Errno::CONNRESET, Connect::Failed),
         ] {

@@ -177,7 +177,7 @@ outcomes! {
     ConnectTimeout = "connect_timeout": Proxy at Connect;
     /// There is no way to the last backend tried.
     ConnectUnreachable = "connect_unreachable": Proxy at Connect;
-    /// No local port is left towards the last backend tried.
+    /// No local port is left towards the last backend tried, or the tenant holds its share of them.
     NoLocalPort = "no_local_port": Proxy at Connect;
     /// File descriptors or socket memory ran out.
     Shortage = "shortage": Proxy at Connect, Proxy at Header, Client at Forward, Backend at Forward;

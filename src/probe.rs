@@ -10,6 +10,7 @@ use tokio::sync::Semaphore;
 use tokio::time::sleep;
 
 use crate::account::Verdict;
+use crate::admission::ports::Ports;
 use crate::clock::{self, Moment};
 use crate::config::Probe;
 use crate::pool::Pool;
@@ -47,7 +48,12 @@ pub struct Turn {
 /// Probes a backend of `pool`, and whoever a reload puts in its place, until it is gone from there. Returns at once where the pool has no probe.
 ///
 /// What a probe waits for its lane is neither its time nor a failure.
-pub async fn run(mut pool: Arc<Pool>, mut backend: Arc<Backend>, turn: Turn, lanes: Arc<Lanes>) {
+pub async fn run(
+    mut pool: Arc<Pool>,
+    mut backend: Arc<Backend>,
+    turn: Turn,
+    (lanes, ports): (Arc<Lanes>, Arc<Ports>),
+) {
     let Some(probe) = &pool.probe else { return };
     let mut rhythm = Rhythm::new(probe, turn, clock::now());
     let mut warned = None;
@@ -60,7 +66,7 @@ pub async fn run(mut pool: Arc<Pool>, mut backend: Arc<Backend>, turn: Turn, lan
         // Nobody closes it.
         let Ok(lane) = lanes.0.acquire().await else { break };
         let start = clock::now();
-        let verdict = ask::ask(backend.address(), &pool.sources, probe).await;
+        let verdict = ask::ask(backend.address(), (&pool.sources, &ports), probe).await;
         drop(lane);
         if backend.is_gone() {
             break;
@@ -218,7 +224,7 @@ mod tests {
         let probe =
             Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask: Ask::Connect };
         let backend = crate::addr::BackendAddr("127.0.0.1:1".parse().unwrap());
-        let size = size_of_val(&ask::ask(backend, &[], &probe));
+        let size = size_of_val(&ask::ask(backend, (&[], &Ports::default()), &probe));
         assert!(size < 2_048, "{size} bytes for each backend");
     }
 }

@@ -44,7 +44,7 @@ use crate::resolve::{NoServers, Resolver};
 use crate::state::{Changes, Listener, Live, Most};
 use crate::takeover::Leaving;
 
-pub use self::limits::Capacity;
+pub use self::limits::{Capacity, SCARCE_PORTS, scarce_ports};
 pub use self::orders::Orders;
 pub use self::reload::{ReloadError, Reloader};
 pub use self::socket::SocketFile;

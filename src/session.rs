@@ -19,11 +19,12 @@ use crate::account::log::{Journal, Marks, Record};
 use crate::account::meter::{Connect, Meter};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::admission::pacer::Pacer;
+use crate::admission::ports::{Port, Space};
 use crate::admission::quota::Permit;
 use crate::admission::slots::{self, Slots};
 use crate::clock::wheel::Span;
 use crate::clock::{self, Moment};
-use crate::connect::{self, Failure, Opening};
+use crate::connect::{self, Failure, Opening, Origin};
 use crate::forward::pace::Lent;
 use crate::forward::pipe::Pipes;
 use crate::forward::{self, Pair, Stop};
@@ -110,7 +111,10 @@ struct Story<'a> {
     endpoint: Claim,
     tenant: Option<&'a Tenant>,
     pool: Option<&'a Pool>,
-    backend: Option<BackendAddr>,
+    /// The local ports to the backend that was tried last.
+    toward: Option<Arc<Space>>,
+    /// The one that its connection to the backend uses.
+    port: Option<Port>,
     attempts: u32,
     /// In microseconds.
     connect_us: Option<u32>,
@@ -121,6 +125,21 @@ impl Story<'_> {
     /// The serial number of its tenant's label.
     fn tenant_number(&self) -> u32 {
         self.tenant.map_or(0, |tenant| tenant.label.serial())
+    }
+
+    /// The backend that was tried last.
+    fn backend(&self) -> Option<BackendAddr> {
+        self.toward.as_ref().map(|space| BackendAddr(space.backend()))
+    }
+
+    /// The connection to the backend is closed, or gone to another process: its local port is free, or in TIME_WAIT where
+    /// our side closed first.
+    fn leave_port(&mut self, outcome: Outcome) {
+        let closed_first = (outcome.why == Why::Done && outcome.by == By::Client)
+            || matches!(outcome.why, Why::IdleTimeout | Why::HalfCloseTimeout | Why::Drained);
+        if let Some(mut port) = self.port.take().filter(|_| closed_first) {
+            port.will_wait();
+        }
     }
 }
 
@@ -139,7 +158,8 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
         endpoint: Claim::Absent,
         tenant: None,
         pool: None,
-        backend: None,
+        toward: None,
+        port: None,
         attempts: 0,
         connect_us: None,
         marks: Marks::default(),
@@ -172,6 +192,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
         };
         drop(relay);
         judge(&picked, outcome, &life, &story);
+        story.leave_port(outcome);
         outcome
     };
     tell(&worker, life, outcome, session, (&story, &snapshot));
@@ -216,7 +237,7 @@ fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, sto
         client: story.client,
         peer: story.peer,
         pool: known(pool),
-        backend: story.backend,
+        backend: story.backend(),
         attempts: story.attempts,
         bytes,
         datagrams: None,
@@ -244,6 +265,7 @@ pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Size
     let mut story = moved.story(&snapshot, &worker.live.labels);
     let permit = moved.adopt(&story, &worker.live);
     let picked = moved.pick(&story);
+    story.adopt_port(&moved, &worker.live);
     let mut life = moved.life(&worker);
     story.marks.would_reject = permit.would_reject();
     let outcome = 'life: {
@@ -269,6 +291,7 @@ pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Size
     if let Some(picked) = &picked {
         judge(picked, outcome, &life, &story);
     }
+    story.leave_port(outcome);
     tell(&worker, life, outcome, session, (&story, &snapshot));
     drop(aboard);
 }
@@ -369,7 +392,6 @@ impl<'a> Steps<'a> {
         pool.arrived(story.tenant_number());
         let mut tried = Tried::default();
         let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
-        let mut start = clock::now();
         while story.attempts < pool.attempts {
             let picked = match pool.pick(key, self.worker.roll(), &mut tried) {
                 Ok(picked) => picked,
@@ -377,10 +399,9 @@ impl<'a> Steps<'a> {
                 Err(Nobody::Free) if tried.is_empty() => {
                     let place =
                         pool.wait(story.tenant_number()).ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
+                    let start = clock::now();
                     let waited = wait(place, pool.queue_timeout, life).await;
-                    let now = clock::now();
-                    story.marks.queued_us = micros(now.since(start)).max(1);
-                    start = now;
+                    story.marks.queued_us = micros(clock::now().since(start)).max(1);
                     tried.add_picked(waited?)
                 }
                 Err(Nobody::Free | Nobody::Usable) => break,
@@ -389,10 +410,10 @@ impl<'a> Steps<'a> {
                 break;
             }
             story.attempts += 1;
-            story.backend = Some(picked.address());
-            match self.dial_one(pool, &picked, opening, life).await {
+            let begun = clock::now();
+            match self.dial_one(pool, &picked, opening, life, story).await {
                 Ok(socket) => {
-                    let took = clock::now().since(start);
+                    let took = clock::now().since(begun);
                     story.connect_us = Some(micros(took));
                     life.meter.tried(picked.label(), Connect::Done);
                     life.meter.connected(took);
@@ -423,12 +444,20 @@ impl<'a> Steps<'a> {
         picked: &Picked,
         opening: Opening,
         life: &mut Life,
+        story: &mut Story<'_>,
     ) -> Result<TcpStream, Failure> {
-        let address = picked.address();
+        let (address, tenant) = (picked.address(), story.tenant_number());
         let mut result = Err(Failure::Backend(Connect::NoLocalPort));
         let start = usize::try_from(self.worker.roll()).unwrap_or(0);
         for source in connect::sources(&pool.sources, address, start) {
-            result = connect::dial(address, source, opening, self.snapshot.connect, life).await;
+            let ports = &self.worker.live.ports;
+            let space = story.toward.insert(ports.space(source, address.0));
+            let origin = Origin { source, ports, space, tenant };
+            let dialled = connect::dial(origin, opening, self.snapshot.connect, life).await;
+            result = dialled.map(|(socket, port)| {
+                story.port = Some(port);
+                socket
+            });
             if !matches!(result, Err(Failure::Backend(Connect::NoLocalPort))) {
                 break;
             }

@@ -16,11 +16,13 @@ use crate::account::log_queue::LogQueue;
 use crate::account::meter::Shard;
 use crate::account::{Label, Labels, lock};
 use crate::addr::PeerAddr;
+use crate::admission::ports::Ports;
 use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
 use crate::clock;
 use crate::clock::wheel::Span;
 use crate::config::{BareDatagrams, Config, Fallback, Identity, Protocol};
+use crate::connect;
 use crate::forward::Patience;
 use crate::forward::pipe::{self, Budget};
 use crate::header;
@@ -258,6 +260,8 @@ pub struct Live {
     pub sessions: Arc<Slots>,
     /// What each tenant may take, and what is in use.
     pub quotas: Quotas,
+    /// Local ports of connections to backends.
+    pub ports: Arc<Ports>,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
     /// The lines of the access log that wait for its writer, and those that are missing.
@@ -333,6 +337,7 @@ impl Live {
             sessions,
             quotas,
             pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
+            ports: Arc::new(connect::system_ports()),
             log: Arc::new(LogQueue::new(workers.max(1) * QUEUE)),
             stopped_doors: AtomicUsize::new(0),
             bound: ArcSwap::default(),

@@ -115,6 +115,8 @@ pub struct WorkerCells {
     pub copied: EachWay<Cell64>,
     /// Bytes that went through a pipe, and never into user space.
     pub spliced: EachWay<Cell64>,
+    /// Nanoseconds within the calls that begin a connection to a backend.
+    pub connect_calls: Cell64,
     /// Pipes that sessions hold now.
     pub pipes: Cell64,
     /// Times that a session wanted a pipe and none was to be had: it went on copying.

@@ -74,6 +74,12 @@ metrics! {
         "From accept to the end; health checks left out.";
     CONNECT_TIME: Histogram "vestibule_connect_duration_seconds" ["pool"]
         "How long successful attempts to connect a backend took.";
+    CONNECT_CALLS: Counter "vestibule_worker_connect_seconds_total" ["worker"]
+        "Time that each worker thread spent within the calls that start a connection to a backend, where it serves no other session.";
+    LOCAL_PORTS: Gauge "vestibule_local_ports_in_use" ["backend", "protocol", "state"]
+        "Local ports in use towards the backend's address, over all source addresses: `live` by connections, `waiting` in TIME_WAIT or refused by the kernel.";
+    LOCAL_PORTS_LIMIT: Gauge "vestibule_local_ports_limit" ["backend", "protocol"]
+        "Local ports that may be in use towards the backend's address, over the source addresses in use.";
     BACKEND_ACTIVE: Gauge "vestibule_backend_sessions_active" ["pool", "backend"]
         "Sessions on the backend now.";
     BACKEND_CONNECTS: Counter "vestibule_backend_connects_total" ["pool", "backend", "result"]

@@ -246,6 +246,12 @@ fn process(sheet: &mut Sheet, live: &Live) {
     for (endpoint, ended, count) in live.admin_connections.ended() {
         sheet.count(&names::ADMIN_ENDED, &[endpoint.word(), ended.word()], count);
     }
+    for usage in live.ports.usage() {
+        let (backend, protocol) = (usage.backend.to_string(), "tcp");
+        sheet.count(&names::LOCAL_PORTS, &[&backend, protocol, "live"], usage.live as u64);
+        sheet.count(&names::LOCAL_PORTS, &[&backend, protocol, "waiting"], usage.waiting as u64);
+        sheet.count(&names::LOCAL_PORTS_LIMIT, &[&backend, protocol], usage.limit as u64);
+    }
     sheet.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
 }
 
@@ -337,6 +343,8 @@ fn worker(sheet: &mut Sheet, number: usize, shard: &Shard) {
     let cells = &shard.worker;
     let active = shard.routes().iter().map(|route| route.active.value()).sum();
     sheet.count(&names::WORKER_SESSIONS, &[&number], active);
+    let connecting = Duration::from_nanos(cells.connect_calls.value());
+    sheet.add(&names::CONNECT_CALLS, &[&number], connecting.as_secs_f64());
     sheet.count(&names::HANDED_OVER, &[&number], cells.handed_over.value());
     sheet.count(&names::PIPES, &[], cells.pipes.value());
     sheet.count(&names::PIPES_REFUSED, &[], cells.pipes_refused.value());

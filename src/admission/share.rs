@@ -88,7 +88,7 @@ fn is_equal(held: usize, holders: usize, limit: usize) -> bool {
 }
 
 /// The rule; `free` is what is left once this one has its slot.
-fn is_allowed(held: usize, holders: usize, limit: usize, free: usize) -> bool {
+pub(super) fn is_allowed(held: usize, holders: usize, limit: usize, free: usize) -> bool {
     let reserve = Reserve::of(limit);
     let beyond = free.saturating_sub(reserve.all);
     (free >= reserve.all && is_equal(held, holders, limit))

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use super::ask::Place;
 use crate::config::Config;
 use crate::config::difference::{Difference, InForce};
-use crate::server::writer;
+use crate::connect;
+use crate::server::{SCARCE_PORTS, scarce_ports, writer};
 
 /// What `vestibule check` is told.
 #[derive(Debug, clap::Args)]
@@ -47,6 +48,10 @@ pub(super) fn run(options: &Options) -> ExitCode {
     if let Err(error) = writer::check(&config.log.access) {
         eprintln!("{error}");
         return ExitCode::FAILURE;
+    }
+    if let Some((pool, possible)) = scarce_ports(&config, &connect::system_ports()) {
+        let file = options.config.display();
+        eprintln!("{file}: warning: pool \"{pool}\": {SCARCE_PORTS} (here {possible})");
     }
     let Some(place) = &options.against else {
         println!("{}: fine: {}", options.config.display(), contents(&config));

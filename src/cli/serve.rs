@@ -17,7 +17,7 @@ use crate::config::sources::Sources;
 use crate::config::{Config, Faults, Format, Level, Log};
 use crate::server::inherit::Inherited;
 use crate::server::takeover::Heritage;
-use crate::server::{Orders, Server, Start, StartError, notify};
+use crate::server::{Orders, SCARCE_PORTS, Server, Start, StartError, notify, scarce_ports};
 
 pub(super) const EXAMPLES: &str = "Examples:\n  \
     vestibule serve --config config/minimal.toml\n  \
@@ -285,6 +285,9 @@ fn announce(server: &Server, config: &Config) {
             possible = capacity.possible,
             "max-sessions is more than the file-descriptor limit allows: raise LimitNOFILE"
         );
+    }
+    if let Some((pool, possible)) = scarce_ports(config, &server.live().ports) {
+        tracing::warn!(pool, possible, "{SCARCE_PORTS}");
     }
 }
 

@@ -24,6 +24,7 @@ use super::drops::Drops;
 use super::table::Path;
 use crate::account::loss::Loss;
 use crate::addr::{BackendAddr, PeerAddr};
+use crate::connect;
 use crate::fault::{self, Call};
 use crate::wire;
 
@@ -297,6 +298,9 @@ pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Resul
     socket.set_recv_buffer_size(QUEUE)?;
     fault::at(Call::Connect)?;
     socket.connect(&address.0.into())?;
+    if connect::is_connected_to_itself(&socket, address) {
+        return Err(Errno::CONNREFUSED.into());
+    }
     Ok(socket.into())
 }
 

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::TcpStream as Detached;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -88,6 +89,13 @@ pub struct Still {
 }
 
 impl Still {
+    /// The own address of the connection to the backend.
+    #[must_use]
+    pub fn backend_source(&self) -> Option<IpAddr> {
+        let address = rustix::net::getsockname(&self.backend).ok()?;
+        SocketAddr::try_from(address).ok().map(|own| own.ip())
+    }
+
     /// Puts together what arrived: the tail's bytes, and the descriptors in the record's order.
     ///
     /// # Errors

@@ -14,8 +14,9 @@ use super::answer::Answer;
 use crate::account::Verdict;
 use crate::account::meter::Connect;
 use crate::addr::BackendAddr;
+use crate::admission::ports::{PROBES, Port, Ports};
 use crate::config::{Ask, Probe, Protocol};
-use crate::connect::{self, Opening};
+use crate::connect::{self, Opening, Origin};
 use crate::wire;
 
 /// Bytes of one read.
@@ -24,9 +25,9 @@ const READ: usize = 4096;
 /// Probes a backend once, from each source in turn as long as only the local ports are at fault; over after
 /// `probe.timeout` at the latest. The connection is reset in the end, and never closed: a close would leave a port in
 /// TIME_WAIT for each probe.
-pub async fn ask(backend: BackendAddr, sources: &[IpAddr], probe: &Probe) -> Verdict {
+pub async fn ask(backend: BackendAddr, from: (&[IpAddr], &Ports), probe: &Probe) -> Verdict {
     let mut late = Verdict::ConnectTimeout;
-    let ended = timeout(probe.timeout, converse(backend, sources, probe, &mut late)).await;
+    let ended = timeout(probe.timeout, converse(backend, from, probe, &mut late)).await;
     match ended {
         Ok(Ok(verdict)) => verdict,
         Ok(Err(error)) => match Errno::from_io_error(&error) {
@@ -42,7 +43,7 @@ pub async fn ask(backend: BackendAddr, sources: &[IpAddr], probe: &Probe) -> Ver
 /// `late` is what it means if the time is over.
 async fn converse(
     backend: BackendAddr,
-    sources: &[IpAddr],
+    (sources, ports): (&[IpAddr], &Ports),
     probe: &Probe,
     late: &mut Verdict,
 ) -> io::Result<Verdict> {
@@ -55,7 +56,8 @@ async fn converse(
         return datagram(BackendAddr(address), sources, &question, probe, late).await;
     }
     let opening = if question.is_empty() { Opening::Listens } else { Opening::Speaks };
-    let mut socket = connect(BackendAddr(address), sources, opening).await?;
+    // The connection is reset in the end, and its port is free at once.
+    let (mut socket, _port) = connect(BackendAddr(address), (sources, ports), opening).await?;
     *late = Verdict::AnswerTimeout;
     socket.write_all(&question).await?;
     let Some(mut answer) = Answer::new(&probe.ask) else { return Ok(Verdict::Passed) };
@@ -81,6 +83,10 @@ async fn datagram(
     let any = if address.0.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind(SocketAddr::new(source.unwrap_or(any), 0)).await?;
     socket.connect(address.0).await?;
+    // It would answer itself.
+    if socket.local_addr()? == address.0 {
+        return Err(Errno::CONNREFUSED.into());
+    }
     *late = Verdict::AnswerTimeout;
     socket.send(question).await?;
     let Some(mut answer) = Answer::new(&probe.ask) else { return Ok(Verdict::Passed) };
@@ -110,10 +116,15 @@ fn hear(socket: &UdpSocket, answer: &mut Answer<'_>) -> io::Result<Option<Verdic
     }
 }
 
-async fn connect(address: BackendAddr, sources: &[IpAddr], opening: Opening) -> io::Result<TcpStream> {
+async fn connect(
+    address: BackendAddr,
+    (sources, ports): (&[IpAddr], &Ports),
+    opening: Opening,
+) -> io::Result<(TcpStream, Port)> {
     let mut result = Err(Errno::ADDRNOTAVAIL.into());
     for source in connect::sources(sources, address, 0) {
-        result = attempt(address, source, opening).await;
+        let space = &ports.space(source, address.0);
+        result = attempt(Origin { source, ports, space, tenant: PROBES }, opening).await;
         if !matches!(&result, Err(error) if connect::classify(error) == Connect::NoLocalPort) {
             break;
         }
@@ -121,12 +132,12 @@ async fn connect(address: BackendAddr, sources: &[IpAddr], opening: Opening) -> 
     result
 }
 
-async fn attempt(address: BackendAddr, source: Option<IpAddr>, opening: Opening) -> io::Result<TcpStream> {
-    let socket = connect::start(address, source, opening)?;
+async fn attempt(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream, Port)> {
+    let (socket, port) = connect::start(origin, opening)?;
     // Now, so that it holds wherever this ends.
     socket.set_zero_linger()?;
     socket.writable().await?;
-    socket.take_error()?.map_or(Ok(socket), Err)
+    socket.take_error()?.map_or(Ok((socket, port)), Err)
 }
 
 /// Here and not in [`converse`], whose future would keep the bytes for every backend all the time.

@@ -1,8 +1,11 @@
 //! What the machine lets the process have: processors and file descriptors.
 
+use std::net::{IpAddr, SocketAddr};
+
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::StartError;
+use crate::admission::ports::Ports;
 use crate::config::{Config, Pool, Process, Protocol, Target};
 use crate::forward::pipe;
 use crate::pool::MOST_ADDRESSES;
@@ -76,6 +79,30 @@ fn probes(pools: &[Pool]) -> u64 {
         u64::try_from(at_once).unwrap_or(u64::MAX)
     };
     pools.iter().map(of_pool).fold(FEWEST_PROBES, u64::saturating_add)
+}
+
+/// What is said of a pool whose local ports are [scarce](scarce_ports).
+pub const SCARCE_PORTS: &str = "max-sessions is more than the local ports to the pool's backends allow: widen \
+     net.ipv4.ip_local_port_range, or give the pool more source-addresses or backends";
+
+/// The first pool whose local ports `max-sessions` needs more of than there are, where the operator has set that, and how
+/// many sessions its ports allow at once. What a pool's names lead to is not known: such a pool is left out.
+#[must_use]
+pub fn scarce_ports<'c>(config: &'c Config, ports: &Ports) -> Option<(&'c str, usize)> {
+    let allowed = |pool: &'c Pool| {
+        let addresses = pool.backends.iter().map(|backend| match backend.target {
+            Target::Address(address) => Some(address),
+            Target::Host { .. } | Target::Service(_) => None,
+        });
+        let of_backend = |address: SocketAddr| {
+            let is_of_family = |source: &&IpAddr| source.is_ipv4() == address.is_ipv4();
+            pool.source_addresses.iter().filter(is_of_family).count().max(1) * ports.limit()
+        };
+        Some((pool.name.as_str(), addresses.map(|address| address.map(of_backend)).sum::<Option<usize>>()?))
+    };
+    let carries_tcp = config.listeners.iter().any(|listener| listener.protocol == Protocol::Tcp);
+    let mut allowed = config.pools.iter().filter(|_| carries_tcp).filter_map(allowed);
+    allowed.find(|(_, sessions)| *sessions < config.process.max_sessions)
 }
 
 fn compute(
@@ -179,6 +206,41 @@ mod tests {
         assert_eq!(probes(&config.pools), 16 + 27, "66 backends, two fifths of the time");
         let most = compute(&config.process, PER_SESSION, u64::MAX, 2, 3, 20_000).unwrap();
         assert_eq!(most.probes, 2_500);
+    }
+
+    #[test]
+    fn pool_with_fewer_local_ports_than_max_sessions_is_named() {
+        let text = |max_sessions: usize, sources: &str| {
+            format!(
+                r#"
+                [process]
+                max-sessions = {max_sessions}
+                [[listener]]
+                name = "web"
+                bind = "0.0.0.0:8080"
+                trusted-sources = ["10.0.0.0/16"]
+                pool = "app"
+                [[pool]]
+                name = "named"
+                backends = ["app.example.com:80"]
+                [[pool]]
+                name = "app"
+                backends = ["10.0.1.10:80", "10.0.1.11:80"]
+                source-addresses = [{sources}]
+                [[tenant]]
+                name = "acme"
+                "#
+            )
+        };
+        let scarce = |max_sessions, sources| {
+            let config = Config::parse("test.toml", &text(max_sessions, sources)).unwrap();
+            scarce_ports(&config, &Ports::default()).map(|(pool, sessions)| (pool.to_owned(), sessions))
+        };
+        let named = |sessions| Some(("app".to_owned(), sessions));
+        assert_eq!((scarce(0, ""), scarce(2 * 28_232, "")), (None, None));
+        assert_eq!(scarce(2 * 28_232 + 1, ""), named(2 * 28_232));
+        assert_eq!(scarce(100_000, "\"10.0.0.1\", \"10.0.0.2\""), None);
+        assert_eq!(scarce(200_000, "\"10.0.0.1\", \"10.0.0.2\""), named(4 * 28_232));
     }
 
     #[test]

@@ -176,7 +176,8 @@ impl Tools {
     /// Has a backend probed.
     fn probe(&self, probes: &Probes, pool: &Arc<Pool>, backend: &Arc<Backend>, turn: Turn) {
         let guard = Probed(Arc::clone(backend));
-        let probing = probe::run(Arc::clone(pool), Arc::clone(backend), turn, Arc::clone(&self.lanes));
+        let means = (Arc::clone(&self.lanes), Arc::clone(&self.live.ports));
+        let probing = probe::run(Arc::clone(pool), Arc::clone(backend), turn, means);
         let task = tokio::spawn(async move {
             let _guard = guard;
             probing.await;
@@ -214,6 +215,7 @@ async fn tend(live: Arc<Live>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        live.ports.advance(clock::now());
         // Asked here too: pools that a later reload brings must not find it starting still.
         live.is_starting();
         for pool in &live.snapshot.load().pools {

@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use super::{Story, Worker};
 use crate::account::log::Marks;
 use crate::account::meter::Meter;
 use crate::account::{EachWay, Labels};
-use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
+use crate::addr::{ClientAddr, PeerAddr};
 use crate::admission::quota::{Kept, Permit, Revocation};
 use crate::clock::wheel::Tick;
 use crate::clock::{self, Birth};
@@ -65,6 +65,17 @@ pub struct Moved {
     kept: Option<Arc<Kept>>,
 }
 
+impl Story<'_> {
+    /// Counts the local port that its connection to the backend has already.
+    pub(super) fn adopt_port(&mut self, moved: &Moved, live: &Live) {
+        let is_ours = |own: &IpAddr| self.pool.is_some_and(|pool| pool.sources.contains(own));
+        let source = moved.still.backend_source().filter(is_ours);
+        let space = live.ports.space(source, moved.told.backend);
+        self.port = Some(space.adopt(self.tenant_number()));
+        self.toward = Some(space);
+    }
+}
+
 impl Moved {
     /// Its place may be among these.
     pub fn has_place_in(&mut self, kept: &Arc<Kept>) {
@@ -89,7 +100,8 @@ impl Moved {
             endpoint,
             tenant: place.and_then(|place| snapshot.directory.tenants().get(place as usize)),
             pool: pools.find(|own| own.label.serial() == pool.serial()),
-            backend: Some(BackendAddr(told.backend)),
+            toward: None,
+            port: None,
             attempts: told.attempts,
             connect_us: told.connect_us,
             marks: Marks { queued_us: told.queued_us, ..Marks::default() },
@@ -160,7 +172,7 @@ fn pack(
     let (record, tail, fds) = relay.pack().map_err(|_| Refused::Shortage)?;
     let life = relay.life();
     let [listener, tenant, pool] = life.meter.labels().map(|label| label.name().to_owned());
-    let Some(backend) = story.backend.map(|backend| backend.0) else {
+    let Some(backend) = story.backend().map(|backend| backend.0) else {
         return Err(Refused::Malformed("it has no backend".to_owned()));
     };
     let told = Told {

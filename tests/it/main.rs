@@ -43,6 +43,7 @@ mod notify;
 mod peers;
 mod pending;
 mod pool;
+mod ports;
 mod probe;
 mod process;
 mod queue;

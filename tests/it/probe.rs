@@ -11,6 +11,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
 use vestibule::account::{Labels, Verdict};
 use vestibule::addr::BackendAddr;
+use vestibule::admission::ports::Ports;
 use vestibule::clock;
 use vestibule::config::{self, Ask, Balance, Ejection, Probe, Protocol, Queue, Target};
 use vestibule::pool::backend::Backend;
@@ -48,8 +49,14 @@ fn ping() -> Ask {
     }
 }
 
+fn lanes_of_one() -> (Arc<Lanes>, Arc<Ports>) {
+    (Arc::new(Lanes::new(1)), Arc::default())
+}
+
 async fn ask_at(address: SocketAddr, probe: &Probe) -> Verdict {
-    timeout(LIMIT * 2, ask(BackendAddr(address), &[], probe)).await.expect("a probe has its own limit")
+    timeout(LIMIT * 2, ask(BackendAddr(address), (&[], &Ports::default()), probe))
+        .await
+        .expect("a probe has its own limit")
 }
 
 /// What a probe says of a server that does this, and what became of that.
@@ -303,8 +310,8 @@ async fn sources_are_tried_in_turn_while_only_ports_are_at_fault() {
     // An address that is not this machine's (RFC 5737) has no ports here.
     let [foreign, own] = [[192, 0, 2, 1], [127, 0, 0, 7]].map(|ip| IpAddr::V4(Ipv4Addr::from(ip)));
     let probe = probe(Ask::Connect);
-    assert_eq!(ask(address, &[foreign], &probe).await, Verdict::NoLocalPort);
-    assert_eq!(ask(address, &[foreign, own], &probe).await, Verdict::Passed);
+    assert_eq!(ask(address, (&[foreign], &Ports::default()), &probe).await, Verdict::NoLocalPort);
+    assert_eq!(ask(address, (&[foreign, own], &Ports::default()), &probe).await, Verdict::Passed);
     let (_, from) = listener.accept().await.unwrap();
     assert_eq!(from.ip(), own);
 }
@@ -355,7 +362,7 @@ async fn a_backend_is_probed_until_it_is_gone() {
     let (pool, backends) = pool(probe, Vec::new(), &[address]);
     let backend = Arc::clone(&backends[0]);
     let turn = Turn { place: 0, of: 1 };
-    let running = tokio::spawn(run(Arc::clone(&pool), Arc::clone(&backend), turn, Arc::new(Lanes::new(1))));
+    let running = tokio::spawn(run(Arc::clone(&pool), Arc::clone(&backend), turn, lanes_of_one()));
     for state in [State::Unhealthy, State::Healthy, State::Unhealthy, State::Healthy] {
         let listener = (state == State::Healthy).then(|| open_port(address));
         eventually(state.word(), async || (backend.state() == state).then_some(())).await;
@@ -372,7 +379,7 @@ async fn who_is_gone_before_its_first_probe_is_not_waited_for() {
     let (pool, backends) = pool(probe(Ask::Connect), Vec::new(), &[address]);
     pool.resolve(0, &[], &Labels::default(), clock::now());
     let turn = Turn { place: 0, of: 1 };
-    let running = run(Arc::clone(&pool), Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1)));
+    let running = run(Arc::clone(&pool), Arc::clone(&backends[0]), turn, lanes_of_one());
     timeout(LIMIT, running).await.unwrap();
     assert!(backends[0].awaits_first_probe() && pool.backends().is_empty());
     assert_eq!(backends[0].probes().map(|(_, count)| count).sum::<u64>(), 0);
@@ -385,7 +392,7 @@ async fn a_probe_that_could_not_be_sent_says_nothing_of_its_backend() {
     let probe = Probe { interval: Duration::from_millis(20), ..probe(Ask::Connect) };
     let (pool, backends) = pool(probe, vec![foreign], &[listener.local_addr().unwrap()]);
     let turn = Turn { place: 0, of: 1 };
-    let running = tokio::spawn(run(pool, Arc::clone(&backends[0]), turn, Arc::new(Lanes::new(1))));
+    let running = tokio::spawn(run(pool, Arc::clone(&backends[0]), turn, lanes_of_one()));
     let many = async || (count(&backends[0], Verdict::NoLocalPort) >= 5).then_some(());
     eventually("probes that cannot be sent", many).await;
     assert_eq!(backends[0].state(), State::Unknown);
@@ -402,7 +409,7 @@ async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others(
     let lanes = Arc::new(Lanes::new(AT_ONCE));
     for (place, backend) in backends.iter().enumerate() {
         let turn = Turn { place, of: backends.len() };
-        tokio::spawn(run(Arc::clone(&pool), Arc::clone(backend), turn, Arc::clone(&lanes)));
+        tokio::spawn(run(Arc::clone(&pool), Arc::clone(backend), turn, (Arc::clone(&lanes), Arc::default())));
     }
     let accept = async || timeout(LIMIT, listener.accept()).await.unwrap().unwrap().0;
     let mut held = Vec::new();

@@ -1,0 +1,484 @@
+//! Local ports towards each backend: which one a connection gets, and how many one tenant may hold.
+//!
+//! A TCP connection is identified by both addresses and both ports, so that each pair of a source address and a backend
+//! has the whole range of local ports for itself. Left alone, the kernel tries one port after the other
+//! (`__inet_hash_connect` in net/ipv4/`inet_hashtables.c`): thousands of steps within `connect()` once more than half of
+//! them are in use, and a port in TIME_WAIT counts as in use. Here the port is chosen first, the one that has been free
+//! for longest, and the kernel is asked for that one alone.
+//!
+//! A port is live while its connection is, and then waits as long as the kernel keeps it in TIME_WAIT, where our side
+//! closed first. Both count against the tenant whose session used it.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::share;
+use crate::account::lock;
+use crate::atomic::{AtomicBool, AtomicU32, Ordering};
+use crate::clock::Moment;
+
+/// The tenant that the ports of probes are counted for.
+pub const PROBES: u32 = u32::MAX;
+
+/// One unit of the time that ports wait, a tenth of a second, in nanoseconds.
+const TICK_NANOS: u64 = 100_000_000;
+
+/// Ticks that the kernel keeps a connection in TIME_WAIT (`TCP_TIMEWAIT_LEN` in include/net/tcp.h), and that a free port
+/// rests where there are others: the backend may keep the connection for as long.
+const TIME_WAIT: u32 = 600;
+
+/// Ticks after which the kernel reuses a port in TIME_WAIT where `tcp_tw_reuse` allows it: a second
+/// (`tcp_twsk_unique` in net/ipv4/`tcp_ipv4.c`), and the inaccuracy of a tick.
+const REUSE_WAIT: u32 = 12;
+
+/// Maps of spaces: a session locks one of them, once.
+const SHARDS: usize = 16;
+
+/// Ports whose wait ends in one call, so that no call takes long; more than one call can add.
+const SETTLE: usize = 64;
+
+/// When the kernel reuses a port in TIME_WAIT, as `net.ipv4.tcp_tw_reuse` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reuse {
+    /// 0: not before its 60 seconds are over.
+    Never,
+    /// 1: after a second.
+    Always,
+    /// 2: after a second where the backend's address is a loopback address.
+    Loopback,
+}
+
+/// The local ports that there are, in the order in which they are used first: every second one, then the rest. The kernel
+/// does the same (`__inet_hash_connect`), so that `bind()` without a port finds some that are free.
+#[derive(Debug)]
+pub struct Range(Box<[u16]>);
+
+impl Range {
+    /// The ports from `low` to `high` that are not reserved.
+    #[must_use]
+    pub fn new(low: u16, high: u16, is_reserved: impl Fn(u16) -> bool) -> Self {
+        let is_free = |port: &u16| *port > 0 && !is_reserved(*port);
+        let first = (low..=high).step_by(2);
+        let second = (low..=high).skip(1).step_by(2);
+        Self(first.chain(second).filter(is_free).collect())
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether the port is among them.
+    #[must_use]
+    pub fn contains(&self, port: u16) -> bool {
+        self.0.contains(&port)
+    }
+}
+
+impl Default for Range {
+    /// The kernel's own default.
+    fn default() -> Self {
+        Self::new(32_768, 60_999, |_| false)
+    }
+}
+
+/// What all spaces share.
+#[derive(Debug)]
+struct Shared {
+    range: Range,
+    reuse: Reuse,
+    /// The present, in ticks.
+    tick: AtomicU32,
+    /// Whether the kernel takes a port that is chosen here (`IP_LOCAL_PORT_RANGE`, Linux 6.3).
+    chooses: AtomicBool,
+}
+
+impl Shared {
+    fn tick(&self) -> u32 {
+        self.tick.load(Ordering::Relaxed)
+    }
+
+    fn chooses(&self) -> bool {
+        self.chooses.load(Ordering::Relaxed)
+    }
+}
+
+/// A source address, or the system's choice, and a backend.
+type Pair = (Option<IpAddr>, SocketAddr);
+
+/// The spaces of all pairs of source address and backend that are in use.
+#[derive(Debug)]
+pub struct Ports {
+    shared: Arc<Shared>,
+    hasher: std::hash::RandomState,
+    shards: [Mutex<HashMap<Pair, Arc<Space>>>; SHARDS],
+    /// The shard that is looked through next for spaces that nothing is known of any more.
+    next: AtomicU32,
+}
+
+impl Ports {
+    /// Nothing is in use yet.
+    #[must_use]
+    pub fn new(range: Range, reuse: Reuse) -> Self {
+        let shared = Shared { range, reuse, tick: AtomicU32::new(0), chooses: AtomicBool::new(true) };
+        Self {
+            shared: Arc::new(shared),
+            hasher: std::hash::RandomState::new(),
+            shards: Default::default(),
+            next: AtomicU32::new(0),
+        }
+    }
+
+    /// The ports that there are.
+    #[must_use]
+    pub fn range(&self) -> &Range {
+        &self.shared.range
+    }
+
+    /// Ports that a tenant alone, over all its sessions to one backend, could hold from one source address.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        limit(self.range(), self.shared.chooses())
+    }
+
+    /// The kernel does not take a port that is chosen here: from now on it chooses, and fewer are used.
+    pub fn leave_choice_to_kernel(&self) {
+        self.shared.chooses.store(false, Ordering::Relaxed);
+    }
+
+    /// The ports from a source address, or the one that the system chooses, to a backend.
+    #[must_use]
+    pub fn space(&self, source: Option<IpAddr>, backend: SocketAddr) -> Arc<Space> {
+        let pair = (source, backend);
+        let hash = self.hasher.hash_one(pair);
+        let [shard, ..] = hash.to_le_bytes();
+        // A remainder is a place.
+        let Some(shard) = self.shards.get(usize::from(shard) % SHARDS) else {
+            return Arc::new(Space::new(&self.shared, pair, hash));
+        };
+        let mut spaces = lock(shard);
+        Arc::clone(spaces.entry(pair).or_insert_with(|| Arc::new(Space::new(&self.shared, pair, hash))))
+    }
+
+    /// It is `now`: waits end, and some spaces that nothing is known of any more are forgotten.
+    pub fn advance(&self, now: Moment) {
+        let tick = now.as_nanos() / TICK_NANOS;
+        // It starts at zero with the process, and would go round after 13 years.
+        self.shared.tick.store(u32::try_from(tick).unwrap_or(u32::MAX), Ordering::Relaxed);
+        let next = self.next.fetch_add(1, Ordering::Relaxed) as usize % SHARDS;
+        if let Some(shard) = self.shards.get(next) {
+            // Who has one in hand may be about to take a port of it; nobody else gets one while the shard is locked.
+            lock(shard).retain(|_, space| !space.is_vacant() || Arc::strong_count(space) > 1);
+        }
+    }
+
+    /// What is in use, by backend and source address.
+    #[must_use]
+    pub fn usage(&self) -> Vec<Usage> {
+        let spaces = self.shards.iter().flat_map(|shard| lock(shard).values().cloned().collect::<Vec<_>>());
+        spaces.map(|space| space.usage()).collect()
+    }
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Self::new(Range::default(), Reuse::Loopback)
+    }
+}
+
+/// What is in use towards one backend from one source address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// The backend.
+    pub backend: SocketAddr,
+    /// Ports of connections.
+    pub live: usize,
+    /// Ports that wait for their TIME_WAIT to end, or that the kernel refused.
+    pub waiting: usize,
+    /// Ports that may be in use.
+    pub limit: usize,
+}
+
+/// Ports that may be in use towards one backend. Where the kernel chooses, three quarters of the half that it tries first:
+/// its search stays short (`__inet_hash_connect` goes through the other half only once that one is full).
+fn limit(range: &Range, chooses: bool) -> usize {
+    if chooses { range.len() } else { range.len() / 2 * 3 / 4 }
+}
+
+/// The local ports from one source address to one backend.
+#[derive(Debug)]
+pub struct Space {
+    shared: Arc<Shared>,
+    backend: SocketAddr,
+    /// Ticks that a port waits after our side closed first.
+    wait: u32,
+    /// Where the range is entered: not at one place for all backends.
+    start: usize,
+    state: Mutex<State>,
+}
+
+impl Space {
+    fn new(shared: &Arc<Shared>, (_, backend): Pair, hash: u64) -> Self {
+        let reuses = match shared.reuse {
+            Reuse::Never => false,
+            Reuse::Always => true,
+            Reuse::Loopback => backend.ip().to_canonical().is_loopback(),
+        };
+        let first_half = shared.range.len().div_ceil(2).max(1);
+        Self {
+            shared: Arc::clone(shared),
+            backend,
+            wait: if reuses { REUSE_WAIT } else { TIME_WAIT },
+            start: usize::try_from(hash >> 8).unwrap_or(0) % first_half,
+            state: Mutex::default(),
+        }
+    }
+
+    /// The state, with what is over by now settled.
+    fn settled(&self) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        state.settle(self.shared.tick(), self.wait);
+        state
+    }
+
+    fn limit(&self) -> usize {
+        limit(&self.shared.range, self.shared.chooses())
+    }
+
+    /// A port for a session of this tenant; `None` where none is free, or the tenant holds its share.
+    #[must_use]
+    pub fn take(self: &Arc<Self>, tenant: u32) -> Option<Port> {
+        let mut state = self.settled();
+        if !state.allows(tenant, self.limit()) {
+            return None;
+        }
+        let number = if self.shared.chooses() {
+            state.choose(&self.shared.range, self.start, self.backend.port(), self.shared.tick())?
+        } else {
+            state.may_search(self.shared.tick())?
+        };
+        state.hold(tenant);
+        drop(state);
+        Some(Port { space: Arc::clone(self), tenant, number, waits: false })
+    }
+
+    /// Counts the port of a connection that came from another process. Which one it is, only the kernel knows.
+    #[must_use]
+    pub fn adopt(self: &Arc<Self>, tenant: u32) -> Port {
+        lock(&self.state).hold(tenant);
+        Port { space: Arc::clone(self), tenant, number: 0, waits: false }
+    }
+
+    /// The backend.
+    #[must_use]
+    pub fn backend(&self) -> SocketAddr {
+        self.backend
+    }
+
+    /// What is in use.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let (state, backend) = (self.settled(), self.backend());
+        let waiting = state.waiting.len() + state.parked.len();
+        Usage { backend, live: state.live, waiting, limit: self.limit() }
+    }
+
+    /// Whether nothing is known of it that a new one would not know.
+    fn is_vacant(&self) -> bool {
+        let tick = self.shared.tick();
+        let mut state = self.settled();
+        state.shrink();
+        state.used() == 0
+            && state.resting.back().is_none_or(|rest| tick.wrapping_sub(rest.since) >= TIME_WAIT)
+    }
+}
+
+/// A port since when it is free, or refused.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    number: u16,
+    since: u32,
+}
+
+/// A port that is in TIME_WAIT.
+#[derive(Clone, Copy, Debug)]
+struct Wait {
+    number: u16,
+    since: u32,
+    tenant: u32,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// How many of the range have been used at least once.
+    entered: usize,
+    live: usize,
+    /// Free ports that were used before, the one that is free for longest first.
+    resting: VecDeque<Rest>,
+    /// Those in TIME_WAIT, the oldest first.
+    waiting: VecDeque<Wait>,
+    /// Those that the kernel refused: others use them.
+    parked: VecDeque<Rest>,
+    /// Ports of each tenant, live and waiting. Nothing is kept for one that has none.
+    held: HashMap<u32, u32, foldhash::fast::FixedState>,
+    /// Until when the kernel is not asked to search again.
+    barred: u32,
+}
+
+impl State {
+    fn used(&self) -> usize {
+        self.live + self.waiting.len() + self.parked.len()
+    }
+
+    fn hold(&mut self, tenant: u32) {
+        self.live += 1;
+        *self.held.entry(tenant).or_default() += 1;
+    }
+
+    fn let_go(&mut self, tenant: u32) {
+        if let Some(held) = self.held.get_mut(&tenant) {
+            *held -= 1;
+            if *held == 0 {
+                self.held.remove(&tenant);
+            }
+        }
+    }
+
+    /// A number of 0 is that of a port that the kernel chose.
+    fn rest(&mut self, number: u16, since: u32) {
+        if number > 0 {
+            self.resting.push_back(Rest { number, since });
+        }
+    }
+
+    /// Whether the tenant may hold one more, by the rule of [`share`].
+    fn allows(&self, tenant: u32, limit: usize) -> bool {
+        let Some(free) = limit.checked_sub(self.used() + 1) else { return false };
+        let held = self.held.get(&tenant).map_or(0, |held| *held as usize);
+        let holders = self.held.len() + usize::from(held == 0);
+        share::is_allowed(held, holders, limit, free)
+    }
+
+    /// The port that is free for longest. One equal to the backend's own port is left out: on the same host such a
+    /// connection could connect to itself (simultaneous open, RFC 9293 section 3.5).
+    fn choose(&mut self, range: &Range, start: usize, own: u16, tick: u32) -> Option<u16> {
+        let rested = self.resting.front().is_some_and(|rest| tick.wrapping_sub(rest.since) >= TIME_WAIT);
+        while !rested && let Some(number) = self.enter(range, start) {
+            if number != own {
+                return Some(number);
+            }
+        }
+        self.resting.pop_front().map(|rest| rest.number)
+    }
+
+    /// The next port of the range that was not used before.
+    fn enter(&mut self, range: &Range, start: usize) -> Option<u16> {
+        let count = range.len();
+        let half = count.div_ceil(2);
+        let place = self.entered;
+        let place = if place < half { (start + place) % half } else { place };
+        let number = range.0.get(place).copied()?;
+        self.entered += 1;
+        Some(number)
+    }
+
+    /// Where the kernel chooses: 0, unless its search has just failed.
+    fn may_search(&self, tick: u32) -> Option<u16> {
+        (tick >= self.barred).then_some(0)
+    }
+
+    fn settle(&mut self, tick: u32, wait: u32) {
+        let is_over = |since: u32, span: u32| tick.wrapping_sub(since) >= span;
+        for _ in 0..SETTLE {
+            let Some(first) = self.waiting.front().copied() else { break };
+            if !is_over(first.since, wait) {
+                break;
+            }
+            self.waiting.pop_front();
+            self.let_go(first.tenant);
+            self.rest(first.number, first.since);
+        }
+        for _ in 0..SETTLE {
+            let Some(first) = self.parked.front().copied() else { break };
+            if !is_over(first.since, TIME_WAIT) {
+                break;
+            }
+            self.parked.pop_front();
+            self.rest(first.number, first.since);
+        }
+    }
+
+    /// Gives memory back that a burst needed.
+    fn shrink(&mut self) {
+        let spare = |len: usize, capacity: usize| capacity > 64 && len < capacity / 4;
+        if spare(self.resting.len(), self.resting.capacity()) {
+            self.resting.shrink_to(self.resting.len() * 2);
+        }
+        if spare(self.waiting.len(), self.waiting.capacity()) {
+            self.waiting.shrink_to(self.waiting.len() * 2);
+        }
+        if spare(self.parked.len(), self.parked.capacity()) {
+            self.parked.shrink_to(self.parked.len() * 2);
+        }
+    }
+}
+
+/// A local port that a connection uses as long as this lives.
+#[derive(Debug)]
+pub struct Port {
+    space: Arc<Space>,
+    tenant: u32,
+    number: u16,
+    waits: bool,
+}
+
+impl Port {
+    /// The port; `None` where the kernel chooses.
+    #[must_use]
+    pub fn number(&self) -> Option<u16> {
+        Some(self.number).filter(|number| *number > 0)
+    }
+
+    /// Our side closed first: the port is in TIME_WAIT once the connection is over.
+    pub fn will_wait(&mut self) {
+        self.waits = true;
+    }
+
+    /// The kernel refused it: another process uses it, or it is in a TIME_WAIT that is not known of here. It is not tried
+    /// again before that would be over.
+    pub fn refused(mut self) {
+        let (tick, number) = (self.space.shared.tick(), std::mem::take(&mut self.number));
+        let mut state = lock(&self.space.state);
+        if number == 0 {
+            state.barred = tick + 1;
+        } else {
+            state.parked.push_back(Rest { number, since: tick });
+        }
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        let since = self.space.shared.tick();
+        let mut state = lock(&self.space.state);
+        state.live -= 1;
+        if self.waits {
+            state.waiting.push_back(Wait { number: self.number, since, tenant: self.tenant });
+        } else {
+            state.let_go(self.tenant);
+            state.rest(self.number, since);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

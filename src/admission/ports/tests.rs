@@ -1,0 +1,202 @@
+//! What a tenant gets of the local ports to a backend, and when a port is free again.
+
+use std::time::Duration;
+
+use super::*;
+
+const TENANT: u32 = 1;
+
+/// Of 100 ports, by the rule of the share.
+const ALONE: usize = 78;
+
+fn backend(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// So many ports, from 1,000 on.
+fn ports(count: u16, reuse: Reuse) -> Ports {
+    Ports::new(Range::new(1_000, 1_000 + count - 1, |_| false), reuse)
+}
+
+fn at(ports: &Ports, seconds: u64) {
+    ports.advance(Moment::from_nanos(0) + Duration::from_secs(seconds));
+}
+
+fn space(ports: &Ports) -> Arc<Space> {
+    ports.space(None, backend("10.0.0.1:80"))
+}
+
+/// All that a tenant gets.
+fn take_all(space: &Arc<Space>, tenant: u32) -> Vec<Port> {
+    std::iter::from_fn(|| space.take(tenant)).collect()
+}
+
+fn finish(mut port: Port) {
+    port.will_wait();
+}
+
+#[test]
+fn range_leaves_out_reserved_ports_and_uses_every_second_one_first() {
+    let range = Range::new(10, 17, |port| port == 12 || port == 13);
+    assert_eq!(*range.0, [10, 14, 16, 11, 15, 17]);
+    assert!(range.contains(17) && !range.contains(12) && !range.is_empty());
+    assert_eq!((Range::new(0, 1, |_| false).len(), Range::default().len()), (1, 28_232));
+    assert_eq!(Range::new(65_534, 65_535, |_| false).len(), 2);
+    assert!(Range::new(9, 8, |_| false).is_empty());
+}
+
+#[test]
+fn one_tenant_alone_gets_four_fifths_and_no_port_twice() {
+    let ports = ports(100, Reuse::Never);
+    let mut held = take_all(&space(&ports), TENANT);
+    assert_eq!(held.len(), ALONE);
+    let mut numbers: Vec<_> = held.iter().filter_map(Port::number).collect();
+    assert!(numbers.iter().take(50).all(|number| number % 2 == 0), "{numbers:?}");
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(numbers.len(), ALONE);
+    // A port that is given back at once is the only one that is left for this tenant.
+    drop(held.pop());
+    assert!(space(&ports).take(TENANT).is_some());
+}
+
+#[test]
+fn ports_are_per_backend_and_source_address() {
+    let ports = ports(100, Reuse::Never);
+    let _held = take_all(&space(&ports), TENANT);
+    let source = Some("10.0.0.9".parse().unwrap());
+    for (source, address) in [(None, "10.0.0.2:80"), (None, "10.0.0.1:81"), (source, "10.0.0.1:80")] {
+        assert_eq!(take_all(&ports.space(source, backend(address)), TENANT).len(), ALONE);
+    }
+}
+
+#[test]
+fn port_in_time_wait_counts_for_its_tenant_until_it_is_over() {
+    for (reuse, address, seconds) in [
+        (Reuse::Never, "10.0.0.1:80", 60),
+        (Reuse::Loopback, "10.0.0.1:80", 60),
+        (Reuse::Never, "127.0.0.1:80", 60),
+        (Reuse::Loopback, "127.0.0.1:80", 2),
+        (Reuse::Loopback, "[::1]:80", 2),
+        (Reuse::Always, "10.0.0.1:80", 2),
+    ] {
+        let ports = ports(100, reuse);
+        let space = ports.space(None, backend(address));
+        at(&ports, 100);
+        take_all(&space, TENANT).into_iter().for_each(finish);
+        assert!(space.take(TENANT).is_none(), "{reuse:?} {address}");
+        assert_eq!((space.usage().live, space.usage().waiting), (0, ALONE));
+        at(&ports, 100 + seconds - 1);
+        assert!(space.take(TENANT).is_none(), "{reuse:?} {address}");
+        at(&ports, 100 + seconds);
+        assert_eq!(take_all(&space, TENANT).len(), ALONE, "{reuse:?} {address}");
+    }
+}
+
+#[test]
+fn port_that_is_free_for_longest_comes_first_and_a_fresh_one_before_it() {
+    let ports = ports(4, Reuse::Never);
+    let space = space(&ports);
+    let number = || space.take(TENANT).and_then(|port| port.number()).unwrap();
+    let first_four = [number(), number(), number(), number()];
+    let mut sorted = first_four;
+    sorted.sort_unstable();
+    assert_eq!(sorted, [1_000, 1_001, 1_002, 1_003]);
+    assert_eq!([number(), number(), number(), number()], first_four);
+}
+
+#[test]
+fn port_equal_to_that_of_the_backend_is_never_chosen() {
+    let ports = ports(100, Reuse::Never);
+    let held = take_all(&ports.space(None, backend("127.0.0.1:1050")), TENANT);
+    assert!(held.len() >= ALONE - 1 && held.iter().all(|port| port.number() != Some(1_050)));
+}
+
+#[test]
+fn refused_port_is_not_tried_again_for_a_minute() {
+    let ports = ports(4, Reuse::Always);
+    let space = space(&ports);
+    let refused = space.take(TENANT).unwrap();
+    let number = refused.number();
+    refused.refused();
+    assert_eq!((space.usage().live, space.usage().waiting), (0, 1));
+    for second in [0, 59] {
+        at(&ports, second);
+        assert!((0..10).all(|_| space.take(TENANT).unwrap().number() != number));
+    }
+    at(&ports, 60);
+    assert!((0..4).any(|_| space.take(TENANT).unwrap().number() == number));
+    assert_eq!(space.usage().waiting, 0);
+}
+
+#[test]
+fn kernel_that_chooses_is_asked_for_less_than_half_and_not_again_at_once_after_a_failure() {
+    let ports = ports(100, Reuse::Never);
+    ports.leave_choice_to_kernel();
+    let space = space(&ports);
+    assert_eq!((ports.limit(), space.usage().limit), (37, 37));
+    let held = take_all(&space, TENANT);
+    assert!((25..37).contains(&held.len()) && held.iter().all(|port| port.number().is_none()));
+    drop(held);
+    space.take(TENANT).unwrap().refused();
+    assert!(space.take(TENANT).is_none());
+    at(&ports, 1);
+    assert!(space.take(TENANT).is_some());
+}
+
+#[test]
+fn connection_of_another_process_is_counted_and_its_port_is_not_given_out_afterwards() {
+    let ports = ports(100, Reuse::Never);
+    let space = space(&ports);
+    let adopted = space.adopt(TENANT);
+    assert_eq!((adopted.number(), space.usage().live), (None, 1));
+    finish(adopted);
+    assert_eq!((space.usage().live, space.usage().waiting), (0, 1));
+    at(&ports, 60);
+    assert_eq!((space.usage().waiting, lock(&space.state).resting.len()), (0, 0));
+}
+
+#[test]
+fn tenants_with_few_ports_get_one_whatever_the_greedy_hold() {
+    let ports = ports(10_000, Reuse::Never);
+    let space = space(&ports);
+    let greedy: Vec<_> = (0..20).map(|tenant| take_all(&space, tenant)).collect();
+    assert!(greedy.iter().all(|held| !held.is_empty()));
+    assert!(space.take(50).is_some() && space.take(PROBES).is_some());
+}
+
+#[test]
+fn nothing_is_kept_for_a_backend_that_is_idle() {
+    let ports = ports(100, Reuse::Never);
+    take_all(&space(&ports), TENANT).into_iter().for_each(finish);
+    let known = || ports.usage().len();
+    let sweep = |second| (0..SHARDS).for_each(|_| at(&ports, second));
+    sweep(59);
+    assert_eq!(known(), 1, "it still waits");
+    sweep(61);
+    sweep(62);
+    assert_eq!(known(), 0);
+    drop(space(&ports).take(TENANT));
+    sweep(63);
+    assert_eq!(known(), 1, "its port rests");
+    let held = space(&ports).take(TENANT);
+    sweep(200);
+    assert_eq!(known(), 1, "it is in use");
+    drop(held);
+    sweep(300);
+    assert_eq!(known(), 0);
+}
+
+#[test]
+fn memory_of_a_burst_is_given_back() {
+    let ports = ports(60_000, Reuse::Never);
+    let space = space(&ports);
+    let held = take_all(&space, TENANT);
+    let busy = space.take(2);
+    drop(held);
+    assert!(lock(&space.state).resting.capacity() > 10_000);
+    at(&ports, 100);
+    lock(&space.state).resting.truncate(10);
+    assert!(!space.is_vacant() && lock(&space.state).resting.capacity() < 100);
+    drop(busy);
+}
