@@ -14,6 +14,7 @@ pub mod lookup;
 pub mod loss;
 pub mod meter;
 pub mod names;
+mod tally;
 
 pub use self::attempt::Verdict;
 
@@ -44,10 +45,17 @@ impl Label {
     }
 }
 
-/// Every label of the process. A name keeps its number over reloads, and with it its counters.
+/// Every label of the process. A name keeps its number, and with it its counters, for as long as there is a label of it.
 #[derive(Debug, Default)]
 pub struct Labels {
-    known: Mutex<HashMap<Arc<str>, u32>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    numbers: HashMap<Arc<str>, u32>,
+    /// Numbers of names that were forgotten.
+    free: Vec<u32>,
 }
 
 impl Labels {
@@ -55,12 +63,38 @@ impl Labels {
     #[must_use]
     pub fn intern(&self, name: &str) -> Label {
         let mut known = lock(&self.known);
-        if let Some((name, serial)) = known.get_key_value(name) {
+        if let Some((name, serial)) = known.numbers.get_key_value(name) {
             return Label { serial: *serial, name: Arc::clone(name) };
         }
-        let label = Label { serial: u32::try_from(known.len()).unwrap_or(u32::MAX), name: Arc::from(name) };
-        known.insert(Arc::clone(&label.name), label.serial);
+        // Without free numbers, those up to the count are all given.
+        let serial = known.free.pop().or_else(|| u32::try_from(known.numbers.len()).ok());
+        let label = Label { serial: serial.unwrap_or(u32::MAX), name: Arc::from(name) };
+        known.numbers.insert(Arc::clone(&label.name), label.serial);
         label
+    }
+
+    /// Forgets names that no label has any more; their numbers are given to others. What is kept by a label's number has to
+    /// be forgotten before, or to hold the label.
+    pub fn forget_unused(&self) {
+        let mut known = lock(&self.known);
+        let Known { numbers, free } = &mut *known;
+        // Labels are made under this lock, or of another label.
+        numbers.retain(|name, serial| {
+            let is_used = Arc::strong_count(name) > 1;
+            if !is_used {
+                free.push(*serial);
+            }
+            is_used
+        });
+        if numbers.capacity() > 4 * numbers.len() {
+            numbers.shrink_to(2 * numbers.len());
+        }
+    }
+
+    /// How many names are known.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        lock(&self.known).numbers.len()
     }
 }
 
@@ -163,6 +197,21 @@ mod tests {
         assert_eq!(labels.intern("acme").serial(), one.serial());
         assert_ne!(one.serial(), two.serial());
         assert_eq!(two.name(), "globex");
+    }
+
+    #[test]
+    fn names_without_a_label_are_forgotten_and_their_numbers_given_again() {
+        let labels = Labels::default();
+        let kept = labels.intern("acme");
+        let number = labels.intern("globex").serial();
+        labels.forget_unused();
+        assert_eq!((labels.count(), labels.intern("acme").serial()), (1, kept.serial()));
+        let (again, more) = (labels.intern("initech"), labels.intern("globex"));
+        assert_eq!(again.serial(), number);
+        assert!(![kept.serial(), number].contains(&more.serial()));
+        drop((kept, again, more));
+        labels.forget_unused();
+        assert_eq!(labels.count(), 0);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::accept;
 use crate::account::admin_connections::AdminConnections;
 use crate::account::log::QUEUE;
 use crate::account::log_queue::LogQueue;
-use crate::account::meter::Shard;
+use crate::account::meter::{Configured, Shard};
 use crate::account::{Label, Labels, lock};
 use crate::addr::PeerAddr;
 use crate::admission::ports::Ports;
@@ -36,6 +36,7 @@ pub mod rejections;
 mod reload;
 mod revocation;
 mod rows;
+mod sweep;
 mod takeovers;
 
 pub use self::changes::{Changes, Count};
@@ -284,6 +285,9 @@ pub struct Live {
     pub admin_connections: AdminConnections,
     /// How far the process has come to its end.
     pub draining: Draining,
+    /// What is configured, for the workers to fold the counts of all else.
+    pub configured: ArcSwap<Configured>,
+    swept: Mutex<sweep::Traces>,
 }
 
 /// Why the process should get no new traffic.
@@ -329,6 +333,7 @@ impl Live {
         rows.set(&config.listeners);
         let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
         let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
+        let configured = ArcSwap::from_pointee(Configured::none(&labels));
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
             config: ArcSwap::new(config),
@@ -348,6 +353,8 @@ impl Live {
             takeovers: Takeovers::default(),
             admin_connections: AdminConnections::default(),
             draining: Draining::default(),
+            configured,
+            swept: Mutex::default(),
         })
     }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::attempt::Connect;
 use super::latency::Recorder;
 use super::loss::Loss;
+use super::tally::Tally;
 use super::{Cell64, EachWay, Label, lock};
 use crate::outcome::Outcome;
 
@@ -21,27 +22,59 @@ pub struct RouteCells {
     pub active: Cell64,
     /// Bytes forwarded.
     pub bytes: EachWay<Cell64>,
-    /// Datagrams forwarded.
-    pub datagrams: EachWay<Cell64>,
+    /// By the places of outcomes.
+    pub(super) ended: Tally,
+    /// Once there is a datagram.
+    pub(super) flows: OnceLock<Box<FlowCells>>,
+}
+
+/// What is counted of the datagrams of a route.
+#[derive(Debug, Default)]
+pub(super) struct FlowCells {
+    pub(super) datagrams: EachWay<Cell64>,
     pub(super) lost: [EachWay<Cell64>; Loss::ALL.len()],
     pub(super) would_lose: [EachWay<Cell64>; Loss::LIMITS.len()],
-    pub(super) ended: Vec<Cell64>,
 }
 
 impl RouteCells {
-    /// Every limit, with how many datagrams it would have dropped, were it not only observed.
+    /// Cells in which nothing is counted yet.
+    pub(super) fn new(listener: Label, tenant: Label, pool: Label) -> Self {
+        Self {
+            listener,
+            tenant,
+            pool,
+            active: Cell64::default(),
+            bytes: EachWay::default(),
+            ended: Tally::default(),
+            flows: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn flows(&self) -> &FlowCells {
+        self.flows.get_or_init(Box::default)
+    }
+
+    /// Datagrams forwarded.
+    #[must_use]
+    pub fn datagrams(&self) -> EachWay<u64> {
+        self.flows.get().map_or_else(EachWay::default, |flows| flows.datagrams.values())
+    }
+
+    /// Every limit that would have dropped datagrams, were it not only observed, with how many.
     pub fn would_lose(&self) -> impl Iterator<Item = (Loss, EachWay<u64>)> {
-        Loss::LIMITS.into_iter().zip(self.would_lose.iter().map(EachWay::values))
+        let flows = self.flows.get().into_iter();
+        flows.flat_map(|flows| Loss::LIMITS.into_iter().zip(flows.would_lose.iter().map(EachWay::values)))
     }
 
     /// Every reason to drop a datagram, with how many were.
     pub fn lost(&self) -> impl Iterator<Item = (Loss, EachWay<u64>)> {
-        Loss::ALL.into_iter().zip(self.lost.iter().map(EachWay::values))
+        let flows = self.flows.get().into_iter();
+        flows.flat_map(|flows| Loss::ALL.into_iter().zip(flows.lost.iter().map(EachWay::values)))
     }
 
-    /// Every outcome of the closed set with its count.
+    /// Every outcome that has occurred, with its count.
     pub fn ended(&self) -> impl Iterator<Item = (Outcome, u64)> {
-        Outcome::ALL.iter().copied().zip(self.ended.iter().map(Cell64::value))
+        self.ended.counts().filter_map(|(place, count)| Some((*Outcome::ALL.get(place)?, count)))
     }
 }
 
@@ -83,7 +116,42 @@ pub struct BackendCells {
     pub(super) connects: [Cell64; Connect::ALL.len()],
 }
 
+impl ListenerCells {
+    /// Cells in which nothing is counted yet.
+    pub(super) fn new(listener: Label) -> Self {
+        Self {
+            listener,
+            accepted: Cell64::default(),
+            taken_over: Cell64::default(),
+            errors_peer: Cell64::default(),
+            errors_shortage: Cell64::default(),
+            errors_fatal: Cell64::default(),
+            pending: Cell64::default(),
+            overflowed: OnceLock::new(),
+            duration: Recorder::default(),
+        }
+    }
+}
+
+impl PoolCells {
+    /// Cells in which nothing is counted yet.
+    pub(super) fn new(pool: Label) -> Self {
+        Self { pool, connect_time: Recorder::default() }
+    }
+}
+
 impl BackendCells {
+    /// Cells in which nothing is counted yet.
+    pub(super) fn new(pool: Label, backend: Label) -> Self {
+        Self {
+            pool,
+            backend,
+            active: Cell64::default(),
+            bytes: EachWay::default(),
+            connects: Default::default(),
+        }
+    }
+
     /// Counts an attempt to connect.
     pub(super) fn count(&self, result: Connect) {
         if let Some(count) = self.connects.get(result as usize) {
@@ -123,6 +191,12 @@ pub struct WorkerCells {
     pub pipes_refused: Cell64,
     /// Fresh connections handed to a worker with fewer sessions.
     pub handed_over: Cell64,
+    /// Cells that were made: for a listener, a tenant, a pool or a backend that had none here.
+    pub cells_made: Cell64,
+    /// Cells of what is configured no more that were added to an aggregate.
+    pub cells_folded: Cell64,
+    /// Passes over the cells that left some of what is gone, because they are in use.
+    pub busy_passes: Cell64,
     /// Turns of its clock: it stands still where the worker does.
     pub ticks: Cell64,
 }

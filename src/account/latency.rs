@@ -79,6 +79,12 @@ impl Recorder {
         lock(&self.0).record(took);
     }
 
+    /// Adds what another recorder has.
+    pub fn add(&self, other: &Self) {
+        let theirs = other.times();
+        lock(&self.0).add(&theirs);
+    }
+
     /// All that was recorded so far.
     #[must_use]
     pub fn times(&self) -> Times {

@@ -412,7 +412,7 @@ mod tests {
     fn a_full_batch_goes_at_once_and_a_full_queue_drops_and_counts() {
         let labels = BTreeMap::new();
         // Half of it is one tenant's.
-        let (journal, receiver, queue) = journal(4 * FULL);
+        let (journal, receiver, queue) = journal(8 * FULL);
         for _ in 0..400 {
             write(&journal, &record(&labels));
         }

@@ -1,17 +1,19 @@
 //! A session's counters, resolved once: from then on, counting is adding to a cell.
 
+mod fold;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use self::fold::{Configured, REMOVED};
 pub use super::attempt::Connect;
 pub use super::cells::{BackendCells, ListenerCells, PoolCells, RouteCells, Shard, WorkerCells};
-use super::latency::Recorder;
 use super::loss::Loss;
-use super::{Cell64, Direction, EachWay, Label, lock};
+use super::{Direction, EachWay, Label, lock};
 use crate::outcome::{At, By, Outcome, Why};
 
 /// The cells that a worker has found so far, by the numbers of their labels.
@@ -27,22 +29,18 @@ pub struct Ledger {
     listeners: Index<u32, ListenerCells>,
     backends: Index<(u32, u32), BackendCells>,
     pools: Index<u32, PoolCells>,
+    folding: Folding,
     sessions: Cell<u64>,
 }
 
-/// Finds a cell, or makes it and shows it to the scrapes.
-fn find<K: Eq + Hash, C>(
-    index: &Index<K, C>,
-    published: &Mutex<Vec<Arc<C>>>,
-    key: K,
-    make: impl FnOnce() -> C,
-) -> Arc<C> {
-    let mut index = index.borrow_mut();
-    Arc::clone(index.entry(key).or_insert_with(|| {
-        let cells = Arc::new(make());
-        lock(published).push(Arc::clone(&cells));
-        cells
-    }))
+/// How far a worker has come in folding what is gone.
+#[derive(Debug, Default)]
+struct Folding {
+    /// The pass that is done.
+    turn: Cell<u64>,
+    /// Where the next slice of the present pass begins.
+    at: Cell<usize>,
+    busy: Cell<u64>,
 }
 
 impl Ledger {
@@ -56,6 +54,7 @@ impl Ledger {
             listeners: Index::default(),
             backends: Index::default(),
             pools: Index::default(),
+            folding: Folding::default(),
             sessions: Cell::new(0),
         })
     }
@@ -77,52 +76,43 @@ impl Ledger {
         self.sessions.replace(self.sessions.get() + 1)
     }
 
+    /// Finds cells, or makes them and shows them to the scrapes.
+    fn find<K: Eq + Hash, C>(
+        &self,
+        index: &Index<K, C>,
+        published: &Mutex<Vec<Arc<C>>>,
+        key: K,
+        make: impl FnOnce() -> C,
+    ) -> Arc<C> {
+        let mut index = index.borrow_mut();
+        Arc::clone(index.entry(key).or_insert_with(|| {
+            let cells = Arc::new(make());
+            lock(published).push(Arc::clone(&cells));
+            self.worker().cells_made.add(1);
+            cells
+        }))
+    }
+
     /// The cells of a listener.
     #[must_use]
     pub fn listener(&self, listener: &Label) -> Arc<ListenerCells> {
-        find(&self.listeners, &self.shard.listeners, listener.serial, || ListenerCells {
-            listener: listener.clone(),
-            accepted: Cell64::default(),
-            taken_over: Cell64::default(),
-            errors_peer: Cell64::default(),
-            errors_shortage: Cell64::default(),
-            errors_fatal: Cell64::default(),
-            pending: Cell64::default(),
-            overflowed: OnceLock::new(),
-            duration: Recorder::default(),
-        })
+        let make = || ListenerCells::new(listener.clone());
+        self.find(&self.listeners, &self.shard.listeners, listener.serial, make)
     }
 
     fn route(&self, listener: &Label, tenant: &Label, pool: &Label) -> Arc<RouteCells> {
         let key = (listener.serial, tenant.serial, pool.serial);
-        find(&self.routes, &self.shard.routes, key, || RouteCells {
-            listener: listener.clone(),
-            tenant: tenant.clone(),
-            pool: pool.clone(),
-            active: Cell64::default(),
-            bytes: EachWay::default(),
-            datagrams: EachWay::default(),
-            lost: Default::default(),
-            would_lose: Default::default(),
-            ended: Outcome::ALL.iter().map(|_| Cell64::default()).collect(),
-        })
+        let make = || RouteCells::new(listener.clone(), tenant.clone(), pool.clone());
+        self.find(&self.routes, &self.shard.routes, key, make)
     }
 
     fn backend(&self, pool: &Label, backend: &Label) -> Arc<BackendCells> {
-        find(&self.backends, &self.shard.backends, (pool.serial, backend.serial), || BackendCells {
-            pool: pool.clone(),
-            backend: backend.clone(),
-            active: Cell64::default(),
-            bytes: EachWay::default(),
-            connects: Default::default(),
-        })
+        let make = || BackendCells::new(pool.clone(), backend.clone());
+        self.find(&self.backends, &self.shard.backends, (pool.serial, backend.serial), make)
     }
 
     fn pool(&self, pool: &Label) -> Arc<PoolCells> {
-        find(&self.pools, &self.shard.pools, pool.serial, || PoolCells {
-            pool: pool.clone(),
-            connect_time: Recorder::default(),
-        })
+        self.find(&self.pools, &self.shard.pools, pool.serial, || PoolCells::new(pool.clone()))
     }
 }
 
@@ -261,7 +251,7 @@ impl Meter {
     #[inline]
     pub fn passed(&mut self, direction: Direction, datagrams: u64, bytes: u64) {
         self.forwarded(direction, bytes, false);
-        self.route.datagrams.way(direction).add(datagrams);
+        self.route.flows().datagrams.way(direction).add(datagrams);
     }
 
     /// Counts datagrams that the kernel dropped because the queue of its own socket was full.
@@ -271,7 +261,7 @@ impl Meter {
 
     /// Counts datagrams that were dropped.
     pub fn lost(&self, direction: Direction, loss: Loss, datagrams: u64) {
-        if let Some(count) = self.route.lost.get(loss as usize) {
+        if let Some(count) = self.route.flows().lost.get(loss as usize) {
             count.way(direction).add(datagrams);
         }
     }
@@ -279,7 +269,7 @@ impl Meter {
     /// Counts a datagram that a limit would have dropped, were it not only observed.
     pub fn would_lose(&mut self, direction: Direction, loss: Loss) {
         self.would_delay = true;
-        if let Some(count) = self.route.would_lose.get(loss as usize) {
+        if let Some(count) = self.route.flows().would_lose.get(loss as usize) {
             count.way(direction).add(1);
         }
     }
@@ -323,8 +313,8 @@ impl Meter {
             backend.active.sub(1);
         }
         debug_assert!(outcome.place().is_some(), "an outcome that no table lists: {outcome}");
-        if let Some(count) = outcome.place().and_then(|place| self.route.ended.get(place)) {
-            count.add(1);
+        if let Some(place) = outcome.place() {
+            self.route.ended.add(place, 1);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `/metrics`: every worker's cells added up, as Prometheus text.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -17,8 +17,6 @@ use crate::account::meter::Shard;
 use crate::account::names::{self, Kind, Metric};
 use crate::account::{Direction, EachWay};
 use crate::clock::{self, Moment};
-use crate::pool::Pool;
-use crate::pool::backend::Backend;
 use crate::pool::health::{FULL, State};
 use crate::state::Live;
 
@@ -92,18 +90,11 @@ impl Collector for Scrape {
         process(&mut sheet, &self.live);
         pools(&mut sheet, &self.live);
         tenants(&mut sheet, &self.live);
-        let snapshot = self.live.snapshot.load();
-        let of_pool = |pool: &Arc<Pool>| {
-            let backends = pool.roster().backends().to_vec();
-            let (pool, serial) = (pool.label.serial(), |backend: Arc<Backend>| backend.label().serial());
-            backends.into_iter().map(move |backend| (pool, serial(backend)))
-        };
-        let known = snapshot.pools.iter().flat_map(of_pool).collect();
         for (worker, shard) in self.live.shards.iter().enumerate() {
             self::worker(&mut sheet, worker, shard);
             routes(&mut sheet, shard);
             listeners(&mut sheet, shard);
-            backends(&mut sheet, shard, &known);
+            backends(&mut sheet, shard);
         }
         sheet.families()
     }
@@ -353,7 +344,9 @@ fn worker(sheet: &mut Sheet, number: usize, shard: &Shard) {
 }
 
 fn routes(sheet: &mut Sheet, shard: &Shard) {
-    for route in shard.routes() {
+    // Held to the end: meanwhile no row is added to the one of what is gone, and would be counted twice.
+    let routes = shard.routes();
+    for route in &routes {
         let labels = [route.listener.name(), route.tenant.name(), route.pool.name()];
         sheet.count(&names::ACTIVE, &labels, route.active.value());
         for (outcome, count) in route.ended().filter(|(_, count)| *count > 0) {
@@ -364,8 +357,8 @@ fn routes(sheet: &mut Sheet, shard: &Shard) {
         if !route.pool.name().is_empty() {
             sheet.each_way(&names::BYTES, &labels, route.bytes.values());
         }
-        if route.datagrams.values() != EachWay::default() {
-            sheet.each_way(&names::DATAGRAMS, &labels, route.datagrams.values());
+        if route.datagrams() != EachWay::default() {
+            sheet.each_way(&names::DATAGRAMS, &labels, route.datagrams());
         }
         let lost = route.lost().map(|(loss, counts)| (&names::DATAGRAMS_DROPPED, loss, counts));
         let would = route.would_lose().map(|(loss, counts)| (&names::DATAGRAMS_WOULD_DROP, loss, counts));
@@ -379,7 +372,8 @@ fn routes(sheet: &mut Sheet, shard: &Shard) {
 }
 
 fn listeners(sheet: &mut Sheet, shard: &Shard) {
-    for cells in shard.listeners() {
+    let listeners = shard.listeners();
+    for cells in &listeners {
         let listener = cells.listener.name();
         sheet.count(&names::ACCEPTED, &[listener], cells.accepted.value());
         sheet.count(&names::TAKEN_OVER, &[listener], cells.taken_over.value());
@@ -401,13 +395,10 @@ fn listeners(sheet: &mut Sheet, shard: &Shard) {
     }
 }
 
-/// Backends that their pool has, or that have sessions: a name's old addresses would grow the page for ever.
-fn backends(sheet: &mut Sheet, shard: &Shard, known: &HashSet<(u32, u32)>) {
-    for cells in shard.backends() {
-        let is_known = known.contains(&(cells.pool.serial(), cells.backend.serial()));
-        if !is_known && cells.active.value() == 0 {
-            continue;
-        }
+fn backends(sheet: &mut Sheet, shard: &Shard) {
+    // As in `routes`.
+    let (backends, pools) = (shard.backends(), shard.pools());
+    for cells in &backends {
         let labels = [cells.pool.name(), cells.backend.name()];
         sheet.count(&names::BACKEND_ACTIVE, &labels, cells.active.value());
         sheet.each_way(&names::BACKEND_BYTES, &labels, cells.bytes.values());
@@ -415,7 +406,7 @@ fn backends(sheet: &mut Sheet, shard: &Shard, known: &HashSet<(u32, u32)>) {
             sheet.count(&names::BACKEND_CONNECTS, &[labels[0], labels[1], result.word()], count);
         }
     }
-    for cells in shard.pools() {
+    for cells in &pools {
         sheet.times(&names::CONNECT_TIME, cells.pool.name(), &cells.connect_time);
     }
 }

@@ -265,7 +265,8 @@ impl Drop for Permit {
 #[derive(Debug)]
 pub struct Quotas {
     share: Arc<Share>,
-    known: Mutex<HashMap<u32, Arc<Quota>, foldhash::fast::RandomState>>,
+    /// With the label, so that its number is no other tenant's meanwhile.
+    known: Mutex<HashMap<u32, (Label, Arc<Quota>), foldhash::fast::RandomState>>,
 }
 
 impl Quotas {
@@ -279,13 +280,14 @@ impl Quotas {
     #[must_use]
     pub fn find(&self, tenant: &Label) -> Arc<Quota> {
         let mut known = lock(&self.known);
-        Arc::clone(known.entry(tenant.serial()).or_insert_with(|| Quota::new(Arc::clone(&self.share))))
+        let new = || (tenant.clone(), Quota::new(Arc::clone(&self.share)));
+        Arc::clone(&known.entry(tenant.serial()).or_insert_with(new).1)
     }
 
     /// The quota of a tenant that has one.
     #[must_use]
     pub fn known(&self, tenant: &Label) -> Option<Arc<Quota>> {
-        lock(&self.known).get(&tenant.serial()).cloned()
+        lock(&self.known).get(&tenant.serial()).map(|(_, quota)| Arc::clone(quota))
     }
 
     /// Tenants that hold a session now.
@@ -297,7 +299,7 @@ impl Quotas {
     /// Forgets the quotas of tenants that are gone, and that no session holds any more.
     pub fn forget_unused(&self) {
         let mut known = lock(&self.known);
-        known.retain(|_, quota| Arc::strong_count(quota) > 1);
+        known.retain(|_, (_, quota)| Arc::strong_count(quota) > 1);
         known.shrink_to_fit();
     }
 

@@ -22,6 +22,10 @@ use crate::state::Live;
 /// How often pools are looked at: an ejection reaches a pool's weights within this, and a slow start goes on.
 const EVERY: Duration = Duration::from_millis(100);
 
+/// Looks at pools from one sweep to the next: a second. What is gone and idle leaves the metrics within two of them, and the
+/// time of the workers' pass.
+const SWEEPING: u32 = 10;
+
 /// What a pool's backends are looked after with.
 #[derive(Clone)]
 pub(super) struct Tools {
@@ -213,11 +217,18 @@ impl Tools {
 async fn tend(live: Arc<Live>) {
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut unswept = 0;
     loop {
         ticks.tick().await;
         live.ports.advance(clock::now());
         // Asked here too: pools that a later reload brings must not find it starting still.
         live.is_starting();
+        unswept += 1;
+        if unswept == SWEEPING {
+            unswept = 0;
+            let live = Arc::clone(&live);
+            tokio::task::spawn_blocking(move || live.sweep());
+        }
         for pool in &live.snapshot.load().pools {
             pool.tend(clock::now()).iter().for_each(|change| change.log(pool));
         }
@@ -228,6 +239,7 @@ async fn tend(live: Arc<Live>) {
             tokio::task::spawn_blocking(move || {
                 drop(unused);
                 live.quotas.forget_unused();
+                live.labels.forget_unused();
             });
         }
     }

@@ -270,6 +270,7 @@ async fn tick(shop: Rc<Shop>) {
         shop.worker.end_late_headers(now);
         shop.worker.pacer.borrow_mut().advance(now);
         shop.known_flows().iter().for_each(|flows| flows.advance(now));
+        shop.worker.local.ledger.fold(&shop.live.configured.load());
         shop.flush();
         untold += 1;
         if untold == TELLING {

@@ -50,6 +50,7 @@ mod queue;
 mod quic;
 mod raw;
 mod reload;
+mod removed;
 mod retry;
 mod revoke;
 mod send_proxy;
