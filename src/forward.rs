@@ -73,7 +73,6 @@ pub struct Patience {
 ///
 /// A half-close is passed on when everything before it has been; a reset on one side is a reset on the other.
 pub fn relay<'a>(pair: Pair, patience: Patience, lent: Lent<'a>, life: &'a mut Life) -> Relay<'a> {
-    lent.charge_first(pair.first.len());
     let now = life.tick();
     let mut ways = EachWay { to_backend: Way::new(now), to_client: Way::new(now) };
     // The client's socket has TCP_NODELAY from the listening socket.

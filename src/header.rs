@@ -95,6 +95,17 @@ impl Connection {
         set.unwrap_or_default();
     }
 
+    /// The error that the socket has met and nobody has been told of.
+    #[must_use]
+    pub fn take_error(&self) -> Option<io::Error> {
+        let error = match self {
+            Self::Fresh(socket) => socket.take_error(),
+            Self::Registered(socket) => socket.take_error(),
+            Self::Closed => return None,
+        };
+        error.ok().flatten()
+    }
+
     fn destination(&self) -> Option<DestinationAddr> {
         let address = match self {
             Self::Fresh(socket) => socket.local_addr(),
@@ -128,10 +139,10 @@ impl Client {
         }
     }
 
-    /// Whether payload came with the header.
+    /// The bytes of payload that came with the header.
     #[must_use]
-    pub fn has_payload(&self) -> bool {
-        self.first.len() > self.header_len
+    pub fn payload_len(&self) -> usize {
+        self.first.len().saturating_sub(self.header_len)
     }
 
     /// The connection, and what goes to the backend first: the payload that came with the header and, where

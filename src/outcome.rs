@@ -163,6 +163,8 @@ outcomes! {
     SessionRate = "session_rate": Proxy at Tenant;
     /// The tenant already has as many flows as its `limits.flows`, and none that was silent for long.
     FlowLimit = "flow_limit": Proxy at Tenant;
+    /// The datagram would have begun a flow, and was beyond the tenant's `limits.datagram-rate` or `limits.to-backend`.
+    DatagramLimit = "datagram_limit": Proxy at Tenant;
     /// Neither route, tenant nor listener names a pool.
     NoPool = "no_pool": Proxy at Tenant;
     /// No backend of the pool may be used.
@@ -184,19 +186,19 @@ outcomes! {
     /// The connection to the last backend tried failed in another way.
     ConnectFailed = "connect_failed": Backend at Connect;
     /// The connection was reset, and the other side was reset in turn; of a flow: its backend's host said that nobody listens there any more.
-    Reset = "reset": Client at Header, Client at Forward, Backend at Forward;
-    /// No byte in either direction for `timeouts.idle`; no datagram for `timeouts.flow-idle`.
-    IdleTimeout = "idle_timeout": Proxy at Forward;
+    Reset = "reset": Client at Header, Client at Tenant, Client at Forward, Backend at Forward;
+    /// No byte in either direction for `timeouts.idle`, or so long a wait at `tenant` for its bandwidth; no datagram for `timeouts.flow-idle`.
+    IdleTimeout = "idle_timeout": Proxy at Tenant, Proxy at Forward;
     /// One side ended and the other sent nothing for `timeouts.half-close`.
     HalfCloseTimeout = "half_close_timeout": Proxy at Forward;
     /// The connection broke without a reset: keepalive or retransmission went unanswered, or its network is gone.
-    Unanswered = "unanswered": Client at Header, Client at Forward, Backend at Forward;
+    Unanswered = "unanswered": Client at Header, Client at Tenant, Client at Forward, Backend at Forward;
     /// The flow was silent, and another one needed its place.
     Evicted = "evicted": Proxy at Forward;
     /// A reload disabled or removed the tenant, or took the endpoint away from it, and `on-revoke` is `end`.
     Revoked = "revoked": Proxy at Forward;
     /// The process is draining, and the session was silent or the deadline passed.
-    Drained = "drained": Proxy at Header, Proxy at Pool, Proxy at Connect, Proxy at Forward;
+    Drained = "drained": Proxy at Header, Proxy at Tenant, Proxy at Pool, Proxy at Connect, Proxy at Forward;
     /// Another process has taken it over, and goes on with it: it ends there, and has its line there. Not logged.
     Moved = "moved": Proxy at Forward;
     /// A fault in vestibule itself; the log has the panic's message. Please report it.

@@ -99,6 +99,11 @@ impl Worker {
         }
     }
 
+    /// What a session of this tenant is lent.
+    fn lent<'a>(&'a self, permit: &'a Permit) -> Lent<'a> {
+        Lent { pipes: &self.pipes, pacer: &self.pacer, quota: permit.quota() }
+    }
+
     fn roll(&self) -> u64 {
         self.rolls.borrow_mut().u64(..)
     }
@@ -173,7 +178,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
                 Err(outcome) => break 'life outcome,
             }
         };
-        let lent = Lent { pipes: &worker.pipes, pacer: &worker.pacer, quota: admitted.permit.quota() };
+        let lent = worker.lent(&admitted.permit);
         let mut relay = forward::relay(pair, snapshot.patience, lent, &mut life);
         let outcome = loop {
             if let Stop::Ended(outcome) = (&mut relay).await {
@@ -269,7 +274,7 @@ pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Size
     let mut life = moved.life(&worker);
     story.marks.would_reject = permit.would_reject();
     let outcome = 'life: {
-        let lent = Lent { pipes: &worker.pipes, pacer: &worker.pacer, quota: permit.quota() };
+        let lent = worker.lent(&permit);
         let Ok(mut relay) = moved.resume(snapshot.patience, lent, &mut life) else {
             break 'life Outcome::reject(At::Connect, Why::Shortage);
         };
@@ -327,7 +332,11 @@ impl<'a> Steps<'a> {
         let client = self.hear(accepted, life, story).await?;
         let heard = self.place(&client, life, story);
         let (pool, admitted) = heard.inspect_err(|_| client.connection.reset_on_close())?;
-        let speaks = pool.send_proxy || client.has_payload();
+        let lent = self.worker.lent(&admitted.permit);
+        let (payload, idle) = (client.payload_len(), self.snapshot.patience.idle);
+        let paid = lent.pay_first(payload, idle, || client.connection.take_error(), life).await;
+        paid.inspect_err(|_| client.connection.reset_on_close())?;
+        let speaks = pool.send_proxy || payload > 0;
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
         let key = pool
             .key(|| pick::by_client(client.address), || pick::by_endpoint(client.endpoint, client.address));

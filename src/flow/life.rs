@@ -41,6 +41,8 @@ pub(super) struct Flow<A> {
     pub(super) searches_at: Moment,
     /// Whether the backend has answered, whatever became of the answer.
     pub(super) is_answered: bool,
+    /// Whether the limits have let its first datagram pass, which is still to come.
+    pub(super) first_is_paid: bool,
     pub(super) listening: Listening,
     /// What the kernel has dropped at its socket, as far as it is counted.
     pub(super) drops: Drops,
@@ -240,6 +242,7 @@ impl<A> Flow<A> {
             attempts: found.attempts,
             searches_at: Moment::default(),
             is_answered: false,
+            first_is_paid: false,
             listening: Listening::default(),
             drops: Drops::default(),
             first: None,

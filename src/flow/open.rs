@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::event::epoll;
 
 use super::life::{Books, Flow, Found, NOWHERE, Story, Told};
-use super::run::{Headers, Span};
+use super::run::{Headers, Span, loss};
 use super::socket::{self, Door, ROOM};
 use super::table::{Command, FlowId, Path, Stray, Who};
 use super::{Poll, State, TURN};
@@ -17,7 +17,7 @@ use crate::account::Direction;
 use crate::account::loss::Loss;
 use crate::account::meter::{Connect, Meter};
 use crate::addr::{ClientAddr, DestinationAddr};
-use crate::admission::quota::{FlowPermit, Room};
+use crate::admission::quota::{FlowPermit, Passage, Quota, Room};
 use crate::admission::slots;
 use crate::clock::Moment;
 use crate::connect::{self, Failure};
@@ -86,7 +86,8 @@ impl<A> State<A> {
             (Command::ToBackend(id), _) => self.add_to_run(id, payload, header_len),
             (Command::Open, Some(who)) => {
                 let header = bytes.get(..header_len).unwrap_or_default();
-                if let Some(id) = self.open(door, path, who, header, poll, now) {
+                let spoken = (header, payload.len());
+                if let Some(id) = self.open(door, path, who, spoken, poll, now) {
                     self.add_to_run(id, payload, header_len);
                 }
             }
@@ -130,13 +131,13 @@ impl<A> State<A> {
         story.end(outcome, Told::stray(path.peer, who), &books, now);
     }
 
-    /// Begins a flow.
+    /// Begins a flow by a datagram: its header, and how long its payload is.
     fn open(
         &mut self,
         door: &Door,
         path: Path,
         who: Who,
-        header: &[u8],
+        (header, payload): (&[u8], usize),
         poll: &Poll,
         now: Moment,
     ) -> Option<FlowId> {
@@ -144,7 +145,7 @@ impl<A> State<A> {
         let steps = if door.is_closing() {
             Err(Outcome::reject(At::Header, Why::Drained))
         } else {
-            self.steps(&mut story, path, who, now)
+            self.steps(&mut story, path, who, payload, now)
         };
         match steps {
             Ok((found, permit, slot)) => {
@@ -152,6 +153,7 @@ impl<A> State<A> {
                 let tenant = story.tenant().map_or(0, |tenant| tenant.label.serial());
                 let mut flow =
                     Flow::new(found, permit, slot, ((self.board)(), Rc::clone(&door.flows)), story);
+                flow.first_is_paid = true;
                 if send_proxy {
                     flow.header = front(door, path, who, header).into();
                 }
@@ -184,6 +186,7 @@ impl<A> State<A> {
         story: &mut Story,
         path: Path,
         who: Who,
+        payload: usize,
         now: Moment,
     ) -> Result<(Found, FlowPermit, slots::Permit), Outcome> {
         let snapshot = Arc::clone(&story.snapshot);
@@ -204,6 +207,7 @@ impl<A> State<A> {
         (story.tenant, story.pool) = (place.unwrap_or(NOWHERE), pool_place.unwrap_or(NOWHERE));
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
+        pay_first(&tenant.quota, payload, &mut story.meter, now)?;
         let mut slot = self.slots.take();
         let permit = tenant.quota.admit_flow(|room| {
             let evicted = self.evict((room == Room::OfTenant).then(|| tenant.label.serial()), now);
@@ -413,6 +417,21 @@ impl Search<'_> {
             }
         }
         result
+    }
+}
+
+/// Asks the tenant's limits whether a datagram may begin a flow: before anything is taken, and before another flow ends.
+fn pay_first(quota: &Quota, payload: usize, meter: &mut Meter, now: Moment) -> Result<(), Outcome> {
+    if !quota.is_limited() {
+        return Ok(());
+    }
+    match quota.pass(Direction::ToBackend, payload as u64, now) {
+        Passage::Free => Ok(()),
+        Passage::Observed(excess) => {
+            meter.would_lose(Direction::ToBackend, loss(excess));
+            Ok(())
+        }
+        Passage::Dropped(_) => Err(Outcome::reject(At::Tenant, Why::DatagramLimit)),
     }
 }
 

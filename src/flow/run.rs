@@ -91,18 +91,26 @@ pub(super) struct Refused {
     pub(super) done: usize,
 }
 
+/// What is counted of a datagram that is beyond this limit.
+pub(super) fn loss(excess: Excess) -> Loss {
+    match excess {
+        Excess::Rate => Loss::Rate,
+        Excess::Bandwidth => Loss::Bandwidth,
+    }
+}
+
 impl<A> Flow<A> {
     /// Leaves out what the tenant's limits do not let pass.
     pub(super) fn hold_to_limits(&mut self, spans: &mut Vec<Span>, direction: Direction, now: Moment) {
+        let mut is_paid = direction == Direction::ToBackend && std::mem::take(&mut self.first_is_paid);
         let (quota, meter) = (self.permit.quota(), &mut self.story.meter);
         if !quota.is_limited() {
             return;
         }
         spans.retain(|span| {
-            let loss = |excess| match excess {
-                Excess::Rate => Loss::Rate,
-                Excess::Bandwidth => Loss::Bandwidth,
-            };
+            if std::mem::take(&mut is_paid) {
+                return true;
+            }
             match quota.pass(direction, span.len() as u64, now) {
                 Passage::Free => true,
                 Passage::Observed(excess) => {

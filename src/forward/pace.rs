@@ -4,19 +4,23 @@
 //! it something. What it has read goes on unhindered, and the end after it.
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::net::TcpStream;
 
+use super::LOOK;
 use super::pipe::{Pipe, Pipes};
 use crate::account::Direction;
 use crate::admission::pacer::Pacer;
 use crate::admission::purse::{Desk, Grant, Purse};
 use crate::admission::quota::Quota;
 use crate::clock;
-use crate::life::Life;
+use crate::clock::wheel::Span;
+use crate::life::{Cut, Life};
+use crate::outcome::{At, By, Outcome, Why};
 
 /// What a worker lends to a session, and in whose name.
 #[derive(Clone, Copy, Debug)]
@@ -81,12 +85,50 @@ impl Lent<'_> {
         purse.settle(&mut desk, grant, count, now)
     }
 
-    /// Pays for bytes that came with the header.
-    pub(super) fn charge_first(self, bytes: usize) {
-        let budget = self.quota.budget(Direction::ToBackend);
-        if bytes > 0 && budget.is_limited() {
-            budget.charge(bytes as u64, clock::now());
+    /// Waits until the tenant's bandwidth has paid for the bytes that came with the header: they have been read already, and
+    /// without this a tenant would send all that it has in short sessions. Before the dial, so that a session that waits holds
+    /// no place of a backend. `failed` asks the client's socket for an error; a client that has sent its end still waits.
+    ///
+    /// # Errors
+    /// The client is gone, has waited for as long as a session may be idle, or the process drains.
+    pub async fn pay_first(
+        self,
+        bytes: usize,
+        idle: Span,
+        failed: impl Fn() -> Option<io::Error>,
+        life: &mut Life,
+    ) -> Result<(), Outcome> {
+        if bytes == 0 || !self.quota.budget(Direction::ToBackend).is_limited() {
+            return Ok(());
         }
+        let mut unpaid = Unpaid { lent: self, purse: Purse::default(), left: bytes as u64 };
+        let since = life.tick();
+        let mut looks_at = since.after(LOOK);
+        poll_fn(|context| {
+            if unpaid.poll_paid(life, context).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            let (now, allowed) = (life.tick(), life.idle(idle));
+            let deadline = since.after(allowed);
+            if deadline <= now {
+                let why = if allowed < idle { Why::Drained } else { Why::IdleTimeout };
+                return Poll::Ready(Err(Outcome::reject(At::Tenant, why)));
+            }
+            if looks_at <= now {
+                looks_at = now.after(LOOK);
+                if let Some(error) = failed() {
+                    let why = if super::why(&error) == Why::Reset { Why::Reset } else { Why::Unanswered };
+                    return Poll::Ready(Err(Outcome::new(By::Client, At::Tenant, why)));
+                }
+            }
+            life.wake_at(deadline.min(looks_at));
+            match life.poll_cut(context) {
+                Some(Cut::Drained) => Poll::Ready(Err(Outcome::reject(At::Tenant, Why::Drained))),
+                // Neither time has come, as both lie ahead.
+                Some(Cut::Expired) | None => Poll::Pending,
+            }
+        })
+        .await
     }
 
     /// At the end of a turn: takes down what is held, and has a direction leave the queue that cannot use its grant,
@@ -113,5 +155,33 @@ impl Lent<'_> {
         if purse.has_joined() {
             purse.leave(&mut self.pacer.borrow_mut(), clock::now());
         }
+    }
+}
+
+/// First bytes that are not paid for yet. Dropping it leaves the queue.
+struct Unpaid<'a> {
+    lent: Lent<'a>,
+    purse: Purse,
+    left: u64,
+}
+
+impl Unpaid<'_> {
+    fn poll_paid(&mut self, life: &mut Life, context: &Context<'_>) -> Poll<()> {
+        let (mut pacer, now) = (self.lent.pacer.borrow_mut(), clock::now());
+        let mut desk = Desk { quota: self.lent.quota, pacer: &mut pacer, direction: Direction::ToBackend };
+        while self.left > 0 {
+            let granted = self.purse.ask(&mut desk, self.left, context.waker(), life.tick(), now);
+            let Some(grant) = granted else { return Poll::Pending };
+            let count = self.left.min(grant.most() as u64);
+            life.meter.would_delay |= self.purse.settle(&mut desk, grant, count, now);
+            self.left -= count;
+        }
+        Poll::Ready(())
+    }
+}
+
+impl Drop for Unpaid<'_> {
+    fn drop(&mut self) {
+        self.lent.end(Direction::ToBackend, &mut self.purse);
     }
 }

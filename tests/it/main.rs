@@ -24,6 +24,7 @@ mod dns_answers;
 mod dnsdist;
 mod ejection;
 mod ferry;
+mod first_bytes;
 mod flow;
 mod forward;
 mod harness;
