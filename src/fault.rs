@@ -40,8 +40,16 @@ pub enum Call {
     ReceiveDatagram,
     /// Datagrams out.
     SendDatagram,
+    /// A listening socket that is opened again.
+    Listen,
+    /// The runtime of a worker at its start.
+    WorkerStart,
     /// No call of the kernel's: a fault in vestibule itself, in the middle of a session.
     Panic,
+    /// The same in a worker's timers.
+    WorkerPanic,
+    /// The same in the control thread.
+    ControlPanic,
 }
 
 /// What is said in the kernel's place, and how often.
@@ -88,7 +96,16 @@ pub fn is_on() -> bool {
 /// There.
 #[inline]
 pub fn panic_where_injected() {
-    assert!(at(Call::Panic).is_ok(), "injected");
+    panic_at(Call::Panic);
+}
+
+/// The same elsewhere.
+///
+/// # Panics
+/// There.
+#[inline]
+pub fn panic_at(call: Call) {
+    assert!(at(call).is_ok(), "injected");
 }
 
 #[cold]

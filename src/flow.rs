@@ -40,6 +40,7 @@ use crate::accept::PAUSE;
 use crate::account::EachWay;
 use crate::account::log::{Journal, Outlet};
 use crate::account::loss::Loss;
+use crate::account::meter::ListenerCells;
 use crate::addr::PeerAddr;
 use crate::admission::slots::Slots;
 use crate::clock::{self, Moment};
@@ -190,13 +191,21 @@ impl<A> Flows<A> {
     /// Hears what comes in at a bound socket of a listener, by its place, and answers from there, until it is
     /// [closed](Self::close).
     ///
+    /// Where the socket breaks, `mend` gives another one in its place, or none where the listener's address is given up; it is told
+    /// what is wrong, and how to find out whether the socket is to be closed.
+    ///
     /// # Errors
-    /// What broke the socket.
-    pub async fn keep(&self, socket: UdpSocket, listener: u32) -> io::Result<()> {
+    /// The socket cannot be used at all.
+    pub async fn keep(
+        &self,
+        socket: UdpSocket,
+        listener: u32,
+        mend: &impl AsyncFn(&io::Error, &dyn Fn() -> bool) -> Option<UdpSocket>,
+    ) -> io::Result<()> {
         if self.reopen(listener, socket.local_addr()?) {
             return Ok(());
         }
-        let door = Rc::new(Door::new(socket, listener)?);
+        let mut door = Rc::new(Door::new(socket, listener)?);
         self.count_drops(&door);
         let place = {
             let mut doors = self.doors.borrow_mut();
@@ -218,13 +227,26 @@ impl<A> Flows<A> {
             match door.hear(|door| if waits(door) { Ok(false) } else { self.hear(door, place) }).await {
                 Ok(()) => short = false,
                 Err(error) if socket::loss(&error) == Loss::Shortage => {
-                    self.count_shortage(door.listener());
+                    self.count_error(door.listener(), |cells| cells.errors_shortage.add(1));
                     if !std::mem::replace(&mut short, true) {
                         tracing::warn!(listener = door.listener(), %error, "receiving pauses");
                     }
                     sleep(PAUSE).await;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    self.count_error(door.listener(), |cells| cells.errors_fatal.add(1));
+                    // It stays until there is another: its flows answer from it.
+                    let Some(socket) = mend(&error, &|| door.is_closing()).await else { return Ok(()) };
+                    // Where that fails, the old one fails again.
+                    if let Ok(fresh) = door.replaced_by(socket) {
+                        door = Rc::new(fresh);
+                        let mut doors = self.doors.borrow_mut();
+                        doors
+                            .get_mut(usize::from(place))
+                            .into_iter()
+                            .for_each(|own| *own = Some(Rc::clone(&door)));
+                    }
+                }
             }
         }
         Ok(())
@@ -248,12 +270,13 @@ impl<A> Flows<A> {
         }
     }
 
-    /// What could not be received is still in the socket's queue, or is lost there and counted by the kernel.
-    fn count_shortage(&self, listener: u32) {
+    /// Counts what went wrong at a listener. What could not be received is still in the socket's queue, or is lost there and
+    /// counted by the kernel.
+    fn count_error(&self, listener: u32, add: impl FnOnce(&ListenerCells)) {
         let mut state = self.state.borrow_mut();
         let snapshot = state.snapshot();
         if let Some(rules) = snapshot.listeners.get(listener as usize) {
-            state.local.ledger.listener(&rules.label).errors_shortage.add(1);
+            add(&state.local.ledger.listener(&rules.label));
         }
     }
 

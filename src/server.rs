@@ -3,6 +3,7 @@
 mod crew;
 mod doors;
 mod drain;
+pub mod failure;
 pub mod inherit;
 mod limits;
 mod listen;
@@ -21,6 +22,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -31,6 +33,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use self::crew::Crew;
 use self::doors::ORDERS;
 use self::drain::Stage;
+use self::failure::Vital;
 use self::inherit::Inherited;
 use self::listen::Bound;
 use self::moving::Movers;
@@ -434,6 +437,7 @@ impl Control {
     fn spawn(self) -> io::Result<JoinHandle<()>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("control".to_owned()).spawn(move || {
+            let _vital = Vital::new("the control thread");
             runtime.block_on(self.run());
             // A reload that waits for a file system must not keep the process from ending.
             runtime.shutdown_background();
@@ -445,10 +449,15 @@ impl Control {
         let live = &self.tools.live;
         upkeep::start(&self.tools, self.changed);
         let turn = self.desks.turn.clone();
-        tokio::spawn(admin::serve(self.desks, Arc::clone(live)));
+        let stages = self.stage.subscribe();
+        let spawn = |what, task: Pin<Box<dyn Future<Output = ()> + Send>>| {
+            tokio::spawn(failure::lasting(what, stages.clone(), task));
+        };
+        let (health, path) = self.health;
+        spawn("the admin pages", Box::pin(admin::serve(self.desks, Arc::clone(live))));
         tokio::spawn(writer::tell_losses(Arc::clone(&live.log)));
-        tokio::spawn(notify::run(Arc::clone(live), Arc::clone(&self.crew)));
-        tokio::spawn(admin::health::serve(self.health.0, self.health.1, Arc::clone(live), turn));
+        spawn("what systemd is told", Box::pin(notify::run(Arc::clone(live), Arc::clone(&self.crew))));
+        spawn("the health check", Box::pin(admin::health::serve(health, path, Arc::clone(live), turn)));
         drain::run(live, &self.crew, self.stage, self.drains).await;
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -36,6 +36,7 @@ pub mod rejections;
 mod reload;
 mod revocation;
 mod rows;
+mod stopped;
 mod sweep;
 mod takeovers;
 
@@ -44,6 +45,7 @@ use self::draining::{Draining, Phase};
 use self::rejections::StrayLines;
 pub use self::reload::{Frozen, Reloads, Turn};
 use self::rows::Rows;
+pub use self::stopped::{StoppedListener, StoppedListeners};
 pub use self::takeovers::Takeovers;
 
 /// What is in force. It never changes; a new one takes its place.
@@ -267,8 +269,8 @@ pub struct Live {
     pub pipes: Arc<Budget>,
     /// The lines of the access log that wait for its writer, and those that are missing.
     pub log: Arc<LogQueue>,
-    /// Listening sockets that broke.
-    pub stopped_doors: AtomicUsize,
+    /// Listening sockets that broke and are not open again yet.
+    pub stopped_listeners: StoppedListeners,
     /// Every address of each listener, by the listener's place, once it is bound.
     pub bound: ArcSwap<Vec<Vec<SocketAddr>>>,
     /// Where the admin pages and the health check are served, once that is bound.
@@ -344,7 +346,7 @@ impl Live {
             pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
             ports: Arc::new(connect::system_ports()),
             log: Arc::new(LogQueue::new(workers.max(1) * QUEUE)),
-            stopped_doors: AtomicUsize::new(0),
+            stopped_listeners: StoppedListeners::default(),
             bound: ArcSwap::default(),
             pages: OnceLock::new(),
             started: AtomicBool::new(false),
@@ -431,7 +433,7 @@ impl Live {
         let usable = || self.snapshot.load().pools.iter().any(|pool| pool.usable() > 0);
         if self.is_draining() {
             Err(NotReady::Draining)
-        } else if self.stopped_doors.load(Ordering::Acquire) > 0 {
+        } else if self.stopped_listeners.count() > 0 {
             Err(NotReady::ListenerStopped)
         } else if self.is_starting() {
             Err(NotReady::Starting)

@@ -22,6 +22,10 @@ mod datagram;
 mod forward;
 #[path = "it/harness.rs"]
 mod harness;
+#[path = "faults/listening.rs"]
+mod listening;
+#[path = "faults/process.rs"]
+mod process;
 #[path = "it/raw.rs"]
 mod raw;
 

@@ -150,6 +150,8 @@ metrics! {
         "1 where the last reload, or the start, put its configuration in force.";
     RELOADED: Gauge "vestibule_config_last_reload_timestamp_seconds" []
         "When a reload, or the start, last put its configuration in force, in Unix time.";
+    LISTENERS_STOPPED: Gauge "vestibule_listener_sockets_stopped" []
+        "Listening sockets that broke and are not open again yet; the health check says 503 while there are any.";
     TENANTS: Gauge "vestibule_tenants" []
         "Tenants of the live snapshot.";
     DRAINING: Gauge "vestibule_draining" []

@@ -209,6 +209,7 @@ fn process(sheet: &mut Sheet, live: &Live) {
             sheet.count(&names::PENDING_LIMIT, &[listener.label.name()], limit as u64);
         }
     }
+    sheet.count(&names::LISTENERS_STOPPED, &[], live.stopped_listeners.count() as u64);
     sheet.count(&names::TENANTS, &[], snapshot.directory.tenants().len() as u64);
     sheet.count(&names::PIPE_MEMORY, &[], live.pipes.used());
     let losses = live.log.losses();

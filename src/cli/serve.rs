@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -12,12 +12,13 @@ use tracing::level_filters::LevelFilter;
 use tracing_appender::non_blocking::WorkerGuard;
 
 use super::watch;
+use crate::account::lock;
 use crate::admin::control::Orders as _;
 use crate::config::sources::Sources;
 use crate::config::{Config, Faults, Format, Level, Log};
 use crate::server::inherit::Inherited;
 use crate::server::takeover::Heritage;
-use crate::server::{Orders, SCARCE_PORTS, Server, Start, StartError, notify, scarce_ports};
+use crate::server::{Orders, SCARCE_PORTS, Server, Start, StartError, failure, notify, scarce_ports};
 
 pub(super) const EXAMPLES: &str = "Examples:\n  \
     vestibule serve --config config/minimal.toml\n  \
@@ -92,19 +93,23 @@ fn begin(
     config: Config,
     sources: Sources,
 ) -> ExitCode {
-    let _writer = start_log(&config.log);
+    let writer = Arc::new(Mutex::new(Some(start_log(&config.log))));
+    let flushed = Arc::clone(&writer);
+    failure::before_exit(move || drop(lock(&flushed).take()));
     let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
         let heritage = options.takeover.as_deref().map(Heritage::ask).transpose()?;
         let start = Start { source: Some(options.config.clone()), inherited, heritage };
         serve(runtime, caught, Arc::new(config), start, sources)
     });
-    match started {
+    let status = match started {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
             ExitCode::FAILURE
         }
-    }
+    };
+    drop(lock(&writer).take());
+    status
 }
 
 fn serve(
@@ -125,13 +130,16 @@ fn serve(
     // The server has it, until another one is in force.
     drop(config);
     notify::ready();
-    runtime.spawn(carry_out_each(Arc::clone(server.orders()), asked, |orders| drop(orders.reload())));
+    let reloads = carry_out_each(Arc::clone(server.orders()), asked, |orders| drop(orders.reload()));
+    runtime.spawn(failure::essential("reloads", reloads));
     // Apart from reloads, which may wait for names for seconds.
-    runtime.spawn(carry_out_each(Arc::clone(server.orders()), asked_to_reopen, |orders| {
+    let reopens = carry_out_each(Arc::clone(server.orders()), asked_to_reopen, |orders| {
         drop(orders.reopen_access_log());
-    }));
+    });
+    runtime.spawn(failure::essential("reopening of the access log", reopens));
     if let Some(main) = watched {
-        runtime.spawn(watch::run(main, sources, Arc::clone(server.orders())));
+        let watching = watch::run(main, sources, Arc::clone(server.orders()));
+        runtime.spawn(failure::essential("the watch of configuration files", watching));
     }
     runtime.block_on(until_the_end(server, signals));
     tracing::info!("ended");

@@ -121,6 +121,16 @@ impl Door {
         })
     }
 
+    /// The same with another socket, for the flows that there are.
+    ///
+    /// # Errors
+    /// Where the system or the runtime refuses it.
+    pub(super) fn replaced_by(&self, socket: UdpSocket) -> io::Result<Self> {
+        let fresh = Self::new(socket, self.listener())?;
+        fresh.header.set(self.header.get());
+        Ok(Self { flows: Rc::clone(&self.flows), ..fresh })
+    }
+
     /// A copy of the socket.
     pub(super) fn lend(&self) -> Option<OwnedFd> {
         self.socket.get_ref().as_fd().try_clone_to_owned().ok()

@@ -4,10 +4,11 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_local;
@@ -15,11 +16,13 @@ use tokio::time::sleep;
 
 use super::crew::OpenDoor;
 use super::drain::Stage;
-use super::listen::Bound;
+use super::listen::{self, Bound};
 use super::worker::Shop;
 use crate::accept::{Door, PAUSE, Trouble};
+use crate::account::meter::ListenerCells;
 use crate::config::Protocol;
 use crate::flow::Vacancy;
+use crate::state::StoppedListener;
 
 /// Orders that may wait for a worker; each is what one reload wants of it.
 pub(super) const ORDERS: usize = 64;
@@ -59,8 +62,8 @@ pub(super) type Lent = (DoorId, OwnedFd);
 
 /// A TCP door that is open.
 struct Opened {
-    /// Gone once its task has closed it.
-    door: Weak<Door>,
+    /// Gone once its task has closed it, and while it is broken.
+    door: Rc<RefCell<Weak<Door>>>,
     /// Closes it, where this goes.
     _close: oneshot::Sender<()>,
 }
@@ -109,32 +112,28 @@ impl Doors {
     /// Begins to serve a listener's socket.
     pub(super) fn open(&self, listener: u32, socket: Bound) {
         match socket {
-            Bound::Tcp(socket) => match Door::new(socket) {
-                Ok(door) => {
-                    let (address, door) = (door.address().0, Rc::new(door));
-                    let (close, closes) = oneshot::channel();
-                    let id = DoorId { listener, protocol: Protocol::Tcp, address };
-                    let opened = Opened { door: Rc::downgrade(&door), _close: close };
-                    self.open.borrow_mut().entry(id).or_default().push(opened);
-                    let open = self.shop.crew.open_door();
-                    let orders =
-                        Stays { stages: self.stages.clone(), closes, accepts: self.accepts.subscribe() };
-                    spawn_local(keep(door, open, listener, Rc::clone(&self.shop), orders));
-                }
-                Err(error) => stopped(&self.shop, listener, &error),
-            },
+            Bound::Tcp(socket) => {
+                let Ok(address) = socket.local_addr() else { return };
+                let (slot, (close, closes)) = (Rc::<RefCell<Weak<Door>>>::default(), oneshot::channel());
+                let id = DoorId { listener, protocol: Protocol::Tcp, address };
+                let opened = Opened { door: Rc::clone(&slot), _close: close };
+                self.open.borrow_mut().entry(id).or_default().push(opened);
+                let open = self.shop.crew.open_door();
+                let (stages, accepts) = (self.stages.clone(), self.accepts.subscribe());
+                let orders = Stays { stages, closes, accepts, is_counted: open };
+                let door = Door::new(socket).map(Rc::new);
+                // Before the next order: it may be to lend it.
+                slot.replace(door.as_ref().map_or_else(|_| Weak::new(), Rc::downgrade));
+                spawn_local(keep(door, slot, id, Rc::clone(&self.shop), orders));
+            }
             Bound::Udp(socket) => {
-                let Some(flows) = self.shop.flows() else { return };
-                if !*self.accepts.borrow() {
+                let (shop, accepts) = (Rc::clone(&self.shop), self.accepts.subscribe());
+                if let Ok(flows) = shop.flows()
+                    && !*accepts.borrow()
+                {
                     flows.pause();
                 }
-                let shop = Rc::clone(&self.shop);
-                spawn_local(async move {
-                    let _vital = shop.vital("datagrams");
-                    if let Err(error) = flows.keep(socket, listener).await {
-                        stopped(&shop, listener, &error);
-                    }
-                });
+                spawn_local(keep_udp(socket, listener, shop, accepts));
             }
         }
     }
@@ -143,8 +142,9 @@ impl Doors {
     fn lend(&self) -> Vec<Lent> {
         let open = self.open.borrow();
         let tcp = open.iter().flat_map(|(id, doors)| doors.iter().map(move |opened| (*id, opened)));
-        let tcp = tcp
-            .filter_map(|(id, opened)| Some((id, opened.door.upgrade()?.as_fd().try_clone_to_owned().ok()?)));
+        let tcp = tcp.filter_map(|(id, opened)| {
+            Some((id, opened.door.borrow().upgrade()?.as_fd().try_clone_to_owned().ok()?))
+        });
         let udp = self.shop.known_flows().map_or_else(Vec::new, |flows| flows.lend());
         let udp = udp.into_iter().map(|(listener, address, socket)| {
             (DoorId { listener, protocol: Protocol::Udp, address }, socket)
@@ -156,7 +156,7 @@ impl Doors {
         match door.protocol {
             // Its task closes it; where that has ended, it is closed.
             Protocol::Tcp => drop(self.open.borrow_mut().remove(&door)),
-            Protocol::Udp => match self.shop.flows() {
+            Protocol::Udp => match self.shop.known_flows() {
                 Some(flows) => flows.close(door.listener, door.address, last),
                 None => last.leave(),
             },
@@ -170,10 +170,29 @@ struct Stays {
     /// Until this is closed.
     closes: oneshot::Receiver<()>,
     accepts: watch::Receiver<bool>,
+    /// A drain waits for it.
+    is_counted: OpenDoor,
 }
 
-/// Accepts at one door until it, or the process, stops accepting.
-async fn keep(door: Rc<Door>, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut orders: Stays) {
+/// How a listening socket's work ended.
+enum End {
+    /// The listener's address or the process goes: what the kernel has accepted is served.
+    Closed,
+    /// Another process has the socket.
+    Given,
+    /// The socket broke.
+    Broken(io::Error),
+}
+
+/// Accepts at one address until it, or the process, stops accepting. A socket that breaks is opened again.
+async fn keep(
+    mut opened: io::Result<Rc<Door>>,
+    slot: Rc<RefCell<Weak<Door>>>,
+    id: DoorId,
+    shop: Rc<Shop>,
+    mut orders: Stays,
+) {
+    let listener = id.listener;
     let snapshot = shop.live.snapshot.load_full();
     let Some(label) = snapshot.listeners.get(listener as usize).map(|listener| listener.label.clone()) else {
         return;
@@ -181,12 +200,46 @@ async fn keep(door: Rc<Door>, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut
     drop(snapshot);
     let _vital = shop.vital("accepting");
     let cells = shop.worker.local.ledger.listener(&label);
+    loop {
+        let door = match opened {
+            Ok(door) => door,
+            Err(error) => {
+                let _stopped = stopped(&shop, label.name(), id.address, &error);
+                let Some(door) = reopen(label.name(), id.address, &mut orders).await else { return };
+                tracing::info!(listener = label.name(), address = %id.address, "a listening socket is open again");
+                slot.replace(Rc::downgrade(&door));
+                door
+            }
+        };
+        match accept(&door, label.name(), &cells, listener, &shop, &mut orders).await {
+            End::Closed => {
+                door.close(|accepted| shop.start(accepted, listener));
+                // What was accepted is counted by now.
+                return drop(orders.is_counted);
+            }
+            End::Given => return,
+            End::Broken(error) => {
+                cells.errors_fatal.add(1);
+                opened = Err(error);
+            }
+        }
+    }
+}
+
+async fn accept(
+    door: &Door,
+    name: &str,
+    cells: &ListenerCells,
+    listener: u32,
+    shop: &Rc<Shop>,
+    orders: &mut Stays,
+) -> End {
     let mut short = false;
     loop {
         if !*orders.accepts.borrow() {
             tokio::select! {
                 // Another process has the socket, and what waits there is its: only this copy is closed.
-                _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return,
+                _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return End::Given,
                 _ = orders.accepts.wait_for(|accepts| *accepts) => {}
             }
         }
@@ -194,8 +247,8 @@ async fn keep(door: Rc<Door>, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut
             // In this order: once it is paused, nothing is accepted here.
             biased;
             _ = orders.accepts.wait_for(|accepts| !accepts) => continue,
-            _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => break,
-            _ = &mut orders.closes => break,
+            _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return End::Closed,
+            _ = &mut orders.closes => return End::Closed,
             accepted = door.accept(|accepted| shop.receive(accepted, listener)) => accepted,
         };
         match accepted {
@@ -204,22 +257,103 @@ async fn keep(door: Rc<Door>, open: OpenDoor, listener: u32, shop: Rc<Shop>, mut
             Err(Trouble::Shortage(error)) => {
                 cells.errors_shortage.add(1);
                 if !std::mem::replace(&mut short, true) {
-                    tracing::warn!(listener = label.name(), %error, "accepting pauses");
+                    tracing::warn!(listener = name, %error, "accepting pauses");
                 }
                 sleep(PAUSE).await;
             }
-            Err(Trouble::Fatal(error)) => {
-                cells.errors_fatal.add(1);
-                return stopped(&shop, listener, &error);
-            }
+            Err(Trouble::Fatal(error)) => return End::Broken(error),
         }
     }
-    door.close(|accepted| shop.start(accepted, listener));
-    drop(open);
+}
+
+/// The time to the first attempt to open a broken socket again, which doubles with each attempt, and the longest.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LAST_RETRY: Duration = Duration::from_secs(10);
+
+/// Opens a socket again; `None` where nothing is to be accepted at its address any more.
+async fn reopen(name: &str, address: SocketAddr, orders: &mut Stays) -> Option<Rc<Door>> {
+    let mut wait = FIRST_RETRY;
+    loop {
+        tokio::select! {
+            _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return None,
+            _ = &mut orders.closes => return None,
+            () = sleep(wait) => {}
+        }
+        // While another process takes over, connections would come to a socket that nobody accepts from.
+        if *orders.accepts.borrow() {
+            match listen::reopen(address).and_then(Door::new) {
+                Ok(door) => return Some(Rc::new(door)),
+                Err(error) => cannot_open(name, address, &error),
+            }
+        }
+        wait = (wait * 2).min(LAST_RETRY);
+    }
+}
+
+/// Receives at a UDP socket until its listener's address goes. A socket that breaks is opened again.
+async fn keep_udp(mut socket: UdpSocket, listener: u32, shop: Rc<Shop>, accepts: watch::Receiver<bool>) {
+    let Ok(address) = socket.local_addr() else { return };
+    let _vital = shop.vital("datagrams");
+    let snapshot = shop.live.snapshot.load_full();
+    let label = snapshot.listeners.get(listener as usize).map(|listener| listener.label.clone());
+    drop(snapshot);
+    let Some(label) = label else { return };
+    let is_in_force = || {
+        let bound = shop.live.bound.load();
+        bound.get(listener as usize).is_some_and(|addresses| addresses.contains(&address))
+    };
+    let (mut wait, mut is_stopped) = (FIRST_RETRY, None);
+    let flows = loop {
+        match shop.flows() {
+            Ok(flows) => break flows,
+            Err(error) if is_stopped.is_none() => {
+                is_stopped = Some(stopped(&shop, label.name(), address, &error));
+            }
+            Err(error) => cannot_open(label.name(), address, &error),
+        }
+        sleep(wait).await;
+        if !is_in_force() {
+            return;
+        }
+        wait = (wait * 2).min(LAST_RETRY);
+    };
+    drop(is_stopped);
+    if !*accepts.borrow() {
+        flows.pause();
+    }
+    let mend = async |error: &io::Error, is_closing: &dyn Fn() -> bool| {
+        let _stopped = stopped(&shop, label.name(), address, error);
+        let mut wait = FIRST_RETRY;
+        loop {
+            sleep(wait).await;
+            if !is_in_force() || is_closing() {
+                return None;
+            }
+            if *accepts.borrow() {
+                match listen::reopen_udp(address) {
+                    Ok(socket) => {
+                        tracing::info!(listener = label.name(), %address, "a listening socket is open again");
+                        return Some(socket);
+                    }
+                    Err(error) => cannot_open(label.name(), address, &error),
+                }
+            }
+            wait = (wait * 2).min(LAST_RETRY);
+        }
+    };
+    while let Err(error) = flows.keep(socket, listener, &mend).await {
+        let Some(again) = mend(&error, &|| false).await else { return };
+        socket = again;
+    }
+}
+
+fn cannot_open(listener: &str, address: SocketAddr, error: &io::Error) {
+    tracing::warn!(listener, %address, %error, "a listening socket cannot be opened again yet; it is tried again");
 }
 
 /// A listener never dies in silence.
-fn stopped(shop: &Shop, listener: u32, error: &io::Error) {
-    tracing::error!(worker = shop.worker.number, listener, %error, "a listening socket has stopped");
-    shop.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+fn stopped(shop: &Shop, listener: &str, address: SocketAddr, error: &io::Error) -> StoppedListener {
+    let worker = shop.worker.number;
+    tracing::error!(worker, listener, %address, %error, "a listening socket has stopped; it is opened again");
+    shop.live.stopped_listeners.stop()
 }

@@ -9,6 +9,7 @@ use super::StartError;
 use super::doors::DoorId;
 use super::inherit::Inherited;
 use crate::config::{self, Config, Pool, Protocol};
+use crate::fault::{self, Call};
 
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
@@ -128,6 +129,18 @@ impl Bound {
             Self::Udp(socket) => socket.local_addr(),
         }
     }
+}
+
+/// Opens a TCP listening socket that broke once more.
+pub(super) fn reopen(address: SocketAddr) -> io::Result<TcpListener> {
+    fault::at(Call::Listen)?;
+    open(address, true)
+}
+
+/// The same of UDP.
+pub(super) fn reopen_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    fault::at(Call::Listen)?;
+    open_udp(address)
 }
 
 /// Binds a port of every source address once: one that is not this machine's would fail every session.

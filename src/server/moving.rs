@@ -143,6 +143,7 @@ impl Movers {
 
 /// Does what a worker is told, until nobody tells it anything any more.
 pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
+    let _vital = shop.vital("orders to move sessions");
     let mut told = false;
     while let Some(order) = orders.recv().await {
         match order {

@@ -10,6 +10,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::crew::Crew;
 use crate::clock;
+use crate::fault::{self, Call};
 use crate::state::Live;
 use crate::state::draining::Phase;
 
@@ -91,6 +92,7 @@ pub(super) async fn run(live: Arc<Live>, crew: Arc<Crew>) {
     let mut beats = Vec::new();
     loop {
         ticks.tick().await;
+        fault::panic_at(Call::ControlPanic);
         let news = told.news(&live, &crew);
         let mut states: Vec<_> = news.as_deref().map(NotifyState::Status).into_iter().collect();
         if news.is_some() && live.is_draining() {

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::failure;
 use crate::account::lock;
 use crate::account::lookup::Lookups;
 use crate::clock;
@@ -57,12 +58,9 @@ impl Drop for Care {
 pub(super) fn start(tools: &Tools, changed: Arc<Notify>) {
     let cared = tools.begin();
     let live = Arc::clone(&tools.live);
-    let following = tokio::spawn(follow(tools.clone(), cared, changed));
-    tokio::spawn(async move {
-        if let Err(error) = following.await {
-            tracing::error!(%error, "a fault in vestibule itself: pools that reloads bring are not probed any more");
-        }
-    });
+    // Without it, pools that reloads bring would never be probed.
+    let following = follow(tools.clone(), cared, changed);
+    tokio::spawn(failure::essential("the probes of pools that reloads bring", following));
     tokio::spawn(async move {
         // Without it no ejection would end.
         while let Err(error) = tokio::spawn(tend(Arc::clone(&live))).await {

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 use super::crew::{Aboard, Crew};
 use super::doors::{Doors, Order};
 use super::drain::{self, Stage};
+use super::failure::{self, Vital};
 use super::listen::Bound;
 use super::moving;
 use crate::accept::Accepted;
@@ -24,6 +25,7 @@ use crate::account::meter::Ledger;
 use crate::admission::budget::QUANTUM;
 use crate::clock;
 use crate::clock::wheel::Tick;
+use crate::fault::{self, Call};
 use crate::flow::Flows;
 use crate::life::Local;
 use crate::session::{self, Worker};
@@ -62,15 +64,24 @@ pub(super) struct Post {
 
 /// Starts the thread of a worker.
 pub(super) fn spawn(post: Post) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(format!("worker-{}", post.number)).spawn(move || {
-        match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
-            Ok(runtime) => runtime.block_on(work(post)),
-            Err(error) => {
-                tracing::error!(worker = post.number, %error, "a worker has no runtime; its listeners are closed");
-                post.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
-            }
+    // A worker without a runtime would have the fewest sessions, and be given all: nothing starts without one.
+    let (started, starts) = sync_channel(1);
+    let thread = std::thread::Builder::new().name(format!("worker-{}", post.number)).spawn(move || {
+        let build = || Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+        let runtime = match fault::at(Call::WorkerStart).map_err(io::Error::from).and_then(|()| build()) {
+            Ok(runtime) => runtime,
+            Err(error) => return started.send(Err(error)).unwrap_or_default(),
+        };
+        started.send(Ok(())).unwrap_or_default();
+        let (number, stages) = (post.number, post.stages.clone());
+        let _vital = Vital::of_worker(number, "the thread");
+        runtime.block_on(work(post));
+        if failure::is_serving(&stages) {
+            failure::end(&format!("the thread of worker {number}"));
         }
-    })
+    })?;
+    starts.recv().map_err(|_| io::Error::other("the thread has ended"))??;
+    Ok(thread)
 }
 
 /// What the tasks of one worker share.
@@ -79,14 +90,14 @@ pub(super) struct Shop {
     pub(super) live: Arc<Live>,
     pub(super) crew: Arc<Crew>,
     others: Vec<mpsc::Sender<Fresh>>,
-    /// Once a listener is UDP; nothing where they cannot be carried.
-    flows: OnceCell<Option<Rc<Flows<Aboard>>>>,
+    /// Once a listener is UDP.
+    flows: OnceCell<Rc<Flows<Aboard>>>,
     journal: Option<Outlet>,
 }
 
 impl Shop {
     pub(super) fn vital(&self, what: &'static str) -> Vital {
-        Vital { live: Arc::clone(&self.live), worker: self.worker.number, what }
+        Vital::of_worker(self.worker.number, what)
     }
 
     fn number(&self) -> usize {
@@ -127,62 +138,47 @@ impl Shop {
 
     /// The worker's flows, where there may be any.
     pub(super) fn known_flows(&self) -> Option<&Rc<Flows<Aboard>>> {
-        self.flows.get()?.as_ref()
+        self.flows.get()
     }
 
-    /// The worker's flows, from the first UDP listener on; none where they cannot be carried.
-    pub(super) fn flows(&self) -> Option<Rc<Flows<Aboard>>> {
-        self.flows.get_or_init(|| self.begin_flows()).clone()
+    /// The worker's flows, from the first UDP listener on.
+    ///
+    /// # Errors
+    /// What is short for them now.
+    pub(super) fn flows(&self) -> io::Result<Rc<Flows<Aboard>>> {
+        if let Some(flows) = self.known_flows() {
+            return Ok(Rc::clone(flows));
+        }
+        let flows = self.begin_flows()?;
+        self.flows.set(Rc::clone(&flows)).unwrap_or_default();
+        Ok(flows)
     }
 
-    fn begin_flows(&self) -> Option<Rc<Flows<Aboard>>> {
+    fn begin_flows(&self) -> io::Result<Rc<Flows<Aboard>>> {
         let (crew, number, live) = (Arc::clone(&self.crew), self.number(), Arc::clone(&self.live));
         let board = Box::new(move || crew.board(number));
         let (worker, local) = (self.worker.number, Rc::clone(&self.worker.local));
-        let flows = match Flows::new(worker, &live, local, self.journal.clone(), board) {
-            Ok(flows) => flows,
-            Err(error) => {
-                tracing::error!(worker, %error, "a worker cannot carry flows; its UDP listeners are closed");
-                live.stopped_doors.fetch_add(1, Ordering::AcqRel);
-                return None;
-            }
-        };
-        let (answering, vital) = (Rc::clone(&flows), self.vital("answers"));
+        let flows = Flows::new(worker, &live, local, self.journal.clone(), board)?;
+        let (answering, vital) = (Rc::clone(&flows), self.vital("receiving from backends"));
         spawn_local(async move {
             let _vital = vital;
             if let Err(error) = answering.answer().await {
-                tracing::error!(worker, %error, "a worker does not hear its flows' backends");
-                live.stopped_doors.fetch_add(1, Ordering::AcqRel);
+                tracing::error!(worker, %error, "a worker cannot receive from the backends of its flows");
+                failure::end(&format!("receiving from backends of worker {worker}"));
             }
         });
-        let (ending, vital) = (Rc::clone(&flows), self.vital("idle flows"));
+        let (ending, vital) = (Rc::clone(&flows), self.vital("ending idle flows"));
         spawn_local(async move {
             let _vital = vital;
             ending.end_idle().await;
         });
-        Some(flows)
+        Ok(flows)
     }
 
     fn carry(&self, fresh: Fresh) {
         let worker = Rc::clone(&self.worker);
         // Boxed, because a task moves what it runs three times at its end.
         spawn_local(Box::pin(session::run(worker, fresh.accepted, fresh.listener, fresh.aboard)));
-    }
-}
-
-/// Held by a task that the worker cannot do without. Where it panics, nobody would notice before its sessions did.
-pub(super) struct Vital {
-    live: Arc<Live>,
-    worker: u16,
-    what: &'static str,
-}
-
-impl Drop for Vital {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            tracing::error!(worker = self.worker, what = self.what, "a task of a worker has stopped");
-            self.live.stopped_doors.fetch_add(1, Ordering::AcqRel);
-        }
     }
 }
 
@@ -217,6 +213,7 @@ async fn work(mut post: Post) {
     let handed_over = {
         let shop = Rc::clone(&shop);
         spawn_local(async move {
+            let _vital = shop.vital("taking connections of other workers");
             while let Some(fresh) = post.handed_over.recv().await {
                 shop.carry(fresh);
             }
@@ -252,12 +249,13 @@ const SELDOM: Duration = Duration::from_millis(5);
 
 /// Drives the worker's coarse time, and hands its lines of the access log on.
 async fn tick(shop: Rc<Shop>) {
-    let _vital = shop.vital("time");
+    let _vital = shop.vital("the timers");
     let mut ticks = interval(Tick::SPAN);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut untold = 0;
     loop {
         next(&mut ticks, &shop).await;
+        fault::panic_at(Call::WorkerPanic);
         shop.worker.local.ledger.worker().ticks.add(1);
         let now = clock::now();
         shop.worker.local.advance(now);

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use vestibule::fault::{Call, Fault};
 use vestibule::lab::backend::{Backend, Temper};
 
-use super::harness::{ACME, Conf, Proxy, end_of, exchange, header, http};
+use super::harness::{ACME, Conf, Proxy, end_of, exchange, header};
 use super::raw::Raw;
 use super::{Bystander, alone, inject, next};
 
@@ -58,26 +58,6 @@ async fn who_has_gone_in_the_queue_keeps_nobody_from_being_accepted() {
     drop(gone);
     is_served(&proxy).await;
     bystander.outlives(proxy).await;
-}
-
-#[tokio::test]
-async fn a_listening_socket_that_broke_is_said_to_the_load_balancer() {
-    let _kernel = alone().await;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
-    let mut proxy = Conf { acme: vec![acme.address()], workers: 1, ..Conf::default() }.start().await;
-    let mut bystander = Bystander::of(&proxy).await;
-    let broken = next(Call::Accept, Errno::INVAL, 1);
-    let waiting = TcpStream::connect(proxy.address("web")).await;
-    proxy.metric("vestibule_accept_errors_total", &[("class", "fatal")]).is(1).await;
-    let (head, body) = http(proxy.server().health(), "/healthz", b"").await;
-    assert!(head.starts_with("HTTP/1.1 503 ") && body.contains("listener_stopped"), "{head}\n{body}");
-    drop(broken);
-    // Who waited in its queue is reset with it, perhaps before it knew that it was connected; those who were in go on.
-    if let Ok(mut waiting) = waiting {
-        end_of(&mut waiting).await.unwrap_err();
-    }
-    bystander.lives().await;
-    proxy.end().await;
 }
 
 #[tokio::test]

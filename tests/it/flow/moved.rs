@@ -41,7 +41,9 @@ impl Side {
         let flows = Flows::new(0, &live, Rc::clone(&local), None, Box::new(|| ())).unwrap();
         let [keeps, answers, ticks, ends] = [(); 4].map(|()| Rc::clone(&flows));
         let door = door.try_clone().unwrap();
-        spawn_local(async move { keeps.keep(door, 0).await.unwrap() });
+        spawn_local(async move {
+            keeps.keep(door, 0, &async |_: &std::io::Error, _: &dyn Fn() -> bool| None).await.unwrap()
+        });
         spawn_local(async move { answers.answer().await.unwrap() });
         spawn_local(async move { ends.end_idle().await });
         spawn_local(async move {

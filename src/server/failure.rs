@@ -1,0 +1,91 @@
+//! The end of a process that would look alive without serving: a part of it that it cannot do without has stopped.
+
+use std::process;
+use std::sync::OnceLock;
+use std::thread;
+use std::time::Duration;
+
+use super::drain::Stage;
+
+/// The exit status: an internal software error (`EX_SOFTWARE`, sysexits.h).
+pub const STATUS: i32 = 70;
+
+/// How long the exit may take before the process is aborted.
+const EXIT: Duration = Duration::from_secs(5);
+
+static BEFORE_EXIT: OnceLock<Box<dyn Fn() + Send + Sync>> = OnceLock::new();
+
+/// What is done before the process ends by a failure, such as writing the rest of its log. The first call counts.
+pub fn before_exit(flush: impl Fn() + Send + Sync + 'static) {
+    BEFORE_EXIT.set(Box::new(flush)).unwrap_or_default();
+}
+
+/// Ends the process at once.
+pub(super) fn end(what: &str) -> ! {
+    tracing::error!(
+        what,
+        status = STATUS,
+        "a part of vestibule that it cannot serve without has stopped, by a fault of its own; the process ends, to be started again"
+    );
+    let abort = || {
+        // That it may return early does no harm.
+        thread::park_timeout(EXIT);
+        process::abort()
+    };
+    // Without the thread the exit has no limit.
+    thread::Builder::new().name("exit".to_owned()).spawn(abort).map(drop).unwrap_or_default();
+    if let Some(flush) = BEFORE_EXIT.get() {
+        flush();
+    }
+    process::exit(STATUS)
+}
+
+/// Held by a task or thread that the process cannot do without: where that panics, the process ends.
+pub(super) struct Vital {
+    worker: Option<u16>,
+    what: &'static str,
+}
+
+impl Vital {
+    /// One of a worker.
+    pub(super) fn of_worker(number: u16, what: &'static str) -> Self {
+        Self { worker: Some(number), what }
+    }
+
+    /// One of the whole process.
+    pub(super) fn new(what: &'static str) -> Self {
+        Self { worker: None, what }
+    }
+}
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let of = self.worker.map_or_else(String::new, |number| format!(" of worker {number}"));
+            end(&format!("{}{of}", self.what));
+        }
+    }
+}
+
+/// A task whose panic ends the process.
+pub async fn essential(what: &'static str, task: impl Future<Output = ()>) {
+    let _vital = Vital::new(what);
+    task.await;
+}
+
+/// The same of one that goes on for as long as the process serves: where it returns before, that ends the process too.
+pub(super) async fn lasting(
+    what: &'static str,
+    stages: tokio::sync::watch::Receiver<Stage>,
+    task: impl Future<Output = ()>,
+) {
+    essential(what, task).await;
+    if is_serving(&stages) {
+        end(what);
+    }
+}
+
+/// Whether the process has not been told to end. A closed channel is its end.
+pub(super) fn is_serving(stages: &tokio::sync::watch::Receiver<Stage>) -> bool {
+    stages.has_changed().is_ok() && matches!(*stages.borrow(), Stage::Serving)
+}
