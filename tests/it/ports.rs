@@ -86,7 +86,10 @@ async fn pool_of(acme: &Backend, pool: &str) -> Proxy {
 
 async fn no_backend_is_blamed(proxy: &Proxy) {
     proxy.metric("vestibule_backend_ejections_total", &[("pool", "acme")]).is(0).await;
-    proxy.metric("vestibule_backend_connects_total", &[("pool", "acme"), ("result", "failed")]).is(0).await;
+    proxy
+        .metric("vestibule_backend_connects_total", &[("pool", "acme"), ("result", "connect_failed")])
+        .is(0)
+        .await;
 }
 
 #[tokio::test]

@@ -83,6 +83,8 @@ fn values(metric: &str, label: &str) -> Option<BTreeSet<String>> {
         ("result", "vestibule_name_lookups_total") => Lookup::ALL.map(Lookup::word).into(),
         ("endpoint", _) => Endpoint::ALL.map(Endpoint::word).into(),
         ("result", "vestibule_admin_connections_total") => Ended::ALL.map(Ended::word).into(),
+        ("protocol", _) => vec!["tcp"],
+        ("state", _) => vec!["live", "waiting"],
         ("version", _) => vec![env!("CARGO_PKG_VERSION")],
         ("worker", _) => return Some((0..64).map(|worker| worker.to_string()).collect()),
         _ => return None,
