@@ -139,6 +139,8 @@ pub struct Timeouts {
     pub half_close: Duration,
     /// No datagram of a flow in either direction.
     pub flow_idle: Duration,
+    /// Bytes that the other end of a connection does not acknowledge; 0 leaves it to the kernel.
+    pub tcp_user_timeout: Duration,
 }
 
 /// How the process ends without dropping what it holds.

@@ -1,17 +1,19 @@
 //! The fifth step: a connection to one backend, within its time.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::Interest;
+use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
 use crate::account::meter::Connect;
@@ -30,6 +32,8 @@ pub enum Failure {
     Backend(Connect),
     /// The process drains, and cannot wait.
     Drained,
+    /// The client has reset its connection: the backend is not at fault.
+    ClientReset,
 }
 
 impl Failure {
@@ -38,6 +42,7 @@ impl Failure {
     pub const fn outcome(self) -> Outcome {
         let (by, why) = match self {
             Self::Drained => (By::Proxy, Why::Drained),
+            Self::ClientReset => (By::Client, Why::Reset),
             Self::Backend(result) => match result {
                 Connect::Refused => (By::Backend, Why::ConnectRefused),
                 Connect::Timeout => (By::Proxy, Why::ConnectTimeout),
@@ -76,36 +81,65 @@ pub enum Opening {
     Listens,
 }
 
-/// Connects to the backend that the ports of `origin` lead to, within `limit`. The connection uses the port as long as it lives.
+/// Runs `step` until it ends, or until `reset`, which is the client's socket being ready for [`Interest::ERROR`]: then `None`.
+/// The step goes first.
+///
+/// An end alone (FIN) is no reset: a client may have sent its whole request and wait for the answer. Once it has closed its
+/// socket, its kernel answers the first byte of ours with a reset.
+pub fn unless_reset<'a, F: Future + Unpin + 'a>(
+    mut reset: Pin<&'a mut (impl Future<Output = io::Result<Ready>> + 'a)>,
+    mut step: F,
+) -> impl Future<Output = Option<F::Output>> + Unpin + 'a {
+    poll_fn(move |context| {
+        if let Poll::Ready(output) = Pin::new(&mut step).poll(context) {
+            return Poll::Ready(Some(output));
+        }
+        reset.as_mut().poll(context).map(|_| None)
+    })
+}
+
+/// Connects to the backend that the ports of `origin` lead to, within `limit` and as long as the `client` is there. The connection
+/// uses the port as long as it lives.
 ///
 /// # Errors
 /// Why not; nothing has been sent then.
-pub async fn dial(
+///
+/// Not an `async fn`: that would keep a place for the origin as long as it waits.
+pub fn dial<'a>(
     origin: Origin<'_>,
     opening: Opening,
+    client: &'a TcpStream,
     limit: Span,
-    life: &mut Life,
-) -> Result<(TcpStream, Port), Failure> {
-    let failed = |error: io::Error| Failure::Backend(classify(&error));
+    life: &'a mut Life,
+) -> impl Future<Output = Result<(TcpStream, Port), Failure>> + use<'a> {
     let started = clock::now();
     let socket = start(origin, opening);
     life.meter.worker().connect_calls.add(nanos(clock::now().since(started)));
-    let (socket, port) = socket.map_err(failed)?;
-    life.wake_at(life.tick().after(limit));
-    let connected = life.watch(pin!(socket.ready(Interest::WRITABLE))).await;
-    match connected {
-        Ok(Ok(ready)) => {
-            // A socket that connected is writable and not closed: SO_ERROR need not be asked.
-            if ready.is_write_closed()
-                && let Some(error) = socket.take_error().map_err(failed)?
-            {
-                return Err(failed(error));
+    async move {
+        let failed = |error: io::Error| Failure::Backend(classify(&error));
+        let (socket, port) = socket.map_err(failed)?;
+        life.wake_at(life.tick().after(limit));
+        let reset = pin!(client.ready(Interest::ERROR));
+        // By the socket's own place for a writer: a future that waits for it would take 100 bytes more of every session's lead.
+        let writable = poll_fn(|context| {
+            ready!(socket.poll_write_ready(context))?;
+            pin!(socket.ready(Interest::WRITABLE)).poll(context)
+        });
+        match life.watch(unless_reset(reset, writable)).await {
+            Ok(Some(Ok(ready))) => {
+                // A socket that connected is writable and not closed: SO_ERROR need not be asked.
+                if ready.is_write_closed()
+                    && let Some(error) = socket.take_error().map_err(failed)?
+                {
+                    return Err(failed(error));
+                }
+                Ok((socket, port))
             }
-            Ok((socket, port))
+            Ok(Some(Err(error))) => Err(failed(error)),
+            Ok(None) => Err(Failure::ClientReset),
+            Err(Cut::Expired) => Err(Failure::Backend(Connect::Timeout)),
+            Err(Cut::Drained) => Err(Failure::Drained),
         }
-        Ok(Err(error)) => Err(failed(error)),
-        Err(Cut::Expired) => Err(Failure::Backend(Connect::Timeout)),
-        Err(Cut::Drained) => Err(Failure::Drained),
     }
 }
 
@@ -273,6 +307,7 @@ mod tests {
             assert!(Failure::Backend(result).outcome().place().is_some(), "{result:?}");
         }
         assert!(Failure::Drained.outcome().place().is_some());
+        assert!(Failure::ClientReset.outcome().place().is_some());
     }
 
     #[test]

@@ -67,12 +67,14 @@ pub struct Patience {
     pub idle: Span,
     /// One side has ended and the other sends nothing.
     pub half_close: Span,
+    /// How long the kernel waits for an acknowledgement, in either direction; zero leaves it to the kernel's own rules.
+    pub tcp_user_timeout: Duration,
 }
 
 /// Forwards both ways until both ends have ended, or the session has to.
 ///
 /// A half-close is passed on when everything before it has been; a reset on one side is a reset on the other.
-pub fn relay<'a>(pair: Pair, patience: Patience, lent: Lent<'a>, life: &'a mut Life) -> Relay<'a> {
+pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a mut Life) -> Relay<'a> {
     let now = life.tick();
     let mut ways = EachWay { to_backend: Way::new(now), to_client: Way::new(now) };
     // The client's socket has TCP_NODELAY from the listening socket.
@@ -101,7 +103,7 @@ pub struct Relay<'a> {
     client: TcpStream,
     backend: TcpStream,
     ways: EachWay<Way>,
-    patience: Patience,
+    patience: &'a Patience,
     /// When the session will have settled, until it has.
     settles: Tick,
     /// When both sockets are asked for an error, while bytes are held.
@@ -379,13 +381,23 @@ impl Relay<'_> {
         Some(Outcome::new(by, At::Forward, why(&error)))
     }
 
-    /// Turns keepalive on, once the session is no short one; when that will be.
+    /// Turns keepalive on and bounds how long sent bytes may stay unacknowledged, once the session is no short one; when that
+    /// will be.
+    ///
+    /// Keepalive alone does not find a dead host while bytes are unacknowledged (`tcp_keepalive_timer` in
+    /// net/ipv4/`tcp_timer.c`): the kernel retransmits for a quarter of an hour (`tcp_retries2`). `TCP_USER_TIMEOUT`, tcp(7), is
+    /// read each time that timer runs, so it holds for what was sent before, too.
     fn settle(&mut self, now: Tick) -> Tick {
         if self.settles <= now {
             self.settles = Tick::NEVER;
             for socket in [&self.client, &self.backend] {
                 // A connection that cannot be asked is found dead by its timeouts.
-                socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive()).unwrap_or_default();
+                let socket = socket2::SockRef::from(socket);
+                socket.set_tcp_keepalive(&keepalive()).unwrap_or_default();
+                let limit = self.patience.tcp_user_timeout;
+                if !limit.is_zero() {
+                    socket.set_tcp_user_timeout(Some(limit)).unwrap_or_default();
+                }
             }
         }
         self.settles

@@ -186,12 +186,12 @@ outcomes! {
     /// The connection to the last backend tried failed in another way.
     ConnectFailed = "connect_failed": Backend at Connect;
     /// The connection was reset, and the other side was reset in turn; of a flow: its backend's host said that nobody listens there any more.
-    Reset = "reset": Client at Header, Client at Tenant, Client at Forward, Backend at Forward;
+    Reset = "reset": Client at Header, Client at Tenant, Client at Pool, Client at Connect, Client at Forward, Backend at Forward;
     /// No byte in either direction for `timeouts.idle`, or so long a wait at `tenant` for its bandwidth; no datagram for `timeouts.flow-idle`.
     IdleTimeout = "idle_timeout": Proxy at Tenant, Proxy at Forward;
     /// One side ended and the other sent nothing for `timeouts.half-close`.
     HalfCloseTimeout = "half_close_timeout": Proxy at Forward;
-    /// The connection broke without a reset: keepalive or retransmission went unanswered, or its network is gone.
+    /// The connection broke without a reset: nothing was acknowledged for `timeouts.tcp-user-timeout`, or its network is gone.
     Unanswered = "unanswered": Client at Header, Client at Tenant, Client at Forward, Backend at Forward;
     /// The flow was silent, and another one needed its place.
     Evicted = "evicted": Proxy at Forward;

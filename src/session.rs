@@ -4,12 +4,13 @@ pub mod moved;
 mod visit;
 
 use std::cell::{Cell, RefCell};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
@@ -24,11 +25,11 @@ use crate::admission::quota::Permit;
 use crate::admission::slots::{self, Slots};
 use crate::clock::wheel::Span;
 use crate::clock::{self, Moment};
-use crate::connect::{self, Failure, Opening, Origin};
+use crate::connect::{self, Failure, Opening, Origin, unless_reset};
 use crate::forward::pace::Lent;
 use crate::forward::pipe::Pipes;
 use crate::forward::{self, Pair, Stop};
-use crate::header::{self, Client};
+use crate::header::{self, Client, Connection};
 use crate::id::{Claim, SessionId};
 use crate::life::{Cut, Life, Local};
 use crate::outcome::{At, By, Outcome, Why};
@@ -179,7 +180,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
             }
         };
         let lent = worker.lent(&admitted.permit);
-        let mut relay = forward::relay(pair, snapshot.patience, lent, &mut life);
+        let mut relay = forward::relay(pair, &snapshot.patience, lent, &mut life);
         let outcome = loop {
             if let Stop::Ended(outcome) = (&mut relay).await {
                 break outcome;
@@ -275,7 +276,7 @@ pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Size
     story.marks.would_reject = permit.would_reject();
     let outcome = 'life: {
         let lent = worker.lent(&permit);
-        let Ok(mut relay) = moved.resume(snapshot.patience, lent, &mut life) else {
+        let Ok(mut relay) = moved.resume(&snapshot.patience, lent, &mut life) else {
             break 'life Outcome::reject(At::Connect, Why::Shortage);
         };
         loop {
@@ -329,7 +330,7 @@ impl<'a> Steps<'a> {
         life: &mut Life,
         story: &mut Story<'a>,
     ) -> Result<(Pair, Admitted, Picked), Outcome> {
-        let client = self.hear(accepted, life, story).await?;
+        let mut client = self.hear(accepted, life, story).await?;
         let heard = self.place(&client, life, story);
         let (pool, admitted) = heard.inspect_err(|_| client.connection.reset_on_close())?;
         let lent = self.worker.lent(&admitted.permit);
@@ -340,7 +341,7 @@ impl<'a> Steps<'a> {
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
         let key = pool
             .key(|| pick::by_client(client.address), || pick::by_endpoint(client.endpoint, client.address));
-        let dialled = self.dial(pool, key, opening, life, story).await;
+        let dialled = self.dial(pool, key, opening, &mut client.connection, life, story).await;
         let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
@@ -395,6 +396,7 @@ impl<'a> Steps<'a> {
         pool: &Pool,
         key: u64,
         opening: Opening,
+        client: &mut Connection,
         life: &mut Life,
         story: &mut Story<'a>,
     ) -> Result<(TcpStream, Picked), Outcome> {
@@ -409,7 +411,7 @@ impl<'a> Steps<'a> {
                     let place =
                         pool.wait(story.tenant_number()).ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
                     let start = clock::now();
-                    let waited = wait(place, pool.queue_timeout, life).await;
+                    let waited = wait(place, pool.queue_timeout, registered(client)?, life).await;
                     story.marks.queued_us = micros(clock::now().since(start)).max(1);
                     tried.add_picked(waited?)
                 }
@@ -420,7 +422,7 @@ impl<'a> Steps<'a> {
             }
             story.attempts += 1;
             let begun = clock::now();
-            match self.dial_one(pool, &picked, opening, life, story).await {
+            match self.dial_one(pool, &picked, opening, registered(client)?, life, story).await {
                 Ok(socket) => {
                     let took = clock::now().since(begun);
                     story.connect_us = Some(micros(took));
@@ -452,6 +454,7 @@ impl<'a> Steps<'a> {
         pool: &Pool,
         picked: &Picked,
         opening: Opening,
+        client: &TcpStream,
         life: &mut Life,
         story: &mut Story<'_>,
     ) -> Result<TcpStream, Failure> {
@@ -462,7 +465,7 @@ impl<'a> Steps<'a> {
             let ports = &self.worker.live.ports;
             let space = story.toward.insert(ports.space(source, address.0));
             let origin = Origin { source, ports, space, tenant };
-            let dialled = connect::dial(origin, opening, self.snapshot.connect, life).await;
+            let dialled = connect::dial(origin, opening, client, self.snapshot.connect, life).await;
             result = dialled.map(|(socket, port)| {
                 story.port = Some(port);
                 socket
@@ -486,18 +489,28 @@ fn judge(picked: &Picked, outcome: Outcome, life: &Life, story: &Story<'_>) {
     }
 }
 
-/// Waits in line for a backend with room.
-async fn wait(place: Place, at_most: Duration, life: &mut Life) -> Result<Picked, Outcome> {
+/// Waits in line for a backend with room, as long as the client is there.
+async fn wait(
+    place: Place,
+    at_most: Duration,
+    client: &TcpStream,
+    life: &mut Life,
+) -> Result<Picked, Outcome> {
     life.wake_at(life.tick().after(Span::of(at_most)));
-    let waited = life.watch(place).await;
-    // Room that is there because all sessions end is room for nobody.
-    waited.and_then(|picked| if life.is_over() { Err(Cut::Drained) } else { Ok(picked) }).map_err(|cut| {
-        let why = match cut {
-            Cut::Expired => Why::QueueTimeout,
-            Cut::Drained => Why::Drained,
-        };
-        Outcome::reject(At::Pool, why)
-    })
+    let reset = pin!(client.ready(Interest::ERROR));
+    match life.watch(unless_reset(reset, place)).await {
+        // Room that is there because all sessions end is room for nobody.
+        Ok(Some(_)) if life.is_over() => Err(Outcome::reject(At::Pool, Why::Drained)),
+        Ok(Some(picked)) => Ok(picked),
+        Ok(None) => Err(Outcome::new(By::Client, At::Pool, Why::Reset)),
+        Err(Cut::Expired) => Err(Outcome::reject(At::Pool, Why::QueueTimeout)),
+        Err(Cut::Drained) => Err(Outcome::reject(At::Pool, Why::Drained)),
+    }
+}
+
+/// The client's socket, known to the worker's poll: from here on a reset of it is noticed.
+fn registered(client: &mut Connection) -> Result<&TcpStream, Outcome> {
+    client.registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))
 }
 
 /// Rounded; beyond an hour and a quarter all are as long.

@@ -146,6 +146,7 @@ impl Snapshot {
             patience: Patience {
                 idle: Span::of(config.timeouts.idle),
                 half_close: Span::of(config.timeouts.half_close),
+                tcp_user_timeout: config.timeouts.tcp_user_timeout,
             },
             flow_idle: config.timeouts.flow_idle,
             revocations: 0,

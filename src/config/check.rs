@@ -28,6 +28,7 @@ pub(super) fn check(mut written: Written) -> Result<Config, Faults> {
     every_listener_names_a_known_pool_and_tenant(&written, &known, &mut faults);
     every_tenant_names_known_pools_and_listeners(&written, &known, &mut faults);
     timeouts_are_more_than_0s(&written, &mut faults);
+    tcp_user_timeout_is_one_that_the_kernel_takes(&written, &mut faults);
     there_is_a_listener(&written, &mut faults);
     listener::rules(&written, &mut faults);
     address::listener_addresses_do_not_overlap(&written, &mut faults);
@@ -117,6 +118,20 @@ fn timeouts_are_more_than_0s(written: &Written, faults: &mut Vec<Fault>) {
     ];
     for (key, timeout) in keys {
         faults.extend(no_time(timeout).map(|(offset, message)| head.fault_at(offset, key, message)));
+    }
+}
+
+/// The longest `tcp-user-timeout`: the kernel counts it in milliseconds and keeps it in 31 bits (tcp(7)).
+const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+fn tcp_user_timeout_is_one_that_the_kernel_takes(written: &Written, faults: &mut Vec<Fault>) {
+    let timeouts = &written.timeouts;
+    let (Some(head), Some(time)) = (&timeouts.head, timeouts.tcp_user_timeout.spanned()) else { return };
+    let longest = LONGEST_USER_TIMEOUT;
+    if *time.get_ref() > longest {
+        let message =
+            format!("must be at most 24h, or 0s for the kernel's own rules, found {:?}", time.get_ref());
+        faults.push(head.fault_at(time.span().start, "tcp-user-timeout", message));
     }
 }
 

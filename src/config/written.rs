@@ -132,6 +132,7 @@ pub(super) struct Timeouts {
     pub(super) idle: Field<Duration>,
     pub(super) half_close: Field<Duration>,
     pub(super) flow_idle: Field<Duration>,
+    pub(super) tcp_user_timeout: Field<Duration>,
 }
 
 impl Timeouts {
@@ -139,9 +140,9 @@ impl Timeouts {
         let mut section = Section::open(&head, table, faults);
         let (header, connect) = (section.take("header"), section.take("connect"));
         let (idle, half_close) = (section.take("idle"), section.take("half-close"));
-        let flow_idle = section.take("flow-idle");
+        let (flow_idle, tcp_user_timeout) = (section.take("flow-idle"), section.take("tcp-user-timeout"));
         section.finish();
-        Self { head: Some(head), header, connect, idle, half_close, flow_idle }
+        Self { head: Some(head), header, connect, idle, half_close, flow_idle, tcp_user_timeout }
     }
 }
 

@@ -141,7 +141,7 @@ impl Still {
     /// Where the worker's poll has no room for its sockets: both are reset then.
     pub fn resume<'a>(
         mut self,
-        patience: Patience,
+        patience: &'a Patience,
         lent: Lent<'a>,
         life: &'a mut Life,
     ) -> io::Result<Relay<'a>> {

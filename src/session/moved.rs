@@ -143,7 +143,7 @@ impl Moved {
     /// Goes on with its bytes.
     pub(super) fn resume<'a>(
         self,
-        patience: Patience,
+        patience: &'a Patience,
         lent: Lent<'a>,
         life: &'a mut Life,
     ) -> io::Result<Relay<'a>> {

@@ -139,20 +139,6 @@ async fn a_backend_that_does_not_answer_is_given_its_time() {
     proxy.finish().await;
 }
 
-#[tokio::test]
-async fn a_client_that_goes_while_a_backend_is_sought_leaves_nothing_behind() {
-    let Some(swallow) = Swallow::start().await else { return };
-    let timeouts = "connect = \"400ms\"".to_owned();
-    let proxy = Conf { acme: vec![swallow.address()], timeouts, ..Conf::default() }.start().await;
-    let client = proxy.open(ACME, b"hello").await;
-    proxy.metric("vestibule_sessions_active", &[("tenant", "acme")]).is(1).await;
-    client.set_zero_linger().unwrap();
-    drop(client);
-    proxy.ended(&[("tenant", "acme"), ("why", "connect_timeout")]).is(1).await;
-    proxy.others_are_unharmed().await;
-    proxy.finish().await;
-}
-
 /// Waits for a state; how many probes had succeeded and failed when it was first seen.
 async fn becomes(proxy: &Proxy, expected: i64) -> (i64, i64, i64) {
     let asked = async || Some(probed(proxy).await).filter(|(state, ..)| *state == expected);

@@ -4,7 +4,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use super::harness::{ACME, Conf, Proxy, is_reset, read};
-use super::raw::{Held, Raw};
+use super::raw::{Held, Raw, Swallow};
 use super::sessions::{ROUND_ROBIN, asked, connects, greeting, is, is_turned_away, with};
 
 /// A proxy whose one backend may have `most` sessions.
@@ -135,29 +135,72 @@ async fn the_end_of_a_drain_ends_who_waits() {
     drop(held);
 }
 
+/// Sessions that ended because their client had reset its connection at this step.
+async fn resets(proxy: &Proxy, at: &str, count: u32) {
+    proxy.ended(&[("tenant", "acme"), ("by", "client"), ("at", at), ("why", "reset")]).is(count).await;
+}
+
+fn reset(client: TcpStream) {
+    client.set_zero_linger().unwrap();
+    drop(client);
+}
+
 #[tokio::test]
-async fn a_client_that_goes_while_it_waits_leaves_nothing_behind() {
+async fn client_that_resets_while_it_waits_leaves_the_queue_at_once() {
     let raw = Raw::bind().await;
-    let proxy = proxy(&raw, 1, "queue = { length = 3, timeout = \"60s\" }").await;
+    let proxy = proxy(&raw, 1, "queue = { length = 2, timeout = \"60s\" }").await;
     let held = raw.session(&proxy).await;
-    let gone = waiting(&proxy, b"gone", 1).await;
-    let next = waiting(&proxy, b"next", 2).await;
-    gone.set_zero_linger().unwrap();
-    drop(gone);
-    drop(held);
-    // The backend may see one that is over at once; then it is the next one's turn.
-    let mut session = raw.accept().await;
-    let mut first = [0; 4];
-    let read_first = tokio::io::AsyncReadExt::read_exact(&mut session, &mut first).await;
-    if read_first.is_err() || &first != b"next" {
-        drop(session);
-        session = accepted(&raw, b"next").await;
-    }
+    let first = waiting(&proxy, b"first", 1).await;
+    let second = waiting(&proxy, b"second", 2).await;
+    reset(first);
+    reset(second);
     queued(&proxy, 0).await;
-    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 1).await;
+    resets(&proxy, "pool", 2).await;
+    let line = proxy.logged("reset").await;
+    assert!(line["queued_ms"].as_f64().unwrap() > 0.0 && line["backend"].is_null(), "{line}");
+    let next = waiting(&proxy, b"next", 1).await;
+    drop(held);
+    let next = (next, accepted(&raw, b"next").await);
+    connects(&proxy, raw.address(), "done", 2).await;
     proxy.others_are_unharmed().await;
-    drop((next, session));
-    proxy.ended(&[("tenant", "acme")]).is(3).await;
+    drop(next);
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn client_that_only_ends_its_side_keeps_its_place_and_gets_its_answer() {
+    let raw = Raw::bind().await;
+    let proxy = proxy(&raw, 1, "queue = { length = 1, timeout = \"60s\" }").await;
+    let held = raw.session(&proxy).await;
+    let mut client = waiting(&proxy, b"request", 1).await;
+    client.shutdown().await.unwrap();
+    // Another session, begun later and ended, shows that the worker has seen the end.
+    proxy.others_are_unharmed().await;
+    queued(&proxy, 1).await;
+    drop(held);
+    let mut backend = accepted(&raw, b"request").await;
+    backend.write_all(b"answer").await.unwrap();
+    drop(backend);
+    assert_eq!(read(&mut client, 6).await, b"answer");
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn client_that_resets_while_its_backend_is_connected_ends_and_the_backend_is_not_blamed() {
+    let Some(swallow) = Swallow::start().await else { return };
+    let conf =
+        Conf { acme: vec![swallow.address()], timeouts: "connect = \"60s\"".to_owned(), ..Conf::default() };
+    let proxy = conf.start().await;
+    let client = proxy.open(ACME, b"hello").await;
+    proxy.metric("vestibule_sessions_active", &[("tenant", "acme")]).is(1).await;
+    reset(client);
+    resets(&proxy, "connect", 1).await;
+    for result in ["connect_timeout", "connect_failed"] {
+        connects(&proxy, swallow.address(), result, 0).await;
+    }
+    proxy.others_are_unharmed().await;
     proxy.finish().await;
 }
 

@@ -72,6 +72,29 @@ async fn an_idle_session_whose_bytes_nobody_takes_is_reset() {
     proxy.finish().await;
 }
 
+/// The kernel counts a closed window as it counts a dead host (`tcp_probe_timer` in net/ipv4/`tcp_timer.c`), and that one can be
+/// had without another host.
+#[tokio::test]
+async fn peer_that_acknowledges_no_bytes_for_tcp_user_timeout_ends_as_unanswered() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(conf("idle = \"1h\"\ntcp-user-timeout = \"1s\"")).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    let (mut other_client, mut other_backend) = raw.session(&proxy).await;
+    let (mut to_client, mut to_backend) = (Bytes::new(2), Bytes::new(3));
+    let (first, second) =
+        tokio::join!(to_client.send(&mut backend, 1 << 40), to_backend.send(&mut other_client, 1 << 40));
+    first.unwrap_err();
+    second.unwrap_err();
+    for by in ["client", "backend"] {
+        let labels = [("tenant", "acme"), ("by", by), ("at", "forward"), ("why", "unanswered")];
+        proxy.ended(&labels).is(1).await;
+    }
+    end_of(&mut client).await.unwrap_err();
+    end_of(&mut other_backend).await.unwrap_err();
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
+
 #[tokio::test]
 async fn a_half_that_stays_silent_is_ended_and_not_before_its_time() {
     let raw = Raw::bind().await;

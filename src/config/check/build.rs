@@ -62,6 +62,7 @@ pub(super) fn config(written: Written) -> Config {
             idle: seconds(written.timeouts.idle, 350),
             half_close: seconds(written.timeouts.half_close, 60),
             flow_idle: seconds(written.timeouts.flow_idle, 120),
+            tcp_user_timeout: seconds(written.timeouts.tcp_user_timeout, 120),
         },
         drain: Drain {
             notice: seconds(written.drain.notice, 30),
