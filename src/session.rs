@@ -330,14 +330,8 @@ impl<'a> Steps<'a> {
         life: &mut Life,
         story: &mut Story<'a>,
     ) -> Result<(Pair, Admitted, Picked), Outcome> {
-        let mut client = self.hear(accepted, life, story).await?;
-        let heard = self.place(&client, life, story);
-        let (pool, admitted) = heard.inspect_err(|_| client.connection.reset_on_close())?;
-        let lent = self.worker.lent(&admitted.permit);
-        let (payload, idle) = (client.payload_len(), self.snapshot.patience.idle);
-        let paid = lent.pay_first(payload, idle, || client.connection.take_error(), life).await;
-        paid.inspect_err(|_| client.connection.reset_on_close())?;
-        let speaks = pool.send_proxy || payload > 0;
+        let (mut client, pool, admitted) = self.enter(accepted, life, story).await?;
+        let speaks = pool.send_proxy || client.payload_len() > 0;
         let opening = if speaks { Opening::Speaks } else { Opening::Listens };
         let key = pool
             .key(|| pick::by_client(client.address), || pick::by_endpoint(client.endpoint, client.address));
@@ -346,6 +340,23 @@ impl<'a> Steps<'a> {
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
         Ok((Pair { client, backend, first }, admitted, load))
+    }
+
+    /// Every step up to the dial. Apart, so that what these steps need takes no room beside the dial.
+    async fn enter(
+        &self,
+        accepted: Accepted,
+        life: &mut Life,
+        story: &mut Story<'a>,
+    ) -> Result<(Client, &'a Pool, Admitted), Outcome> {
+        let client = self.hear(accepted, life, story).await?;
+        let heard = self.place(&client, life, story);
+        let (pool, admitted) = heard.inspect_err(|_| client.connection.reset_on_close())?;
+        let lent = self.worker.lent(&admitted.permit);
+        let (payload, idle) = (client.payload_len(), self.snapshot.patience.idle);
+        let paid = lent.pay_first(payload, idle, || client.connection.take_error(), life).await;
+        paid.inspect_err(|_| client.connection.reset_on_close())?;
+        Ok((client, pool, admitted))
     }
 
     /// Who speaks.
@@ -391,60 +402,65 @@ impl<'a> Steps<'a> {
     }
 
     /// A connection to a backend: to another one after each failure, while attempts, budget and backends are left.
-    async fn dial(
-        &self,
-        pool: &Pool,
+    ///
+    /// Not an `async fn`: that would keep each argument twice, for as long as it waits.
+    fn dial<'s>(
+        &'s self,
+        pool: &'s Pool,
         key: u64,
         opening: Opening,
-        client: &mut Connection,
-        life: &mut Life,
-        story: &mut Story<'a>,
-    ) -> Result<(TcpStream, Picked), Outcome> {
-        pool.arrived(story.tenant_number());
-        let mut tried = Tried::default();
-        let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
-        while story.attempts < pool.attempts {
-            let picked = match pool.pick(key, self.worker.roll(), &mut tried) {
-                Ok(picked) => picked,
-                // A session that could not connect does not wait as well.
-                Err(Nobody::Free) if tried.is_empty() => {
-                    let place =
-                        pool.wait(story.tenant_number()).ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
-                    let start = clock::now();
-                    let waited = wait(place, pool.queue_timeout, registered(client)?, life).await;
-                    story.marks.queued_us = micros(clock::now().since(start)).max(1);
-                    tried.add_picked(waited?)
+        client: &'s mut Connection,
+        life: &'s mut Life,
+        story: &'s mut Story<'a>,
+    ) -> impl Future<Output = Result<(TcpStream, Picked), Outcome>> + use<'s, 'a> {
+        async move {
+            pool.arrived(story.tenant_number());
+            let mut tried = Tried::default();
+            let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
+            while story.attempts < pool.attempts {
+                let picked = match pool.pick(key, self.worker.roll(), &mut tried) {
+                    Ok(picked) => picked,
+                    // A session that could not connect does not wait as well.
+                    Err(Nobody::Free) if tried.is_empty() => {
+                        let place = pool
+                            .wait(story.tenant_number())
+                            .ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
+                        let start = clock::now();
+                        let waited = wait(place, pool.queue_timeout, registered(client)?, life).await;
+                        story.marks.queued_us = micros(clock::now().since(start)).max(1);
+                        tried.add_picked(waited?)
+                    }
+                    Err(Nobody::Free | Nobody::Usable) => break,
+                };
+                if story.attempts > 0 && !pool.may_retry(clock::now()) {
+                    break;
                 }
-                Err(Nobody::Free | Nobody::Usable) => break,
-            };
-            if story.attempts > 0 && !pool.may_retry(clock::now()) {
-                break;
-            }
-            story.attempts += 1;
-            let begun = clock::now();
-            match self.dial_one(pool, &picked, opening, registered(client)?, life, story).await {
-                Ok(socket) => {
-                    let took = clock::now().since(begun);
-                    story.connect_us = Some(micros(took));
-                    life.meter.tried(picked.label(), Connect::Done);
-                    life.meter.connected(took);
-                    picked.connected();
-                    return Ok((socket, picked));
-                }
-                Err(failure) => {
-                    failed = failure.outcome();
-                    let Failure::Backend(result) = failure else { break };
-                    life.meter.tried(picked.label(), result);
-                    // What is short here is not the backend's fault.
-                    if !matches!(result, Connect::NoLocalPort | Connect::Shortage) {
-                        pool.failed(&picked, Failed::Connect, clock::now())
-                            .iter()
-                            .for_each(|change| change.log(pool));
+                story.attempts += 1;
+                let begun = clock::now();
+                match self.dial_one(pool, &picked, opening, registered(client)?, life, story).await {
+                    Ok(socket) => {
+                        let took = clock::now().since(begun);
+                        story.connect_us = Some(micros(took));
+                        life.meter.tried(picked.label(), Connect::Done);
+                        life.meter.connected(took);
+                        picked.connected();
+                        return Ok((socket, picked));
+                    }
+                    Err(failure) => {
+                        failed = failure.outcome();
+                        let Failure::Backend(result) = failure else { break };
+                        life.meter.tried(picked.label(), result);
+                        // What is short here is not the backend's fault.
+                        if !matches!(result, Connect::NoLocalPort | Connect::Shortage) {
+                            pool.failed(&picked, Failed::Connect, clock::now())
+                                .iter()
+                                .for_each(|change| change.log(pool));
+                        }
                     }
                 }
             }
+            Err(failed)
         }
-        Err(failed)
     }
 
     /// Tries one backend, from each source address in turn, a random one first, as long as only the local ports are at
