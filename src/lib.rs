@@ -23,6 +23,7 @@ pub mod probe;
 pub mod resolve;
 pub mod server;
 pub mod session;
+pub mod share;
 pub mod state;
 pub mod takeover;
 pub mod tenant;

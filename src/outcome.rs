@@ -171,6 +171,8 @@ outcomes! {
     NoBackend = "no_backend": Proxy at Pool;
     /// Every backend of the pool that may be used has its `max-sessions`, and so many wait already as may.
     PoolFull = "pool_full": Proxy at Pool;
+    /// The tenant holds its share of the `max-sessions` of the pool's backends, and of the places to wait.
+    PoolShare = "pool_share": Proxy at Pool;
     /// No backend of the pool had room within `queue.timeout`.
     QueueTimeout = "queue_timeout": Proxy at Pool;
     /// The last backend tried refused the connection.

@@ -12,6 +12,7 @@ pub mod picked;
 pub mod queue;
 pub mod retry;
 pub mod roster;
+mod shares;
 pub mod standing;
 mod succession;
 mod vitals;
@@ -223,6 +224,7 @@ impl Pool {
         let label = labels.intern(&address.to_string());
         let mut backend = Backend::new(address, label, slot, traits, vitals, load);
         (backend.seat, backend.queue) = (self.way.seat(), self.queue.clone());
+        backend.shares = Arc::clone(&self.lasting.shares);
         backend
     }
 
@@ -408,7 +410,11 @@ impl Pool {
             (backend, seen)
         };
         let all = backends.into_iter().map(&mut look).collect();
-        self.roster.store(Arc::new(Roster::new(all, self.panic_threshold, &self.way, &self.roster.load())));
+        let roster = Roster::new(all, self.panic_threshold, &self.way, &self.roster.load());
+        if !self.is_replaced() {
+            self.lasting.shares.set_rooms(roster.rooms());
+        }
+        self.roster.store(Arc::new(roster));
         self.due.fetch_min(due, Ordering::AcqRel);
         changing.renewed = now;
         drop(changing);
@@ -423,15 +429,16 @@ impl Pool {
         if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
             let roster = self.roster.load();
             let spare = roster.backends().iter().filter(|backend| backend.is_spare());
-            roster.used().iter().chain(spare).for_each(|backend| queue.serve(backend));
+            // Whom one backend's room is not for, another one's is not for either.
+            let _ = roster.used().iter().chain(spare).all(|backend| queue.serve(backend));
         }
     }
 
-    /// A place for one of the tenant's sessions in the line for a backend with room; `None` where it is full, half of it is
-    /// that tenant's and the pool is not only its own, or there is none.
+    /// A place for one of the tenant's sessions in the line for a backend with room; `None` where it is full, that tenant has
+    /// its share of it and the pool is not only its own, or there is none.
     #[must_use]
     pub fn wait(&self, tenant: u32) -> Option<Place> {
-        let place = self.queue.as_ref()?.join(tenant, self.is_shared())?;
+        let place = self.queue.as_ref()?.join(tenant, self.is_shared() || self.lasting.shares.is_shared())?;
         self.serve();
         Some(place)
     }
@@ -442,17 +449,21 @@ impl Pool {
         self.way.key(client, endpoint)
     }
 
-    /// Picks a backend that was not tried yet, and takes it down as tried. `roll` is a random number.
+    /// Picks a backend that was not tried yet, for no tenant, and takes it down as tried. `roll` is a random number.
     ///
     /// No lock: with 64 workers each pick reads one roster and, for round-robin, adds to one counter.
     ///
     /// # Errors
     /// Why there is nobody.
     pub fn pick(&self, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
+        self.pick_past(false, key, roll, tried)
+    }
+
+    fn pick_past(&self, line: bool, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
         let roster = self.roster.load();
         let picked = if tried.is_empty() {
             // Who waits already was here before; but where nobody is in use, nobody needs to wait.
-            if self.waiting() > 0 && !roster.used().is_empty() {
+            if !line && self.waiting() > 0 && !roster.used().is_empty() {
                 return Err(Nobody::Free);
             }
             let first = roster.first(&self.way, key, roll);

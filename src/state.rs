@@ -36,6 +36,7 @@ pub mod rejections;
 mod reload;
 mod revocation;
 mod rows;
+mod sharing;
 mod stopped;
 mod sweep;
 mod takeovers;
@@ -336,6 +337,7 @@ impl Live {
         rows.set(&config.listeners);
         let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
         let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
+        sharing::tell(&snapshot);
         let configured = ArcSwap::from_pointee(Configured::none(&labels));
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),

@@ -81,6 +81,11 @@ impl Directory {
         &self.tenants
     }
 
+    /// The place of each endpoint's tenant.
+    pub fn places(&self) -> impl Iterator<Item = u32> + '_ {
+        self.endpoints.values().copied()
+    }
+
     /// Whose traffic it is: one hash lookup, however many tenants there are.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use libtest_mimic::{Arguments, Trial};
 use loom::thread::{JoinHandle, spawn};
-use vestibule::{account, clock, config, outcome};
+use vestibule::{account, clock, config, outcome, share};
 
 use self::clock::Moment;
 use self::config::{Bandwidth, Limits};

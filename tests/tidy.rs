@@ -20,7 +20,7 @@ use vestibule::outcome::Why;
 
 /// The modules of each floor, from the ground up: each imports from lower floors only.
 const FLOORS: [&[&str]; 9] = [
-    &["id", "addr", "clock", "outcome", "fault", "atomic"],
+    &["id", "addr", "clock", "outcome", "fault", "atomic", "share"],
     &["config", "wire", "account"],
     &["admission", "pool", "life"],
     &["accept", "header", "tenant", "connect", "forward"],

@@ -14,10 +14,10 @@ use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::share;
 use crate::account::lock;
 use crate::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::clock::Moment;
+use crate::share;
 
 /// The tenant that the ports of probes are counted for.
 pub const PROBES: u32 = u32::MAX;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::budget::Budget;
-use super::rate::{self, Rate};
+use super::rate::Rate;
 use super::share::Share;
 use super::slots::Slots;
 use crate::account::{Direction, EachWay, Label, lock};
@@ -42,8 +42,8 @@ pub struct Quota {
     rejected: [AtomicU64; Quota::REASONS.len()],
     would_reject: [AtomicU64; Quota::OBSERVED],
     /// The bucket of the lines that tell of rejections.
-    lines_full_at: AtomicU64,
-    left_out: AtomicU64,
+    lines_full_at: AtomicU32,
+    left_out: AtomicU32,
 }
 
 /// What happens to a session or a flow whose tenant is removed or disabled, or whose endpoint no longer belongs to the
@@ -87,8 +87,8 @@ pub const LINES_BURST: u64 = 20;
 
 impl Quota {
     /// The reasons for which a tenant's session or flow is rejected; the first three may be only observed.
-    pub const REASONS: [Why; 5] =
-        [Why::SessionLimit, Why::SessionRate, Why::FlowLimit, Why::Shed, Why::TenantDisabled];
+    pub const REASONS: [Why; 6] =
+        [Why::SessionLimit, Why::SessionRate, Why::FlowLimit, Why::Shed, Why::TenantDisabled, Why::PoolShare];
     const OBSERVED: usize = 3;
 
     /// The quota of a tenant without limits, that has a share of the process.
@@ -212,16 +212,20 @@ impl Quota {
     /// # Errors
     /// It has not, and is counted as left out. Tells whether it is the first of those.
     pub fn has_line(&self, now: Moment) -> Result<(), bool> {
-        if rate::take(&self.lines_full_at, now, LINES_INTERVAL, LINES_INTERVAL * (LINES_BURST - 1)) {
-            return Ok(());
-        }
-        Err(self.left_out.fetch_add(1, Ordering::AcqRel) == 0)
+        // In intervals: it starts at zero with the process, and would go round after 13 years.
+        let now = u32::try_from(now.as_nanos() / LINES_INTERVAL).unwrap_or(u32::MAX);
+        let one_more = |full_at: u32| {
+            let from = full_at.max(now);
+            (u64::from(from - now) < LINES_BURST).then(|| from.saturating_add(1))
+        };
+        let taken = self.lines_full_at.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more);
+        taken.map(drop).map_err(|_| self.left_out.fetch_add(1, Ordering::AcqRel) == 0)
     }
 
     /// Takes the count of lines that were left out since it was last taken.
     #[must_use]
     pub fn take_left_out(&self) -> u64 {
-        self.left_out.swap(0, Ordering::AcqRel)
+        u64::from(self.left_out.swap(0, Ordering::AcqRel))
     }
 }
 
@@ -353,7 +357,7 @@ mod tests {
         assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
         assert_eq!(quota.sessions(), 0, "who the rate rejects gives its slot back");
         assert!(quota.admit(at_ms(100)).is_ok());
-        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0]);
+        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0, 0]);
         assert_eq!(counts(quota.would_reject()), [0, 0, 0]);
     }
 
@@ -371,7 +375,7 @@ mod tests {
         let _slot = slots.take().unwrap();
         assert!(quota.admit(START).is_ok(), "the rate has its one still");
         assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
-        assert_eq!(counts(quota.rejected()), [0, 1, 0, 3, 0]);
+        assert_eq!(counts(quota.rejected()), [0, 1, 0, 3, 0, 0]);
     }
 
     #[test]
@@ -415,7 +419,7 @@ mod tests {
         let passed: Vec<_> = (0..3).map(|_| quota.admit(START).unwrap().would_reject()).collect();
         assert_eq!(passed, [None, Some(Why::SessionRate), Some(Why::SessionRate)]);
         assert_eq!(counts(quota.would_reject()), [1, 2, 0]);
-        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0, 0]);
+        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0, 0, 0]);
         assert_eq!(quota.sessions(), 0);
     }
 
@@ -432,7 +436,7 @@ mod tests {
         assert_eq!((quotas.holders(), globex.sessions()), (2, 1));
         drop((held, other, slot));
         assert_eq!(quotas.holders(), 0);
-        assert_eq!(counts(acme.rejected()), [0, 0, 0, 1, 0]);
+        assert_eq!(counts(acme.rejected()), [0, 0, 0, 1, 0, 0]);
     }
 
     #[test]

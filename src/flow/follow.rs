@@ -12,7 +12,7 @@ use super::table::{FlowId, Who};
 use super::{Poll, State};
 use crate::account::meter::Connect;
 use crate::clock::Moment;
-use crate::pool::{Picked, Pool, Tried, pick};
+use crate::pool::{Pool, Tried, pick};
 
 /// The time from one search for a backend in use that found none to the next.
 const SEARCH_AGAIN: Duration = Duration::from_millis(500);
@@ -43,7 +43,7 @@ impl<A> Flow<A> {
         let Some(picked) = self.picked.as_ref().filter(|picked| picked.is_retired()) else { return false };
         let heir = self.story.pool().and_then(|pool| pool.heir_of(picked.backend()));
         let Some((_, heir)) = heir.filter(|(_, heir)| heir.keeps_flows()) else { return false };
-        self.picked = Some(Picked::adopt(&heir));
+        self.picked = Some(picked.follow(&heir));
         self.tried = Tried::default();
         self.searches_at = Moment::default();
         true
@@ -59,8 +59,10 @@ impl<A> Flow<A> {
     ) -> Option<Found> {
         let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
         let mut tried = Tried::default();
-        let picked = pool.pick(key, rolls.u64(..), &mut tried).ok().filter(|picked| picked.keeps_flows())?;
-        match (Search { pool, who, rolls, now }).connect(&picked) {
+        let tenant = self.story.tenant_number();
+        let picked = pool.pick_again(tenant, key, rolls.u64(..), &mut tried).ok();
+        let picked = picked.filter(|picked| picked.keeps_flows())?;
+        match (Search { pool, tenant, who, rolls, now }).connect(&picked) {
             Ok(socket) => {
                 self.story.meter.leave();
                 self.story.meter.assume(picked.label());

@@ -157,6 +157,11 @@ impl Story {
         self.snapshot.directory.tenants().get(self.tenant as usize)
     }
 
+    /// The serial number of its tenant's label.
+    pub(super) fn tenant_number(&self) -> u32 {
+        self.meter.labels()[1].serial()
+    }
+
     pub(super) fn pool(&self) -> Option<&Arc<Pool>> {
         self.snapshot.pools.get(self.pool as usize)
     }

@@ -29,7 +29,7 @@ use crate::clock::wheel::Tick;
 use crate::clock::{self, Birth, Moment};
 use crate::id::{Claim, SessionId};
 use crate::outcome::{At, Outcome, Why};
-use crate::pool::{Picked, Tried};
+use crate::pool::Tried;
 use crate::takeover::{Answer, Kind, Leaving, Parcel, Refused};
 
 /// Flows that are under way to another process at once: each is silent for as long as its answer takes, and all that the
@@ -259,10 +259,8 @@ impl<A> State<A> {
         };
         let quota = known.map_or_else(gone, |known| Arc::clone(&known.quota));
         let pool_place = snapshot.pools.iter().position(|known| known.label.serial() == to.serial());
-        let picked = pool_place.and_then(|place| snapshot.pools.get(place)).and_then(|pool| {
-            let roster = pool.roster();
-            roster.backends().iter().find(|own| own.address().0 == told.backend).map(Picked::adopt)
-        });
+        let picked = pool_place.and_then(|place| snapshot.pools.get(place));
+        let picked = picked.and_then(|pool| pool.adopt(told.backend, tenant.serial()));
         let mut tried = Tried::default();
         let picked = picked.map(|picked| tried.add_picked(picked));
         let story = Story {

@@ -222,8 +222,13 @@ impl<A> State<A> {
         let slot = slot.or_else(|| self.slot(now));
         let slot = slot.ok_or_else(|| Outcome::reject(At::Tenant, tenant.quota.reject(Why::Shed)))?;
         pool.arrived(tenant.label.serial());
-        let search = Search { pool, who, rolls: &mut self.rolls, now };
-        let found = search.run(Tried::default(), 0, &mut story.meter)?;
+        let search = Search { pool, tenant: story.tenant_number(), who, rolls: &mut self.rolls, now };
+        let found = search.run(Tried::default(), 0, &mut story.meter);
+        let found = found.inspect_err(|outcome| {
+            if outcome.why == Why::PoolShare {
+                tenant.quota.reject(Why::PoolShare);
+            }
+        })?;
         Ok((found, permit, slot))
     }
 
@@ -349,6 +354,8 @@ impl<A> State<A> {
 /// The search for a backend.
 pub(super) struct Search<'a> {
     pub(super) pool: &'a Pool,
+    /// By its label's serial number.
+    pub(super) tenant: u32,
     pub(super) who: Who,
     pub(super) rolls: &'a mut fastrand::Rng,
     pub(super) now: Moment,
@@ -365,7 +372,8 @@ impl Search<'_> {
         }
         flow.story.meter.learn(Connect::Refused);
         flow.picked.iter().for_each(|picked| blame(&own, picked, now));
-        let search = Search { pool: &own, who, rolls, now };
+        let tenant = flow.story.tenant_number();
+        let search = Search { pool: &own, tenant, who, rolls, now };
         search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter).ok()
     }
 
@@ -375,11 +383,20 @@ impl Search<'_> {
         let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
         let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
         while attempts < pool.attempts {
-            let picked = match pool.pick(key, self.rolls.u64(..), &mut tried) {
+            let roll = self.rolls.u64(..);
+            let picked = if attempts == 0 {
+                pool.pick_for(self.tenant, key, roll, &mut tried)
+            } else {
+                pool.pick_again(self.tenant, key, roll, &mut tried)
+            };
+            let picked = match picked {
                 Ok(picked) => picked,
                 // A datagram does not wait in line.
                 Err(Nobody::Free) if attempts == 0 => return Err(Outcome::reject(At::Pool, Why::PoolFull)),
-                Err(Nobody::Free | Nobody::Usable) => break,
+                Err(Nobody::Share) if attempts == 0 => {
+                    return Err(Outcome::reject(At::Pool, Why::PoolShare));
+                }
+                Err(Nobody::Free | Nobody::Share | Nobody::Usable) => break,
             };
             if attempts > 0 && !pool.may_retry(self.now) {
                 break;

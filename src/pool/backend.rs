@@ -10,6 +10,7 @@ use super::health::{FULL, State};
 use super::health::{Health, Rules};
 use super::least::Tournament;
 use super::queue::Queue;
+use super::shares::Shares;
 use super::standing::Seen;
 use super::vitals::{Load, Vitals};
 use crate::account::{Label, Verdict};
@@ -65,6 +66,8 @@ pub struct Backend {
     pub(super) seat: Option<Arc<Tournament>>,
     /// Who waits for room.
     pub(super) queue: Option<Arc<Queue>>,
+    /// Which tenant holds how many places at the pool's backends.
+    pub(super) shares: Arc<Shares>,
 }
 
 /// No weight of an operator's: it could not be so large.
@@ -113,6 +116,7 @@ impl Backend {
             load,
             seat: None,
             queue: None,
+            shares: Arc::default(),
         }
     }
 

@@ -7,7 +7,15 @@ use super::backend::Backend;
 
 /// A backend that carries one session more as long as this lives.
 #[derive(Debug)]
-pub struct Picked(Arc<Backend>);
+pub struct Picked(Box<Taken>);
+
+/// Apart, as a session keeps room for it all its life.
+#[derive(Debug)]
+struct Taken {
+    backend: Arc<Backend>,
+    /// The tenant whose place is counted among the pool's shares.
+    tenant: Option<u32>,
+}
 
 impl Picked {
     /// A session more, where there is room for it.
@@ -39,13 +47,29 @@ impl Picked {
         } else if let Some(seat) = &backend.seat {
             seat.picked(backend.slot() as usize, || backend.standing());
         }
-        Self(Arc::clone(backend))
+        Self(Box::new(Taken { backend: Arc::clone(backend), tenant: None }))
+    }
+
+    /// The same for a tenant, whose place is counted already.
+    #[must_use]
+    pub(super) fn of(mut self, tenant: u32) -> Self {
+        self.0.tenant = Some(tenant);
+        self
+    }
+
+    /// The same session at the backend that a reload has put in the place of its own.
+    #[must_use]
+    pub fn follow(&self, heir: &Arc<Backend>) -> Self {
+        let picked = Self::adopt(heir);
+        let Some(tenant) = self.0.tenant else { return picked };
+        heir.shares.enter_anyway(tenant);
+        picked.of(tenant)
     }
 
     /// The backend, which may outlive the session.
     #[must_use]
     pub fn backend(&self) -> &Arc<Backend> {
-        &self.0
+        &self.0.backend
     }
 }
 
@@ -53,19 +77,22 @@ impl std::ops::Deref for Picked {
     type Target = Backend;
 
     fn deref(&self) -> &Backend {
-        &self.0
+        &self.0.backend
     }
 }
 
 impl Drop for Picked {
     fn drop(&mut self) {
-        self.0.load.sessions.fetch_sub(1, Ordering::SeqCst);
+        let backend = &self.0.backend;
+        // Before its place is offered to those who wait: what its tenant holds decides who gets it.
+        self.0.tenant.iter().for_each(|tenant| backend.shares.leave(*tenant));
+        backend.load.sessions.fetch_sub(1, Ordering::SeqCst);
         // Only now: who replaces it is there before it is retired, and looks at the load after that. The seat of one that is
         // gone may be another's.
-        if self.0.is_retired() || self.0.is_gone() {
-            self.0.heir().iter().for_each(give_back);
+        if backend.is_retired() || backend.is_gone() {
+            backend.heir().iter().for_each(give_back);
         } else {
-            give_back(&self.0);
+            give_back(backend);
         }
     }
 }

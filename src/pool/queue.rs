@@ -1,7 +1,7 @@
-//! Sessions that wait because every backend of their pool has as many as it may have: first come, first served.
+//! Sessions that wait because every backend of their pool has as many as it may have, or their tenant its share of them: first
+//! come, first served, among those whose tenants may have what is free.
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 use super::backend::Backend;
 use super::picked::Picked;
 use crate::account::lock;
+use crate::share;
 
 /// The line of one pool. Locked only while somebody waits.
 #[derive(Debug)]
@@ -21,15 +22,19 @@ pub struct Queue {
 
 #[derive(Debug, Default)]
 struct Line {
-    tickets: VecDeque<Arc<Ticket>>,
-    /// How many of them are each tenant's.
-    of_tenant: HashMap<u32, usize>,
+    /// Those of each tenant, in the order in which they came.
+    tickets: HashMap<u32, VecDeque<Arc<Ticket>>>,
+    /// Each tenant by the number of its first one.
+    turns: BTreeMap<u64, u32>,
+    /// The number of the next to come.
+    next: u64,
 }
 
 /// A session that waits.
 #[derive(Debug)]
 struct Ticket {
     tenant: u32,
+    number: u64,
     /// Until it has its turn, or leaves.
     is_waiting: AtomicBool,
     desk: Mutex<Desk>,
@@ -70,8 +75,8 @@ impl Queue {
         self.waiting.load(Ordering::SeqCst)
     }
 
-    /// Takes the last place; `None` where the line is as long as it may be, or, `is_shared` by several tenants, half of it is
-    /// this one's. Whoever has joined must have the pool served once: a backend that became free a moment before has seen
+    /// Takes the last place; `None` where the line is as long as it may be, or, `is_shared` by several tenants, this one has its
+    /// share of it. Whoever has joined must have the pool served once: a backend that became free a moment before has seen
     /// nobody wait.
     #[must_use]
     pub fn join(self: &Arc<Self>, tenant: u32, is_shared: bool) -> Option<Place> {
@@ -81,21 +86,20 @@ impl Queue {
             return None;
         }
         let mut line = lock(&self.line);
-        let own = line.of_tenant.get(&tenant).copied().unwrap_or(0);
-        if line.tickets.len() >= length || is_shared && own >= length.div_ceil(2) {
+        let free = length.saturating_sub(self.waiting());
+        if free == 0 || is_shared && !line.allows(tenant, length, free - 1) {
             return None;
         }
-        line.of_tenant.insert(tenant, own + 1);
-        let ticket = Arc::new(Ticket { tenant, is_waiting: AtomicBool::new(true), desk: Mutex::default() });
-        line.tickets.push_back(Arc::clone(&ticket));
+        let ticket = line.add(tenant);
         self.waiting.fetch_add(1, Ordering::SeqCst);
         Some(Place { queue: Arc::clone(self), ticket })
     }
 
-    /// Gives away what room a backend has; of one whose pool was replaced, none.
-    pub fn serve(&self, backend: &Arc<Backend>) {
+    /// Gives away what room a backend has; of one whose pool was replaced, none. `false` where some is left that none of those
+    /// who wait may have, because their tenants hold their shares.
+    pub fn serve(&self, backend: &Arc<Backend>) -> bool {
         if backend.is_retired() {
-            return;
+            return true;
         }
         // Without the lock first: a full pool's every session comes by here. Whoever joins and whoever makes room do so
         // before they look, so one of the two sees the other.
@@ -103,13 +107,19 @@ impl Queue {
             let next = {
                 let mut line = lock(&self.line);
                 if line.tickets.is_empty() {
-                    return;
+                    return true;
                 }
-                let Some(picked) = Picked::take(backend) else { return };
+                let Ok(tenant) = backend.shares.enter(line.turns.values().copied()) else { return false };
+                let picked = Picked::take(backend);
+                backend.shares.settle();
+                let Some(picked) = picked else {
+                    backend.shares.leave(tenant);
+                    return true;
+                };
                 self.waiting.fetch_sub(1, Ordering::SeqCst);
-                line.take(0).map(|ticket| (ticket, picked))
+                line.take_first(tenant).map(|ticket| (ticket, picked.of(tenant)))
             };
-            let Some((ticket, picked)) = next else { return };
+            let Some((ticket, picked)) = next else { return true };
             let waker = {
                 let mut desk = lock(&ticket.desk);
                 desk.picked = Some(picked);
@@ -117,18 +127,44 @@ impl Queue {
             };
             waker.into_iter().for_each(Waker::wake);
         }
+        true
     }
 }
 
 impl Line {
-    fn take(&mut self, place: usize) -> Option<Arc<Ticket>> {
-        let ticket = self.tickets.remove(place)?;
+    /// Whether a tenant may have one more place of so many; `free` is what is left then.
+    fn allows(&self, tenant: u32, length: usize, free: usize) -> bool {
+        let own = self.tickets.get(&tenant).map_or(0, VecDeque::len);
+        share::is_allowed(own, self.tickets.len() + usize::from(own == 0), length, free)
+    }
+
+    fn add(&mut self, tenant: u32) -> Arc<Ticket> {
+        let number = self.next;
+        self.next += 1;
+        let ticket = Ticket { tenant, number, is_waiting: AtomicBool::new(true), desk: Mutex::default() };
+        let ticket = Arc::new(ticket);
+        let own = self.tickets.entry(tenant).or_default();
+        if own.is_empty() {
+            self.turns.insert(number, tenant);
+        }
+        own.push_back(Arc::clone(&ticket));
+        ticket
+    }
+
+    fn take_first(&mut self, tenant: u32) -> Option<Arc<Ticket>> {
+        let number = self.tickets.get(&tenant)?.front()?.number;
+        self.take(tenant, number)
+    }
+
+    fn take(&mut self, tenant: u32, number: u64) -> Option<Arc<Ticket>> {
+        let own = self.tickets.get_mut(&tenant)?;
+        let place = own.binary_search_by_key(&number, |ticket| ticket.number).ok()?;
+        let ticket = own.remove(place)?;
         ticket.is_waiting.store(false, Ordering::Release);
-        if let Entry::Occupied(mut own) = self.of_tenant.entry(ticket.tenant) {
-            *own.get_mut() -= 1;
-            if *own.get() == 0 {
-                own.remove();
-            }
+        self.turns.remove(&number);
+        match own.front() {
+            Some(first) => drop(self.turns.insert(first.number, tenant)),
+            None => drop(self.tickets.remove(&tenant)),
         }
         Some(ticket)
     }
@@ -153,8 +189,7 @@ impl Drop for Place {
             // Nearly always it has had its turn, and the line need not be looked through.
             if self.ticket.is_waiting.load(Ordering::Acquire) {
                 let mut line = lock(&self.queue.line);
-                let place = line.tickets.iter().position(|ticket| Arc::ptr_eq(ticket, &self.ticket));
-                if place.and_then(|place| line.take(place)).is_some() {
+                if line.take(self.ticket.tenant, self.ticket.number).is_some() {
                     self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
                 }
             }
@@ -205,15 +240,29 @@ mod tests {
     }
 
     #[test]
-    fn one_of_several_tenants_has_half_of_the_line_at_most() {
-        let queue = Queue::new(3);
+    fn tenant_of_a_shared_pool_gets_its_share_of_the_line() {
+        let queue = Queue::new(4);
         let one: Vec<_> = (0..2).map(|_| queue.join(1, true).unwrap()).collect();
         assert!(queue.join(1, true).is_none());
-        let other = queue.join(2, true);
-        assert!(other.is_some() && queue.join(3, true).is_none(), "it is full");
-        drop((one, other));
-        let alone: Vec<_> = (0..3).map(|_| queue.join(1, false).unwrap()).collect();
-        assert_eq!((alone.len(), queue.waiting()), (3, 3));
+        let others = [2, 3].map(|tenant| queue.join(tenant, true).unwrap());
+        assert!(queue.join(4, true).is_none(), "it is full");
+        drop((one, others));
+        let alone: Vec<_> = (0..4).map(|_| queue.join(1, false).unwrap()).collect();
+        assert_eq!((alone.len(), queue.waiting()), (4, 4));
+    }
+
+    #[test]
+    fn several_tenants_are_served_in_the_order_in_which_their_sessions_came() {
+        let queue = Queue::new(9);
+        let backend = backend(&queue, 1);
+        let mut held = Picked::take(&backend).unwrap();
+        let mut line: Vec<_> = [1, 2, 1, 1, 2].map(|tenant| Some(queue.join(tenant, false).unwrap())).into();
+        line[2] = None;
+        for place in [0, 1, 3, 4] {
+            drop(held);
+            held = poll(line[place].as_mut().unwrap()).unwrap();
+        }
+        assert_eq!((queue.waiting(), backend.load()), (0, 1));
     }
 
     #[test]

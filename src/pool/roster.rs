@@ -10,6 +10,7 @@ use super::maglev::{Entry, Plan, Table};
 use super::pick::{self, Shares};
 use super::picked::Picked;
 use super::standing::{Ground, Seen, weigh};
+use super::vitals::Load;
 use crate::config::Balance;
 
 /// Times that Maglev asks its table for another backend, before all that are left are looked at.
@@ -43,6 +44,8 @@ pub enum Nobody {
     Usable,
     /// Each that may be used has as many sessions as it may have.
     Free,
+    /// The tenant holds its share of what they have room for.
+    Share,
 }
 
 /// Backends that one session has tried already, by slot. Few bytes, as a session keeps room for it while it connects.
@@ -177,6 +180,13 @@ impl Roster {
     #[must_use]
     pub fn used(&self) -> &[Arc<Backend>] {
         &self.used
+    }
+
+    /// The sessions of each that gets any, and the most that it may have.
+    pub(super) fn rooms(&self) -> Vec<(Arc<Load>, u32)> {
+        let spare = self.backends.iter().filter(|backend| backend.is_spare());
+        let rooms = self.used.iter().chain(spare);
+        rooms.map(|backend| (Arc::clone(&backend.load), backend.room.load(Ordering::SeqCst))).collect()
     }
 
     /// Why they are used.

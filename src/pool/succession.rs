@@ -11,6 +11,7 @@ use super::health::Health;
 use super::naming::{MOST_ADDRESSES, Resolved};
 use super::queue::Queue;
 use super::retry::Budget;
+use super::shares::Shares;
 use super::vitals::{Load, Vitals};
 use super::{NOBODY_YET, Pool};
 use crate::account::{Labels, lock};
@@ -31,6 +32,8 @@ pub(super) struct Lasting {
     pub(super) retries: Budget,
     pub(super) retried: AtomicU64,
     pub(super) not_retried: AtomicU64,
+    /// Which tenant holds how many places at its backends.
+    pub(super) shares: Arc<Shares>,
     /// Addresses that it has no more, with sessions that go on, or that are still to come of older pools.
     left: Mutex<Vec<(BackendAddr, Arc<Load>)>>,
 }
@@ -43,6 +46,7 @@ impl Lasting {
             retries: Budget::default(),
             retried: AtomicU64::new(0),
             not_retried: AtomicU64::new(0),
+            shares: Arc::default(),
             left: Mutex::default(),
         })
     }

@@ -35,19 +35,18 @@ impl<'a> Steps<'a> {
             let mut tried = Tried::default();
             let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
             while story.attempts < pool.attempts {
-                let picked = match pool.pick(key, self.worker.roll(), &mut tried) {
+                let picked = match pool.pick_for(story.tenant_number(), key, self.worker.roll(), &mut tried) {
                     Ok(picked) => picked,
                     // A session that could not connect does not wait as well.
-                    Err(Nobody::Free) if tried.is_empty() => {
-                        let place = pool
-                            .wait(story.tenant_number())
-                            .ok_or(Outcome::reject(At::Pool, Why::PoolFull))?;
+                    Err(nobody @ (Nobody::Free | Nobody::Share)) if tried.is_empty() => {
+                        let place =
+                            pool.wait(story.tenant_number()).ok_or_else(|| no_place(nobody, story))?;
                         let start = clock::now();
                         let waited = wait(place, pool.queue_timeout, registered(client)?, life).await;
                         story.marks.queued_us = micros(clock::now().since(start)).max(1);
                         tried.add_picked(waited?)
                     }
-                    Err(Nobody::Free | Nobody::Usable) => break,
+                    Err(Nobody::Free | Nobody::Share | Nobody::Usable) => break,
                 };
                 if story.attempts > 0 && !pool.may_retry(clock::now()) {
                     break;
@@ -109,6 +108,12 @@ impl<'a> Steps<'a> {
         }
         result
     }
+}
+
+/// There is neither a backend with room nor a place to wait. The tenant's own doing is counted as that.
+fn no_place(nobody: Nobody, story: &Story<'_>) -> Outcome {
+    let share = || story.tenant.map_or(Why::PoolShare, |tenant| tenant.quota.reject(Why::PoolShare));
+    Outcome::reject(At::Pool, if nobody == Nobody::Share { share() } else { Why::PoolFull })
 }
 
 /// Waits in line for a backend with room, as long as the client is there.

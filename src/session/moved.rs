@@ -123,8 +123,7 @@ impl Moved {
 
     /// Its place at its backend, where the pool has that.
     pub(super) fn pick(&self, story: &Story<'_>) -> Option<Picked> {
-        let roster = story.pool?.roster();
-        roster.backends().iter().find(|own| own.address().0 == self.told.backend).map(Picked::adopt)
+        story.pool?.adopt(self.told.backend, story.tenant_number())
     }
 
     /// Its life, from its accept on.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use super::rows::Rows;
+use super::sharing;
 use super::{Changes, Count, Live, Snapshot};
 use crate::account::lock;
 use crate::clock;
@@ -121,6 +122,7 @@ impl Turn<'_> {
         let takes_away = changes.takes_away(&present, config);
         let revocations = before.revocations.wrapping_add(u32::from(takes_away));
         let next = Arc::new(Snapshot { pools, revocations, ..bare });
+        sharing::tell(&next);
         live.bound.store(Arc::new(bound));
         live.snapshot.store(next);
         live.config.store(Arc::clone(config));

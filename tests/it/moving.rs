@@ -9,6 +9,7 @@ use vestibule::takeover::{Answer, Leaving};
 use super::ferry::{Habit, Living, move_all, refuse};
 use super::harness::{ACME, Conf, LIMIT, Proxy, are_read, end_of, eventually, is_reset, read};
 use super::raw::{Bytes, Raw, ping_pong};
+use super::sessions::{is_turned_away, umbrella, with};
 
 const ENDED: &str = "vestibule_sessions_ended_total";
 const TAKEN: &str = "vestibule_sessions_taken_over_total";
@@ -373,4 +374,27 @@ async fn a_process_that_ends_takes_nothing_with_it_that_is_elsewhere() {
     other.metric(ENDED, &[("tenant", "acme"), ("why", "done")]).is(1).await;
     other.others_are_unharmed().await;
     other.finish().await;
+}
+
+#[tokio::test]
+async fn session_that_is_taken_over_counts_for_its_tenant_in_a_shared_pool() {
+    let raw = Raw::bind().await;
+    let conf = || Conf {
+        backends: vec![with(raw.address(), "max-sessions = 10")],
+        more: umbrella(),
+        ..Conf::default()
+    };
+    let [one, other] = [conf().start().await, conf().start().await];
+    let mut held = Vec::new();
+    for _ in 0..7 {
+        held.push(raw.session(&one).await);
+    }
+    move_all(&one, &other, |_| ()).await;
+    is_turned_away(&other).await;
+    other.ended(&[("tenant", "acme"), ("at", "pool"), ("why", "pool_share")]).is(1).await;
+    // What has left counts there no more.
+    held.push(raw.session(&one).await);
+    drop(held);
+    other.metric(ENDED, &[("tenant", "acme"), ("why", "done")]).is(7).await;
+    finish([one, other]).await;
 }

@@ -5,7 +5,7 @@ use tokio::net::TcpStream;
 
 use super::harness::{ACME, Conf, Proxy, is_reset, read};
 use super::raw::{Held, Raw, Swallow};
-use super::sessions::{ROUND_ROBIN, asked, connects, greeting, is, is_turned_away, with};
+use super::sessions::{ROUND_ROBIN, UMBRELLA, asked, connects, greeting, is, is_turned_away, umbrella, with};
 
 /// A proxy whose one backend may have `most` sessions.
 async fn proxy(raw: &Raw, most: u32, queue: &str) -> Proxy {
@@ -235,5 +235,80 @@ async fn who_could_not_connect_does_not_wait_as_well() {
     proxy.others_are_unharmed().await;
     drop(held);
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
+    proxy.finish().await;
+}
+
+/// A proxy whose one backend, of ten places, two tenants may use. One of them gets seven.
+async fn shared(raw: &Raw, queue: &str) -> Proxy {
+    let backends = vec![with(raw.address(), "max-sessions = 10")];
+    Conf { backends, pool: queue.to_owned(), more: umbrella(), ..Conf::default() }.start().await
+}
+
+#[tokio::test]
+async fn tenant_that_fills_a_shared_pool_leaves_room_for_the_others() {
+    let raw = Raw::bind().await;
+    let proxy = shared(&raw, "").await;
+    let mut held = Vec::new();
+    for _ in 0..7 {
+        held.push(raw.session(&proxy).await);
+    }
+    is_turned_away(&proxy).await;
+    ended(&proxy, "pool_share", 1).await;
+    let labels = [("tenant", "acme"), ("why", "pool_share")];
+    proxy.metric("vestibule_tenant_rejected_total", &labels).is(1).await;
+    let other = (proxy.open(UMBRELLA, b"other").await, accepted(&raw, b"other").await);
+    proxy.others_are_unharmed().await;
+    drop((held, other));
+    proxy.ended(&[("pool", "acme"), ("why", "done")]).is(8).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn session_over_its_tenants_share_waits_and_others_pass_it() {
+    let raw = Raw::bind().await;
+    let proxy = shared(&raw, "queue = { length = 4, timeout = \"60s\" }").await;
+    let mut held = Vec::new();
+    for _ in 0..7 {
+        held.push(raw.session(&proxy).await);
+    }
+    let eighth = waiting(&proxy, b"eighth", 1).await;
+    let other = (proxy.open(UMBRELLA, b"other").await, accepted(&raw, b"other").await);
+    queued(&proxy, 1).await;
+    drop(other);
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 7).await;
+    queued(&proxy, 1).await;
+    held.pop();
+    let eighth = (eighth, accepted(&raw, b"eighth").await);
+    queued(&proxy, 0).await;
+    proxy.others_are_unharmed().await;
+    drop((held, eighth));
+    proxy.ended(&[("pool", "acme"), ("why", "done")]).is(9).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn pool_is_shared_from_the_reload_on_that_brings_a_second_tenant() {
+    let raw = Raw::bind().await;
+    let backends = vec![with(raw.address(), "max-sessions = 10")];
+    let more = umbrella().replace("pool = \"acme\"", "pool = \"globex\"");
+    let mut proxy = Conf { backends, more, ..Conf::default() }.start().await;
+    let mut held = Vec::new();
+    for _ in 0..10 {
+        held.push(raw.session(&proxy).await);
+    }
+    let ends = format!("endpoints = [\"{UMBRELLA}\"]\npool = ");
+    proxy.reload(&format!("{ends}\"globex\""), &format!("{ends}\"acme\"")).unwrap();
+    held.truncate(8);
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 8).await;
+    // What was there before counts for its tenant.
+    is_turned_away(&proxy).await;
+    ended(&proxy, "pool_share", 1).await;
+    let other = (proxy.open(UMBRELLA, b"other").await, accepted(&raw, b"other").await);
+    held.truncate(5);
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 6).await;
+    held.push(raw.session(&proxy).await);
+    proxy.others_are_unharmed().await;
+    drop((held, other));
+    proxy.ended(&[("pool", "acme"), ("why", "done")]).is(12).await;
     proxy.finish().await;
 }

@@ -4,9 +4,9 @@ use std::sync::atomic::AtomicU64;
 
 use vestibule::admission::quota::{FlowPermit, Permit, Quota, Quotas};
 use vestibule::admission::rate::Rate;
-use vestibule::admission::share::Reserve;
 use vestibule::clock::Moment;
 use vestibule::config::{Limits, Mode};
+use vestibule::share::Reserve;
 
 use super::*;
 

@@ -12,7 +12,8 @@ use vestibule::pool::health::{FULL, Health, Rules, State, ramp};
 use vestibule::pool::pick::{self, Shares};
 use vestibule::pool::queue::Place;
 use vestibule::pool::retry::Budget;
-use vestibule::pool::{Picked, Pool, Tried};
+use vestibule::pool::{Nobody, Picked, Pool, Tried};
+use vestibule::share::Reserve;
 
 use super::*;
 
@@ -304,6 +305,87 @@ proptest! {
         }
         drop((line, held));
         prop_assert_eq!(pool.waiting(), 0);
+        prop_assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+    }
+}
+
+// The shares of several tenants.
+
+/// A tenant takes a place, a session of it moves to another backend, or one of them all ends.
+#[derive(Clone, Debug)]
+enum Take {
+    Session(u32),
+    Move(Index),
+    End(Index),
+}
+
+fn take() -> impl Strategy<Value = Take> {
+    prop_oneof![
+        // Mostly one tenant, which takes all that it gets.
+        6 => prop_oneof![3 => Just(0_u32), 1 => 0..6_u32].prop_map(Take::Session),
+        1 => any::<Index>().prop_map(Take::Move),
+        3 => any::<Index>().prop_map(Take::End),
+    ]
+}
+
+proptest! {
+    /// Whatever the others hold, and whoever waits: a tenant that holds few places gets another one, as long as no more tenants
+    /// hold any than the last part of the reserve is for.
+    #[test]
+    fn tenant_that_holds_few_is_always_served_in_a_shared_pool(
+        rooms in prop::collection::vec(1..60_u32, 1..4),
+        greedy in 0..200_usize,
+        turns in prop::collection::vec(take(), 0..300),
+    ) {
+        let mut config = config(Balance::RoundRobin, &vec![100; rooms.len()]);
+        for (backend, room) in config.backends.iter_mut().zip(&rooms) {
+            backend.max_sessions = Some(*room);
+        }
+        config.queue.length = 8;
+        let pool = Pool::new(&config, &Labels::default());
+        pool.set_shared(true);
+        let reserve = Reserve::of(rooms.iter().sum::<u32>() as usize);
+        let mut held: Vec<(u32, Picked)> = Vec::new();
+        let mut line: Vec<(u32, Place)> = Vec::new();
+        for turn in (0..greedy).map(|_| Take::Session(0)).chain(turns) {
+            match turn {
+                Take::Session(tenant) => match pool.pick_for(tenant, 0, 0, &mut Tried::default()) {
+                    Ok(picked) => held.push((tenant, picked)),
+                    Err(Nobody::Share | Nobody::Free) => {
+                        line.extend(pool.wait(tenant).map(|place| (tenant, place)));
+                    }
+                    Err(Nobody::Usable) => prop_assert!(false, "every backend is used"),
+                },
+                Take::Move(which) if !held.is_empty() => {
+                    let (tenant, _) = held.swap_remove(which.index(held.len()));
+                    let again = pool.pick_again(tenant, 0, 0, &mut Tried::default());
+                    held.extend(again.map(|picked| (tenant, picked)));
+                }
+                Take::End(which) if !held.is_empty() => drop(held.swap_remove(which.index(held.len()))),
+                Take::Move(_) | Take::End(_) => {}
+            }
+            for (tenant, mut place) in std::mem::take(&mut line) {
+                match given(&mut place) {
+                    Some(picked) => held.push((tenant, picked)),
+                    None => line.push((tenant, place)),
+                }
+            }
+            let load: u32 = pool.roster().backends().iter().map(|backend| backend.load()).sum();
+            prop_assert_eq!(load as usize, held.len());
+            let mut holders = BTreeMap::new();
+            for (tenant, _) in &held {
+                *holders.entry(*tenant).or_insert(0_usize) += 1;
+            }
+            for (tenant, own) in &holders {
+                prop_assert_eq!(pool.held(*tenant), *own);
+            }
+            if holders.len() < reserve.last / reserve.few {
+                let newcomer = pool.pick_for(99, 0, 0, &mut Tried::default());
+                prop_assert!(newcomer.is_ok(), "{} places taken by {} tenants", load, holders.len());
+            }
+        }
+        drop((line, held));
+        prop_assert_eq!((pool.waiting(), (0..100).map(|tenant| pool.held(tenant)).sum::<usize>()), (0, 0));
         prop_assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
     }
 }

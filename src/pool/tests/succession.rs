@@ -237,7 +237,7 @@ fn whatever_is_reloaded_the_load_is_what_is_held_and_nobody_waits_beside_room() 
                 1..=5 => match from.pick(random.u64(..), random.u64(..), &mut Tried::default()) {
                     Ok(picked) => held.push(picked),
                     Err(Nobody::Free) => places.extend(from.wait(random.u32(..2))),
-                    Err(Nobody::Usable) => {}
+                    Err(Nobody::Usable | Nobody::Share) => {}
                 },
                 6 if !places.is_empty() => drop(places.swap_remove(random.usize(..places.len()))),
                 _ if !held.is_empty() => drop(held.swap_remove(random.usize(..held.len()))),
@@ -255,4 +255,30 @@ fn whatever_is_reloaded_the_load_is_what_is_held_and_nobody_waits_beside_room() 
         drop((held, places));
         assert!(pools[1].roster().backends().iter().all(|backend| backend.load() == 0));
     }
+}
+
+#[test]
+fn sessions_from_before_a_limit_count_for_their_tenant_and_those_of_other_backends_take_no_room() {
+    let pick = |pool: &Pool, tenant: u32| pool.pick_for(tenant, 0, 0, &mut Tried::default());
+    let mut limited = config(Balance::RoundRobin, 1);
+    let before = Arc::new(healthy(&limited));
+    before.set_shared(true);
+    let mut held: Vec<_> = (0..8).map(|_| pick(&before, 1).unwrap()).collect();
+    limited.backends[0].max_sessions = Some(10);
+    let after = succeed(&before, &limited, at(1_000));
+    assert_eq!(after.held(1), 8);
+    for pool in [&before, &after] {
+        assert_eq!(pick(pool, 1).unwrap_err(), Nobody::Share);
+        assert!(pick(pool, 2).is_ok());
+    }
+    held.truncate(6);
+    held.push(pick(&after, 1).unwrap());
+    // The room of a backend that is new is free, whatever the one before it has still.
+    let mut moved = config(Balance::RoundRobin, 2);
+    moved.backends.remove(0);
+    moved.backends[0].max_sessions = Some(10);
+    let last = succeed(&after, &moved, at(2_000));
+    assert!(pick(&last, 1).is_ok() && last.held(1) == 7);
+    drop(held);
+    assert_eq!(last.held(1), 0);
 }

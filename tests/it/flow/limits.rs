@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::net::UdpSocket;
 
 use super::super::harness::{ACME, eventually};
+use super::super::sessions::{UMBRELLA, umbrella};
 use super::{Balancer, CLIENT, Echo, HOOLI, datagram, finish, others_are_unharmed, soon, world};
 
 #[tokio::test]
@@ -209,6 +210,30 @@ async fn answers_beyond_the_queue_of_a_flow_are_counted() {
         (overflowed.await > 0.0).then_some(())
     })
     .await;
+    others_are_unharmed(&proxy).await;
+    finish(proxy).await;
+}
+
+#[tokio::test]
+async fn flows_of_one_tenant_leave_room_in_a_shared_pool() {
+    let acme = Echo::start("acme").await;
+    let (proxy, _hooli) = world(&[], |conf, _| {
+        conf.backends = vec![format!("{{ address = \"{}\", max-sessions = 10 }}", acme.address)];
+        conf.more = umbrella() + "\n";
+        soon(conf);
+        conf.timeouts = conf.timeouts.replace("300ms", "4s");
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    let client = |number: u32| format!("10.100.0.{number}:5000");
+    for number in 1..=7 {
+        assert_eq!(balancer.ask(&datagram(&client(number), ACME, b"in")).await, b"acme in");
+    }
+    balancer.send(&datagram(&client(8), ACME, b"out")).await;
+    proxy.ended(&[("tenant", "acme"), ("at", "pool"), ("why", "pool_share")]).is(1).await;
+    let labels = [("tenant", "acme"), ("why", "pool_share")];
+    proxy.metric("vestibule_tenant_rejected_total", &labels).is(1).await;
+    assert_eq!(balancer.ask(&datagram(&client(9), UMBRELLA, b"in")).await, b"acme in");
     others_are_unharmed(&proxy).await;
     finish(proxy).await;
 }
