@@ -78,6 +78,8 @@ pub struct Process {
     pub max_sessions: usize,
     /// Bytes of all splice pipes together.
     pub pipe_memory: u64,
+    /// Bytes that wait for slow readers, of all sessions together, beside those in pipes.
+    pub buffer_memory: u64,
     /// Whether a configuration file that changes is put in force by itself.
     pub watch: bool,
 }

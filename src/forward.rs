@@ -3,6 +3,7 @@
 //! Small messages are copied through the worker's scratch buffer, large transfers are spliced through a pipe that
 //! the session borrows. An idle session owns neither.
 
+pub mod buffer;
 mod copy;
 pub mod moved;
 pub mod pace;
@@ -79,7 +80,7 @@ pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a m
     let mut ways = EachWay { to_backend: Way::new(now), to_client: Way::new(now) };
     // The client's socket has TCP_NODELAY from the listening socket.
     ways.to_client.prompt = true;
-    ways.to_backend.spill = Spill::new(pair.first);
+    ways.to_backend.spill = Spill::new(pair.first, lent);
     Relay {
         client: pair.client,
         backend: pair.backend,
@@ -236,17 +237,22 @@ impl Relay<'_> {
                 ready!(pin!(tokio::task::yield_now()).poll(context));
                 *left = TURN;
             }
-            if way.pipe.is_some() {
+            let is_short = way.pipe.is_none() && self.lent.buffers.is_short(self.lent.quota);
+            if is_short {
+                self.life.meter.worker().buffers_refused.add(1);
+            }
+            if way.pipe.is_some() || is_short {
                 // A pipe is not filled for a sink that takes nothing: it would only be held. A copy finds out by its
                 // write, which takes everything nearly always, and asks no socket before.
                 ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
             }
             // 2. What comes next, and no more than the tenant's bandwidth has for it.
-            let want = way.appetite();
+            let want = way.appetite(sink, is_short);
             let grant = self.lent.poll_grant(direction, &mut way.purse, want, source, self.life, context);
             let grant = ready!(grant).map_err(Broken::Source)?;
-            let (local, meter) = self.life.parts();
-            let read = way.bring(direction, (source, sink), grant.most(), local, meter, context);
+            let parts = self.life.parts();
+            let read =
+                way.bring(direction, (source, sink), grant.most().min(want), self.lent, parts, context);
             self.life.meter.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
             let count = ready!(read)?;
             if count == 0 && way.pipe.is_some() {

@@ -99,7 +99,7 @@ impl Worker {
 
     /// What a session of this tenant is lent.
     fn lent<'a>(&'a self, permit: &'a Permit) -> Lent<'a> {
-        Lent { pipes: &self.pipes, pacer: &self.pacer, quota: permit.quota() }
+        Lent { pipes: &self.pipes, buffers: &self.live.buffers, pacer: &self.pacer, quota: permit.quota() }
     }
 
     fn roll(&self) -> u64 {

@@ -24,6 +24,7 @@ use crate::clock::wheel::Span;
 use crate::config::{BareDatagrams, Config, Fallback, Identity, Protocol};
 use crate::connect;
 use crate::forward::Patience;
+use crate::forward::buffer::Buffers;
 use crate::forward::pipe::{self, Budget};
 use crate::header;
 use crate::id::Claim;
@@ -269,6 +270,8 @@ pub struct Live {
     pub ports: Arc<Ports>,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
+    /// Memory of bytes that wait for a slow reader.
+    pub buffers: Arc<Buffers>,
     /// The lines of the access log that wait for its writer, and those that are missing.
     pub log: Arc<LogQueue>,
     /// Listening sockets that broke and are not open again yet.
@@ -339,6 +342,7 @@ impl Live {
         let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
         sharing::tell(&snapshot);
         let configured = ArcSwap::from_pointee(Configured::none(&labels));
+        let buffers = Buffers::new(config.process.buffer_memory);
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
             config: ArcSwap::new(config),
@@ -346,6 +350,7 @@ impl Live {
             shards: (0..workers).map(|_| Arc::default()).collect(),
             sessions,
             quotas,
+            buffers,
             pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
             ports: Arc::new(connect::system_ports()),
             log: Arc::new(LogQueue::new(workers.max(1) * QUEUE)),

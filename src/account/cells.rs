@@ -189,6 +189,8 @@ pub struct WorkerCells {
     pub pipes: Cell64,
     /// Times that a session wanted a pipe and none was to be had: it went on copying.
     pub pipes_refused: Cell64,
+    /// Reads that were kept small because the memory for slow readers was short.
+    pub buffers_refused: Cell64,
     /// Fresh connections handed to a worker with fewer sessions.
     pub handed_over: Cell64,
     /// Cells that were made: for a listener, a tenant, a pool or a backend that had none here.

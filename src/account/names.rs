@@ -70,6 +70,12 @@ metrics! {
         "Memory of all splice pipes, held and pooled.";
     PIPES_REFUSED: Counter "vestibule_pipes_refused_total" []
         "Times that a session went on copying because no pipe was to be had.";
+    BUFFER_MEMORY: Gauge "vestibule_buffer_memory_bytes" []
+        "Memory of bytes that were read and that the other side of their session has not taken, beside those in pipes.";
+    BUFFER_MEMORY_LIMIT: Gauge "vestibule_buffer_memory_limit_bytes" []
+        "Memory that bytes which wait for a slow reader may take: `buffer-memory`.";
+    BUFFERS_REFUSED: Counter "vestibule_buffer_memory_refused_total" []
+        "Reads of at most 4 KiB, only while the other side takes bytes, because the tenant's part of `buffer-memory` was used up.";
     DURATION: Histogram "vestibule_session_duration_seconds" ["listener"]
         "From accept to the end; health checks left out.";
     CONNECT_TIME: Histogram "vestibule_connect_duration_seconds" ["pool"]

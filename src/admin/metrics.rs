@@ -212,6 +212,8 @@ fn process(sheet: &mut Sheet, live: &Live) {
     sheet.count(&names::LISTENERS_STOPPED, &[], live.stopped_listeners.count() as u64);
     sheet.count(&names::TENANTS, &[], snapshot.directory.tenants().len() as u64);
     sheet.count(&names::PIPE_MEMORY, &[], live.pipes.used());
+    sheet.count(&names::BUFFER_MEMORY, &[], live.buffers.used());
+    sheet.count(&names::BUFFER_MEMORY_LIMIT, &[], live.buffers.limit());
     let losses = live.log.losses();
     for class in LineClass::ALL {
         let of = |lines: Lines| lines.get(class as usize).copied().unwrap_or_default();
@@ -340,6 +342,7 @@ fn worker(sheet: &mut Sheet, number: usize, shard: &Shard) {
     sheet.count(&names::HANDED_OVER, &[&number], cells.handed_over.value());
     sheet.count(&names::PIPES, &[], cells.pipes.value());
     sheet.count(&names::PIPES_REFUSED, &[], cells.pipes_refused.value());
+    sheet.count(&names::BUFFERS_REFUSED, &[], cells.buffers_refused.value());
     sheet.each_way(&names::MODE_BYTES, &["copy"], cells.copied.values());
     sheet.each_way(&names::MODE_BYTES, &["splice"], cells.spliced.values());
 }

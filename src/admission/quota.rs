@@ -34,6 +34,8 @@ pub struct Quota {
     budgets: EachWay<Budget>,
     /// Splice pipes that its sessions hold.
     pub pipes: AtomicU32,
+    /// Bytes that its sessions have read and that their other ends have not taken, beside those in pipes.
+    pub buffered: AtomicU64,
     /// How its sessions end once they are revoked, as a [`Revocation`].
     revocation: AtomicU16,
     observing: AtomicBool,

@@ -47,6 +47,7 @@ pub(super) struct Process {
     pub(super) workers: Field<Whole<0, 1024>>,
     pub(super) max_sessions: Field<Count<0>>,
     pub(super) pipe_memory: Field<Size>,
+    pub(super) buffer_memory: Field<Size>,
     pub(super) watch: Field<bool>,
 }
 
@@ -57,6 +58,7 @@ impl Process {
             workers: section.take("workers"),
             max_sessions: section.take("max-sessions"),
             pipe_memory: section.take("pipe-memory"),
+            buffer_memory: section.take("buffer-memory"),
             watch: section.take("watch"),
         };
         section.finish();

@@ -8,31 +8,44 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::buffer::Part;
+use super::pace::Lent;
 use crate::fault::{self, Call};
 
 /// Bytes that were read and not yet written. Empty, it owns no memory.
 #[derive(Debug, Default)]
-pub(super) struct Spill {
-    bytes: Vec<u8>,
+pub(super) struct Spill(Option<Box<Held>>);
+
+#[derive(Debug)]
+struct Held {
+    bytes: Box<[u8]>,
     written: usize,
+    /// Held for its drop.
+    _part: Part,
 }
 
 impl Spill {
-    pub(super) fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, written: 0 }
+    /// Keeps these bytes, which count as the tenant's from now on.
+    pub(super) fn new(bytes: impl Into<Box<[u8]>>, lent: Lent<'_>) -> Self {
+        let bytes = bytes.into();
+        if bytes.is_empty() {
+            return Self::default();
+        }
+        let _part = lent.buffers.part(lent.quota, bytes.len());
+        Self(Some(Box::new(Held { bytes, written: 0, _part })))
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.written >= self.bytes.len()
+        self.left().is_empty()
     }
 
     pub(super) fn len(&self) -> usize {
-        self.bytes.len().saturating_sub(self.written)
+        self.left().len()
     }
 
     /// The bytes that are not written yet.
     pub(super) fn left(&self) -> &[u8] {
-        self.bytes.get(self.written..).unwrap_or_default()
+        self.0.as_ref().and_then(|held| held.bytes.get(held.written..)).unwrap_or_default()
     }
 
     /// Writes some of it; how much.
@@ -43,7 +56,9 @@ impl Spill {
     ) -> Poll<io::Result<u64>> {
         fault::at(Call::Send)?;
         let count = ready!(Pin::new(sink).poll_write(context, self.left()))?;
-        self.written += count;
+        if let Some(held) = &mut self.0 {
+            held.written += count;
+        }
         if self.is_empty() {
             *self = Self::default();
         }
@@ -55,6 +70,7 @@ impl Spill {
         &mut self,
         read: &[u8],
         sink: &mut TcpStream,
+        lent: Lent<'_>,
         context: &mut Context<'_>,
     ) -> io::Result<u64> {
         debug_assert!(self.is_empty(), "bytes were read while others were held");
@@ -64,7 +80,7 @@ impl Spill {
             Poll::Pending => 0,
         };
         if let Some(left) = read.get(count..).filter(|left| !left.is_empty()) {
-            *self = Self::new(left.to_vec());
+            *self = Self::new(left, lent);
         }
         Ok(count as u64)
     }

@@ -150,7 +150,7 @@ impl Still {
             let record = self.record.way(direction);
             let mut way = Way::new(now.before(Duration::from_millis(record.silent_ms)));
             (way.phase, way.prompt) = (record.phase, record.prompt);
-            way.spill = Spill::new(std::mem::take(self.spills.way_mut(direction)));
+            way.spill = Spill::new(std::mem::take(self.spills.way_mut(direction)), lent);
             let held = record.pipe.unwrap_or(0);
             let ends = self.pipes.way_mut(direction).take();
             way.pipe = ends.map(|ends| Box::new(lent.pipes.adopt(ends, held, lent.quota, life)));

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use tokio::net::TcpStream;
 
 use super::LOOK;
+use super::buffer::Buffers;
 use super::pipe::{Pipe, Pipes};
 use crate::account::Direction;
 use crate::admission::pacer::Pacer;
@@ -27,6 +28,8 @@ use crate::outcome::{At, By, Outcome, Why};
 pub struct Lent<'a> {
     /// The worker's pipes.
     pub pipes: &'a Pipes,
+    /// The memory for bytes that wait for a slow reader.
+    pub buffers: &'a Arc<Buffers>,
     /// The worker's queues for bandwidth.
     pub pacer: &'a RefCell<Pacer>,
     /// What its tenant may have.

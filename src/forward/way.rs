@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
+use super::buffer::{self, FIRST, LEAST};
 use super::copy::{self, Spill};
 use super::pace::Lent;
 use super::pipe::Pipe;
@@ -42,6 +43,8 @@ pub(super) struct Way {
     pub(super) pipe: Option<Box<Pipe>>,
     /// Large reads in a row while copying, small splices in a row while splicing.
     pub(super) streak: u8,
+    /// Whether the last read while copying was no small one, or left bytes over: the next brings no more than what the sink takes.
+    pub(super) measured: bool,
     pub(super) phase: Phase,
     /// Whether the sink has TCP_NODELAY.
     pub(super) prompt: bool,
@@ -76,6 +79,7 @@ impl Way {
             spill: Spill::default(),
             pipe: None,
             streak: 0,
+            measured: false,
             phase: Phase::Open,
             prompt: false,
             moved: now,
@@ -97,8 +101,17 @@ impl Way {
     }
 
     /// What the next read or splice brings at most.
-    pub(super) fn appetite(&self) -> usize {
-        self.pipe.as_ref().map_or(SCRATCH, |pipe| pipe.capacity())
+    pub(super) fn appetite(&self, sink: &TcpStream, is_short: bool) -> usize {
+        if let Some(pipe) = &self.pipe {
+            return pipe.capacity();
+        }
+        if is_short {
+            return LEAST;
+        }
+        if !self.measured {
+            return FIRST;
+        }
+        buffer::room(sink).unwrap_or(SCRATCH).clamp(LEAST, SCRATCH)
     }
 
     /// Reads or splices once, up to `most` bytes, and after a read writes what the sink takes; how much came. 0 is
@@ -108,8 +121,8 @@ impl Way {
         direction: Direction,
         (source, sink): (&mut TcpStream, &mut TcpStream),
         most: usize,
-        local: &Local,
-        meter: &mut Meter,
+        lent: Lent<'_>,
+        (local, meter): (&Local, &mut Meter),
         context: &mut Context<'_>,
     ) -> Poll<Result<usize, Broken>> {
         if let Some(pipe) = &mut self.pipe {
@@ -128,7 +141,7 @@ impl Way {
         let read = ready!(copy::poll_read(source, room, context)).map_err(Broken::Source)?;
         if !read.is_empty() {
             self.be_prompt(sink, meter);
-            let count = self.spill.poll_write_first(read, sink, context).map_err(Broken::Sink)?;
+            let count = self.spill.poll_write_first(read, sink, lent, context).map_err(Broken::Sink)?;
             meter.forwarded(direction, count, false);
         }
         Poll::Ready(Ok(read.len()))
@@ -149,7 +162,7 @@ impl Way {
     /// Where the bytes cannot be had back.
     pub(super) fn take_out(&mut self, lent: Lent<'_>, life: &Life) -> io::Result<()> {
         if let Some(pipe) = &mut self.pipe {
-            self.spill = Spill::new(pipe.take_out()?);
+            self.spill = Spill::new(pipe.take_out()?, lent);
         }
         life.meter.worker().pipes_refused.add(1);
         self.copy_on(lent, life);
@@ -166,6 +179,7 @@ impl Way {
     pub(super) fn note(&mut self, count: usize) {
         let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
         self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
+        self.measured = count >= FIRST || !self.spill.is_empty();
     }
 
     /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.

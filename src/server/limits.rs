@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     fn process(max_sessions: usize, pipe_memory: u64) -> Process {
-        Process { workers: 0, max_sessions, pipe_memory, watch: false }
+        Process { workers: 0, max_sessions, pipe_memory, buffer_memory: 0, watch: false }
     }
 
     fn sessions(process: &Process, descriptors: u64) -> Result<usize, String> {

@@ -292,6 +292,7 @@ impl Proxy {
             "vestibule_backend_sessions_active",
             "vestibule_worker_sessions_active",
             "vestibule_pipes_in_use",
+            "vestibule_buffer_memory_bytes",
             "vestibule_pool_sessions_queued",
         ] {
             self.metric(gauge, &[]).is(0).await;

@@ -16,6 +16,7 @@ mod admin;
 mod against;
 mod balance;
 mod bandwidth;
+mod buffers;
 mod checks;
 mod comeback;
 mod control;

@@ -31,6 +31,8 @@ pub(super) const MIN_TTL: Duration = Duration::from_secs(1);
 pub(super) const MAX_TTL: Duration = Duration::from_secs(60);
 /// Bytes of all splice pipes together, by default: 64 MiB.
 const PIPE_MEMORY: u64 = 64 << 20;
+/// Bytes that wait for slow readers, by default: 32 MiB, so that a container of 64 MiB has room for the rest.
+const BUFFER_MEMORY: u64 = 32 << 20;
 
 /// Makes the configuration.
 pub(super) fn config(written: Written) -> Config {
@@ -39,6 +41,7 @@ pub(super) fn config(written: Written) -> Config {
             workers: written.process.workers.or(Whole(0)).as_usize(),
             max_sessions: written.process.max_sessions.or(Whole(0)).as_usize(),
             pipe_memory: written.process.pipe_memory.or(Size(PIPE_MEMORY)).0,
+            buffer_memory: written.process.buffer_memory.or(Size(BUFFER_MEMORY)).0,
             watch: written.process.watch.or(false),
         },
         admin: Admin {

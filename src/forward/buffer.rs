@@ -1,0 +1,135 @@
+//! The memory of bytes that were read and that the other side has not taken: one bound for the process, and a share of it
+//! for each tenant.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::libc::{self, c_int};
+use nix::sys::socket::getsockopt;
+use nix::{getsockopt_impl, sockopt_impl};
+
+use crate::admission::quota::Quota;
+use crate::life::SCRATCH;
+
+/// The first read of a direction brings no more, and so does the first after a short one: what the other side takes is not
+/// known yet, and what it does not take has to be kept.
+pub(super) const FIRST: usize = 16 * 1024;
+
+/// The least that is read where the other side has little room, or the memory is short.
+pub(super) const LEAST: usize = 4 * 1024;
+
+/// The bound on the memory of all bytes that wait for a slow reader.
+#[derive(Debug)]
+pub struct Buffers {
+    limit: u64,
+    used: AtomicU64,
+}
+
+/// A part of it, given back on drop.
+#[derive(Debug)]
+pub(super) struct Part {
+    buffers: Arc<Buffers>,
+    tenant: Arc<Quota>,
+    bytes: u64,
+}
+
+impl Buffers {
+    /// No bytes wait yet, and `limit` bytes may.
+    #[must_use]
+    pub fn new(limit: u64) -> Arc<Self> {
+        Arc::new(Self { limit, used: AtomicU64::new(0) })
+    }
+
+    /// The bytes in use.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// The bytes that may be in use.
+    #[must_use]
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// Whether a session of the tenant reads in small parts, and only while the other side takes bytes: a whole read more, and
+    /// the tenant would hold more than what is free (Choudhury and Hahne, "Dynamic queue length thresholds", 1998, with alpha
+    /// 1): half of all where it is alone, a third each where two are slow.
+    pub(super) fn is_short(&self, tenant: &Quota) -> bool {
+        let free = self.limit.saturating_sub(self.used());
+        tenant.buffered.load(Ordering::Relaxed).saturating_add(SCRATCH as u64) > free
+    }
+
+    /// Bytes that were read already take their part, whether there is room for them or not.
+    pub(super) fn part(self: &Arc<Self>, tenant: &Arc<Quota>, bytes: usize) -> Part {
+        let bytes = bytes as u64;
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        tenant.buffered.fetch_add(bytes, Ordering::Relaxed);
+        Part { buffers: Arc::clone(self), tenant: Arc::clone(tenant), bytes }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.buffers.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.tenant.buffered.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Words of the answer (`SK_MEMINFO_VARS` in `include/uapi/linux/sock_diag.h`).
+const WORDS: usize = 9;
+
+/// `SO_MEMINFO` in include/uapi/asm-generic/socket.h, since Linux 4.12.
+const SO_MEMINFO: c_int = 55;
+
+sockopt_impl!(
+    /// What the kernel holds for a socket.
+    MemoryInfo,
+    GetOnly,
+    libc::SOL_SOCKET,
+    SO_MEMINFO,
+    [u32; WORDS]
+);
+
+/// The bytes that the socket's send queue takes beside those that are in it; `None` where the kernel does not say. Where it is
+/// about to enlarge the queue it takes more.
+pub(super) fn room(sink: &impl AsFd) -> Option<usize> {
+    let words = getsockopt(sink, MemoryInfo).ok()?;
+    let word = |name: c_int| words.get(usize::try_from(name).ok()?).copied();
+    let bound = word(libc::SK_MEMINFO_SNDBUF)?;
+    usize::try_from(bound.saturating_sub(word(libc::SK_MEMINFO_WMEM_QUEUED)?)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_counted_for_process_and_tenant_until_they_are_dropped() {
+        let buffers = Buffers::new(SCRATCH as u64 * 4);
+        let (tenant, other) = (Arc::new(Quota::default()), Arc::new(Quota::default()));
+        assert!(!buffers.is_short(&tenant));
+        let one = buffers.part(&tenant, SCRATCH);
+        assert!(!buffers.is_short(&tenant));
+        let two = buffers.part(&tenant, SCRATCH);
+        assert!(buffers.is_short(&tenant), "one more would be more than what is free");
+        assert!(!buffers.is_short(&other));
+        let three = buffers.part(&other, SCRATCH * 3);
+        assert_eq!(buffers.used(), SCRATCH as u64 * 5, "what was read is kept, also beyond the limit");
+        assert!(buffers.is_short(&other));
+        drop((one, two, three));
+        assert_eq!((buffers.used(), buffers.is_short(&tenant)), (0, false));
+        assert!(Buffers::new(0).is_short(&tenant));
+    }
+
+    #[test]
+    fn send_queue_that_takes_no_more_has_little_room() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(room(&stream).unwrap() >= FIRST);
+        stream.set_nonblocking(true).unwrap();
+        while std::io::Write::write(&mut &stream, &[0; SCRATCH]).is_ok() {}
+        assert!(room(&stream).unwrap() < SCRATCH);
+    }
+}

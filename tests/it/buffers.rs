@@ -1,0 +1,89 @@
+//! Bytes that wait for slow readers: how much user memory they take, and that none is lost.
+
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+use super::harness::{Conf, Proxy};
+use super::raw::{Raw, receive_all, send_all};
+
+const MIB: u64 = 1024 * 1024;
+
+/// What the backend of each session sends: more than the kernel's buffers hold.
+const WHOLE: u64 = 32 * MIB;
+
+/// A client that reads nothing, and the backend's end, which sends.
+type Stalled = (TcpStream, JoinHandle<()>);
+
+/// Sessions whose backends send and whose clients read nothing, once nothing moves any more.
+async fn stalled(proxy: &Proxy, raw: &Raw, count: u64) -> Vec<Stalled> {
+    let mut sessions = Vec::new();
+    for seed in 0..count {
+        let (client, mut backend) = raw.session(proxy).await;
+        sessions.push((client, tokio::spawn(async move { send_all(&mut backend, seed, WHOLE).await })));
+    }
+    let (mut before, mut still) = (0.0, 0);
+    while still < 20 {
+        sleep(Duration::from_millis(20)).await;
+        let now = proxy.value("vestibule_forwarded_bytes_total", &[("tenant", "acme")]).await;
+        still = if now > before { 0 } else { still + 1 };
+        before = now;
+    }
+    sessions
+}
+
+/// Every client reads to the end.
+async fn receive(sessions: Vec<Stalled>) {
+    for (seed, (mut client, sending)) in (0..).zip(sessions) {
+        receive_all(&mut client, seed, WHOLE).await;
+        sending.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn clients_that_read_nothing_hold_less_than_16_kib_each_of_user_memory() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(Conf { process: "pipe-memory = \"0B\"".to_owned(), ..Conf::default() }).await;
+    let sessions = stalled(&proxy, &raw, 12).await;
+    let held = proxy.value("vestibule_buffer_memory_bytes", &[]).await;
+    assert!(held < 12.0 * 16.0 * 1024.0, "{held} bytes");
+    proxy.metric("vestibule_buffer_memory_limit_bytes", &[]).is(32 << 20).await;
+    proxy.others_are_unharmed().await;
+    receive(sessions).await;
+    proxy.metric("vestibule_buffer_memory_bytes", &[]).is(0).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(12).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn bytes_beyond_buffer_memory_are_read_in_small_parts_and_arrive_whole() {
+    let raw = Raw::bind().await;
+    let process = "pipe-memory = \"0B\"\nbuffer-memory = \"0B\"".to_owned();
+    let proxy = raw.proxy(Conf { process, ..Conf::default() }).await;
+    let sessions = stalled(&proxy, &raw, 4).await;
+    let held = proxy.value("vestibule_buffer_memory_bytes", &[]).await;
+    assert!(held <= 4.0 * 4096.0, "{held} bytes");
+    proxy.metric("vestibule_buffer_memory_refused_total", &[]).is_at_least(4).await;
+    proxy.others_are_unharmed().await;
+    receive(sessions).await;
+    proxy.metric("vestibule_buffer_memory_bytes", &[]).is(0).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(4).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn clients_that_reset_while_bytes_wait_for_them_give_their_memory_back() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(Conf { process: "pipe-memory = \"0B\"".to_owned(), ..Conf::default() }).await;
+    for (client, sending) in stalled(&proxy, &raw, 4).await {
+        client.set_zero_linger().unwrap();
+        drop(client);
+        assert!(sending.await.is_err(), "the backend's write failed");
+    }
+    proxy.metric("vestibule_buffer_memory_bytes", &[]).is(0).await;
+    proxy.ended(&[("tenant", "acme"), ("by", "client"), ("why", "reset")]).is(4).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}
