@@ -9,6 +9,7 @@ pub mod moved;
 mod open;
 mod revoke;
 mod run;
+mod search;
 mod socket;
 pub mod table;
 

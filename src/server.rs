@@ -47,7 +47,7 @@ use crate::resolve::{NoServers, Resolver};
 use crate::state::{Changes, Listener, Live, Most};
 use crate::takeover::Leaving;
 
-pub use self::limits::{Capacity, SCARCE_PORTS, scarce_ports};
+pub use self::limits::{Capacity, ScarcePorts, scarce_ports};
 pub use self::orders::Orders;
 pub use self::reload::{ReloadError, Reloader};
 pub use self::socket::SocketFile;

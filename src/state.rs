@@ -268,6 +268,8 @@ pub struct Live {
     pub quotas: Quotas,
     /// Local ports of connections to backends.
     pub ports: Arc<Ports>,
+    /// Local ports of UDP flows.
+    pub udp_ports: Arc<Ports>,
     /// Memory of splice pipes.
     pub pipes: Arc<Budget>,
     /// Memory of bytes that wait for a slow reader.
@@ -343,6 +345,8 @@ impl Live {
         sharing::tell(&snapshot);
         let configured = ArcSwap::from_pointee(Configured::none(&labels));
         let buffers = Buffers::new(config.process.buffer_memory);
+        let ports = connect::system_ports();
+        let udp_ports = Arc::new(Ports::udp(ports.range().clone()));
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
             config: ArcSwap::new(config),
@@ -352,7 +356,8 @@ impl Live {
             quotas,
             buffers,
             pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
-            ports: Arc::new(connect::system_ports()),
+            ports: Arc::new(ports),
+            udp_ports,
             log: Arc::new(LogQueue::new(workers.max(1) * QUEUE)),
             stopped_listeners: StoppedListeners::default(),
             bound: ArcSwap::default(),

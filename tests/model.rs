@@ -1,5 +1,5 @@
 //! Random operations against naive models: the wheel, slots, limits, pools, the directory, endpoint IDs, counters,
-//! bandwidth.
+//! bandwidth, local ports.
 
 #![allow(
     clippy::unwrap_used,
@@ -42,6 +42,8 @@ mod naive;
 mod pace;
 #[path = "model/pool.rs"]
 mod pool;
+#[path = "model/ports.rs"]
+mod ports;
 #[path = "model/whole.rs"]
 mod whole;
 

@@ -83,9 +83,9 @@ metrics! {
     CONNECT_CALLS: Counter "vestibule_worker_connect_seconds_total" ["worker"]
         "Time that each worker thread spent within the calls that start a connection to a backend, where it serves no other session.";
     LOCAL_PORTS: Gauge "vestibule_local_ports_in_use" ["backend", "protocol", "state"]
-        "Local ports in use towards the backend's address, over all source addresses: `live` by connections, `waiting` in TIME_WAIT or refused by the kernel.";
+        "Local ports in use towards the backend's address, over all source addresses: `live` by connections, `waiting` in TIME_WAIT or refused by the kernel. A UDP flow's port is used towards all backends: the label is empty.";
     LOCAL_PORTS_LIMIT: Gauge "vestibule_local_ports_limit" ["backend", "protocol"]
-        "Local ports that may be in use towards the backend's address, over the source addresses in use.";
+        "Local ports that may be in use towards the backend's address, over the source addresses in use; for UDP towards all backends, with an empty label.";
     BACKEND_ACTIVE: Gauge "vestibule_backend_sessions_active" ["pool", "backend"]
         "Sessions on the backend now.";
     BACKEND_CONNECTS: Counter "vestibule_backend_connects_total" ["pool", "backend", "result"]

@@ -240,8 +240,10 @@ fn process(sheet: &mut Sheet, live: &Live) {
     for (endpoint, ended, count) in live.admin_connections.ended() {
         sheet.count(&names::ADMIN_ENDED, &[endpoint.word(), ended.word()], count);
     }
-    for usage in live.ports.usage() {
-        let (backend, protocol) = (usage.backend.to_string(), "tcp");
+    let tcp = live.ports.usage().into_iter().map(|usage| (usage.backend.to_string(), "tcp", usage));
+    // A UDP port is for all backends.
+    let udp = live.udp_ports.usage().into_iter().map(|usage| (String::new(), "udp", usage));
+    for (backend, protocol, usage) in tcp.chain(udp) {
         sheet.count(&names::LOCAL_PORTS, &[&backend, protocol, "live"], usage.live as u64);
         sheet.count(&names::LOCAL_PORTS, &[&backend, protocol, "waiting"], usage.waiting as u64);
         sheet.count(&names::LOCAL_PORTS_LIMIT, &[&backend, protocol], usage.limit as u64);

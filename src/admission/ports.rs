@@ -8,12 +8,19 @@
 //!
 //! A port is live while its connection is, and then waits as long as the kernel keeps it in TIME_WAIT, where our side
 //! closed first. Both count against the tenant whose session used it.
+//!
+//! The kernel gives the port of a UDP socket to no other socket of the same source address, whatever the backend
+//! (`udp_lib_get_port` in net/ipv4/udp.c), and finds a free one within a few steps unless nearly all are in use. So UDP
+//! ports are counted by source address alone, and the kernel chooses them.
+
+mod system;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+pub use self::system::{Range, Reuse};
 use crate::account::lock;
 use crate::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::clock::Moment;
@@ -21,6 +28,12 @@ use crate::share;
 
 /// The tenant that the ports of probes are counted for.
 pub const PROBES: u32 = u32::MAX;
+
+/// What stands for the backend in the account of UDP ports: they are the same for all backends.
+pub const EVERY_BACKEND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+
+/// Of the UDP ports, one in so many is left to lookups of names, probes and other processes.
+const UDP_RESERVE: usize = 64;
 
 /// One unit of the time that ports wait, a tenth of a second, in nanoseconds.
 const TICK_NANOS: u64 = 100_000_000;
@@ -39,63 +52,13 @@ const SHARDS: usize = 16;
 /// Ports whose wait ends in one call, so that no call takes long; more than one call can add.
 const SETTLE: usize = 64;
 
-/// When the kernel reuses a port in TIME_WAIT, as `net.ipv4.tcp_tw_reuse` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reuse {
-    /// 0: not before its 60 seconds are over.
-    Never,
-    /// 1: after a second.
-    Always,
-    /// 2: after a second where the backend's address is a loopback address.
-    Loopback,
-}
-
-/// The local ports that there are, in the order in which they are used first: every second one, then the rest. The kernel
-/// does the same (`__inet_hash_connect`), so that `bind()` without a port finds some that are free.
-#[derive(Debug)]
-pub struct Range(Box<[u16]>);
-
-impl Range {
-    /// The ports from `low` to `high` that are not reserved.
-    #[must_use]
-    pub fn new(low: u16, high: u16, is_reserved: impl Fn(u16) -> bool) -> Self {
-        let is_free = |port: &u16| *port > 0 && !is_reserved(*port);
-        let first = (low..=high).step_by(2);
-        let second = (low..=high).skip(1).step_by(2);
-        Self(first.chain(second).filter(is_free).collect())
-    }
-
-    /// How many there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Whether the port is among them.
-    #[must_use]
-    pub fn contains(&self, port: u16) -> bool {
-        self.0.contains(&port)
-    }
-}
-
-impl Default for Range {
-    /// The kernel's own default.
-    fn default() -> Self {
-        Self::new(32_768, 60_999, |_| false)
-    }
-}
-
 /// What all spaces share.
 #[derive(Debug)]
 struct Shared {
     range: Range,
     reuse: Reuse,
+    /// Whether these are ports of UDP sockets.
+    is_udp: bool,
     /// The present, in ticks.
     tick: AtomicU32,
     /// Whether the kernel takes a port that is chosen here (`IP_LOCAL_PORT_RANGE`, Linux 6.3).
@@ -109,6 +72,17 @@ impl Shared {
 
     fn chooses(&self) -> bool {
         self.chooses.load(Ordering::Relaxed)
+    }
+
+    /// Ports that may be in use in one space. Where the kernel chooses for TCP, three quarters of the half that it tries
+    /// first: its search stays short (`__inet_hash_connect` goes through the other half only once that one is full).
+    fn limit(&self) -> usize {
+        let count = self.range.len();
+        match (self.is_udp, self.chooses()) {
+            (true, _) => count - count.div_ceil(UDP_RESERVE),
+            (false, true) => count,
+            (false, false) => count / 2 * 3 / 4,
+        }
     }
 }
 
@@ -129,7 +103,19 @@ impl Ports {
     /// Nothing is in use yet.
     #[must_use]
     pub fn new(range: Range, reuse: Reuse) -> Self {
-        let shared = Shared { range, reuse, tick: AtomicU32::new(0), chooses: AtomicBool::new(true) };
+        Self::of(range, reuse, false)
+    }
+
+    /// The account of the UDP ports of a range, of which none is in use yet.
+    #[must_use]
+    pub fn udp(range: Range) -> Self {
+        // A UDP port is free as soon as its socket is closed.
+        Self::of(range, Reuse::Never, true)
+    }
+
+    fn of(range: Range, reuse: Reuse, is_udp: bool) -> Self {
+        let (tick, chooses) = (AtomicU32::new(0), AtomicBool::new(!is_udp));
+        let shared = Shared { range, reuse, is_udp, tick, chooses };
         Self {
             shared: Arc::new(shared),
             hasher: std::hash::RandomState::new(),
@@ -144,10 +130,10 @@ impl Ports {
         &self.shared.range
     }
 
-    /// Ports that a tenant alone, over all its sessions to one backend, could hold from one source address.
+    /// Ports that may be in use from one source address to one backend; of UDP, to all backends.
     #[must_use]
     pub fn limit(&self) -> usize {
-        limit(self.range(), self.shared.chooses())
+        self.shared.limit()
     }
 
     /// The kernel does not take a port that is chosen here: from now on it chooses, and fewer are used.
@@ -208,12 +194,6 @@ pub struct Usage {
     pub limit: usize,
 }
 
-/// Ports that may be in use towards one backend. Where the kernel chooses, three quarters of the half that it tries first:
-/// its search stays short (`__inet_hash_connect` goes through the other half only once that one is full).
-fn limit(range: &Range, chooses: bool) -> usize {
-    if chooses { range.len() } else { range.len() / 2 * 3 / 4 }
-}
-
 /// The local ports from one source address to one backend.
 #[derive(Debug)]
 pub struct Space {
@@ -250,15 +230,11 @@ impl Space {
         state
     }
 
-    fn limit(&self) -> usize {
-        limit(&self.shared.range, self.shared.chooses())
-    }
-
     /// A port for a session of this tenant; `None` where none is free, or the tenant holds its share.
     #[must_use]
     pub fn take(self: &Arc<Self>, tenant: u32) -> Option<Port> {
         let mut state = self.settled();
-        if !state.allows(tenant, self.limit()) {
+        if !state.allows(tenant, self.shared.limit()) {
             return None;
         }
         let number = if self.shared.chooses() {
@@ -269,6 +245,30 @@ impl Space {
         state.hold(tenant);
         drop(state);
         Some(Port { space: Arc::clone(self), tenant, number, waits: false })
+    }
+
+    /// A port for the socket that replaces the one of `held`. Where both are of this space the tenant's share is not asked:
+    /// `held` is about to be given back.
+    #[must_use]
+    pub fn exchange(self: &Arc<Self>, held: &Port) -> Option<Port> {
+        if !held.is_of(self) {
+            return self.take(held.tenant);
+        }
+        lock(&self.state).may_search(self.shared.tick())?;
+        Some(self.adopt(held.tenant))
+    }
+
+    /// Whether the tenant holds less than an equal share.
+    #[must_use]
+    pub fn holds_little(&self, tenant: u32) -> bool {
+        let state = lock(&self.state);
+        let (held, holders) = state.holding(tenant);
+        share::is_equal(held, holders, self.shared.limit())
+    }
+
+    /// A port has been given back to the kernel: it may be asked to search again.
+    pub fn search_again(&self) {
+        lock(&self.state).barred = 0;
     }
 
     /// Counts the port of a connection that came from another process. Which one it is, only the kernel knows.
@@ -289,7 +289,7 @@ impl Space {
     pub fn usage(&self) -> Usage {
         let (state, backend) = (self.settled(), self.backend());
         let waiting = state.waiting.len() + state.parked.len();
-        Usage { backend, live: state.live, waiting, limit: self.limit() }
+        Usage { backend, live: state.live, waiting, limit: self.shared.limit() }
     }
 
     /// Whether nothing is known of it that a new one would not know.
@@ -297,7 +297,7 @@ impl Space {
         let tick = self.shared.tick();
         let mut state = self.settled();
         state.shrink();
-        state.used() == 0
+        (state.used() == 0 && tick >= state.barred)
             && state.resting.back().is_none_or(|rest| tick.wrapping_sub(rest.since) >= TIME_WAIT)
     }
 }
@@ -363,9 +363,14 @@ impl State {
     /// Whether the tenant may hold one more, by the rule of [`share`].
     fn allows(&self, tenant: u32, limit: usize) -> bool {
         let Some(free) = limit.checked_sub(self.used() + 1) else { return false };
-        let held = self.held.get(&tenant).map_or(0, |held| *held as usize);
-        let holders = self.held.len() + usize::from(held == 0);
+        let (held, holders) = self.holding(tenant);
         share::is_allowed(held, holders, limit, free)
+    }
+
+    /// How many the tenant holds, and how many tenants hold any with this one.
+    fn holding(&self, tenant: u32) -> (usize, usize) {
+        let held = self.held.get(&tenant).map_or(0, |held| *held as usize);
+        (held, self.held.len() + usize::from(held == 0))
     }
 
     /// The port that is free for longest. One equal to the backend's own port is left out: on the same host such a
@@ -419,16 +424,15 @@ impl State {
 
     /// Gives memory back that a burst needed.
     fn shrink(&mut self) {
-        let spare = |len: usize, capacity: usize| capacity > 64 && len < capacity / 4;
-        if spare(self.resting.len(), self.resting.capacity()) {
-            self.resting.shrink_to(self.resting.len() * 2);
-        }
-        if spare(self.waiting.len(), self.waiting.capacity()) {
-            self.waiting.shrink_to(self.waiting.len() * 2);
-        }
-        if spare(self.parked.len(), self.parked.capacity()) {
-            self.parked.shrink_to(self.parked.len() * 2);
-        }
+        shrink(&mut self.resting);
+        shrink(&mut self.waiting);
+        shrink(&mut self.parked);
+    }
+}
+
+fn shrink<T>(queue: &mut VecDeque<T>) {
+    if queue.capacity() > 64 && queue.len() < queue.capacity() / 4 {
+        queue.shrink_to(queue.len() * 2);
     }
 }
 
@@ -446,6 +450,18 @@ impl Port {
     #[must_use]
     pub fn number(&self) -> Option<u16> {
         Some(self.number).filter(|number| *number > 0)
+    }
+
+    /// Whether it is one of these.
+    #[must_use]
+    pub fn is_of(&self, space: &Arc<Space>) -> bool {
+        Arc::ptr_eq(&self.space, space)
+    }
+
+    /// The tenant that it is counted for.
+    #[must_use]
+    pub fn tenant(&self) -> u32 {
+        self.tenant
     }
 
     /// Our side closed first: the port is in TIME_WAIT once the connection is over.

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::ask::Place;
+use crate::admission::ports::Ports;
 use crate::config::Config;
 use crate::config::difference::{Difference, InForce};
 use crate::connect;
-use crate::server::{SCARCE_PORTS, scarce_ports, writer};
+use crate::server::{ScarcePorts, scarce_ports, writer};
 
 /// What `vestibule check` is told.
 #[derive(Debug, clap::Args)]
@@ -49,9 +50,11 @@ pub(super) fn run(options: &Options) -> ExitCode {
         eprintln!("{error}");
         return ExitCode::FAILURE;
     }
-    if let Some((pool, possible)) = scarce_ports(&config, &connect::system_ports()) {
+    let tcp = connect::system_ports();
+    let udp = Ports::udp(tcp.range().clone());
+    for ScarcePorts { pool, possible, message } in scarce_ports(&config, &tcp, &udp) {
         let file = options.config.display();
-        eprintln!("{file}: warning: pool \"{pool}\": {SCARCE_PORTS} (here {possible})");
+        eprintln!("{file}: warning: pool \"{pool}\": {message} (here {possible})");
     }
     let Some(place) = &options.against else {
         println!("{}: fine: {}", options.config.display(), contents(&config));

@@ -18,7 +18,7 @@ use crate::config::sources::Sources;
 use crate::config::{Config, Faults, Format, Level, Log};
 use crate::server::inherit::Inherited;
 use crate::server::takeover::Heritage;
-use crate::server::{Orders, SCARCE_PORTS, Server, Start, StartError, failure, notify, scarce_ports};
+use crate::server::{Orders, ScarcePorts, Server, Start, StartError, failure, notify, scarce_ports};
 
 pub(super) const EXAMPLES: &str = "Examples:\n  \
     vestibule serve --config config/minimal.toml\n  \
@@ -294,8 +294,9 @@ fn announce(server: &Server, config: &Config) {
             "max-sessions is more than the file-descriptor limit allows: raise LimitNOFILE"
         );
     }
-    if let Some((pool, possible)) = scarce_ports(config, &server.live().ports) {
-        tracing::warn!(pool, possible, "{SCARCE_PORTS}");
+    let live = server.live();
+    for ScarcePorts { pool, possible, message } in scarce_ports(config, &live.ports, &live.udp_ports) {
+        tracing::warn!(pool, possible, "{message}");
     }
 }
 

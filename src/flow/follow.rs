@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::life::{Flow, Found};
-use super::open::{Search, blame};
+use super::search::{For, Search, blame};
 use super::table::{FlowId, Who};
 use super::{Poll, State};
 use crate::account::meter::Connect;
+use crate::admission::ports::Ports;
 use crate::clock::Moment;
 use crate::pool::{Pool, Tried, pick};
 
@@ -30,7 +31,9 @@ impl<A> State<A> {
         if flow.stays_over_reload() {
             return;
         }
-        let Some(found) = flow.search(&latest, who, &mut self.rolls, now) else { return };
+        let Some(found) = flow.search(&latest, who, &self.live.udp_ports, &mut self.rolls, now) else {
+            return;
+        };
         flow.move_to(found);
         (flow.is_answered, flow.first, flow.searches_at) = (false, None, Moment::default());
         self.watch(id, poll, now);
@@ -54,6 +57,7 @@ impl<A> Flow<A> {
         &mut self,
         pool: &Arc<Pool>,
         who: Who,
+        ports: &Ports,
         rolls: &mut fastrand::Rng,
         now: Moment,
     ) -> Option<Found> {
@@ -62,11 +66,11 @@ impl<A> Flow<A> {
         let tenant = self.story.tenant_number();
         let picked = pool.pick_again(tenant, key, rolls.u64(..), &mut tried).ok();
         let picked = picked.filter(|picked| picked.keeps_flows())?;
-        match (Search { pool, tenant, who, rolls, now }).connect(&picked) {
-            Ok(socket) => {
+        match Search::new(pool, who, (ports, For::Holder(&self.port)), rolls, now).connect(&picked) {
+            Ok((socket, port)) => {
                 self.story.meter.leave();
                 self.story.meter.assume(picked.label());
-                Some(Found { socket, picked: Some(picked), tried, attempts: 1 })
+                Some(Found { socket, port, picked: Some(picked), tried, attempts: 1 })
             }
             Err(result) => {
                 self.story.meter.failed(picked.label(), result);

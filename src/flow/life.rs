@@ -12,6 +12,7 @@ use crate::account::log::{Journal, Marks, Record};
 use crate::account::meter::Meter;
 use crate::account::{Direction, EachWay, Label};
 use crate::addr::{BackendAddr, PeerAddr};
+use crate::admission::ports::Port;
 use crate::admission::quota::FlowPermit;
 use crate::admission::slots::Permit;
 use crate::clock::{self, Birth, Moment};
@@ -33,6 +34,8 @@ use super::table::Who;
 pub(super) struct Flow<A> {
     /// Where a backend was found for it. Closing it takes it off the poll.
     pub(super) socket: UdpSocket,
+    /// The local port of the socket.
+    pub(super) port: Port,
     /// Its backend, where the pool has it: a flow of another process may have one that is unknown here.
     pub(super) picked: Option<Picked>,
     pub(super) tried: Tried,
@@ -141,6 +144,7 @@ pub(super) const NOWHERE: u32 = u32::MAX;
 /// What a backend was found with.
 pub(super) struct Found {
     pub(super) socket: UdpSocket,
+    pub(super) port: Port,
     pub(super) picked: Option<Picked>,
     pub(super) tried: Tried,
     pub(super) attempts: u32,
@@ -242,6 +246,7 @@ impl<A> Flow<A> {
     ) -> Self {
         Self {
             socket: found.socket,
+            port: found.port,
             picked: found.picked,
             tried: found.tried,
             attempts: found.attempts,
@@ -265,7 +270,7 @@ impl<A> Flow<A> {
         self.count_drops();
         self.drops = Drops::default();
         // The socket goes, and with it its place on the poll.
-        (self.socket, self.picked) = (found.socket, found.picked);
+        (self.socket, self.port, self.picked) = (found.socket, found.port, found.picked);
         (self.tried, self.attempts) = (found.tried, found.attempts);
         self.listening = Listening::default();
     }

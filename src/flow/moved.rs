@@ -24,6 +24,7 @@ use super::{Flows, Poll, State};
 use crate::account::EachWay;
 use crate::account::meter::Meter;
 use crate::addr::{ClientAddr, PeerAddr};
+use crate::admission::ports::EVERY_BACKEND;
 use crate::admission::quota::Revocation;
 use crate::clock::wheel::Tick;
 use crate::clock::{self, Birth, Moment};
@@ -259,8 +260,11 @@ impl<A> State<A> {
         };
         let quota = known.map_or_else(gone, |known| Arc::clone(&known.quota));
         let pool_place = snapshot.pools.iter().position(|known| known.label.serial() == to.serial());
-        let picked = pool_place.and_then(|place| snapshot.pools.get(place));
-        let picked = picked.and_then(|pool| pool.adopt(told.backend, tenant.serial()));
+        let own_pool = pool_place.and_then(|place| snapshot.pools.get(place));
+        let picked = own_pool.and_then(|pool| pool.adopt(told.backend, tenant.serial()));
+        let local = connected.local_addr().ok().map(|local| local.ip());
+        let source = local.filter(|ip| own_pool.is_some_and(|pool| pool.sources.contains(ip)));
+        let port = self.live.udp_ports.space(source, EVERY_BACKEND).adopt(tenant.serial());
         let mut tried = Tried::default();
         let picked = picked.map(|picked| tried.add_picked(picked));
         let story = Story {
@@ -273,7 +277,7 @@ impl<A> State<A> {
             pool: pool_place.and_then(|place| u32::try_from(place).ok()).unwrap_or(NOWHERE),
         };
         let permit = quota.adopt_flow(told.beyond);
-        let found = Found { socket: connected, picked, tried, attempts: told.attempts };
+        let found = Found { socket: connected, port, picked, tried, attempts: told.attempts };
         let aboard = ((self.board)(), Rc::clone(&door.flows));
         let mut flow = Flow::new(found, permit, self.slots.take_anyway(), aboard, story);
         (flow.is_answered, flow.first, flow.header) = (told.is_answered, first, header);

@@ -1,7 +1,6 @@
 //! From a datagram to its flow: who speaks, whose traffic it is, whether there is room, and which backend.
 
 use std::io::ErrorKind;
-use std::net::UdpSocket;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +9,7 @@ use rustix::event::epoll;
 
 use super::life::{Books, Flow, Found, NOWHERE, Story, Told};
 use super::run::{Headers, Span, loss};
+use super::search::{For, Search};
 use super::socket::{self, Door, ROOM};
 use super::table::{Command, FlowId, Path, Stray, Who};
 use super::{Poll, State, TURN};
@@ -17,14 +17,14 @@ use crate::account::Direction;
 use crate::account::loss::Loss;
 use crate::account::meter::{Connect, Meter};
 use crate::addr::{ClientAddr, DestinationAddr};
+use crate::admission::ports::Space;
 use crate::admission::quota::{FlowPermit, Passage, Quota, Room};
 use crate::admission::slots;
 use crate::clock::Moment;
-use crate::connect::{self, Failure};
 use crate::fault::{self, Call};
 use crate::id::{Claim, SessionId};
 use crate::outcome::{At, By, Outcome, Why};
-use crate::pool::{Failed, Nobody, Picked, Pool, Tried, pick};
+use crate::pool::{Pool, Tried};
 use crate::wire::{self, Builder, Malformed, Parsed, SIGNATURE, Transport};
 
 /// A flow that was silent for so long may lose its place to a new one, where all places are taken.
@@ -210,7 +210,7 @@ impl<A> State<A> {
         pay_first(&tenant.quota, payload, &mut story.meter, now)?;
         let mut slot = self.slots.take();
         let permit = tenant.quota.admit_flow(|room| {
-            let evicted = self.evict((room == Room::OfTenant).then(|| tenant.label.serial()), now);
+            let evicted = self.evict((room == Room::OfTenant).then(|| tenant.label.serial()), |_| true, now);
             if slot.is_none() && evicted {
                 // The place that this left, before the tenant's share is reckoned with what is free.
                 slot = self.slots.take();
@@ -222,8 +222,7 @@ impl<A> State<A> {
         let slot = slot.or_else(|| self.slot(now));
         let slot = slot.ok_or_else(|| Outcome::reject(At::Tenant, tenant.quota.reject(Why::Shed)))?;
         pool.arrived(tenant.label.serial());
-        let search = Search { pool, tenant: story.tenant_number(), who, rolls: &mut self.rolls, now };
-        let found = search.run(Tried::default(), 0, &mut story.meter);
+        let found = self.find_backend(pool, who, tenant.label.serial(), &mut story.meter, now);
         let found = found.inspect_err(|outcome| {
             if outcome.why == Why::PoolShare {
                 tenant.quota.reject(Why::PoolShare);
@@ -232,15 +231,44 @@ impl<A> State<A> {
         Ok((found, permit, slot))
     }
 
+    /// A backend for a new flow of this tenant, where need be with the local port of a silent flow.
+    fn find_backend(
+        &mut self,
+        pool: &Pool,
+        who: Who,
+        tenant: u32,
+        meter: &mut Meter,
+        now: Moment,
+    ) -> Result<Found, Outcome> {
+        let live = Arc::clone(&self.live);
+        let ports = (&*live.udp_ports, For::Tenant(tenant));
+        let mut search = Search::new(pool, who, ports, &mut self.rolls, now);
+        let found = search.run(Tried::default(), 0, meter);
+        let Some(short) = search.short.take().filter(|short| self.free_port(tenant, short, now)) else {
+            return found;
+        };
+        short.search_again();
+        Search::new(pool, who, ports, &mut self.rolls, now).run(Tried::default(), 0, meter)
+    }
+
+    /// Ends a silent flow that uses one of these local ports: of this tenant, or else, where the tenant holds less than an
+    /// equal share of them, of the one that has most flows. Whether there was one.
+    fn free_port(&mut self, tenant: u32, ports: &Arc<Space>, now: Moment) -> bool {
+        self.evict(Some(tenant), |flow| flow.port.is_of(ports), now)
+            || (ports.holds_little(tenant) && self.evict(None, |flow| flow.port.is_of(ports), now))
+    }
+
     /// A place in the process, where need be that of the flow that was silent longest.
     fn slot(&mut self, now: Moment) -> Option<slots::Permit> {
         let slot = self.slots.take();
-        slot.or_else(|| if self.evict(None, now) { self.slots.take() } else { None })
+        slot.or_else(|| if self.evict(None, |_| true, now) { self.slots.take() } else { None })
     }
 
-    /// Ends the flow of this tenant, or of the one that has most, that was silent longest; whether there was one.
-    fn evict(&mut self, tenant: Option<u32>, now: Moment) -> bool {
-        let Some((path, who, flow)) = self.table.evict(tenant, GIVES_WAY, now) else { return false };
+    /// Ends the flow of this tenant, or of the one that has most, that was silent longest, if it is one of these; whether it
+    /// did.
+    fn evict(&mut self, tenant: Option<u32>, is_it: impl FnOnce(&Flow<A>) -> bool, now: Moment) -> bool {
+        let evicted = self.table.evict_if(tenant, GIVES_WAY, now, is_it);
+        let Some((path, who, flow)) = evicted else { return false };
         let books = Books { journal: &self.journal, rejections: &self.rejections };
         flow.end(Outcome::reject(At::Forward, Why::Evicted), path.peer, who, &books, now);
         true
@@ -287,7 +315,8 @@ impl<A> State<A> {
     fn refused(&mut self, id: FlowId, unsent: usize, poll: &Poll, now: Moment) {
         let Some((_, who, flow)) = self.table.find(id) else { return };
         let is_answered = flow.is_answered;
-        let found = if is_answered { None } else { Search::again(flow, who, &mut self.rolls, now) };
+        let ports = &self.live.udp_ports;
+        let found = if is_answered { None } else { Search::again(flow, who, ports, &mut self.rolls, now) };
         if let Some(found) = found {
             flow.move_to(found);
             if self.watch(id, poll, now)
@@ -351,92 +380,6 @@ impl<A> State<A> {
     }
 }
 
-/// The search for a backend.
-pub(super) struct Search<'a> {
-    pub(super) pool: &'a Pool,
-    /// By its label's serial number.
-    pub(super) tenant: u32,
-    pub(super) who: Who,
-    pub(super) rolls: &'a mut fastrand::Rng,
-    pub(super) now: Moment,
-}
-
-impl Search<'_> {
-    /// Another backend for a flow whose own is not there; none for one from another process whose pool is unknown here.
-    fn again<A>(flow: &mut Flow<A>, who: Who, rolls: &mut fastrand::Rng, now: Moment) -> Option<Found> {
-        let born = flow.story.pool()?;
-        // Those who are there now; whom it has tried it knows by their places in its own.
-        let own = born.latest();
-        if !Arc::ptr_eq(&own, born) {
-            flow.tried = Tried::default();
-        }
-        flow.story.meter.learn(Connect::Refused);
-        flow.picked.iter().for_each(|picked| blame(&own, picked, now));
-        let tenant = flow.story.tenant_number();
-        let search = Search { pool: &own, tenant, who, rolls, now };
-        search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter).ok()
-    }
-
-    /// A backend, and a socket to it.
-    fn run(mut self, mut tried: Tried, mut attempts: u32, meter: &mut Meter) -> Result<Found, Outcome> {
-        let (pool, who) = (self.pool, self.who);
-        let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
-        let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
-        while attempts < pool.attempts {
-            let roll = self.rolls.u64(..);
-            let picked = if attempts == 0 {
-                pool.pick_for(self.tenant, key, roll, &mut tried)
-            } else {
-                pool.pick_again(self.tenant, key, roll, &mut tried)
-            };
-            let picked = match picked {
-                Ok(picked) => picked,
-                // A datagram does not wait in line.
-                Err(Nobody::Free) if attempts == 0 => return Err(Outcome::reject(At::Pool, Why::PoolFull)),
-                Err(Nobody::Share) if attempts == 0 => {
-                    return Err(Outcome::reject(At::Pool, Why::PoolShare));
-                }
-                Err(Nobody::Free | Nobody::Share | Nobody::Usable) => break,
-            };
-            if attempts > 0 && !pool.may_retry(self.now) {
-                break;
-            }
-            attempts += 1;
-            match self.connect(&picked) {
-                Ok(socket) => {
-                    meter.assume(picked.label());
-                    return Ok(Found { socket, picked: Some(picked), tried, attempts });
-                }
-                Err(result) => {
-                    meter.tried(picked.label(), result);
-                    failed = Failure::Backend(result).outcome();
-                    if result == Connect::Shortage {
-                        break;
-                    }
-                    // A port that is missing is not the backend's fault: towards one of the other family there may be one.
-                    if result != Connect::NoLocalPort {
-                        blame(pool, &picked, self.now);
-                    }
-                }
-            }
-        }
-        Err(failed)
-    }
-
-    pub(super) fn connect(&mut self, picked: &Picked) -> Result<UdpSocket, Connect> {
-        let address = picked.address();
-        let start = usize::try_from(self.rolls.u64(..)).unwrap_or(0);
-        let mut result = Err(Connect::NoLocalPort);
-        for source in connect::sources(&self.pool.sources, address, start) {
-            result = socket::connect(address, source).map_err(|error| connect::classify(&error));
-            if !matches!(result, Err(Connect::NoLocalPort)) {
-                break;
-            }
-        }
-        result
-    }
-}
-
 /// Asks the tenant's limits whether a datagram may begin a flow: before anything is taken, and before another flow ends.
 fn pay_first(quota: &Quota, payload: usize, meter: &mut Meter, now: Moment) -> Result<(), Outcome> {
     if !quota.is_limited() {
@@ -450,10 +393,6 @@ fn pay_first(quota: &Quota, payload: usize, meter: &mut Meter, now: Moment) -> R
         }
         Passage::Dropped(_) => Err(Outcome::reject(At::Tenant, Why::DatagramLimit)),
     }
-}
-
-pub(super) fn blame(pool: &Pool, picked: &Picked, now: Moment) {
-    pool.failed(picked, Failed::Connect, now).iter().for_each(|change| change.log(pool));
 }
 
 /// What goes in front of a flow's datagrams where the pool wants a header.

@@ -290,10 +290,22 @@ impl<F> Table<F> {
     /// began long ago it is the one that was idle longest. Where all of those spoke just now it takes nobody, though another
     /// of the tenant's may be idle: the next call looks at others.
     pub fn evict(&mut self, tenant: Option<u32>, idle: Duration, now: Moment) -> Option<(Path, Who, F)> {
+        self.evict_if(tenant, idle, now, |_| true)
+    }
+
+    /// As [`evict`](Self::evict), where the flow that it would take is one of these.
+    pub fn evict_if(
+        &mut self,
+        tenant: Option<u32>,
+        idle: Duration,
+        now: Moment,
+        is_it: impl FnOnce(&F) -> bool,
+    ) -> Option<(Path, Who, F)> {
         let tenant = tenant.or_else(|| self.queue.fullest())?;
         let slot = self.queue.longest_idle(&mut self.slab, tenant, now)?;
-        let is_idle = self.slab.at(slot).is_some_and(|flow| now.since(flow.last) >= idle);
-        if is_idle { self.take_out(slot) } else { None }
+        let found = self.slab.at(slot)?;
+        let gives_way = now.since(found.last) >= idle && found.flow.as_ref().is_some_and(is_it);
+        if gives_way { self.take_out(slot) } else { None }
     }
 
     /// How long a flow may be silent.

@@ -81,28 +81,63 @@ fn probes(pools: &[Pool]) -> u64 {
     pools.iter().map(of_pool).fold(FEWEST_PROBES, u64::saturating_add)
 }
 
-/// What is said of a pool whose local ports are [scarce](scarce_ports).
-pub const SCARCE_PORTS: &str = "max-sessions is more than the local ports to the pool's backends allow: widen \
+/// A pool that has fewer local ports than `max-sessions` needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScarcePorts<'c> {
+    /// The pool's name.
+    pub pool: &'c str,
+    /// Sessions, or flows, that its ports allow at once.
+    pub possible: usize,
+    /// What an operator is told.
+    pub message: &'static str,
+}
+
+const SCARCE_TCP_PORTS: &str = "max-sessions is more than the local ports to the pool's backends allow: widen \
      net.ipv4.ip_local_port_range, or give the pool more source-addresses or backends";
 
-/// The first pool whose local ports `max-sessions` needs more of than there are, where the operator has set that, and how
-/// many sessions its ports allow at once. What a pool's names lead to is not known: such a pool is left out.
-#[must_use]
-pub fn scarce_ports<'c>(config: &'c Config, ports: &Ports) -> Option<(&'c str, usize)> {
-    let allowed = |pool: &'c Pool| {
+const SCARCE_UDP_PORTS: &str = "max-sessions is more than the local ports of UDP flows allow, which all backends share: \
+     widen net.ipv4.ip_local_port_range, or give the pool more source-addresses";
+
+/// For TCP and for UDP the first pool whose local ports `max-sessions` needs more of than there are, where the operator has
+/// set that. What a pool's names lead to is not known: for TCP such a pool is left out.
+pub fn scarce_ports<'c>(
+    config: &'c Config,
+    tcp: &Ports,
+    udp: &Ports,
+) -> impl Iterator<Item = ScarcePorts<'c>> {
+    let of_backend = |pool: &Pool, address: SocketAddr| {
+        let is_of_family = |source: &&IpAddr| source.is_ipv4() == address.is_ipv4();
+        pool.source_addresses.iter().filter(is_of_family).count().max(1) * tcp.limit()
+    };
+    let of_tcp = |pool: &Pool| {
         let addresses = pool.backends.iter().map(|backend| match backend.target {
             Target::Address(address) => Some(address),
             Target::Host { .. } | Target::Service(_) => None,
         });
-        let of_backend = |address: SocketAddr| {
-            let is_of_family = |source: &&IpAddr| source.is_ipv4() == address.is_ipv4();
-            pool.source_addresses.iter().filter(is_of_family).count().max(1) * ports.limit()
-        };
-        Some((pool.name.as_str(), addresses.map(|address| address.map(of_backend)).sum::<Option<usize>>()?))
+        addresses.map(|address| address.map(|address| of_backend(pool, address))).sum::<Option<usize>>()
     };
-    let carries_tcp = config.listeners.iter().any(|listener| listener.protocol == Protocol::Tcp);
-    let mut allowed = config.pools.iter().filter(|_| carries_tcp).filter_map(allowed);
-    allowed.find(|(_, sessions)| *sessions < config.process.max_sessions)
+    // The flows of other pools may use the same ports.
+    let of_udp = |pool: &Pool| Some(pool.source_addresses.len().max(1) * udp.limit());
+    [
+        first_scarce(config, Protocol::Tcp, SCARCE_TCP_PORTS, of_tcp),
+        first_scarce(config, Protocol::Udp, SCARCE_UDP_PORTS, of_udp),
+    ]
+    .into_iter()
+    .flatten()
+}
+
+fn first_scarce<'c>(
+    config: &'c Config,
+    protocol: Protocol,
+    message: &'static str,
+    possible: impl Fn(&Pool) -> Option<usize>,
+) -> Option<ScarcePorts<'c>> {
+    let is_spoken = config.listeners.iter().any(|listener| listener.protocol == protocol);
+    let scarce = |pool: &'c Pool| {
+        let possible = possible(pool).filter(|possible| *possible < config.process.max_sessions)?;
+        Some(ScarcePorts { pool: &pool.name, possible, message })
+    };
+    config.pools.iter().filter(|_| is_spoken).find_map(scarce)
 }
 
 fn compute(
@@ -140,6 +175,7 @@ fn compute(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::ports::Range;
 
     fn process(max_sessions: usize, pipe_memory: u64) -> Process {
         Process { workers: 0, max_sessions, pipe_memory, buffer_memory: 0, watch: false }
@@ -210,7 +246,7 @@ mod tests {
 
     #[test]
     fn pool_with_fewer_local_ports_than_max_sessions_is_named() {
-        let text = |max_sessions: usize, sources: &str| {
+        let text = |protocol: &str, max_sessions: usize, sources: &str| {
             format!(
                 r#"
                 [process]
@@ -218,29 +254,40 @@ mod tests {
                 [[listener]]
                 name = "web"
                 bind = "0.0.0.0:8080"
+                protocol = "{protocol}"
                 trusted-sources = ["10.0.0.0/16"]
                 pool = "app"
                 [[pool]]
                 name = "named"
                 backends = ["app.example.com:80"]
+                source-addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"]
+                health = {{ kind = "none" }}
                 [[pool]]
                 name = "app"
                 backends = ["10.0.1.10:80", "10.0.1.11:80"]
                 source-addresses = [{sources}]
+                health = {{ kind = "none" }}
                 [[tenant]]
                 name = "acme"
                 "#
             )
         };
-        let scarce = |max_sessions, sources| {
-            let config = Config::parse("test.toml", &text(max_sessions, sources)).unwrap();
-            scarce_ports(&config, &Ports::default()).map(|(pool, sessions)| (pool.to_owned(), sessions))
+        let scarce = |protocol, max_sessions, sources| {
+            let config = Config::parse("test.toml", &text(protocol, max_sessions, sources)).unwrap();
+            let (tcp, udp) = (Ports::default(), Ports::udp(Range::default()));
+            let found = scarce_ports(&config, &tcp, &udp).inspect(|scarce| assert_eq!(scarce.pool, "app"));
+            found.map(|scarce| (scarce.possible, scarce.message)).collect::<Vec<_>>()
         };
-        let named = |sessions| Some(("app".to_owned(), sessions));
-        assert_eq!((scarce(0, ""), scarce(2 * 28_232, "")), (None, None));
-        assert_eq!(scarce(2 * 28_232 + 1, ""), named(2 * 28_232));
-        assert_eq!(scarce(100_000, "\"10.0.0.1\", \"10.0.0.2\""), None);
-        assert_eq!(scarce(200_000, "\"10.0.0.1\", \"10.0.0.2\""), named(4 * 28_232));
+        let two = "\"10.0.0.1\", \"10.0.0.2\"";
+        assert!(scarce("tcp", 0, "").is_empty() && scarce("tcp", 2 * 28_232, "").is_empty());
+        assert_eq!(scarce("tcp", 2 * 28_232 + 1, ""), [(2 * 28_232, SCARCE_TCP_PORTS)]);
+        assert!(scarce("tcp", 100_000, two).is_empty());
+        assert_eq!(scarce("tcp", 112_929, two), [(4 * 28_232, SCARCE_TCP_PORTS)]);
+        // All backends share them, and a few are left to others.
+        assert!(scarce("udp", 0, "").is_empty() && scarce("udp", 27_790, "").is_empty());
+        assert_eq!(scarce("udp", 27_791, ""), [(27_790, SCARCE_UDP_PORTS)]);
+        assert!(scarce("udp", 2 * 27_790, two).is_empty());
+        assert_eq!(scarce("udp", 2 * 27_790 + 1, two), [(2 * 27_790, SCARCE_UDP_PORTS)]);
     }
 
     #[test]

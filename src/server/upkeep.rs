@@ -219,6 +219,7 @@ async fn tend(live: Arc<Live>) {
     loop {
         ticks.tick().await;
         live.ports.advance(clock::now());
+        live.udp_ports.advance(clock::now());
         // Asked here too: pools that a later reload brings must not find it starting still.
         live.is_starting();
         unswept += 1;

@@ -303,6 +303,8 @@ impl Proxy {
             let held = (tenant.quota.sessions(), tenant.quota.pipes.load(Ordering::SeqCst));
             assert_eq!(held, (0, 0), "{} holds sessions or pipes", tenant.label.name());
         }
+        let udp_ports = live.udp_ports.usage();
+        assert!(udp_ports.iter().all(|usage| usage.live == 0), "a local port leaked: {udp_ports:?}");
         for pool in &live.snapshot.load().pools {
             assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
         }

@@ -11,7 +11,10 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 use vestibule::lab::backend::{Backend, Temper};
 
-use super::harness::{ACME, Conf, GLOBEX, LIMIT, Proxy, end_of, exchange, header, read, still_lives};
+use super::flow::{self, Balancer, Echo, HOOLI, datagram, world};
+use super::harness::{
+    ACME, Conf, GLOBEX, LIMIT, Proxy, end_of, eventually, exchange, header, read, still_lives,
+};
 
 /// The test that runs in its namespace already.
 const INSIDE: &str = "VESTIBULE_TEST_NAMESPACE";
@@ -202,4 +205,104 @@ async fn dead_backend_in_the_range_of_local_ports_is_refused_and_never_connected
     assert_eq!(read(&mut other, 1).await, b"x");
     exchange(other).await.unwrap();
     proxy.finish().await;
+}
+
+/// Asks by a new flow of this tenant.
+async fn begin_flow(balancer: &Balancer, endpoint: &str, number: usize) {
+    let client = format!("10.100.{}.{}:5000", number / 200, 1 + number % 200);
+    balancer.send(&datagram(&client, endpoint, b"x")).await;
+}
+
+/// Begins flows of acme until one finds no local port; how many there are.
+async fn use_up_udp(proxy: &Proxy, balancer: &Balancer) -> usize {
+    let no_port = [("tenant", "acme"), ("at", "connect"), ("why", "no_local_port")];
+    for number in 0..128 {
+        begin_flow(balancer, ACME, number).await;
+        // Each is answered or ended.
+        let is_served = eventually("a flow's fate", async || {
+            let is_served = balancer.socket.try_recv(&mut [0; 64]).is_ok();
+            (is_served || proxy.value("vestibule_sessions_ended_total", &no_port).await > 0.0)
+                .then_some(is_served)
+        })
+        .await;
+        if !is_served {
+            return number;
+        }
+    }
+    panic!("the ports do not run out");
+}
+
+#[tokio::test]
+async fn tenant_with_more_udp_flows_than_ports_leaves_some_to_others_and_no_backend_is_blamed() {
+    let test = "tenant_with_more_udp_flows_than_ports_leaves_some_to_others_and_no_backend_is_blamed";
+    if !has_few_ports(test, "40000 40063") {
+        return;
+    }
+    let acme = Echo::start("acme").await;
+    let (mut proxy, _hooli) = world(&[acme.address], |_, _| {}).await;
+    let balancer = &Balancer::to(proxy.address("dns")).await;
+    let served = use_up_udp(&proxy, balancer).await;
+    assert!((40..=55).contains(&served), "{served} of 64 ports");
+    for number in 200..260 {
+        begin_flow(balancer, ACME, number).await;
+    }
+    let no_port = [("tenant", "acme"), ("by", "proxy"), ("at", "connect"), ("why", "no_local_port")];
+    proxy.ended(&no_port).is(61).await;
+    let udp = [("backend", ""), ("protocol", "udp"), ("state", "live")];
+    proxy.metric("vestibule_local_ports_in_use", &udp).is(u32::try_from(served).unwrap()).await;
+    proxy.metric("vestibule_local_ports_limit", &udp[..2]).is(63).await;
+    for number in 0..3 {
+        begin_flow(balancer, HOOLI, number).await;
+        assert_eq!(balancer.answer().await, b"hooli x");
+    }
+    proxy.metric("vestibule_backend_ejections_total", &[]).is(0).await;
+    proxy
+        .metric("vestibule_backend_connects_total", &[("pool", "acme"), ("result", "connect_failed")])
+        .is(0)
+        .await;
+    begin_flow(balancer, ACME, 0).await;
+    assert_eq!(balancer.answer().await, b"acme x", "a flow that has a port keeps it");
+    // Its silent flows give way to its new ones, and hooli's, which are silent too, do not.
+    eventually("a silent flow to give way", async || {
+        begin_flow(balancer, ACME, 300).await;
+        (proxy.value("vestibule_sessions_ended_total", &[("why", "evicted")]).await > 0.0).then_some(())
+    })
+    .await;
+    proxy.ended(&[("tenant", "hooli"), ("why", "evicted")]).is(0).await;
+    proxy.others_are_unharmed().await;
+    proxy.reload("[timeouts]", "[timeouts]\nflow-idle = \"300ms\"").unwrap();
+    flow::finish(proxy).await;
+}
+
+#[tokio::test]
+async fn udp_ports_that_other_programs_hold_end_flows_without_blame_until_they_are_free() {
+    let test = "udp_ports_that_other_programs_hold_end_flows_without_blame_until_they_are_free";
+    if !has_few_ports(test, "40000 40063") {
+        return;
+    }
+    let acme = Echo::start("acme").await;
+    let (mut proxy, _hooli) = world(&[acme.address], |_, _| {}).await;
+    let balancer = &Balancer::to(proxy.address("dns")).await;
+    begin_flow(balancer, ACME, 0).await;
+    assert_eq!(balancer.answer().await, b"acme x");
+    let others: Vec<_> = std::iter::from_fn(|| std::net::UdpSocket::bind("0.0.0.0:0").ok()).collect();
+    assert!(others.len() > 40, "{} of 64 ports", others.len());
+    let no_port = [("by", "proxy"), ("at", "connect"), ("why", "no_local_port")];
+    for (endpoint, number) in [(ACME, 1), (ACME, 2), (HOOLI, 1)] {
+        begin_flow(balancer, endpoint, number).await;
+    }
+    proxy.ended(&no_port).is(3).await;
+    begin_flow(balancer, ACME, 0).await;
+    assert_eq!(balancer.answer().await, b"acme x");
+    proxy.metric("vestibule_backend_ejections_total", &[]).is(0).await;
+    drop(others);
+    eventually("a flow of each", async || {
+        begin_flow(balancer, HOOLI, 1).await;
+        begin_flow(balancer, ACME, 1).await;
+        (proxy.value("vestibule_local_ports_in_use", &[("protocol", "udp")]).await > 2.5).then_some(())
+    })
+    .await;
+    flow::others_are_unharmed(&proxy).await;
+    proxy.reload("[timeouts]", "[timeouts]\nflow-idle = \"300ms\"").unwrap();
+    flow::finish(proxy).await;
 }

@@ -51,9 +51,9 @@ impl Known {
         self.0.insert(("backend", backend.to_string()));
     }
 
-    /// A session's tenant and pool are empty until they are known.
+    /// A session's tenant and pool are empty until they are known, and the backend of what is for all of them.
     fn has(&self, label: &str, value: &str) -> bool {
-        let is_unset = value.is_empty() && matches!(label, "tenant" | "pool");
+        let is_unset = value.is_empty() && matches!(label, "tenant" | "pool" | "backend");
         is_unset || self.0.iter().any(|(known, name)| *known == label && name == value)
     }
 }
@@ -84,7 +84,7 @@ fn values(metric: &str, label: &str) -> Option<BTreeSet<String>> {
         ("result", "vestibule_name_lookups_total") => Lookup::ALL.map(Lookup::word).into(),
         ("endpoint", _) => Endpoint::ALL.map(Endpoint::word).into(),
         ("result", "vestibule_admin_connections_total") => Ended::ALL.map(Ended::word).into(),
-        ("protocol", _) => vec!["tcp"],
+        ("protocol", _) => vec!["tcp", "udp"],
         ("state", _) => vec!["live", "waiting"],
         ("version", _) => vec![env!("CARGO_PKG_VERSION")],
         ("worker", _) => return Some((0..64).map(|worker| worker.to_string()).collect()),

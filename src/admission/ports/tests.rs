@@ -200,3 +200,52 @@ fn memory_of_a_burst_is_given_back() {
     assert!(!space.is_vacant() && lock(&space.state).resting.capacity() < 100);
     drop(busy);
 }
+
+fn udp(ports: &Ports) -> Arc<Space> {
+    ports.space(None, EVERY_BACKEND)
+}
+
+#[test]
+fn udp_ports_are_the_whole_range_of_each_source_address_but_a_few() {
+    let ports = Ports::udp(Range::new(1_000, 1_099, |_| false));
+    assert_eq!((ports.limit(), udp(&ports).usage().limit), (98, 98));
+    let held = take_all(&udp(&ports), TENANT);
+    assert!((70..80).contains(&held.len()), "{}", held.len());
+    assert!(held.iter().all(|port| port.number().is_none() && port.tenant() == TENANT));
+    assert!(!udp(&ports).holds_little(TENANT) && udp(&ports).holds_little(2));
+    assert!(udp(&ports).take(2).is_some(), "another tenant gets one");
+    let source = ports.space(Some("10.0.0.9".parse().unwrap()), EVERY_BACKEND);
+    assert_eq!(take_all(&source, TENANT).len(), held.len());
+    drop(held);
+    assert_eq!((udp(&ports).usage().live, udp(&ports).usage().waiting), (0, 0));
+}
+
+#[test]
+fn flow_that_moves_gets_a_port_beyond_its_share_of_the_same_source_address_alone() {
+    let ports = Ports::udp(Range::new(1_000, 1_099, |_| false));
+    let (space, other) = (udp(&ports), ports.space(Some("10.0.0.9".parse().unwrap()), EVERY_BACKEND));
+    let mut held = take_all(&space, TENANT);
+    let full = take_all(&other, TENANT);
+    let old = held.pop().unwrap();
+    held.push(space.take(TENANT).unwrap_or_else(|| space.adopt(TENANT)));
+    assert!(space.take(TENANT).is_none() && other.exchange(&old).is_none());
+    let moved = space.exchange(&old).unwrap();
+    assert!(moved.is_of(&space) && !moved.is_of(&other) && moved.tenant() == TENANT);
+    drop(old);
+    assert_eq!(space.usage().live, held.len() + 1);
+    drop((held, full, moved));
+    assert_eq!(space.usage().live + other.usage().live, 0);
+}
+
+#[test]
+fn kernel_that_finds_no_udp_port_is_asked_again_once_one_is_given_back() {
+    let ports = Ports::udp(Range::new(1_000, 1_099, |_| false));
+    let held = udp(&ports).take(TENANT).unwrap();
+    udp(&ports).take(2).unwrap().refused();
+    assert!(udp(&ports).take(2).is_none() && udp(&ports).exchange(&held).is_none());
+    udp(&ports).search_again();
+    udp(&ports).take(2).unwrap().refused();
+    assert!(udp(&ports).take(2).is_none());
+    at(&ports, 1);
+    assert!(udp(&ports).take(2).is_some());
+}

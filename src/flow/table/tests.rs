@@ -181,3 +181,15 @@ fn the_longest_idle_of_a_tenant_gives_way_and_nobody_who_spoke_just_now() {
     assert_eq!(table.drain().count(), 3);
     assert!(table.is_empty() && evict(&mut table, None).is_none());
 }
+
+#[test]
+fn silent_flow_gives_way_only_where_it_has_what_is_needed() {
+    let (mut table, _) = table(2);
+    let mut evict = |wanted: u32, second| {
+        let is_it = |flow: &u32| *flow == wanted;
+        table.evict_if(Some(7), Duration::from_secs(5), at(second), is_it).map(|(_, _, flow)| flow)
+    };
+    assert_eq!((evict(0, 4), evict(9, 6)), (None, None));
+    assert!(evict(0, 6) == Some(0) || evict(0, 6) == Some(0));
+    assert_eq!(evict(1, 6), Some(1));
+}

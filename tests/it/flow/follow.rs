@@ -19,6 +19,8 @@ async fn is_at(proxy: &Proxy, balancer: &Balancer, expected: &str, [on, off]: [S
             proxy.metric("vestibule_backend_sessions_active", &labels).is(count).await;
         }
     }
+    let port = [("backend", ""), ("protocol", "udp"), ("state", "live")];
+    proxy.metric("vestibule_local_ports_in_use", &port).is(1).await;
 }
 
 #[tokio::test]

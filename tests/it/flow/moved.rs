@@ -63,7 +63,7 @@ impl Side {
     }
 
     /// All of its flows' places and gauges.
-    fn held(&self) -> [u64; 5] {
+    fn held(&self) -> [u64; 6] {
         let tenants = self.live.snapshot.load();
         let of_tenants = tenants.directory.tenants().iter().map(|tenant| tenant.quota.flows()).sum::<usize>();
         let backends = tenants.pools.iter().flat_map(|pool| pool.roster().backends().to_vec());
@@ -72,7 +72,8 @@ impl Side {
         let at_backends = shard.backends().iter().map(|backend| backend.active.value()).sum::<u64>();
         let load = backends.map(|backend| u64::from(backend.load())).sum::<u64>();
         assert_eq!(self.ended(Why::IdleTimeout), 0, "nobody is idle for so long");
-        [self.live.sessions.used() as u64, of_tenants as u64, active, at_backends, load]
+        let ports = self.live.udp_ports.usage().iter().map(|usage| usage.live as u64).sum();
+        [self.live.sessions.used() as u64, of_tenants as u64, active, at_backends, load, ports]
     }
 
     /// Moves all flows; each answer is `answer`'s.
@@ -152,7 +153,7 @@ impl World {
     fn finish(self) {
         for side in &self.sides {
             side.flows.end_all();
-            assert_eq!(side.held(), [0; 5]);
+            assert_eq!(side.held(), [0; 6]);
         }
     }
 }
@@ -185,9 +186,9 @@ async fn flows_go_there_and_back_while_they_talk_and_nothing_is_lost() {
         eventually("all flows", async || (one.flows.count() == 50).then_some(())).await;
         for _ in 0..10 {
             one.move_to(other, |leaving| other.take(leaving)).await;
-            assert_eq!((one.held(), other.held()), ([0; 5], [50; 5]));
+            assert_eq!((one.held(), other.held()), ([0; 6], [50; 6]));
             other.move_to(one, |leaving| one.take(leaving)).await;
-            assert_eq!((one.held(), other.held()), ([50; 5], [0; 5]));
+            assert_eq!((one.held(), other.held()), ([50; 6], [0; 6]));
         }
         for talk in talks {
             timeout(3 * LIMIT, talk).await.expect("every answer").unwrap();
@@ -240,7 +241,7 @@ async fn a_flow_that_is_not_taken_goes_on_where_it_is() {
         for talk in running {
             timeout(3 * LIMIT, talk).await.expect("every answer").unwrap();
         }
-        assert_eq!((one.ended(Why::Moved), one.held(), other.held()), (0, [2; 5], [0; 5]));
+        assert_eq!((one.ended(Why::Moved), one.held(), other.held()), (0, [2; 6], [0; 6]));
         world.finish();
     };
     LocalSet::new().run_until(work).await;
@@ -266,7 +267,7 @@ async fn a_flow_whose_listening_socket_is_not_there_is_refused() {
         one.flows.go_on();
         assert!(balancer.ask(b"still here").await.ends_with(b"still here"));
         stranger.flows.end_all();
-        assert_eq!(stranger.held(), [0; 5]);
+        assert_eq!(stranger.held(), [0; 6]);
         world.finish();
     };
     LocalSet::new().run_until(work).await;

@@ -1,0 +1,55 @@
+//! What the system says of local ports: which there are, and when one in TIME_WAIT is free again.
+
+use std::sync::Arc;
+
+/// When the kernel reuses a port in TIME_WAIT, as `net.ipv4.tcp_tw_reuse` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reuse {
+    /// 0: not before its 60 seconds are over.
+    Never,
+    /// 1: after a second.
+    Always,
+    /// 2: after a second where the backend's address is a loopback address.
+    Loopback,
+}
+
+/// The local ports that there are, in the order in which they are used first: every second one, then the rest. The kernel
+/// does the same (`__inet_hash_connect`), so that `bind()` without a port finds some that are free.
+#[derive(Clone, Debug)]
+pub struct Range(pub(super) Arc<[u16]>);
+
+impl Range {
+    /// The ports from `low` to `high` that are not reserved.
+    #[must_use]
+    pub fn new(low: u16, high: u16, is_reserved: impl Fn(u16) -> bool) -> Self {
+        let is_free = |port: &u16| *port > 0 && !is_reserved(*port);
+        let first = (low..=high).step_by(2);
+        let second = (low..=high).skip(1).step_by(2);
+        Self(first.chain(second).filter(is_free).collect())
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether the port is among them.
+    #[must_use]
+    pub fn contains(&self, port: u16) -> bool {
+        self.0.contains(&port)
+    }
+}
+
+impl Default for Range {
+    /// The kernel's own default.
+    fn default() -> Self {
+        Self::new(32_768, 60_999, |_| false)
+    }
+}
