@@ -80,6 +80,8 @@ pub struct Process {
     pub pipe_memory: u64,
     /// Bytes that wait for slow readers, of all sessions together, beside those in pipes.
     pub buffer_memory: u64,
+    /// Bytes that the kernel takes for one connection beyond what it has sent; 0 leaves it to the kernel.
+    pub unsent_memory: u64,
     /// Whether a configuration file that changes is put in force by itself.
     pub watch: bool,
 }

@@ -70,6 +70,8 @@ pub struct Patience {
     pub half_close: Span,
     /// How long the kernel waits for an acknowledgement, in either direction; zero leaves it to the kernel's own rules.
     pub tcp_user_timeout: Duration,
+    /// Bytes that the kernel takes for one connection beyond what it has sent; zero leaves it to the kernel.
+    pub unsent: u32,
 }
 
 /// Forwards both ways until both ends have ended, or the session has to.
@@ -81,6 +83,9 @@ pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a m
     // The client's socket has TCP_NODELAY from the listening socket.
     ways.to_client.prompt = true;
     ways.to_backend.spill = Spill::new(pair.first, lent);
+    for socket in [&pair.client, &pair.backend] {
+        buffer::bound_unsent(socket, patience.unsent);
+    }
     Relay {
         client: pair.client,
         backend: pair.backend,
@@ -247,7 +252,7 @@ impl Relay<'_> {
                 ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
             }
             // 2. What comes next, and no more than the tenant's bandwidth has for it.
-            let want = way.appetite(sink, is_short);
+            let want = way.appetite(sink, self.patience.unsent, is_short);
             let grant = self.lent.poll_grant(direction, &mut way.purse, want, source, self.life, context);
             let grant = ready!(grant).map_err(Broken::Source)?;
             let parts = self.life.parts();

@@ -48,6 +48,7 @@ pub(super) struct Process {
     pub(super) max_sessions: Field<Count<0>>,
     pub(super) pipe_memory: Field<Size>,
     pub(super) buffer_memory: Field<Size>,
+    pub(super) unsent_memory: Field<Size>,
     pub(super) watch: Field<bool>,
 }
 
@@ -59,6 +60,7 @@ impl Process {
             max_sessions: section.take("max-sessions"),
             pipe_memory: section.take("pipe-memory"),
             buffer_memory: section.take("buffer-memory"),
+            unsent_memory: section.take("unsent-memory"),
             watch: section.take("watch"),
         };
         section.finish();

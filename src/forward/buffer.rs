@@ -92,13 +92,40 @@ sockopt_impl!(
     [u32; WORDS]
 );
 
-/// The bytes that the socket's send queue takes beside those that are in it; `None` where the kernel does not say. Where it is
-/// about to enlarge the queue it takes more.
-pub(super) fn room(sink: &impl AsFd) -> Option<usize> {
+/// Words of what is asked of `struct tcp_info` in include/uapi/linux/tcp.h: up to `tcpi_notsent_bytes`, the last, since Linux 4.6.
+const TCP_WORDS: usize = 37;
+
+sockopt_impl!(
+    /// How a connection does.
+    TcpInfo,
+    GetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_INFO,
+    [u32; TCP_WORDS]
+);
+
+/// The bytes that the socket's send queue takes beside those that are in it, where it is to have no more than `unsent` bytes that
+/// are not sent (0: any number); `None` where the kernel does not say. Where it is about to enlarge the queue it takes more.
+pub(super) fn room(sink: &impl AsFd, unsent: u32) -> Option<usize> {
     let words = getsockopt(sink, MemoryInfo).ok()?;
     let word = |name: c_int| words.get(usize::try_from(name).ok()?).copied();
     let bound = word(libc::SK_MEMINFO_SNDBUF)?;
-    usize::try_from(bound.saturating_sub(word(libc::SK_MEMINFO_WMEM_QUEUED)?)).ok()
+    let room = bound.saturating_sub(word(libc::SK_MEMINFO_WMEM_QUEUED)?);
+    if unsent == 0 {
+        return usize::try_from(room).ok();
+    }
+    let waiting = *getsockopt(sink, TcpInfo).ok()?.last()?;
+    usize::try_from(room.min(unsent.saturating_sub(waiting))).ok()
+}
+
+/// Has the kernel take no more for the socket than `unsent` bytes beyond what it has sent (`TCP_NOTSENT_LOWAT`, tcp(7)): a
+/// connection whose reader stalls pins so much, and one that is fast is not slowed, however much is on its way. 0 leaves it to
+/// `net.ipv4.tcp_notsent_lowat`.
+pub(super) fn bound_unsent(socket: &impl AsFd, unsent: u32) {
+    if unsent > 0 {
+        // A connection that has gone says so when it is read.
+        socket2::SockRef::from(socket).set_tcp_notsent_lowat(unsent).unwrap_or_default();
+    }
 }
 
 #[cfg(test)]
@@ -127,9 +154,11 @@ mod tests {
     fn send_queue_that_takes_no_more_has_little_room() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        assert!(room(&stream).unwrap() >= FIRST);
+        assert!(room(&stream, 0).unwrap() >= FIRST);
+        bound_unsent(&stream, 1 << 20);
+        assert!(room(&stream, 4096).unwrap() <= 4096);
         stream.set_nonblocking(true).unwrap();
         while std::io::Write::write(&mut &stream, &[0; SCRATCH]).is_ok() {}
-        assert!(room(&stream).unwrap() < SCRATCH);
+        assert!(room(&stream, 0).unwrap() < SCRATCH);
     }
 }

@@ -101,7 +101,7 @@ impl Way {
     }
 
     /// What the next read or splice brings at most.
-    pub(super) fn appetite(&self, sink: &TcpStream, is_short: bool) -> usize {
+    pub(super) fn appetite(&self, sink: &TcpStream, unsent: u32, is_short: bool) -> usize {
         if let Some(pipe) = &self.pipe {
             return pipe.capacity();
         }
@@ -111,7 +111,7 @@ impl Way {
         if !self.measured {
             return FIRST;
         }
-        buffer::room(sink).unwrap_or(SCRATCH).clamp(LEAST, SCRATCH)
+        buffer::room(sink, unsent).unwrap_or(SCRATCH).clamp(LEAST, SCRATCH)
     }
 
     /// Reads or splices once, up to `most` bytes, and after a read writes what the sink takes; how much came. 0 is

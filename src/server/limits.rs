@@ -178,7 +178,7 @@ mod tests {
     use crate::admission::ports::Range;
 
     fn process(max_sessions: usize, pipe_memory: u64) -> Process {
-        Process { workers: 0, max_sessions, pipe_memory, buffer_memory: 0, watch: false }
+        Process { workers: 0, max_sessions, pipe_memory, buffer_memory: 0, unsent_memory: 0, watch: false }
     }
 
     fn sessions(process: &Process, descriptors: u64) -> Result<usize, String> {

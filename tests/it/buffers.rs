@@ -87,3 +87,18 @@ async fn clients_that_reset_while_bytes_wait_for_them_give_their_memory_back() {
     proxy.others_are_unharmed().await;
     proxy.finish().await;
 }
+
+/// The kernel's send queue alone would take 2.6 MB at once of a loopback connection.
+#[tokio::test]
+async fn kernel_takes_no_more_than_unsent_memory_for_a_client_that_reads_nothing() {
+    let raw = Raw::bind().await;
+    let process = "pipe-memory = \"0B\"\nunsent-memory = \"64KiB\"".to_owned();
+    let proxy = raw.proxy(Conf { process, ..Conf::default() }).await;
+    let sessions = stalled(&proxy, &raw, 1).await;
+    let forwarded = proxy.value("vestibule_forwarded_bytes_total", &[("tenant", "acme")]).await;
+    assert!(forwarded < 1024.0 * 1024.0, "{forwarded} bytes");
+    proxy.others_are_unharmed().await;
+    receive(sessions).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
+    proxy.finish().await;
+}

@@ -33,6 +33,8 @@ pub(super) const MAX_TTL: Duration = Duration::from_secs(60);
 const PIPE_MEMORY: u64 = 64 << 20;
 /// Bytes that wait for slow readers, by default: 32 MiB, so that a container of 64 MiB has room for the rest.
 const BUFFER_MEMORY: u64 = 32 << 20;
+/// Bytes that the kernel takes for one connection beyond what it has sent, by default: 256 KiB, what a pipe brings.
+const UNSENT_MEMORY: u64 = 256 << 10;
 
 /// Makes the configuration.
 pub(super) fn config(written: Written) -> Config {
@@ -42,6 +44,7 @@ pub(super) fn config(written: Written) -> Config {
             max_sessions: written.process.max_sessions.or(Whole(0)).as_usize(),
             pipe_memory: written.process.pipe_memory.or(Size(PIPE_MEMORY)).0,
             buffer_memory: written.process.buffer_memory.or(Size(BUFFER_MEMORY)).0,
+            unsent_memory: written.process.unsent_memory.or(Size(UNSENT_MEMORY)).0,
             watch: written.process.watch.or(false),
         },
         admin: Admin {
