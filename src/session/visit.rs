@@ -13,7 +13,7 @@ const VISIT_INTERVAL: Duration = Duration::from_millis(250);
 
 impl Worker {
     /// Lets go of a snapshot that is no more in force. Whether sessions are to be visited, because a reload may have taken
-    /// their endpoint away from their tenant; at most once in [`VISIT_INTERVAL`], however many reloads there are.
+    /// their endpoint away from their tenant; at most once in `VISIT_INTERVAL`, however many reloads there are.
     pub fn renew(&self, now: Moment) -> bool {
         let revocations = self.snapshot.borrow_mut().load().revocations;
         let is_due = revocations != self.revocations.get() && now >= self.next_visit.get();
