@@ -227,10 +227,8 @@ impl Relay<'_> {
                     if !other_over {
                         shut_down(sink).map_err(Broken::Sink)?;
                     }
-                    way.phase = Phase::Shut;
                     self.first_end.get_or_insert(ends(direction).0);
-                    self.lent.give_back(way.pipe.take(), self.life);
-                    way.moved = self.life.tick();
+                    way.shut(self.lent, self.life);
                     return Poll::Ready(Ok(()));
                 }
                 Phase::Open => {}
@@ -242,10 +240,7 @@ impl Relay<'_> {
                 ready!(pin!(tokio::task::yield_now()).poll(context));
                 *left = TURN;
             }
-            let is_short = way.pipe.is_none() && self.lent.buffers.is_short(self.lent.quota);
-            if is_short {
-                self.life.meter.worker().buffers_refused.add(1);
-            }
+            let is_short = way.pipe.is_none() && self.lent.is_short(self.life);
             if way.pipe.is_some() || is_short {
                 // A pipe is not filled for a sink that takes nothing: it would only be held. A copy finds out by its
                 // write, which takes everything nearly always, and asks no socket before.

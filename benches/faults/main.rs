@@ -380,7 +380,7 @@ fn outcomes(server: &Server) {
     for (outcome, count) in &ended {
         println!("  {count:>10}  {outcome}");
     }
-    assert_eq!(live.stopped_doors.load(Ordering::SeqCst), 0, "a worker stopped listening");
+    assert_eq!(live.stopped_listeners.count(), 0, "a worker stopped listening");
     let listeners = live.shards.iter().flat_map(|shard| shard.listeners());
     let accepted: u64 = listeners.map(|listener| listener.accepted.value()).sum();
     assert_eq!(accepted, ended.values().sum::<u64>(), "accepted, and ended");

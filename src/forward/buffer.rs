@@ -158,7 +158,7 @@ mod tests {
         bound_unsent(&stream, 1 << 20);
         assert!(room(&stream, 4096).unwrap() <= 4096);
         stream.set_nonblocking(true).unwrap();
-        while std::io::Write::write(&mut &stream, &[0; SCRATCH]).is_ok() {}
+        while std::io::Write::write(&mut &stream, &vec![0; SCRATCH]).is_ok() {}
         assert!(room(&stream, 0).unwrap() < SCRATCH);
     }
 }

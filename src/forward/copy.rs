@@ -20,8 +20,8 @@ pub(super) struct Spill(Option<Box<Held>>);
 struct Held {
     bytes: Box<[u8]>,
     written: usize,
-    /// Held for its drop.
-    _part: Part,
+    #[expect(dead_code, reason = "dropping it gives the part of the buffer memory back")]
+    part: Part,
 }
 
 impl Spill {
@@ -31,8 +31,8 @@ impl Spill {
         if bytes.is_empty() {
             return Self::default();
         }
-        let _part = lent.buffers.part(lent.quota, bytes.len());
-        Self(Some(Box::new(Held { bytes, written: 0, _part })))
+        let part = lent.buffers.part(lent.quota, bytes.len());
+        Self(Some(Box::new(Held { bytes, written: 0, part })))
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -47,6 +47,15 @@ impl Lent<'_> {
         self.pipes.give_back(pipe, self.quota, life);
     }
 
+    /// Whether the tenant's part of the buffer memory is used up, so that a session reads little; counted as a refusal.
+    pub(super) fn is_short(self, life: &Life) -> bool {
+        let is_short = self.buffers.is_short(self.quota);
+        if is_short {
+            life.meter.worker().buffers_refused.add(1);
+        }
+        is_short
+    }
+
     /// Asks how much of `want` a direction may read: once there is something to read, and something for it.
     #[inline]
     pub(super) fn poll_grant(

@@ -169,6 +169,13 @@ impl Way {
         Ok(())
     }
 
+    /// Its end is passed on. Only called with nothing held.
+    pub(super) fn shut(&mut self, lent: Lent<'_>, life: &Life) {
+        self.phase = Phase::Shut;
+        lent.give_back(self.pipe.take(), life);
+        self.moved = life.tick();
+    }
+
     /// Goes back to copying. Only called with nothing in the pipe.
     pub(super) fn copy_on(&mut self, lent: Lent<'_>, life: &Life) {
         lent.give_back(self.pipe.take(), life);

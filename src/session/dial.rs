@@ -19,8 +19,7 @@ use crate::pool::{Failed, Nobody, Picked, Pool, Tried};
 
 impl<'a> Steps<'a> {
     /// A connection to a backend: to another one after each failure, while attempts, budget and backends are left.
-    ///
-    /// Not an `async fn`: that would keep each argument twice, for as long as it waits.
+    #[expect(clippy::manual_async_fn, reason = "an async fn keeps each argument twice")]
     pub(super) fn dial<'s>(
         &'s self,
         pool: &'s Pool,

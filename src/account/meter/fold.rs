@@ -112,7 +112,9 @@ fn add(to: &Cell64, from: &Cell64) {
 }
 
 fn add_each_way(to: &EachWay<Cell64>, from: &EachWay<Cell64>) {
-    Direction::ALL.iter().for_each(|way| add(to.way(*way), from.way(*way)));
+    for way in Direction::ALL {
+        add(to.way(way), from.way(way));
+    }
 }
 
 impl Fold for RouteCells {

@@ -42,7 +42,7 @@ impl Side {
         let [keeps, answers, ticks, ends] = [(); 4].map(|()| Rc::clone(&flows));
         let door = door.try_clone().unwrap();
         spawn_local(async move {
-            keeps.keep(door, 0, &async |_: &std::io::Error, _: &dyn Fn() -> bool| None).await.unwrap()
+            keeps.keep(door, 0, &async |_: &std::io::Error, _: &dyn Fn() -> bool| None).await.unwrap();
         });
         spawn_local(async move { answers.answer().await.unwrap() });
         spawn_local(async move { ends.end_idle().await });
