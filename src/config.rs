@@ -145,6 +145,8 @@ pub struct Timeouts {
     pub flow_idle: Duration,
     /// Bytes that the other end of a connection does not acknowledge; 0 leaves it to the kernel.
     pub tcp_user_timeout: Duration,
+    /// Bytes wait for one side of a session, and it takes none of them; 0 leaves it to the other times.
+    pub stall: Duration,
 }
 
 /// How the process ends without dropping what it holds.

@@ -70,6 +70,8 @@ pub struct Patience {
     pub half_close: Span,
     /// How long the kernel waits for an acknowledgement, in either direction; zero leaves it to the kernel's own rules.
     pub tcp_user_timeout: Duration,
+    /// Bytes are held in one direction and its sink takes none of them; `None` leaves it to the other times.
+    pub stall: Option<Span>,
     /// Bytes that the kernel takes for one connection beyond what it has sent; zero leaves it to the kernel.
     pub unsent: u32,
 }
@@ -83,9 +85,7 @@ pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a m
     // The client's socket has TCP_NODELAY from the listening socket.
     ways.to_client.prompt = true;
     ways.to_backend.spill = Spill::new(pair.first, lent);
-    for socket in [&pair.client, &pair.backend] {
-        buffer::bound_unsent(socket, patience.unsent);
-    }
+    [&pair.client, &pair.backend].map(|socket| buffer::bound_unsent(socket, patience.unsent));
     Relay {
         client: pair.client,
         backend: pair.backend,
@@ -339,7 +339,7 @@ impl Relay<'_> {
                 let why = if allowed < patience { Why::Drained } else { why };
                 return Some(Stop::Ended(self.expire(Outcome::reject(At::Forward, why))));
             }
-            if let Some(outcome) = self.look_for_resets(now) {
+            if let Some(outcome) = self.look_for_resets(now).or_else(|| self.stalled(now)) {
                 return Some(Stop::Ended(self.reset(outcome)));
             }
             if self.revoked_at <= now {
@@ -378,6 +378,8 @@ impl Relay<'_> {
             return None;
         }
         self.looks_at = now.after(LOOK);
+        self.ways.to_backend.note_progress(&self.backend, now);
+        self.ways.to_client.note_progress(&self.client, now);
         let failed = |socket: &TcpStream| socket.take_error().ok().flatten();
         let (by, error) = match (failed(&self.client), failed(&self.backend)) {
             (Some(error), _) => (By::Client, error),
@@ -385,6 +387,14 @@ impl Relay<'_> {
             (None, None) => return None,
         };
         Some(Outcome::new(by, At::Forward, why(&error)))
+    }
+
+    /// Its end, where a direction has held bytes for too long of which its sink, and the kernel's queue before it, took none.
+    fn stalled(&mut self, now: Tick) -> Option<Outcome> {
+        let limit = self.patience.stall?;
+        let is_stalled = |way: &Way| way.pending() && way.moved.after(limit) <= now;
+        let found = [&self.ways.to_backend, &self.ways.to_client].into_iter().find(|way| is_stalled(way));
+        found.map(|_| Outcome::reject(At::Forward, Why::Stalled))
     }
 
     /// Turns keepalive on and bounds how long sent bytes may stay unacknowledged, once the session is no short one; when that

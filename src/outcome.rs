@@ -191,6 +191,8 @@ outcomes! {
     Reset = "reset": Client at Header, Client at Tenant, Client at Pool, Client at Connect, Client at Forward, Backend at Forward;
     /// No byte in either direction for `timeouts.idle`, or so long a wait at `tenant` for its bandwidth; no datagram for `timeouts.flow-idle`.
     IdleTimeout = "idle_timeout": Proxy at Tenant, Proxy at Forward;
+    /// Bytes waited for one side, and it took none of them for `timeouts.stall`.
+    Stalled = "stalled": Proxy at Forward;
     /// One side ended and the other sent nothing for `timeouts.half-close`.
     HalfCloseTimeout = "half_close_timeout": Proxy at Forward;
     /// The connection broke without a reset: nothing was acknowledged for `timeouts.tcp-user-timeout`, or its network is gone.

@@ -149,6 +149,7 @@ impl Snapshot {
                 idle: Span::of(config.timeouts.idle),
                 half_close: Span::of(config.timeouts.half_close),
                 tcp_user_timeout: config.timeouts.tcp_user_timeout,
+                stall: (!config.timeouts.stall.is_zero()).then(|| Span::of(config.timeouts.stall)),
                 unsent: u32::try_from(config.process.unsent_memory).unwrap_or(u32::MAX),
             },
             flow_idle: config.timeouts.flow_idle,

@@ -66,7 +66,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     let seconds =
         [timeouts.header, timeouts.connect, timeouts.idle, timeouts.half_close].map(|time| time.as_secs());
     assert_eq!(seconds, [60, 3, 350, 60]);
-    assert_eq!(timeouts.tcp_user_timeout.as_secs(), 120);
+    assert_eq!((timeouts.tcp_user_timeout.as_secs(), timeouts.stall.as_secs()), (120, 100));
     let seconds = [drain.notice, drain.quiet, drain.idle, drain.deadline].map(|time| time.as_secs());
     assert_eq!(seconds, [30, 10, 30, 300]);
 

@@ -137,6 +137,7 @@ pub(super) struct Timeouts {
     pub(super) half_close: Field<Duration>,
     pub(super) flow_idle: Field<Duration>,
     pub(super) tcp_user_timeout: Field<Duration>,
+    pub(super) stall: Field<Duration>,
 }
 
 impl Timeouts {
@@ -145,8 +146,9 @@ impl Timeouts {
         let (header, connect) = (section.take("header"), section.take("connect"));
         let (idle, half_close) = (section.take("idle"), section.take("half-close"));
         let (flow_idle, tcp_user_timeout) = (section.take("flow-idle"), section.take("tcp-user-timeout"));
+        let stall = section.take("stall");
         section.finish();
-        Self { head: Some(head), header, connect, idle, half_close, flow_idle, tcp_user_timeout }
+        Self { head: Some(head), header, connect, idle, half_close, flow_idle, tcp_user_timeout, stall }
     }
 }
 

@@ -118,6 +118,11 @@ pub(super) fn room(sink: &impl AsFd, unsent: u32) -> Option<usize> {
     usize::try_from(room.min(unsent.saturating_sub(waiting))).ok()
 }
 
+/// The memory of the socket's send queue: it falls as the other end acknowledges bytes.
+pub(super) fn queued(sink: &impl AsFd) -> Option<u32> {
+    getsockopt(sink, MemoryInfo).ok()?.get(usize::try_from(libc::SK_MEMINFO_WMEM_QUEUED).ok()?).copied()
+}
+
 /// Has the kernel take no more for the socket than `unsent` bytes beyond what it has sent (`TCP_NOTSENT_LOWAT`, tcp(7)): a
 /// connection whose reader stalls pins so much, and one that is fast is not slowed, however much is on its way. 0 leaves it to
 /// `net.ipv4.tcp_notsent_lowat`.

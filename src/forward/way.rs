@@ -50,6 +50,8 @@ pub(super) struct Way {
     pub(super) prompt: bool,
     /// When bytes last moved.
     pub(super) moved: Tick,
+    /// The sink's send queue when it was last looked at, while bytes are held.
+    queued: u32,
     /// What the tenant's bandwidth has for it.
     pub(super) purse: Purse,
 }
@@ -83,6 +85,7 @@ impl Way {
             phase: Phase::Open,
             prompt: false,
             moved: now,
+            queued: 0,
             purse: Purse::default(),
         }
     }
@@ -154,6 +157,19 @@ impl Way {
             // A connection that has gone says so when it is written to.
             backend.set_nodelay(true).unwrap_or_default();
         }
+    }
+
+    /// While bytes are held: a send queue that has become smaller since the last look is progress, too. A slow reader may take
+    /// for long from the kernel before that takes more of us.
+    pub(super) fn note_progress(&mut self, sink: &TcpStream, now: Tick) {
+        if !self.pending() {
+            return;
+        }
+        let queued = buffer::queued(sink).unwrap_or(0);
+        if queued < self.queued {
+            self.moved = now;
+        }
+        self.queued = queued;
     }
 
     /// Goes back to copying with what the pipe holds, where splicing it on was refused.

@@ -158,3 +158,27 @@ async fn before_an_end_the_longer_patience_holds() {
     proxy.others_are_unharmed().await;
     proxy.finish().await;
 }
+
+#[tokio::test]
+async fn session_whose_client_takes_no_bytes_for_stall_ends_as_stalled() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(conf("idle = \"1h\"\ntcp-user-timeout = \"0s\"\nstall = \"1s\"")).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    let (mut other_client, mut other_backend) = raw.session(&proxy).await;
+    let (mut to_client, mut to_backend) = (Bytes::new(2), Bytes::new(3));
+    let (first, second) =
+        tokio::join!(to_client.send(&mut backend, 1 << 40), to_backend.send(&mut other_client, 1 << 40));
+    first.unwrap_err();
+    second.unwrap_err();
+    let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "stalled")];
+    proxy.ended(&labels).is(2).await;
+    end_of(&mut client).await.unwrap_err();
+    end_of(&mut other_backend).await.unwrap_err();
+    // A session that holds nothing is not stalled, however long it is silent.
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    trickle(&mut client, &mut backend).await;
+    drop((client, backend));
+    proxy.ended(&labels).is(2).await;
+    proxy.others_are_unharmed().await;
+    proxy.finish().await;
+}

@@ -69,6 +69,7 @@ pub(super) fn config(written: Written) -> Config {
             half_close: seconds(written.timeouts.half_close, 60),
             flow_idle: seconds(written.timeouts.flow_idle, 120),
             tcp_user_timeout: seconds(written.timeouts.tcp_user_timeout, 120),
+            stall: seconds(written.timeouts.stall, 100),
         },
         drain: Drain {
             notice: seconds(written.drain.notice, 30),
