@@ -85,7 +85,8 @@ pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a m
     // The client's socket has TCP_NODELAY from the listening socket.
     ways.to_client.prompt = true;
     ways.to_backend.spill = Spill::new(pair.first, lent);
-    [&pair.client, &pair.backend].map(|socket| buffer::bound_unsent(socket, patience.unsent));
+    let both = [&pair.client, &pair.backend];
+    both.iter().for_each(|socket| buffer::bound_unsent(socket, patience.unsent));
     Relay {
         client: pair.client,
         backend: pair.backend,
@@ -389,12 +390,12 @@ impl Relay<'_> {
         Some(Outcome::new(by, At::Forward, why(&error)))
     }
 
-    /// Its end, where a direction has held bytes for too long of which its sink, and the kernel's queue before it, took none.
-    fn stalled(&mut self, now: Tick) -> Option<Outcome> {
+    /// Its end, where a sink, and the kernel's queue before it, took none of the bytes held for it for too long.
+    fn stalled(&self, now: Tick) -> Option<Outcome> {
         let limit = self.patience.stall?;
         let is_stalled = |way: &Way| way.pending() && way.moved.after(limit) <= now;
-        let found = [&self.ways.to_backend, &self.ways.to_client].into_iter().find(|way| is_stalled(way));
-        found.map(|_| Outcome::reject(At::Forward, Why::Stalled))
+        let is_any = is_stalled(&self.ways.to_backend) || is_stalled(&self.ways.to_client);
+        is_any.then(|| Outcome::reject(At::Forward, Why::Stalled))
     }
 
     /// Turns keepalive on and bounds how long sent bytes may stay unacknowledged, once the session is no short one; when that
