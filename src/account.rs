@@ -73,14 +73,14 @@ impl Labels {
         label
     }
 
-    /// Forgets names that no label has any more; their numbers are given to others. What is kept by a label's number has to
-    /// be forgotten before, or to hold the label.
-    pub fn forget_unused(&self) {
+    /// Forgets names that no label has any more, and whose number is not held by anything that is kept by it; their numbers are
+    /// given to others.
+    pub fn forget_unused(&self, is_held: impl Fn(u32) -> bool) {
         let mut known = lock(&self.known);
         let Known { numbers, free } = &mut *known;
         // Labels are made under this lock, or of another label.
         numbers.retain(|name, serial| {
-            let is_used = Arc::strong_count(name) > 1;
+            let is_used = Arc::strong_count(name) > 1 || is_held(*serial);
             if !is_used {
                 free.push(*serial);
             }
@@ -204,13 +204,15 @@ mod tests {
         let labels = Labels::default();
         let kept = labels.intern("acme");
         let number = labels.intern("globex").serial();
-        labels.forget_unused();
+        labels.forget_unused(|held| held == number);
+        assert_eq!(labels.count(), 2, "its number is held");
+        labels.forget_unused(|_| false);
         assert_eq!((labels.count(), labels.intern("acme").serial()), (1, kept.serial()));
         let (again, more) = (labels.intern("initech"), labels.intern("globex"));
         assert_eq!(again.serial(), number);
         assert!(![kept.serial(), number].contains(&more.serial()));
         drop((kept, again, more));
-        labels.forget_unused();
+        labels.forget_unused(|_| false);
         assert_eq!(labels.count(), 0);
     }
 

@@ -86,7 +86,9 @@ pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a m
     ways.to_client.prompt = true;
     ways.to_backend.spill = Spill::new(pair.first, lent);
     let both = [&pair.client, &pair.backend];
-    both.iter().for_each(|socket| buffer::bound_unsent(socket, patience.unsent));
+    for socket in both {
+        buffer::bound_unsent(socket, patience.unsent);
+    }
     Relay {
         client: pair.client,
         backend: pair.backend,

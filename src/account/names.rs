@@ -137,7 +137,7 @@ metrics! {
     TENANT_FLOWS_LIMIT: Gauge "vestibule_tenant_flows_limit" ["tenant"]
         "Flows that the tenant may have at once, where that is limited.";
     TENANT_REJECTED: Counter "vestibule_tenant_rejected_total" ["tenant", "why"]
-        "Sessions and flows of the tenant that were rejected: `session_limit`, `session_rate`, `flow_limit`, `shed`, `tenant_disabled`, `pool_share`.";
+        "Sessions and flows of the tenant that were rejected: `session_limit`, `session_rate`, `flow_limit`, `shed`, `tenant_disabled`.";
     TENANT_WOULD_REJECT: Counter "vestibule_tenant_would_reject_total" ["tenant", "why"]
         "Sessions and flows of the tenant that would have been rejected, were its limits not only observed.";
     TENANT_DELAYED: Counter "vestibule_tenant_delayed_seconds_total" ["tenant", "direction"]

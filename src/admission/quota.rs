@@ -89,8 +89,8 @@ pub const LINES_BURST: u64 = 20;
 
 impl Quota {
     /// The reasons for which a tenant's session or flow is rejected; the first three may be only observed.
-    pub const REASONS: [Why; 6] =
-        [Why::SessionLimit, Why::SessionRate, Why::FlowLimit, Why::Shed, Why::TenantDisabled, Why::PoolShare];
+    pub const REASONS: [Why; 5] =
+        [Why::SessionLimit, Why::SessionRate, Why::FlowLimit, Why::Shed, Why::TenantDisabled];
     const OBSERVED: usize = 3;
 
     /// The quota of a tenant without limits, that has a share of the process.
@@ -271,8 +271,7 @@ impl Drop for Permit {
 #[derive(Debug)]
 pub struct Quotas {
     share: Arc<Share>,
-    /// With the label, so that its number is no other tenant's meanwhile.
-    known: Mutex<HashMap<u32, (Label, Arc<Quota>), foldhash::fast::RandomState>>,
+    known: Mutex<HashMap<u32, Arc<Quota>, foldhash::fast::RandomState>>,
 }
 
 impl Quotas {
@@ -286,14 +285,20 @@ impl Quotas {
     #[must_use]
     pub fn find(&self, tenant: &Label) -> Arc<Quota> {
         let mut known = lock(&self.known);
-        let new = || (tenant.clone(), Quota::new(Arc::clone(&self.share)));
-        Arc::clone(&known.entry(tenant.serial()).or_insert_with(new).1)
+        let new = || Quota::new(Arc::clone(&self.share));
+        Arc::clone(known.entry(tenant.serial()).or_insert_with(new))
     }
 
     /// The quota of a tenant that has one.
     #[must_use]
     pub fn known(&self, tenant: &Label) -> Option<Arc<Quota>> {
-        lock(&self.known).get(&tenant.serial()).map(|(_, quota)| Arc::clone(quota))
+        lock(&self.known).get(&tenant.serial()).map(Arc::clone)
+    }
+
+    /// Whether there is a quota by this number: until it is forgotten, the number must not be given to another tenant.
+    #[must_use]
+    pub fn is_known(&self, number: u32) -> bool {
+        lock(&self.known).contains_key(&number)
     }
 
     /// Tenants that hold a session now.
@@ -305,7 +310,7 @@ impl Quotas {
     /// Forgets the quotas of tenants that are gone, and that no session holds any more.
     pub fn forget_unused(&self) {
         let mut known = lock(&self.known);
-        known.retain(|_, (_, quota)| Arc::strong_count(quota) > 1);
+        known.retain(|_, quota| Arc::strong_count(quota) > 1);
         known.shrink_to_fit();
     }
 
@@ -359,7 +364,7 @@ mod tests {
         assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
         assert_eq!(quota.sessions(), 0, "who the rate rejects gives its slot back");
         assert!(quota.admit(at_ms(100)).is_ok());
-        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0, 0]);
+        assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0]);
         assert_eq!(counts(quota.would_reject()), [0, 0, 0]);
     }
 
@@ -377,7 +382,7 @@ mod tests {
         let _slot = slots.take().unwrap();
         assert!(quota.admit(START).is_ok(), "the rate has its one still");
         assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
-        assert_eq!(counts(quota.rejected()), [0, 1, 0, 3, 0, 0]);
+        assert_eq!(counts(quota.rejected()), [0, 1, 0, 3, 0]);
     }
 
     #[test]
@@ -421,7 +426,7 @@ mod tests {
         let passed: Vec<_> = (0..3).map(|_| quota.admit(START).unwrap().would_reject()).collect();
         assert_eq!(passed, [None, Some(Why::SessionRate), Some(Why::SessionRate)]);
         assert_eq!(counts(quota.would_reject()), [1, 2, 0]);
-        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0, 0, 0]);
+        assert_eq!(counts(quota.rejected()), [0, 0, 0, 0, 0]);
         assert_eq!(quota.sessions(), 0);
     }
 
@@ -438,7 +443,7 @@ mod tests {
         assert_eq!((quotas.holders(), globex.sessions()), (2, 1));
         drop((held, other, slot));
         assert_eq!(quotas.holders(), 0);
-        assert_eq!(counts(acme.rejected()), [0, 0, 0, 1, 0, 0]);
+        assert_eq!(counts(acme.rejected()), [0, 0, 0, 1, 0]);
     }
 
     #[test]

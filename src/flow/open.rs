@@ -223,12 +223,7 @@ impl<A> State<A> {
         let slot = slot.ok_or_else(|| Outcome::reject(At::Tenant, tenant.quota.reject(Why::Shed)))?;
         pool.arrived(tenant.label.serial());
         let found = self.find_backend(pool, who, tenant.label.serial(), &mut story.meter, now);
-        let found = found.inspect_err(|outcome| {
-            if outcome.why == Why::PoolShare {
-                tenant.quota.reject(Why::PoolShare);
-            }
-        })?;
-        Ok((found, permit, slot))
+        Ok((found?, permit, slot))
     }
 
     /// A backend for a new flow of this tenant, where need be with the local port of a silent flow.

@@ -237,8 +237,7 @@ async fn tend(live: Arc<Live>) {
             let live = Arc::clone(&live);
             tokio::task::spawn_blocking(move || {
                 drop(unused);
-                live.quotas.forget_unused();
-                live.labels.forget_unused();
+                live.forget_unused();
             });
         }
     }

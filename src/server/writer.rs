@@ -340,14 +340,23 @@ mod tests {
             batch.text.extend_from_slice(text.as_bytes());
             outlet.to_writer.send(batch).unwrap();
         };
+        let read = |path: &Path| std::fs::read_to_string(path).unwrap();
+        // An order to open the file anew passes lines that wait: those are in the new file then.
+        let is_written = |path: &Path, text: &str| {
+            while read(path) != text {
+                std::thread::yield_now();
+            }
+        };
         write("one\n");
+        is_written(&path, "one\n");
         reopener.reopen().unwrap();
         std::fs::rename(&path, &old).unwrap();
         write("two\n");
+        is_written(&old, "one\ntwo\n");
         reopener.reopen().unwrap();
         write("three\n");
+        is_written(&path, "three\n");
         reopener.reopen().unwrap();
-        let read = |path: &Path| std::fs::read_to_string(path).unwrap();
         assert_eq!((read(&old), read(&path)), ("one\ntwo\n".to_owned(), "three\n".to_owned()));
         std::fs::rename(&path, &old).unwrap();
         std::fs::create_dir(&path).unwrap();

@@ -38,8 +38,7 @@ impl<'a> Steps<'a> {
                     Ok(picked) => picked,
                     // A session that could not connect does not wait as well.
                     Err(nobody @ (Nobody::Free | Nobody::Share)) if tried.is_empty() => {
-                        let place =
-                            pool.wait(story.tenant_number()).ok_or_else(|| no_place(nobody, story))?;
+                        let place = pool.wait(story.tenant_number()).ok_or_else(|| no_place(nobody))?;
                         let start = clock::now();
                         let waited = wait(place, pool.queue_timeout, registered(client)?, life).await;
                         story.marks.queued_us = micros(clock::now().since(start)).max(1);
@@ -109,10 +108,9 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// There is neither a backend with room nor a place to wait. The tenant's own doing is counted as that.
-fn no_place(nobody: Nobody, story: &Story<'_>) -> Outcome {
-    let share = || story.tenant.map_or(Why::PoolShare, |tenant| tenant.quota.reject(Why::PoolShare));
-    Outcome::reject(At::Pool, if nobody == Nobody::Share { share() } else { Why::PoolFull })
+/// There is neither a backend with room nor a place to wait.
+fn no_place(nobody: Nobody) -> Outcome {
+    Outcome::reject(At::Pool, if nobody == Nobody::Share { Why::PoolShare } else { Why::PoolFull })
 }
 
 /// Waits in line for a backend with room, as long as the client is there.

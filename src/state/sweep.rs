@@ -19,6 +19,12 @@ pub(super) struct Traces {
 }
 
 impl Live {
+    /// Forgets the quotas and the names of what is gone.
+    pub fn forget_unused(&self) {
+        self.quotas.forget_unused();
+        self.labels.forget_unused(|number| self.quotas.is_known(number));
+    }
+
     /// Has the workers fold the counts of what is gone, where something may be, and forgets names that are not used any more. To
     /// be called once in a second, by one thread, where that keeps no traffic waiting: with 100,000 tenants it takes
     /// milliseconds.
@@ -37,8 +43,7 @@ impl Live {
             return;
         }
         if (last.folded, last.reloads) != (now.folded, now.reloads) {
-            self.quotas.forget_unused();
-            self.labels.forget_unused();
+            self.forget_unused();
         }
         let listeners = snapshot.listeners.iter().filter(|listener| !listener.is_retired);
         let listeners: Vec<_> = listeners.map(|listener| listener.label.serial()).collect();

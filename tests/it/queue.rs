@@ -254,8 +254,6 @@ async fn tenant_that_fills_a_shared_pool_leaves_room_for_the_others() {
     }
     is_turned_away(&proxy).await;
     ended(&proxy, "pool_share", 1).await;
-    let labels = [("tenant", "acme"), ("why", "pool_share")];
-    proxy.metric("vestibule_tenant_rejected_total", &labels).is(1).await;
     let other = (proxy.open(UMBRELLA, b"other").await, accepted(&raw, b"other").await);
     proxy.others_are_unharmed().await;
     drop((held, other));

@@ -455,7 +455,7 @@ mod tests {
                 world.session("web", &format!("tenant-{turn}-{number}"), "app").end(DONE, Duration::ZERO);
             }
             world.pass(turn, &["web"], &[], &["app"]);
-            world.labels.forget_unused();
+            world.labels.forget_unused(|_| false);
             assert_eq!((world.shard.routes().len(), world.ledger.routes.borrow().len()), (2, 2));
             assert!(world.labels.count() < 10, "{} names", world.labels.count());
         }

@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(quota.admit_flow(|_| false).unwrap().would_reject(), Some(Why::FlowLimit));
         assert_eq!(
             (counts(quota.rejected()), counts(quota.would_reject())),
-            (vec![0, 0, 1, 0, 0, 0], vec![0, 0, 1])
+            (vec![0, 0, 1, 0, 0], vec![0, 0, 1])
         );
     }
 

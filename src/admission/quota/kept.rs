@@ -68,7 +68,7 @@ impl Quota {
 impl Quotas {
     /// Gives back every place that is kept of any tenant.
     pub fn keep_none(&self) {
-        lock(&self.known).values().for_each(|(_, quota)| quota.keep_none());
+        lock(&self.known).values().for_each(|quota| quota.keep_none());
     }
 }
 
