@@ -213,7 +213,7 @@ impl<O: Occupant> Places<O> {
     }
 }
 
-/// A visit's stream. Whoever drops it closes the connection.
+/// A visit's stream. Dropping it closes the connection.
 #[derive(Debug)]
 pub(super) struct Watched<S: Stream>(Arc<Visit<S>>);
 
