@@ -1,5 +1,5 @@
-//! How a life ends: who ended it, at which step, and why. Every end has one, and the words are the same
-//! in the access log, in metrics and in the README.
+//! The outcome of a session: who ended it, at which step, and why. The words are identical in the access log, in the
+//! metrics and in docs/observability.md.
 
 use std::fmt;
 
@@ -109,103 +109,103 @@ macro_rules! outcomes {
 }
 
 outcomes! {
-    /// Both sides have sent all they had; `by` is who ended first.
+    /// Normal end: both sides closed after their last byte; `by` is the side that closed first.
     Done = "done": Client at Forward, Backend at Forward;
-    /// A connection closed before its first byte: a TCP health check or a listener test. Not logged.
+    /// The client closed before it sent a byte: a TCP health check or a port scan. Not logged.
     ZeroBytes = "zero_bytes": Client at Header;
-    /// A header with the command LOCAL: the load balancer's own health check. Not logged.
+    /// The PROXY header has the command LOCAL: a health check of the load balancer itself. Not logged.
     Local = "local": Client at Header;
-    /// The peer is in none of the listener's `trusted-sources`.
+    /// The connection came from an address outside the listener's `trusted-sources`; check who bypasses the load balancer.
     UntrustedSource = "untrusted_source": Proxy at Accept;
-    /// The session had no whole header yet, had waited longest of `max-pending` that had none, and a newer one needed its place.
+    /// `max-pending` connections without a complete header were open, and this one, the oldest, was closed to make room for a new one.
     PendingLimit = "pending_limit": Proxy at Header;
-    /// The process has, or nearly has, `max-sessions` sessions, and the tenant holds more than its share.
+    /// The process is at or near `max-sessions`, and the tenant holds more than its share.
     Shed = "shed": Proxy at Tenant;
-    /// No whole header within `timeouts.header`, or within less where more than half of `max-pending` wait.
+    /// The PROXY header was not complete within `timeouts.header`; the time is shorter while more than half of `max-pending` is in use.
     HeaderTimeout = "header_timeout": Proxy at Header;
-    /// The connection ended in the middle of its header.
+    /// The client closed in the middle of the PROXY header.
     HeaderTruncated = "header_truncated": Client at Header;
-    /// The first bytes are not the PROXY v2 signature.
+    /// The first bytes are not a PROXY v2 header; check that `proxy_protocol_v2.enabled` is on in the target group.
     NoSignature = "no_signature": Proxy at Header;
-    /// A datagram without a header; with `bare-datagrams = "follow"`, from a sender that has no flow.
+    /// A UDP datagram without a PROXY header; with `bare-datagrams = "follow"`, from a source address that has no flow.
     NoHeader = "no_header": Proxy at Header;
-    /// A datagram without a header with `bare-datagrams = "follow"`, from a sender that has several flows or had them a moment ago.
+    /// A UDP datagram without a PROXY header (`bare-datagrams = "follow"`) from a source address that has or recently had several flows.
     Ambiguous = "ambiguous": Proxy at Header;
-    /// The header's version is not 2.
+    /// The PROXY header's version is not 2.
     BadVersion = "bad_version": Proxy at Header;
-    /// The header's command is neither LOCAL nor PROXY.
+    /// The PROXY header's command is neither LOCAL nor PROXY.
     BadCommand = "bad_command": Proxy at Header;
-    /// The header's address family or transport is none that the specification lists.
+    /// The PROXY header's address family or transport is unknown.
     BadFamily = "bad_family": Proxy at Header;
-    /// A datagram header on a stream, or the reverse.
+    /// The PROXY header announces UDP on a TCP connection, or TCP in a UDP datagram.
     WrongTransport = "wrong_transport": Proxy at Header;
-    /// The header says that it is longer than 4,096 bytes.
+    /// The PROXY header announces more than 4,096 bytes.
     HeaderTooLong = "header_too_long": Proxy at Header;
-    /// The header has no room for the addresses of its family.
+    /// The PROXY header is too short for the addresses of its family.
     ShortAddress = "short_address": Proxy at Header;
-    /// A TLV runs over the end of the header, or bytes are left over.
+    /// A TLV of the PROXY header exceeds the header, or bytes remain after the last TLV.
     TlvOverrun = "tlv_overrun": Proxy at Header;
-    /// A CRC32C TLV that is not four bytes long, or a second one.
+    /// The PROXY header has a CRC32C TLV of a wrong length, or more than one.
     BadCrcTlv = "bad_crc_tlv": Proxy at Header;
-    /// The header's CRC32C does not match.
+    /// The CRC32C of the PROXY header is wrong: the header was damaged or forged.
     CrcMismatch = "crc_mismatch": Proxy at Header;
-    /// The header names two VPC endpoints that differ.
+    /// The PROXY header names two different VPC endpoints.
     AmbiguousEndpoint = "ambiguous_endpoint": Proxy at Header;
-    /// The header names no VPC endpoint, and `on-no-endpoint` rejects.
+    /// The PROXY header names no VPC endpoint (the client did not come through PrivateLink), and `on-no-endpoint` is `reject`.
     NoEndpoint = "no_endpoint": Proxy at Tenant;
-    /// The header names a VPC endpoint that no tenant lists, and `on-unknown-endpoint` rejects.
+    /// No tenant lists this VPC endpoint, and `on-unknown-endpoint` is `reject`; add the endpoint to a tenant.
     UnknownEndpoint = "unknown_endpoint": Proxy at Tenant;
-    /// The tenant's state is `disabled`.
+    /// The tenant has `state = "disabled"`.
     TenantDisabled = "tenant_disabled": Proxy at Tenant;
-    /// The tenant already has as many sessions as its `limits.sessions`.
+    /// The tenant is at its `limits.sessions`.
     SessionLimit = "session_limit": Proxy at Tenant;
-    /// The tenant's new sessions come faster than its `limits.session-rate`.
+    /// The tenant opens sessions faster than its `limits.session-rate`.
     SessionRate = "session_rate": Proxy at Tenant;
-    /// The tenant already has as many flows as its `limits.flows`, and none that was silent for long.
+    /// The tenant is at its `limits.flows`, and none of its flows was idle long enough to be replaced.
     FlowLimit = "flow_limit": Proxy at Tenant;
-    /// The datagram would have begun a flow, and was beyond the tenant's `limits.datagram-rate` or `limits.to-backend`.
+    /// The datagram would have started a flow but exceeds the tenant's `limits.datagram-rate` or `limits.to-backend`.
     DatagramLimit = "datagram_limit": Proxy at Tenant;
-    /// Neither route, tenant nor listener names a pool.
+    /// Neither the tenant's `routes`, the tenant nor the listener names a pool.
     NoPool = "no_pool": Proxy at Tenant;
-    /// No backend of the pool may be used.
+    /// No backend of the pool can be used: all are unhealthy, removed or have weight 0.
     NoBackend = "no_backend": Proxy at Pool;
-    /// Every backend of the pool that may be used has its `max-sessions`, and so many wait already as may.
+    /// All usable backends of the pool are at their `max-sessions`, and the queue is full.
     PoolFull = "pool_full": Proxy at Pool;
-    /// The tenant holds its share of the `max-sessions` of the pool's backends, and of the places to wait.
+    /// The tenant holds its share of the pool's `max-sessions` and of the queue.
     PoolShare = "pool_share": Proxy at Pool;
-    /// No backend of the pool had room within `queue.timeout`.
+    /// The session waited `queue.timeout` in the pool's queue, and no backend had room.
     QueueTimeout = "queue_timeout": Proxy at Pool;
-    /// The last backend tried refused the connection.
+    /// The backend refused the connection; all attempts were used up.
     ConnectRefused = "connect_refused": Backend at Connect;
-    /// The last backend tried did not answer within `timeouts.connect`.
+    /// The backend did not answer within `timeouts.connect`; all attempts were used up.
     ConnectTimeout = "connect_timeout": Proxy at Connect;
-    /// There is no way to the last backend tried.
+    /// There is no network route to the backend; all attempts were used up.
     ConnectUnreachable = "connect_unreachable": Proxy at Connect;
-    /// No local port is left towards the last backend tried, or the tenant holds its share of them.
+    /// No local port was free towards the backend (for UDP: towards all backends), or the tenant holds its share of them; see docs/sizing.md.
     NoLocalPort = "no_local_port": Proxy at Connect;
-    /// File descriptors or socket memory ran out.
+    /// The proxy ran out of file descriptors or socket memory.
     Shortage = "shortage": Proxy at Connect, Proxy at Header, Client at Forward, Backend at Forward;
-    /// The connection to the last backend tried failed in another way.
+    /// The connection to the backend failed with another error; all attempts were used up.
     ConnectFailed = "connect_failed": Backend at Connect;
-    /// The connection was reset, and the other side was reset in turn; of a flow: its backend's host said that nobody listens there any more.
+    /// One side reset the connection (TCP RST), and the other side was reset too; for a UDP flow: the backend's host answered ICMP port unreachable.
     Reset = "reset": Client at Header, Client at Tenant, Client at Pool, Client at Connect, Client at Forward, Backend at Forward;
-    /// No byte in either direction for `timeouts.idle`, or so long a wait at `tenant` for its bandwidth; no datagram for `timeouts.flow-idle`.
+    /// No byte in either direction for `timeouts.idle` (UDP: no datagram for `timeouts.flow-idle`), or no bandwidth for the first bytes during that time.
     IdleTimeout = "idle_timeout": Proxy at Tenant, Proxy at Forward;
-    /// Bytes waited for one side, and it took none of them for `timeouts.stall`.
+    /// One side accepted none of the bytes waiting for it for `timeouts.stall`.
     Stalled = "stalled": Proxy at Forward;
-    /// One side ended and the other sent nothing for `timeouts.half-close`.
+    /// One side closed, and the other sent nothing for `timeouts.half-close`.
     HalfCloseTimeout = "half_close_timeout": Proxy at Forward;
-    /// The connection broke without a reset: nothing was acknowledged for `timeouts.tcp-user-timeout`, or its network is gone.
+    /// The connection was lost without a reset: nothing was acknowledged for `timeouts.tcp-user-timeout`, keepalive failed, or the network is unreachable.
     Unanswered = "unanswered": Client at Header, Client at Tenant, Client at Forward, Backend at Forward;
-    /// The flow was silent, and another one needed its place.
+    /// The UDP flow was idle, and its place was given to a new flow.
     Evicted = "evicted": Proxy at Forward;
-    /// A reload disabled or removed the tenant, or took the endpoint away from it, and `on-revoke` is `end`.
+    /// A reload disabled or removed the tenant or took away its endpoint, and `on-revoke` is `end`.
     Revoked = "revoked": Proxy at Forward;
-    /// The process is draining, and the session was silent or the deadline passed.
+    /// The process drains: the session was idle for `drain.idle` or still open at `drain.deadline`.
     Drained = "drained": Proxy at Header, Proxy at Tenant, Proxy at Pool, Proxy at Connect, Proxy at Forward;
-    /// Another process has taken it over, and goes on with it: it ends there, and has its line there. Not logged.
+    /// Taken over by the new process, which continues the session and counts and logs its end. Not logged.
     Moved = "moved": Proxy at Forward;
-    /// A fault in vestibule itself; the log has the panic's message. Please report it.
+    /// A bug in vestibule: a panic ended this session. The process log has the message; please report it.
     Internal = "internal": Proxy at Header, Proxy at Connect, Proxy at Forward;
 }
 

@@ -37,141 +37,141 @@ macro_rules! metrics {
 
 metrics! {
     ACCEPTED: Counter "vestibule_connections_accepted_total" ["listener"]
-        "Connections accepted, and datagrams that began a flow or were not let in.";
+        "TCP connections accepted, plus UDP datagrams that started a flow or were rejected.";
     ACCEPT_ERRORS: Counter "vestibule_accept_errors_total" ["listener", "class"]
-        "Errors of accept: `peer` (it had gone), `shortage` (descriptors or memory; accepting pauses), `fatal` (the listener stopped).";
+        "Errors of accept(2) by class: `peer` (the client closed first; harmless), `shortage` (no descriptors or memory; accepting pauses for 100 ms), `fatal` (the listening socket failed and is reopened).";
     PENDING: Gauge "vestibule_sessions_pending" ["listener"]
-        "Sessions that have not yet sent a whole header.";
+        "Accepted connections whose PROXY header is not yet complete.";
     PENDING_LIMIT: Gauge "vestibule_sessions_pending_limit" ["listener"]
-        "Sessions of the listener that may wait for their headers at once: `max-pending`, or its part of what the file descriptors allow.";
+        "Maximum of `vestibule_sessions_pending`: the listener's `max-pending`, or less if the file-descriptor limit allows less.";
     TAKEOVERS: Counter "vestibule_takeovers_total" ["result"]
-        "Takeovers that the process was part of, as the old or the new one, by result: `done` or `failed`.";
+        "Takeovers between an old and a new process that this process took part in, by result: `done` or `failed`.";
     TAKEN_OVER: Counter "vestibule_sessions_taken_over_total" ["listener"]
-        "Sessions and flows that came alive from another process, which counts them as ended: `moved`.";
+        "Sessions and flows taken over from the previous process, which counts them as ended with the reason `moved`.";
     ACTIVE: Gauge "vestibule_sessions_active" ["listener", "tenant", "pool"]
-        "Sessions and flows now; tenant and pool are empty until they are known.";
+        "Open sessions and flows; the tenant and pool labels are empty until they are known.";
     ENDED: Counter "vestibule_sessions_ended_total" ["listener", "tenant", "pool", "by", "at", "why"]
-        "Sessions and flows that ended, by outcome. Every accepted connection ends in exactly one, and so does every session that was taken over, and every datagram that begins a flow or is not let in.";
+        "Ended sessions and flows by reason. Each accepted connection, each session taken over, and each datagram that starts a flow or is rejected is counted here exactly once.";
     BYTES: Counter "vestibule_forwarded_bytes_total" ["listener", "tenant", "pool", "direction"]
-        "Bytes forwarded.";
+        "Payload bytes forwarded, without PROXY headers.";
     DATAGRAMS: Counter "vestibule_forwarded_datagrams_total" ["listener", "tenant", "pool", "direction"]
-        "Datagrams of flows forwarded.";
+        "UDP datagrams forwarded.";
     DATAGRAMS_DROPPED: Counter "vestibule_datagrams_dropped_total" ["listener", "tenant", "pool", "direction", "why"]
-        "Datagrams that were dropped while their flow went on: `rate`, `bandwidth`, `too_long`, `full`, `shortage`, `refused`, `unreachable`.";
+        "UDP datagrams dropped by vestibule while their flow continued, by reason: `rate` or `bandwidth` (the tenant's limits), `too_long` (does not fit with its header), `full` (the socket's send buffer is full), `shortage` (no kernel memory), `refused` (ICMP port unreachable), `unreachable` (no route).";
     DATAGRAMS_WOULD_DROP: Counter "vestibule_datagrams_would_drop_total" ["listener", "tenant", "pool", "direction", "why"]
-        "Datagrams that the tenant's limits would have dropped, were they not only observed.";
+        "UDP datagrams that the tenant's limits would have dropped; the tenant is in observe mode, so they were forwarded.";
     DATAGRAMS_OVERFLOWED: Counter "vestibule_datagrams_overflowed_total" ["listener", "direction"]
-        "Datagrams that the kernel dropped because the receive queue of a socket was full: `to_backend` at the listening sockets, `to_client` at the sockets towards backends.";
+        "UDP datagrams dropped by the kernel because a receive buffer was full: `to_backend` at the listening sockets, `to_client` at the sockets towards backends.";
     MODE_BYTES: Counter "vestibule_forward_mode_bytes_total" ["mode", "direction"]
-        "Bytes forwarded by `copy` through a buffer, or by `splice` inside the kernel.";
+        "Bytes forwarded by `copy` (through a user-space buffer) or by `splice` (inside the kernel).";
     PIPES: Gauge "vestibule_pipes_in_use" []
-        "Splice pipes that sessions hold.";
+        "Splice pipes in use by sessions.";
     PIPE_MEMORY: Gauge "vestibule_pipe_memory_bytes" []
-        "Memory of all splice pipes, held and pooled.";
+        "Memory of all splice pipes, in use and idle; the bound is `pipe-memory`.";
     PIPES_REFUSED: Counter "vestibule_pipes_refused_total" []
-        "Times that a session went on copying because no pipe was to be had.";
+        "Times that a session used copy instead of splice because no pipe was available.";
     BUFFER_MEMORY: Gauge "vestibule_buffer_memory_bytes" []
-        "Memory of bytes that were read and that the other side of their session has not taken, beside those in pipes.";
+        "User-space memory of bytes that were read but that the other side has not accepted yet; splice pipes are not included.";
     BUFFER_MEMORY_LIMIT: Gauge "vestibule_buffer_memory_limit_bytes" []
-        "Memory that bytes which wait for a slow reader may take: `buffer-memory`.";
+        "Maximum of `vestibule_buffer_memory_bytes`: the setting `buffer-memory`.";
     BUFFERS_REFUSED: Counter "vestibule_buffer_memory_refused_total" []
-        "Reads of at most 4 KiB, only while the other side takes bytes, because the tenant's part of `buffer-memory` was used up.";
+        "Reads limited to 4 KiB because the tenant's share of `buffer-memory` was used up.";
     DURATION: Histogram "vestibule_session_duration_seconds" ["listener"]
-        "From accept to the end; health checks left out.";
+        "Time from accept to the end of a session; health checks are not included.";
     CONNECT_TIME: Histogram "vestibule_connect_duration_seconds" ["pool"]
-        "How long successful attempts to connect a backend took.";
+        "Time of each successful connection attempt to a backend; failed attempts and queueing are not included.";
     CONNECT_CALLS: Counter "vestibule_worker_connect_seconds_total" ["worker"]
-        "Time that each worker thread spent within the calls that start a connection to a backend, where it serves no other session.";
+        "Time that a worker thread spent inside connect(2); the thread serves no session during that time.";
     LOCAL_PORTS: Gauge "vestibule_local_ports_in_use" ["backend", "protocol", "state"]
-        "Local ports in use towards the backend's address, over all source addresses: `live` by connections, `waiting` in TIME_WAIT or refused by the kernel. A UDP flow's port is used towards all backends: the label is empty.";
+        "Local ports in use towards a backend, over all source addresses: `live` (open connections) or `waiting` (TIME_WAIT, or in use by another program). UDP ports are shared by all backends, so their backend label is empty.";
     LOCAL_PORTS_LIMIT: Gauge "vestibule_local_ports_limit" ["backend", "protocol"]
-        "Local ports that may be in use towards the backend's address, over the source addresses in use; for UDP towards all backends, with an empty label.";
+        "Local ports available towards a backend, over all source addresses. UDP ports are shared by all backends, so their backend label is empty.";
     BACKEND_ACTIVE: Gauge "vestibule_backend_sessions_active" ["pool", "backend"]
-        "Sessions on the backend now.";
+        "Open sessions and flows on the backend.";
     BACKEND_CONNECTS: Counter "vestibule_backend_connects_total" ["pool", "backend", "result"]
-        "Attempts to connect the backend, by result.";
+        "Connection attempts to the backend by result: `done`, `connect_refused`, `connect_timeout`, `connect_unreachable`, `connect_failed`, `no_local_port` or `shortage` (the last two are shortages of the proxy, not faults of the backend).";
     BACKEND_BYTES: Counter "vestibule_backend_bytes_total" ["pool", "backend", "direction"]
-        "Bytes forwarded to and from the backend.";
+        "Payload bytes forwarded to and from the backend.";
     BACKEND_HEALTHY: Gauge "vestibule_backend_healthy" ["pool", "backend"]
-        "1 where the last probes let the backend be used, 0 where they do not, and -1 before the first.";
+        "Result of the active health check: 1 healthy, 0 unhealthy, -1 not probed yet.";
     BACKEND_PROBES: Counter "vestibule_backend_probes_total" ["pool", "backend", "result"]
-        "Probes of the backend, by result: `passed`, or what was wrong.";
+        "Health probes of the backend by result: `passed`, or the error.";
     BACKEND_PROBE_TIME: Gauge "vestibule_backend_last_probe_seconds" ["pool", "backend"]
-        "How long the last probe of the backend took.";
+        "Duration of the last health probe of the backend.";
     BACKEND_WEIGHT: Gauge "vestibule_backend_weight" ["pool", "backend"]
-        "The weight in force: less than the configured one while the backend comes back, 0 while it gets no new sessions.";
+        "Effective weight of the backend: 0 while it gets no new sessions, below the configured weight during slow start.";
     BACKEND_RESETS: Counter "vestibule_backend_early_resets_total" ["pool", "backend"]
-        "Sessions that the backend reset, or lost, before its first byte.";
+        "Sessions that the backend reset or lost before it sent its first byte.";
     BACKEND_EJECTED: Gauge "vestibule_backend_ejected" ["pool", "backend"]
-        "1 while failed sessions keep the backend out.";
+        "1 while the backend is ejected because sessions on it failed, else 0.";
     BACKEND_EJECTIONS: Counter "vestibule_backend_ejections_total" ["pool", "backend"]
-        "Times that failed sessions put the backend out.";
+        "Times that the backend was ejected because sessions on it failed.";
     BACKEND_CHANGED: Gauge "vestibule_backend_last_change_timestamp_seconds" ["pool", "backend", "why"]
-        "When the backend was last put in or out, in Unix time, and why: a probe's result, `connect_failures`, `resets`, `ejection_over`, `resolved`, `ordered`, `start`.";
+        "Unix time at which the backend was last taken out of use or put back, and why: the result of a probe, `connect_failures`, `resets`, `ejection_over`, `resolved` or `not_resolved` (DNS), `ordered` (weight set by an operator), `reload`, `start`.";
     POOL_GROUND: Gauge "vestibule_pool_ground" ["pool", "ground"]
-        "1 for why the backends in use are used: `healthy`, `backup`, `unknown`, `ejected`, `panic`, or `nobody` is.";
+        "1 for the selection tier in use: `healthy`, `backup`, `unknown` (not probed yet), `ejected`, `panic` (health is ignored) or `none` (no backend can be used; sessions are reset).";
     POOL_USABLE: Gauge "vestibule_pool_usable_backends" ["pool"]
-        "Backends that get new sessions.";
+        "Backends of the pool that get new sessions.";
     POOL_QUEUED: Gauge "vestibule_pool_sessions_queued" ["pool"]
-        "Sessions that wait for a backend with room.";
+        "Sessions in the pool's queue: all backends are at their `max-sessions`.";
     LOOKUPS: Counter "vestibule_name_lookups_total" ["pool", "name", "result"]
-        "Lookups of the pool's names, by result: `found`, or why not; then the backends stay as they are.";
+        "DNS lookups of the pool's names by result: `found`, or the error; after an error the pool keeps its backends. `address_refused`: all addresses in the answer are forbidden (`dns.allow-answers`).";
     POOL_RETRIES: Counter "vestibule_pool_retries_total" ["pool", "result"]
-        "Attempts beyond a session's first: `made`, or `refused` by the retry budget.";
+        "Connection attempts after a session's first one: `made`, or `refused` by the retry budget.";
     WORKER_SESSIONS: Gauge "vestibule_worker_sessions_active" ["worker"]
-        "Sessions of each worker thread.";
+        "Open sessions and flows of each worker thread.";
     HANDED_OVER: Counter "vestibule_worker_handed_over_total" ["worker"]
-        "Fresh connections that the worker handed to one with fewer sessions.";
+        "New connections that the worker passed to a worker with fewer sessions.";
     LOG_DROPPED: Counter "vestibule_access_log_dropped_total" ["class"]
-        "Lines of the access log that were dropped because its writer was behind, or could not write them: `session`, `rejection` (a tenant's limit), `stray` (no tenant known).";
+        "Access-log lines lost because the disk or the reader is too slow or full, by class: `session`, `rejection` (a tenant's limits), `stray` (no tenant known).";
     LOG_LEFT_OUT: Counter "vestibule_access_log_left_out_total" ["class"]
-        "Lines left out of the access log because more than 10 a second would tell the same: `rejection` (for each tenant) or `stray` (for each listener and reason).";
+        "Access-log lines suppressed because more than 10 per second would say the same, by class: `rejection` (counted per tenant) or `stray` (no tenant known; counted per listener and reason).";
     SESSIONS_LIMIT: Gauge "vestibule_sessions_limit" []
-        "Sessions that the process takes at once.";
+        "Maximum of open sessions and flows of the process: `max-sessions`, or what the file-descriptor limit allows.";
     TENANT_SESSIONS: Gauge "vestibule_tenant_sessions" ["tenant"]
-        "Sessions of a tenant that has limits.";
+        "Open sessions of a tenant that has limits.";
     TENANT_SESSIONS_LIMIT: Gauge "vestibule_tenant_sessions_limit" ["tenant"]
-        "Sessions that the tenant may have at once, where that is limited.";
+        "The tenant's `limits.sessions`; no row without that limit.";
     TENANT_FLOWS: Gauge "vestibule_tenant_flows" ["tenant"]
-        "Flows of a tenant that has limits.";
+        "Open UDP flows of a tenant that has limits.";
     TENANT_FLOWS_LIMIT: Gauge "vestibule_tenant_flows_limit" ["tenant"]
-        "Flows that the tenant may have at once, where that is limited.";
+        "The tenant's `limits.flows`; no row without that limit.";
     TENANT_REJECTED: Counter "vestibule_tenant_rejected_total" ["tenant", "why"]
-        "Sessions and flows of the tenant that were rejected: `session_limit`, `session_rate`, `flow_limit`, `shed`, `tenant_disabled`.";
+        "Rejected sessions and flows of the tenant by reason: `session_limit`, `session_rate`, `flow_limit`, `shed` (the process is full), `tenant_disabled`.";
     TENANT_WOULD_REJECT: Counter "vestibule_tenant_would_reject_total" ["tenant", "why"]
-        "Sessions and flows of the tenant that would have been rejected, were its limits not only observed.";
+        "Sessions and flows that the tenant's limits would have rejected; the tenant is in observe mode, so they were admitted.";
     TENANT_DELAYED: Counter "vestibule_tenant_delayed_seconds_total" ["tenant", "direction"]
-        "How long the tenant's sessions have waited for its bandwidth, all together.";
+        "Total time that sessions of the tenant waited for its bandwidth limit.";
     TENANT_WOULD_DELAY: Counter "vestibule_tenant_would_delay_total" ["tenant", "direction"]
-        "Reads that would have had to wait for the tenant's bandwidth, were its limits not only observed.";
+        "Reads that the tenant's bandwidth limit would have delayed; the tenant is in observe mode, so they were not.";
     TENANT_WAITING: Gauge "vestibule_tenant_waiting" ["tenant", "direction"]
-        "Sessions of the tenant that wait for its bandwidth.";
+        "Sessions of the tenant that wait for its bandwidth limit now.";
     TENANT_HELD: Gauge "vestibule_tenant_held_bytes" ["tenant", "direction"]
-        "Bytes that the sessions of a tenant with a bandwidth hold, because their other ends do not take them.";
+        "Bytes buffered by sessions of a tenant with a bandwidth limit because the other side does not accept them.";
     RELOADS: Counter "vestibule_config_reloads_total" []
-        "Reloads that put their configuration in force.";
+        "Reloads that took effect.";
     RELOADS_REJECTED: Counter "vestibule_config_rejected_total" []
-        "Reloads that were refused, for a fault or for a change that needs a restart; nothing changed.";
+        "Reloads refused because of a configuration error or a change that needs a restart; the running configuration stays.";
     RELOAD_SUCCESSFUL: Gauge "vestibule_config_last_reload_successful" []
-        "1 where the last reload, or the start, put its configuration in force.";
+        "1 if the last reload (or the start) took effect, 0 if it was refused.";
     RELOADED: Gauge "vestibule_config_last_reload_timestamp_seconds" []
-        "When a reload, or the start, last put its configuration in force, in Unix time.";
+        "Unix time at which the running configuration took effect.";
     LISTENERS_STOPPED: Gauge "vestibule_listener_sockets_stopped" []
-        "Listening sockets that broke and are not open again yet; the health check says 503 while there are any.";
+        "Listening sockets that failed and are not open again yet; the health check answers 503 while this is above 0.";
     TENANTS: Gauge "vestibule_tenants" []
-        "Tenants of the live snapshot.";
+        "Tenants in the running configuration.";
     DRAINING: Gauge "vestibule_draining" []
-        "1 while the process drains.";
+        "1 while the process drains, else 0.";
     DRAIN_STAGE: Gauge "vestibule_drain_stage" ["stage"]
-        "1 for how far the process has come to its end: `serving`, `notice` (still accepting), `closing` (listeners closed).";
+        "1 for the current stage: `serving`, `notice` (health check answers 503, connections are still accepted), `closing` (listeners are closed, sessions may finish).";
     DRAIN_LEFT: Gauge "vestibule_drain_sessions_left" []
-        "Sessions and flows that a drain waits for; 0 before it.";
+        "Open sessions and flows that the drain waits for; 0 while the process does not drain.";
     ADMIN_OPEN: Gauge "vestibule_admin_connections" ["endpoint"]
-        "Connections now at the health port (`health`), the admin address (`admin`) and the admin socket (`admin_socket`).";
+        "Open connections at the health port (`health`), the admin address (`admin`) and the admin socket (`admin_socket`).";
     ADMIN_ENDED: Counter "vestibule_admin_connections_total" ["endpoint", "result"]
-        "Connections there that ended, by result: `answered`, `closed` by the peer without an answer, `displaced` by a newer one because all places were taken, or `first_byte_timeout`, `request_timeout`, `answer_timeout`, `send_timeout`.";
+        "Closed connections at the health port, admin address and admin socket by result: `answered`, `closed` (by the peer, without an answer), `displaced` (a newer connection needed the place), `first_byte_timeout`, `request_timeout`, `answer_timeout`, `send_timeout`.";
     BUILD: Gauge "vestibule_build_info" ["version"]
-        "1, with the version as a label.";
+        "1, with the version as label.";
 }
 
 #[cfg(test)]

@@ -130,7 +130,7 @@ fn row(page: &mut String, texts: &[&str], numbers: &[u64]) {
     for text in texts {
         let class = match *text {
             "healthy" => " class=\"good\"",
-            "unhealthy" | "ejected" | "panic" | "nobody" => " class=\"bad\"",
+            "unhealthy" | "ejected" | "panic" | "none" => " class=\"bad\"",
             "unknown" => " class=\"dim\"",
             _ => "",
         };

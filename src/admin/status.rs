@@ -82,7 +82,7 @@ pub struct PoolStatus {
     pub name: String,
     /// Backends that get new sessions.
     pub usable: usize,
-    /// Why those are used: `healthy`, `backup`, `unknown`, `ejected`, `panic`; or `nobody` is.
+    /// Why those are used: `healthy`, `backup`, `unknown`, `ejected`, `panic`; or `none`.
     pub ground: &'static str,
     /// Sessions that wait for a backend with room.
     pub queued: usize,

@@ -61,7 +61,7 @@ impl Ground {
             Self::Unknown => "unknown",
             Self::Ejected => "ejected",
             Self::Panic => "panic",
-            Self::Nobody => "nobody",
+            Self::Nobody => "none",
         }
     }
 }

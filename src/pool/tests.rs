@@ -199,7 +199,7 @@ fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
         assert_eq!((pick(&pool, 5).is_ok_and(|port| port != 1001), pool.usable()), (true, 2));
         assert!(probe(&pool, 0, false, at(4_000)).is_some() && probe(&pool, 2, false, at(5_000)).is_some());
         assert_eq!((pool.usable(), pick(&pool, 5)), (0, Err(Nobody::Usable)));
-        assert_eq!(pool.roster().ground().word(), "nobody");
+        assert_eq!(pool.roster().ground().word(), "none");
     }
 }
 

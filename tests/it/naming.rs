@@ -118,7 +118,7 @@ async fn the_process_is_starting_until_the_first_answer() {
     let conf = conf(&names, &format!("app.example.com:{}", backend.address().port()), "kind = \"none\"");
     let proxy = conf.start().await;
     assert_eq!(health(&proxy).await, "starting");
-    ground(&proxy, "nobody").await;
+    ground(&proxy, "none").await;
     // Others are served all the same.
     proxy.others_are_unharmed().await;
     // A first answer that does not come is told as well, and traffic for others comes then.
