@@ -175,17 +175,17 @@ outcomes! {
     PoolShare = "pool_share": Proxy at Pool;
     /// The session waited `queue.timeout` in the pool's queue, and no backend had room.
     QueueTimeout = "queue_timeout": Proxy at Pool;
-    /// The backend refused the connection; all attempts were used up.
+    /// The last backend tried refused the connection.
     ConnectRefused = "connect_refused": Backend at Connect;
-    /// The backend did not answer within `timeouts.connect`; all attempts were used up.
+    /// The last backend tried did not answer within `timeouts.connect`.
     ConnectTimeout = "connect_timeout": Proxy at Connect;
-    /// There is no network route to the backend; all attempts were used up.
+    /// There is no network route to the last backend tried.
     ConnectUnreachable = "connect_unreachable": Proxy at Connect;
     /// No local port was free towards the backend (for UDP: towards all backends), or the tenant holds its share of them; see docs/sizing.md.
     NoLocalPort = "no_local_port": Proxy at Connect;
     /// The proxy ran out of file descriptors or socket memory.
     Shortage = "shortage": Proxy at Connect, Proxy at Header, Client at Forward, Backend at Forward;
-    /// The connection to the backend failed with another error; all attempts were used up.
+    /// The connection to the last backend tried failed with another error.
     ConnectFailed = "connect_failed": Backend at Connect;
     /// One side reset the connection (TCP RST), and the other side was reset too; for a UDP flow: the backend's host answered ICMP port unreachable.
     Reset = "reset": Client at Header, Client at Tenant, Client at Pool, Client at Connect, Client at Forward, Backend at Forward;

@@ -1,4 +1,4 @@
-//! Rules that no compiler knows: who may import whom, how long files are, which words are used, what the README says.
+//! Rules that no compiler knows: who may import whom, how long files are, which words are used; `pages` checks the documents.
 
 #![expect(
     clippy::unwrap_used,
@@ -8,15 +8,14 @@
     reason = "a test that cannot go on says so by panicking"
 )]
 
+#[path = "tidy/pages.rs"]
+mod pages;
 #[path = "it/scrape.rs"]
 mod scrape;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-
-use vestibule::account::names;
-use vestibule::outcome::Why;
 
 /// The modules of each floor, from the ground up: each imports from lower floors only.
 const FLOORS: [&[&str]; 9] = [
@@ -185,49 +184,8 @@ fn nothing_is_left_for_later() {
 }
 
 #[test]
-fn the_readme_has_every_reason_and_every_metric() {
-    let readme = fs::read_to_string("README.md").unwrap_or_default();
-    let said: Vec<_> = readme.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
-    let reasons = Why::ALL.iter().map(|why| why.word());
-    let metrics = names::ALL.iter().map(|metric| metric.name);
-    let missing = reasons.chain(metrics).filter(|word| !said.contains(word));
-    none(&missing.map(|word| format!("README.md: {word} is missing")).collect::<Vec<_>>());
-}
-
-#[test]
 fn every_label_of_a_metric_has_known_values() {
     none(&scrape::labels_without_values());
-}
-
-#[test]
-fn every_fault_in_the_readme_has_its_test() {
-    let readme = fs::read_to_string("README.md").unwrap_or_default();
-    let section = readme.split("\n## ").find(|section| section.starts_with("Faults")).unwrap_or_default();
-    let rows: Vec<_> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
-    assert!(rows.len() > 30, "{} rows", rows.len());
-    let tests: String = sources(&["tests"]).into_iter().map(|source| source.text).collect();
-    let mut faults = Vec::new();
-    for row in rows {
-        let cells: Vec<_> = row.trim_matches('|').split('|').collect();
-        // What stands in backticks: every other part.
-        let named: Vec<_> = cells.last().unwrap().split('`').skip(1).step_by(2).collect();
-        if cells.len() != 5 || named.is_empty() {
-            faults.push(format!("README.md: no five cells, or no test: {row}"));
-        }
-        let missing = named.iter().filter(|name| !tests.contains(&format!("fn {name}(")));
-        faults.extend(missing.map(|name| format!("README.md: no test is called {name}")));
-    }
-    none(&faults);
-}
-
-#[test]
-fn the_readme_shows_the_configuration_that_is_checked() {
-    let readme = fs::read_to_string("README.md").unwrap_or_default();
-    let minimal = fs::read_to_string("config/minimal.toml").unwrap();
-    assert!(
-        readme.contains(&format!("```toml\n{minimal}```\n")),
-        "README.md: config/minimal.toml is not there as it is"
-    );
 }
 
 #[test]
