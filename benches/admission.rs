@@ -8,21 +8,21 @@ use std::task::Waker;
 
 use divan::Bencher;
 use vestibule::account::{Direction, Labels};
-use vestibule::admission::pacer::Pacer;
-use vestibule::admission::purse::{Desk, Purse};
+use vestibule::admission::pacer::BandwidthQueue;
+use vestibule::admission::purse::{BandwidthContext, DirectionLimiter};
 use vestibule::admission::quota::{Quota, Quotas};
 use vestibule::admission::slots::Slots;
 use vestibule::clock::{self, wheel::Tick};
-use vestibule::config::{Bandwidth, Config, Limits, Mode, Rate};
-use vestibule::state::{Live, Most};
+use vestibule::config::{BandwidthLimit, Config, LimitMode, RateLimit, TenantLimits};
+use vestibule::state::{LiveState, ProcessLimits};
 
 /// Limits that nobody reaches, so that every session takes the whole way.
-fn all() -> Limits {
-    let bandwidth = Some(Bandwidth { bytes_per_second: 1 << 40, burst: 1 << 36 });
+fn all() -> TenantLimits {
+    let bandwidth = Some(BandwidthLimit { bytes_per_second: 1 << 40, burst: 1 << 36 });
     let session_rate =
-        Some(Rate { interval: std::time::Duration::from_micros(1), burst: u64::from(u32::MAX) });
-    Limits {
-        mode: Mode::Enforce,
+        Some(RateLimit { interval: std::time::Duration::from_micros(1), burst: u64::from(u32::MAX) });
+    TenantLimits {
+        mode: LimitMode::Enforce,
         sessions: Some(1 << 20),
         session_rate,
         to_backend: bandwidth,
@@ -33,7 +33,7 @@ fn all() -> Limits {
 }
 
 /// A tenant's quota, of a process with room for all.
-fn quota(limits: Limits) -> Arc<Quota> {
+fn quota(limits: TenantLimits) -> Arc<Quota> {
     let quota = Quotas::new(Slots::new(1 << 20)).find(&Labels::default().intern("acme"));
     quota.set(&limits, clock::now());
     quota
@@ -47,7 +47,7 @@ fn clock_alone(bencher: Bencher) {
 
 #[divan::bench]
 fn no_limits(bencher: Bencher) {
-    let quota = quota(Limits::default());
+    let quota = quota(TenantLimits::default());
     bencher.bench_local(|| drop(black_box(quota.admit(clock::now()))));
 }
 
@@ -59,7 +59,7 @@ fn all_limits(bencher: Bencher) {
 
 #[divan::bench(threads = [2], sample_size = 10_000)]
 fn no_limits_contended(bencher: Bencher) {
-    let quota = quota(Limits::default());
+    let quota = quota(TenantLimits::default());
     bencher.bench(|| drop(black_box(quota.admit(clock::now()))));
 }
 
@@ -72,18 +72,19 @@ fn all_limits_contended(bencher: Bencher) {
 /// What is rejected is dear to nobody: this is what a flood costs.
 #[divan::bench]
 fn rejected_by_the_rate(bencher: Bencher) {
-    let session_rate = Some(Rate { interval: std::time::Duration::from_secs(3600), burst: 1 });
-    let quota = quota(Limits { session_rate, ..all() });
+    let session_rate = Some(RateLimit { interval: std::time::Duration::from_secs(3600), burst: 1 });
+    let quota = quota(TenantLimits { session_rate, ..all() });
     drop(quota.admit(clock::now()));
     bencher.bench_local(|| black_box(quota.admit(clock::now())).is_err());
 }
 
 /// What each read of a session's bytes asks for, and gives back: half of it, so that the bucket is touched twice.
-fn a_read(bencher: Bencher, limits: Limits) {
-    let (quota, mut pacer, mut purse) = (quota(limits), Pacer::default(), Purse::default());
+fn a_read(bencher: Bencher, limits: TenantLimits) {
+    let (quota, mut pacer, mut purse) =
+        (quota(limits), BandwidthQueue::default(), DirectionLimiter::default());
     bencher.bench_local(move || {
         let now = clock::now();
-        let mut desk = Desk { quota: &quota, pacer: &mut pacer, direction: Direction::ToClient };
+        let mut desk = BandwidthContext { quota: &quota, pacer: &mut pacer, direction: Direction::ToClient };
         let grant = purse.ask(&mut desk, 1 << 20, Waker::noop(), Tick::default(), now).expect("a grant");
         black_box(purse.settle(&mut desk, grant, 1 << 19, now))
     });
@@ -91,7 +92,7 @@ fn a_read(bencher: Bencher, limits: Limits) {
 
 #[divan::bench]
 fn read_without_limits(bencher: Bencher) {
-    a_read(bencher, Limits::default());
+    a_read(bencher, TenantLimits::default());
 }
 
 #[divan::bench]
@@ -127,7 +128,11 @@ fn memory() {
     let config = config.expect("a configuration");
     let mut live = None;
     let held = allocation_counter::measure(|| {
-        live = Some(Live::of(Arc::clone(&config), 2, Most { sessions: 50_000, pending: 1_000, pipes: 0 }));
+        live = Some(LiveState::of(
+            Arc::clone(&config),
+            2,
+            ProcessLimits { sessions: 50_000, pending: 1_000, pipes: 0 },
+        ));
     });
     let quotas = live.map_or(0, |live| live.quotas.count());
     assert_eq!(quotas, TENANTS as usize);

@@ -13,8 +13,8 @@ use divan::{Bencher, black_box};
 use rustix::event::epoll;
 use vestibule::addr::{ClientAddr, PeerAddr};
 use vestibule::clock::Moment;
-use vestibule::flow::table::{Command, FlowId, Path, Table, Who};
-use vestibule::id::Claim;
+use vestibule::flow::table::{DatagramAction, FlowClient, FlowId, FlowPath, FlowTable};
+use vestibule::id::EndpointClaim;
 
 /// What the shell keeps for a flow, about.
 type Kept = [u64; 16];
@@ -34,17 +34,17 @@ const MOST_BYTES: u64 = 600;
 const LONGEST: Duration = Duration::from_millis(1);
 
 /// Clients behind a few senders, as a load balancer's are.
-fn flow(number: u32) -> (Path, Who) {
+fn flow(number: u32) -> (FlowPath, FlowClient) {
     let [a, b, c, d] = number.to_be_bytes();
     let peer = PeerAddr(([10, 0, 0, d % 8], 20_000).into());
     let client = Some(ClientAddr(([10, 100 + a, b, c], 10_000 + u16::from(d)).into()));
-    let endpoint = Claim::from_tlv(Some(b"vpce-08d2bf15fac5001c9"));
-    (Path { socket: 0, local: None, peer }, Who { client, endpoint })
+    let endpoint = EndpointClaim::from_tlv(Some(b"vpce-08d2bf15fac5001c9"));
+    (FlowPath { socket: 0, local: None, peer }, FlowClient { client, endpoint })
 }
 
 /// Flows of a hundred tenants.
-fn filled(count: u32) -> (Table<Kept>, Vec<FlowId>) {
-    let mut table = Table::new(IDLE);
+fn filled(count: u32) -> (FlowTable<Kept>, Vec<FlowId>) {
+    let mut table = FlowTable::new(IDLE);
     let open = |number| {
         let (path, who) = flow(number);
         table.open(path, who, number % 100, [0; 16], START)
@@ -54,30 +54,30 @@ fn filled(count: u32) -> (Table<Kept>, Vec<FlowId>) {
 }
 
 /// Flows of which each has a sender and a tenant of its own: as much memory as so many can take.
-fn strangers(count: u32) -> Table<Kept> {
-    let mut table = Table::new(IDLE);
+fn strangers(count: u32) -> FlowTable<Kept> {
+    let mut table = FlowTable::new(IDLE);
     for number in 0..count {
         let (path, who) = flow(number);
         let [_, b, c, d] = number.to_be_bytes();
         let peer = PeerAddr(([10, b, c, d], 20_000).into());
-        table.open(Path { peer, ..path }, who, number, [0; 16], START);
+        table.open(FlowPath { peer, ..path }, who, number, [0; 16], START);
     }
     table
 }
 
 /// Flows that may be idle for a shorter time than when they began.
-fn shortened() -> Table<Kept> {
+fn shortened() -> FlowTable<Kept> {
     let (mut table, _) = filled(MANY);
     table.set_idle(IDLE / 2);
     table
 }
 
 /// Flows with what costs most at their end: a connected socket that a poll watches.
-fn connected() -> Table<(UdpSocket, Kept)> {
+fn connected() -> FlowTable<(UdpSocket, Kept)> {
     let backend = UdpSocket::bind("127.0.0.1:0").expect("a backend");
     let address = backend.local_addr().expect("its address");
     let poll = epoll::create(epoll::CreateFlags::CLOEXEC).expect("a poll");
-    let mut table = Table::new(IDLE);
+    let mut table = FlowTable::new(IDLE);
     for number in 0..WITH_SOCKETS {
         let socket = UdpSocket::bind("127.0.0.2:0").expect("a socket");
         socket.connect(address).expect("a connection");
@@ -96,7 +96,7 @@ fn hear(bencher: Bencher, count: u32) {
     let (mut table, _) = filled(count);
     bencher.bench_local(move || {
         let (path, who) = flow(fastrand::u32(..count));
-        assert!(matches!(table.hear(black_box(path), Some(who), START), Command::ToBackend(_)));
+        assert!(matches!(table.hear(black_box(path), Some(who), START), DatagramAction::ToBackend(_)));
     });
 }
 
@@ -124,7 +124,7 @@ fn open_and_close(bencher: Bencher, count: u32) {
 /// Bytes of memory for each of many flows, and the longest of the calls that end them all.
 fn bounds() {
     for (whose, fill) in [
-        ("of a hundred tenants", (|| filled(MANY).0) as fn() -> Table<Kept>),
+        ("of a hundred tenants", (|| filled(MANY).0) as fn() -> FlowTable<Kept>),
         ("of a tenant each", || strangers(MANY)),
     ] {
         let mut table = None;
@@ -146,7 +146,7 @@ fn bounds() {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a bench measures")]
-fn longest_call<T>(mut table: Table<T>, rest: Duration) -> Duration {
+fn longest_call<T>(mut table: FlowTable<T>, rest: Duration) -> Duration {
     let (mut longest, end) = (Duration::ZERO, START + IDLE * 2);
     while !table.is_empty() {
         let start = Instant::now();

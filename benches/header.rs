@@ -6,8 +6,8 @@
 use std::net::SocketAddr;
 
 use divan::{Bencher, black_box};
-use vestibule::id::Claim;
-use vestibule::wire::{Parsed, Rules, Transport, parse};
+use vestibule::id::EndpointClaim;
+use vestibule::wire::{ParsedHeader, ParserRules, Transport, parse};
 
 /// The PrivateLink capture of tests/vectors/proxy-v2.tsv, and the payload that came with it.
 fn capture() -> Vec<u8> {
@@ -27,9 +27,9 @@ type Asked = (SocketAddr, usize);
 
 #[inline(never)]
 fn ours(input: &[u8], verify_crc: bool) -> Option<Asked> {
-    match parse(input, Rules { transport: Transport::Stream, verify_crc }) {
-        Parsed::Done(header, _) => Some((header.client()?.0, header.endpoint()?.len())),
-        Parsed::Partial(_) | Parsed::Malformed(_) => None,
+    match parse(input, ParserRules { transport: Transport::Stream, verify_crc }) {
+        ParsedHeader::Done(header, _) => Some((header.client()?.0, header.endpoint()?.len())),
+        ParsedHeader::Partial(_) | ParsedHeader::Malformed(_) => None,
     }
 }
 
@@ -79,10 +79,10 @@ fn ours_with_crc(bencher: Bencher) {
 #[divan::bench]
 fn ours_with_crc_and_directory_key(bencher: Bencher) {
     let input = capture();
-    let rules = Rules { transport: Transport::Stream, verify_crc: true };
+    let rules = ParserRules { transport: Transport::Stream, verify_crc: true };
     let key = |input: &[u8]| match parse(input, rules) {
-        Parsed::Done(header, _) => Some((header.client(), Claim::from_tlv(header.endpoint()))),
-        Parsed::Partial(_) | Parsed::Malformed(_) => None,
+        ParsedHeader::Done(header, _) => Some((header.client(), EndpointClaim::from_tlv(header.endpoint()))),
+        ParsedHeader::Partial(_) | ParsedHeader::Malformed(_) => None,
     };
     assert!(key(&input).is_some_and(|(_, claim)| claim.id().is_some()));
     bencher.bench_local(|| key(black_box(&input)));

@@ -8,13 +8,13 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
 use fastrand::Rng;
-use vestibule::admission::quota::Permit;
+use vestibule::admission::quota::SessionPermit;
 use vestibule::admission::slots::{self, Slots};
 use vestibule::clock;
-use vestibule::config::{Config, Limits, Mode, Rate, Tenant};
-use vestibule::outcome::Why;
+use vestibule::config::{Config, LimitMode, RateLimit, TenantConfig, TenantLimits};
+use vestibule::outcome::Reason;
 use vestibule::pool::Answers;
-use vestibule::state::{Count, Live, Most};
+use vestibule::state::{ChangeCount, LiveState, ProcessLimits};
 
 const TENANTS: usize = 1_000;
 const THREADS: usize = 3;
@@ -28,7 +28,7 @@ const RELOADS: usize = 3;
 /// What a thread holds, and what it has seen.
 #[derive(Default)]
 struct Hold {
-    permits: Vec<(usize, Permit, slots::Permit)>,
+    permits: Vec<(usize, SessionPermit, slots::SlotPermit)>,
     admitted: u64,
     rejected: [u64; 3],
     full: u64,
@@ -36,7 +36,7 @@ struct Hold {
 
 impl Hold {
     /// A session comes or goes: of 256 steps, so many are for one to go.
-    fn step(&mut self, going: u8, live: &Live, random: &mut Rng) {
+    fn step(&mut self, going: u8, live: &LiveState, random: &mut Rng) {
         if random.u8(..) < going && !self.permits.is_empty() {
             drop(self.permits.swap_remove(random.usize(..self.permits.len())));
             return;
@@ -55,8 +55,8 @@ impl Hold {
                 self.admitted += 1;
                 self.permits.push((number(tenant.label.name()), permit, slot));
             }
-            Err(Why::SessionLimit) => self.rejected[0] += 1,
-            Err(Why::SessionRate) => self.rejected[1] += 1,
+            Err(Reason::SessionLimit) => self.rejected[0] += 1,
+            Err(Reason::SessionRate) => self.rejected[1] += 1,
             Err(_) => self.rejected[2] += 1,
         }
     }
@@ -66,18 +66,18 @@ fn number(name: &str) -> usize {
     name.parse().expect("a tenant that is called by its number")
 }
 
-fn limits(random: &mut Rng) -> Limits {
+fn limits(random: &mut Rng) -> TenantLimits {
     let interval = Duration::from_nanos(random.u64(10_000..10_000_000));
-    Limits {
-        mode: if random.u8(..) < 32 { Mode::Observe } else { Mode::Enforce },
+    TenantLimits {
+        mode: if random.u8(..) < 32 { LimitMode::Observe } else { LimitMode::Enforce },
         sessions: (random.u8(..) < 200).then(|| random.usize(1..40)),
-        session_rate: (random.u8(..) < 48).then(|| Rate { interval, burst: random.u64(1..50) }),
-        ..Limits::default()
+        session_rate: (random.u8(..) < 48).then(|| RateLimit { interval, burst: random.u64(1..50) }),
+        ..TenantLimits::default()
     }
 }
 
 /// Another configuration: some limits are others, some tenants are gone, and some are there again.
-fn change(all: &mut [Tenant], random: &mut Rng) -> Vec<Tenant> {
+fn change(all: &mut [TenantConfig], random: &mut Rng) -> Vec<TenantConfig> {
     for _ in 0..TENANTS / 10 {
         all[random.usize(..TENANTS)].limits = limits(random);
     }
@@ -94,21 +94,22 @@ fn start() -> Config {
         [[pool]]\nname = \"app\"\nbackends = [\"127.0.0.1:1\"]\nhealth = { kind = \"none\" }\n[[tenant]]\nname = \"0\"\n";
     let mut config = Config::parse("start.toml", text).expect("a configuration without a fault");
     let first = config.tenants.remove(0);
-    config.tenants = (0..TENANTS).map(|place| Tenant { name: place.to_string(), ..first.clone() }).collect();
+    config.tenants =
+        (0..TENANTS).map(|place| TenantConfig { name: place.to_string(), ..first.clone() }).collect();
     config
 }
 
 /// The most that each tenant may have held since the last stop point.
-fn raise(ceilings: &mut [usize], tenants: &[Tenant]) {
+fn raise(ceilings: &mut [usize], tenants: &[TenantConfig]) {
     for tenant in tenants {
-        let limit = tenant.limits.sessions.filter(|_| tenant.limits.mode == Mode::Enforce);
+        let limit = tenant.limits.sessions.filter(|_| tenant.limits.mode == LimitMode::Enforce);
         let ceiling = &mut ceilings[number(&tenant.name)];
         *ceiling = (*ceiling).max(limit.unwrap_or(Slots::UNLIMITED));
     }
 }
 
 /// Compares what is counted with what is held; all threads stand still.
-fn check(live: &Live, holds: &[Mutex<Hold>], ceilings: &[usize]) -> Result<Vec<usize>, String> {
+fn check(live: &LiveState, holds: &[Mutex<Hold>], ceilings: &[usize]) -> Result<Vec<usize>, String> {
     let mut held = vec![0_usize; TENANTS];
     for hold in holds {
         hold.lock()
@@ -140,7 +141,7 @@ fn main() {
     let end = clock::now() + Duration::from_secs(if short { 3 } else { 600 });
     let mut config = start();
     let mut all = config.tenants.clone();
-    let live = Live::new(&config, 1, Most { sessions: PROCESS, pending: 1_000, pipes: 0 });
+    let live = LiveState::new(&config, 1, ProcessLimits { sessions: PROCESS, pending: 1_000, pipes: 0 });
     let holds: Vec<_> = (0..THREADS).map(|_| Mutex::<Hold>::default()).collect();
     let (barrier, over) = (Arc::new(Barrier::new(THREADS + 1)), AtomicBool::new(false));
     let mut random = Rng::with_seed(7);
@@ -180,7 +181,7 @@ fn main() {
                 config.tenants = next;
                 let turn = live.turn(&config).expect("nothing but tenants changes");
                 let changes = turn.put(&Arc::new(config.clone()), Vec::new(), &Answers::new(), clock::now());
-                assert_eq!(changes.pools, Count::default());
+                assert_eq!(changes.pools, ChangeCount::default());
             }
             barrier.wait();
             found = check(&live, &holds, &ceilings);
@@ -199,7 +200,7 @@ fn main() {
 }
 
 /// Gives everything back, and tells what there was.
-fn tell(live: &Live, holds: Vec<Mutex<Hold>>, all: &[Tenant]) {
+fn tell(live: &LiveState, holds: Vec<Mutex<Hold>>, all: &[TenantConfig]) {
     let (mut admitted, mut rejected, mut full) = (0, [0; 3], 0);
     for hold in holds {
         let hold = hold.into_inner().expect("a thread that did not panic");

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use divan::{Bencher, black_box};
-use vestibule::account::{Labels, Verdict};
+use vestibule::account::{Labels, ProbeResult};
 use vestibule::clock::Moment;
 use vestibule::config::Config;
 use vestibule::pool::backend::Backend;
-use vestibule::pool::maglev::{Entry, Table};
-use vestibule::pool::{Pool, Tried, pick};
+use vestibule::pool::maglev::{MaglevEntry, MaglevTable};
+use vestibule::pool::{Pool, TriedBackends, pick};
 
 const SIZES: [u16; 4] = [2, 10, 100, 1_000];
 
@@ -75,13 +75,13 @@ fn pool(Case(balance, size): Case, kind: Kind) -> Pool {
 }
 
 fn observe(pool: &Pool, backend: &Arc<Backend>, success: bool, now: Moment) {
-    let verdict = if success { Verdict::Passed } else { Verdict::ConnectRefused };
+    let verdict = if success { ProbeResult::Passed } else { ProbeResult::ConnectRefused };
     assert!(pool.observe(backend, verdict, Duration::ZERO, now).is_some());
 }
 
 fn once(pool: &Pool) -> u32 {
     let roll = black_box(fastrand::u64(..));
-    pool.pick(roll, roll, &mut Tried::default()).expect("a backend").load()
+    pool.pick(roll, roll, &mut TriedBackends::default()).expect("a backend").load()
 }
 
 #[divan::bench(args = cases())]
@@ -122,22 +122,22 @@ fn roster(bencher: Bencher, case: Case) {
 
 #[divan::bench(args = [100_u32, 1_000])]
 fn table(bencher: Bencher, backends: u32) {
-    let entry = |place: u32| Entry { name: pick::hash(&place.to_be_bytes()), whole: 100, weight: 100 };
+    let entry = |place: u32| MaglevEntry { name: pick::hash(&place.to_be_bytes()), whole: 100, weight: 100 };
     let entries: Vec<_> = (0..backends).map(entry).collect();
-    bencher.bench_local(|| Table::new(black_box(&entries)));
+    bencher.bench_local(|| MaglevTable::new(black_box(&entries)));
 }
 
 /// The worst that weights can do: one has a thousand times the others', and they wait for their turns.
 #[divan::bench(args = [100_u32, 1_000])]
 fn table_of_one_giant(bencher: Bencher, backends: u32) {
     let weight = |place: u32| if place == 0 { 64_000 } else { 64 };
-    let entry = |place: u32| Entry {
+    let entry = |place: u32| MaglevEntry {
         name: pick::hash(&place.to_be_bytes()),
         whole: weight(place),
         weight: weight(place),
     };
     let entries: Vec<_> = (0..backends).map(entry).collect();
-    bencher.bench_local(|| Table::new(black_box(&entries)));
+    bencher.bench_local(|| MaglevTable::new(black_box(&entries)));
 }
 
 fn main() {

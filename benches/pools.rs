@@ -4,7 +4,7 @@
 //! Each host serves one backend for each of four algorithms. Before the day, with all hosts up, each backend's part of the
 //! sessions is held against its weight. During it no client may see a failure, and a host that went may not be used longer
 //! than `fall` intervals and a second. A host ends without sessions that it has taken and not served, as the clients of such
-//! ones have to see it (see [`Backend::hear`]). The picture is target/pools-NAME.svg. `-- --test` is over in half a minute.
+//! ones have to see it (see [`TestBackend::hear`]). The picture is target/pools-NAME.svg. `-- --test` is over in half a minute.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -28,8 +28,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::sleep;
 use vestibule::clock::{self, Moment};
-use vestibule::lab::backend::{Backend, Temper};
-use vestibule::lab::day::{Act, Event, script};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
+use vestibule::lab::day::{DayAction, DayEvent, script};
 
 use self::stage::{Proc, VESTIBULE};
 
@@ -74,7 +74,7 @@ struct World {
 /// A backend of each pool, in the order of [`POOLS`]; none while it is down.
 struct Host {
     addresses: Vec<SocketAddr>,
-    backends: Vec<Backend>,
+    backends: Vec<TestBackend>,
 }
 
 /// What the proxy says at one moment.
@@ -89,7 +89,7 @@ struct Look {
 /// A host that went, and when it was used no more, in each pool.
 struct Outage {
     host: usize,
-    act: Act,
+    act: DayAction,
     from: Duration,
     until: Duration,
     noticed: [Option<Duration>; POOLS.len()],
@@ -220,7 +220,7 @@ impl World {
     }
 
     /// The day: what the load says of it, and what the proxy said while it lasted.
-    async fn day(&mut self, events: &[Event], length: Duration, rate: u32) -> (Value, Vec<Look>) {
+    async fn day(&mut self, events: &[DayEvent], length: Duration, rate: u32) -> (Value, Vec<Look>) {
         let load = self.load(length.as_secs_f64(), &["--sessions", "256", "--rate", &format!("{rate}/s")]);
         let (start, mut looks, mut left) = (clock::now(), Vec::new(), events);
         while clock::now().since(start) < length {
@@ -264,14 +264,16 @@ impl World {
 impl Host {
     async fn rise(&mut self) {
         for (pool, address) in POOLS.iter().zip(&self.addresses) {
-            self.backends.push(Backend::start_at(*address, pool, Temper::Load).await.expect("its address"));
+            self.backends.push(
+                TestBackend::start_at(*address, pool, BackendBehavior::Load).await.expect("its address"),
+            );
         }
     }
 
-    async fn suffer(&mut self, act: Act) {
+    async fn suffer(&mut self, act: DayAction) {
         match act {
-            Act::Stall => self.hear(false),
-            Act::Kill => {
+            DayAction::Stall => self.hear(false),
+            DayAction::Kill => {
                 self.hear(false);
                 // Whoever has come is served.
                 let start = clock::now();
@@ -283,8 +285,8 @@ impl Host {
                 }
                 self.backends.clear();
             }
-            Act::Return if self.backends.is_empty() => self.rise().await,
-            Act::Return => self.hear(true),
+            DayAction::Return if self.backends.is_empty() => self.rise().await,
+            DayAction::Return => self.hear(true),
         }
     }
 
@@ -333,14 +335,18 @@ async fn get(admin: SocketAddr, path: &str) -> String {
 }
 
 /// The outages of the script, and what the proxy's status said of each.
-fn outages(events: &[Event], looks: &[Look], hosts: &[Host]) -> Vec<Outage> {
+fn outages(events: &[DayEvent], looks: &[Look], hosts: &[Host]) -> Vec<Outage> {
     let mut outages = Vec::new();
-    for (place, event) in events.iter().enumerate().filter(|(_, event)| event.act != Act::Return) {
-        let back =
-            events.iter().skip(place).find(|other| other.host == event.host && other.act == Act::Return);
+    for (place, event) in events.iter().enumerate().filter(|(_, event)| event.act != DayAction::Return) {
+        let back = events
+            .iter()
+            .skip(place)
+            .find(|other| other.host == event.host && other.act == DayAction::Return);
         let until = back.expect("it comes back").at;
-        let next =
-            events.iter().skip(place + 1).find(|other| other.host == event.host && other.act != Act::Return);
+        let next = events
+            .iter()
+            .skip(place + 1)
+            .find(|other| other.host == event.host && other.act != DayAction::Return);
         let next = next.map_or(Duration::MAX, |next| next.at);
         let first = |pool: usize, from: Duration, to: Duration, used: bool| {
             let key = (POOLS[pool].to_owned(), hosts[event.host].addresses[pool].to_string());
@@ -439,7 +445,7 @@ fn draw(
     for ((host, points), row) in series.iter().enumerate().zip(0..) {
         let bottom = TOP + (row + 1) * ROW - 3;
         for outage in outages.iter().filter(|outage| outage.host == host) {
-            let color = if outage.act == Act::Kill { legend[0].0 } else { legend[1].0 };
+            let color = if outage.act == DayAction::Kill { legend[0].0 } else { legend[1].0 };
             let corners = [
                 (pixels(outage.from, whole), bottom - ROW + 3),
                 (pixels(outage.until, whole).max(pixels(outage.from, whole) + 1), bottom),

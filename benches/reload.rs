@@ -17,12 +17,12 @@ use serde_json::{Value, json};
 use tokio::runtime::{Builder, LocalOptions};
 use vestibule::clock;
 use vestibule::config::Config;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::load::schedule::Skew;
-use vestibule::lab::load::{self, Mode, Plan, Progress, Report, Work};
+use vestibule::lab::load::{self, LoadMode, LoadPlan, LoadProgress, LoadReport, LoadWork};
 use vestibule::pool::Answers;
 use vestibule::server::Server;
-use vestibule::state::{Live, Most};
+use vestibule::state::{LiveState, ProcessLimits};
 
 const ACME: &str = "vpce-0acce0000acce0000";
 const GLOBEX: &str = "vpce-0910be00910be0000";
@@ -104,7 +104,7 @@ fn swap(effort: Effort) -> Value {
     let texts = ["old", "new"].map(|pool| text(backends, pool, &more));
     let (first, parse_cpu, parse_wall) = timed(|| parse(&texts[0]));
     let configs = [first, parse(&texts[1])];
-    let live = Live::new(&configs[0], 1, Most { sessions: 1_000, pending: 1_000, pipes: 0 });
+    let live = LiveState::new(&configs[0], 1, ProcessLimits { sessions: 1_000, pending: 1_000, pipes: 0 });
     let (mut most_cpu, mut most_wall) = (Duration::ZERO, Duration::ZERO);
     for turn in 1..=effort.swaps {
         // As one that was just read: what was in force before is freed within the turn.
@@ -135,7 +135,7 @@ struct World {
     backends: [SocketAddr; 3],
     server: Server,
     _running: tokio::runtime::Runtime,
-    _backends: Vec<Backend>,
+    _backends: Vec<TestBackend>,
 }
 
 impl World {
@@ -146,7 +146,8 @@ impl World {
             .build()
             .expect("a runtime for backends");
         // Both of the tenant's are one to the load generator: a third would be a wrong one.
-        let start = |name| running.block_on(Backend::start(name, Temper::Load)).expect("a backend");
+        let start =
+            |name| running.block_on(TestBackend::start(name, BackendBehavior::Load)).expect("a backend");
         let all: Vec<_> = ["app", "app", "other"].map(start).into();
         let mut backends = [SocketAddr::from(([0; 4], 0)); 3];
         backends.iter_mut().zip(&all).for_each(|(address, backend)| *address = backend.address());
@@ -155,14 +156,20 @@ impl World {
     }
 
     /// Runs a load on a thread of its own.
-    fn load(&self, mode: Mode, sessions: usize, rate: Option<f64>, seconds: u64) -> JoinHandle<Report> {
+    fn load(
+        &self,
+        mode: LoadMode,
+        sessions: usize,
+        rate: Option<f64>,
+        seconds: u64,
+    ) -> JoinHandle<LoadReport> {
         let target = self.server.addresses("web").first().copied().expect("a listener");
         let endpoints = [(ACME, "app"), (GLOBEX, "other")].map(|(id, pool)| (id.to_owned(), pool.to_owned()));
-        let plan = Plan {
+        let plan = LoadPlan {
             target,
             endpoints: endpoints.into(),
             skew: Skew::Uniform,
-            work: Work::Sessions(mode),
+            work: LoadWork::Sessions(mode),
             sessions,
             size: 64,
             rate,
@@ -175,12 +182,12 @@ impl World {
         thread::spawn(move || {
             let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
             let runtime = runtime.expect("a runtime for the load");
-            runtime.block_on(load::run(plan, Arc::<Progress>::default())).expect("a load")
+            runtime.block_on(load::run(plan, Arc::<LoadProgress>::default())).expect("a load")
         })
     }
 }
 
-fn judge(what: &str, report: &Report) {
+fn judge(what: &str, report: &LoadReport) {
     assert!(
         report.is_fine() && report.failed() == 0,
         "{what}: {:?}, {} misrouted",
@@ -195,8 +202,8 @@ fn churn(effort: Effort) -> Value {
     let configs = ["old", "new"].map(|pool| Arc::new(parse(&text(world.backends, pool, ""))));
     // The held ones say something now and then.
     let talk = Some(f64::from(u32::try_from(effort.held).unwrap_or(u32::MAX)));
-    let held = world.load(Mode::RoundTrip, effort.held, talk, effort.seconds);
-    let fresh = world.load(Mode::Connect, 64, Some(effort.rate), effort.seconds);
+    let held = world.load(LoadMode::RoundTrip, effort.held, talk, effort.seconds);
+    let fresh = world.load(LoadMode::Connect, 64, Some(effort.rate), effort.seconds);
     let (start, mut done) = (clock::now(), 0_u32);
     while !(held.is_finished() && fresh.is_finished()) {
         let config = &configs[(done as usize + 1) % 2];
@@ -231,7 +238,7 @@ fn beside(effort: Effort) -> Value {
         let world = World::start();
         let texts = ["old", "new"].map(|pool| text(world.backends, pool, &more));
         world.server.reload(&Arc::new(parse(&texts[0]))).expect("a reload");
-        let load = world.load(Mode::RoundTrip, 16, Some(effort.rate / 5.0), effort.seconds);
+        let load = world.load(LoadMode::RoundTrip, 16, Some(effort.rate / 5.0), effort.seconds);
         let (start, mut turn) = (clock::now(), 0_u32);
         while !load.is_finished() {
             if with && clock::now() >= start + Duration::from_secs(1) * turn {

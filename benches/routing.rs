@@ -7,21 +7,21 @@ use std::sync::Arc;
 
 use divan::{Bencher, black_box};
 use vestibule::account::Labels;
-use vestibule::id::Claim;
-use vestibule::tenant::{Directory, Rules, Tenant};
+use vestibule::id::EndpointClaim;
+use vestibule::tenant::{Tenant, TenantDirectory, TenantRules};
 
 const SIZES: [u32; 3] = [10, 1_000, 100_000];
-const STRICT: Rules = Rules::ByEndpoint { absent: None, unknown: None };
+const STRICT: TenantRules = TenantRules::ByEndpoint { absent: None, unknown: None };
 
 /// Random endpoints; the same ones in each run.
-fn claims(count: u32, seed: u64) -> Vec<Claim> {
+fn claims(count: u32, seed: u64) -> Vec<EndpointClaim> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut text = || format!("vpce-{:x}{:016x}", random.u8(..16), random.u64(..));
-    (0..count).map(|_| Claim::from_tlv(Some(text().as_bytes()))).collect()
+    (0..count).map(|_| EndpointClaim::from_tlv(Some(text().as_bytes()))).collect()
 }
 
 /// A tenant for each of these endpoints.
-fn directory(claims: &[Claim]) -> Directory {
+fn directory(claims: &[EndpointClaim]) -> TenantDirectory {
     let labels = Labels::default();
     let tenant = |place: usize| Tenant {
         label: labels.intern(&format!("tenant-{place}")),
@@ -32,7 +32,7 @@ fn directory(claims: &[Claim]) -> Directory {
         quota: Arc::default(),
     };
     let tenants = (0..claims.len()).map(tenant).collect();
-    Directory::new(tenants, claims.iter().filter_map(|claim| claim.id()).zip(0..))
+    TenantDirectory::new(tenants, claims.iter().filter_map(|claim| claim.id()).zip(0..))
 }
 
 #[divan::bench(args = SIZES)]

@@ -22,7 +22,7 @@ use std::process::Command;
 use clap::Parser;
 use serde_json::json;
 use vestibule::clock::{self, Moment};
-use vestibule::lab::backend::load::{HEAD, Request, Tag};
+use vestibule::lab::backend::load::{HEAD, LoadRequest, SessionTag};
 use vestibule::lab::nlb;
 
 use self::stage::{Proc, VESTIBULE};
@@ -166,7 +166,7 @@ impl World {
 
     fn to_client(&self, bytes: u64) -> f64 {
         let start = clock::now();
-        let mut stream = self.open(Request::Source);
+        let mut stream = self.open(LoadRequest::Source);
         let mut buffer = vec![0; 256 * 1024];
         let mut left = bytes;
         while left > 0 {
@@ -179,7 +179,7 @@ impl World {
 
     fn to_backend(&self, bytes: u64) -> f64 {
         let start = clock::now();
-        let mut stream = self.open(Request::Sink);
+        let mut stream = self.open(LoadRequest::Sink);
         let buffer = vec![0; 256 * 1024];
         let mut left = bytes;
         while left > 0 {
@@ -193,7 +193,7 @@ impl World {
     }
 
     /// A session whose backend has said who it is.
-    fn open(&self, request: Request) -> TcpStream {
+    fn open(&self, request: LoadRequest) -> TcpStream {
         let mut stream = TcpStream::connect(self.target).expect("a connection");
         let client = SocketAddr::from(([10, 100, 0, 10], 40_000));
         let mut first = nlb::header(client, self.target, Some(BULK));
@@ -201,7 +201,7 @@ impl World {
         stream.write_all(&first).expect("a header");
         let mut tag = [0; HEAD];
         stream.read_exact(&mut tag).expect("a tag");
-        assert_eq!(&tag, Tag::new(POOLS[0]).as_bytes(), "misrouted");
+        assert_eq!(&tag, SessionTag::new(POOLS[0]).as_bytes(), "misrouted");
         stream
     }
 

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vestibule::account::Direction;
-use vestibule::account::meter::{Connect, Ledger, Meter};
+use vestibule::account::meter::{ConnectResult, SessionMetrics, WorkerMetrics};
 use vestibule::clock;
 use vestibule::config::Config;
-use vestibule::outcome::{At, By, Outcome, Why};
+use vestibule::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use vestibule::pool::Answers;
-use vestibule::state::{Live, Most};
+use vestibule::state::{LiveState, ProcessLimits};
 
 const WORKERS: usize = 16;
 
@@ -39,22 +39,23 @@ fn resident() -> usize {
 }
 
 /// One session of each tenant on each worker.
-fn sessions(live: &Live, ledgers: &[Rc<Ledger>]) {
+fn sessions(live: &LiveState, ledgers: &[Rc<WorkerMetrics>]) {
     let (web, app) = (live.labels.intern("web"), live.labels.intern("app"));
     let backend = live.labels.intern("127.0.0.1:9");
     for tenant in live.snapshot.load().directory.tenants() {
         for ledger in ledgers {
-            let mut meter = Meter::new(Rc::clone(ledger), &web);
+            let mut meter = SessionMetrics::new(Rc::clone(ledger), &web);
             meter.assign(&tenant.label, Some(&app));
-            meter.tried(&backend, Connect::Done);
+            meter.tried(&backend, ConnectResult::Done);
             meter.forwarded(Direction::ToClient, 1, false);
-            meter.end(Outcome::new(By::Client, At::Forward, Why::Done), Duration::from_millis(1));
+            meter
+                .end(Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done), Duration::from_millis(1));
         }
     }
 }
 
 /// A second of the control thread, and as many ticks of each worker as its pass takes.
-fn sweep(live: &Live, ledgers: &[Rc<Ledger>], tenants: usize) {
+fn sweep(live: &LiveState, ledgers: &[Rc<WorkerMetrics>], tenants: usize) {
     drop(live.unused());
     live.sweep();
     for ledger in ledgers {
@@ -66,9 +67,9 @@ fn sweep(live: &Live, ledgers: &[Rc<Ledger>], tenants: usize) {
 fn main() {
     let is_test = std::env::args().any(|argument| argument == "--test");
     let (tenants, rounds, each) = if is_test { (1_000, 5, 1_000) } else { (100_000, 20, 50_000) };
-    let most = Most { sessions: 1_000, pending: 1_000, pipes: 0 };
-    let live = Live::of(config(0, tenants), WORKERS, most);
-    let ledger = |shard| Ledger::new(Arc::clone(shard), live.labels.intern(""));
+    let most = ProcessLimits { sessions: 1_000, pending: 1_000, pipes: 0 };
+    let live = LiveState::of(config(0, tenants), WORKERS, most);
+    let ledger = |shard| WorkerMetrics::new(Arc::clone(shard), live.labels.intern(""));
     let ledgers: Vec<_> = live.shards.iter().map(ledger).collect();
     let before = resident();
     sessions(&live, &ledgers);

@@ -11,18 +11,18 @@ use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::unix::AsyncFd;
 
 use crate::addr::{ListenAddr, PeerAddr};
-use crate::fault::{self, Call};
+use crate::fault::{self, Syscall};
 
 /// A listening socket of one worker.
 #[derive(Debug)]
-pub struct Door {
+pub struct ListenSocket {
     socket: AsyncFd<TcpListener>,
     address: ListenAddr,
 }
 
 /// A connection that has not been registered with any worker yet, so that it can still be handed over.
 #[derive(Debug)]
-pub struct Accepted {
+pub struct AcceptedConnection {
     /// The socket, non-blocking.
     pub socket: TcpStream,
     /// The other end.
@@ -31,7 +31,7 @@ pub struct Accepted {
 
 /// What kept a connection from being accepted.
 #[derive(Debug)]
-pub enum Trouble {
+pub enum AcceptError {
     /// This peer's own: it has gone. The next one may be fine.
     Peer(io::Error),
     /// Descriptors or memory ran out: wait, then go on.
@@ -47,7 +47,7 @@ pub const PAUSE: Duration = Duration::from_millis(100);
 /// have to forward waits for all of them; but where all are busy, what waits to be accepted gets only so many of a round.
 const BATCH: usize = 8;
 
-impl Door {
+impl ListenSocket {
     /// Takes over a bound, listening, non-blocking socket.
     ///
     /// # Errors
@@ -72,8 +72,8 @@ impl Door {
     ///
     /// # Errors
     /// The trouble that ended the batch; what was accepted before has been handed over.
-    pub async fn accept(&self, mut take: impl FnMut(Accepted)) -> Result<(), Trouble> {
-        let mut ready = self.socket.readable().await.map_err(Trouble::Fatal)?;
+    pub async fn accept(&self, mut take: impl FnMut(AcceptedConnection)) -> Result<(), AcceptError> {
+        let mut ready = self.socket.readable().await.map_err(AcceptError::Fatal)?;
         for _ in 0..BATCH {
             match self.next() {
                 Ok(accepted) => accepted.into_iter().for_each(&mut take),
@@ -90,26 +90,26 @@ impl Door {
     }
 
     /// Hands over what the kernel has accepted already, before the door is closed: that would be reset.
-    pub fn close(&self, mut take: impl FnMut(Accepted)) {
+    pub fn close(&self, mut take: impl FnMut(AcceptedConnection)) {
         loop {
             match self.next() {
                 Ok(accepted) => accepted.into_iter().for_each(&mut take),
-                Err(errno) if matches!(classify(errno), Trouble::Peer(_)) => {}
+                Err(errno) if matches!(classify(errno), AcceptError::Peer(_)) => {}
                 Err(_) => return,
             }
         }
     }
 
     /// One connection; `None` where its peer has no address any more.
-    fn next(&self) -> Result<Option<Accepted>, Errno> {
-        fault::at(Call::Accept)?;
+    fn next(&self) -> Result<Option<AcceptedConnection>, Errno> {
+        fault::at(Syscall::Accept)?;
         let (socket, peer) = acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
         let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
-        Ok(peer.map(|peer| Accepted { socket: TcpStream::from(socket), peer: PeerAddr(peer) }))
+        Ok(peer.map(|peer| AcceptedConnection { socket: TcpStream::from(socket), peer: PeerAddr(peer) }))
     }
 }
 
-impl AsFd for Door {
+impl AsFd for ListenSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.get_ref().as_fd()
     }
@@ -118,7 +118,7 @@ impl AsFd for Door {
 /// The three classes of accept errors. The list of the peer's is the one in accept(2), "Error handling": Linux
 /// passes pending network errors of the new socket on as errors of accept.
 #[must_use]
-pub fn classify(errno: Errno) -> Trouble {
+pub fn classify(errno: Errno) -> AcceptError {
     match errno {
         Errno::CONNABORTED
         | Errno::INTR
@@ -131,9 +131,9 @@ pub fn classify(errno: Errno) -> Trouble {
         | Errno::HOSTUNREACH
         | Errno::OPNOTSUPP
         | Errno::NETUNREACH
-        | Errno::TIMEDOUT => Trouble::Peer(errno.into()),
-        Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => Trouble::Shortage(errno.into()),
-        _ => Trouble::Fatal(errno.into()),
+        | Errno::TIMEDOUT => AcceptError::Peer(errno.into()),
+        Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => AcceptError::Shortage(errno.into()),
+        _ => AcceptError::Fatal(errno.into()),
     }
 }
 
@@ -149,12 +149,12 @@ mod tests {
 
     #[test]
     fn errors_fall_in_three_classes() {
-        assert!(matches!(classify(Errno::CONNABORTED), Trouble::Peer(_)));
+        assert!(matches!(classify(Errno::CONNABORTED), AcceptError::Peer(_)));
         for errno in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
-            assert!(matches!(classify(errno), Trouble::Shortage(_)));
+            assert!(matches!(classify(errno), AcceptError::Shortage(_)));
         }
         for errno in [Errno::BADF, Errno::INVAL, Errno::NOTSOCK] {
-            assert!(matches!(classify(errno), Trouble::Fatal(_)));
+            assert!(matches!(classify(errno), AcceptError::Fatal(_)));
         }
     }
 

@@ -16,7 +16,7 @@ pub mod meter;
 pub mod names;
 mod tally;
 
-pub use self::attempt::Verdict;
+pub use self::attempt::ProbeResult;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -48,11 +48,11 @@ impl Label {
 /// Every label of the process. A name keeps its number, and with it its counters, for as long as there is a label of it.
 #[derive(Debug, Default)]
 pub struct Labels {
-    known: Mutex<Known>,
+    known: Mutex<InternedNames>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct InternedNames {
     numbers: HashMap<Arc<str>, u32>,
     /// Numbers of names that were forgotten.
     free: Vec<u32>,
@@ -77,7 +77,7 @@ impl Labels {
     /// given to others.
     pub fn forget_unused(&self, is_held: impl Fn(u32) -> bool) {
         let mut known = lock(&self.known);
-        let Known { numbers, free } = &mut *known;
+        let InternedNames { numbers, free } = &mut *known;
         // Labels are made under this lock, or of another label.
         numbers.retain(|name, serial| {
             let is_used = Arc::strong_count(name) > 1 || is_held(*serial);
@@ -100,9 +100,9 @@ impl Labels {
 
 /// A number that one worker writes and everybody reads.
 #[derive(Debug, Default)]
-pub struct Cell64(AtomicU64);
+pub struct Counter64(AtomicU64);
 
-impl Cell64 {
+impl Counter64 {
     /// Adds. Only the cell's own worker may: an addition of two threads at once could be lost.
     #[inline]
     pub fn add(&self, amount: u64) {
@@ -153,22 +153,22 @@ impl Direction {
 
 /// Two values, one for each direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EachWay<T> {
+pub struct PerDirection<T> {
     /// From the client to the backend.
     pub to_backend: T,
     /// From the backend to the client.
     pub to_client: T,
 }
 
-impl EachWay<Cell64> {
+impl PerDirection<Counter64> {
     /// The values now.
     #[must_use]
-    pub fn values(&self) -> EachWay<u64> {
-        EachWay { to_backend: self.to_backend.value(), to_client: self.to_client.value() }
+    pub fn values(&self) -> PerDirection<u64> {
+        PerDirection { to_backend: self.to_backend.value(), to_client: self.to_client.value() }
     }
 }
 
-impl<T> EachWay<T> {
+impl<T> PerDirection<T> {
     /// The value of one direction.
     pub fn way(&self, direction: Direction) -> &T {
         match direction {
@@ -218,17 +218,17 @@ mod tests {
 
     #[test]
     fn cells_add_and_subtract() {
-        let cell = Cell64::default();
+        let cell = Counter64::default();
         cell.add(5);
         cell.sub(2);
         assert_eq!(cell.value(), 3);
-        let ways = EachWay { to_backend: Cell64::default(), to_client: cell };
-        assert_eq!(ways.values(), EachWay { to_backend: 0, to_client: 3 });
+        let ways = PerDirection { to_backend: Counter64::default(), to_client: cell };
+        assert_eq!(ways.values(), PerDirection { to_backend: 0, to_client: 3 });
     }
 
     #[test]
     fn each_way_has_its_own_value() {
-        let mut ways = EachWay { to_backend: 1, to_client: 2 };
+        let mut ways = PerDirection { to_backend: 1, to_client: 2 };
         for way in Direction::ALL {
             *ways.way_mut(way) += 10;
         }

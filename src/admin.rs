@@ -25,20 +25,20 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::sync::Semaphore;
 
-use self::control::{Orders, wrong};
-use self::hosts::Hosts;
-pub use self::serve::Turn;
+use self::control::{Control, wrong};
+use self::hosts::AllowedHosts;
+pub use self::serve::ServingSwitch;
 use self::status::Status;
-use self::text::Page;
-use crate::account::admin_connections::Endpoint;
-use crate::state::Live;
+use self::text::CachedPage;
+use crate::account::admin_connections::AdminEndpoint;
+use crate::state::LiveState;
 
 /// Bytes that the kernel may hold of a connection of the admin address, in each direction.
 const BUFFERS: usize = 256 * 1024;
 
 /// What the admin address and the admin socket are made of.
 #[derive(Debug)]
-pub struct Desks {
+pub struct AdminListeners {
     /// Where the pages are read.
     pub address: TcpListener,
     /// The names, beside IP addresses and `localhost`, by which that may be asked.
@@ -46,39 +46,39 @@ pub struct Desks {
     /// Where orders are taken too, and its path.
     pub socket: Option<(UnixListener, PathBuf)>,
     /// Who carries them out.
-    pub orders: Arc<dyn Orders>,
+    pub orders: Arc<dyn Control>,
     /// When.
-    pub turn: Turn,
+    pub turn: ServingSwitch,
 }
 
 /// Serves pages and takes orders until its task is dropped.
-pub async fn serve(desks: Desks, live: Arc<Live>) {
+pub async fn serve(desks: AdminListeners, live: Arc<LiveState>) {
     if let Err(error) = open(desks, live).await {
         tracing::error!(%error, "the admin pages have stopped");
     }
 }
 
-async fn open(desks: Desks, live: Arc<Live>) -> io::Result<()> {
-    let pages = Pages::of(&live);
+async fn open(desks: AdminListeners, live: Arc<LiveState>) -> io::Result<()> {
+    let pages = PageContext::of(&live);
     let remedy = remedy(desks.socket.as_ref().map(|(_, path)| path.as_path()));
     if let Some((socket, _)) = desks.socket {
         let router = routes(pages.clone()).merge(control::routes(&live, desks.orders));
         let router = router.fallback(absent);
         let (socket, live) = (tokio::net::UnixListener::from_std(socket)?, Arc::clone(&live));
-        tokio::spawn(serve::serve(socket, Endpoint::AdminSocket, router, desks.turn.clone(), live));
+        tokio::spawn(serve::serve(socket, AdminEndpoint::AdminSocket, router, desks.turn.clone(), live));
     }
-    let hosts = Hosts::new(desks.hosts);
+    let hosts = AllowedHosts::new(desks.hosts);
     let known =
         move |request: Request, next: Next| hosts::only_known_hosts(Arc::clone(&hosts), request, next);
     let look_only = move |request: Request, next: Next| look_only(remedy.clone(), request, next);
     let router = routes(pages).route_layer(middleware::from_fn(known)).fallback(absent);
     let router = router.layer(middleware::from_fn(look_only));
     let socket = serve::tcp(desks.address, BUFFERS)?;
-    serve::serve(socket, Endpoint::Admin, router, desks.turn, live).await;
+    serve::serve(socket, AdminEndpoint::Admin, router, desks.turn, live).await;
     Ok(())
 }
 
-fn routes(pages: Pages) -> Router {
+fn routes(pages: PageContext) -> Router {
     Router::new()
         .route("/", get(page))
         .route("/metrics", get(metrics))
@@ -110,24 +110,26 @@ async fn look_only(remedy: Arc<str>, request: Request, next: Next) -> Response {
     response
 }
 
-async fn metrics(State(pages): State<Pages>) -> Response {
-    let make =
-        |live: &Arc<Live>| metrics::text(live).map(String::into_bytes).map_err(|error| error.to_string());
+async fn metrics(State(pages): State<PageContext>) -> Response {
+    let make = |live: &Arc<LiveState>| {
+        metrics::text(live).map(String::into_bytes).map_err(|error| error.to_string())
+    };
     pages.answer(&pages.texts.metrics, prometheus::TEXT_FORMAT, make).await
 }
 
-async fn status(State(pages): State<Pages>) -> Response {
-    let make = |live: &Arc<Live>| serde_json::to_vec(&Status::of(live)).map_err(|error| error.to_string());
+async fn status(State(pages): State<PageContext>) -> Response {
+    let make =
+        |live: &Arc<LiveState>| serde_json::to_vec(&Status::of(live)).map_err(|error| error.to_string());
     pages.answer(&pages.texts.status, JSON, make).await
 }
 
-async fn config(State(pages): State<Pages>) -> Response {
-    let make = |live: &Arc<Live>| in_force::json(live).map_err(|error| error.to_string());
+async fn config(State(pages): State<PageContext>) -> Response {
+    let make = |live: &Arc<LiveState>| in_force::json(live).map_err(|error| error.to_string());
     pages.answer(&pages.texts.config, JSON, make).await
 }
 
-async fn page(State(pages): State<Pages>) -> Response {
-    let make = |live: &Arc<Live>| Ok(page::html(&Status::of(live)).into_bytes());
+async fn page(State(pages): State<PageContext>) -> Response {
+    let make = |live: &Arc<LiveState>| Ok(page::html(&Status::of(live)).into_bytes());
     pages.answer(&pages.texts.people, "text/html; charset=utf-8", make).await
 }
 
@@ -135,31 +137,31 @@ const JSON: &str = "application/json";
 
 /// What the pages show.
 #[derive(Clone)]
-struct Pages {
-    live: Arc<Live>,
-    texts: Arc<Texts>,
+struct PageContext {
+    live: Arc<LiveState>,
+    texts: Arc<PageCaches>,
     /// One page is made at a time.
     turn: Arc<Semaphore>,
 }
 
 #[derive(Default)]
-struct Texts {
-    people: Page,
-    metrics: Page,
-    status: Page,
-    config: Page,
+struct PageCaches {
+    people: CachedPage,
+    metrics: CachedPage,
+    status: CachedPage,
+    config: CachedPage,
 }
 
-impl Pages {
-    fn of(live: &Arc<Live>) -> Self {
+impl PageContext {
+    fn of(live: &Arc<LiveState>) -> Self {
         Self { live: Arc::clone(live), texts: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
     }
 
     async fn answer(
         &self,
-        page: &Page,
+        page: &CachedPage,
         kind: &'static str,
-        make: impl FnOnce(&Arc<Live>) -> Result<Vec<u8>, String> + Send + 'static,
+        make: impl FnOnce(&Arc<LiveState>) -> Result<Vec<u8>, String> + Send + 'static,
     ) -> Response {
         let live = Arc::clone(&self.live);
         match page.text(&self.turn, move || make(&live)).await {

@@ -21,11 +21,11 @@ use clap::{CommandFactory, Parser, Subcommand};
 #[command(after_help = "Try it:  vestibule demo --seconds 10")]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Runs the proxy until it is told to stop
     ///
     /// SIGTERM or SIGINT drains: the health check says 503, accepting goes on until the load balancer has stopped
@@ -37,37 +37,37 @@ enum Command {
     /// and that one ends. Whatever goes wrong before this one could serve, that one goes on. SIGUSR2 has a process start its
     /// own successor so.
     #[command(after_help = serve::EXAMPLES)]
-    Serve(serve::Options),
+    Serve(serve::ServeOptions),
     /// Checks a configuration and prints every fault in it; or what it would change in a process that runs
     ///
     /// With --against, prints what a reload would change: listeners, pools, backends and tenants that are added, removed,
     /// moved or limited otherwise, what would be refused, and how many sessions and flows each of it concerns now.
     #[command(after_help = check::EXAMPLES)]
-    Check(check::Options),
+    Check(check::CheckOptions),
     /// Shows the whole thing in one process, with nothing but this binary
     ///
     /// Starts a load balancer with two VPC endpoints whose consumers have the same addresses, two pools of HTTP
     /// backends, and the proxy between them; sends traffic, and prints what to curl meanwhile.
     #[command(after_help = "Example:  vestibule demo --seconds 10")]
-    Demo(demo::Options),
+    Demo(demo::DemoOptions),
     /// Shows it in networks of their own: a provider and two consumers, all of them 10.100.0.0/16, on this machine
     ///
     /// Makes network namespaces, an interface endpoint for each consumer, a load balancer with PROXY v2 and health checks,
     /// two proxies and two nginx for each tenant; curls from both consumers, drains a proxy and kills a backend under load;
     /// removes it all. Needs root, ip, nginx and curl. Exit status 1 where something shown does not hold.
     #[command(after_help = lab::EXAMPLES)]
-    Lab(lab::Options),
+    Lab(lab::LabOptions),
     /// The lab's load balancer, in its own process
     #[command(hide = true)]
-    LabNlb(lab::Nlb),
+    LabNlb(lab::LabNlbOptions),
     /// Plays the load balancer: many sessions, each with its header, each checked for who answered
     ///
     /// Exit status 1 where a session was answered by another tenant's backend, or nothing was measured.
     #[command(after_help = load::EXAMPLES)]
-    Load(Box<load::Options>),
+    Load(Box<load::LoadOptions>),
     /// Serves the sessions of `vestibule load`: echo, source and sink, and says who answers
     #[command(after_help = "Example:  vestibule backend --listen app=127.0.0.1:9001")]
-    Backend(backend::Options),
+    Backend(backend::BackendOptions),
 }
 
 /// The command line itself, for man pages and completions (`examples/generate.rs`).
@@ -80,12 +80,12 @@ pub fn command() -> clap::Command {
 #[must_use]
 pub fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Serve(options) => serve::run(&options),
-        Command::Check(options) => check::run(&options),
-        Command::Demo(options) => demo::run(&options),
-        Command::Lab(options) => lab::run(&options),
-        Command::LabNlb(options) => lab::balance(&options),
-        Command::Load(options) => load::run(&options),
-        Command::Backend(options) => backend::run(&options),
+        CliCommand::Serve(options) => serve::run(&options),
+        CliCommand::Check(options) => check::run(&options),
+        CliCommand::Demo(options) => demo::run(&options),
+        CliCommand::Lab(options) => lab::run(&options),
+        CliCommand::LabNlb(options) => lab::balance(&options),
+        CliCommand::Load(options) => load::run(&options),
+        CliCommand::Backend(options) => backend::run(&options),
     }
 }

@@ -45,9 +45,9 @@ impl std::ops::Add<Duration> for Moment {
 
 /// When something began: perhaps in another process, before this one first asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Birth(i64);
+pub struct StartTime(i64);
 
-impl Birth {
+impl StartTime {
     /// So long before `now`.
     #[must_use]
     pub fn before(now: Moment, age: Duration) -> Self {
@@ -63,7 +63,7 @@ impl Birth {
     }
 }
 
-impl From<Moment> for Birth {
+impl From<Moment> for StartTime {
     fn from(moment: Moment) -> Self {
         Self(moment.0.cast_signed())
     }
@@ -112,10 +112,10 @@ mod tests {
     #[test]
     fn what_began_in_another_process_is_older_than_this_one() {
         let now = Moment::from_nanos(5);
-        assert_eq!(Birth::before(now, Duration::from_hours(1)).age(now), Duration::from_hours(1));
-        assert_eq!(Birth::from(now).age(Moment::from_nanos(7)), Duration::from_nanos(2));
-        assert_eq!(Birth::from(now).age(Moment::from_nanos(1)), Duration::ZERO);
-        assert!(Birth::before(now, Duration::MAX).age(now) > Duration::from_hours(24));
+        assert_eq!(StartTime::before(now, Duration::from_hours(1)).age(now), Duration::from_hours(1));
+        assert_eq!(StartTime::from(now).age(Moment::from_nanos(7)), Duration::from_nanos(2));
+        assert_eq!(StartTime::from(now).age(Moment::from_nanos(1)), Duration::ZERO);
+        assert!(StartTime::before(now, Duration::MAX).age(now) > Duration::from_hours(24));
     }
 
     #[test]

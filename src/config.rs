@@ -22,33 +22,33 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-pub use self::admin::{Admin, HealthEndpoint};
-pub use self::error::{Fault, Faults};
+pub use self::admin::{AdminConfig, HealthConfig};
+pub use self::error::{ConfigError, ConfigErrors};
 use crate::id::EndpointId;
 
 /// A configuration that passed every check: names resolve, addresses do not overlap, units are units.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// `[process]`
-    pub process: Process,
+    pub process: ProcessConfig,
     /// `[admin]`
-    pub admin: Admin,
+    pub admin: AdminConfig,
     /// `[health]`
-    pub health: HealthEndpoint,
+    pub health: HealthConfig,
     /// `[log]`
-    pub log: Log,
+    pub log: LogConfig,
     /// `[timeouts]`
-    pub timeouts: Timeouts,
+    pub timeouts: TimeoutConfig,
     /// `[drain]`
-    pub drain: Drain,
+    pub drain: DrainConfig,
     /// `[dns]`
-    pub dns: Dns,
+    pub dns: DnsConfig,
     /// `[[listener]]`, in the order of the files.
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<ListenerConfig>,
     /// `[[pool]]`, in the order of the files.
-    pub pools: Vec<Pool>,
+    pub pools: Vec<PoolConfig>,
     /// `[[tenant]]`, in the order of the files.
-    pub tenants: Vec<Tenant>,
+    pub tenants: Vec<TenantConfig>,
 }
 
 impl Config {
@@ -56,7 +56,7 @@ impl Config {
     ///
     /// # Errors
     /// Every fault of every file, in the order of the lines.
-    pub fn load(path: &Path) -> Result<Self, Faults> {
+    pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
         check::check(file::read(path)?)
     }
 
@@ -64,14 +64,14 @@ impl Config {
     ///
     /// # Errors
     /// Every fault, in the order of the lines.
-    pub fn parse(name: &str, text: &str) -> Result<Self, Faults> {
+    pub fn parse(name: &str, text: &str) -> Result<Self, ConfigErrors> {
         check::check(file::parse(name, text)?)
     }
 }
 
 /// What the process takes of the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Process {
+pub struct ProcessConfig {
     /// Data-plane threads; 0 is one for each CPU.
     pub workers: usize,
     /// Sessions at once; 0 is what the file-descriptor limit allows.
@@ -88,20 +88,20 @@ pub struct Process {
 
 /// What is logged, and where.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Log {
+pub struct LogConfig {
     /// The lowest level that is written.
-    pub level: Level,
+    pub level: LogLevel,
     /// How the process log is written; the access log is always JSON.
-    pub format: Format,
+    pub format: LogFormat,
     /// Where the access log goes.
-    pub access: AccessLog,
+    pub access: AccessLogTarget,
 }
 
 /// The level of the process log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names say it")]
 #[serde(rename_all = "kebab-case")]
-pub enum Level {
+pub enum LogLevel {
     Error,
     Warn,
     Info,
@@ -113,7 +113,7 @@ pub enum Level {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names say it")]
 #[serde(rename_all = "kebab-case")]
-pub enum Format {
+pub enum LogFormat {
     Json,
     Text,
 }
@@ -121,7 +121,7 @@ pub enum Format {
 /// Where the access log goes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum AccessLog {
+pub enum AccessLogTarget {
     /// Standard output.
     Stdout,
     /// Nowhere.
@@ -132,7 +132,7 @@ pub enum AccessLog {
 
 /// How long a session may take over each of its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Timeouts {
+pub struct TimeoutConfig {
     /// From accept to a complete PROXY header.
     pub header: Duration,
     /// One attempt at one backend.
@@ -151,7 +151,7 @@ pub struct Timeouts {
 
 /// How the process ends without dropping what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Drain {
+pub struct DrainConfig {
     /// Health says 503 and accepting goes on, at least this long.
     pub notice: Duration,
     /// Accepting goes on until no new session came for this long.
@@ -164,7 +164,7 @@ pub struct Drain {
 
 /// How the names of backends are looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Dns {
+pub struct DnsConfig {
     /// Who is asked; empty is who the system asks, by `/etc/resolv.conf`.
     pub servers: Vec<SocketAddr>,
     /// What one question to one server may take; never zero.
@@ -190,7 +190,7 @@ pub enum Protocol {
 
 /// A bound address, or several, with its rules.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Listener {
+pub struct ListenerConfig {
     /// Its name, unique among listeners.
     pub name: String,
     /// Every address, port ranges spelled out. Never empty.
@@ -198,7 +198,7 @@ pub struct Listener {
     /// What is spoken there.
     pub protocol: Protocol,
     /// Who speaks, and how it is known.
-    pub identity: Identity,
+    pub identity: ListenerIdentity,
     /// The pool of a tenant that names none.
     pub pool: Option<String>,
     /// Sessions that have not yet sent a whole header.
@@ -207,7 +207,7 @@ pub struct Listener {
 
 /// How a listener knows whose traffic it carries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Identity {
+pub enum ListenerIdentity {
     /// `proxy-protocol = "require"`: by the endpoint ID in the header.
     Header {
         /// Whose headers count. Never empty.
@@ -230,7 +230,7 @@ pub enum Identity {
     },
 }
 
-impl Identity {
+impl ListenerIdentity {
     /// What decides whose a session is, beside the tenants' endpoints.
     #[must_use]
     pub fn tenants(&self) -> (Option<&str>, [&Fallback; 2]) {
@@ -266,13 +266,13 @@ pub enum Fallback {
 
 /// Interchangeable backends with one policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pool {
+pub struct PoolConfig {
     /// Its name, unique among pools.
     pub name: String,
     /// How a backend is picked.
     pub balance: Balance,
     /// The backends. Never empty; no target twice.
-    pub backends: Vec<Backend>,
+    pub backends: Vec<BackendConfig>,
     /// A zone whose backends are used first; at least one backend is in it.
     pub prefer_zone: Option<String>,
     /// Whether the client's header is passed on.
@@ -286,20 +286,20 @@ pub struct Pool {
     /// Local addresses to connect from; empty is the system's choice.
     pub source_addresses: Vec<IpAddr>,
     /// Who waits where every backend is full.
-    pub queue: Queue,
+    pub queue: QueueConfig,
     /// Percent of the backends that must be sound for their health to count; 0 to 100.
     pub panic_threshold: u32,
     /// The active check; `None` takes every backend for healthy.
-    pub health: Option<Probe>,
+    pub health: Option<ProbeConfig>,
     /// The passive check.
-    pub ejection: Ejection,
+    pub ejection: EjectionConfig,
 }
 
 /// One backend of a pool, or all that a name leads to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Backend {
+pub struct BackendConfig {
     /// Where it is.
-    pub target: Target,
+    pub target: BackendTarget,
     /// Its share in relation to the others'; 0 to 1,000, and 0 gives it no new sessions.
     pub weight: u32,
     /// The zone that it is in.
@@ -312,7 +312,7 @@ pub struct Backend {
 
 /// Where a backend accepts.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Target {
+pub enum BackendTarget {
     /// At this address.
     Address(SocketAddr),
     /// At each address that this host name has (A and AAAA records).
@@ -328,7 +328,7 @@ pub enum Target {
 
 /// Sessions that wait because every backend has its `max-sessions`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Queue {
+pub struct QueueConfig {
     /// How many may wait; 0 is none.
     pub length: usize,
     /// How long each may wait.
@@ -337,7 +337,7 @@ pub struct Queue {
 
 /// The passive check: what real sessions say of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ejection {
+pub struct EjectionConfig {
     /// Failures in a row that eject a backend; 0 is never.
     pub consecutive_failures: u32,
     /// The first time out; it doubles with each ejection that follows.
@@ -364,7 +364,7 @@ pub enum Balance {
 
 /// The active check of a pool's backends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Probe {
+pub struct ProbeConfig {
     /// From one probe of a backend to its next.
     pub interval: Duration,
     /// What one probe may take; at most the interval.
@@ -378,12 +378,12 @@ pub struct Probe {
     /// Whether a PROXY header with the command LOCAL comes first.
     pub send_proxy: bool,
     /// What is asked.
-    pub ask: Ask,
+    pub ask: ProbeCheck,
 }
 
 /// What a probe asks, once it is connected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Ask {
+pub enum ProbeCheck {
     /// Nothing: it was accepted.
     Connect,
     /// `GET path` by HTTP/1.1.
@@ -410,7 +410,7 @@ pub enum Ask {
 
 /// Whose traffic it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tenant {
+pub struct TenantConfig {
     /// Its name, unique among tenants.
     pub name: String,
     /// Its endpoints; each ID belongs to one tenant only.
@@ -424,7 +424,7 @@ pub struct Tenant {
     /// Carried into the access log.
     pub labels: BTreeMap<String, String>,
     /// What it may take at most.
-    pub limits: Limits,
+    pub limits: TenantLimits,
     /// What happens to its sessions and flows once a reload takes their endpoint or the tenant away.
     pub on_revoke: OnRevoke,
     /// How long they may go on where they end.
@@ -445,27 +445,27 @@ pub enum OnRevoke {
 
 /// What a tenant may take at most; its own keys, and those of the defaults that it does not set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
+pub struct TenantLimits {
     /// Whether the limits hold or are only counted.
-    pub mode: Mode,
+    pub mode: LimitMode,
     /// Sessions at once; at least 1.
     pub sessions: Option<usize>,
     /// New sessions.
-    pub session_rate: Option<Rate>,
+    pub session_rate: Option<RateLimit>,
     /// Bytes from clients to backends.
-    pub to_backend: Option<Bandwidth>,
+    pub to_backend: Option<BandwidthLimit>,
     /// Bytes from backends to clients.
-    pub to_client: Option<Bandwidth>,
+    pub to_client: Option<BandwidthLimit>,
     /// Flows at once; at least 1.
     pub flows: Option<usize>,
     /// Datagrams of flows, both directions together.
-    pub datagram_rate: Option<Rate>,
+    pub datagram_rate: Option<RateLimit>,
 }
 
 /// What becomes of a session or a byte beyond a limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Mode {
+pub enum LimitMode {
     /// It is rejected, or it waits.
     #[default]
     Enforce,
@@ -475,7 +475,7 @@ pub enum Mode {
 
 /// So many in a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rate {
+pub struct RateLimit {
     /// From one to the next, on average; never zero.
     pub interval: Duration,
     /// So many at once after a silence; at least 1.
@@ -484,7 +484,7 @@ pub struct Rate {
 
 /// So many bytes in a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Bandwidth {
+pub struct BandwidthLimit {
     /// Bytes in each second, on average; at least 1,024.
     pub bytes_per_second: u64,
     /// Bytes at once after a silence; at least 1, and at most a second's worth.

@@ -16,43 +16,43 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
-use crate::account::meter::Connect;
+use crate::account::meter::ConnectResult;
 use crate::addr::BackendAddr;
-use crate::admission::ports::{Port, Ports, Range, Reuse, Space};
+use crate::admission::ports::{LocalPort, LocalPortRange, LocalPorts, PortSpace, TimeWaitReuse};
 use crate::clock;
-use crate::clock::wheel::Span;
-use crate::fault::{self, Call};
-use crate::life::{Cut, Life};
-use crate::outcome::{At, By, Outcome, Why};
+use crate::clock::wheel::TickSpan;
+use crate::fault::{self, Syscall};
+use crate::life::{Cancelled, SessionContext};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 
 /// Why there is no connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub enum ConnectError {
     /// This backend could not be reached; another may be.
-    Backend(Connect),
+    Backend(ConnectResult),
     /// The process drains, and cannot wait.
     Drained,
     /// The client has reset its connection: the backend is not at fault.
     ClientReset,
 }
 
-impl Failure {
+impl ConnectError {
     /// The outcome of a session whose last attempt failed like this.
     #[must_use]
     pub const fn outcome(self) -> Outcome {
         let (by, why) = match self {
-            Self::Drained => (By::Proxy, Why::Drained),
-            Self::ClientReset => (By::Client, Why::Reset),
+            Self::Drained => (EndedBy::Proxy, Reason::Drained),
+            Self::ClientReset => (EndedBy::Client, Reason::Reset),
             Self::Backend(result) => match result {
-                Connect::Refused => (By::Backend, Why::ConnectRefused),
-                Connect::Timeout => (By::Proxy, Why::ConnectTimeout),
-                Connect::Unreachable => (By::Proxy, Why::ConnectUnreachable),
-                Connect::NoLocalPort => (By::Proxy, Why::NoLocalPort),
-                Connect::Shortage => (By::Proxy, Why::Shortage),
-                Connect::Failed | Connect::Done => (By::Backend, Why::ConnectFailed),
+                ConnectResult::Refused => (EndedBy::Backend, Reason::ConnectRefused),
+                ConnectResult::Timeout => (EndedBy::Proxy, Reason::ConnectTimeout),
+                ConnectResult::Unreachable => (EndedBy::Proxy, Reason::ConnectUnreachable),
+                ConnectResult::NoLocalPort => (EndedBy::Proxy, Reason::NoLocalPort),
+                ConnectResult::Shortage => (EndedBy::Proxy, Reason::Shortage),
+                ConnectResult::Failed | ConnectResult::Done => (EndedBy::Backend, Reason::ConnectFailed),
             },
         };
-        Outcome::new(by, At::Connect, why)
+        Outcome::new(by, EndedAt::Connect, why)
     }
 }
 
@@ -61,20 +61,20 @@ const CANDIDATES: usize = 4;
 
 /// Where a connection comes from.
 #[derive(Clone, Copy, Debug)]
-pub struct Origin<'a> {
+pub struct SourcePorts<'a> {
     /// The source address; the system's choice where there is none.
     pub source: Option<IpAddr>,
     /// The local ports in use.
-    pub ports: &'a Ports,
+    pub ports: &'a LocalPorts,
     /// Those of them that lead from this source to this backend.
-    pub space: &'a Arc<Space>,
+    pub space: &'a Arc<PortSpace>,
     /// The tenant that its port is counted for.
     pub tenant: u32,
 }
 
 /// What a connection is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Opening {
+pub enum ConnectPurpose {
     /// The first bytes are at hand, and are written as soon as it stands.
     Speaks,
     /// Nothing may be written for a while.
@@ -106,17 +106,17 @@ pub fn unless_reset<'a, F: Future + Unpin + 'a>(
 ///
 /// Not an `async fn`: that would keep a place for the origin as long as it waits.
 pub fn dial<'a>(
-    origin: Origin<'_>,
-    opening: Opening,
+    origin: SourcePorts<'_>,
+    opening: ConnectPurpose,
     client: &'a TcpStream,
-    limit: Span,
-    life: &'a mut Life,
-) -> impl Future<Output = Result<(TcpStream, Port), Failure>> + use<'a> {
+    limit: TickSpan,
+    life: &'a mut SessionContext,
+) -> impl Future<Output = Result<(TcpStream, LocalPort), ConnectError>> + use<'a> {
     let started = clock::now();
     let socket = start(origin, opening);
     life.meter.worker().connect_calls.add(nanos(clock::now().since(started)));
     async move {
-        let failed = |error: io::Error| Failure::Backend(classify(&error));
+        let failed = |error: io::Error| ConnectError::Backend(classify(&error));
         let (socket, port) = socket.map_err(failed)?;
         life.wake_at(life.tick().after(limit));
         let reset = pin!(client.ready(Interest::ERROR));
@@ -136,9 +136,9 @@ pub fn dial<'a>(
                 Ok((socket, port))
             }
             Ok(Some(Err(error))) => Err(failed(error)),
-            Ok(None) => Err(Failure::ClientReset),
-            Err(Cut::Expired) => Err(Failure::Backend(Connect::Timeout)),
-            Err(Cut::Drained) => Err(Failure::Drained),
+            Ok(None) => Err(ConnectError::ClientReset),
+            Err(Cancelled::Expired) => Err(ConnectError::Backend(ConnectResult::Timeout)),
+            Err(Cancelled::Drained) => Err(ConnectError::Drained),
         }
     }
 }
@@ -164,15 +164,15 @@ pub fn sources(
 ///
 /// # Errors
 /// What the system says at once.
-pub fn start(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream, Port)> {
-    let Origin { source, ports, space, tenant } = origin;
+pub fn start(origin: SourcePorts<'_>, opening: ConnectPurpose) -> io::Result<(TcpStream, LocalPort)> {
+    let SourcePorts { source, ports, space, tenant } = origin;
     let address = BackendAddr(space.backend());
     let no_port = || io::Error::from(Errno::ADDRNOTAVAIL);
     let mut port = space.take(tenant).ok_or_else(no_port)?;
     let kind = Type::STREAM.nonblocking().cloexec();
-    fault::at(Call::Socket)?;
+    fault::at(Syscall::Socket)?;
     let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::TCP))?;
-    if opening == Opening::Speaks {
+    if opening == ConnectPurpose::Speaks {
         // The handshake's last segment waits for the first bytes and goes with them: a packet less. Without bytes at
         // hand it would wait for 200 ms (`tcp_rcv_synsent_state_process` in net/ipv4/`tcp_input.c`).
         socket.set_tcp_quickack(false)?;
@@ -180,7 +180,7 @@ pub fn start(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream, Por
     if let Some(source) = source {
         // The port is chosen at connect, for the pair of addresses: 28,000 ports to EACH backend (ip(7)).
         setsockopt(&socket, IpBindAddressNoPort, &true)?;
-        fault::at(Call::Bind)?;
+        fault::at(Syscall::Bind)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     let mut candidates = CANDIDATES;
@@ -190,7 +190,7 @@ pub fn start(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream, Por
         {
             ports.leave_choice_to_kernel();
         }
-        fault::at(Call::Connect)?;
+        fault::at(Syscall::Connect)?;
         let Err(error) = socket.connect(&address.0.into()) else { break };
         match Errno::from_io_error(&error) {
             Some(Errno::INPROGRESS) => break,
@@ -208,7 +208,7 @@ pub fn start(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream, Por
     if ports.range().contains(address.0.port()) && is_connected_to_itself(&socket, address) {
         return Err(Errno::CONNREFUSED.into());
     }
-    fault::at(Call::Register)?;
+    fault::at(Syscall::Register)?;
     Ok((TcpStream::from_std(socket.into())?, port))
 }
 
@@ -250,22 +250,22 @@ fn choose_port(socket: &Socket, port: u16) -> io::Result<bool> {
 /// The local ports that the system lets connections use, as its sysctls say at this moment; the kernel's defaults where
 /// they cannot be read.
 #[must_use]
-pub fn system_ports() -> Ports {
+pub fn system_ports() -> LocalPorts {
     let read = |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
     let reuse = match read("tcp_tw_reuse").trim() {
-        "0" => Reuse::Never,
-        "1" => Reuse::Always,
-        _ => Reuse::Loopback,
+        "0" => TimeWaitReuse::Never,
+        "1" => TimeWaitReuse::Always,
+        _ => TimeWaitReuse::Loopback,
     };
     let reserved = reserved(&read("ip_local_reserved_ports"));
     let is_reserved = |port: u16| reserved.iter().any(|range| range.contains(&port));
     let range = read("ip_local_port_range");
     let bounds: Vec<u16> = range.split_whitespace().filter_map(|bound| bound.parse().ok()).collect();
     let range = match bounds[..] {
-        [low, high] => Range::new(low, high, is_reserved),
-        _ => Range::default(),
+        [low, high] => LocalPortRange::new(low, high, is_reserved),
+        _ => LocalPortRange::default(),
     };
-    Ports::new(range, reuse)
+    LocalPorts::new(range, reuse)
 }
 
 /// Reads `ip_local_reserved_ports`: ports and ranges of ports, such as `8080,9148-9150`.
@@ -283,17 +283,19 @@ fn nanos(span: Duration) -> u64 {
 
 /// What kind of failure an error is.
 #[must_use]
-pub fn classify(error: &io::Error) -> Connect {
+pub fn classify(error: &io::Error) -> ConnectResult {
     match Errno::from_io_error(error) {
-        Some(Errno::CONNREFUSED) => Connect::Refused,
-        Some(Errno::TIMEDOUT) => Connect::Timeout,
+        Some(Errno::CONNREFUSED) => ConnectResult::Refused,
+        Some(Errno::TIMEDOUT) => ConnectResult::Timeout,
         Some(Errno::NETUNREACH | Errno::HOSTUNREACH | Errno::NETDOWN | Errno::HOSTDOWN) => {
-            Connect::Unreachable
+            ConnectResult::Unreachable
         }
         // The last is what a datagram socket without a port says where none is left (`inet_autobind` in net/ipv4/af_inet.c).
-        Some(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE | Errno::AGAIN) => Connect::NoLocalPort,
-        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::NOSPC) => Connect::Shortage,
-        _ => Connect::Failed,
+        Some(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE | Errno::AGAIN) => ConnectResult::NoLocalPort,
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::NOSPC) => {
+            ConnectResult::Shortage
+        }
+        _ => ConnectResult::Failed,
     }
 }
 
@@ -303,11 +305,11 @@ mod tests {
 
     #[test]
     fn every_failure_has_an_outcome_of_the_closed_set() {
-        for result in Connect::ALL {
-            assert!(Failure::Backend(result).outcome().place().is_some(), "{result:?}");
+        for result in ConnectResult::ALL {
+            assert!(ConnectError::Backend(result).outcome().place().is_some(), "{result:?}");
         }
-        assert!(Failure::Drained.outcome().place().is_some());
-        assert!(Failure::ClientReset.outcome().place().is_some());
+        assert!(ConnectError::Drained.outcome().place().is_some());
+        assert!(ConnectError::ClientReset.outcome().place().is_some());
     }
 
     #[test]
@@ -330,17 +332,17 @@ mod tests {
     #[test]
     fn errors_are_told_apart() {
         for (errno, expected) in [
-            (Errno::CONNREFUSED, Connect::Refused),
-            (Errno::TIMEDOUT, Connect::Timeout),
-            (Errno::HOSTUNREACH, Connect::Unreachable),
-            (Errno::ADDRNOTAVAIL, Connect::NoLocalPort),
-            (Errno::ADDRINUSE, Connect::NoLocalPort),
-            (Errno::AGAIN, Connect::NoLocalPort),
-            (Errno::MFILE, Connect::Shortage),
-            (Errno::CONNRESET, Connect::Failed),
+            (Errno::CONNREFUSED, ConnectResult::Refused),
+            (Errno::TIMEDOUT, ConnectResult::Timeout),
+            (Errno::HOSTUNREACH, ConnectResult::Unreachable),
+            (Errno::ADDRNOTAVAIL, ConnectResult::NoLocalPort),
+            (Errno::ADDRINUSE, ConnectResult::NoLocalPort),
+            (Errno::AGAIN, ConnectResult::NoLocalPort),
+            (Errno::MFILE, ConnectResult::Shortage),
+            (Errno::CONNRESET, ConnectResult::Failed),
         ] {
             assert_eq!(classify(&errno.into()), expected);
         }
-        assert_eq!(classify(&io::ErrorKind::Other.into()), Connect::Failed);
+        assert_eq!(classify(&io::ErrorKind::Other.into()), ConnectResult::Failed);
     }
 }

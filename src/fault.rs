@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 /// Where the kernel is called for traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
+pub enum Syscall {
     /// A connection out of a listening socket's queue.
     Accept,
     /// A socket towards a backend.
@@ -54,8 +54,8 @@ pub enum Call {
 
 /// What is said in the kernel's place, and how often.
 #[derive(Debug)]
-pub struct Fault {
-    call: Call,
+pub struct InjectedFault {
+    call: Syscall,
     answers: Vec<Errno>,
     per_million: u64,
     first: u64,
@@ -66,20 +66,20 @@ pub struct Fault {
 
 /// What is injected now.
 #[derive(Debug)]
-struct Plan {
+struct InjectionPlan {
     seed: u64,
-    faults: Vec<Fault>,
+    faults: Vec<InjectedFault>,
 }
 
 static IS_ON: AtomicBool = AtomicBool::new(false);
-static PLAN: ArcSwapOption<Plan> = ArcSwapOption::const_empty();
+static PLAN: ArcSwapOption<InjectionPlan> = ArcSwapOption::const_empty();
 
 /// What the kernel's answer is replaced with: nothing, nearly always.
 ///
 /// # Errors
 /// The errno, where one is injected. The call is not made then.
 #[inline]
-pub fn at(call: Call) -> Result<(), Errno> {
+pub fn at(call: Syscall) -> Result<(), Errno> {
     if is_on() { inject(call) } else { Ok(()) }
 }
 
@@ -96,7 +96,7 @@ pub fn is_on() -> bool {
 /// There.
 #[inline]
 pub fn panic_where_injected() {
-    panic_at(Call::Panic);
+    panic_at(Syscall::Panic);
 }
 
 /// The same elsewhere.
@@ -104,28 +104,28 @@ pub fn panic_where_injected() {
 /// # Panics
 /// There.
 #[inline]
-pub fn panic_at(call: Call) {
+pub fn panic_at(call: Syscall) {
     assert!(at(call).is_ok(), "injected");
 }
 
 #[cold]
-fn inject(call: Call) -> Result<(), Errno> {
+fn inject(call: Syscall) -> Result<(), Errno> {
     let plan = PLAN.load();
     let Some(plan) = plan.as_ref() else { return Ok(()) };
     let of_call = plan.faults.iter().filter(|fault| fault.call == call);
     of_call.map(|fault| fault.next(plan.seed)).find(Result::is_err).unwrap_or(Ok(()))
 }
 
-impl Fault {
+impl InjectedFault {
     /// Every such call fails with one of these.
     ///
     /// # Panics
     /// Where there is no errno, or one that would leave a socket without its next edge.
     #[must_use]
-    pub fn new(call: Call, answers: &[Errno]) -> Self {
+    pub fn new(call: Syscall, answers: &[Errno]) -> Self {
         assert!(!answers.is_empty(), "a fault without an errno");
         assert!(
-            call == Call::SendDatagram || !answers.contains(&Errno::AGAIN),
+            call == Syscall::SendDatagram || !answers.contains(&Errno::AGAIN),
             "EAGAIN where a wake-up follows only an edge"
         );
         let (seen, injected) = Default::default();
@@ -176,16 +176,16 @@ impl Fault {
 
 /// Faults in force for the whole process, until this is dropped.
 #[must_use]
-pub struct Injection(Arc<Plan>);
+pub struct Injection(Arc<InjectionPlan>);
 
 impl Injection {
     /// Puts faults in force.
     ///
     /// # Panics
     /// Where others are: the process has but one kernel.
-    pub fn new(seed: u64, faults: impl IntoIterator<Item = Fault>) -> Self {
-        let plan = Arc::new(Plan { seed, faults: faults.into_iter().collect() });
-        let others = PLAN.compare_and_swap(&None::<Arc<Plan>>, Some(Arc::clone(&plan)));
+    pub fn new(seed: u64, faults: impl IntoIterator<Item = InjectedFault>) -> Self {
+        let plan = Arc::new(InjectionPlan { seed, faults: faults.into_iter().collect() });
+        let others = PLAN.compare_and_swap(&None::<Arc<InjectionPlan>>, Some(Arc::clone(&plan)));
         assert!(others.is_none(), "faults are in force already");
         IS_ON.store(true, Ordering::SeqCst);
         Self(plan)
@@ -193,7 +193,7 @@ impl Injection {
 
     /// How many calls of this kind have failed so far.
     #[must_use]
-    pub fn count(&self, call: Call) -> u64 {
+    pub fn count(&self, call: Syscall) -> u64 {
         let of_call = self.0.faults.iter().filter(|fault| fault.call == call);
         of_call.map(|fault| fault.injected.load(Ordering::Relaxed)).sum()
     }
@@ -216,14 +216,14 @@ impl fmt::Debug for Injection {
 mod tests {
     use super::*;
 
-    fn answers(seed: u64, fault: &Fault) -> Vec<Option<Errno>> {
+    fn answers(seed: u64, fault: &InjectedFault) -> Vec<Option<Errno>> {
         (0..10_000).map(|_| fault.next(seed).err()).collect()
     }
 
     /// Not by an injection: the process's other tests would feel it.
     #[test]
     fn one_seed_is_one_row_of_faults_at_the_rate_that_was_asked_for() {
-        let fault = || Fault::new(Call::Accept, &[Errno::MFILE, Errno::NFILE]).per_million(10_000);
+        let fault = || InjectedFault::new(Syscall::Accept, &[Errno::MFILE, Errno::NFILE]).per_million(10_000);
         let first = answers(7, &fault());
         assert_eq!(first, answers(7, &fault()));
         assert_ne!(first, answers(8, &fault()));
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn no_more_than_were_asked_for() {
-        let fault = Fault::new(Call::Send, &[Errno::NOBUFS]).at_most(2);
+        let fault = InjectedFault::new(Syscall::Send, &[Errno::NOBUFS]).at_most(2);
         let failed = answers(1, &fault).into_iter().map(|answer| answer.is_some());
         assert_eq!(failed.clone().take(3).collect::<Vec<_>>(), [true, true, false]);
         assert_eq!(failed.filter(|failed| *failed).count(), 2);
@@ -243,12 +243,12 @@ mod tests {
 
     #[test]
     fn nothing_fails_where_nothing_is_injected() {
-        assert_eq!(at(Call::SpliceIn), Ok(()));
+        assert_eq!(at(Syscall::SpliceIn), Ok(()));
     }
 
     #[test]
     #[should_panic(expected = "follows only an edge")]
     fn no_socket_is_left_without_its_next_edge() {
-        drop(Fault::new(Call::Receive, &[Errno::AGAIN]));
+        drop(InjectedFault::new(Syscall::Receive, &[Errno::AGAIN]));
     }
 }

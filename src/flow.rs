@@ -31,24 +31,24 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-pub use self::door::Vacancy;
-use self::life::{Books, Flow};
-use self::open::Datagram;
-use self::run::{Runs, Span};
-use self::socket::{BATCH, Door, ROOM};
-use self::table::{FlowId, Path, Table};
+pub use self::door::SocketRetirement;
+use self::life::{Flow, FlowLogs};
+use self::open::ClientDatagram;
+use self::run::{SendRuns, Span};
+use self::socket::{BATCH, ROOM, UdpListenSocket};
+use self::table::{FlowId, FlowPath, FlowTable};
 use crate::accept::PAUSE;
-use crate::account::EachWay;
-use crate::account::log::{Journal, Outlet};
-use crate::account::loss::Loss;
-use crate::account::meter::ListenerCells;
+use crate::account::PerDirection;
+use crate::account::log::{AccessLogger, LogSender};
+use crate::account::loss::DatagramDrop;
+use crate::account::meter::ListenerCounters;
 use crate::addr::PeerAddr;
 use crate::admission::slots::Slots;
 use crate::clock::{self, Moment};
-use crate::life::Local;
-use crate::outcome::{At, Outcome, Why};
-use crate::state::rejections::Rejections;
-use crate::state::{Live, Snapshot};
+use crate::life::WorkerLocal;
+use crate::outcome::{EndedAt, Outcome, Reason};
+use crate::state::rejections::RejectionLog;
+use crate::state::{LiveState, Snapshot};
 use crate::wire::{self, Transport};
 
 /// Flows that are closed for their idleness in one go: a tenth of a millisecond.
@@ -72,11 +72,11 @@ const TURN: usize = 16;
 type Poll = AsyncFd<OwnedFd>;
 
 /// The UDP side of one worker. `A` is what a flow has aboard as long as it lives.
-pub struct Flows<A> {
-    state: RefCell<State<A>>,
+pub struct FlowWorker<A> {
+    state: RefCell<FlowWorkerState<A>>,
     /// The sockets of all flows: one event source for the runtime, however many there are.
     poll: Poll,
-    doors: RefCell<Vec<Option<Rc<Door>>>>,
+    doors: RefCell<Vec<Option<Rc<UdpListenSocket>>>>,
     /// While nobody listens at them; then what comes waits in their sockets.
     paused: Cell<bool>,
     goes_on: Notify,
@@ -84,20 +84,20 @@ pub struct Flows<A> {
     is_due: Notify,
 }
 
-struct State<A> {
+struct FlowWorkerState<A> {
     number: u16,
-    live: Arc<Live>,
-    local: Rc<Local>,
+    live: Arc<LiveState>,
+    local: Rc<WorkerLocal>,
     snapshot: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
     slots: Arc<Slots>,
-    journal: Journal,
-    rejections: Rejections,
-    table: Table<Flow<A>>,
+    journal: AccessLogger,
+    rejections: RejectionLog,
+    table: FlowTable<Flow<A>>,
     board: Box<dyn Fn() -> A>,
     rolls: fastrand::Rng,
     room: Vec<u8>,
     metas: Vec<RecvMeta>,
-    runs: Runs,
+    runs: SendRuns,
     spans: Vec<Span>,
     copy: Vec<u8>,
     /// Whether datagrams go to backends together; not where the kernel or a driver has refused that.
@@ -109,22 +109,22 @@ struct State<A> {
     revoked: HashMap<FlowId, Moment>,
 }
 
-impl<A> fmt::Debug for Flows<A> {
+impl<A> fmt::Debug for FlowWorker<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Flows").finish_non_exhaustive()
     }
 }
 
-impl<A> Flows<A> {
+impl<A> FlowWorker<A> {
     /// No flows yet. `board` makes what each has aboard.
     ///
     /// # Errors
     /// Where the system has no descriptor left.
     pub fn new(
         number: u16,
-        live: &Arc<Live>,
-        local: Rc<Local>,
-        journal: Option<Outlet>,
+        live: &Arc<LiveState>,
+        local: Rc<WorkerLocal>,
+        journal: Option<LogSender>,
         board: Box<dyn Fn() -> A>,
     ) -> io::Result<Rc<Self>> {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -133,20 +133,20 @@ impl<A> Flows<A> {
             reason = "its successor is unsafe; an OwnedFd keeps its descriptor, as both ask"
         )]
         let poll = AsyncFd::new(poll)?;
-        let state = State {
+        let state = FlowWorkerState {
             number,
             live: Arc::clone(live),
             local,
             snapshot: Cache::new(Arc::clone(&live.snapshot)),
             slots: Arc::clone(&live.sessions),
-            journal: Journal::new(journal),
-            rejections: Rejections::default(),
-            table: Table::new(live.snapshot.load().flow_idle),
+            journal: AccessLogger::new(journal),
+            rejections: RejectionLog::default(),
+            table: FlowTable::new(live.snapshot.load().flow_idle),
             board,
             rolls: fastrand::Rng::new(),
             room: vec![0; BATCH * ROOM],
             metas: vec![RecvMeta::default(); BATCH],
-            runs: Runs::default(),
+            runs: SendRuns::default(),
             spans: Vec::new(),
             copy: Vec::new(),
             together: true,
@@ -206,7 +206,7 @@ impl<A> Flows<A> {
         if self.reopen(listener, socket.local_addr()?) {
             return Ok(());
         }
-        let mut door = Rc::new(Door::new(socket, listener)?);
+        let mut door = Rc::new(UdpListenSocket::new(socket, listener)?);
         self.count_drops(&door);
         let place = {
             let mut doors = self.doors.borrow_mut();
@@ -221,13 +221,13 @@ impl<A> Flows<A> {
         let mut short = false;
         while !door.is_closed() {
             // One that closes is nobody else's.
-            let waits = |door: &Door| self.paused.get() && !door.is_closing();
+            let waits = |door: &UdpListenSocket| self.paused.get() && !door.is_closing();
             while waits(&door) {
                 self.goes_on.notified().await;
             }
             match door.hear(|door| if waits(door) { Ok(false) } else { self.hear(door, place) }).await {
                 Ok(()) => short = false,
-                Err(error) if socket::loss(&error) == Loss::Shortage => {
+                Err(error) if socket::loss(&error) == DatagramDrop::Shortage => {
                     self.count_error(door.listener(), |cells| cells.errors_shortage.add(1));
                     if !std::mem::replace(&mut short, true) {
                         tracing::warn!(listener = door.listener(), %error, "receiving pauses");
@@ -255,12 +255,12 @@ impl<A> Flows<A> {
 
     /// Counts what the kernel has dropped at a listening socket since the last time: in another process it may have been
     /// another's, whose counter goes on here.
-    fn count_drops(&self, door: &Door) {
+    fn count_drops(&self, door: &UdpListenSocket) {
         let mut state = self.state.borrow_mut();
         let snapshot = state.snapshot();
         if let Some(rules) = snapshot.listeners.get(door.listener() as usize) {
             let cells = state.local.ledger.listener(&rules.label);
-            cells.overflowed.get_or_init(EachWay::default).to_backend.add(door.take_drops());
+            cells.overflowed.get_or_init(PerDirection::default).to_backend.add(door.take_drops());
         }
     }
 
@@ -273,7 +273,7 @@ impl<A> Flows<A> {
 
     /// Counts what went wrong at a listener. What could not be received is still in the socket's queue, or is lost there and
     /// counted by the kernel.
-    fn count_error(&self, listener: u32, add: impl FnOnce(&ListenerCells)) {
+    fn count_error(&self, listener: u32, add: impl FnOnce(&ListenerCounters)) {
         let mut state = self.state.borrow_mut();
         let snapshot = state.snapshot();
         if let Some(rules) = snapshot.listeners.get(listener as usize) {
@@ -282,7 +282,7 @@ impl<A> Flows<A> {
     }
 
     /// Takes one batch of datagrams from clients; whether that was all.
-    fn hear(&self, door: &Door, place: u16) -> io::Result<bool> {
+    fn hear(&self, door: &UdpListenSocket, place: u16) -> io::Result<bool> {
         let mut state = self.state.borrow_mut();
         let rules = state.header_rules(door.listener());
         door.header.set(rules.map(|(rules, _)| rules));
@@ -293,9 +293,9 @@ impl<A> Flows<A> {
             let now = clock::now();
             state.survive(now, |state| {
                 for (meta, at) in metas.iter().take(count).zip(0..) {
-                    let path = Path { socket: place, local: door.asked(meta), peer: PeerAddr(meta.addr) };
+                    let path = FlowPath { socket: place, local: door.asked(meta), peer: PeerAddr(meta.addr) };
                     for span in datagrams(at * ROOM, meta.len, meta.stride) {
-                        state.take_in(Datagram { door, path, room: &room, span }, &self.poll, now);
+                        state.take_in(ClientDatagram { door, path, room: &room, span }, &self.poll, now);
                     }
                 }
                 state.send_runs(&self.poll, &room, now);
@@ -394,25 +394,25 @@ impl<A> Flows<A> {
         let (mut state, now) = (self.state.borrow_mut(), clock::now());
         // Doors may be heard for a while yet.
         state.draining = true;
-        let outcome = Outcome::reject(At::Forward, Why::Drained);
-        let State { table, journal, rejections, .. } = &mut *state;
-        let books = Books { journal, rejections };
+        let outcome = Outcome::reject(EndedAt::Forward, Reason::Drained);
+        let FlowWorkerState { table, journal, rejections, .. } = &mut *state;
+        let books = FlowLogs { journal, rejections };
         for (path, who, flow) in table.drain() {
             flow.end(outcome, path.peer, who, &books, now);
         }
     }
 }
 
-impl<A> State<A> {
+impl<A> FlowWorkerState<A> {
     fn snapshot(&mut self) -> Arc<Snapshot> {
         Arc::clone(self.snapshot.load())
     }
 
     /// What is asked of a header at a listener, and whether a datagram may come without one; `None` where there is none.
-    fn header_rules(&mut self, listener: u32) -> Option<(wire::Rules, bool)> {
+    fn header_rules(&mut self, listener: u32) -> Option<(wire::ParserRules, bool)> {
         let listener = self.snapshot.load().listeners.get(listener as usize)?;
         let rules = listener.header.as_ref()?;
-        let rules = wire::Rules { transport: Transport::Datagram, verify_crc: rules.verify_crc };
+        let rules = wire::ParserRules { transport: Transport::Datagram, verify_crc: rules.verify_crc };
         Some((rules, listener.follows_bare))
     }
 
@@ -432,10 +432,10 @@ impl<A> State<A> {
     /// Ends some that were; whether there may be more.
     fn expire(&mut self, now: Moment) -> bool {
         let Self { table, journal, rejections, draining, .. } = self;
-        let why = if *draining { Why::Drained } else { Why::IdleTimeout };
-        let books = Books { journal, rejections };
+        let why = if *draining { Reason::Drained } else { Reason::IdleTimeout };
+        let books = FlowLogs { journal, rejections };
         table.expire(now, EXPIRED_AT_ONCE, |path, who, flow| {
-            flow.end(Outcome::reject(At::Forward, why), path.peer, who, &books, now);
+            flow.end(Outcome::reject(EndedAt::Forward, why), path.peer, who, &books, now);
         });
         self.is_due(now)
     }
@@ -444,9 +444,9 @@ impl<A> State<A> {
     fn survive(&mut self, now: Moment, work: impl FnOnce(&mut Self)) {
         // What it leaves half done is that flow's, which ends, and the batch's, which is thrown away.
         if catch_unwind(AssertUnwindSafe(|| work(self))).is_err() {
-            self.runs = Runs::default();
+            self.runs = SendRuns::default();
             if let Some(id) = self.turn {
-                self.end(id, Outcome::reject(At::Forward, Why::Internal), now);
+                self.end(id, Outcome::reject(EndedAt::Forward, Reason::Internal), now);
             }
         }
         self.turn = None;
@@ -458,7 +458,7 @@ impl<A> State<A> {
             self.revoked.remove(&id);
         }
         if let Some((path, who, flow)) = self.table.close(id) {
-            let books = Books { journal: &self.journal, rejections: &self.rejections };
+            let books = FlowLogs { journal: &self.journal, rejections: &self.rejections };
             flow.end(outcome, path.peer, who, &books, now);
         }
     }

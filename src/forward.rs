@@ -8,51 +8,42 @@ mod copy;
 pub mod moved;
 pub mod pace;
 pub mod pipe;
+mod socket;
 mod splice;
 mod way;
 
-use std::io;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use rustix::io::Errno;
 use tokio::net::TcpStream;
 
-use self::copy::Spill;
-use self::pace::Lent;
-use self::way::{Broken, Phase, Way};
-use crate::account::{Direction, EachWay};
-use crate::clock::wheel::{Span, Tick};
+use self::copy::PendingWrite;
+use self::pace::WorkerResources;
+use self::socket::{keepalive, reason, shut_down};
+use self::way::{DirectionPhase, DirectionState, EndError};
+use crate::account::{Direction, PerDirection};
+use crate::clock::wheel::{Tick, TickSpan};
 use crate::fault;
-use crate::life::{Cut, Life};
-use crate::outcome::{At, By, Outcome, Why};
+use crate::life::{Cancelled, SessionContext};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 
 /// The bytes that one direction may move in one turn; then the worker's other sessions get theirs.
 const TURN: usize = 512 * 1024;
 
 /// A pipe that nothing went through for so long goes back to the store.
-const PIPE_REST: Span = Span::of(Duration::from_secs(1));
+const PIPE_REST: TickSpan = TickSpan::of(Duration::from_secs(1));
 
 /// While bytes are held, or wait for bandwidth, how often both sockets are asked whether they were reset.
-const LOOK: Span = Span::of(Duration::from_secs(2));
+const LOOK: TickSpan = TickSpan::of(Duration::from_secs(2));
 
 /// A session that has lived so long gets keepalive on both its sides: a short one is spared eight calls, or two
 /// timers of the kernel's where a listening socket hands it down.
-const SETTLED: Span = Span::of(Duration::from_secs(5));
-
-/// How a silent connection is asked whether it is still there: NLB and security groups forget it after 350 s, so
-/// the first question comes well before (AWS, "Connection idle timeout").
-fn keepalive() -> socket2::TcpKeepalive {
-    socket2::TcpKeepalive::new()
-        .with_time(Duration::from_secs(60))
-        .with_interval(Duration::from_secs(15))
-        .with_retries(4)
-}
+const SETTLED: TickSpan = TickSpan::of(Duration::from_secs(5));
 
 /// A client and its backend.
 #[derive(Debug)]
-pub struct Pair {
+pub struct ConnectionPair {
     /// The client's connection.
     pub client: TcpStream,
     /// The backend's.
@@ -63,15 +54,15 @@ pub struct Pair {
 
 /// How long a session may be silent.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub struct IdleTimeouts {
     /// No byte in either direction.
-    pub idle: Span,
+    pub idle: TickSpan,
     /// One side has ended and the other sends nothing.
-    pub half_close: Span,
+    pub half_close: TickSpan,
     /// How long the kernel waits for an acknowledgement, in either direction; zero leaves it to the kernel's own rules.
     pub tcp_user_timeout: Duration,
     /// Bytes are held in one direction and its sink takes none of them; `None` leaves it to the other times.
-    pub stall: Option<Span>,
+    pub stall: Option<TickSpan>,
     /// Bytes that the kernel takes for one connection beyond what it has sent; zero leaves it to the kernel.
     pub unsent: u32,
 }
@@ -79,12 +70,17 @@ pub struct Patience {
 /// Forwards both ways until both ends have ended, or the session has to.
 ///
 /// A half-close is passed on when everything before it has been; a reset on one side is a reset on the other.
-pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a mut Life) -> Relay<'a> {
+pub fn relay<'a>(
+    pair: ConnectionPair,
+    patience: &'a IdleTimeouts,
+    lent: WorkerResources<'a>,
+    life: &'a mut SessionContext,
+) -> Relay<'a> {
     let now = life.tick();
-    let mut ways = EachWay { to_backend: Way::new(now), to_client: Way::new(now) };
+    let mut ways = PerDirection { to_backend: DirectionState::new(now), to_client: DirectionState::new(now) };
     // The client's socket has TCP_NODELAY from the listening socket.
     ways.to_client.prompt = true;
-    ways.to_backend.spill = Spill::new(pair.first, lent);
+    ways.to_backend.spill = PendingWrite::new(pair.first, lent);
     let both = [&pair.client, &pair.backend];
     for socket in both {
         buffer::bound_unsent(socket, patience.unsent);
@@ -111,28 +107,28 @@ pub fn relay<'a>(pair: Pair, patience: &'a Patience, lent: Lent<'a>, life: &'a m
 pub struct Relay<'a> {
     client: TcpStream,
     backend: TcpStream,
-    ways: EachWay<Way>,
-    patience: &'a Patience,
+    ways: PerDirection<DirectionState>,
+    patience: &'a IdleTimeouts,
     /// When the session will have settled, until it has.
     settles: Tick,
     /// When both sockets are asked for an error, while bytes are held.
     looks_at: Tick,
     /// Who ended first, when one has.
-    first_end: Option<By>,
+    first_end: Option<EndedBy>,
     /// Whose connection broke, and how, while the other direction was still to be emptied.
-    broken: Option<(By, Why)>,
+    broken: Option<(EndedBy, Reason)>,
     ended: bool,
     /// How many visits of the worker to its sessions it knows of.
     visits: u32,
     /// While its endpoint is no longer its tenant's: when it ends.
     revoked_at: Tick,
-    lent: Lent<'a>,
-    life: &'a mut Life,
+    lent: WorkerResources<'a>,
+    life: &'a mut SessionContext,
 }
 
 /// What a relay has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum RelayStop {
     /// Its end.
     Ended(Outcome),
     /// The worker visits its sessions, or the grace of this one is over: the session checks what has changed for it. Polled
@@ -141,14 +137,14 @@ pub enum Stop {
 }
 
 impl Future for Relay<'_> {
-    type Output = Stop;
+    type Output = RelayStop;
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Stop> {
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<RelayStop> {
         let this = &mut *self;
         let visits = this.life.local().visits();
         if visits != this.visits {
             this.visits = visits;
-            return Poll::Ready(Stop::Visit);
+            return Poll::Ready(RelayStop::Visit);
         }
         fault::panic_where_injected();
         for direction in Direction::ALL {
@@ -157,12 +153,12 @@ impl Future for Relay<'_> {
             if let Poll::Ready(Err(broken)) = &pumped
                 && let Some(outcome) = this.broke(direction, broken)
             {
-                return Poll::Ready(Stop::Ended(this.reset(outcome)));
+                return Poll::Ready(RelayStop::Ended(this.reset(outcome)));
             }
             this.rest(direction, pumped.is_pending() && left == 0);
         }
         if this.ways.to_backend.is_over() && this.ways.to_client.is_over() {
-            return Poll::Ready(Stop::Ended(this.both_ended()));
+            return Poll::Ready(RelayStop::Ended(this.both_ended()));
         }
         this.poll_time(context).map_or(Poll::Pending, Poll::Ready)
     }
@@ -174,10 +170,10 @@ impl Relay<'_> {
     pub fn revoke(&mut self, grace: Duration) -> Option<Outcome> {
         let now = self.life.tick();
         if self.revoked_at == Tick::NEVER && !grace.is_zero() {
-            self.revoked_at = now.after(Span::of(grace));
+            self.revoked_at = now.after(TickSpan::of(grace));
         }
         let is_over = grace.is_zero() || self.revoked_at <= now;
-        is_over.then(|| self.reset(Outcome::reject(At::Forward, Why::Revoked)))
+        is_over.then(|| self.reset(Outcome::reject(EndedAt::Forward, Reason::Revoked)))
     }
 
     /// Its endpoint is its tenant's.
@@ -192,7 +188,7 @@ impl Relay<'_> {
         direction: Direction,
         left: &mut usize,
         context: &mut Context<'_>,
-    ) -> Poll<Result<(), Broken>> {
+    ) -> Poll<Result<(), EndError>> {
         let other_over = match direction {
             Direction::ToBackend => self.ways.to_client.is_over(),
             Direction::ToClient => self.ways.to_backend.is_over(),
@@ -206,7 +202,7 @@ impl Relay<'_> {
             // 1. What is held goes first: nothing is read, and no end passed on, before it has gone.
             if !way.spill.is_empty() {
                 way.be_prompt(sink, &self.life.meter);
-                let count = ready!(way.spill.poll_write(sink, context)).map_err(Broken::Sink)?;
+                let count = ready!(way.spill.poll_write(sink, context)).map_err(EndError::Sink)?;
                 self.life.meter.forwarded(direction, count, false);
                 way.moved = self.life.tick();
                 continue;
@@ -214,27 +210,27 @@ impl Relay<'_> {
             if let Some(pipe) = way.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
                 let count = match ready!(splice::poll_out(pipe, sink, context)) {
                     Err(error) if splice::is_refused(&error) => {
-                        way.take_out(self.lent, self.life).map_err(Broken::Sink)?;
+                        way.take_out(self.lent, self.life).map_err(EndError::Sink)?;
                         continue;
                     }
-                    count => count.map_err(Broken::Sink)?,
+                    count => count.map_err(EndError::Sink)?,
                 };
                 self.life.meter.forwarded(direction, count, true);
                 way.moved = self.life.tick();
                 continue;
             }
             match way.phase {
-                Phase::Shut | Phase::Dead => return Poll::Ready(Ok(())),
-                Phase::Draining => {
+                DirectionPhase::Shut | DirectionPhase::Dead => return Poll::Ready(Ok(())),
+                DirectionPhase::Draining => {
                     // When the other direction is over too, the close that follows says the same with a call less.
                     if !other_over {
-                        shut_down(sink).map_err(Broken::Sink)?;
+                        shut_down(sink).map_err(EndError::Sink)?;
                     }
                     self.first_end.get_or_insert(ends(direction).0);
                     way.shut(self.lent, self.life);
                     return Poll::Ready(Ok(()));
                 }
-                Phase::Open => {}
+                DirectionPhase::Open => {}
             }
             way.adapt(self.lent, self.life);
             if *left == 0 {
@@ -247,12 +243,12 @@ impl Relay<'_> {
             if way.pipe.is_some() || is_short {
                 // A pipe is not filled for a sink that takes nothing: it would only be held. A copy finds out by its
                 // write, which takes everything nearly always, and asks no socket before.
-                ready!(sink.poll_write_ready(context)).map_err(Broken::Sink)?;
+                ready!(sink.poll_write_ready(context)).map_err(EndError::Sink)?;
             }
             // 2. What comes next, and no more than the tenant's bandwidth has for it.
             let want = way.appetite(sink, self.patience.unsent, is_short);
             let grant = self.lent.poll_grant(direction, &mut way.purse, want, source, self.life, context);
-            let grant = ready!(grant).map_err(Broken::Source)?;
+            let grant = ready!(grant).map_err(EndError::Source)?;
             let parts = self.life.parts();
             let read =
                 way.bring(direction, (source, sink), grant.most().min(want), self.lent, parts, context);
@@ -266,7 +262,7 @@ impl Relay<'_> {
             }
             *left = left.saturating_sub(count);
             if count == 0 {
-                way.phase = Phase::Draining;
+                way.phase = DirectionPhase::Draining;
             } else {
                 way.moved = self.life.tick();
                 way.note(count);
@@ -285,25 +281,25 @@ impl Relay<'_> {
     }
 
     /// One end of a direction failed. An outcome, unless the other direction may still hold an answer.
-    fn broke(&mut self, direction: Direction, broken: &Broken) -> Option<Outcome> {
+    fn broke(&mut self, direction: Direction, broken: &EndError) -> Option<Outcome> {
         let (source, sink) = ends(direction);
         match broken {
             // A source fails only when nothing of it is held, and a broken connection sends nothing more.
-            Broken::Source(error) => {
-                let (by, why) = self.broken.unwrap_or((source, why(error)));
-                Some(Outcome::new(by, At::Forward, why))
+            EndError::Source(error) => {
+                let (by, why) = self.broken.unwrap_or((source, reason(error)));
+                Some(Outcome::new(by, EndedAt::Forward, why))
             }
             // A sink that takes nothing may have sent its answer before: it is read to its end, then the source
             // learns that its bytes were lost.
-            Broken::Sink(error) => {
-                let why = why(error);
-                if why == Why::Shortage {
+            EndError::Sink(error) => {
+                let why = reason(error);
+                if why == Reason::Shortage {
                     // The connection stands, and its other end may wait for what it will never get.
-                    return Some(Outcome::new(sink, At::Forward, why));
+                    return Some(Outcome::new(sink, EndedAt::Forward, why));
                 }
                 let way = self.ways.way_mut(direction);
-                way.phase = Phase::Dead;
-                way.spill = Spill::default();
+                way.phase = DirectionPhase::Dead;
+                way.spill = PendingWrite::default();
                 self.lent.give_back(way.pipe.take(), self.life);
                 self.broken.get_or_insert((sink, why));
                 None
@@ -314,18 +310,18 @@ impl Relay<'_> {
     /// Both directions are over: a clean end, unless one of them died.
     fn both_ended(&mut self) -> Outcome {
         if let Some((by, why)) = self.broken {
-            return self.reset(Outcome::new(by, At::Forward, why));
+            return self.reset(Outcome::new(by, EndedAt::Forward, why));
         }
         self.ended = true;
-        Outcome::new(self.first_end.unwrap_or(By::Client), At::Forward, Why::Done)
+        Outcome::new(self.first_end.unwrap_or(EndedBy::Client), EndedAt::Forward, Reason::Done)
     }
 
     /// Looks at the time: gives back pipes that rest, and ends a session that was silent for too long.
-    fn poll_time(&mut self, context: &Context<'_>) -> Option<Stop> {
+    fn poll_time(&mut self, context: &Context<'_>) -> Option<RelayStop> {
         let (patience, why) = if self.first_end.is_some() || self.broken.is_some() {
-            (self.patience.half_close, Why::HalfCloseTimeout)
+            (self.patience.half_close, Reason::HalfCloseTimeout)
         } else {
-            (self.patience.idle, Why::IdleTimeout)
+            (self.patience.idle, Reason::IdleTimeout)
         };
         loop {
             let now = self.life.tick();
@@ -337,16 +333,16 @@ impl Relay<'_> {
             if deadline <= now {
                 if let Some((by, why)) = self.broken {
                     // What was lost is why it ends, and whose bytes they were has to learn it.
-                    return Some(Stop::Ended(self.reset(Outcome::new(by, At::Forward, why))));
+                    return Some(RelayStop::Ended(self.reset(Outcome::new(by, EndedAt::Forward, why))));
                 }
-                let why = if allowed < patience { Why::Drained } else { why };
-                return Some(Stop::Ended(self.expire(Outcome::reject(At::Forward, why))));
+                let why = if allowed < patience { Reason::Drained } else { why };
+                return Some(RelayStop::Ended(self.expire(Outcome::reject(EndedAt::Forward, why))));
             }
             if let Some(outcome) = self.look_for_resets(now).or_else(|| self.stalled(now)) {
-                return Some(Stop::Ended(self.reset(outcome)));
+                return Some(RelayStop::Ended(self.reset(outcome)));
             }
             if self.revoked_at <= now {
-                return Some(Stop::Visit);
+                return Some(RelayStop::Visit);
             }
             let next = deadline.min(self.settle(now)).min(self.rest_pipes(now)).min(self.looks_at);
             let next = next.min(self.revoked_at);
@@ -354,11 +350,11 @@ impl Relay<'_> {
             match self.life.poll_cut(context) {
                 None => return None,
                 // It may be in the middle of an answer, and a plain end would say that this was all of it.
-                Some(Cut::Drained) => {
-                    let outcome = Outcome::reject(At::Forward, Why::Drained);
-                    return Some(Stop::Ended(self.reset(outcome)));
+                Some(Cancelled::Drained) => {
+                    let outcome = Outcome::reject(EndedAt::Forward, Reason::Drained);
+                    return Some(RelayStop::Ended(self.reset(outcome)));
                 }
-                Some(Cut::Expired) => {}
+                Some(Cancelled::Expired) => {}
             }
         }
     }
@@ -385,19 +381,19 @@ impl Relay<'_> {
         self.ways.to_client.note_progress(&self.client, now);
         let failed = |socket: &TcpStream| socket.take_error().ok().flatten();
         let (by, error) = match (failed(&self.client), failed(&self.backend)) {
-            (Some(error), _) => (By::Client, error),
-            (None, Some(error)) => (By::Backend, error),
+            (Some(error), _) => (EndedBy::Client, error),
+            (None, Some(error)) => (EndedBy::Backend, error),
             (None, None) => return None,
         };
-        Some(Outcome::new(by, At::Forward, why(&error)))
+        Some(Outcome::new(by, EndedAt::Forward, reason(&error)))
     }
 
     /// Its end, where a sink, and the kernel's queue before it, took none of the bytes held for it for too long.
     fn stalled(&self, now: Tick) -> Option<Outcome> {
         let limit = self.patience.stall?;
-        let is_stalled = |way: &Way| way.pending() && way.moved.after(limit) <= now;
+        let is_stalled = |way: &DirectionState| way.pending() && way.moved.after(limit) <= now;
         let is_any = is_stalled(&self.ways.to_backend) || is_stalled(&self.ways.to_client);
-        is_any.then(|| Outcome::reject(At::Forward, Why::Stalled))
+        is_any.then(|| Outcome::reject(EndedAt::Forward, Reason::Stalled))
     }
 
     /// Turns keepalive on and bounds how long sent bytes may stay unacknowledged, once the session is no short one; when that
@@ -463,7 +459,7 @@ impl Drop for Relay<'_> {
     /// process ends. Pipes go back, or are closed where they hold bytes.
     fn drop(&mut self) {
         if !self.ended {
-            self.reset(Outcome::reject(At::Forward, Why::Drained));
+            self.reset(Outcome::reject(EndedAt::Forward, Reason::Drained));
         }
         for direction in Direction::ALL {
             let way = self.ways.way_mut(direction);
@@ -474,25 +470,9 @@ impl Drop for Relay<'_> {
 }
 
 /// Whose bytes a direction carries, and who gets them.
-const fn ends(direction: Direction) -> (By, By) {
+const fn ends(direction: Direction) -> (EndedBy, EndedBy) {
     match direction {
-        Direction::ToBackend => (By::Client, By::Backend),
-        Direction::ToClient => (By::Backend, By::Client),
-    }
-}
-
-/// Passes an end on. A connection that has gone already will say so at its next read.
-fn shut_down(sink: &TcpStream) -> io::Result<()> {
-    match socket2::SockRef::from(sink).shutdown(std::net::Shutdown::Write) {
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-        result => result,
-    }
-}
-
-fn why(error: &io::Error) -> Why {
-    match Errno::from_io_error(error) {
-        Some(Errno::CONNRESET | Errno::PIPE | Errno::CONNABORTED) => Why::Reset,
-        Some(Errno::NOBUFS | Errno::NOMEM) => Why::Shortage,
-        _ => Why::Unanswered,
+        Direction::ToBackend => (EndedBy::Client, EndedBy::Backend),
+        Direction::ToClient => (EndedBy::Backend, EndedBy::Client),
     }
 }

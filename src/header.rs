@@ -12,40 +12,40 @@ use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::TcpStream;
 
-use crate::account::Cell64;
-use crate::account::meter::ListenerCells;
+use crate::account::Counter64;
+use crate::account::meter::ListenerCounters;
 use crate::addr::{ClientAddr, DestinationAddr, PeerAddr};
-use crate::admission::pending::{Place, Places, Standing};
+use crate::admission::pending::{PendingSlot, PendingSlots, PendingState};
 use crate::clock;
-use crate::clock::wheel::Span;
-use crate::fault::{self, Call};
-use crate::id::Claim;
-use crate::life::{Cut, Life};
-use crate::outcome::{At, By, Outcome, Why};
-use crate::wire::{self, Builder, Command, Parsed};
+use crate::clock::wheel::TickSpan;
+use crate::fault::{self, Syscall};
+use crate::id::EndpointClaim;
+use crate::life::{Cancelled, SessionContext};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
+use crate::wire::{self, HeaderBuilder, HeaderCommand, ParsedHeader};
 
 /// The most that is read before a backend is connected: a header, and the start of what follows it.
 pub const FIRST_READ: usize = 16 * 1024;
 
 /// A client whose header has been read.
 #[derive(Debug)]
-pub struct Client {
+pub struct IdentifiedClient {
     /// The connection.
-    pub connection: Connection,
+    pub connection: ClientSocket,
     /// Who it is, as the header says.
     pub address: Option<ClientAddr>,
     /// On whose endpoint it came.
-    pub endpoint: Claim,
+    pub endpoint: EndpointClaim,
     /// What was read: the header, then the payload's first bytes.
     first: Vec<u8>,
     header_len: usize,
-    rules: wire::Rules,
+    rules: wire::ParserRules,
 }
 
 /// A client's socket: registered with the worker only once something has to be waited for, so that a connection
 /// that is rejected at its first bytes costs no epoll call.
 #[derive(Debug)]
-pub enum Connection {
+pub enum ClientSocket {
     /// As it was accepted.
     Fresh(Fresh),
     /// Known to the worker's poll.
@@ -54,7 +54,7 @@ pub enum Connection {
     Closed,
 }
 
-impl Connection {
+impl ClientSocket {
     /// The socket, registered with the worker's poll from now on.
     ///
     /// # Errors
@@ -63,7 +63,7 @@ impl Connection {
         if let Self::Fresh(_) = self
             && let Self::Fresh(socket) = std::mem::replace(self, Self::Closed)
         {
-            fault::at(Call::Register)?;
+            fault::at(Syscall::Register)?;
             *self = Self::Registered(TcpStream::from_std(socket)?);
         }
         match self {
@@ -116,7 +116,7 @@ impl Connection {
     }
 
     fn receive(&self, room: &mut [u8]) -> io::Result<usize> {
-        fault::at(Call::Receive)?;
+        fault::at(Syscall::Receive)?;
         match self {
             Self::Fresh(socket) => (&mut &*socket).read(room),
             Self::Registered(socket) => socket.try_read(room),
@@ -125,17 +125,17 @@ impl Connection {
     }
 }
 
-impl Client {
+impl IdentifiedClient {
     /// A client of a listener where no header is expected: who it is, its socket says.
     #[must_use]
     pub fn without_header(socket: Fresh, peer: PeerAddr) -> Self {
         Self {
-            connection: Connection::Fresh(socket),
+            connection: ClientSocket::Fresh(socket),
             address: Some(ClientAddr(peer.0)),
-            endpoint: Claim::Absent,
+            endpoint: EndpointClaim::Absent,
             first: Vec::new(),
             header_len: 0,
-            rules: wire::Rules { transport: wire::Transport::Stream, verify_crc: false },
+            rules: wire::ParserRules { transport: wire::Transport::Stream, verify_crc: false },
         }
     }
 
@@ -149,7 +149,7 @@ impl Client {
     /// `send_proxy` holds, the header in front of it, its checksum computed anew. A client that sent none gets one
     /// made of its socket's addresses. What was read ends here: a session must not keep it for its whole life.
     #[must_use]
-    pub fn into_parts(mut self, send_proxy: bool) -> (Connection, Vec<u8>) {
+    pub fn into_parts(mut self, send_proxy: bool) -> (ClientSocket, Vec<u8>) {
         let header_len = self.header_len.min(self.first.len());
         if send_proxy {
             let header = self.header();
@@ -161,43 +161,45 @@ impl Client {
     }
 
     fn header(&self) -> Vec<u8> {
-        if let Parsed::Done(header, _) = wire::parse(&self.first, self.rules) {
+        if let ParsedHeader::Done(header, _) = wire::parse(&self.first, self.rules) {
             return wire::reseal(&header);
         }
         let builder = match (self.address, self.connection.destination()) {
-            (Some(client), Some(destination)) => Builder::proxy(self.rules.transport, client, destination),
-            _ => Builder::unspecified(),
+            (Some(client), Some(destination)) => {
+                HeaderBuilder::proxy(self.rules.transport, client, destination)
+            }
+            _ => HeaderBuilder::unspecified(),
         };
         // A header of addresses alone is far from its bound.
-        builder.crc().map(Builder::build).unwrap_or_default()
+        builder.crc().map(HeaderBuilder::build).unwrap_or_default()
     }
 }
 
 /// What the listener asks of a header.
 #[derive(Clone, Debug)]
-pub struct Rules {
+pub struct HeaderRules {
     /// Whether a checksum has to match.
     pub verify_crc: bool,
     /// From accept to a whole header.
-    pub timeout: Span,
+    pub timeout: TickSpan,
     /// Sessions that have not yet sent a whole header.
-    pub pending: Arc<Places>,
+    pub pending: Arc<PendingSlots>,
 }
 
 /// Counts a session as pending as long as it lives.
-struct Pending<'a> {
-    gauge: &'a Cell64,
-    place: Place,
+struct PendingGuard<'a> {
+    gauge: &'a Counter64,
+    place: PendingSlot,
 }
 
-impl<'a> Pending<'a> {
-    fn enter(places: &Arc<Places>, cells: &'a ListenerCells) -> Self {
+impl<'a> PendingGuard<'a> {
+    fn enter(places: &Arc<PendingSlots>, cells: &'a ListenerCounters) -> Self {
         cells.pending.add(1);
         Self { gauge: &cells.pending, place: places.enter(clock::now()) }
     }
 }
 
-impl Drop for Pending<'_> {
+impl Drop for PendingGuard<'_> {
     fn drop(&mut self) {
         self.gauge.sub(1);
     }
@@ -211,16 +213,20 @@ impl Drop for Pending<'_> {
 /// # Errors
 /// The outcome, where there is no client to serve. A peer that had sent something is reset, and learns that it was
 /// not heard; the others see a plain close.
-pub async fn read(socket: Fresh, rules: &Rules, life: &mut Life) -> Result<Client, Outcome> {
-    let mut reading = Reading {
-        connection: Connection::Fresh(socket),
+pub async fn read(
+    socket: Fresh,
+    rules: &HeaderRules,
+    life: &mut SessionContext,
+) -> Result<IdentifiedClient, Outcome> {
+    let mut reading = HeaderReader {
+        connection: ClientSocket::Fresh(socket),
         first: Vec::new(),
-        rules: wire::Rules { transport: wire::Transport::Stream, verify_crc: rules.verify_crc },
+        rules: wire::ParserRules { transport: wire::Transport::Stream, verify_crc: rules.verify_crc },
     };
     match reading.whole_header(rules, life).await {
         Ok(found) => Ok(reading.into_client(&found)),
         Err(outcome) => {
-            if outcome.by == By::Proxy && !reading.first.is_empty() {
+            if outcome.by == EndedBy::Proxy && !reading.first.is_empty() {
                 reading.connection.reset_on_close();
             }
             Err(outcome)
@@ -229,26 +235,30 @@ pub async fn read(socket: Fresh, rules: &Rules, life: &mut Life) -> Result<Clien
 }
 
 /// A connection whose header is being read.
-struct Reading {
-    connection: Connection,
+struct HeaderReader {
+    connection: ClientSocket,
     first: Vec<u8>,
-    rules: wire::Rules,
+    rules: wire::ParserRules,
 }
 
 /// What a client's header says.
-struct Found {
+struct HeaderFields {
     address: Option<ClientAddr>,
-    endpoint: Claim,
+    endpoint: EndpointClaim,
     header_len: usize,
 }
 
-impl Reading {
-    async fn whole_header(&mut self, rules: &Rules, life: &mut Life) -> Result<Found, Outcome> {
+impl HeaderReader {
+    async fn whole_header(
+        &mut self,
+        rules: &HeaderRules,
+        life: &mut SessionContext,
+    ) -> Result<HeaderFields, Outcome> {
         if let Some(found) = self.receive(life)? {
             return Ok(found);
         }
         let cells = life.meter.listener();
-        let pending = Pending::enter(&rules.pending, &cells);
+        let pending = PendingGuard::enter(&rules.pending, &cells);
         life.wake_at(life.tick().after(rules.timeout));
         loop {
             self.readable(&pending.place, life).await?;
@@ -259,32 +269,32 @@ impl Reading {
     }
 
     /// Waits until there is more to read, as long as it has its place.
-    async fn readable(&mut self, place: &Place, life: &Life) -> Result<(), Outcome> {
-        let reject = |why| Outcome::reject(At::Header, why);
-        let socket = self.connection.registered().map_err(|_| reject(Why::Shortage))?;
+    async fn readable(&mut self, place: &PendingSlot, life: &SessionContext) -> Result<(), Outcome> {
+        let reject = |why| Outcome::reject(EndedAt::Header, why);
+        let socket = self.connection.registered().map_err(|_| reject(Reason::Shortage))?;
         let mut readable = pin!(socket.readable());
         // What has come is read first, also where the place has gone.
         let step = poll_fn(|context| match readable.as_mut().poll(context) {
-            Poll::Ready(ready) => Poll::Ready(ready.map_err(|_| reject(Why::Shortage))),
+            Poll::Ready(ready) => Poll::Ready(ready.map_err(|_| reject(Reason::Shortage))),
             Poll::Pending => match place.poll(context.waker()) {
-                Standing::Waits => Poll::Pending,
-                Standing::Displaced => Poll::Ready(Err(reject(Why::PendingLimit))),
-                Standing::Expired => Poll::Ready(Err(reject(Why::HeaderTimeout))),
+                PendingState::Waits => Poll::Pending,
+                PendingState::Displaced => Poll::Ready(Err(reject(Reason::PendingLimit))),
+                PendingState::Expired => Poll::Ready(Err(reject(Reason::HeaderTimeout))),
             },
         });
         match life.watch(step).await {
             Ok(ready) => ready,
-            Err(Cut::Expired) => Err(Outcome::reject(At::Header, Why::HeaderTimeout)),
-            Err(Cut::Drained) => Err(Outcome::reject(At::Header, Why::Drained)),
+            Err(Cancelled::Expired) => Err(Outcome::reject(EndedAt::Header, Reason::HeaderTimeout)),
+            Err(Cancelled::Drained) => Err(Outcome::reject(EndedAt::Header, Reason::Drained)),
         }
     }
 
     /// Takes what is there; `None` where the header is not whole yet.
-    fn receive(&mut self, life: &Life) -> Result<Option<Found>, Outcome> {
+    fn receive(&mut self, life: &SessionContext) -> Result<Option<HeaderFields>, Outcome> {
         let mut scratch = life.local().scratch.borrow_mut();
         let room = scratch.get_mut(..FIRST_READ).unwrap_or_default();
         match self.connection.receive(room) {
-            Ok(0) => Err(self.ended(Why::HeaderTruncated)),
+            Ok(0) => Err(self.ended(Reason::HeaderTruncated)),
             Ok(count) => {
                 self.first.extend_from_slice(room.get(..count).unwrap_or_default());
                 self.examine()
@@ -292,37 +302,37 @@ impl Reading {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 Ok(None)
             }
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(self.ended(Why::Unanswered)),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(self.ended(Reason::Unanswered)),
             Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOBUFS | Errno::NOMEM)) => {
-                Err(Outcome::reject(At::Header, Why::Shortage))
+                Err(Outcome::reject(EndedAt::Header, Reason::Shortage))
             }
-            Err(_) => Err(self.ended(Why::Reset)),
+            Err(_) => Err(self.ended(Reason::Reset)),
         }
     }
 
     /// The client ended it. Before its first byte that is a TCP health check, whether it closes or resets.
-    fn ended(&self, why: Why) -> Outcome {
-        let why = if self.first.is_empty() { Why::ZeroBytes } else { why };
-        Outcome::new(By::Client, At::Header, why)
+    fn ended(&self, why: Reason) -> Outcome {
+        let why = if self.first.is_empty() { Reason::ZeroBytes } else { why };
+        Outcome::new(EndedBy::Client, EndedAt::Header, why)
     }
 
-    fn examine(&self) -> Result<Option<Found>, Outcome> {
+    fn examine(&self) -> Result<Option<HeaderFields>, Outcome> {
         match wire::parse(&self.first, self.rules) {
-            Parsed::Partial(_) => Ok(None),
-            Parsed::Malformed(reason) => Err(Outcome::reject(At::Header, reason.into())),
-            Parsed::Done(header, _) if header.command() == Command::Local => {
-                Err(Outcome::new(By::Client, At::Header, Why::Local))
+            ParsedHeader::Partial(_) => Ok(None),
+            ParsedHeader::Malformed(reason) => Err(Outcome::reject(EndedAt::Header, reason.into())),
+            ParsedHeader::Done(header, _) if header.command() == HeaderCommand::Local => {
+                Err(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::Local))
             }
-            Parsed::Done(header, header_len) => Ok(Some(Found {
+            ParsedHeader::Done(header, header_len) => Ok(Some(HeaderFields {
                 address: header.client(),
-                endpoint: Claim::from_tlv(header.endpoint()),
+                endpoint: EndpointClaim::from_tlv(header.endpoint()),
                 header_len,
             })),
         }
     }
 
-    fn into_client(self, found: &Found) -> Client {
-        Client {
+    fn into_client(self, found: &HeaderFields) -> IdentifiedClient {
+        IdentifiedClient {
             connection: self.connection,
             address: found.address,
             endpoint: found.endpoint,
@@ -335,11 +345,11 @@ impl Reading {
 
 /// What stood at the start of a connection that may begin with a header: a health check's, or a test backend's.
 #[derive(Debug, Default)]
-pub struct Optional {
+pub struct OptionalHeader {
     /// The client that a header names.
     pub client: Option<ClientAddr>,
     /// The endpoint that it names.
-    pub endpoint: Claim,
+    pub endpoint: EndpointClaim,
     /// What was read beyond it.
     pub rest: Vec<u8>,
 }
@@ -349,20 +359,24 @@ pub struct Optional {
 ///
 /// # Errors
 /// What the socket says.
-pub async fn read_optional(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<Optional> {
-    let rules = wire::Rules { transport: wire::Transport::Stream, verify_crc: false };
+pub async fn read_optional(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<OptionalHeader> {
+    let rules = wire::ParserRules { transport: wire::Transport::Stream, verify_crc: false };
     let mut first = Vec::with_capacity(512);
     loop {
         let whole = match wire::parse(&first, rules) {
-            Parsed::Done(header, len) => Some((header.client(), Claim::from_tlv(header.endpoint()), len)),
-            Parsed::Partial(_) => None,
-            Parsed::Malformed(_) => return Ok(Optional { rest: first, ..Optional::default() }),
+            ParsedHeader::Done(header, len) => {
+                Some((header.client(), EndpointClaim::from_tlv(header.endpoint()), len))
+            }
+            ParsedHeader::Partial(_) => None,
+            ParsedHeader::Malformed(_) => {
+                return Ok(OptionalHeader { rest: first, ..OptionalHeader::default() });
+            }
         };
         if let Some((client, endpoint, len)) = whole {
-            return Ok(Optional { client, endpoint, rest: first.split_off(len) });
+            return Ok(OptionalHeader { client, endpoint, rest: first.split_off(len) });
         }
         if socket.read_buf(&mut first).await? == 0 {
-            return Ok(Optional { rest: first, ..Optional::default() });
+            return Ok(OptionalHeader { rest: first, ..OptionalHeader::default() });
         }
     }
 }

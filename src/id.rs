@@ -127,7 +127,7 @@ pub struct MalformedEndpointId;
 
 /// What a header says of the VPC endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Claim {
+pub enum EndpointClaim {
     /// It names none.
     #[default]
     Absent,
@@ -137,7 +137,7 @@ pub enum Claim {
     Id(EndpointId),
 }
 
-impl Claim {
+impl EndpointClaim {
     /// Reads the AWS TLV's value, where there is one.
     #[inline]
     #[must_use]
@@ -261,10 +261,13 @@ mod tests {
     #[test]
     fn a_claim_is_an_id_only_where_it_is_well_formed() {
         let id = EndpointId::from_bytes(b"vpce-1a2b3c4d").unwrap();
-        assert_eq!(Claim::from_tlv(None), Claim::Absent);
-        assert_eq!(Claim::from_tlv(Some(b"vpce-1a2b3c4d")), Claim::Id(id));
-        assert_eq!(Claim::from_tlv(Some(b"")), Claim::Malformed);
-        assert_eq!([Claim::Absent, Claim::Malformed, Claim::Id(id)].map(Claim::id), [None, None, Some(id)]);
+        assert_eq!(EndpointClaim::from_tlv(None), EndpointClaim::Absent);
+        assert_eq!(EndpointClaim::from_tlv(Some(b"vpce-1a2b3c4d")), EndpointClaim::Id(id));
+        assert_eq!(EndpointClaim::from_tlv(Some(b"")), EndpointClaim::Malformed);
+        assert_eq!(
+            [EndpointClaim::Absent, EndpointClaim::Malformed, EndpointClaim::Id(id)].map(EndpointClaim::id),
+            [None, None, Some(id)]
+        );
     }
 
     #[test]

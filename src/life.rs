@@ -6,9 +6,9 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::account::meter::{Ledger, Meter};
-use crate::clock::wheel::{Key, Span, Tick, Wheel};
-use crate::clock::{Birth, Moment};
+use crate::account::meter::{SessionMetrics, WorkerMetrics};
+use crate::clock::wheel::{Tick, TickSpan, TimerKey, TimerWheel};
+use crate::clock::{Moment, StartTime};
 use crate::outcome::Outcome;
 
 /// The bytes of a worker's scratch buffer: one read at most.
@@ -24,15 +24,15 @@ const HEAD_START: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// What all sessions of one worker share. Nothing in it is ever held over a suspension.
 #[derive(Debug)]
-pub struct Local {
+pub struct WorkerLocal {
     /// The buffer that every read goes to first.
     pub scratch: RefCell<Box<[u8]>>,
     /// The worker's counters.
-    pub ledger: Rc<Ledger>,
-    wheel: RefCell<Wheel>,
+    pub ledger: Rc<WorkerMetrics>,
+    wheel: RefCell<TimerWheel>,
     started: Moment,
     /// While draining: how long a session may be silent.
-    drain_idle: Cell<Option<Span>>,
+    drain_idle: Cell<Option<TickSpan>>,
     /// Set when the drain's deadline has passed.
     over: Cell<bool>,
     /// Whether sessions leave for another process.
@@ -41,11 +41,11 @@ pub struct Local {
     visits: Cell<u32>,
 }
 
-impl Local {
+impl WorkerLocal {
     /// The shared part of a new worker.
     #[must_use]
-    pub fn new(ledger: Rc<Ledger>, now: Moment) -> Rc<Self> {
-        let mut wheel = Wheel::default();
+    pub fn new(ledger: Rc<WorkerMetrics>, now: Moment) -> Rc<Self> {
+        let mut wheel = TimerWheel::default();
         wheel.advance(Tick::at(HEAD_START), std::task::Waker::wake_by_ref);
         Rc::new(Self {
             scratch: RefCell::new(vec![0; SCRATCH].into_boxed_slice()),
@@ -97,7 +97,7 @@ impl Local {
     }
 
     /// From now on a session that has been silent for `idle` is ended.
-    pub fn drain(&self, idle: Span) {
+    pub fn drain(&self, idle: TickSpan) {
         self.drain_idle.set(Some(idle));
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
     }
@@ -123,7 +123,7 @@ impl Local {
 
 /// Why a step was cut short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cut {
+pub enum Cancelled {
     /// Its time is up.
     Expired,
     /// The process is draining, and cannot wait for it.
@@ -132,12 +132,12 @@ pub enum Cut {
 
 /// One session's place on the wheel; dropping it takes the session off.
 #[derive(Debug)]
-struct Timer {
-    local: Rc<Local>,
-    key: Option<Key>,
+struct SessionTimer {
+    local: Rc<WorkerLocal>,
+    key: Option<TimerKey>,
 }
 
-impl Drop for Timer {
+impl Drop for SessionTimer {
     fn drop(&mut self) {
         if let Some(key) = self.key.take() {
             self.local.wheel.borrow_mut().remove(key);
@@ -147,36 +147,36 @@ impl Drop for Timer {
 
 /// One session's life. Dropping it takes it off the wheel and counts it, whatever happened.
 #[derive(Debug)]
-pub struct Life {
-    timer: Timer,
+pub struct SessionContext {
+    timer: SessionTimer,
     /// When the connection was accepted.
-    pub started: Birth,
+    pub started: StartTime,
     /// The session's counters.
-    pub meter: Meter,
+    pub meter: SessionMetrics,
 }
 
-impl Life {
+impl SessionContext {
     /// A life that starts at `now`.
     #[must_use]
-    pub fn new(local: Rc<Local>, meter: Meter, now: Moment) -> Self {
+    pub fn new(local: Rc<WorkerLocal>, meter: SessionMetrics, now: Moment) -> Self {
         Self::begun(local, meter, now.into())
     }
 
     /// A life that goes on.
     #[must_use]
-    pub fn begun(local: Rc<Local>, meter: Meter, started: Birth) -> Self {
-        Self { timer: Timer { local, key: None }, started, meter }
+    pub fn begun(local: Rc<WorkerLocal>, meter: SessionMetrics, started: StartTime) -> Self {
+        Self { timer: SessionTimer { local, key: None }, started, meter }
     }
 
     /// What the sessions share, and the session's own counters.
     #[must_use]
-    pub fn parts(&mut self) -> (&Local, &mut Meter) {
+    pub fn parts(&mut self) -> (&WorkerLocal, &mut SessionMetrics) {
         (&self.timer.local, &mut self.meter)
     }
 
     /// What the worker's sessions share.
     #[must_use]
-    pub fn local(&self) -> &Rc<Local> {
+    pub fn local(&self) -> &Rc<WorkerLocal> {
         &self.timer.local
     }
 
@@ -188,7 +188,7 @@ impl Life {
 
     /// How long a session may be silent: `idle`, or less while the process drains.
     #[must_use]
-    pub fn idle(&self, idle: Span) -> Span {
+    pub fn idle(&self, idle: TickSpan) -> TickSpan {
         self.timer.local.drain_idle.get().map_or(idle, |drain| drain.min(idle))
     }
 
@@ -215,19 +215,19 @@ impl Life {
 
     /// Has `context`'s task woken at the deadline; tells whether that is now, or the process cannot wait.
     #[must_use]
-    pub fn poll_cut(&self, context: &Context<'_>) -> Option<Cut> {
+    pub fn poll_cut(&self, context: &Context<'_>) -> Option<Cancelled> {
         if self.is_over() {
-            return Some(Cut::Drained);
+            return Some(Cancelled::Drained);
         }
         let key = self.timer.key.as_ref()?;
         let mut wheel = self.timer.local.wheel.borrow_mut();
         wheel.wake_with(key, context.waker());
-        wheel.is_due(key).then_some(Cut::Expired)
+        wheel.is_due(key).then_some(Cancelled::Expired)
     }
 
     /// Runs `step` until it ends or the deadline comes. The step goes first: what is there is taken, however late.
-    pub fn watch<F: Future + Unpin>(&self, step: F) -> Watch<'_, F> {
-        Watch { life: self, step }
+    pub fn watch<F: Future + Unpin>(&self, step: F) -> WithDeadline<'_, F> {
+        WithDeadline { life: self, step }
     }
 
     /// Ends the life at `now` and counts it; returns how long it took.
@@ -241,13 +241,13 @@ impl Life {
 
 /// A step that is cut short at its life's deadline.
 #[derive(Debug)]
-pub struct Watch<'a, F> {
-    life: &'a Life,
+pub struct WithDeadline<'a, F> {
+    life: &'a SessionContext,
     step: F,
 }
 
-impl<F: Future + Unpin> Future for Watch<'_, F> {
-    type Output = Result<F::Output, Cut>;
+impl<F: Future + Unpin> Future for WithDeadline<'_, F> {
+    type Output = Result<F::Output, Cancelled>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         if let Poll::Ready(output) = Pin::new(&mut self.step).poll(context) {
@@ -265,21 +265,21 @@ mod tests {
 
     use super::*;
     use crate::account::Labels;
-    use crate::account::meter::Shard;
-    use crate::outcome::{At, Why};
+    use crate::account::meter::CounterShard;
+    use crate::outcome::{EndedAt, Reason};
 
     fn at_ms(ms: u64) -> Moment {
         Moment::from_nanos(ms * 1_000_000)
     }
 
-    fn span_ms(ms: u64) -> Span {
-        Span::of(Duration::from_millis(ms))
+    fn span_ms(ms: u64) -> TickSpan {
+        TickSpan::of(Duration::from_millis(ms))
     }
 
-    fn life(labels: &Labels, shard: &Arc<Shard>) -> Life {
-        let ledger = Ledger::new(Arc::clone(shard), labels.intern(""));
-        let local = Local::new(Rc::clone(&ledger), at_ms(0));
-        Life::new(local, Meter::new(ledger, &labels.intern("web")), at_ms(0))
+    fn life(labels: &Labels, shard: &Arc<CounterShard>) -> SessionContext {
+        let ledger = WorkerMetrics::new(Arc::clone(shard), labels.intern(""));
+        let local = WorkerLocal::new(Rc::clone(&ledger), at_ms(0));
+        SessionContext::new(local, SessionMetrics::new(ledger, &labels.intern("web")), at_ms(0))
     }
 
     fn poll<F: Future + Unpin>(step: &mut F) -> Poll<F::Output> {
@@ -298,14 +298,14 @@ mod tests {
         life.local().advance(at_ms(149));
         assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Pending);
         life.local().advance(at_ms(150));
-        assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Ready(Err(Cut::Expired)));
+        assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Ready(Err(Cancelled::Expired)));
         assert_eq!(poll(&mut life.watch(ready(7))), Poll::Ready(Ok(7)), "what is there is taken");
         let deadline = life.tick().after(span_ms(1000));
         life.wake_at(deadline);
         assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Pending);
         let local = Rc::clone(life.local());
         assert_eq!(
-            life.end(Outcome::reject(At::Header, Why::HeaderTimeout), at_ms(150)),
+            life.end(Outcome::reject(EndedAt::Header, Reason::HeaderTimeout), at_ms(150)),
             Duration::from_millis(150)
         );
         assert_eq!(local.waiting(), 0);
@@ -350,6 +350,6 @@ mod tests {
         assert!(!life.is_over());
         life.local().end_all();
         assert!(life.is_over());
-        assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Ready(Err(Cut::Drained)));
+        assert_eq!(poll(&mut life.watch(pending::<()>())), Poll::Ready(Err(Cancelled::Drained)));
     }
 }

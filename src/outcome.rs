@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
-pub enum By {
+pub enum EndedBy {
     /// Whoever opened the connection (or the load balancer in its place).
     Client,
     /// The backend.
@@ -21,7 +21,7 @@ pub enum By {
 /// At which step of its life a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
-pub enum At {
+pub enum EndedAt {
     /// Between the kernel and the first byte.
     Accept,
     /// While the PROXY header was read.
@@ -40,14 +40,14 @@ pub enum At {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Outcome {
     /// Who ended it.
-    pub by: By,
+    pub by: EndedBy,
     /// At which step.
-    pub at: At,
+    pub at: EndedAt,
     /// The reason.
-    pub why: Why,
+    pub why: Reason,
 }
 
-impl By {
+impl EndedBy {
     /// The word in log, metrics and documentation.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -59,7 +59,7 @@ impl By {
     }
 }
 
-impl At {
+impl EndedAt {
     /// The word in log, metrics and documentation.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -74,17 +74,17 @@ impl At {
     }
 }
 
-/// Builds `Why`, its words, its descriptions and the closed set of outcomes from one table.
+/// Builds `Reason`, its words, its descriptions and the closed set of outcomes from one table.
 macro_rules! outcomes {
     ($($(#[doc = $doc:literal])+ $why:ident = $word:literal: $($by:ident at $at:ident),+;)+) => {
         /// The reason of an end: a closed set, so that it can be a metric's label.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[repr(u8)]
-        pub enum Why {
+        pub enum Reason {
             $($(#[doc = $doc])+ #[serde(rename = $word)] $why,)+
         }
 
-        impl Why {
+        impl Reason {
             /// Every reason, in the order of a session's life.
             pub const ALL: &[Self] = &[$(Self::$why,)+];
 
@@ -103,7 +103,7 @@ macro_rules! outcomes {
 
         impl Outcome {
             /// The closed set: no session ends in another way.
-            pub const ALL: &[Self] = &[$($(Self { by: By::$by, at: At::$at, why: Why::$why },)+)+];
+            pub const ALL: &[Self] = &[$($(Self { by: EndedBy::$by, at: EndedAt::$at, why: Reason::$why },)+)+];
         }
     };
 }
@@ -212,14 +212,14 @@ outcomes! {
 impl Outcome {
     /// An outcome of the closed set.
     #[must_use]
-    pub const fn new(by: By, at: At, why: Why) -> Self {
+    pub const fn new(by: EndedBy, at: EndedAt, why: Reason) -> Self {
         Self { by, at, why }
     }
 
     /// A rejection: the proxy ended it, by a rule.
     #[must_use]
-    pub const fn reject(at: At, why: Why) -> Self {
-        Self { by: By::Proxy, at, why }
+    pub const fn reject(at: EndedAt, why: Reason) -> Self {
+        Self { by: EndedBy::Proxy, at, why }
     }
 
     /// Its place in [`Outcome::ALL`]; `None` for a combination that must not occur.
@@ -232,7 +232,7 @@ impl Outcome {
     /// that is counted only.
     #[must_use]
     pub const fn is_logged(self) -> bool {
-        !matches!(self.why, Why::ZeroBytes | Why::Local | Why::Moved)
+        !matches!(self.why, Reason::ZeroBytes | Reason::Local | Reason::Moved)
     }
 }
 
@@ -250,8 +250,8 @@ mod tests {
 
     #[test]
     fn words_are_unique_and_every_outcome_stands_once() {
-        let words: BTreeSet<_> = Why::ALL.iter().map(|why| why.word()).collect();
-        assert_eq!(words.len(), Why::ALL.len());
+        let words: BTreeSet<_> = Reason::ALL.iter().map(|why| why.word()).collect();
+        assert_eq!(words.len(), Reason::ALL.len());
         let outcomes: BTreeSet<_> = Outcome::ALL.iter().map(ToString::to_string).collect();
         assert_eq!(outcomes.len(), Outcome::ALL.len());
         for (place, outcome) in Outcome::ALL.iter().enumerate() {
@@ -262,26 +262,26 @@ mod tests {
 
     #[test]
     fn in_a_record_the_words_are_the_same() {
-        for why in Why::ALL {
+        for why in Reason::ALL {
             let word = serde_json::to_string(why).unwrap();
             assert_eq!(word, format!("\"{}\"", why.word()));
-            assert_eq!(serde_json::from_str::<Why>(&word).unwrap(), *why);
+            assert_eq!(serde_json::from_str::<Reason>(&word).unwrap(), *why);
         }
-        assert_eq!(serde_json::to_string(&By::Proxy).unwrap(), format!("\"{}\"", By::Proxy.word()));
+        assert_eq!(serde_json::to_string(&EndedBy::Proxy).unwrap(), format!("\"{}\"", EndedBy::Proxy.word()));
     }
 
     #[test]
     fn what_must_not_occur_has_no_place() {
-        assert_eq!(Outcome::new(By::Backend, At::Accept, Why::Done).place(), None);
+        assert_eq!(Outcome::new(EndedBy::Backend, EndedAt::Accept, Reason::Done).place(), None);
     }
 
     #[test]
     fn health_checks_are_not_logged() {
-        assert!(!Outcome::new(By::Client, At::Header, Why::Local).is_logged());
-        assert!(!Outcome::reject(At::Forward, Why::Moved).is_logged());
-        assert!(Outcome::reject(At::Header, Why::CrcMismatch).is_logged());
+        assert!(!Outcome::new(EndedBy::Client, EndedAt::Header, Reason::Local).is_logged());
+        assert!(!Outcome::reject(EndedAt::Forward, Reason::Moved).is_logged());
+        assert!(Outcome::reject(EndedAt::Header, Reason::CrcMismatch).is_logged());
         assert_eq!(
-            Outcome::reject(At::Header, Why::CrcMismatch).to_string(),
+            Outcome::reject(EndedAt::Header, Reason::CrcMismatch).to_string(),
             "crc_mismatch by proxy at header"
         );
     }

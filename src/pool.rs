@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod cause;
+mod change;
 pub mod ejection;
 pub mod health;
 pub mod least;
@@ -24,24 +25,26 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
-use self::backend::{Backend, Traits};
-use self::cause::Cause;
-pub use self::cause::Failed;
-use self::health::{Health, Rules, State};
-pub use self::naming::{MOST_ADDRESSES, Resolved};
-use self::naming::{Name, SLOTS};
-pub use self::picked::Picked;
-use self::queue::{Place, Queue};
-use self::roster::Way;
-pub use self::roster::{Nobody, Roster, Tried};
+use self::backend::{Backend, BackendSettings};
+use self::cause::ChangeCause;
+pub use self::cause::SessionFailure;
+pub use self::change::BackendChange;
+use self::change::change;
+use self::health::{HealthRules, HealthState, ProbeHealth};
+use self::naming::{BackendName, SLOTS};
+pub use self::naming::{MOST_ADDRESSES, ResolvedAddress};
+pub use self::picked::PickedBackend;
+use self::queue::{PoolQueue, QueuePlace};
+use self::roster::PickState;
+pub use self::roster::{Candidates, PickError, TriedBackends};
 pub use self::succession::Answers;
-use self::succession::Lasting;
-use self::vitals::{Load, Vitals};
-use crate::account::lookup::Lookups;
-use crate::account::{Label, Labels, Verdict, lock};
+use self::succession::PersistentState;
+use self::vitals::{BackendLoad, HealthRecord};
+use crate::account::lookup::LookupCounters;
+use crate::account::{Label, Labels, ProbeResult, lock};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
-use crate::config::{Probe, Target};
+use crate::config::{BackendTarget, ProbeConfig};
 
 const NOBODY_YET: u32 = u32::MAX - 1;
 const SEVERAL: u32 = u32::MAX;
@@ -65,72 +68,44 @@ pub struct Pool {
     /// Local addresses to connect from; empty is the system's choice.
     pub sources: Vec<IpAddr>,
     /// The active check.
-    pub probe: Option<Probe>,
+    pub probe: Option<ProbeConfig>,
     /// How long a session may wait for a backend with room.
     pub queue_timeout: Duration,
-    way: Way,
+    way: PickState,
     slow_start: Duration,
     panic_threshold: u32,
-    ejection: ejection::Rules,
-    names: Vec<Name>,
-    roster: ArcSwap<Roster>,
-    queue: Option<Arc<Queue>>,
-    lasting: Arc<Lasting>,
+    ejection: ejection::EjectionRules,
+    names: Vec<BackendName>,
+    roster: ArcSwap<Candidates>,
+    queue: Option<Arc<PoolQueue>>,
+    lasting: Arc<PersistentState>,
     /// Whether a reload has put another one in its place.
     is_replaced: AtomicBool,
     /// Held while the roster is made anew.
-    changing: Mutex<Changing>,
+    changing: Mutex<CandidatesUpdate>,
     /// When [`tend`](Self::tend) has something to do, in nanoseconds.
     due: AtomicU64,
 }
 
 /// What is to become of a roster.
 #[derive(Debug, Default)]
-struct Changing {
+struct CandidatesUpdate {
     /// When it was last made anew.
     renewed: Moment,
     /// Who will be in it, where that are not those who are.
     next: Option<Vec<Arc<Backend>>>,
 }
 
-/// What an operator is told of a backend that is treated in another way than before.
-#[derive(Clone, Debug)]
-pub struct Change {
-    /// Which one.
-    pub backend: Label,
-    /// What it is now: a word of [`State`], or `ejected`.
-    pub state: &'static str,
-    /// Why: a word of [`Cause`].
-    pub why: &'static str,
-    /// Where it is ejected, for how long.
-    pub out_for: Option<Duration>,
-}
-
-impl Change {
-    /// Tells the operator.
-    pub fn log(&self, pool: &Pool) {
-        tracing::info!(
-            pool = pool.label.name(),
-            backend = self.backend.name(),
-            state = self.state,
-            why = self.why,
-            out_for = self.out_for.map(tracing::field::debug),
-            usable = pool.current().map_or_else(|| pool.usable(), |pool| pool.usable()),
-            "backend changed"
-        );
-    }
-}
-
 impl Pool {
     /// A pool as configured; its backends are unknown until their first probe, or healthy where there is none. Names lead
     /// nowhere until they are [resolved](Self::resolve).
     #[must_use]
-    pub fn new(config: &crate::config::Pool, labels: &Labels) -> Self {
-        let queue = (config.queue.length > 0).then(|| Queue::new(config.queue.length));
-        let (pool, fixed) = Self::empty(config, labels, Lasting::new(), queue);
-        let start = (Moment::default(), Cause::Start);
+    pub fn new(config: &crate::config::PoolConfig, labels: &Labels) -> Self {
+        let queue = (config.queue.length > 0).then(|| PoolQueue::new(config.queue.length));
+        let (pool, fixed) = Self::empty(config, labels, PersistentState::new(), queue);
+        let start = (Moment::default(), ChangeCause::Start);
         let backends = fixed.into_iter().map(|(address, slot, traits)| {
-            let vitals = Arc::new(Vitals::new(pool.first_health(), start));
+            let vitals = Arc::new(HealthRecord::new(pool.first_health(), start));
             let backend =
                 pool.new_backend(BackendAddr(address), labels, slot, traits, vitals, Arc::default());
             let backend = Arc::new(backend);
@@ -146,26 +121,26 @@ impl Pool {
 
     /// A pool without backends, and the addresses that stand in its configuration, each with its slot.
     fn empty(
-        config: &crate::config::Pool,
+        config: &crate::config::PoolConfig,
         labels: &Labels,
-        lasting: Arc<Lasting>,
-        queue: Option<Arc<Queue>>,
-    ) -> (Self, Vec<(SocketAddr, u32, Traits)>) {
+        lasting: Arc<PersistentState>,
+        queue: Option<Arc<PoolQueue>>,
+    ) -> (Self, Vec<(SocketAddr, u32, BackendSettings)>) {
         let mut slots = 0;
         let (mut fixed, mut names) = (Vec::new(), Vec::new());
         for backend in &config.backends {
-            let traits = Traits {
+            let traits = BackendSettings {
                 weight: backend.weight,
                 is_backup: backend.backup,
                 max_sessions: backend.max_sessions,
                 is_preferred: backend.zone.is_some() && backend.zone == config.prefer_zone,
                 zone: backend.zone.as_deref().map(Arc::from),
             };
-            if let Target::Address(address) = backend.target {
+            if let BackendTarget::Address(address) = backend.target {
                 fixed.push((address, slots, traits));
                 slots += 1;
             } else {
-                names.push(Name::new(backend.target.clone(), slots, traits));
+                names.push(BackendName::new(backend.target.clone(), slots, traits));
                 slots += SLOTS;
             }
         }
@@ -180,10 +155,10 @@ impl Pool {
             sources: config.source_addresses.clone(),
             probe: config.health.clone(),
             queue_timeout: config.queue.timeout,
-            way: Way::new(config.balance, slots),
+            way: PickState::new(config.balance, slots),
             slow_start: config.slow_start,
             panic_threshold: config.panic_threshold,
-            ejection: ejection::Rules {
+            ejection: ejection::EjectionRules {
                 consecutive_failures: config.ejection.consecutive_failures,
                 base: config.ejection.base_time,
                 max_percent: config.ejection.max_percent,
@@ -200,15 +175,15 @@ impl Pool {
     }
 
     /// How many results in a row its probes need, where it has any.
-    fn rules(&self) -> Option<Rules> {
-        self.probe.as_ref().map(|probe| Rules { rise: probe.rise, fall: probe.fall })
+    fn rules(&self) -> Option<HealthRules> {
+        self.probe.as_ref().map(|probe| HealthRules { rise: probe.rise, fall: probe.fall })
     }
 
     /// What is believed of a backend that nobody has heard of.
-    fn first_health(&self) -> Health {
+    fn first_health(&self) -> ProbeHealth {
         self.rules().map_or_else(
-            || Health::new(Rules { rise: 1, fall: 1 }, State::Healthy),
-            |rules| Health::new(rules, State::Unknown),
+            || ProbeHealth::new(HealthRules { rise: 1, fall: 1 }, HealthState::Healthy),
+            |rules| ProbeHealth::new(rules, HealthState::Unknown),
         )
     }
 
@@ -217,9 +192,9 @@ impl Pool {
         address: BackendAddr,
         labels: &Labels,
         slot: u32,
-        traits: Traits,
-        vitals: Arc<Vitals>,
-        load: Arc<Load>,
+        traits: BackendSettings,
+        vitals: Arc<HealthRecord>,
+        load: Arc<BackendLoad>,
     ) -> Backend {
         let label = labels.intern(&address.to_string());
         let mut backend = Backend::new(address, label, slot, traits, vitals, load);
@@ -230,7 +205,7 @@ impl Pool {
 
     /// Who is in it now.
     #[must_use]
-    pub fn roster(&self) -> Arc<Roster> {
+    pub fn roster(&self) -> Arc<Candidates> {
         self.roster.load_full()
     }
 
@@ -241,12 +216,12 @@ impl Pool {
     }
 
     /// The names that lead to backends.
-    pub fn names(&self) -> impl Iterator<Item = &Target> {
+    pub fn names(&self) -> impl Iterator<Item = &BackendTarget> {
         self.names.iter().map(|name| &name.target)
     }
 
     /// How the lookups of each of these names ended.
-    pub fn lookups(&self) -> impl Iterator<Item = &Arc<Lookups>> {
+    pub fn lookups(&self) -> impl Iterator<Item = &Arc<LookupCounters>> {
         self.names.iter().map(|name| &name.lookups)
     }
 
@@ -290,17 +265,17 @@ impl Pool {
     pub fn observe(
         &self,
         backend: &Backend,
-        verdict: Verdict,
+        verdict: ProbeResult,
         took: Duration,
         now: Moment,
-    ) -> Option<Change> {
+    ) -> Option<BackendChange> {
         let changing = lock(&self.changing);
         if let Some((pool, heir)) = self.heir_of(backend) {
             drop(changing);
             return pool.observe(&heir, verdict, took, now);
         }
         // What a name leads to later, or a reload adds, comes into a pool that already works.
-        let is_new = matches!(backend.summary().changed.1, Cause::Resolved | Cause::Reload);
+        let is_new = matches!(backend.summary().changed.1, ChangeCause::Resolved | ChangeCause::Reload);
         let is_late = is_new && self.usable() > 0;
         if !backend.vitals.observe(verdict, took, self.slow_start, is_late, now) {
             return None;
@@ -315,7 +290,7 @@ impl Pool {
     ///
     /// Where several tenants share the pool, resets of one tenant's in a row count once: it may be what that tenant sends, and
     /// the others must not pay for it.
-    pub fn failed(&self, backend: &Backend, failed: Failed, now: Moment) -> Option<Change> {
+    pub fn failed(&self, backend: &Backend, failed: SessionFailure, now: Moment) -> Option<BackendChange> {
         if let Some((pool, heir)) = self.heir_of(backend) {
             return pool.failed(&heir, failed, now);
         }
@@ -344,7 +319,7 @@ impl Pool {
     }
 
     /// Does what is due by now: ends ejections, and goes on with slow starts. Costs one read where nothing is due.
-    pub fn tend(&self, now: Moment) -> Vec<Change> {
+    pub fn tend(&self, now: Moment) -> Vec<BackendChange> {
         if now.as_nanos() < self.due.load(Ordering::Acquire) {
             return Vec::new();
         }
@@ -359,7 +334,7 @@ impl Pool {
 
     /// Gives a backend another weight, until a reload changes that backend; the weight before, and what to tell. `None` where
     /// there is no such backend.
-    pub fn order(&self, address: BackendAddr, weight: u32, now: Moment) -> Option<(u32, Change)> {
+    pub fn order(&self, address: BackendAddr, weight: u32, now: Moment) -> Option<(u32, BackendChange)> {
         let changing = lock(&self.changing);
         // Another one may have come into force while the lock was waited for.
         if let Some(current) = self.current() {
@@ -389,7 +364,7 @@ impl Pool {
     }
 
     /// Makes the roster anew, or has it made when its time has come; at once where there is nobody in it.
-    fn renew_soon(&self, changing: MutexGuard<'_, Changing>, now: Moment) {
+    fn renew_soon(&self, changing: MutexGuard<'_, CandidatesUpdate>, now: Moment) {
         let next = changing.renewed + RENEWAL;
         if now >= next || self.roster.load().backends().is_empty() {
             self.renew(changing, now);
@@ -398,7 +373,7 @@ impl Pool {
         }
     }
 
-    fn renew(&self, mut changing: MutexGuard<'_, Changing>, now: Moment) {
+    fn renew(&self, mut changing: MutexGuard<'_, CandidatesUpdate>, now: Moment) {
         let mut backends = changing.next.take().unwrap_or_else(|| self.roster().backends().to_vec());
         backends.sort_unstable_by_key(|backend| backend.slot());
         // Before anybody is looked at: who is ejected from now on is due at once.
@@ -410,7 +385,7 @@ impl Pool {
             (backend, seen)
         };
         let all = backends.into_iter().map(&mut look).collect();
-        let roster = Roster::new(all, self.panic_threshold, &self.way, &self.roster.load());
+        let roster = Candidates::new(all, self.panic_threshold, &self.way, &self.roster.load());
         if !self.is_replaced() {
             self.lasting.shares.set_rooms(roster.rooms());
         }
@@ -437,7 +412,7 @@ impl Pool {
     /// A place for one of the tenant's sessions in the line for a backend with room; `None` where it is full, that tenant has
     /// its share of it and the pool is not only its own, or there is none.
     #[must_use]
-    pub fn wait(&self, tenant: u32) -> Option<Place> {
+    pub fn wait(&self, tenant: u32) -> Option<QueuePlace> {
         let place = self.queue.as_ref()?.join(tenant, self.is_shared() || self.lasting.shares.is_shared())?;
         self.serve();
         Some(place)
@@ -455,20 +430,26 @@ impl Pool {
     ///
     /// # Errors
     /// Why there is nobody.
-    pub fn pick(&self, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
+    pub fn pick(&self, key: u64, roll: u64, tried: &mut TriedBackends) -> Result<PickedBackend, PickError> {
         self.pick_past(false, key, roll, tried)
     }
 
-    fn pick_past(&self, line: bool, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
+    fn pick_past(
+        &self,
+        line: bool,
+        key: u64,
+        roll: u64,
+        tried: &mut TriedBackends,
+    ) -> Result<PickedBackend, PickError> {
         let roster = self.roster.load();
         let picked = if tried.is_empty() {
             // Who waits already was here before; but where nobody is in use, nobody needs to wait.
             if !line && self.waiting() > 0 && !roster.used().is_empty() {
-                return Err(Nobody::Free);
+                return Err(PickError::Free);
             }
             let first = roster.first(&self.way, key, roll);
             // Sessions may have put it out since the roster was made.
-            first.filter(|backend| backend.is_used()).and_then(Picked::take)
+            first.filter(|backend| backend.is_used()).and_then(PickedBackend::take)
         } else {
             None
         };
@@ -476,17 +457,6 @@ impl Pool {
         tried.add(&picked);
         Ok(picked)
     }
-}
-
-fn change(backend: &Backend, out_for: Option<Duration>) -> Change {
-    let state = if backend.is_gone() {
-        "gone"
-    } else if backend.is_ejected() {
-        "ejected"
-    } else {
-        backend.state().word()
-    };
-    Change { backend: backend.label().clone(), state, why: backend.summary().changed.1.word(), out_for }
 }
 
 #[cfg(test)]

@@ -9,10 +9,10 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 
-use crate::account::Verdict;
-use crate::admission::ports::Ports;
+use crate::account::ProbeResult;
+use crate::admission::ports::LocalPorts;
 use crate::clock::{self, Moment};
-use crate::config::Probe;
+use crate::config::ProbeConfig;
 use crate::pool::Pool;
 use crate::pool::backend::Backend;
 
@@ -26,9 +26,9 @@ const WARNING: Duration = Duration::from_secs(60);
 ///
 /// Where there are fewer lanes than probes want, those come later than their interval says, in turn, and none is left out.
 #[derive(Debug)]
-pub struct Lanes(Semaphore);
+pub struct ProbeSlots(Semaphore);
 
-impl Lanes {
+impl ProbeSlots {
     /// Room for so many probes under way at once.
     #[must_use]
     pub fn new(at_once: usize) -> Self {
@@ -38,7 +38,7 @@ impl Lanes {
 
 /// The place of a backend among those whose first probes are due together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Turn {
+pub struct ProbeStagger {
     /// Its place, from 0.
     pub place: usize,
     /// How many they are.
@@ -51,11 +51,11 @@ pub struct Turn {
 pub async fn run(
     mut pool: Arc<Pool>,
     mut backend: Arc<Backend>,
-    turn: Turn,
-    (lanes, ports): (Arc<Lanes>, Arc<Ports>),
+    turn: ProbeStagger,
+    (lanes, ports): (Arc<ProbeSlots>, Arc<LocalPorts>),
 ) {
     let Some(probe) = &pool.probe else { return };
-    let mut rhythm = Rhythm::new(probe, turn, clock::now());
+    let mut rhythm = ProbeSchedule::new(probe, turn, clock::now());
     let mut warned = None;
     loop {
         sleep(rhythm.due.since(clock::now())).await;
@@ -88,7 +88,7 @@ fn is_due(warned: Option<Moment>, now: Moment) -> bool {
     warned.is_none_or(|warned| now.since(warned) >= WARNING)
 }
 
-fn warn(pool: &Pool, backend: &Backend, verdict: Verdict) {
+fn warn(pool: &Pool, backend: &Backend, verdict: ProbeResult) {
     tracing::warn!(
         pool = pool.label.name(),
         backend = backend.label().name(),
@@ -99,17 +99,17 @@ fn warn(pool: &Pool, backend: &Backend, verdict: Verdict) {
 
 /// When a backend is probed.
 #[derive(Debug)]
-struct Rhythm {
+struct ProbeSchedule {
     interval: Duration,
     due: Moment,
     /// From the first probe to the second, until that is due.
     second: Option<Duration>,
 }
 
-impl Rhythm {
+impl ProbeSchedule {
     /// The first probes of all are spread over what the interval leaves beside a probe's time, so that the first round is
     /// over within it; over half of it where that is more, for then few take their whole time.
-    fn new(probe: &Probe, turn: Turn, now: Moment) -> Self {
+    fn new(probe: &ProbeConfig, turn: ProbeStagger, now: Moment) -> Self {
         let span = probe.interval.saturating_sub(probe.timeout).max(probe.interval / 2);
         let parts = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let step = STEP.min(span / parts(turn.of).max(1));
@@ -141,15 +141,22 @@ impl Rhythm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Ask;
+    use crate::config::ProbeCheck;
 
     const START: Moment = Moment::from_nanos(1_000_000_000);
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn rhythm(interval: Duration, timeout: Duration, place: usize, of: usize) -> Rhythm {
-        let probe =
-            Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask: Ask::Connect };
-        Rhythm::new(&probe, Turn { place, of }, START)
+    fn rhythm(interval: Duration, timeout: Duration, place: usize, of: usize) -> ProbeSchedule {
+        let probe = ProbeConfig {
+            interval,
+            timeout,
+            rise: 1,
+            fall: 1,
+            port: None,
+            send_proxy: false,
+            ask: ProbeCheck::Connect,
+        };
+        ProbeSchedule::new(&probe, ProbeStagger { place, of }, START)
     }
 
     #[test]
@@ -184,7 +191,7 @@ mod tests {
 
     #[test]
     fn the_mean_rate_is_kept_however_long_a_probe_takes() {
-        let mut rhythm = Rhythm { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
+        let mut rhythm = ProbeSchedule { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
         let (mut least, mut most) = (SECOND, SECOND);
         let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..10_000 {
@@ -203,7 +210,7 @@ mod tests {
 
     #[test]
     fn what_was_missed_is_not_made_up_for() {
-        let mut rhythm = Rhythm { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
+        let mut rhythm = ProbeSchedule { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
         let late = START + 100 * SECOND;
         rhythm.advance(late, SECOND / 10);
         assert_eq!(rhythm.due, late);
@@ -221,10 +228,17 @@ mod tests {
     #[test]
     fn a_waiting_probe_takes_little_memory() {
         let (interval, timeout) = (5 * SECOND, SECOND);
-        let probe =
-            Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask: Ask::Connect };
+        let probe = ProbeConfig {
+            interval,
+            timeout,
+            rise: 1,
+            fall: 1,
+            port: None,
+            send_proxy: false,
+            ask: ProbeCheck::Connect,
+        };
         let backend = crate::addr::BackendAddr("127.0.0.1:1".parse().unwrap());
-        let size = size_of_val(&ask::ask(backend, (&[], &Ports::default()), &probe));
+        let size = size_of_val(&ask::ask(backend, (&[], &LocalPorts::default()), &probe));
         assert!(size < 2_048, "{size} bytes for each backend");
     }
 }

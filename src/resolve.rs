@@ -12,14 +12,14 @@ use std::sync::Arc;
 
 use tokio::time::sleep;
 
-use self::answer::{Answer, Memory};
+use self::answer::{LastAnswers, NameResolution};
 pub use self::ask::{NoServers, Resolver};
 pub use self::guard::Own;
-use self::pace::{Pace, spread};
+use self::pace::{LookupSchedule, spread};
 use crate::account::Labels;
-pub use crate::account::lookup::{Lookup, Lookups};
+pub use crate::account::lookup::{LookupCounters, LookupResult};
 use crate::clock;
-use crate::config::Target;
+use crate::config::BackendTarget;
 use crate::pool::Pool;
 use crate::pool::backend::Backend;
 
@@ -34,7 +34,7 @@ const SHOWN: usize = 8;
 pub async fn run(
     resolver: Arc<Resolver>,
     pool: Arc<Pool>,
-    target: Target,
+    target: BackendTarget,
     labels: &Labels,
     first: impl FnOnce(),
     fresh: impl Fn(&Arc<Pool>, Arc<Backend>),
@@ -43,13 +43,14 @@ pub async fn run(
     let lookups = place(&pool).and_then(|place| pool.lookups().nth(place).cloned());
     let Some(lookups) = lookups else { return first() };
     let (min, max) = resolver.bounds();
-    let mut times = Pace::new(min, max);
-    let mut teller = Teller { pool: &pool, name: name(&target), left_out: 0, refused: BTreeSet::new() };
-    let (mut memory, mut first) = (Memory::default(), Some(first));
+    let mut times = LookupSchedule::new(min, max);
+    let mut teller =
+        ChangeReporter { pool: &pool, name: name(&target), left_out: 0, refused: BTreeSet::new() };
+    let (mut memory, mut first) = (LastAnswers::default(), Some(first));
     loop {
         let result = resolver.look_up(&target, &mut memory).await;
         teller.refused(&memory.refused);
-        lookups.count(result.as_ref().map_or_else(|lookup| *lookup, |_| Lookup::Found));
+        lookups.count(result.as_ref().map_or_else(|lookup| *lookup, |_| LookupResult::Found));
         let wait = match result {
             Ok(answer) => {
                 teller.found(&answer, times.is_failing());
@@ -80,15 +81,15 @@ pub async fn run(
     }
 }
 
-fn name(target: &Target) -> String {
+fn name(target: &BackendTarget) -> String {
     match target {
-        Target::Address(address) => address.to_string(),
-        Target::Host { name, .. } | Target::Service(name) => name.clone(),
+        BackendTarget::Address(address) => address.to_string(),
+        BackendTarget::Host { name, .. } | BackendTarget::Service(name) => name.clone(),
     }
 }
 
 /// Tells the operator what changes, not what stays.
-struct Teller<'a> {
+struct ChangeReporter<'a> {
     pool: &'a Pool,
     name: String,
     /// Addresses of the last answer that are not used.
@@ -97,8 +98,8 @@ struct Teller<'a> {
     refused: BTreeSet<IpAddr>,
 }
 
-impl Teller<'_> {
-    fn found(&mut self, answer: &Answer, was_failing: bool) {
+impl ChangeReporter<'_> {
+    fn found(&mut self, answer: &NameResolution, was_failing: bool) {
         let (pool, name, addresses) = (self.pool.label.name(), self.name.as_str(), answer.found.len());
         if was_failing {
             tracing::info!(pool, name, addresses, "a name is resolved again");
@@ -127,7 +128,7 @@ impl Teller<'_> {
         self.refused.clone_from(now);
     }
 
-    fn failed(&self, lookup: Lookup, was_failing: bool) {
+    fn failed(&self, lookup: LookupResult, was_failing: bool) {
         if !was_failing {
             let (pool, name, reason) = (self.pool.label.name(), self.name.as_str(), lookup.word());
             tracing::warn!(pool, name, reason, "a name could not be resolved: its backends stay as they are");

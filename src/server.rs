@@ -30,25 +30,25 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 
-use self::crew::Crew;
+use self::crew::WorkerLoads;
 use self::doors::ORDERS;
-use self::drain::Stage;
-use self::failure::Vital;
-use self::inherit::Inherited;
-use self::listen::Bound;
-use self::moving::Movers;
-use self::takeover::{Heritage, TakeoverError};
-use self::upkeep::Tools;
-use self::worker::Post;
-use crate::admin::{self, Desks, Turn};
-use crate::config::{Config, HealthEndpoint};
-use crate::probe::Lanes;
+use self::drain::DrainStage;
+use self::failure::EssentialTask;
+use self::inherit::InheritedSockets;
+use self::listen::BoundSocket;
+use self::moving::TransferControl;
+use self::takeover::{TakeoverError, TakeoverOffer};
+use self::upkeep::PoolContext;
+use self::worker::WorkerSetup;
+use crate::admin::{self, AdminListeners, ServingSwitch};
+use crate::config::{Config, HealthConfig};
+use crate::probe::ProbeSlots;
 use crate::resolve::{NoServers, Resolver};
-use crate::state::{Changes, Listener, Live, Most};
-use crate::takeover::Leaving;
+use crate::state::{ConfigChanges, ListenerState, LiveState, ProcessLimits};
+use crate::takeover::PendingTransfer;
 
 pub use self::limits::{Capacity, ScarcePorts, scarce_ports};
-pub use self::orders::Orders;
+pub use self::orders::ProcessControl;
 pub use self::reload::{ReloadError, Reloader};
 pub use self::socket::SocketFile;
 
@@ -115,49 +115,49 @@ pub enum StartError {
 /// A running proxy. Dropping it ends every session at once; [`drain`](Self::drain) first is kinder.
 #[derive(Debug)]
 pub struct Server {
-    live: Arc<Live>,
+    live: Arc<LiveState>,
     reloader: Reloader,
     admin: SocketAddr,
     health: SocketAddr,
-    stage: watch::Sender<Stage>,
+    stage: watch::Sender<DrainStage>,
     drain: watch::Sender<bool>,
-    movers: Arc<Movers>,
+    movers: Arc<TransferControl>,
     capacity: Capacity,
     threads: Vec<JoinHandle<()>>,
     /// Closed once the access log is written to its end.
     written: Option<Receiver<()>>,
-    orders: Arc<Orders>,
+    orders: Arc<ProcessControl>,
     socket: Option<Arc<SocketFile>>,
     /// Whether the pages are served here.
     serving: watch::Sender<bool>,
-    crew: Arc<Crew>,
-    heritage: Option<Heritage>,
+    crew: Arc<WorkerLoads>,
+    heritage: Option<TakeoverOffer>,
 }
 
 /// What a server may be started with beside its configuration.
 #[derive(Debug, Default)]
-pub struct Start {
+pub struct StartOptions {
     /// The file that a reload reads again; without one, each reload is refused.
     pub source: Option<PathBuf>,
     /// Sockets that are bound already.
-    pub inherited: Inherited,
+    pub inherited: InheritedSockets,
     /// What another process has; its sockets stand for those above. Nothing is accepted then before
     /// [`take_over`](Server::take_over).
-    pub heritage: Option<Heritage>,
+    pub heritage: Option<TakeoverOffer>,
 }
 
 /// All sockets that are bound.
-struct Sockets {
+struct BoundSockets {
     admin: TcpListener,
     health: TcpListener,
     control: Option<AdminSocket>,
     /// The file of that one, where this process has to remove it.
     file: Option<SocketFile>,
-    doors: listen::Doors,
+    doors: listen::ListenSockets,
 }
 
-impl Sockets {
-    fn bind(config: &Config, workers: usize, inherited: &mut Inherited) -> Result<Self, StartError> {
+impl BoundSockets {
+    fn bind(config: &Config, workers: usize, inherited: &mut InheritedSockets) -> Result<Self, StartError> {
         let admin = listen::page("admin", config.admin.bind, inherited)?;
         let health = listen::page("health", config.health.bind, inherited)?;
         // After the address of the pages, which no second process of the same configuration gets.
@@ -182,15 +182,15 @@ impl Server {
     /// # Errors
     /// The first thing that the machine refused; nothing runs then.
     pub fn start(config: &Config) -> Result<Self, StartError> {
-        Self::start_with(&Arc::new(config.clone()), Start::default())
+        Self::start_with(&Arc::new(config.clone()), StartOptions::default())
     }
 
     /// [`start`](Self::start), with more than a configuration.
     ///
     /// # Errors
     /// As there; and where a socket was passed that no address asks for.
-    pub fn start_with(config: &Arc<Config>, start: Start) -> Result<Self, StartError> {
-        let Start { source, mut inherited, mut heritage } = start;
+    pub fn start_with(config: &Arc<Config>, start: StartOptions) -> Result<Self, StartError> {
+        let StartOptions { source, mut inherited, mut heritage } = start;
         let tie = takeover::tie(heritage.is_some());
         if let Some(heritage) = &mut heritage {
             inherited = heritage.inherited();
@@ -198,26 +198,29 @@ impl Server {
         let workers = limits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
         let capacity = limits::capacity(config, workers, sockets)?;
-        let most = Most { sessions: capacity.sessions, pending: capacity.pending, pipes: capacity.pipes };
-        let live = Live::of(Arc::clone(config), workers, most);
-        let Sockets { admin, health, control, file, doors } = Sockets::bind(config, workers, &mut inherited)?;
+        let most =
+            ProcessLimits { sessions: capacity.sessions, pending: capacity.pending, pipes: capacity.pipes };
+        let live = LiveState::of(Arc::clone(config), workers, most);
+        let BoundSockets { admin, health, control, file, doors } =
+            BoundSockets::bind(config, workers, &mut inherited)?;
         let resolver = Arc::new(OnceLock::new());
         if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {
             let first = Arc::new(Resolver::new(&config.dns, live.own_addresses())?);
             resolver.get_or_init(|| first);
         }
-        let (stage, stages) = watch::channel(Stage::Serving);
+        let (stage, stages) = watch::channel(DrainStage::Serving);
         let (drain, drains) = watch::channel(false);
         let (serving, turn) = watch::channel(heritage.is_none());
         let pages = takeover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
         live.pages.set([local_address(&admin)?, local_address(&health)?]).unwrap_or_default();
         live.bound.store(Arc::new(doors.addresses(config.listeners.len())));
-        let crew = Crew::new(workers);
-        let (movers, ears) = Movers::new(workers, &crew);
+        let crew = WorkerLoads::new(workers);
+        let (movers, ears) = TransferControl::new(workers, &crew);
         let (to_doors, told): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
         let changed = Arc::new(Notify::new());
         let reloader = Reloader::new(&live, doors.held, to_doors, &resolver, capacity, &changed);
-        let orders = Arc::new(Orders::new(Arc::clone(&live), reloader.clone(), source, drain.clone()));
+        let orders =
+            Arc::new(ProcessControl::new(Arc::clone(&live), reloader.clone(), source, drain.clone()));
         let mut server = Self {
             live: Arc::clone(&live),
             reloader,
@@ -238,16 +241,16 @@ impl Server {
         server.may_be_taken_over(pages, tie);
         let ears = told.into_iter().zip(ears);
         server.hire(config, doors.sockets, ears, &stages)?;
-        let control = Control {
-            tools: Tools { live, lanes: Arc::new(Lanes::new(capacity.probes)), resolver },
+        let control = ControlThread {
+            tools: PoolContext { live, lanes: Arc::new(ProbeSlots::new(capacity.probes)), resolver },
             changed,
             crew,
-            desks: Desks {
+            desks: AdminListeners {
                 address: admin,
                 hosts: config.admin.hosts.clone(),
                 socket: control,
                 orders,
-                turn: Turn::new(turn),
+                turn: ServingSwitch::new(turn),
             },
             health: (health, config.health.clone()),
             stage,
@@ -261,9 +264,11 @@ impl Server {
     fn hire(
         &mut self,
         config: &Config,
-        sockets: Vec<Vec<(u32, Bound)>>,
-        ears: impl Iterator<Item = (mpsc::Receiver<doors::Order>, mpsc::Receiver<moving::Order>)>,
-        stages: &watch::Receiver<Stage>,
+        sockets: Vec<Vec<(u32, BoundSocket)>>,
+        ears: impl Iterator<
+            Item = (mpsc::Receiver<doors::SocketCommand>, mpsc::Receiver<moving::TransferCommand>),
+        >,
+        stages: &watch::Receiver<DrainStage>,
     ) -> Result<(), StartError> {
         let mut journal = None;
         if let Some(log) = writer::open(&config.log.access, sockets.len(), Arc::clone(&self.live.log))? {
@@ -274,7 +279,7 @@ impl Server {
         let (posts, boxes): (Vec<_>, Vec<_>) =
             sockets.iter().map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
         for (((number, doors), handed_over), (orders, moves)) in (0_u16..).zip(sockets).zip(boxes).zip(ears) {
-            let post = Post {
+            let post = WorkerSetup {
                 number,
                 live: Arc::clone(&self.live),
                 crew: Arc::clone(&self.crew),
@@ -294,7 +299,7 @@ impl Server {
 
     /// What all threads share.
     #[must_use]
-    pub fn live(&self) -> &Arc<Live> {
+    pub fn live(&self) -> &Arc<LiveState> {
         &self.live
     }
 
@@ -302,7 +307,7 @@ impl Server {
     ///
     /// # Errors
     /// Why it was refused; nothing has changed then.
-    pub fn reload(&self, config: &Arc<Config>) -> Result<Changes, ReloadError> {
+    pub fn reload(&self, config: &Arc<Config>) -> Result<ConfigChanges, ReloadError> {
         self.reloader.reload(config)
     }
 
@@ -310,7 +315,7 @@ impl Server {
     #[must_use]
     pub fn addresses(&self, listener: &str) -> Vec<SocketAddr> {
         let (snapshot, bound) = (self.live.snapshot.load(), self.live.bound.load());
-        let is_it = |row: &&Listener| !row.is_retired && row.label.name() == listener;
+        let is_it = |row: &&ListenerState| !row.is_retired && row.label.name() == listener;
         let place = snapshot.listeners.iter().position(|row| is_it(&row));
         place.and_then(|place| bound.get(place).cloned()).unwrap_or_default()
     }
@@ -335,13 +340,13 @@ impl Server {
 
     /// Who carries out reloads and drains, for those who are told to do so.
     #[must_use]
-    pub fn orders(&self) -> &Arc<Orders> {
+    pub fn orders(&self) -> &Arc<ProcessControl> {
         &self.orders
     }
 
     /// From now on every session that forwards, and every flow, leaves through what this returns, and ends here once its
     /// answer says that it was taken. Clients' datagrams wait in the listening sockets meanwhile.
-    pub async fn start_moving(&self) -> mpsc::Receiver<Leaving> {
+    pub async fn start_moving(&self) -> mpsc::Receiver<PendingTransfer> {
         self.movers.start().await.0
     }
 
@@ -351,7 +356,7 @@ impl Server {
     }
 
     /// Goes on with a session or flow of another process, and answers that.
-    pub async fn take_over(&self, leaving: Leaving) {
+    pub async fn take_over(&self, leaving: PendingTransfer) {
         self.movers.take_over(leaving).await;
     }
 
@@ -362,14 +367,14 @@ impl Server {
 
     /// Ends every session now.
     pub fn end(&self) {
-        self.stage.send_replace(Stage::Over);
+        self.stage.send_replace(DrainStage::Over);
     }
 
     /// What [`end`](Self::end) does, for one who waits in [`join`](Self::join) elsewhere.
     pub fn ender(&self) -> impl Fn() + use<> {
         let stage = self.stage.clone();
         move || {
-            stage.send_replace(Stage::Over);
+            stage.send_replace(DrainStage::Over);
         }
     }
 
@@ -410,7 +415,7 @@ type AdminSocket = (UnixListener, PathBuf);
 /// The admin socket with its path, where one is configured, and its file, where that is this process's to remove.
 fn admin_socket(
     config: &Config,
-    inherited: &mut Inherited,
+    inherited: &mut InheritedSockets,
 ) -> Result<Option<(AdminSocket, Option<SocketFile>)>, StartError> {
     let Some(path) = config.admin.socket.clone() else { return Ok(None) };
     let refused = |error: io::Error| StartError::AdminSocket { path: path.clone(), found: error.to_string() };
@@ -423,21 +428,21 @@ fn admin_socket(
 }
 
 /// What the control thread runs.
-struct Control {
-    tools: Tools,
+struct ControlThread {
+    tools: PoolContext,
     changed: Arc<Notify>,
-    crew: Arc<crew::Crew>,
-    desks: Desks,
-    health: (TcpListener, HealthEndpoint),
-    stage: watch::Sender<Stage>,
+    crew: Arc<crew::WorkerLoads>,
+    desks: AdminListeners,
+    health: (TcpListener, HealthConfig),
+    stage: watch::Sender<DrainStage>,
     drains: watch::Receiver<bool>,
 }
 
-impl Control {
+impl ControlThread {
     fn spawn(self) -> io::Result<JoinHandle<()>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("control".to_owned()).spawn(move || {
-            let _vital = Vital::new("the control thread");
+            let _vital = EssentialTask::new("the control thread");
             runtime.block_on(self.run());
             // A reload that waits for a file system must not keep the process from ending.
             runtime.shutdown_background();

@@ -13,50 +13,50 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, Cache};
 use tokio::sync::mpsc;
 
-use crate::accept::Accepted;
+use crate::accept::AcceptedConnection;
 use crate::account::Label;
-use crate::account::log::{Journal, Marks, Record};
-use crate::account::meter::Meter;
+use crate::account::log::{AccessLogRecord, AccessLogger, LogFlags};
+use crate::account::meter::SessionMetrics;
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
-use crate::admission::pacer::Pacer;
-use crate::admission::ports::{Port, Space};
-use crate::admission::quota::Permit;
+use crate::admission::pacer::BandwidthQueue;
+use crate::admission::ports::{LocalPort, PortSpace};
+use crate::admission::quota::SessionPermit;
 use crate::admission::slots::{self, Slots};
 use crate::clock::{self, Moment};
-use crate::connect::Opening;
-use crate::forward::pace::Lent;
-use crate::forward::pipe::Pipes;
-use crate::forward::{self, Pair, Stop};
-use crate::header::{self, Client};
-use crate::id::{Claim, SessionId};
-use crate::life::{Life, Local};
-use crate::outcome::{At, By, Outcome, Why};
-use crate::pool::{Failed, Picked, Pool, pick};
-use crate::state::rejections::{Line, Rejections};
-use crate::state::{Listener, Live, Snapshot};
-use crate::takeover::Leaving;
+use crate::connect::ConnectPurpose;
+use crate::forward::pace::WorkerResources;
+use crate::forward::pipe::PipeCache;
+use crate::forward::{self, ConnectionPair, RelayStop};
+use crate::header::{self, IdentifiedClient};
+use crate::id::{EndpointClaim, SessionId};
+use crate::life::{SessionContext, WorkerLocal};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
+use crate::pool::{PickedBackend, Pool, SessionFailure, pick};
+use crate::state::rejections::{LogLine, RejectionLog};
+use crate::state::{ListenerState, LiveState, Snapshot};
+use crate::takeover::PendingTransfer;
 use crate::tenant::Tenant;
 
-use self::moved::Moved;
+use self::moved::TransferredSession;
 
 /// What a worker lends to its sessions.
 #[derive(Debug)]
-pub struct Worker {
+pub struct SessionWorker {
     /// Its number, from 0.
     pub number: u16,
     /// What its sessions share.
-    pub local: Rc<Local>,
+    pub local: Rc<WorkerLocal>,
     /// Its pipes.
-    pub pipes: Pipes,
+    pub pipes: PipeCache,
     /// Its queues for bandwidth.
-    pub pacer: RefCell<Pacer>,
+    pub pacer: RefCell<BandwidthQueue>,
     /// Its end of the access log.
-    pub journal: Journal,
+    pub journal: AccessLogger,
     /// What it has left out of that.
-    pub rejections: Rejections,
+    pub rejections: RejectionLog,
     /// Where sessions leave for another process, while they do.
-    pub departures: RefCell<Option<mpsc::Sender<Leaving>>>,
-    live: Arc<Live>,
+    pub departures: RefCell<Option<mpsc::Sender<PendingTransfer>>>,
+    live: Arc<LiveState>,
     slots: Arc<Slots>,
     snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     rolls: RefCell<fastrand::Rng>,
@@ -65,17 +65,17 @@ pub struct Worker {
     next_visit: Cell<Moment>,
 }
 
-impl Worker {
+impl SessionWorker {
     /// A worker without sessions.
     #[must_use]
-    pub fn new(number: u16, live: &Arc<Live>, local: Rc<Local>, journal: Journal) -> Self {
+    pub fn new(number: u16, live: &Arc<LiveState>, local: Rc<WorkerLocal>, journal: AccessLogger) -> Self {
         Self {
             number,
             local,
-            pipes: Pipes::new(Arc::clone(&live.pipes)),
+            pipes: PipeCache::new(Arc::clone(&live.pipes)),
             pacer: RefCell::default(),
             journal,
-            rejections: Rejections::default(),
+            rejections: RejectionLog::default(),
             departures: RefCell::default(),
             live: Arc::clone(live),
             slots: Arc::clone(&live.sessions),
@@ -98,8 +98,13 @@ impl Worker {
     }
 
     /// What a session of this tenant is lent.
-    fn lent<'a>(&'a self, permit: &'a Permit) -> Lent<'a> {
-        Lent { pipes: &self.pipes, buffers: &self.live.buffers, pacer: &self.pacer, quota: permit.quota() }
+    fn lent<'a>(&'a self, permit: &'a SessionPermit) -> WorkerResources<'a> {
+        WorkerResources {
+            pipes: &self.pipes,
+            buffers: &self.live.buffers,
+            pacer: &self.pacer,
+            quota: permit.quota(),
+        }
     }
 
     fn roll(&self) -> u64 {
@@ -108,23 +113,23 @@ impl Worker {
 }
 
 /// What is told of a session when it has ended, as far as it has come.
-struct Story<'a> {
+struct LogContext<'a> {
     peer: PeerAddr,
     client: Option<ClientAddr>,
-    endpoint: Claim,
+    endpoint: EndpointClaim,
     tenant: Option<&'a Tenant>,
     pool: Option<&'a Pool>,
     /// The local ports to the backend that was tried last.
-    toward: Option<Arc<Space>>,
+    toward: Option<Arc<PortSpace>>,
     /// The one that its connection to the backend uses.
-    port: Option<Port>,
+    port: Option<LocalPort>,
     attempts: u32,
     /// In microseconds.
     connect_us: Option<u32>,
-    marks: Marks,
+    marks: LogFlags,
 }
 
-impl Story<'_> {
+impl LogContext<'_> {
     /// The serial number of its tenant's label.
     fn tenant_number(&self) -> u32 {
         self.tenant.map_or(0, |tenant| tenant.label.serial())
@@ -138,8 +143,8 @@ impl Story<'_> {
     /// The connection to the backend is closed, or gone to another process: its local port is free, or in TIME_WAIT where
     /// our side closed first.
     fn leave_port(&mut self, outcome: Outcome) {
-        let closed_first = (outcome.why == Why::Done && outcome.by == By::Client)
-            || matches!(outcome.why, Why::IdleTimeout | Why::HalfCloseTimeout | Why::Drained);
+        let closed_first = (outcome.why == Reason::Done && outcome.by == EndedBy::Client)
+            || matches!(outcome.why, Reason::IdleTimeout | Reason::HalfCloseTimeout | Reason::Drained);
         if let Some(mut port) = self.port.take().filter(|_| closed_first) {
             port.will_wait();
         }
@@ -149,27 +154,27 @@ impl Story<'_> {
 /// Carries a session from its first byte to its last, and accounts for it once, at the end. `aboard` is held as long.
 ///
 /// One future for all of it: each that is awaited within another keeps a place for its arguments, for life.
-pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: impl Sized) {
+pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listener: u32, aboard: impl Sized) {
     let snapshot = worker.snapshot();
     let Some(rules) = snapshot.listeners.get(listener as usize) else { return };
-    let meter = Meter::new(Rc::clone(&worker.local.ledger), &rules.label);
+    let meter = SessionMetrics::new(Rc::clone(&worker.local.ledger), &rules.label);
     let session = SessionId::new(worker.number, worker.local.ledger.next_session());
-    let mut life = Life::new(Rc::clone(&worker.local), meter, clock::now());
-    let mut story = Story {
+    let mut life = SessionContext::new(Rc::clone(&worker.local), meter, clock::now());
+    let mut story = LogContext {
         peer: accepted.peer,
         client: None,
-        endpoint: Claim::Absent,
+        endpoint: EndpointClaim::Absent,
         tenant: None,
         pool: None,
         toward: None,
         port: None,
         attempts: 0,
         connect_us: None,
-        marks: Marks::default(),
+        marks: LogFlags::default(),
     };
     let outcome = 'life: {
         let (pair, admitted, picked) = {
-            let steps = Steps { worker: &worker, snapshot: &snapshot, listener, rules };
+            let steps = SessionSteps { worker: &worker, snapshot: &snapshot, listener, rules };
             // What leads to forwarding takes more room than forwarding does, and gives it back.
             match boxed(steps.lead(accepted, &mut life, &mut story)).await {
                 Ok(led) => led,
@@ -179,7 +184,7 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
         let lent = worker.lent(&admitted.permit);
         let mut relay = forward::relay(pair, &snapshot.patience, lent, &mut life);
         let outcome = loop {
-            if let Stop::Ended(outcome) = (&mut relay).await {
+            if let RelayStop::Ended(outcome) = (&mut relay).await {
                 break outcome;
             }
             if let Some(outcome) = worker.check(&mut relay, &story, &admitted.permit) {
@@ -204,11 +209,11 @@ pub async fn run(worker: Rc<Worker>, accepted: Accepted, listener: u32, aboard: 
 
 /// Accounts for a session, once.
 fn tell(
-    worker: &Worker,
-    life: Life,
+    worker: &SessionWorker,
+    life: SessionContext,
     outcome: Outcome,
     session: SessionId,
-    (story, snapshot): (&Story<'_>, &Snapshot),
+    (story, snapshot): (&LogContext<'_>, &Snapshot),
 ) {
     if outcome.is_logged() && worker.journal.is_on() {
         let strays = || snapshot.strays(life.meter.labels()[0]);
@@ -223,7 +228,14 @@ fn tell(
 }
 
 /// Writes the line of a session's end.
-fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, story: &Story<'_>, entry: Line) {
+fn write(
+    worker: &SessionWorker,
+    life: &SessionContext,
+    outcome: Outcome,
+    session: SessionId,
+    story: &LogContext<'_>,
+    entry: LogLine,
+) {
     let bytes = life.meter.bytes();
     let would_delay = life.meter.would_delay;
     let total = life.started.age(clock::now());
@@ -231,7 +243,7 @@ fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, sto
     // By their names here: they need not be in any snapshot.
     let [listener, tenant, pool] = life.meter.labels().map(Label::name);
     let known = |name| Some(name).filter(|name: &&str| !name.is_empty());
-    let record = Record {
+    let record = AccessLogRecord {
         time: clock::wall(),
         session,
         listener,
@@ -247,7 +259,7 @@ fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, sto
         connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
         total_ms: total,
         outcome,
-        marks: Marks {
+        marks: LogFlags {
             would_delay,
             left_out: u32::try_from(entry.left_out).unwrap_or(u32::MAX),
             ..story.marks
@@ -263,7 +275,7 @@ fn write(worker: &Worker, life: &Life, outcome: Outcome, session: SessionId, sto
 /// Where its tenant, pool or backend is not here any more it goes on all the same, and is counted under their names.
 ///
 /// Boxed, so that what was told of it takes no room while it lives.
-pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Sized) {
+pub async fn resume(worker: Rc<SessionWorker>, mut moved: Box<TransferredSession>, aboard: impl Sized) {
     let (snapshot, session, _slot) = (worker.snapshot(), moved.session(), worker.slots.take_anyway());
     let mut story = moved.story(&snapshot, &worker.live.labels);
     let permit = moved.adopt(&story, &worker.live);
@@ -274,10 +286,10 @@ pub async fn resume(worker: Rc<Worker>, mut moved: Box<Moved>, aboard: impl Size
     let outcome = 'life: {
         let lent = worker.lent(&permit);
         let Ok(mut relay) = moved.resume(&snapshot.patience, lent, &mut life) else {
-            break 'life Outcome::reject(At::Connect, Why::Shortage);
+            break 'life Outcome::reject(EndedAt::Connect, Reason::Shortage);
         };
         loop {
-            if let Stop::Ended(outcome) = (&mut relay).await {
+            if let RelayStop::Ended(outcome) = (&mut relay).await {
                 break outcome;
             }
             if let Some(outcome) = worker.check(&mut relay, &story, &permit) {
@@ -306,46 +318,47 @@ fn boxed<F: Future>(lead: F) -> Pin<Box<F>> {
 }
 
 /// What an admitted session holds: a place of its tenant and one of the process.
-struct Admitted {
-    permit: Permit,
-    _slot: slots::Permit,
+struct AdmittedSession {
+    permit: SessionPermit,
+    _slot: slots::SlotPermit,
 }
 
 /// The steps of a session, on the snapshot that it was born with.
-struct Steps<'a> {
-    worker: &'a Worker,
+struct SessionSteps<'a> {
+    worker: &'a SessionWorker,
     snapshot: &'a Snapshot,
     listener: u32,
-    rules: &'a Listener,
+    rules: &'a ListenerState,
 }
 
-impl<'a> Steps<'a> {
+impl<'a> SessionSteps<'a> {
     /// Every step up to forwarding.
     async fn lead(
         &self,
-        accepted: Accepted,
-        life: &mut Life,
-        story: &mut Story<'a>,
-    ) -> Result<(Pair, Admitted, Picked), Outcome> {
+        accepted: AcceptedConnection,
+        life: &mut SessionContext,
+        story: &mut LogContext<'a>,
+    ) -> Result<(ConnectionPair, AdmittedSession, PickedBackend), Outcome> {
         let (mut client, pool, admitted) = self.enter(accepted, life, story).await?;
         let speaks = pool.send_proxy || client.payload_len() > 0;
-        let opening = if speaks { Opening::Speaks } else { Opening::Listens };
+        let opening = if speaks { ConnectPurpose::Speaks } else { ConnectPurpose::Listens };
         let key = pool
             .key(|| pick::by_client(client.address), || pick::by_endpoint(client.endpoint, client.address));
         let dialled = self.dial(pool, key, opening, &mut client.connection, life, story).await;
         let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
-        let client = connection.into_registered().map_err(|_| Outcome::reject(At::Connect, Why::Shortage))?;
-        Ok((Pair { client, backend, first }, admitted, load))
+        let client =
+            connection.into_registered().map_err(|_| Outcome::reject(EndedAt::Connect, Reason::Shortage))?;
+        Ok((ConnectionPair { client, backend, first }, admitted, load))
     }
 
     /// Every step up to the dial. Apart, so that what these steps need takes no room beside the dial.
     async fn enter(
         &self,
-        accepted: Accepted,
-        life: &mut Life,
-        story: &mut Story<'a>,
-    ) -> Result<(Client, &'a Pool, Admitted), Outcome> {
+        accepted: AcceptedConnection,
+        life: &mut SessionContext,
+        story: &mut LogContext<'a>,
+    ) -> Result<(IdentifiedClient, &'a Pool, AdmittedSession), Outcome> {
         let client = self.hear(accepted, life, story).await?;
         let heard = self.place(&client, life, story);
         let (pool, admitted) = heard.inspect_err(|_| client.connection.reset_on_close())?;
@@ -359,16 +372,16 @@ impl<'a> Steps<'a> {
     /// Who speaks.
     async fn hear(
         &self,
-        accepted: Accepted,
-        life: &mut Life,
-        story: &mut Story<'a>,
-    ) -> Result<Client, Outcome> {
+        accepted: AcceptedConnection,
+        life: &mut SessionContext,
+        story: &mut LogContext<'a>,
+    ) -> Result<IdentifiedClient, Outcome> {
         if !self.rules.trusts(accepted.peer) {
-            return Err(Outcome::reject(At::Accept, Why::UntrustedSource));
+            return Err(Outcome::reject(EndedAt::Accept, Reason::UntrustedSource));
         }
         let client = match &self.rules.header {
             Some(rules) => header::read(accepted.socket, rules, life).await?,
-            None => Client::without_header(accepted.socket, accepted.peer),
+            None => IdentifiedClient::without_header(accepted.socket, accepted.peer),
         };
         story.client = client.address;
         story.endpoint = client.endpoint;
@@ -378,10 +391,10 @@ impl<'a> Steps<'a> {
     /// Whose traffic it is, where it goes, and whether there is room for it.
     fn place(
         &self,
-        client: &Client,
-        life: &mut Life,
-        story: &mut Story<'a>,
-    ) -> Result<(&'a Pool, Admitted), Outcome> {
+        client: &IdentifiedClient,
+        life: &mut SessionContext,
+        story: &mut LogContext<'a>,
+    ) -> Result<(&'a Pool, AdmittedSession), Outcome> {
         let tenant = self.snapshot.directory.find(client.endpoint, self.rules.tenants)?;
         let pool = tenant.pool_on(self.listener, self.rules.pool);
         let pool = pool.and_then(|place| self.snapshot.pools.get(place as usize)).map(Arc::as_ref);
@@ -389,23 +402,23 @@ impl<'a> Steps<'a> {
         story.tenant = Some(tenant);
         story.pool = pool;
         tenant.admit()?;
-        let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
-        let reject = |why| Outcome::reject(At::Tenant, why);
+        let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
+        let reject = |why| Outcome::reject(EndedAt::Tenant, why);
         // Before the tenant is asked: without a slot nothing is taken of its rate.
-        let slot = self.worker.slots.take().ok_or_else(|| reject(tenant.quota.reject(Why::Shed)))?;
+        let slot = self.worker.slots.take().ok_or_else(|| reject(tenant.quota.reject(Reason::Shed)))?;
         let permit = tenant.quota.admit(clock::now()).map_err(reject)?;
         story.marks.would_reject = permit.would_reject();
-        Ok((pool, Admitted { permit, _slot: slot }))
+        Ok((pool, AdmittedSession { permit, _slot: slot }))
     }
 }
 
 /// What a session that was forwarded says of its backend.
-fn judge(picked: &Picked, outcome: Outcome, life: &Life, story: &Story<'_>) {
+fn judge(picked: &PickedBackend, outcome: Outcome, life: &SessionContext, story: &LogContext<'_>) {
     if life.meter.bytes().to_client > 0 {
         picked.answered();
-    } else if outcome.by == By::Backend && matches!(outcome.why, Why::Reset | Why::Unanswered) {
+    } else if outcome.by == EndedBy::Backend && matches!(outcome.why, Reason::Reset | Reason::Unanswered) {
         let Some(pool) = story.pool else { return };
-        let failed = Failed::Reset { tenant: story.tenant_number() };
+        let failed = SessionFailure::Reset { tenant: story.tenant_number() };
         pool.failed(picked, failed, clock::now()).iter().for_each(|change| change.log(pool));
     }
 }
@@ -419,20 +432,20 @@ fn micros(span: Duration) -> u32 {
 mod tests {
     use super::*;
 
-    fn size<A, F: Future>(_: impl Fn(Rc<Worker>, A) -> F) -> usize {
+    fn size<A, F: Future>(_: impl Fn(Rc<SessionWorker>, A) -> F) -> usize {
         size_of::<F>()
     }
 
     /// With its place on board it is 680 bytes, and the allocator gives it 768.
     #[test]
     fn a_session_that_forwards_is_small() {
-        let size = size(|worker, accepted: Accepted| run(worker, accepted, 0, ()));
+        let size = size(|worker, accepted: AcceptedConnection| run(worker, accepted, 0, ()));
         assert!(size <= 664, "{size} bytes");
     }
 
     #[test]
     fn one_that_comes_from_another_process_is_no_larger() {
-        let size = size(|worker, moved: Box<Moved>| resume(worker, moved, ()));
+        let size = size(|worker, moved: Box<TransferredSession>| resume(worker, moved, ()));
         assert!(size <= 664, "{size} bytes");
     }
 }

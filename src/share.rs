@@ -5,14 +5,14 @@
 //! less each gets.
 //!
 //! Nothing is taken from a tenant for another one, so what tenants hold already does not come back for one that comes
-//! new: a [`Reserve`] is kept for those that hold little.
+//! new: a [`ShareReserve`] is kept for those that hold little.
 
 /// How many times what is free beyond the reserve a tenant may hold that has more than an equal share.
 const TIMES_FREE: usize = 9;
 
 /// What tenants that hold much leave to those that hold little: a part of all places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reserve {
+pub struct ShareReserve {
     /// While no more than so many are free, a tenant gets another one only if it holds less than what is free. So each that
     /// comes new gets half of what is left.
     pub all: usize,
@@ -23,7 +23,7 @@ pub struct Reserve {
     pub few: usize,
 }
 
-impl Reserve {
+impl ShareReserve {
     /// That of so many places.
     #[must_use]
     pub const fn of(limit: usize) -> Self {
@@ -42,7 +42,7 @@ pub fn is_equal(held: usize, holders: usize, limit: usize) -> bool {
 /// Whether a tenant that holds `held` places of `limit` may have one more; `free` is what is left once it has that.
 #[must_use]
 pub fn is_allowed(held: usize, holders: usize, limit: usize, free: usize) -> bool {
-    let reserve = Reserve::of(limit);
+    let reserve = ShareReserve::of(limit);
     let beyond = free.saturating_sub(reserve.all);
     (free >= reserve.all && is_equal(held, holders, limit))
         || held < beyond.saturating_mul(TIMES_FREE)
@@ -103,8 +103,8 @@ mod tests {
             }
         }
         assert_eq!(held[..5], [7_875, 1_062, 438, 9, 9]);
-        let reserve = Reserve::of(limit);
-        assert_eq!(reserve, Reserve { all: 1_250, last: 625, few: 9 });
+        let reserve = ShareReserve::of(limit);
+        assert_eq!(reserve, ShareReserve { all: 1_250, last: 625, few: 9 });
         assert!(held[..reserve.last / reserve.few].iter().all(|held| *held >= reserve.few), "{held:?}");
     }
 

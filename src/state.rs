@@ -13,23 +13,23 @@ use crate::accept;
 use crate::account::admin_connections::AdminConnections;
 use crate::account::log::QUEUE;
 use crate::account::log_queue::LogQueue;
-use crate::account::meter::{Configured, Shard};
+use crate::account::meter::{ConfiguredLabels, CounterShard};
 use crate::account::{Label, Labels, lock};
 use crate::addr::PeerAddr;
-use crate::admission::ports::Ports;
+use crate::admission::ports::LocalPorts;
 use crate::admission::quota::Quotas;
 use crate::admission::slots::Slots;
 use crate::clock;
-use crate::clock::wheel::Span;
-use crate::config::{BareDatagrams, Config, Fallback, Identity, Protocol};
+use crate::clock::wheel::TickSpan;
+use crate::config::{BareDatagrams, Config, Fallback, ListenerIdentity, Protocol};
 use crate::connect;
-use crate::forward::Patience;
-use crate::forward::buffer::Buffers;
-use crate::forward::pipe::{self, Budget};
+use crate::forward::IdleTimeouts;
+use crate::forward::buffer::BufferBudget;
+use crate::forward::pipe::{self, PipeBudget};
 use crate::header;
-use crate::id::Claim;
+use crate::id::EndpointClaim;
 use crate::pool::Pool;
-use crate::tenant::{self, Directory, Tenant};
+use crate::tenant::{self, Tenant, TenantDirectory};
 
 mod changes;
 pub mod draining;
@@ -42,27 +42,27 @@ mod stopped;
 mod sweep;
 mod takeovers;
 
-pub use self::changes::{Changes, Count};
-use self::draining::{Draining, Phase};
-use self::rejections::StrayLines;
-pub use self::reload::{Frozen, Reloads, Turn};
-use self::rows::Rows;
+pub use self::changes::{ChangeCount, ConfigChanges};
+use self::draining::{DrainPhase, DrainState};
+use self::rejections::StrayLogLimit;
+pub use self::reload::{PendingReload, ReloadHistory, RestartNeeded};
+use self::rows::ListenerRows;
 pub use self::stopped::{StoppedListener, StoppedListeners};
-pub use self::takeovers::Takeovers;
+pub use self::takeovers::TakeoverCounters;
 
 /// What is in force. It never changes; a new one takes its place.
 #[derive(Debug)]
 pub struct Snapshot {
     /// By place: a name keeps its own for the process's life, and may be retired.
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<ListenerState>,
     /// In the order of the configuration.
     pub pools: Vec<Arc<Pool>>,
     /// Whose traffic it is; shared with the snapshot before, where a reload changes none of it.
-    pub directory: Arc<Directory>,
+    pub directory: Arc<TenantDirectory>,
     /// One attempt at one backend.
-    pub connect: Span,
+    pub connect: TickSpan,
     /// How long a session may be silent.
-    pub patience: Patience,
+    pub patience: IdleTimeouts,
     /// How long a flow may be silent.
     pub flow_idle: Duration,
     /// How many reloads may have taken an endpoint away from the tenant of a live session or flow: at another number each
@@ -72,17 +72,17 @@ pub struct Snapshot {
 
 /// A listener's rules.
 #[derive(Clone, Debug)]
-pub struct Listener {
+pub struct ListenerState {
     /// Its name.
     pub label: Label,
     /// Whose connections are accepted; empty is everybody's.
     pub trusted: Vec<IpNet>,
     /// What is asked of a header; `None` where there is none.
-    pub header: Option<header::Rules>,
+    pub header: Option<header::HeaderRules>,
     /// Whether a datagram without a header may belong to the one flow of its sender.
     pub follows_bare: bool,
     /// Whose traffic it is.
-    pub tenants: tenant::Rules,
+    pub tenants: tenant::TenantRules,
     /// The place of the pool of tenants that name none.
     pub pool: Option<u32>,
     /// Whether it takes connections; else it takes datagrams.
@@ -90,10 +90,10 @@ pub struct Listener {
     /// Whether it is configured no more.
     pub is_retired: bool,
     /// Its lines of the access log that tell of connections without a tenant.
-    pub strays: Arc<StrayLines>,
+    pub strays: Arc<StrayLogLimit>,
 }
 
-impl Listener {
+impl ListenerState {
     /// How many of its sessions may wait for their headers at once; `None` where none does.
     #[must_use]
     pub fn pending_limit(&self) -> Option<usize> {
@@ -115,8 +115,8 @@ impl Snapshot {
         config: &Config,
         labels: &Labels,
         quotas: &Quotas,
-        rows: &Rows,
-        directory: Option<Arc<Directory>>,
+        rows: &ListenerRows,
+        directory: Option<Arc<TenantDirectory>>,
     ) -> Self {
         let pool_places = places(config.pools.iter().map(|pool| &pool.name));
         let tenant_places = places(config.tenants.iter().map(|tenant| &tenant.name));
@@ -124,15 +124,17 @@ impl Snapshot {
             |name: &Option<String>| name.as_ref().and_then(|name| pool_places.get(name.as_str()).copied());
         let directory = directory
             .unwrap_or_else(|| Arc::new(self::directory(config, labels, quotas, rows, &pool_places)));
-        let listeners = rows.all().iter().map(|row| Listener {
+        let listeners = rows.all().iter().map(|row| ListenerState {
             label: labels.intern(&row.listener.name),
             trusted: match &row.listener.identity {
-                Identity::Header { trusted, .. } | Identity::Fixed { trusted, .. } => trusted.clone(),
+                ListenerIdentity::Header { trusted, .. } | ListenerIdentity::Fixed { trusted, .. } => {
+                    trusted.clone()
+                }
             },
             header: header_rules(row, config),
             follows_bare: matches!(
                 row.listener.identity,
-                Identity::Header { bare_datagrams: BareDatagrams::Follow, .. }
+                ListenerIdentity::Header { bare_datagrams: BareDatagrams::Follow, .. }
             ),
             tenants: tenant_rules(&row.listener.identity, &tenant_places),
             pool: pool_of(&row.listener.pool),
@@ -144,12 +146,12 @@ impl Snapshot {
             listeners: listeners.collect(),
             pools: Vec::new(),
             directory,
-            connect: Span::of(config.timeouts.connect),
-            patience: Patience {
-                idle: Span::of(config.timeouts.idle),
-                half_close: Span::of(config.timeouts.half_close),
+            connect: TickSpan::of(config.timeouts.connect),
+            patience: IdleTimeouts {
+                idle: TickSpan::of(config.timeouts.idle),
+                half_close: TickSpan::of(config.timeouts.half_close),
                 tcp_user_timeout: config.timeouts.tcp_user_timeout,
-                stall: (!config.timeouts.stall.is_zero()).then(|| Span::of(config.timeouts.stall)),
+                stall: (!config.timeouts.stall.is_zero()).then(|| TickSpan::of(config.timeouts.stall)),
                 unsent: u32::try_from(config.process.unsent_memory).unwrap_or(u32::MAX),
             },
             flow_idle: config.timeouts.flow_idle,
@@ -159,7 +161,7 @@ impl Snapshot {
 
     /// The lines of a listener's strays.
     #[must_use]
-    pub fn strays(&self, listener: &Label) -> Option<&StrayLines> {
+    pub fn strays(&self, listener: &Label) -> Option<&StrayLogLimit> {
         let rules = self.listeners.iter().find(|own| own.label.serial() == listener.serial());
         rules.map(|rules| &*rules.strays)
     }
@@ -167,7 +169,7 @@ impl Snapshot {
     /// The place of the tenant of this name, where there still is one: found by what its sessions claim nearly always,
     /// however many tenants there are.
     #[must_use]
-    pub fn known_place(&self, name: &Label, claim: Claim, listener: &Label) -> Option<u32> {
+    pub fn known_place(&self, name: &Label, claim: EndpointClaim, listener: &Label) -> Option<u32> {
         let tenants = self.directory.tenants();
         let is_it = |tenant: &Tenant| tenant.label.serial() == name.serial();
         let rules = self.listeners.iter().find(|own| own.label.serial() == listener.serial());
@@ -184,9 +186,9 @@ fn directory(
     config: &Config,
     labels: &Labels,
     quotas: &Quotas,
-    rows: &Rows,
+    rows: &ListenerRows,
     pools: &HashMap<&str, u32>,
-) -> Directory {
+) -> TenantDirectory {
     let route = |(listener, pool): (&String, &String)| {
         Some((*rows.places().get(listener.as_str())?, *pools.get(pool.as_str())?))
     };
@@ -207,7 +209,7 @@ fn directory(
     });
     let endpoints = config.tenants.iter().zip(0_u32..);
     let endpoints = endpoints.flat_map(|(tenant, place)| tenant.endpoints.iter().map(move |id| (*id, place)));
-    Directory::new(tenants.collect(), endpoints)
+    TenantDirectory::new(tenants.collect(), endpoints)
 }
 
 /// Names and their places.
@@ -215,36 +217,40 @@ fn places<'a>(names: impl Iterator<Item = &'a String>) -> HashMap<&'a str, u32> 
     names.map(String::as_str).zip(0..).collect()
 }
 
-fn header_rules(row: &rows::Row, config: &Config) -> Option<header::Rules> {
+fn header_rules(row: &rows::ListenerRow, config: &Config) -> Option<header::HeaderRules> {
     match row.listener.identity {
-        Identity::Header { verify_crc, .. } => Some(header::Rules {
+        ListenerIdentity::Header { verify_crc, .. } => Some(header::HeaderRules {
             verify_crc,
-            timeout: Span::of(config.timeouts.header),
+            timeout: TickSpan::of(config.timeouts.header),
             pending: Arc::clone(&row.pending),
         }),
-        Identity::Fixed { .. } => None,
+        ListenerIdentity::Fixed { .. } => None,
     }
 }
 
-fn tenant_rules(identity: &Identity, places: &HashMap<&str, u32>) -> tenant::Rules {
+fn tenant_rules(identity: &ListenerIdentity, places: &HashMap<&str, u32>) -> tenant::TenantRules {
     let place = |name: &String| places.get(name.as_str()).copied();
     let fallback = |fallback: &Fallback| match fallback {
         Fallback::Reject => None,
         Fallback::Tenant(name) => place(name),
     };
     match identity {
-        Identity::Header { on_no_endpoint, on_unknown_endpoint, .. } => tenant::Rules::ByEndpoint {
-            absent: fallback(on_no_endpoint),
-            unknown: fallback(on_unknown_endpoint),
-        },
+        ListenerIdentity::Header { on_no_endpoint, on_unknown_endpoint, .. } => {
+            tenant::TenantRules::ByEndpoint {
+                absent: fallback(on_no_endpoint),
+                unknown: fallback(on_unknown_endpoint),
+            }
+        }
         // The check has found the tenant; a place out of range would reject, never mistake.
-        Identity::Fixed { tenant, .. } => tenant::Rules::Fixed(place(tenant).unwrap_or(u32::MAX)),
+        ListenerIdentity::Fixed { tenant, .. } => {
+            tenant::TenantRules::Fixed(place(tenant).unwrap_or(u32::MAX))
+        }
     }
 }
 
 /// What a process may have at once.
 #[derive(Clone, Copy, Debug)]
-pub struct Most {
+pub struct ProcessLimits {
     /// Sessions and flows of tenants.
     pub sessions: usize,
     /// Connections that have not yet sent a whole header.
@@ -255,7 +261,7 @@ pub struct Most {
 
 /// Everything that workers, probes and pages share.
 #[derive(Debug)]
-pub struct Live {
+pub struct LiveState {
     /// What is in force.
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     /// What it was made of.
@@ -263,19 +269,19 @@ pub struct Live {
     /// Every name.
     pub labels: Labels,
     /// Each worker's cells.
-    pub shards: Vec<Arc<Shard>>,
+    pub shards: Vec<Arc<CounterShard>>,
     /// Sessions of the process.
     pub sessions: Arc<Slots>,
     /// What each tenant may take, and what is in use.
     pub quotas: Quotas,
     /// Local ports of connections to backends.
-    pub ports: Arc<Ports>,
+    pub ports: Arc<LocalPorts>,
     /// Local ports of UDP flows.
-    pub udp_ports: Arc<Ports>,
+    pub udp_ports: Arc<LocalPorts>,
     /// Memory of splice pipes.
-    pub pipes: Arc<Budget>,
+    pub pipes: Arc<PipeBudget>,
     /// Memory of bytes that wait for a slow reader.
-    pub buffers: Arc<Buffers>,
+    pub buffers: Arc<BufferBudget>,
     /// The lines of the access log that wait for its writer, and those that are missing.
     pub log: Arc<LogQueue>,
     /// Listening sockets that broke and are not open again yet.
@@ -287,18 +293,18 @@ pub struct Live {
     /// Whether the first round of probes and lookups is over.
     started: AtomicBool,
     /// How often another configuration took its place.
-    pub reloads: Reloads,
+    pub reloads: ReloadHistory,
     /// Snapshots that sessions may still hold. No worker is the last to hold one, and has to free it.
     replaced: Mutex<Vec<Arc<Snapshot>>>,
     /// How often everything was to go to another process, or come from one.
-    pub takeovers: Takeovers,
+    pub takeovers: TakeoverCounters,
     /// Connections of the health port, the admin address and the admin socket.
     pub admin_connections: AdminConnections,
     /// How far the process has come to its end.
-    pub draining: Draining,
+    pub draining: DrainState,
     /// What is configured, for the workers to fold the counts of all else.
-    pub configured: ArcSwap<Configured>,
-    swept: Mutex<sweep::Traces>,
+    pub configured: ArcSwap<ConfiguredLabels>,
+    swept: Mutex<sweep::FoldTrigger>,
 }
 
 /// Why the process should get no new traffic.
@@ -327,28 +333,28 @@ impl NotReady {
     }
 }
 
-impl Live {
+impl LiveState {
     /// The state of a process that starts: `workers` shards, and at most so much of everything.
     #[must_use]
-    pub fn new(config: &Config, workers: usize, most: Most) -> Arc<Self> {
+    pub fn new(config: &Config, workers: usize, most: ProcessLimits) -> Arc<Self> {
         Self::of(Arc::new(config.clone()), workers, most)
     }
 
     /// [`new`](Self::new), with a configuration that is kept as it is: of 100,000 tenants a second one would be felt.
     #[must_use]
-    pub fn of(config: Arc<Config>, workers: usize, most: Most) -> Arc<Self> {
+    pub fn of(config: Arc<Config>, workers: usize, most: ProcessLimits) -> Arc<Self> {
         let labels = Labels::default();
         let sessions = Slots::new(most.sessions);
         let quotas = Quotas::new(Arc::clone(&sessions));
-        let mut rows = Rows::new(most.pending);
+        let mut rows = ListenerRows::new(most.pending);
         rows.set(&config.listeners);
         let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
         let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
         sharing::tell(&snapshot);
-        let configured = ArcSwap::from_pointee(Configured::none(&labels));
-        let buffers = Buffers::new(config.process.buffer_memory);
+        let configured = ArcSwap::from_pointee(ConfiguredLabels::none(&labels));
+        let buffers = BufferBudget::new(config.process.buffer_memory);
         let ports = connect::system_ports();
-        let udp_ports = Arc::new(Ports::udp(ports.range().clone()));
+        let udp_ports = Arc::new(LocalPorts::udp(ports.range().clone()));
         Arc::new(Self {
             snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
             config: ArcSwap::new(config),
@@ -357,7 +363,7 @@ impl Live {
             sessions,
             quotas,
             buffers,
-            pipes: Budget::new(most.pipes * pipe::CAPACITY as u64, workers),
+            pipes: PipeBudget::new(most.pipes * pipe::CAPACITY as u64, workers),
             ports: Arc::new(ports),
             udp_ports,
             log: Arc::new(LogQueue::new(workers.max(1) * QUEUE)),
@@ -365,11 +371,11 @@ impl Live {
             bound: ArcSwap::default(),
             pages: OnceLock::new(),
             started: AtomicBool::new(false),
-            reloads: Reloads::new(rows),
+            reloads: ReloadHistory::new(rows),
             replaced: Mutex::default(),
-            takeovers: Takeovers::default(),
+            takeovers: TakeoverCounters::default(),
             admin_connections: AdminConnections::default(),
-            draining: Draining::default(),
+            draining: DrainState::default(),
             configured,
             swept: Mutex::default(),
         })
@@ -379,10 +385,10 @@ impl Live {
     ///
     /// # Errors
     /// What it must not change.
-    pub fn turn(&self, config: &Config) -> Result<Turn<'_>, Frozen> {
+    pub fn turn(&self, config: &Config) -> Result<PendingReload<'_>, RestartNeeded> {
         // One at a time, so that the last one that was asked for is in force.
         let turn = self.reloads.turn(self);
-        Frozen::judge(&self.config.load(), config)?;
+        RestartNeeded::judge(&self.config.load(), config)?;
         Ok(turn)
     }
 
@@ -427,7 +433,7 @@ impl Live {
     /// Whether the process is going.
     #[must_use]
     pub fn is_draining(&self) -> bool {
-        self.draining.phase() > Phase::Serving
+        self.draining.phase() > DrainPhase::Serving
     }
 
     /// Whether the first round of probes and lookups is not over, of the pools that are in force now. Once it is, the process

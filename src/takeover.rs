@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use crate::forward::moved::Misfit;
+use crate::forward::moved::RestoreError;
 
 /// The version of all records. A record that means something else than before has another one; one that only says more
 /// has not.
@@ -23,7 +23,7 @@ pub const MOST_TOLD: usize = 64 * 1024;
 
 /// A session or flow on its way: its record, and the descriptors that go with it, in the record's order.
 #[derive(Debug)]
-pub struct Parcel {
+pub struct Transfer {
     /// What is told of it, and the bytes that it holds.
     pub record: Vec<u8>,
     /// Its sockets, and its pipes where they hold bytes.
@@ -32,26 +32,26 @@ pub struct Parcel {
 
 /// What the other side says of a parcel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum TransferReply {
     /// It carries what was in it from here on.
     Taken,
     /// It does not, and never will.
     Stays,
 }
 
-/// A parcel that waits for its answer; dropping the sender of the answer means [`Answer::Stays`].
+/// A parcel that waits for its answer; dropping the sender of the answer means [`TransferReply::Stays`].
 #[derive(Debug)]
-pub struct Leaving {
+pub struct PendingTransfer {
     /// What leaves.
-    pub parcel: Parcel,
+    pub parcel: Transfer,
     /// Where the answer goes.
-    pub answer: oneshot::Sender<Answer>,
+    pub answer: oneshot::Sender<TransferReply>,
 }
 
 /// What is in a parcel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum TransferKind {
     /// A TCP session.
     Session,
     /// A UDP flow.
@@ -60,7 +60,7 @@ pub enum Kind {
 
 /// Why a parcel is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub enum TransferError {
     /// Its record is none.
     #[error("the record is malformed: {0}")]
     Malformed(String),
@@ -72,7 +72,7 @@ pub enum Refused {
     Kind,
     /// What came with the record is not what it says.
     #[error(transparent)]
-    Misfit(#[from] Misfit),
+    Misfit(#[from] RestoreError),
     /// A flow whose listening socket this worker does not have.
     #[error("the flow's listening socket is not here")]
     NoDoor,
@@ -83,30 +83,35 @@ pub enum Refused {
 
 /// What every version's record begins with.
 #[derive(Serialize, Deserialize)]
-struct Heading {
+struct RecordHeading {
     version: u32,
-    kind: Kind,
+    kind: TransferKind,
 }
 
 /// The whole line.
 #[derive(Serialize, Deserialize)]
-struct Letter<T> {
+struct VersionedRecord<T> {
     version: u32,
-    kind: Kind,
+    kind: TransferKind,
     told: T,
 }
 
-fn malformed(error: &impl ToString) -> Refused {
-    Refused::Malformed(error.to_string())
+fn malformed(error: &impl ToString) -> TransferError {
+    TransferError::Malformed(error.to_string())
 }
 
-impl Parcel {
+impl Transfer {
     /// Packs what is told of a session or flow, the bytes that it holds, and copies of its descriptors.
     ///
     /// # Errors
     /// Where more is told than may be.
-    pub fn pack<T: Serialize>(kind: Kind, told: &T, tail: &[u8], fds: Vec<OwnedFd>) -> Result<Self, Refused> {
-        let letter = Letter { version: VERSION, kind, told };
+    pub fn pack<T: Serialize>(
+        kind: TransferKind,
+        told: &T,
+        tail: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> Result<Self, TransferError> {
+        let letter = VersionedRecord { version: VERSION, kind, told };
         let mut record = serde_json::to_vec(&letter).map_err(|error| malformed(&error))?;
         if record.len() > MOST_TOLD {
             return Err(malformed(&"too long"));
@@ -117,7 +122,7 @@ impl Parcel {
     }
 
     /// The record's line, and the bytes behind it.
-    fn parts(&self) -> Result<(&[u8], &[u8]), Refused> {
+    fn parts(&self) -> Result<(&[u8], &[u8]), TransferError> {
         let within = self.record.iter().take(MOST_TOLD + 1);
         let end = within.copied().position(|byte| byte == b'\n').ok_or_else(|| malformed(&"no end"))?;
         let (line, tail) = self.record.split_at_checked(end).unwrap_or_default();
@@ -128,22 +133,26 @@ impl Parcel {
     ///
     /// # Errors
     /// Where that cannot be read.
-    pub fn kind(&self) -> Result<Kind, Refused> {
+    pub fn kind(&self) -> Result<TransferKind, TransferError> {
         let (line, _) = self.parts()?;
-        let heading: Heading = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
-        if heading.version == VERSION { Ok(heading.kind) } else { Err(Refused::Version(heading.version)) }
+        let heading: RecordHeading = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
+        if heading.version == VERSION {
+            Ok(heading.kind)
+        } else {
+            Err(TransferError::Version(heading.version))
+        }
     }
 
     /// What is told in it, and the bytes that are held.
     ///
     /// # Errors
     /// Where it is of another kind or version, or cannot be read.
-    pub fn read<T: DeserializeOwned>(&self, kind: Kind) -> Result<(T, &[u8]), Refused> {
+    pub fn read<T: DeserializeOwned>(&self, kind: TransferKind) -> Result<(T, &[u8]), TransferError> {
         if self.kind()? != kind {
-            return Err(Refused::Kind);
+            return Err(TransferError::Kind);
         }
         let (line, tail) = self.parts()?;
-        let letter: Letter<T> = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
+        let letter: VersionedRecord<T> = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
         Ok((letter.told, tail))
     }
 }
@@ -152,23 +161,23 @@ impl Parcel {
 mod tests {
     use super::*;
 
-    fn parcel(record: &[u8]) -> Parcel {
-        Parcel { record: record.to_vec(), fds: Vec::new() }
+    fn parcel(record: &[u8]) -> Transfer {
+        Transfer { record: record.to_vec(), fds: Vec::new() }
     }
 
     #[test]
     fn what_is_packed_is_read_back_whatever_the_bytes_are() {
         let told = vec!["a\nb".to_owned(), "ü".to_owned()];
-        let packed = Parcel::pack(Kind::Session, &told, b"\n{}\n", Vec::new()).unwrap();
-        assert_eq!(packed.kind(), Ok(Kind::Session));
-        assert_eq!(packed.read(Kind::Session), Ok((told, &b"\n{}\n"[..])));
-        assert_eq!(packed.read::<Vec<String>>(Kind::Flow), Err(Refused::Kind));
+        let packed = Transfer::pack(TransferKind::Session, &told, b"\n{}\n", Vec::new()).unwrap();
+        assert_eq!(packed.kind(), Ok(TransferKind::Session));
+        assert_eq!(packed.read(TransferKind::Session), Ok((told, &b"\n{}\n"[..])));
+        assert_eq!(packed.read::<Vec<String>>(TransferKind::Flow), Err(TransferError::Kind));
     }
 
     #[test]
     fn what_cannot_be_read_is_refused() {
         let newer = br#"{"version":2,"kind":"stream","told":{}}"#;
-        assert!(matches!(parcel(newer).kind(), Err(Refused::Malformed(_))), "no line's end");
+        assert!(matches!(parcel(newer).kind(), Err(TransferError::Malformed(_))), "no line's end");
         for (record, is_version) in [
             (&b"{\"version\":2,\"kind\":\"session\",\"told\":7}\n"[..], true),
             (b"{\"version\":0,\"kind\":\"session\"}\n", true),
@@ -178,18 +187,22 @@ mod tests {
             (b"\n", false),
             (b"", false),
         ] {
-            let refused = parcel(record).read::<u32>(Kind::Session).unwrap_err();
-            assert_eq!(matches!(refused, Refused::Version(_)), is_version, "{refused}");
+            let refused = parcel(record).read::<u32>(TransferKind::Session).unwrap_err();
+            assert_eq!(matches!(refused, TransferError::Version(_)), is_version, "{refused}");
         }
         let more = b"{\"version\":1,\"kind\":\"session\",\"told\":7,\"more\":1}\n";
-        assert_eq!(parcel(more).read(Kind::Session), Ok((7, &b""[..])), "one that only says more is known");
+        assert_eq!(
+            parcel(more).read(TransferKind::Session),
+            Ok((7, &b""[..])),
+            "one that only says more is known"
+        );
     }
 
     #[test]
     fn no_more_is_told_than_may_be() {
         let long = "x".repeat(MOST_TOLD);
-        assert!(Parcel::pack(Kind::Flow, &long, b"", Vec::new()).is_err());
+        assert!(Transfer::pack(TransferKind::Flow, &long, b"", Vec::new()).is_err());
         let record = [long.as_bytes(), b"\n"].concat();
-        assert!(matches!(parcel(&record).kind(), Err(Refused::Malformed(_))));
+        assert!(matches!(parcel(&record).kind(), Err(TransferError::Malformed(_))));
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::account::Label;
 use crate::admission::quota::Quota;
-use crate::id::{Claim, EndpointId};
-use crate::outcome::{At, Outcome, Why};
+use crate::id::{EndpointClaim, EndpointId};
+use crate::outcome::{EndedAt, Outcome, Reason};
 
 /// Whose traffic it is.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl Tenant {
         if self.enabled {
             Ok(())
         } else {
-            Err(Outcome::reject(At::Tenant, self.quota.reject(Why::TenantDisabled)))
+            Err(Outcome::reject(EndedAt::Tenant, self.quota.reject(Reason::TenantDisabled)))
         }
     }
 
@@ -48,7 +48,7 @@ impl Tenant {
 
 /// What becomes of a session by what its header claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rules {
+pub enum TenantRules {
     /// Every session is this tenant's.
     Fixed(u32),
     /// By the endpoint ID. The places are the tenants' of those without one, and of those with an unknown one;
@@ -63,12 +63,12 @@ pub enum Rules {
 
 /// Every tenant, found by endpoint ID.
 #[derive(Debug, Default)]
-pub struct Directory {
+pub struct TenantDirectory {
     tenants: Vec<Tenant>,
     endpoints: HashMap<EndpointId, u32, foldhash::fast::RandomState>,
 }
 
-impl Directory {
+impl TenantDirectory {
     /// A directory of `tenants`; `endpoints` tells the place of each ID's tenant.
     #[must_use]
     pub fn new(tenants: Vec<Tenant>, endpoints: impl IntoIterator<Item = (EndpointId, u32)>) -> Self {
@@ -91,22 +91,24 @@ impl Directory {
     /// # Errors
     /// The rejection, where it is nobody's.
     #[inline]
-    pub fn find(&self, claim: Claim, rules: Rules) -> Result<&Tenant, Outcome> {
+    pub fn find(&self, claim: EndpointClaim, rules: TenantRules) -> Result<&Tenant, Outcome> {
         let (place, why) = self.place(claim, rules);
         let tenant = place.and_then(|place| self.tenants.get(place as usize));
-        tenant.ok_or(Outcome::reject(At::Tenant, why))
+        tenant.ok_or(Outcome::reject(EndedAt::Tenant, why))
     }
 
     /// The place of the tenant whose traffic it is, and why it is rejected where it is nobody's.
     #[inline]
     #[must_use]
-    pub fn place(&self, claim: Claim, rules: Rules) -> (Option<u32>, Why) {
+    pub fn place(&self, claim: EndpointClaim, rules: TenantRules) -> (Option<u32>, Reason) {
         match rules {
-            Rules::Fixed(place) => (Some(place), Why::NoEndpoint),
-            Rules::ByEndpoint { absent, unknown } => match claim {
-                Claim::Absent => (absent, Why::NoEndpoint),
-                Claim::Malformed => (unknown, Why::UnknownEndpoint),
-                Claim::Id(id) => (self.endpoints.get(&id).copied().or(unknown), Why::UnknownEndpoint),
+            TenantRules::Fixed(place) => (Some(place), Reason::NoEndpoint),
+            TenantRules::ByEndpoint { absent, unknown } => match claim {
+                EndpointClaim::Absent => (absent, Reason::NoEndpoint),
+                EndpointClaim::Malformed => (unknown, Reason::UnknownEndpoint),
+                EndpointClaim::Id(id) => {
+                    (self.endpoints.get(&id).copied().or(unknown), Reason::UnknownEndpoint)
+                }
             },
         }
     }
@@ -117,11 +119,11 @@ mod tests {
     use super::*;
     use crate::account::Labels;
 
-    fn id(text: &str) -> Claim {
-        Claim::from_tlv(Some(text.as_bytes()))
+    fn id(text: &str) -> EndpointClaim {
+        EndpointClaim::from_tlv(Some(text.as_bytes()))
     }
 
-    fn directory() -> Directory {
+    fn directory() -> TenantDirectory {
         let labels = Labels::default();
         let tenants = ["acme", "globex"].into_iter().map(|name| Tenant {
             label: labels.intern(name),
@@ -132,42 +134,45 @@ mod tests {
             quota: Arc::default(),
         });
         let endpoints = [("vpce-00000001", 0), ("vpce-00000002", 1)];
-        Directory::new(tenants.collect(), endpoints.map(|(text, place)| (text.parse().unwrap(), place)))
+        TenantDirectory::new(tenants.collect(), endpoints.map(|(text, place)| (text.parse().unwrap(), place)))
     }
 
-    fn name(found: Result<&Tenant, Outcome>) -> Result<String, Why> {
+    fn name(found: Result<&Tenant, Outcome>) -> Result<String, Reason> {
         found.map(|tenant| tenant.label.name().to_owned()).map_err(|outcome| outcome.why)
     }
 
     #[test]
     fn an_id_leads_to_its_tenant_and_nothing_else_does() {
         let directory = directory();
-        let strict = Rules::ByEndpoint { absent: None, unknown: None };
+        let strict = TenantRules::ByEndpoint { absent: None, unknown: None };
         assert_eq!(name(directory.find(id("vpce-00000002"), strict)), Ok("globex".to_owned()));
-        assert_eq!(name(directory.find(id("vpce-00000003"), strict)), Err(Why::UnknownEndpoint));
-        assert_eq!(name(directory.find(id("nonsense"), strict)), Err(Why::UnknownEndpoint));
-        assert_eq!(name(directory.find(Claim::Absent, strict)), Err(Why::NoEndpoint));
+        assert_eq!(name(directory.find(id("vpce-00000003"), strict)), Err(Reason::UnknownEndpoint));
+        assert_eq!(name(directory.find(id("nonsense"), strict)), Err(Reason::UnknownEndpoint));
+        assert_eq!(name(directory.find(EndpointClaim::Absent, strict)), Err(Reason::NoEndpoint));
         assert_eq!(directory.tenants().len(), 2);
     }
 
     #[test]
     fn fallbacks_take_what_nobody_lists() {
         let directory = directory();
-        let lenient = Rules::ByEndpoint { absent: Some(0), unknown: Some(1) };
-        assert_eq!(name(directory.find(Claim::Absent, lenient)), Ok("acme".to_owned()));
-        assert_eq!(name(directory.find(Claim::Malformed, lenient)), Ok("globex".to_owned()));
+        let lenient = TenantRules::ByEndpoint { absent: Some(0), unknown: Some(1) };
+        assert_eq!(name(directory.find(EndpointClaim::Absent, lenient)), Ok("acme".to_owned()));
+        assert_eq!(name(directory.find(EndpointClaim::Malformed, lenient)), Ok("globex".to_owned()));
         assert_eq!(name(directory.find(id("vpce-00000009"), lenient)), Ok("globex".to_owned()));
         assert_eq!(name(directory.find(id("vpce-00000001"), lenient)), Ok("acme".to_owned()));
-        assert_eq!(name(directory.find(id("vpce-00000002"), Rules::Fixed(0))), Ok("acme".to_owned()));
+        assert_eq!(name(directory.find(id("vpce-00000002"), TenantRules::Fixed(0))), Ok("acme".to_owned()));
     }
 
     #[test]
     fn a_place_that_no_tenant_has_is_nobodys() {
-        let directory = Directory::new(Vec::new(), [("vpce-00000001".parse().unwrap(), 7)]);
-        let lenient = Rules::ByEndpoint { absent: Some(7), unknown: Some(7) };
-        assert_eq!(name(directory.find(id("vpce-00000001"), lenient)), Err(Why::UnknownEndpoint));
-        assert_eq!(name(directory.find(Claim::Absent, lenient)), Err(Why::NoEndpoint));
-        assert_eq!(name(directory.find(Claim::Absent, Rules::Fixed(7))), Err(Why::NoEndpoint));
+        let directory = TenantDirectory::new(Vec::new(), [("vpce-00000001".parse().unwrap(), 7)]);
+        let lenient = TenantRules::ByEndpoint { absent: Some(7), unknown: Some(7) };
+        assert_eq!(name(directory.find(id("vpce-00000001"), lenient)), Err(Reason::UnknownEndpoint));
+        assert_eq!(name(directory.find(EndpointClaim::Absent, lenient)), Err(Reason::NoEndpoint));
+        assert_eq!(
+            name(directory.find(EndpointClaim::Absent, TenantRules::Fixed(7))),
+            Err(Reason::NoEndpoint)
+        );
     }
 
     #[test]
@@ -175,7 +180,7 @@ mod tests {
         let directory = directory();
         assert_eq!(directory.tenants()[0].admit(), Ok(()));
         let rejected = directory.tenants()[1].admit();
-        assert_eq!(rejected, Err(Outcome::reject(At::Tenant, Why::TenantDisabled)));
+        assert_eq!(rejected, Err(Outcome::reject(EndedAt::Tenant, Reason::TenantDisabled)));
     }
 
     #[test]

@@ -5,12 +5,15 @@
 
 mod crc;
 mod encode;
+mod family;
 mod header;
 mod nlb;
 mod tlv;
 
-pub use self::encode::{Builder, TooLong, reseal};
-pub use self::header::{Addresses, Command, Header, Malformed, Parsed, Rules, Transport, parse};
+pub use self::encode::{HeaderBuilder, HeaderTooLong, reseal};
+pub use self::header::{
+    Addresses, Header, HeaderCommand, MalformedHeader, ParsedHeader, ParserRules, Transport, parse,
+};
 pub use self::tlv::{Tlv, Tlvs};
 
 /// The twelve bytes that open every version 2 header.

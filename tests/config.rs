@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use vestibule::config::{
-    AccessLog, Ask, Backend, Balance, Bandwidth, BareDatagrams, Config, Dns, Ejection, Fallback, Faults,
-    Format, Identity, Level, Limits, Mode, OnRevoke, Probe, Protocol, Queue, Rate, Target,
+    AccessLogTarget, BackendConfig, BackendTarget, Balance, BandwidthLimit, BareDatagrams, Config,
+    ConfigErrors, DnsConfig, EjectionConfig, Fallback, LimitMode, ListenerIdentity, LogFormat, LogLevel,
+    OnRevoke, ProbeCheck, ProbeConfig, Protocol, QueueConfig, RateLimit, TenantLimits,
 };
 
-fn load(path: impl AsRef<Path>) -> Result<Config, Faults> {
+fn load(path: impl AsRef<Path>) -> Result<Config, ConfigErrors> {
     Config::load(path.as_ref())
 }
 
@@ -60,8 +61,8 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     assert_eq!(config.admin.bind, "127.0.0.1:9900".parse().unwrap());
     assert_eq!(config.health.bind, "0.0.0.0:8081".parse().unwrap());
     assert_eq!(config.health.path, "/healthz");
-    assert_eq!((config.log.level, config.log.format), (Level::Info, Format::Json));
-    assert_eq!(config.log.access, AccessLog::Stdout);
+    assert_eq!((config.log.level, config.log.format), (LogLevel::Info, LogFormat::Json));
+    assert_eq!(config.log.access, AccessLogTarget::Stdout);
     let (timeouts, drain) = (config.timeouts, config.drain);
     let seconds =
         [timeouts.header, timeouts.connect, timeouts.idle, timeouts.half_close].map(|time| time.as_secs());
@@ -73,7 +74,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     let [listener] = config.listeners.as_slice() else { panic!("one listener") };
     assert_eq!(listener.bind, ["0.0.0.0:8080".parse().unwrap()]);
     assert_eq!((listener.pool.as_deref(), listener.max_pending), (Some("app"), 4096));
-    let expected = Identity::Header {
+    let expected = ListenerIdentity::Header {
         trusted: vec!["127.0.0.0/8".parse().unwrap()],
         verify_crc: true,
         on_no_endpoint: Fallback::Reject,
@@ -86,24 +87,34 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     assert_eq!((pool.balance, pool.attempts, pool.send_proxy), (Balance::P2c, 3, false));
     assert!(pool.source_addresses.is_empty());
     let (interval, timeout) = (Duration::from_secs(5), Duration::from_secs(2));
-    let probe =
-        Probe { interval, timeout, rise: 2, fall: 3, port: None, send_proxy: false, ask: Ask::Connect };
+    let probe = ProbeConfig {
+        interval,
+        timeout,
+        rise: 2,
+        fall: 3,
+        port: None,
+        send_proxy: false,
+        ask: ProbeCheck::Connect,
+    };
     assert_eq!(pool.health, Some(probe));
     assert_eq!((pool.prefer_zone.as_ref(), pool.slow_start), (None, Duration::ZERO));
     assert_eq!((pool.retry_budget, pool.panic_threshold), (20, 0));
-    assert_eq!(pool.queue, Queue { length: 0, timeout: Duration::from_secs(1) });
+    assert_eq!(pool.queue, QueueConfig { length: 0, timeout: Duration::from_secs(1) });
     let base_time = Duration::from_secs(30);
-    assert_eq!(pool.ejection, Ejection { consecutive_failures: 5, base_time, max_percent: 50 });
+    assert_eq!(pool.ejection, EjectionConfig { consecutive_failures: 5, base_time, max_percent: 50 });
     let backend = &pool.backends[0];
     assert_eq!((backend.weight, backend.zone.as_ref(), backend.max_sessions), (100, None, None));
     assert!(!backend.backup);
     let [timeout, min_ttl, max_ttl] = [2, 1, 60].map(Duration::from_secs);
-    assert_eq!(config.dns, Dns { servers: Vec::new(), timeout, min_ttl, max_ttl, allow_answers: Vec::new() });
+    assert_eq!(
+        config.dns,
+        DnsConfig { servers: Vec::new(), timeout, min_ttl, max_ttl, allow_answers: Vec::new() }
+    );
 
     let [tenant] = config.tenants.as_slice() else { panic!("one tenant") };
     assert_eq!((tenant.name.as_str(), tenant.enabled, tenant.pool.as_ref()), ("acme", true, None));
     assert!(tenant.routes.is_empty() && tenant.labels.is_empty());
-    assert_eq!(tenant.limits, Limits::default());
+    assert_eq!(tenant.limits, TenantLimits::default());
     assert_eq!((tenant.on_revoke, tenant.revoke_grace), (OnRevoke::End, Duration::ZERO));
 }
 
@@ -123,7 +134,7 @@ fn the_reference_is_valid_and_says_the_defaults() {
     assert_eq!(reference.listeners[0].identity, behind.listeners[0].identity);
     assert_eq!(reference.listeners[0].max_pending, minimal.listeners[0].max_pending);
     assert_eq!(reference.listeners[0].bind.len(), 8);
-    let fixed = Identity::Fixed { tenant: "acme".to_owned(), trusted: Vec::new() };
+    let fixed = ListenerIdentity::Fixed { tenant: "acme".to_owned(), trusted: Vec::new() };
     assert_eq!(reference.listeners[1].identity, fixed);
     let (ours, default) = (&reference.pools[0], &minimal.pools[0]);
     assert_eq!(
@@ -162,12 +173,17 @@ fn what_is_not_the_default_is_read_too() {
     assert_eq!((config.process.workers, config.process.max_sessions), (1024, 50_000));
     assert_eq!((config.process.pipe_memory, config.process.buffer_memory), (0, 8 << 20));
     assert_eq!(config.process.unsent_memory, 128 << 10);
-    assert_eq!((config.log.level, config.log.format), (Level::Trace, Format::Text));
-    assert_eq!(config.log.access, AccessLog::File("access.log".into()));
+    assert_eq!((config.log.level, config.log.format), (LogLevel::Trace, LogFormat::Text));
+    assert_eq!(config.log.access, AccessLogTarget::File("access.log".into()));
     assert_eq!(config.timeouts.connect, Duration::from_millis(200));
     assert_eq!(config.drain.notice, Duration::ZERO);
-    let Identity::Header { trusted, verify_crc, on_no_endpoint, on_unknown_endpoint, bare_datagrams: _ } =
-        &config.listeners[0].identity
+    let ListenerIdentity::Header {
+        trusted,
+        verify_crc,
+        on_no_endpoint,
+        on_unknown_endpoint,
+        bare_datagrams: _,
+    } = &config.listeners[0].identity
     else {
         panic!("a header is required")
     };
@@ -175,15 +191,18 @@ fn what_is_not_the_default_is_read_too() {
     assert!(!verify_crc);
     assert_eq!(on_no_endpoint, &Fallback::Tenant("inside".to_owned()));
     assert_eq!(on_unknown_endpoint, &Fallback::Tenant("acme".to_owned()));
-    let fixed =
-        Identity::Fixed { tenant: "inside".to_owned(), trusted: vec!["10.9.0.0/16".parse().unwrap()] };
+    let fixed = ListenerIdentity::Fixed {
+        tenant: "inside".to_owned(),
+        trusted: vec!["10.9.0.0/16".parse().unwrap()],
+    };
     assert_eq!(config.listeners[1].identity, fixed);
     let pool = &config.pools[0];
     assert_eq!((pool.balance, pool.attempts, pool.send_proxy), (Balance::RoundRobin, 100, true));
     assert_eq!(pool.source_addresses.len(), 2);
     let (interval, timeout) = (Duration::from_secs(1), Duration::from_secs(1));
-    let ask = Ask::Connect;
-    let probe = Probe { interval, timeout, rise: 1, fall: 1, port: Some(65_535), send_proxy: true, ask };
+    let ask = ProbeCheck::Connect;
+    let probe =
+        ProbeConfig { interval, timeout, rise: 1, fall: 1, port: Some(65_535), send_proxy: true, ask };
     assert_eq!(pool.health, Some(probe));
     assert_eq!(config.pools[1].health, None);
     assert!(!config.tenants[0].enabled);
@@ -195,43 +214,57 @@ fn what_is_not_the_default_is_read_too() {
 fn every_key_of_a_pool_is_read() {
     let config = load("tests/config/valid/everything.toml").unwrap();
     let [app, _, http, bare, exchange, names] = config.pools.as_slice() else { panic!("six pools") };
-    let backend = |target, weight| Backend { target, weight, zone: None, max_sessions: None, backup: false };
-    let address = |address: &str| Target::Address(address.parse().unwrap());
-    let host = |name: &str, port| Target::Host { name: name.to_owned(), port };
-    let zoned = Backend {
+    let backend =
+        |target, weight| BackendConfig { target, weight, zone: None, max_sessions: None, backup: false };
+    let address = |address: &str| BackendTarget::Address(address.parse().unwrap());
+    let host = |name: &str, port| BackendTarget::Host { name: name.to_owned(), port };
+    let zoned = BackendConfig {
         zone: Some("usw2-az1".to_owned()),
         max_sessions: Some(1),
         backup: true,
         ..backend(address("[fd00::10]:80"), 0)
     };
-    let bounded = Backend { max_sessions: Some(u32::MAX), ..backend(host("db.internal", 65_535), 1000) };
-    let service = backend(Target::Service("_http._tcp.example.com".to_owned()), 100);
+    let bounded =
+        BackendConfig { max_sessions: Some(u32::MAX), ..backend(host("db.internal", 65_535), 1000) };
+    let service = backend(BackendTarget::Service("_http._tcp.example.com".to_owned()), 100);
     assert_eq!(app.backends, [backend(address("10.0.1.10:80"), 100), zoned, bounded, service]);
     assert_eq!(app.prefer_zone.as_deref(), Some("usw2-az1"));
     assert_eq!((app.retry_budget, app.slow_start), (100, Duration::from_secs(30)));
     let short = Duration::from_millis(1);
-    assert_eq!(app.queue, Queue { length: 100_000, timeout: short });
+    assert_eq!(app.queue, QueueConfig { length: 100_000, timeout: short });
     assert_eq!(app.panic_threshold, 100);
-    assert_eq!(app.ejection, Ejection { consecutive_failures: 1000, base_time: short, max_percent: 100 });
+    assert_eq!(
+        app.ejection,
+        EjectionConfig { consecutive_failures: 1000, base_time: short, max_percent: 100 }
+    );
 
     assert_eq!(http.prefer_zone, None);
     let ways = [http, bare, exchange].map(|pool| pool.balance);
     assert_eq!(ways, [Balance::MaglevEndpoint, Balance::LeastSessions, Balance::Maglev]);
     let asks = [http, bare, exchange, names].map(|pool| pool.health.clone().unwrap().ask);
     let expected = [
-        Ask::Http {
+        ProbeCheck::Http {
             path: "/live?deep=1".to_owned(),
             host: Some("example.com:8080".to_owned()),
             expect_status: vec![100..=100, 200..=399, 599..=599],
         },
-        Ask::Http { path: "/".to_owned(), host: None, expect_status: std::iter::once(200..=399).collect() },
-        Ask::Exchange {
+        ProbeCheck::Http {
+            path: "/".to_owned(),
+            host: None,
+            expect_status: std::iter::once(200..=399).collect(),
+        },
+        ProbeCheck::Exchange {
             protocol: Protocol::Tcp,
             send: b"PING\r\n".to_vec(),
             expect: vec![10, 11],
             prefix: true,
         },
-        Ask::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: b"220 ".to_vec(), prefix: false },
+        ProbeCheck::Exchange {
+            protocol: Protocol::Tcp,
+            send: Vec::new(),
+            expect: b"220 ".to_vec(),
+            prefix: false,
+        },
     ];
     assert_eq!(asks, expected);
     let targets: Vec<_> = names.backends.iter().map(|backend| backend.target.to_string()).collect();
@@ -262,10 +295,10 @@ fn one_time_to_live_alone_is_no_slip_for_the_other() {
 #[test]
 fn a_tenant_takes_each_limit_that_it_does_not_set_from_the_defaults() {
     let config = load("tests/config/valid/everything.toml").unwrap();
-    let bandwidth = |bytes_per_second, burst| Some(Bandwidth { bytes_per_second, burst });
-    let rate = |nanos, burst| Some(Rate { interval: Duration::from_nanos(nanos), burst });
-    let acme = Limits {
-        mode: Mode::Observe,
+    let bandwidth = |bytes_per_second, burst| Some(BandwidthLimit { bytes_per_second, burst });
+    let rate = |nanos, burst| Some(RateLimit { interval: Duration::from_nanos(nanos), burst });
+    let acme = TenantLimits {
+        mode: LimitMode::Observe,
         sessions: Some(1),
         session_rate: rate(60_000_000_000 / 7, 3),
         to_backend: bandwidth(1024, 1024),
@@ -276,8 +309,8 @@ fn a_tenant_takes_each_limit_that_it_does_not_set_from_the_defaults() {
         datagram_rate: rate(50_000, 2_000),
     };
     assert_eq!(config.tenants[0].limits, acme);
-    let defaults = Limits {
-        mode: Mode::Enforce,
+    let defaults = TenantLimits {
+        mode: LimitMode::Enforce,
         sessions: Some(2000),
         session_rate: rate(5_000_000, 400),
         to_backend: None,
@@ -297,7 +330,7 @@ fn a_text_is_read_as_a_file_is() {
     assert_eq!(Config::parse("minimal.toml", &text).unwrap(), load("config/minimal.toml").unwrap());
     let faults = Config::parse("here", "[log]\nlevel = 3\n").unwrap_err();
     assert!(faults.to_string().starts_with("here:1: [[listener]]: must be present"), "{faults}");
-    assert_eq!(faults.iter().last().map(vestibule::config::Fault::line), Some(Some(2)));
+    assert_eq!(faults.iter().last().map(vestibule::config::ConfigError::line), Some(Some(2)));
 }
 
 #[test]

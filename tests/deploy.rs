@@ -9,8 +9,8 @@ use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use serde_json::Value;
 use vestibule::account::Direction;
-use vestibule::account::meter::Connect;
-use vestibule::account::names::{self, Kind, Metric};
+use vestibule::account::meter::ConnectResult;
+use vestibule::account::names::{self, Metric, MetricKind};
 use vestibule::outcome::Outcome;
 
 /// Labels that Prometheus itself sets.
@@ -192,10 +192,11 @@ fn metrics(asked: &str) -> Vec<(&str, Vec<(&str, &str)>)> {
 /// A metric by the name of one of its rows, and the labels that those rows have more.
 fn known(name: &str) -> Option<(&'static Metric, &'static [&'static str])> {
     let find = |name: &str| names::ALL.iter().find(|metric| metric.name == name);
-    let plain = find(name).filter(|metric| metric.kind != Kind::Histogram).map(|metric| (metric, &[][..]));
+    let plain =
+        find(name).filter(|metric| metric.kind != MetricKind::Histogram).map(|metric| (metric, &[][..]));
     let of_histogram = |end, labels| {
         let metric = find(name.strip_suffix(end)?)?;
-        (metric.kind == Kind::Histogram).then_some((metric, labels))
+        (metric.kind == MetricKind::Histogram).then_some((metric, labels))
     };
     plain
         .or_else(|| of_histogram("_bucket", &["le"][..]))
@@ -213,7 +214,7 @@ fn is_word(metric: &Metric, label: &str, word: &str) -> bool {
         "why" if *metric == names::ENDED => outcomes(|outcome| outcome.why.word()),
         "direction" => Direction::ALL.iter().any(|direction| direction.word() == word),
         "result" if *metric == names::BACKEND_CONNECTS => {
-            Connect::ALL.iter().any(|result| result.word() == word)
+            ConnectResult::ALL.iter().any(|result| result.word() == word)
         }
         "listener" | "tenant" | "pool" | "backend" | "worker" | "name" | "version" => true,
         // Each help lists the words of its labels.

@@ -32,7 +32,7 @@ mod raw;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::{Mutex, MutexGuard};
-use vestibule::fault::{Call, Fault, Injection};
+use vestibule::fault::{InjectedFault, Injection, Syscall};
 
 use self::harness::{GLOBEX, Proxy, exchange, read};
 
@@ -47,13 +47,13 @@ async fn alone() -> MutexGuard<'static, ()> {
 }
 
 /// Puts one fault in force.
-fn inject(fault: Fault) -> Injection {
+fn inject(fault: InjectedFault) -> Injection {
     Injection::new(SEED, [fault])
 }
 
 /// The next so many such calls fail.
-fn next(call: Call, errno: rustix::io::Errno, count: u64) -> Injection {
-    inject(Fault::new(call, &[errno]).at_most(count))
+fn next(call: Syscall, errno: rustix::io::Errno, count: u64) -> Injection {
+    inject(InjectedFault::new(call, &[errno]).at_most(count))
 }
 
 /// Another tenant's session, from before the fault to after it.

@@ -19,12 +19,12 @@ use loom::thread::{JoinHandle, spawn};
 use vestibule::{account, clock, config, outcome, share};
 
 use self::clock::Moment;
-use self::config::{Bandwidth, Limits};
-use self::outcome::Why;
-use self::source::admission::budget::{Budget, PARTS};
-use self::source::admission::quota::{Kept, Permit, Quota};
-use self::source::admission::rate::Rate;
-use self::source::admission::share::Share;
+use self::config::{BandwidthLimit, TenantLimits};
+use self::outcome::Reason;
+use self::source::admission::budget::{BandwidthBudget, PARTS};
+use self::source::admission::quota::{Quota, ReservedSlots, SessionPermit};
+use self::source::admission::rate::RateLimiter;
+use self::source::admission::share::SessionShare;
 use self::source::admission::slots::Slots;
 
 mod atomic {
@@ -78,8 +78,8 @@ fn with<S: Send + Sync + 'static, T: 'static>(
     spawn(move || act(&shared))
 }
 
-fn every(interval: u64, burst: u64) -> config::Rate {
-    config::Rate { interval: Duration::from_millis(interval), burst }
+fn every(interval: u64, burst: u64) -> config::RateLimit {
+    config::RateLimit { interval: Duration::from_millis(interval), burst }
 }
 
 fn one_of_two_has_the_last_slot() {
@@ -129,9 +129,9 @@ fn a_kept_slot_is_taken_or_given_back_once() {
 }
 
 fn a_burst_is_admitted_and_not_one_more() {
-    let rate = Arc::new(Rate::default());
+    let rate = Arc::new(RateLimiter::default());
     rate.set(Some(every(100, 3)));
-    let twice = |rate: &Arc<Rate>| (0..2).filter(|_| rate.admit(NOW)).count();
+    let twice = |rate: &Arc<RateLimiter>| (0..2).filter(|_| rate.admit(NOW)).count();
     let other = with(&rate, twice);
     let own = twice(&rate);
     assert_eq!(own + other.join().unwrap(), 3);
@@ -139,7 +139,7 @@ fn a_burst_is_admitted_and_not_one_more() {
 }
 
 fn a_rate_that_is_set_is_seen_whole() {
-    let rate = Arc::new(Rate::default());
+    let rate = Arc::new(RateLimiter::default());
     rate.set(Some(every(1_000, 5)));
     let set = with(&rate, |rate| rate.set(Some(every(10, 2))));
     let own = (0..3).filter(|_| rate.admit(NOW)).count();
@@ -154,15 +154,15 @@ fn a_rate_that_is_set_is_seen_whole() {
     );
 }
 
-fn quota(limits: &Limits) -> (Arc<Share>, Arc<Quota>) {
-    let share = Share::new(Slots::new(1_000));
+fn quota(limits: &TenantLimits) -> (Arc<SessionShare>, Arc<Quota>) {
+    let share = SessionShare::new(Slots::new(1_000));
     let quota = Quota::new(Arc::clone(&share));
     quota.set(limits, NOW);
     (share, quota)
 }
 
 fn a_tenant_holds_while_it_has_a_session() {
-    let (share, quota) = quota(&Limits::default());
+    let (share, quota) = quota(&TenantLimits::default());
     let come_and_go = |quota: &Arc<Quota>| drop(quota.admit(NOW).unwrap());
     let other = with(&quota, come_and_go);
     let own = quota.admit(NOW).unwrap();
@@ -174,36 +174,39 @@ fn a_tenant_holds_while_it_has_a_session() {
 }
 
 fn the_limit_and_the_rate_together_lose_nothing() {
-    let (share, quota) =
-        quota(&Limits { sessions: Some(1), session_rate: Some(every(1_000, 2)), ..Limits::default() });
+    let (share, quota) = quota(&TenantLimits {
+        sessions: Some(1),
+        session_rate: Some(every(1_000, 2)),
+        ..TenantLimits::default()
+    });
     let admit = |quota: &Arc<Quota>| quota.admit(NOW);
     let other = with(&quota, admit);
     let own = quota.admit(NOW);
-    let both: [Result<Permit, Why>; 2] = [own, other.join().unwrap()];
+    let both: [Result<SessionPermit, Reason>; 2] = [own, other.join().unwrap()];
     assert_eq!(both.iter().flatten().count(), 1);
-    assert!(both.iter().any(|one| matches!(one, Err(Why::SessionLimit))));
+    assert!(both.iter().any(|one| matches!(one, Err(Reason::SessionLimit))));
     drop(both);
     drop(quota.admit(NOW).unwrap());
-    assert_eq!(quota.admit(NOW).unwrap_err(), Why::SessionRate, "who the limit refused has taken nothing");
+    assert_eq!(quota.admit(NOW).unwrap_err(), Reason::SessionRate, "who the limit refused has taken nothing");
     assert_eq!((share.holders(), quota.sessions()), (0, 0));
 }
 
 fn what_is_kept_for_a_successor_ends_at_nothing() {
-    let (share, quota) = quota(&Limits { sessions: Some(1), ..Limits::default() });
+    let (share, quota) = quota(&TenantLimits { sessions: Some(1), ..TenantLimits::default() });
     let slots = Slots::new(10);
-    let kept = Kept::new(&slots, 1, vec![(Arc::clone(&quota), 1, 0)]);
+    let kept = ReservedSlots::new(&slots, 1, vec![(Arc::clone(&quota), 1, 0)]);
     let late = with(&quota, |quota| quota.adopt(None));
     drop(kept);
     let late = late.join().unwrap();
     assert_eq!((quota.sessions(), share.holders(), slots.used()), (1, 1, 0));
-    assert_eq!(quota.admit(NOW).unwrap_err(), Why::SessionLimit);
+    assert_eq!(quota.admit(NOW).unwrap_err(), Reason::SessionLimit);
     drop(late);
     assert_eq!((quota.sessions(), share.holders()), (0, 0));
 }
 
-fn budget() -> Arc<Budget> {
-    let budget = Budget::default();
-    budget.set(Some(Bandwidth { bytes_per_second: 1_000, burst: 200 }), NOW);
+fn budget() -> Arc<BandwidthBudget> {
+    let budget = BandwidthBudget::default();
+    budget.set(Some(BandwidthLimit { bytes_per_second: 1_000, burst: 200 }), NOW);
     Arc::new(budget)
 }
 

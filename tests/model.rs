@@ -18,11 +18,11 @@ use proptest::sample::Index;
 use vestibule::account::Labels;
 use vestibule::admission::slots::Slots;
 use vestibule::clock::Moment;
-use vestibule::clock::wheel::{Key, Tick, Wheel};
+use vestibule::clock::wheel::{Tick, TimerKey, TimerWheel};
 use vestibule::config;
-use vestibule::id::{Claim, EndpointId};
-use vestibule::outcome::Why;
-use vestibule::tenant::{self, Directory, Tenant};
+use vestibule::id::{EndpointClaim, EndpointId};
+use vestibule::outcome::Reason;
+use vestibule::tenant::{self, Tenant, TenantDirectory};
 
 #[path = "model/day.rs"]
 mod day;
@@ -90,7 +90,7 @@ impl Wake for Waiting {
 }
 
 /// Whoever waits: the number, the key, the deadline.
-type Waits = Vec<(usize, Key, u32)>;
+type Waits = Vec<(usize, TimerKey, u32)>;
 
 fn due(waits: &Waits, now: u32) -> Vec<usize> {
     let mut numbers: Vec<_> =
@@ -101,7 +101,7 @@ fn due(waits: &Waits, now: u32) -> Vec<usize> {
 
 fn turn_the_wheel(start: u32, turns: Vec<Turn>) -> Result<(), TestCaseError> {
     let woken = Arc::new(Mutex::new(Vec::new()));
-    let mut wheel = Wheel::default();
+    let mut wheel = TimerWheel::default();
     wheel.advance(tick(start), |_| unreachable!("nobody waits"));
     let (mut now, mut waits, mut born) = (start, Waits::new(), 0);
     for turn in turns {
@@ -213,7 +213,7 @@ fn endpoint() -> impl Strategy<Value = String> {
     ]
 }
 
-fn directory(tenants: u32, endpoints: &BTreeMap<String, u32>) -> Directory {
+fn directory(tenants: u32, endpoints: &BTreeMap<String, u32>) -> TenantDirectory {
     let labels = Labels::default();
     let tenant = |place: u32| Tenant {
         label: labels.intern(&place.to_string()),
@@ -224,7 +224,7 @@ fn directory(tenants: u32, endpoints: &BTreeMap<String, u32>) -> Directory {
         quota: Arc::default(),
     };
     let endpoints = endpoints.iter().map(|(text, place)| (text.parse().unwrap(), *place));
-    Directory::new((0..tenants).map(tenant).collect(), endpoints)
+    TenantDirectory::new((0..tenants).map(tenant).collect(), endpoints)
 }
 
 proptest! {
@@ -242,16 +242,16 @@ proptest! {
         let directory = directory(10, &listed);
         prop_assert_eq!(directory.tenants().len(), 10);
         let rules = match fixed {
-            Some(place) => tenant::Rules::Fixed(place),
-            None => tenant::Rules::ByEndpoint { absent, unknown },
+            Some(place) => tenant::TenantRules::Fixed(place),
+            None => tenant::TenantRules::ByEndpoint { absent, unknown },
         };
         for claim in claims {
             let expected = match (fixed, &claim) {
                 (Some(place), _) => Ok(place),
-                (None, None) => absent.ok_or(Why::NoEndpoint),
-                (None, Some(text)) => listed.get(text).copied().or(unknown).ok_or(Why::UnknownEndpoint),
+                (None, None) => absent.ok_or(Reason::NoEndpoint),
+                (None, Some(text)) => listed.get(text).copied().or(unknown).ok_or(Reason::UnknownEndpoint),
             };
-            let found = directory.find(Claim::from_tlv(claim.as_deref().map(str::as_bytes)), rules);
+            let found = directory.find(EndpointClaim::from_tlv(claim.as_deref().map(str::as_bytes)), rules);
             let found = found.map(|tenant| tenant.label.name().parse().unwrap()).map_err(|outcome| outcome.why);
             prop_assert_eq!(found, expected, "{:?}", claim);
         }
@@ -273,7 +273,7 @@ proptest! {
         let id: EndpointId = text.parse().unwrap();
         prop_assert_eq!(id.to_string(), text.clone());
         prop_assert_eq!(EndpointId::from_bytes(text.as_bytes()), Some(id));
-        prop_assert_eq!(Claim::from_tlv(Some(text.as_bytes())), Claim::Id(id));
+        prop_assert_eq!(EndpointClaim::from_tlv(Some(text.as_bytes())), EndpointClaim::Id(id));
     }
 
     #[test]

@@ -8,11 +8,11 @@
 )]
 
 use proptest::prelude::*;
-use vestibule::id::Claim;
-use vestibule::outcome::{At, Outcome, Why};
+use vestibule::id::EndpointClaim;
+use vestibule::outcome::{EndedAt, Outcome, Reason};
 use vestibule::wire::{
-    Addresses, Builder, Command, FIXED_LEN, Header, MAX_LEN, Malformed, Parsed, Rules, SIGNATURE, Transport,
-    kind, parse, reseal,
+    Addresses, FIXED_LEN, Header, HeaderBuilder, HeaderCommand, MAX_LEN, MalformedHeader, ParsedHeader,
+    ParserRules, SIGNATURE, Transport, kind, parse, reseal,
 };
 
 #[path = "wire/agreement.rs"]
@@ -20,8 +20,8 @@ mod agreement;
 #[path = "wire/peers.rs"]
 mod peers;
 
-const STREAM: Rules = Rules { transport: Transport::Stream, verify_crc: true };
-const DATAGRAM: Rules = Rules { transport: Transport::Datagram, verify_crc: true };
+const STREAM: ParserRules = ParserRules { transport: Transport::Stream, verify_crc: true };
+const DATAGRAM: ParserRules = ParserRules { transport: Transport::Datagram, verify_crc: true };
 
 /// One line of the table.
 struct Vector {
@@ -47,7 +47,7 @@ impl Vector {
     }
 
     /// The rules of a listener that is meant for it.
-    fn rules(&self) -> Rules {
+    fn rules(&self) -> ParserRules {
         if self.header[13] & 0x0F == 2 { DATAGRAM } else { STREAM }
     }
 }
@@ -93,20 +93,20 @@ fn tcp4(tlvs: &[u8]) -> Vec<u8> {
 }
 
 #[track_caller]
-fn done(input: &[u8], rules: Rules) -> Header<'_> {
+fn done(input: &[u8], rules: ParserRules) -> Header<'_> {
     match parse(input, rules) {
-        Parsed::Done(header, len) => {
+        ParsedHeader::Done(header, len) => {
             assert_eq!(header.as_bytes(), &input[..len]);
             header
         }
-        other @ (Parsed::Partial(_) | Parsed::Malformed(_)) => panic!("{other:?}"),
+        other @ (ParsedHeader::Partial(_) | ParsedHeader::Malformed(_)) => panic!("{other:?}"),
     }
 }
 
 #[track_caller]
-fn refused(input: &[u8], reason: Malformed) {
-    assert_eq!(parse(input, STREAM), Parsed::Malformed(reason));
-    assert!(Outcome::reject(At::Header, reason.into()).place().is_some());
+fn refused(input: &[u8], reason: MalformedHeader) {
+    assert_eq!(parse(input, STREAM), ParsedHeader::Malformed(reason));
+    assert!(Outcome::reject(EndedAt::Header, reason.into()).place().is_some());
 }
 
 // The table of vectors.
@@ -116,17 +116,17 @@ fn every_vector_has_its_outcome_and_its_payload_is_left_alone() {
     for vector in vectors() {
         let whole = vector.whole();
         let outcome = match parse(&whole, vector.rules()) {
-            Parsed::Malformed(Malformed::CrcMismatch) => "malformed".to_owned(),
-            Parsed::Malformed(Malformed::AmbiguousEndpoint) => "ambiguous-endpoint".to_owned(),
-            Parsed::Malformed(reason) => panic!("{}: {reason:?}", vector.name),
-            Parsed::Partial(needed) => panic!("{}: {needed}", vector.name),
-            Parsed::Done(header, len) => {
+            ParsedHeader::Malformed(MalformedHeader::CrcMismatch) => "malformed".to_owned(),
+            ParsedHeader::Malformed(MalformedHeader::AmbiguousEndpoint) => "ambiguous-endpoint".to_owned(),
+            ParsedHeader::Malformed(reason) => panic!("{}: {reason:?}", vector.name),
+            ParsedHeader::Partial(needed) => panic!("{}: {needed}", vector.name),
+            ParsedHeader::Done(header, len) => {
                 assert_eq!(&whole[len..], vector.payload, "{}", vector.name);
-                match (header.command(), Claim::from_tlv(header.endpoint())) {
-                    (Command::Local, _) => "local".to_owned(),
-                    (Command::Proxy, Claim::Absent) => "no-endpoint".to_owned(),
-                    (Command::Proxy, Claim::Id(id)) => id.to_string(),
-                    (Command::Proxy, Claim::Malformed) => panic!("{}", vector.name),
+                match (header.command(), EndpointClaim::from_tlv(header.endpoint())) {
+                    (HeaderCommand::Local, _) => "local".to_owned(),
+                    (HeaderCommand::Proxy, EndpointClaim::Absent) => "no-endpoint".to_owned(),
+                    (HeaderCommand::Proxy, EndpointClaim::Id(id)) => id.to_string(),
+                    (HeaderCommand::Proxy, EndpointClaim::Malformed) => panic!("{}", vector.name),
                 }
             }
         };
@@ -154,7 +154,7 @@ fn a_health_check_has_neither_client_nor_tlvs_on_either_transport() {
     for vector in vectors().iter().filter(|vector| vector.is_local()) {
         for rules in [STREAM, DATAGRAM] {
             let header = done(&vector.header, rules);
-            assert_eq!(header.command(), Command::Local);
+            assert_eq!(header.command(), HeaderCommand::Local);
             assert_eq!((header.addresses(), header.client()), (Addresses::Unspecified, None));
             assert_eq!((header.tlvs().count(), header.endpoint()), (0, None));
         }
@@ -167,7 +167,7 @@ fn the_wrong_transport_is_refused_either_way() {
         let other = if vector.rules() == STREAM { DATAGRAM } else { STREAM };
         assert_eq!(
             parse(&vector.whole(), other),
-            Parsed::Malformed(Malformed::WrongTransport),
+            ParsedHeader::Malformed(MalformedHeader::WrongTransport),
             "{}",
             vector.name
         );
@@ -177,7 +177,7 @@ fn the_wrong_transport_is_refused_either_way() {
 #[test]
 fn a_wrong_checksum_passes_where_it_is_not_verified() {
     for vector in vectors().iter().filter(|vector| vector.expected == "malformed") {
-        let header = done(&vector.header, Rules { verify_crc: false, ..vector.rules() });
+        let header = done(&vector.header, ParserRules { verify_crc: false, ..vector.rules() });
         assert!(header.client().is_some() && header.endpoint().is_some());
     }
 }
@@ -189,11 +189,13 @@ fn every_truncation_of_every_vector_asks_for_more_but_never_too_much() {
     for vector in vectors() {
         for cut in 0..vector.header.len() {
             match parse(&vector.header[..cut], vector.rules()) {
-                Parsed::Partial(needed) => {
+                ParsedHeader::Partial(needed) => {
                     assert!(needed > cut && needed <= vector.header.len(), "{} {cut} {needed}", vector.name);
                 }
-                Parsed::Malformed(_) => assert_eq!(vector.expected, "malformed", "{} {cut}", vector.name),
-                Parsed::Done(..) => panic!("{} is whole after {cut} bytes", vector.name),
+                ParsedHeader::Malformed(_) => {
+                    assert_eq!(vector.expected, "malformed", "{} {cut}", vector.name);
+                }
+                ParsedHeader::Done(..) => panic!("{} is whole after {cut} bytes", vector.name),
             }
         }
     }
@@ -214,7 +216,7 @@ fn every_split_of_every_vector_ends_in_the_same_result() {
 fn reading_what_is_asked_for_gets_there_in_two_steps() {
     for vector in vectors() {
         let (mut held, mut steps) = (0, 0);
-        while let Parsed::Partial(needed) = parse(&vector.header[..held], vector.rules()) {
+        while let ParsedHeader::Partial(needed) = parse(&vector.header[..held], vector.rules()) {
             held = needed;
             steps += 1;
         }
@@ -224,14 +226,14 @@ fn reading_what_is_asked_for_gets_there_in_two_steps() {
 }
 
 /// More bytes may finish what was partial. What was decided stays decided.
-fn assert_decided_once(input: &[u8], rules: Rules) {
+fn assert_decided_once(input: &[u8], rules: ParserRules) {
     let mut decided = None;
     for len in 0..=input.len() {
         let parsed = parse(&input[..len], rules);
         match (&decided, &parsed) {
             (Some(decided), parsed) => assert_eq!(parsed, decided, "after {len} bytes"),
-            (None, Parsed::Partial(needed)) => assert!(*needed > len && *needed <= MAX_LEN),
-            (None, Parsed::Done(..) | Parsed::Malformed(_)) => decided = Some(parsed),
+            (None, ParsedHeader::Partial(needed)) => assert!(*needed > len && *needed <= MAX_LEN),
+            (None, ParsedHeader::Done(..) | ParsedHeader::Malformed(_)) => decided = Some(parsed),
         }
     }
 }
@@ -243,16 +245,16 @@ fn accepted(bent: &[u8], place: usize) -> bool {
     let original = capture();
     let original = done(&original, STREAM);
     match parse(bent, STREAM) {
-        Parsed::Malformed(_) => false,
-        Parsed::Partial(needed) => {
+        ParsedHeader::Malformed(_) => false,
+        ParsedHeader::Partial(needed) => {
             assert!(needed > bent.len() && (14..16).contains(&place), "byte {place}");
             false
         }
-        Parsed::Done(header, _) if header.command() == Command::Local => {
+        ParsedHeader::Done(header, _) if header.command() == HeaderCommand::Local => {
             assert_eq!((place, header.client(), header.endpoint()), (12, None, None));
             false
         }
-        Parsed::Done(header, _) => {
+        ParsedHeader::Done(header, _) => {
             assert!(header.tlvs().all(|tlv| tlv.kind != kind::CRC32C), "byte {place}: a checksum passed");
             assert!(header.client().is_none() || header.client() == original.client(), "byte {place}");
             assert!(header.endpoint().is_none() || header.endpoint() == original.endpoint(), "byte {place}");
@@ -304,8 +306,9 @@ fn no_vector_and_no_wrong_header_costs_an_allocation() {
     for input in &inputs {
         for rules in [STREAM, DATAGRAM] {
             let counted = allocation_counter::measure(|| {
-                if let Parsed::Done(header, _) = parse(input, rules) {
-                    let asked = (header.client(), Claim::from_tlv(header.endpoint()), header.tlvs().count());
+                if let ParsedHeader::Done(header, _) = parse(input, rules) {
+                    let asked =
+                        (header.client(), EndpointClaim::from_tlv(header.endpoint()), header.tlvs().count());
                     std::hint::black_box(asked);
                 }
             });
@@ -332,14 +335,19 @@ fn as_many_tlvs_as_there_is_room_for_are_read() {
 fn exercise(input: &[u8]) {
     for transport in [Transport::Stream, Transport::Datagram] {
         for verify_crc in [false, true] {
-            let Parsed::Done(header, len) = parse(input, Rules { transport, verify_crc }) else { continue };
+            let ParsedHeader::Done(header, len) = parse(input, ParserRules { transport, verify_crc }) else {
+                continue;
+            };
             assert!((FIXED_LEN..=MAX_LEN.min(input.len())).contains(&len));
             assert_eq!(header.as_bytes(), &input[..len]);
             assert!(input[..len].ends_with(header.tlvs().as_bytes()));
             assert!(header.tlvs().map(|tlv| 3 + tlv.value.len()).sum::<usize>() <= len - FIXED_LEN);
-            assert!(Claim::from_tlv(header.endpoint()).id().is_none() || header.command() == Command::Proxy);
+            assert!(
+                EndpointClaim::from_tlv(header.endpoint()).id().is_none()
+                    || header.command() == HeaderCommand::Proxy
+            );
             let again = reseal(&header);
-            let again = done(&again, Rules { transport, verify_crc: true });
+            let again = done(&again, ParserRules { transport, verify_crc: true });
             assert_eq!((again.addresses(), again.endpoint()), (header.addresses(), header.endpoint()));
         }
     }

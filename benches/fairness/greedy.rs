@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use vestibule::lab::backend::load::Request;
+use vestibule::lab::backend::load::LoadRequest;
 use vestibule::lab::nlb;
 
 use super::{Bench, METERED};
@@ -47,7 +47,7 @@ pub(super) fn share(
 async fn receive(target: SocketAddr, count: Arc<AtomicU64>) {
     let mut stream = TcpStream::connect(target).await.expect("a connection");
     let client = SocketAddr::from(([10, 100, 0, 10], 4000));
-    let first = [&nlb::header(client, target, Some(METERED))[..], &Request::Source.head()].concat();
+    let first = [&nlb::header(client, target, Some(METERED))[..], &LoadRequest::Source.head()].concat();
     stream.write_all(&first).await.expect("a request");
     let mut chunk = vec![0; 64 * 1024];
     while let Ok(read) = stream.read(&mut chunk).await {

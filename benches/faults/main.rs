@@ -24,10 +24,10 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use vestibule::config::Config;
-use vestibule::fault::{Call, Fault, Injection};
+use vestibule::fault::{InjectedFault, Injection, Syscall};
 use vestibule::forward::pipe::CAPACITY;
 use vestibule::lab::nlb;
-use vestibule::outcome::Why;
+use vestibule::outcome::Reason;
 use vestibule::server::Server;
 
 use self::stream::{BLOCK, HEAD, Head, Toward};
@@ -225,8 +225,8 @@ fn succeeded(joined: Option<&Joined>) {
     assert_eq!(ended, &Ok(true), "{head:?} failed, though no call did");
 }
 
-fn faults() -> Vec<Fault> {
-    let one_in_100 = |call, errnos: &[Errno]| Fault::new(call, errnos).per_million(10_000);
+fn faults() -> Vec<InjectedFault> {
+    let one_in_100 = |call, errnos: &[Errno]| InjectedFault::new(call, errnos).per_million(10_000);
     let shortage = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
     let unreachable = [
         Errno::CONNREFUSED,
@@ -237,41 +237,44 @@ fn faults() -> Vec<Fault> {
         Errno::PERM,
     ];
     vec![
-        one_in_100(Call::Accept, &[&shortage[..], &[Errno::CONNABORTED, Errno::PROTO, Errno::PERM]].concat()),
-        one_in_100(Call::Socket, &shortage),
-        one_in_100(Call::Connect, &[&unreachable[..], &shortage[2..]].concat()),
-        one_in_100(Call::Register, &[Errno::NOMEM, Errno::NOSPC]),
-        one_in_100(Call::Receive, &[Errno::NOMEM, Errno::CONNRESET, Errno::TIMEDOUT]),
         one_in_100(
-            Call::Send,
+            Syscall::Accept,
+            &[&shortage[..], &[Errno::CONNABORTED, Errno::PROTO, Errno::PERM]].concat(),
+        ),
+        one_in_100(Syscall::Socket, &shortage),
+        one_in_100(Syscall::Connect, &[&unreachable[..], &shortage[2..]].concat()),
+        one_in_100(Syscall::Register, &[Errno::NOMEM, Errno::NOSPC]),
+        one_in_100(Syscall::Receive, &[Errno::NOMEM, Errno::CONNRESET, Errno::TIMEDOUT]),
+        one_in_100(
+            Syscall::Send,
             &[Errno::NOMEM, Errno::NOBUFS, Errno::PIPE, Errno::CONNRESET, Errno::TIMEDOUT],
         ),
-        one_in_100(Call::SpliceIn, &[Errno::INVAL, Errno::NOMEM, Errno::INTR, Errno::CONNRESET]),
-        one_in_100(Call::SpliceOut, &[Errno::INVAL, Errno::NOMEM, Errno::INTR, Errno::PIPE]),
+        one_in_100(Syscall::SpliceIn, &[Errno::INVAL, Errno::NOMEM, Errno::INTR, Errno::CONNRESET]),
+        one_in_100(Syscall::SpliceOut, &[Errno::INVAL, Errno::NOMEM, Errno::INTR, Errno::PIPE]),
         // Pipes are kept: few are made.
-        Fault::new(Call::Pipe, &[Errno::MFILE, Errno::NFILE, Errno::NOMEM]).per_million(100_000),
-        Fault::new(Call::PipeSize, &[Errno::PERM, Errno::NOMEM]).per_million(100_000),
-        one_in_100(Call::ReceiveDatagram, &[Errno::NOMEM, Errno::CONNREFUSED, Errno::INTR]),
+        InjectedFault::new(Syscall::Pipe, &[Errno::MFILE, Errno::NFILE, Errno::NOMEM]).per_million(100_000),
+        InjectedFault::new(Syscall::PipeSize, &[Errno::PERM, Errno::NOMEM]).per_million(100_000),
+        one_in_100(Syscall::ReceiveDatagram, &[Errno::NOMEM, Errno::CONNREFUSED, Errno::INTR]),
         one_in_100(
-            Call::SendDatagram,
+            Syscall::SendDatagram,
             &[Errno::NOBUFS, Errno::NOMEM, Errno::PERM, Errno::AGAIN, Errno::CONNREFUSED],
         ),
     ]
 }
 
-const CALLS: [Call; 12] = [
-    Call::Accept,
-    Call::Socket,
-    Call::Connect,
-    Call::Register,
-    Call::Receive,
-    Call::Send,
-    Call::SpliceIn,
-    Call::SpliceOut,
-    Call::Pipe,
-    Call::PipeSize,
-    Call::ReceiveDatagram,
-    Call::SendDatagram,
+const CALLS: [Syscall; 12] = [
+    Syscall::Accept,
+    Syscall::Socket,
+    Syscall::Connect,
+    Syscall::Register,
+    Syscall::Receive,
+    Syscall::Send,
+    Syscall::SpliceIn,
+    Syscall::SpliceOut,
+    Syscall::Pipe,
+    Syscall::PipeSize,
+    Syscall::ReceiveDatagram,
+    Syscall::SendDatagram,
 ];
 
 fn configuration(backends: &[[SocketAddr; 2]]) -> Config {
@@ -373,7 +376,7 @@ fn outcomes(server: &Server) {
     let mut ended = std::collections::BTreeMap::<String, u64>::new();
     for route in live.shards.iter().flat_map(|shard| shard.routes()) {
         for (outcome, count) in route.ended().filter(|(_, count)| *count > 0) {
-            assert_ne!(outcome.why, Why::Internal, "{count} sessions ended by a fault of ours");
+            assert_ne!(outcome.why, Reason::Internal, "{count} sessions ended by a fault of ours");
             *ended.entry(outcome.to_string()).or_default() += count;
         }
     }
@@ -420,7 +423,7 @@ async fn run(options: &Options, server: &Server, clients: &Clients, pipes: usize
     println!("calls that failed:");
     for call in CALLS {
         println!("  {:>10}  {call:?}", injection.count(call));
-        let is_rare = matches!(call, Call::Pipe | Call::PipeSize);
+        let is_rare = matches!(call, Syscall::Pipe | Syscall::PipeSize);
         assert!(options.test || is_rare || injection.count(call) > 0, "{call:?} never failed");
     }
     drop(injection);

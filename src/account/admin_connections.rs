@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Where a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Endpoint {
+pub enum AdminEndpoint {
     /// `[health] bind`
     Health,
     /// `[admin] bind`
@@ -13,7 +13,7 @@ pub enum Endpoint {
     AdminSocket,
 }
 
-impl Endpoint {
+impl AdminEndpoint {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Health, Self::Admin, Self::AdminSocket];
 
@@ -30,7 +30,7 @@ impl Endpoint {
 
 /// How a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub enum AdminConnectionEnd {
     /// At least one request was answered, and nothing was under way.
     Answered,
     /// The peer ended it, or sent what is no HTTP, without an answer.
@@ -47,7 +47,7 @@ pub enum Ended {
     SendTimeout,
 }
 
-impl Ended {
+impl AdminConnectionEnd {
     /// All of them.
     pub const ALL: [Self; 7] = [
         Self::Answered,
@@ -77,20 +77,20 @@ impl Ended {
 /// The counts of the process.
 #[derive(Debug, Default)]
 pub struct AdminConnections {
-    open: [AtomicU64; Endpoint::ALL.len()],
-    ended: [[AtomicU64; Ended::ALL.len()]; Endpoint::ALL.len()],
+    open: [AtomicU64; AdminEndpoint::ALL.len()],
+    ended: [[AtomicU64; AdminConnectionEnd::ALL.len()]; AdminEndpoint::ALL.len()],
 }
 
 impl AdminConnections {
     /// Counts one that was accepted.
-    pub fn begin(&self, endpoint: Endpoint) {
+    pub fn begin(&self, endpoint: AdminEndpoint) {
         if let Some(open) = self.open.get(endpoint as usize) {
             open.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Counts its end.
-    pub fn end(&self, endpoint: Endpoint, ended: Ended) {
+    pub fn end(&self, endpoint: AdminEndpoint, ended: AdminConnectionEnd) {
         if let Some(open) = self.open.get(endpoint as usize) {
             open.fetch_sub(1, Ordering::Relaxed);
         }
@@ -100,14 +100,14 @@ impl AdminConnections {
     }
 
     /// How many there are now.
-    pub fn open(&self) -> impl Iterator<Item = (Endpoint, u64)> + '_ {
-        Endpoint::ALL.into_iter().zip(self.open.iter().map(|count| count.load(Ordering::Relaxed)))
+    pub fn open(&self) -> impl Iterator<Item = (AdminEndpoint, u64)> + '_ {
+        AdminEndpoint::ALL.into_iter().zip(self.open.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
     /// How many ended, and how.
-    pub fn ended(&self) -> impl Iterator<Item = (Endpoint, Ended, u64)> + '_ {
-        Endpoint::ALL.into_iter().zip(&self.ended).flat_map(|(endpoint, counts)| {
-            let counts = Ended::ALL.into_iter().zip(counts);
+    pub fn ended(&self) -> impl Iterator<Item = (AdminEndpoint, AdminConnectionEnd, u64)> + '_ {
+        AdminEndpoint::ALL.into_iter().zip(&self.ended).flat_map(|(endpoint, counts)| {
+            let counts = AdminConnectionEnd::ALL.into_iter().zip(counts);
             counts.map(move |(ended, count)| (endpoint, ended, count.load(Ordering::Relaxed)))
         })
     }
@@ -122,13 +122,16 @@ mod tests {
     #[test]
     fn each_end_has_a_word_and_a_count_of_its_own() {
         let connections = AdminConnections::default();
-        connections.begin(Endpoint::Admin);
-        connections.begin(Endpoint::Health);
-        connections.end(Endpoint::Health, Ended::Displaced);
+        connections.begin(AdminEndpoint::Admin);
+        connections.begin(AdminEndpoint::Health);
+        connections.end(AdminEndpoint::Health, AdminConnectionEnd::Displaced);
         let open: Vec<_> = connections.open().map(|(endpoint, count)| (endpoint.word(), count)).collect();
         assert_eq!(open, [("health", 0), ("admin", 1), ("admin_socket", 0)]);
         let counted: Vec<_> = connections.ended().filter(|(.., count)| *count > 0).collect();
-        assert_eq!(counted, [(Endpoint::Health, Ended::Displaced, 1)]);
-        assert_eq!(Ended::ALL.map(Ended::word).into_iter().collect::<BTreeSet<_>>().len(), Ended::ALL.len());
+        assert_eq!(counted, [(AdminEndpoint::Health, AdminConnectionEnd::Displaced, 1)]);
+        assert_eq!(
+            AdminConnectionEnd::ALL.map(AdminConnectionEnd::word).into_iter().collect::<BTreeSet<_>>().len(),
+            AdminConnectionEnd::ALL.len()
+        );
     }
 }

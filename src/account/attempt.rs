@@ -4,7 +4,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 #[expect(missing_docs, reason = "the names say it")]
-pub enum Connect {
+pub enum ConnectResult {
     Done,
     Refused,
     Timeout,
@@ -14,7 +14,7 @@ pub enum Connect {
     Failed,
 }
 
-impl Connect {
+impl ConnectResult {
     /// Every result.
     pub const ALL: [Self; 7] = [
         Self::Done,
@@ -44,7 +44,7 @@ impl Connect {
 /// How a probe ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Verdict {
+pub enum ProbeResult {
     /// The backend does what is asked of it.
     Passed,
     /// Nothing listens there.
@@ -77,7 +77,7 @@ pub enum Verdict {
     Shortage,
 }
 
-impl Verdict {
+impl ProbeResult {
     /// Every result.
     pub const ALL: [Self; 15] = [
         Self::Passed,
@@ -141,16 +141,16 @@ impl Verdict {
     }
 }
 
-impl From<Connect> for Verdict {
-    fn from(result: Connect) -> Self {
+impl From<ConnectResult> for ProbeResult {
+    fn from(result: ConnectResult) -> Self {
         match result {
-            Connect::Done => Self::Passed,
-            Connect::Refused => Self::ConnectRefused,
-            Connect::Timeout => Self::ConnectTimeout,
-            Connect::Unreachable => Self::ConnectUnreachable,
-            Connect::NoLocalPort => Self::NoLocalPort,
-            Connect::Shortage => Self::Shortage,
-            Connect::Failed => Self::ConnectFailed,
+            ConnectResult::Done => Self::Passed,
+            ConnectResult::Refused => Self::ConnectRefused,
+            ConnectResult::Timeout => Self::ConnectTimeout,
+            ConnectResult::Unreachable => Self::ConnectUnreachable,
+            ConnectResult::NoLocalPort => Self::NoLocalPort,
+            ConnectResult::Shortage => Self::Shortage,
+            ConnectResult::Failed => Self::ConnectFailed,
         }
     }
 }
@@ -161,20 +161,20 @@ mod tests {
 
     #[test]
     fn a_probe_that_could_not_be_sent_is_no_verdict() {
-        let silent = Verdict::ALL.into_iter().filter(|verdict| verdict.is_success().is_none());
-        assert_eq!(silent.collect::<Vec<_>>(), [Verdict::NoLocalPort, Verdict::Shortage]);
-        for result in Connect::ALL {
-            let same = result == Connect::Done || Verdict::from(result).word() == result.word();
+        let silent = ProbeResult::ALL.into_iter().filter(|verdict| verdict.is_success().is_none());
+        assert_eq!(silent.collect::<Vec<_>>(), [ProbeResult::NoLocalPort, ProbeResult::Shortage]);
+        for result in ConnectResult::ALL {
+            let same = result == ConnectResult::Done || ProbeResult::from(result).word() == result.word();
             assert!(same, "{result:?}");
         }
-        let words: std::collections::BTreeSet<_> = Verdict::ALL.map(Verdict::word).into();
-        assert_eq!(words.len(), Verdict::ALL.len());
-        assert!(Verdict::ALL.iter().enumerate().all(|(place, verdict)| *verdict as usize == place));
+        let words: std::collections::BTreeSet<_> = ProbeResult::ALL.map(ProbeResult::word).into();
+        assert_eq!(words.len(), ProbeResult::ALL.len());
+        assert!(ProbeResult::ALL.iter().enumerate().all(|(place, verdict)| *verdict as usize == place));
     }
 
     #[test]
     fn every_result_has_a_word_of_its_own() {
-        let words: std::collections::BTreeSet<_> = Connect::ALL.map(Connect::word).into();
-        assert_eq!(words.len(), Connect::ALL.len());
+        let words: std::collections::BTreeSet<_> = ConnectResult::ALL.map(ConnectResult::word).into();
+        assert_eq!(words.len(), ConnectResult::ALL.len());
     }
 }

@@ -15,12 +15,12 @@ const LONGEST_US: u64 = 14 * 24 * 3600 * 1_000_000;
 
 /// Times, in microseconds, with two significant digits.
 #[derive(Clone, Debug)]
-pub struct Times {
+pub struct LatencyHistogram {
     histogram: Histogram<u64>,
     sum_us: u64,
 }
 
-impl Default for Times {
+impl Default for LatencyHistogram {
     fn default() -> Self {
         #[expect(clippy::expect_used, reason = "2 is one of the digits that hdrhistogram takes")]
         let histogram = Histogram::new(DIGITS).expect("a histogram of two digits");
@@ -28,7 +28,7 @@ impl Default for Times {
     }
 }
 
-impl Times {
+impl LatencyHistogram {
     /// Takes a time down. A time under a microsecond counts as one, one over two weeks as two weeks.
     pub fn record(&mut self, took: Duration) {
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).clamp(1, LONGEST_US);
@@ -71,9 +71,9 @@ impl Times {
 
 /// Where one worker records: its lock is taken by others only at a scrape, for the time of a copy.
 #[derive(Debug, Default)]
-pub struct Recorder(Mutex<Times>);
+pub struct LatencyRecorder(Mutex<LatencyHistogram>);
 
-impl Recorder {
+impl LatencyRecorder {
     /// Takes a time down.
     pub fn record(&self, took: Duration) {
         lock(&self.0).record(took);
@@ -87,7 +87,7 @@ impl Recorder {
 
     /// All that was recorded so far.
     #[must_use]
-    pub fn times(&self) -> Times {
+    pub fn times(&self) -> LatencyHistogram {
         lock(&self.0).clone()
     }
 }
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn times_add_up_over_workers() {
-        let (one, two) = (Recorder::default(), Recorder::default());
+        let (one, two) = (LatencyRecorder::default(), LatencyRecorder::default());
         one.record(Duration::from_millis(1));
         two.record(Duration::from_millis(20));
         two.record(Duration::from_secs(7200));
@@ -116,7 +116,7 @@ mod tests {
     fn a_time_over_two_weeks_counts_as_two_weeks() {
         let longest = Duration::from_micros(LONGEST_US);
         for took in [longest, longest + Duration::from_micros(1), Duration::MAX] {
-            let mut times = Times::default();
+            let mut times = LatencyHistogram::default();
             times.record(took);
             assert!((times.sum_seconds() - longest.as_secs_f64()).abs() < 1e-9);
             assert!(times.percentile(100.0) < longest.mul_f64(1.01));
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn nothing_recorded_is_no_time_at_all() {
-        let times = Recorder::default().times();
+        let times = LatencyRecorder::default().times();
         assert_eq!(
             (times.count(), times.at_most(Duration::MAX), times.percentile(99.0)),
             (0, 0, Duration::ZERO)

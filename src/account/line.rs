@@ -81,13 +81,13 @@ fn quad(to: &mut Vec<u8>, ip: Ipv4Addr) {
 
 /// Writes times in RFC 3339, UTC, to the microsecond; the second's text is kept, as many sessions end in each.
 #[derive(Debug, Default)]
-pub(super) struct Stamp {
+pub(super) struct TimestampFormat {
     second: u64,
     /// Up to the second, without a zone; empty before the first.
     text: String,
 }
 
-impl Stamp {
+impl TimestampFormat {
     pub(super) fn write(&mut self, to: &mut Vec<u8>, time: SystemTime) {
         let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
         if self.text.is_empty() || self.second != since.as_secs() {
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_stamp_follows_the_clock_both_ways() {
-        let mut stamp = Stamp::default();
+        let mut stamp = TimestampFormat::default();
         for micros in [0, 1, 999_999, 1_000_000, 86_400_000_000, 1_795_000_000_123_456, 5] {
             let time = UNIX_EPOCH + Duration::from_micros(micros);
             let expected = humantime::format_rfc3339_micros(time).to_string();

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, SystemTime};
 
-use super::EachWay;
-use super::line::{Stamp, address, decimal, hexadecimal, milliseconds, quote};
-use super::log_queue::{Held, LineClass, LogQueue};
+use super::PerDirection;
+use super::line::{TimestampFormat, address, decimal, hexadecimal, milliseconds, quote};
+use super::log_queue::{LineClass, LineReservation, LogQueue};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::id::{EndpointId, SessionId};
-use crate::outcome::{Outcome, Why};
+use crate::outcome::{Outcome, Reason};
 
 /// One line. What was never known is left out.
 #[derive(Debug)]
-pub struct Record<'a> {
+pub struct AccessLogRecord<'a> {
     /// The end, RFC 3339 in UTC.
     pub time: SystemTime,
     /// The session's number in hexadecimal.
@@ -37,9 +37,9 @@ pub struct Record<'a> {
     /// How many backends were tried.
     pub attempts: u32,
     /// Bytes forwarded.
-    pub bytes: EachWay<u64>,
+    pub bytes: PerDirection<u64>,
     /// Datagrams forwarded, where it is a flow.
-    pub datagrams: Option<EachWay<u64>>,
+    pub datagrams: Option<PerDirection<u64>>,
     /// From the pick of the first backend to the connection.
     pub connect_ms: Option<Duration>,
     /// From accept to the end.
@@ -47,26 +47,26 @@ pub struct Record<'a> {
     /// Who ended it, at which step, why.
     pub outcome: Outcome,
     /// What the tenant's limits have to do with it.
-    pub marks: Marks,
+    pub marks: LogFlags,
     /// The tenant's labels.
     pub labels: Option<&'a BTreeMap<String, String>>,
 }
 
 /// What most lines do not have: how a session waited, and what its tenant's limits have to do with it.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Marks {
+pub struct LogFlags {
     /// How long it waited for a backend with room, in microseconds; 0 where it did not. Few bytes, as it lives as long as
     /// its session.
     pub queued_us: u32,
     /// Why it would have been rejected, were the limits not only observed.
-    pub would_reject: Option<Why>,
+    pub would_reject: Option<Reason>,
     /// Whether its bytes would have had to wait.
     pub would_delay: bool,
     /// Lines of the same kind that were left out before this one.
     pub left_out: u32,
 }
 
-impl Marks {
+impl LogFlags {
     fn write(self, to: &mut Vec<u8>) {
         if self.queued_us > 0 {
             to.extend_from_slice(br#","queued_ms":"#);
@@ -87,9 +87,9 @@ impl Marks {
     }
 }
 
-impl Record<'_> {
+impl AccessLogRecord<'_> {
     /// Writes the line, with its end.
-    fn write(&self, to: &mut Vec<u8>, stamp: &mut Stamp) {
+    fn write(&self, to: &mut Vec<u8>, stamp: &mut TimestampFormat) {
         to.extend_from_slice(br#"{"time":""#);
         stamp.write(to, self.time);
         to.extend_from_slice(br#"","session":""#);
@@ -181,13 +181,13 @@ impl Record<'_> {
 
 /// Lines that are ready to be written.
 #[derive(Debug, Default)]
-pub struct Batch {
+pub struct LogBatch {
     /// Whole lines, each with its end.
     pub text: Vec<u8>,
-    lines: Vec<Held>,
+    lines: Vec<LineReservation>,
 }
 
-impl Batch {
+impl LogBatch {
     /// How many lines it has.
     #[must_use]
     pub fn lines(&self) -> usize {
@@ -216,26 +216,26 @@ pub const BATCHES: usize = 64;
 
 /// The way to the writer.
 #[derive(Clone, Debug)]
-pub struct Outlet {
+pub struct LogSender {
     /// An empty batch wakes the writer.
-    pub to_writer: SyncSender<Batch>,
+    pub to_writer: SyncSender<LogBatch>,
     /// The account of the lines that wait.
     pub queue: Arc<LogQueue>,
 }
 
 /// One worker's end of the access log: lines are collected, and handed to the writer by the batch.
 #[derive(Debug)]
-pub struct Journal {
-    batch: RefCell<Batch>,
-    stamp: RefCell<Stamp>,
+pub struct AccessLogger {
+    batch: RefCell<LogBatch>,
+    stamp: RefCell<TimestampFormat>,
     /// `None` where the log is off.
-    outlet: Option<Outlet>,
+    outlet: Option<LogSender>,
 }
 
-impl Journal {
+impl AccessLogger {
     /// A journal that hands its batches to a writer.
     #[must_use]
-    pub fn new(outlet: Option<Outlet>) -> Self {
+    pub fn new(outlet: Option<LogSender>) -> Self {
         Self { batch: RefCell::default(), stamp: RefCell::default(), outlet }
     }
 
@@ -247,7 +247,7 @@ impl Journal {
 
     /// Adds a line of the tenant whose label has this number. Where the queue has no room for it, it is dropped and
     /// counted: a slow disk must not hold up traffic.
-    pub fn write(&self, class: LineClass, tenant: u32, record: &Record<'_>) {
+    pub fn write(&self, class: LineClass, tenant: u32, record: &AccessLogRecord<'_>) {
         let Some(outlet) = &self.outlet else { return };
         let mut batch = self.batch.borrow_mut();
         if batch.text.capacity() == 0 {
@@ -287,7 +287,7 @@ impl Journal {
     }
 }
 
-impl Drop for Journal {
+impl Drop for AccessLogger {
     fn drop(&mut self) {
         self.flush();
         let rest = std::mem::take(&mut *self.batch.borrow_mut());
@@ -300,10 +300,10 @@ mod tests {
     use std::sync::mpsc::{Receiver, sync_channel};
 
     use super::*;
-    use crate::outcome::{At, By};
+    use crate::outcome::{EndedAt, EndedBy};
 
-    fn record(labels: &BTreeMap<String, String>) -> Record<'_> {
-        Record {
+    fn record(labels: &BTreeMap<String, String>) -> AccessLogRecord<'_> {
+        AccessLogRecord {
             time: SystemTime::UNIX_EPOCH + Duration::from_micros(1_500),
             session: SessionId::new(1, 2),
             listener: "web",
@@ -314,28 +314,28 @@ mod tests {
             pool: Some("shared"),
             backend: Some(BackendAddr("10.0.1.10:80".parse().unwrap())),
             attempts: 1,
-            bytes: EachWay { to_backend: 1, to_client: 2 },
+            bytes: PerDirection { to_backend: 1, to_client: 2 },
             datagrams: None,
             connect_ms: Some(Duration::from_nanos(1_234_567)),
             total_ms: Duration::from_secs(2),
-            outcome: Outcome::new(By::Client, At::Forward, Why::Done),
-            marks: Marks::default(),
+            outcome: Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done),
+            marks: LogFlags::default(),
             labels: Some(labels),
         }
     }
 
     /// A journal with room for so many bytes.
-    fn journal(room: usize) -> (Journal, Receiver<Batch>, Arc<LogQueue>) {
+    fn journal(room: usize) -> (AccessLogger, Receiver<LogBatch>, Arc<LogQueue>) {
         let (to_writer, receiver) = sync_channel(1);
         let queue = Arc::new(LogQueue::new(room));
-        (Journal::new(Some(Outlet { to_writer, queue: Arc::clone(&queue) })), receiver, queue)
+        (AccessLogger::new(Some(LogSender { to_writer, queue: Arc::clone(&queue) })), receiver, queue)
     }
 
-    fn write(journal: &Journal, record: &Record<'_>) {
+    fn write(journal: &AccessLogger, record: &AccessLogRecord<'_>) {
         journal.write(LineClass::Session, 1, record);
     }
 
-    fn received(receiver: &Receiver<Batch>) -> Option<Batch> {
+    fn received(receiver: &Receiver<LogBatch>) -> Option<LogBatch> {
         receiver.try_recv().ok()
     }
 
@@ -365,7 +365,7 @@ mod tests {
         let (journal, receiver, _queue) = journal(QUEUE);
         write(
             &journal,
-            &Record {
+            &AccessLogRecord {
                 tenant: None,
                 endpoint: None,
                 client: None,
@@ -399,9 +399,13 @@ mod tests {
     fn what_limits_have_to_do_with_it_is_said_only_where_they_have() {
         let (journal, receiver, _queue) = journal(QUEUE);
         let labels = BTreeMap::new();
-        let marks =
-            Marks { queued_us: 1_500, would_reject: Some(Why::SessionLimit), would_delay: true, left_out: 7 };
-        write(&journal, &Record { marks, ..record(&labels) });
+        let marks = LogFlags {
+            queued_us: 1_500,
+            would_reject: Some(Reason::SessionLimit),
+            would_delay: true,
+            left_out: 7,
+        };
+        write(&journal, &AccessLogRecord { marks, ..record(&labels) });
         journal.flush();
         let line = String::from_utf8(received(&receiver).unwrap().text).unwrap();
         let expected = r#""queued_ms":1.5,"would_reject":["session_limit"],"would_delay":true,"left_out":7,"labels":{}}"#;
@@ -457,7 +461,7 @@ mod tests {
 
     #[test]
     fn a_log_that_is_off_costs_nothing() {
-        let journal = Journal::new(None);
+        let journal = AccessLogger::new(None);
         assert!(!journal.is_on());
         write(&journal, &record(&BTreeMap::new()));
         journal.leave_out(LineClass::Stray);

@@ -55,12 +55,12 @@ pub struct LogQueue {
     dropped: [AtomicU64; LineClass::ALL.len()],
     left_out: [AtomicU64; LineClass::ALL.len()],
     /// What the process log has been told of.
-    told: Mutex<Losses>,
+    told: Mutex<MissingLines>,
 }
 
 /// Lines that are missing in the access log, by class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Losses {
+pub struct MissingLines {
     /// Dropped because the writer was behind, or because they could not be written.
     pub dropped: Lines,
     /// Left out because there were too many of their kind in a second.
@@ -69,7 +69,7 @@ pub struct Losses {
 
 /// What one line holds of the queue.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
+pub(super) struct LineReservation {
     place: u16,
     bytes: u32,
 }
@@ -90,7 +90,7 @@ impl LogQueue {
 
     /// Takes room for a line of so many bytes, of the tenant whose label has this number; none where the class or the
     /// tenant has its part already. The line is counted as dropped then.
-    pub(super) fn admit(&self, class: LineClass, tenant: u32, bytes: usize) -> Option<Held> {
+    pub(super) fn admit(&self, class: LineClass, tenant: u32, bytes: usize) -> Option<LineReservation> {
         let free = self.room.saturating_sub(self.waiting.load(Ordering::Relaxed));
         let (place, part) = match class {
             LineClass::Session => (tenant as usize % TENANTS, free),
@@ -105,11 +105,11 @@ impl LogQueue {
         }
         held.fetch_add(bytes, Ordering::Relaxed);
         self.waiting.fetch_add(bytes, Ordering::Relaxed);
-        Some(Held { place: u16::try_from(place).ok()?, bytes: u32::try_from(bytes).ok()? })
+        Some(LineReservation { place: u16::try_from(place).ok()?, bytes: u32::try_from(bytes).ok()? })
     }
 
     /// Gives back what a line held.
-    pub(super) fn release(&self, line: Held) {
+    pub(super) fn release(&self, line: LineReservation) {
         if let Some(held) = self.held.get(usize::from(line.place)) {
             held.fetch_sub(line.bytes as usize, Ordering::Relaxed);
             self.waiting.fetch_sub(line.bytes as usize, Ordering::Relaxed);
@@ -122,7 +122,7 @@ impl LogQueue {
     }
 
     /// Counts a line that waited and could not be written.
-    pub(super) fn lose(&self, line: Held) {
+    pub(super) fn lose(&self, line: LineReservation) {
         let class = match usize::from(line.place) {
             TENANTS => LineClass::Rejection,
             place if place > TENANTS => LineClass::Stray,
@@ -144,16 +144,16 @@ impl LogQueue {
 
     /// All lines that are missing since the start.
     #[must_use]
-    pub fn losses(&self) -> Losses {
+    pub fn losses(&self) -> MissingLines {
         let values = |counts: &[AtomicU64; LineClass::ALL.len()]| {
             counts.each_ref().map(|count| count.load(Ordering::Relaxed))
         };
-        Losses { dropped: values(&self.dropped), left_out: values(&self.left_out) }
+        MissingLines { dropped: values(&self.dropped), left_out: values(&self.left_out) }
     }
 
     /// The lines that are missing since this was last called.
     #[must_use]
-    pub fn take_untold(&self) -> Losses {
+    pub fn take_untold(&self) -> MissingLines {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.losses();
         let before = std::mem::replace(&mut *told, now);
@@ -162,7 +162,10 @@ impl LogQueue {
             lines.iter_mut().zip(before).for_each(|(line, before)| *line -= before);
             lines
         };
-        Losses { dropped: since(now.dropped, before.dropped), left_out: since(now.left_out, before.left_out) }
+        MissingLines {
+            dropped: since(now.dropped, before.dropped),
+            left_out: since(now.left_out, before.left_out),
+        }
     }
 }
 
@@ -179,7 +182,7 @@ mod tests {
     const LINE: usize = 100;
 
     /// Admits lines until one is dropped; how many there were.
-    fn fill(queue: &LogQueue, class: LineClass, tenant: u32) -> Vec<Held> {
+    fn fill(queue: &LogQueue, class: LineClass, tenant: u32) -> Vec<LineReservation> {
         std::iter::from_fn(|| queue.admit(class, tenant, LINE)).collect()
     }
 
@@ -221,8 +224,8 @@ mod tests {
         let queue = LogQueue::new(0);
         assert!(queue.admit(LineClass::Stray, 0, LINE).is_none());
         queue.leave_out(LineClass::Rejection);
-        assert_eq!(queue.take_untold(), Losses { dropped: [0, 0, 1], left_out: [0, 1, 0] });
-        assert_eq!(queue.take_untold(), Losses::default());
+        assert_eq!(queue.take_untold(), MissingLines { dropped: [0, 0, 1], left_out: [0, 1, 0] });
+        assert_eq!(queue.take_untold(), MissingLines::default());
         assert_eq!(queue.losses().dropped, [0, 0, 1]);
     }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How a lookup ended. What lies further back says less of the name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Lookup {
+pub enum LookupResult {
     /// With addresses.
     Found,
     /// There is no such name.
@@ -27,7 +27,7 @@ pub enum Lookup {
     Shortage,
 }
 
-impl Lookup {
+impl LookupResult {
     /// Every result.
     pub const ALL: [Self; 10] = [
         Self::Found,
@@ -68,19 +68,19 @@ impl Lookup {
 
 /// The lookups of one name by result.
 #[derive(Debug, Default)]
-pub struct Lookups {
-    counts: [AtomicU64; Lookup::ALL.len()],
+pub struct LookupCounters {
+    counts: [AtomicU64; LookupResult::ALL.len()],
     first_is_over: AtomicBool,
 }
 
-impl Lookups {
+impl LookupCounters {
     /// How many ended so.
-    pub fn counts(&self) -> impl Iterator<Item = (Lookup, u64)> + '_ {
-        Lookup::ALL.into_iter().zip(self.counts.iter().map(|count| count.load(Ordering::Relaxed)))
+    pub fn counts(&self) -> impl Iterator<Item = (LookupResult, u64)> + '_ {
+        LookupResult::ALL.into_iter().zip(self.counts.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
     /// Counts one.
-    pub fn count(&self, lookup: Lookup) {
+    pub fn count(&self, lookup: LookupResult) {
         if let Some(count) = self.counts.get(lookup as usize) {
             count.fetch_add(1, Ordering::Relaxed);
         }
@@ -104,13 +104,13 @@ mod tests {
 
     #[test]
     fn every_result_has_a_word_and_a_count_of_its_own() {
-        let lookups = Lookups::default();
-        for (times, lookup) in (1..).zip(Lookup::ALL) {
+        let lookups = LookupCounters::default();
+        for (times, lookup) in (1..).zip(LookupResult::ALL) {
             (0..times).for_each(|_| lookups.count(lookup));
         }
         let counts: Vec<_> = lookups.counts().collect();
-        assert_eq!(counts, Lookup::ALL.into_iter().zip(1..).collect::<Vec<_>>());
-        let words: std::collections::BTreeSet<_> = Lookup::ALL.map(Lookup::word).into();
-        assert_eq!(words.len(), Lookup::ALL.len());
+        assert_eq!(counts, LookupResult::ALL.into_iter().zip(1..).collect::<Vec<_>>());
+        let words: std::collections::BTreeSet<_> = LookupResult::ALL.map(LookupResult::word).into();
+        assert_eq!(words.len(), LookupResult::ALL.len());
     }
 }

@@ -3,7 +3,7 @@
 /// The reason for which one datagram was dropped, while its flow goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum Loss {
+pub enum DatagramDrop {
     /// The tenant's `limits.datagram-rate`.
     Rate,
     /// The tenant's bandwidth in this direction: datagrams do not wait for it.
@@ -20,7 +20,7 @@ pub enum Loss {
     Unreachable,
 }
 
-impl Loss {
+impl DatagramDrop {
     /// Every reason.
     pub const ALL: [Self; 7] = [
         Self::Rate,
@@ -58,8 +58,11 @@ mod tests {
 
     #[test]
     fn every_reason_has_its_place_and_its_word() {
-        assert!(Loss::ALL.into_iter().enumerate().all(|(place, loss)| loss as usize == place));
-        assert_eq!(Loss::ALL[..Loss::LIMITS.len()], Loss::LIMITS);
-        assert_eq!(Loss::ALL.map(Loss::word).into_iter().collect::<BTreeSet<_>>().len(), Loss::ALL.len());
+        assert!(DatagramDrop::ALL.into_iter().enumerate().all(|(place, loss)| loss as usize == place));
+        assert_eq!(DatagramDrop::ALL[..DatagramDrop::LIMITS.len()], DatagramDrop::LIMITS);
+        assert_eq!(
+            DatagramDrop::ALL.map(DatagramDrop::word).into_iter().collect::<BTreeSet<_>>().len(),
+            DatagramDrop::ALL.len()
+        );
     }
 }

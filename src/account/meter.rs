@@ -9,33 +9,35 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-pub use self::fold::{Configured, REMOVED};
-pub use super::attempt::Connect;
-pub use super::cells::{BackendCells, ListenerCells, PoolCells, RouteCells, Shard, WorkerCells};
-use super::loss::Loss;
-use super::{Direction, EachWay, Label, lock};
-use crate::outcome::{At, By, Outcome, Why};
+pub use self::fold::{ConfiguredLabels, REMOVED};
+pub use super::attempt::ConnectResult;
+pub use super::cells::{
+    BackendCounters, CounterShard, ListenerCounters, PoolCounters, RouteCounters, WorkerCounters,
+};
+use super::loss::DatagramDrop;
+use super::{Direction, Label, PerDirection, lock};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 
 /// The cells that a worker has found so far, by the numbers of their labels.
 type Index<K, C> = RefCell<HashMap<K, Arc<C>, foldhash::fast::FixedState>>;
 
-/// One worker's side of its [`Shard`].
+/// One worker's side of its [`CounterShard`].
 #[derive(Debug)]
-pub struct Ledger {
-    shard: Arc<Shard>,
+pub struct WorkerMetrics {
+    shard: Arc<CounterShard>,
     /// The empty label: a tenant or pool that is not known yet.
     nobody: Label,
-    routes: Index<(u32, u32, u32), RouteCells>,
-    listeners: Index<u32, ListenerCells>,
-    backends: Index<(u32, u32), BackendCells>,
-    pools: Index<u32, PoolCells>,
-    folding: Folding,
+    routes: Index<(u32, u32, u32), RouteCounters>,
+    listeners: Index<u32, ListenerCounters>,
+    backends: Index<(u32, u32), BackendCounters>,
+    pools: Index<u32, PoolCounters>,
+    folding: FoldProgress,
     sessions: Cell<u64>,
 }
 
 /// How far a worker has come in folding what is gone.
 #[derive(Debug, Default)]
-struct Folding {
+struct FoldProgress {
     /// The pass that is done.
     turn: Cell<u64>,
     /// Where the next slice of the present pass begins.
@@ -43,10 +45,10 @@ struct Folding {
     busy: Cell<u64>,
 }
 
-impl Ledger {
+impl WorkerMetrics {
     /// The ledger of a new worker. `nobody` is the label of the empty name.
     #[must_use]
-    pub fn new(shard: Arc<Shard>, nobody: Label) -> Rc<Self> {
+    pub fn new(shard: Arc<CounterShard>, nobody: Label) -> Rc<Self> {
         Rc::new(Self {
             shard,
             nobody,
@@ -54,14 +56,14 @@ impl Ledger {
             listeners: Index::default(),
             backends: Index::default(),
             pools: Index::default(),
-            folding: Folding::default(),
+            folding: FoldProgress::default(),
             sessions: Cell::new(0),
         })
     }
 
     /// The worker's own cells.
     #[must_use]
-    pub fn worker(&self) -> &WorkerCells {
+    pub fn worker(&self) -> &WorkerCounters {
         &self.shard.worker
     }
 
@@ -95,46 +97,46 @@ impl Ledger {
 
     /// The cells of a listener.
     #[must_use]
-    pub fn listener(&self, listener: &Label) -> Arc<ListenerCells> {
-        let make = || ListenerCells::new(listener.clone());
+    pub fn listener(&self, listener: &Label) -> Arc<ListenerCounters> {
+        let make = || ListenerCounters::new(listener.clone());
         self.find(&self.listeners, &self.shard.listeners, listener.serial, make)
     }
 
-    fn route(&self, listener: &Label, tenant: &Label, pool: &Label) -> Arc<RouteCells> {
+    fn route(&self, listener: &Label, tenant: &Label, pool: &Label) -> Arc<RouteCounters> {
         let key = (listener.serial, tenant.serial, pool.serial);
-        let make = || RouteCells::new(listener.clone(), tenant.clone(), pool.clone());
+        let make = || RouteCounters::new(listener.clone(), tenant.clone(), pool.clone());
         self.find(&self.routes, &self.shard.routes, key, make)
     }
 
-    fn backend(&self, pool: &Label, backend: &Label) -> Arc<BackendCells> {
-        let make = || BackendCells::new(pool.clone(), backend.clone());
+    fn backend(&self, pool: &Label, backend: &Label) -> Arc<BackendCounters> {
+        let make = || BackendCounters::new(pool.clone(), backend.clone());
         self.find(&self.backends, &self.shard.backends, (pool.serial, backend.serial), make)
     }
 
-    fn pool(&self, pool: &Label) -> Arc<PoolCells> {
-        self.find(&self.pools, &self.shard.pools, pool.serial, || PoolCells::new(pool.clone()))
+    fn pool(&self, pool: &Label) -> Arc<PoolCounters> {
+        self.find(&self.pools, &self.shard.pools, pool.serial, || PoolCounters::new(pool.clone()))
     }
 }
 
 /// One session's counters. Dropping it unfinished counts the session as ended by a fault of ours.
 #[derive(Debug)]
-pub struct Meter {
-    ledger: Rc<Ledger>,
-    listener: Arc<ListenerCells>,
-    route: Arc<RouteCells>,
-    backend: Option<Arc<BackendCells>>,
-    bytes: EachWay<u64>,
+pub struct SessionMetrics {
+    ledger: Rc<WorkerMetrics>,
+    listener: Arc<ListenerCounters>,
+    route: Arc<RouteCounters>,
+    backend: Option<Arc<BackendCounters>>,
+    bytes: PerDirection<u64>,
     /// The step it has come to, for an end without an outcome.
-    at: At,
+    at: EndedAt,
     ended: bool,
     /// Whether the session would have had to wait for bandwidth, were its tenant's limits not only observed.
     pub would_delay: bool,
 }
 
-impl Meter {
+impl SessionMetrics {
     /// Counts a session that was just accepted.
     #[must_use]
-    pub fn new(ledger: Rc<Ledger>, listener: &Label) -> Self {
+    pub fn new(ledger: Rc<WorkerMetrics>, listener: &Label) -> Self {
         let route = ledger.route(listener, &ledger.nobody, &ledger.nobody);
         let listener = ledger.listener(listener);
         listener.accepted.add(1);
@@ -144,8 +146,8 @@ impl Meter {
             listener,
             route,
             backend: None,
-            bytes: EachWay::default(),
-            at: At::Header,
+            bytes: PerDirection::default(),
+            at: EndedAt::Header,
             ended: false,
             would_delay: false,
         }
@@ -154,9 +156,9 @@ impl Meter {
     /// Counts a session that comes from another process, where it has forwarded so much already.
     #[must_use]
     pub fn taken_over(
-        ledger: Rc<Ledger>,
+        ledger: Rc<WorkerMetrics>,
         [listener, tenant, pool, backend]: [&Label; 4],
-        bytes: EachWay<u64>,
+        bytes: PerDirection<u64>,
     ) -> Self {
         let route = ledger.route(listener, tenant, pool);
         route.active.add(1);
@@ -168,7 +170,7 @@ impl Meter {
             route,
             backend: None,
             bytes,
-            at: At::Forward,
+            at: EndedAt::Forward,
             ended: false,
             would_delay: false,
         };
@@ -187,17 +189,17 @@ impl Meter {
     }
 
     /// Counts an attempt to connect a backend.
-    pub fn tried(&mut self, backend: &Label, result: Connect) {
-        self.at = At::Connect;
+    pub fn tried(&mut self, backend: &Label, result: ConnectResult) {
+        self.at = EndedAt::Connect;
         let cells = self.ledger.backend(&self.route.pool, backend);
         cells.count(result);
-        if result == Connect::Done {
+        if result == ConnectResult::Done {
             self.stay(cells);
         }
     }
 
     /// Counts an attempt to connect another backend that failed, while the present one is kept.
-    pub fn failed(&self, backend: &Label, result: Connect) {
+    pub fn failed(&self, backend: &Label, result: ConnectResult) {
         self.ledger.backend(&self.route.pool, backend).count(result);
     }
 
@@ -208,10 +210,10 @@ impl Meter {
     }
 
     /// Counts what became of the backend that was [assumed](Self::assume); it is left where it was not there.
-    pub fn learn(&mut self, result: Connect) {
+    pub fn learn(&mut self, result: ConnectResult) {
         let Some(cells) = &self.backend else { return };
         cells.count(result);
-        if result != Connect::Done {
+        if result != ConnectResult::Done {
             cells.active.sub(1);
             self.backend = None;
         }
@@ -224,9 +226,9 @@ impl Meter {
         }
     }
 
-    fn stay(&mut self, cells: Arc<BackendCells>) {
+    fn stay(&mut self, cells: Arc<BackendCounters>) {
         cells.active.add(1);
-        self.at = At::Forward;
+        self.at = EndedAt::Forward;
         self.backend = Some(cells);
     }
 
@@ -256,18 +258,18 @@ impl Meter {
 
     /// Counts datagrams that the kernel dropped because the queue of its own socket was full.
     pub fn overflowed(&self, datagrams: u64) {
-        self.listener.overflowed.get_or_init(EachWay::default).to_client.add(datagrams);
+        self.listener.overflowed.get_or_init(PerDirection::default).to_client.add(datagrams);
     }
 
     /// Counts datagrams that were dropped.
-    pub fn lost(&self, direction: Direction, loss: Loss, datagrams: u64) {
+    pub fn lost(&self, direction: Direction, loss: DatagramDrop, datagrams: u64) {
         if let Some(count) = self.route.flows().lost.get(loss as usize) {
             count.way(direction).add(datagrams);
         }
     }
 
     /// Counts a datagram that a limit would have dropped, were it not only observed.
-    pub fn would_lose(&mut self, direction: Direction, loss: Loss) {
+    pub fn would_lose(&mut self, direction: Direction, loss: DatagramDrop) {
         self.would_delay = true;
         if let Some(count) = self.route.flows().would_lose.get(loss as usize) {
             count.way(direction).add(1);
@@ -282,19 +284,19 @@ impl Meter {
 
     /// The bytes that this session has forwarded.
     #[must_use]
-    pub fn bytes(&self) -> EachWay<u64> {
+    pub fn bytes(&self) -> PerDirection<u64> {
         self.bytes
     }
 
     /// The worker's own cells.
     #[must_use]
-    pub fn worker(&self) -> &WorkerCells {
+    pub fn worker(&self) -> &WorkerCounters {
         self.ledger.worker()
     }
 
     /// The listener's cells.
     #[must_use]
-    pub fn listener(&self) -> Arc<ListenerCells> {
+    pub fn listener(&self) -> Arc<ListenerCounters> {
         Arc::clone(&self.listener)
     }
 
@@ -319,11 +321,11 @@ impl Meter {
     }
 }
 
-impl Drop for Meter {
+impl Drop for SessionMetrics {
     fn drop(&mut self) {
         if !self.ended {
-            let why = if std::thread::panicking() { Why::Internal } else { Why::Drained };
-            self.close(Outcome::new(By::Proxy, self.at, why));
+            let why = if std::thread::panicking() { Reason::Internal } else { Reason::Drained };
+            self.close(Outcome::new(EndedBy::Proxy, self.at, why));
         }
     }
 }
@@ -333,14 +335,14 @@ mod tests {
     use super::super::Labels;
     use super::*;
 
-    fn ledger() -> (Labels, Arc<Shard>, Rc<Ledger>) {
+    fn ledger() -> (Labels, Arc<CounterShard>, Rc<WorkerMetrics>) {
         let labels = Labels::default();
-        let shard = Arc::new(Shard::default());
-        let ledger = Ledger::new(Arc::clone(&shard), labels.intern(""));
+        let shard = Arc::new(CounterShard::default());
+        let ledger = WorkerMetrics::new(Arc::clone(&shard), labels.intern(""));
         (labels, shard, ledger)
     }
 
-    fn ended(shard: &Shard) -> Vec<(String, String, u64)> {
+    fn ended(shard: &CounterShard) -> Vec<(String, String, u64)> {
         shard
             .routes()
             .iter()
@@ -355,23 +357,23 @@ mod tests {
     #[test]
     fn a_session_is_counted_where_it_belongs() {
         let (labels, shard, ledger) = ledger();
-        let mut meter = Meter::new(Rc::clone(&ledger), &labels.intern("web"));
+        let mut meter = SessionMetrics::new(Rc::clone(&ledger), &labels.intern("web"));
         assert_eq!(shard.routes()[0].active.value(), 1);
         meter.assign(&labels.intern("acme"), Some(&labels.intern("shared")));
-        meter.tried(&labels.intern("10.0.0.1:80"), Connect::Refused);
-        meter.tried(&labels.intern("10.0.0.2:80"), Connect::Done);
+        meter.tried(&labels.intern("10.0.0.1:80"), ConnectResult::Refused);
+        meter.tried(&labels.intern("10.0.0.2:80"), ConnectResult::Done);
         meter.connected(Duration::from_millis(2));
         meter.forwarded(Direction::ToBackend, 10, false);
         meter.forwarded(Direction::ToClient, 20, true);
-        assert_eq!(meter.bytes(), EachWay { to_backend: 10, to_client: 20 });
+        assert_eq!(meter.bytes(), PerDirection { to_backend: 10, to_client: 20 });
         assert_eq!(meter.worker().pipes.value(), 0);
         assert_eq!(meter.listener().accepted.value(), 1);
         let routes = shard.routes();
         assert_eq!((routes[0].active.value(), routes[1].active.value()), (0, 1));
         let backends = shard.backends();
         assert_eq!((backends[0].active.value(), backends[1].active.value()), (0, 1));
-        assert_eq!(backends[0].connects().find(|(_, count)| *count == 1), Some((Connect::Refused, 1)));
-        meter.end(Outcome::new(By::Client, At::Forward, Why::Done), Duration::from_secs(1));
+        assert_eq!(backends[0].connects().find(|(_, count)| *count == 1), Some((ConnectResult::Refused, 1)));
+        meter.end(Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done), Duration::from_secs(1));
         assert_eq!((routes[1].active.value(), backends[1].active.value()), (0, 0));
         assert_eq!(routes[1].bytes.to_client.value(), 20);
         assert_eq!(backends[1].bytes.to_backend.value(), 10);
@@ -385,9 +387,9 @@ mod tests {
     #[test]
     fn a_tenant_without_a_pool_is_counted_too() {
         let (labels, shard, ledger) = ledger();
-        let mut meter = Meter::new(ledger, &labels.intern("web"));
+        let mut meter = SessionMetrics::new(ledger, &labels.intern("web"));
         meter.assign(&labels.intern("acme"), None);
-        meter.end(Outcome::reject(At::Tenant, Why::NoPool), Duration::ZERO);
+        meter.end(Outcome::reject(EndedAt::Tenant, Reason::NoPool), Duration::ZERO);
         assert_eq!(ended(&shard), [("acme".to_owned(), "no_pool by proxy at tenant".to_owned(), 1)]);
     }
 
@@ -395,17 +397,17 @@ mod tests {
     fn a_session_that_was_taken_over_is_not_accepted_again_and_its_old_bytes_are_not_counted_twice() {
         let (labels, shard, ledger) = ledger();
         let names = ["web", "acme", "shared", "10.0.0.1:80"].map(|name| labels.intern(name));
-        let bytes = EachWay { to_backend: 7, to_client: 9 };
-        let mut meter = Meter::taken_over(ledger, names.each_ref(), bytes);
+        let bytes = PerDirection { to_backend: 7, to_client: 9 };
+        let mut meter = SessionMetrics::taken_over(ledger, names.each_ref(), bytes);
         meter.forwarded(Direction::ToClient, 20, false);
-        assert_eq!(meter.bytes(), EachWay { to_backend: 7, to_client: 29 });
+        assert_eq!(meter.bytes(), PerDirection { to_backend: 7, to_client: 29 });
         assert_eq!(meter.labels().map(Label::name), ["web", "acme", "shared"]);
         let (route, backend) = (Arc::clone(&shard.routes()[0]), Arc::clone(&shard.backends()[0]));
         let taken_over = shard.listeners()[0].taken_over.value();
         assert_eq!((route.active.value(), taken_over, backend.active.value()), (1, 1, 1));
         assert_eq!((route.bytes.to_client.value(), shard.listeners()[0].accepted.value()), (20, 0));
         assert_eq!(backend.connects().map(|(_, count)| count).sum::<u64>(), 0);
-        meter.end(Outcome::reject(At::Forward, Why::Moved), Duration::from_secs(1));
+        meter.end(Outcome::reject(EndedAt::Forward, Reason::Moved), Duration::from_secs(1));
         assert_eq!((route.active.value(), backend.active.value()), (0, 0));
         assert_eq!(shard.listeners()[0].duration.times().count(), 0, "it goes on elsewhere");
     }
@@ -413,17 +415,17 @@ mod tests {
     #[test]
     fn health_checks_stay_out_of_the_durations() {
         let (labels, shard, ledger) = ledger();
-        Meter::new(ledger, &labels.intern("web"))
-            .end(Outcome::new(By::Client, At::Header, Why::Local), Duration::from_secs(1));
+        SessionMetrics::new(ledger, &labels.intern("web"))
+            .end(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::Local), Duration::from_secs(1));
         assert_eq!(shard.listeners()[0].duration.times().count(), 0);
     }
 
     #[test]
     fn a_session_that_is_dropped_is_counted_as_drained_or_as_our_fault() {
         let (labels, shard, ledger) = ledger();
-        drop(Meter::new(Rc::clone(&ledger), &labels.intern("web")));
+        drop(SessionMetrics::new(Rc::clone(&ledger), &labels.intern("web")));
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            let _meter = Meter::new(Rc::clone(&ledger), &labels.intern("web"));
+            let _meter = SessionMetrics::new(Rc::clone(&ledger), &labels.intern("web"));
             panic!("on purpose");
         }));
         assert!(panicked.is_err());

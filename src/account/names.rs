@@ -3,7 +3,7 @@
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "Prometheus's own words")]
-pub enum Kind {
+pub enum MetricKind {
     Counter,
     Gauge,
     Histogram,
@@ -19,7 +19,7 @@ pub struct Metric {
     /// The labels; the values of each come from a closed set.
     pub labels: &'static [&'static str],
     /// What it is.
-    pub kind: Kind,
+    pub kind: MetricKind,
 }
 
 macro_rules! metrics {
@@ -27,7 +27,7 @@ macro_rules! metrics {
         $(
             #[doc = $help]
             pub const $name: Metric =
-                Metric { name: $text, help: $help, labels: &[$($label),*], kind: Kind::$kind };
+                Metric { name: $text, help: $help, labels: &[$($label),*], kind: MetricKind::$kind };
         )+
 
         /// Every metric of the data path; the process's own (`process_*`) come from the prometheus crate.
@@ -186,8 +186,17 @@ mod tests {
         assert_eq!(names.len(), ALL.len());
         for metric in ALL {
             assert!(metric.name.starts_with("vestibule_"), "{}", metric.name);
-            assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
-            assert!(metric.name.ends_with("_seconds") || metric.kind != Kind::Histogram, "{}", metric.name);
+            assert_eq!(
+                metric.name.ends_with("_total"),
+                metric.kind == MetricKind::Counter,
+                "{}",
+                metric.name
+            );
+            assert!(
+                metric.name.ends_with("_seconds") || metric.kind != MetricKind::Histogram,
+                "{}",
+                metric.name
+            );
             assert!(metric.help.ends_with('.'), "{}", metric.name);
         }
     }

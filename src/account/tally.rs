@@ -2,27 +2,27 @@
 
 use std::sync::OnceLock;
 
-use super::Cell64;
+use super::Counter64;
 
 /// Counts of one worker, that everybody reads. A count has a node of its own from its first use on: of some sixty reasons to
 /// end a tenant's sessions meet two or three, and there is a list for each tenant and worker.
 #[derive(Debug, Default)]
-pub(super) struct Tally(OnceLock<Box<Node>>);
+pub(super) struct SparseCounters(OnceLock<Box<SparseNode>>);
 
 #[derive(Debug)]
-struct Node {
+struct SparseNode {
     key: u8,
-    count: Cell64,
-    next: Tally,
+    count: Counter64,
+    next: SparseCounters,
 }
 
-impl Tally {
+impl SparseCounters {
     /// Adds; only the worker itself may.
     pub(super) fn add(&self, key: usize, amount: u64) {
         let Ok(key) = u8::try_from(key) else { return };
         let mut list = self;
         loop {
-            let fresh = || Box::new(Node { key, count: Cell64::default(), next: Self::default() });
+            let fresh = || Box::new(SparseNode { key, count: Counter64::default(), next: Self::default() });
             let node = list.0.get_or_init(fresh);
             if node.key == key {
                 return node.count.add(amount);
@@ -44,11 +44,11 @@ mod tests {
 
     #[test]
     fn each_number_has_its_own_count() {
-        let tally = Tally::default();
+        let tally = SparseCounters::default();
         for (key, amount) in [(7, 1), (0, 2), (7, 3), (255, 4), (256, 5)] {
             tally.add(key, amount);
         }
         assert_eq!(tally.counts().collect::<Vec<_>>(), [(7, 4), (0, 2), (255, 4)]);
-        assert!(size_of::<Node>() <= 32 && size_of::<Tally>() <= 16);
+        assert!(size_of::<SparseNode>() <= 32 && size_of::<SparseCounters>() <= 16);
     }
 }

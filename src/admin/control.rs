@@ -19,18 +19,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::hosts;
-use super::places::Watched;
+use super::places::TrackedStream;
 use crate::addr::BackendAddr;
 use crate::clock;
-use crate::state::Live;
+use crate::state::LiveState;
 
 /// What the process does when it is told to.
-pub trait Orders: Debug + Send + Sync {
+pub trait Control: Debug + Send + Sync {
     /// Reads the configuration again and puts it in force, as a whole or not at all. It may take seconds.
     ///
     /// # Errors
     /// Why not; what was in force stays.
-    fn reload(&self) -> Result<Reloaded, Refused>;
+    fn reload(&self) -> Result<ReloadSummary, ReloadRefusal>;
 
     /// Opens the access log's file anew, as after it was renamed; nothing where the log is no file.
     ///
@@ -48,7 +48,7 @@ pub trait Orders: Debug + Send + Sync {
 /// What is in force after a reload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
-pub struct Reloaded {
+pub struct ReloadSummary {
     pub listeners: usize,
     pub pools: usize,
     pub tenants: usize,
@@ -59,14 +59,14 @@ pub struct Reloaded {
 
 /// Why a reload was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Refused {
+pub struct ReloadRefusal {
     /// Each fault; never empty.
-    pub faults: Vec<Fault>,
+    pub faults: Vec<RefusalDetail>,
 }
 
 /// One fault of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Fault {
+pub struct RefusalDetail {
     /// The file; none where no line of a file is at fault, but that the process cannot change so.
     pub file: Option<String>,
     /// The line, from 1.
@@ -77,16 +77,16 @@ pub struct Fault {
 
 /// What the routes share.
 #[derive(Clone)]
-struct Desk {
-    live: Arc<Live>,
-    orders: Arc<dyn Orders>,
+struct ControlRoutes {
+    live: Arc<LiveState>,
+    orders: Arc<dyn Control>,
 }
 
 /// An order's body has a few keys.
 const BODY: usize = 4096;
 
 /// The routes.
-pub(super) fn routes(live: &Arc<Live>, orders: Arc<dyn Orders>) -> Router {
+pub(super) fn routes(live: &Arc<LiveState>, orders: Arc<dyn Control>) -> Router {
     Router::new()
         .route("/reload", post(reload))
         .route("/drain", post(drain))
@@ -95,7 +95,7 @@ pub(super) fn routes(live: &Arc<Live>, orders: Arc<dyn Orders>) -> Router {
         .method_not_allowed_fallback(only_by_post)
         .layer(DefaultBodyLimit::max(BODY))
         .route_layer(middleware::from_fn(hosts::not_from_web_pages))
-        .with_state(Desk { live: Arc::clone(live), orders })
+        .with_state(ControlRoutes { live: Arc::clone(live), orders })
 }
 
 /// An answer that says what is wrong.
@@ -107,7 +107,7 @@ async fn only_by_post(method: Method) -> Response {
     wrong(StatusCode::METHOD_NOT_ALLOWED, format!("this changes something: it must be POST, found {method}"))
 }
 
-async fn reload(State(desk): State<Desk>) -> Response {
+async fn reload(State(desk): State<ControlRoutes>) -> Response {
     // Not a page, so it does not wait for one; orders take their turns by themselves.
     let orders = desk.orders;
     match tokio::task::spawn_blocking(move || orders.reload()).await {
@@ -120,7 +120,7 @@ async fn reload(State(desk): State<Desk>) -> Response {
     }
 }
 
-async fn drain(State(desk): State<Desk>) -> Response {
+async fn drain(State(desk): State<ControlRoutes>) -> Response {
     desk.orders.drain();
     Json(json!({ "draining": true })).into_response()
 }
@@ -128,7 +128,7 @@ async fn drain(State(desk): State<Desk>) -> Response {
 /// What a successor asks to speak from here on (RFC 9110, section 7.8).
 const TAKEOVER: &str = "vestibule-takeover";
 
-async fn takeover(State(desk): State<Desk>, request: Request) -> Response {
+async fn takeover(State(desk): State<ControlRoutes>, request: Request) -> Response {
     if request.headers().get(UPGRADE).is_none_or(|to| to != TAKEOVER) {
         const WANTED: &str = "this is for a successor, which asks by itself: vestibule serve --takeover, and this socket's path";
         return wrong(StatusCode::BAD_REQUEST, WANTED);
@@ -138,7 +138,7 @@ async fn takeover(State(desk): State<Desk>, request: Request) -> Response {
         let upgraded = upgrade
             .await
             .ok()
-            .and_then(|upgraded| upgraded.downcast::<TokioIo<Watched<tokio::net::UnixStream>>>().ok());
+            .and_then(|upgraded| upgraded.downcast::<TokioIo<TrackedStream<tokio::net::UnixStream>>>().ok());
         // It has gone already.
         let stream = upgraded.and_then(|parts| parts.io.into_inner().into_stream());
         let Some(Ok(stream)) = stream.map(tokio::net::UnixStream::into_std) else { return };
@@ -151,7 +151,7 @@ async fn takeover(State(desk): State<Desk>, request: Request) -> Response {
 /// The order to give a backend another weight.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Order {
+struct WeightRequest {
     pool: String,
     /// The backend's address, as metrics have it.
     backend: SocketAddr,
@@ -160,7 +160,7 @@ struct Order {
 
 /// What became of it.
 #[derive(Debug, Serialize)]
-struct Weighed {
+struct WeightChanged {
     pool: String,
     backend: SocketAddr,
     /// The weight that was in force.
@@ -170,15 +170,17 @@ struct Weighed {
     usable: usize,
 }
 
-async fn weight(State(desk): State<Desk>, uri: Uri, body: Bytes) -> Response {
+async fn weight(State(desk): State<ControlRoutes>, uri: Uri, body: Bytes) -> Response {
     const WANTED: &str =
         "must have pool, backend (address:port) and weight (0 to 1000), as a query or a JSON body";
     /// As in the configuration.
     const MOST: u32 = 1000;
     let read = if body.is_empty() {
-        Query::<Order>::try_from_uri(&uri).map(|Query(order)| order).map_err(|error| error.body_text())
+        Query::<WeightRequest>::try_from_uri(&uri)
+            .map(|Query(order)| order)
+            .map_err(|error| error.body_text())
     } else {
-        serde_json::from_slice::<Order>(&body).map_err(|error| error.to_string())
+        serde_json::from_slice::<WeightRequest>(&body).map_err(|error| error.to_string())
     };
     let order = match read {
         Ok(order) if order.weight <= MOST => order,
@@ -193,7 +195,7 @@ async fn weight(State(desk): State<Desk>, uri: Uri, body: Bytes) -> Response {
     }
 }
 
-fn weigh(live: &Live, order: &Order) -> Result<Weighed, String> {
+fn weigh(live: &LiveState, order: &WeightRequest) -> Result<WeightChanged, String> {
     let snapshot = live.snapshot.load();
     let pool = snapshot.pools.iter().find(|pool| pool.label.name() == order.pool);
     let pool = pool.ok_or_else(|| format!("pool: must be one that is in force, found \"{}\"", order.pool))?;
@@ -202,7 +204,7 @@ fn weigh(live: &Live, order: &Order) -> Result<Weighed, String> {
         format!("backend: must be an address of pool \"{}\", found {}", order.pool, order.backend)
     })?;
     change.log(pool);
-    let Order { pool: name, backend, weight: to } = order;
+    let WeightRequest { pool: name, backend, weight: to } = order;
     tracing::info!(pool = name, %backend, from, to, "a weight was ordered");
-    Ok(Weighed { pool: name.clone(), backend: *backend, from, to: *to, usable: pool.usable() })
+    Ok(WeightChanged { pool: name.clone(), backend: *backend, from, to: *to, usable: pool.usable() })
 }

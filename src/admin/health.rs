@@ -18,16 +18,16 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, join, split};
 use tokio::net::TcpStream;
 
-use super::Turn;
-use super::places::{Limits, Step, Visit};
-use super::serve::{self, Room};
-use crate::account::admin_connections::Endpoint;
-use crate::config::HealthEndpoint;
+use super::ServingSwitch;
+use super::places::{ConnectionStep, ConnectionTimeouts, TrackedConnection};
+use super::serve::{self, ConnectionLimits};
+use crate::account::admin_connections::AdminEndpoint;
+use crate::config::HealthConfig;
 use crate::header;
-use crate::state::Live;
+use crate::state::LiveState;
 
 /// How long the steps of a check may take. A load balancer sends its question at once, and waits for an answer for 6 s.
-const LIMITS: Limits = Limits {
+const LIMITS: ConnectionTimeouts = ConnectionTimeouts {
     first_byte: Duration::from_millis(500),
     request: Duration::from_millis(2_500),
     answer: Duration::from_secs(1),
@@ -46,7 +46,7 @@ const FOR_OTHERS: usize = 32;
 const BUFFERS: usize = 16 * 1024;
 
 /// Answers health checks until its task is dropped.
-pub async fn serve(socket: TcpListener, config: HealthEndpoint, live: Arc<Live>, turn: Turn) {
+pub async fn serve(socket: TcpListener, config: HealthConfig, live: Arc<LiveState>, turn: ServingSwitch) {
     let socket = match serve::tcp(socket, BUFFERS) {
         Ok(socket) => socket,
         Err(error) => {
@@ -54,9 +54,9 @@ pub async fn serve(socket: TcpListener, config: HealthEndpoint, live: Arc<Live>,
             return;
         }
     };
-    let HealthEndpoint { path, trusted_sources: trusted, .. } = config;
+    let HealthConfig { path, trusted_sources: trusted, .. } = config;
     let for_others = if trusted.is_empty() { 0 } else { FOR_OTHERS };
-    let room = Room { trusted, for_trusted: AT_ONCE - for_others, for_others };
+    let room = ConnectionLimits { trusted, for_trusted: AT_ONCE - for_others, for_others };
     let path: Arc<str> = path.into();
     let asked = Arc::clone(&live);
     let attend = |visit| {
@@ -64,22 +64,22 @@ pub async fn serve(socket: TcpListener, config: HealthEndpoint, live: Arc<Live>,
         // A check that fails is the checker's to notice.
         async move { check(visit, &path, &live).await.unwrap_or_default() }
     };
-    serve::accept(socket, Endpoint::Health, room, &LIMITS, turn, live, attend).await;
+    serve::accept(socket, AdminEndpoint::Health, room, &LIMITS, turn, live, attend).await;
 }
 
-async fn check(visit: Arc<Visit<TcpStream>>, path: &str, live: &Live) -> io::Result<()> {
+async fn check(visit: Arc<TrackedConnection<TcpStream>>, path: &str, live: &LiveState) -> io::Result<()> {
     let mut stream = visit.stream();
     let first = header::read_optional(&mut stream).await?.rest;
     let (read, write) = split(stream);
     let stream = TokioIo::new(join(first.as_slice().chain(read), write));
     let answer = service_fn(async |request: Request<_>| {
-        visit.enter(Step::Sending);
+        visit.enter(ConnectionStep::Sending);
         Ok::<_, Infallible>(answer(&request, path, live))
     });
     http1::Builder::new().keep_alive(false).serve_connection(stream, answer).await.map_err(io::Error::other)
 }
 
-fn answer<B>(request: &Request<B>, path: &str, live: &Live) -> Response<Body> {
+fn answer<B>(request: &Request<B>, path: &str, live: &LiveState) -> Response<Body> {
     let (status, text) = if request.uri().path() == path {
         match live.readiness() {
             Ok(()) => (StatusCode::OK, "ok"),

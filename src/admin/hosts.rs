@@ -13,9 +13,9 @@ use super::control::wrong;
 
 /// The names that are accepted beside IP addresses and `localhost`, which no foreign page can have: `[admin] hosts`.
 #[derive(Debug)]
-pub(super) struct Hosts(Vec<String>);
+pub(super) struct AllowedHosts(Vec<String>);
 
-impl Hosts {
+impl AllowedHosts {
     pub(super) fn new(names: Vec<String>) -> Arc<Self> {
         Arc::new(Self(names))
     }
@@ -50,7 +50,7 @@ fn asked(request: &Request) -> Result<Option<Authority>, String> {
 }
 
 /// Answers only who asks by a name that is accepted.
-pub(super) async fn only_known_hosts(hosts: Arc<Hosts>, request: Request, next: Next) -> Response {
+pub(super) async fn only_known_hosts(hosts: Arc<AllowedHosts>, request: Request, next: Next) -> Response {
     let found = match asked(&request) {
         Ok(authority) => match authority.filter(|authority| !hosts.accepts(authority)) {
             None => return next.run(request).await,
@@ -92,7 +92,7 @@ mod tests {
 
     /// What is refused, where it is.
     fn refused(request: &Request) -> Option<String> {
-        let hosts = Hosts::new(vec!["proxy.internal".to_owned()]);
+        let hosts = AllowedHosts::new(vec!["proxy.internal".to_owned()]);
         match asked(request) {
             Ok(authority) => {
                 authority.filter(|authority| !hosts.accepts(authority)).map(|name| name.to_string())

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::difference::{BackendUse, InForce, RouteUse};
-use crate::state::Live;
+use crate::config::difference::{ActiveConfig, BackendUsage, RouteUsage};
+use crate::state::LiveState;
 
 /// The page, as JSON.
 ///
 /// # Errors
 /// What serde says; no configuration that passed its checks comes to that.
-pub(super) fn json(live: &Live) -> serde_json::Result<Vec<u8>> {
+pub(super) fn json(live: &LiveState) -> serde_json::Result<Vec<u8>> {
     let config = live.config.load_full();
     let mut routes: BTreeMap<[String; 3], u64> = BTreeMap::new();
     let mut backends: BTreeMap<[String; 2], u64> = BTreeMap::new();
@@ -24,14 +24,14 @@ pub(super) fn json(live: &Live) -> serde_json::Result<Vec<u8>> {
         }
     }
     let route =
-        |([listener, tenant, pool], now): ([String; 3], u64)| RouteUse { listener, tenant, pool, now };
-    serde_json::to_vec(&InForce {
+        |([listener, tenant, pool], now): ([String; 3], u64)| RouteUsage { listener, tenant, pool, now };
+    serde_json::to_vec(&ActiveConfig {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         config: &*config,
         routes: routes.into_iter().map(route).collect(),
         backends: backends
             .into_iter()
-            .map(|([pool, backend], now)| BackendUse { pool, backend, now })
+            .map(|([pool, backend], now)| BackendUsage { pool, backend, now })
             .collect(),
     })
 }

@@ -11,14 +11,14 @@ use prometheus::proto::{
 };
 use prometheus::{Registry, TextEncoder};
 
-use crate::account::latency::{Recorder, Times};
+use crate::account::latency::{LatencyHistogram, LatencyRecorder};
 use crate::account::log_queue::{LineClass, Lines};
-use crate::account::meter::Shard;
-use crate::account::names::{self, Kind, Metric};
-use crate::account::{Direction, EachWay};
+use crate::account::meter::CounterShard;
+use crate::account::names::{self, Metric, MetricKind};
+use crate::account::{Direction, PerDirection};
 use crate::clock::{self, Moment};
-use crate::pool::health::{FULL, State};
-use crate::state::Live;
+use crate::pool::health::{FULL, HealthState};
+use crate::state::LiveState;
 
 /// The bounds of the connect time's buckets.
 const CONNECT_BOUNDS: [Duration; 14] = [
@@ -56,21 +56,21 @@ const DURATION_BOUNDS: [Duration; 10] = [
 ///
 /// # Errors
 /// What the prometheus crate refuses: a name or label that breaks its rules.
-pub fn text(live: &Arc<Live>) -> prometheus::Result<String> {
+pub fn text(live: &Arc<LiveState>) -> prometheus::Result<String> {
     let registry = Registry::new();
     registry.register(Box::new(ProcessCollector::for_self()))?;
-    registry.register(Box::new(Scrape::new(Arc::clone(live))?))?;
+    registry.register(Box::new(MetricsCollector::new(Arc::clone(live))?))?;
     TextEncoder::new().encode_to_string(&registry.gather())
 }
 
 /// Reads the cells when it is asked.
-struct Scrape {
-    live: Arc<Live>,
+struct MetricsCollector {
+    live: Arc<LiveState>,
     descriptions: Vec<Desc>,
 }
 
-impl Scrape {
-    fn new(live: Arc<Live>) -> prometheus::Result<Self> {
+impl MetricsCollector {
+    fn new(live: Arc<LiveState>) -> prometheus::Result<Self> {
         let description = |metric: &Metric| {
             let labels = metric.labels.iter().map(ToString::to_string).collect();
             Desc::new(metric.name.to_owned(), metric.help.to_owned(), labels, HashMap::new())
@@ -80,13 +80,13 @@ impl Scrape {
     }
 }
 
-impl Collector for Scrape {
+impl Collector for MetricsCollector {
     fn desc(&self) -> Vec<&Desc> {
         self.descriptions.iter().collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let mut sheet = Sheet::default();
+        let mut sheet = Samples::default();
         process(&mut sheet, &self.live);
         pools(&mut sheet, &self.live);
         tenants(&mut sheet, &self.live);
@@ -102,12 +102,12 @@ impl Collector for Scrape {
 
 /// The values of a scrape: those of the same labels are added up.
 #[derive(Default)]
-struct Sheet {
+struct Samples {
     numbers: BTreeMap<&'static str, BTreeMap<Vec<String>, f64>>,
-    times: BTreeMap<&'static str, BTreeMap<Vec<String>, Times>>,
+    times: BTreeMap<&'static str, BTreeMap<Vec<String>, LatencyHistogram>>,
 }
 
-impl Sheet {
+impl Samples {
     fn add(&mut self, metric: &Metric, labels: &[&str], value: f64) {
         debug_assert_eq!(metric.labels.len(), labels.len(), "{}", metric.name);
         let key = labels.iter().map(ToString::to_string).collect();
@@ -119,13 +119,13 @@ impl Sheet {
         self.add(metric, labels, value as f64);
     }
 
-    fn each_way(&mut self, metric: &Metric, labels: &[&str], values: EachWay<u64>) {
+    fn each_way(&mut self, metric: &Metric, labels: &[&str], values: PerDirection<u64>) {
         for direction in Direction::ALL {
             self.count(metric, &[labels, &[direction.word()]].concat(), *values.way(direction));
         }
     }
 
-    fn times(&mut self, metric: &Metric, label: &str, recorder: &Recorder) {
+    fn times(&mut self, metric: &Metric, label: &str, recorder: &LatencyRecorder) {
         let rows = self.times.entry(metric.name).or_default();
         rows.entry(vec![label.to_owned()]).or_default().add(&recorder.times());
     }
@@ -138,9 +138,9 @@ impl Sheet {
         let numbers = self.numbers.remove(metric.name).unwrap_or_default();
         let times = self.times.remove(metric.name).unwrap_or_default();
         let kind = match metric.kind {
-            Kind::Counter => MetricType::COUNTER,
-            Kind::Gauge => MetricType::GAUGE,
-            Kind::Histogram => MetricType::HISTOGRAM,
+            MetricKind::Counter => MetricType::COUNTER,
+            MetricKind::Gauge => MetricType::GAUGE,
+            MetricKind::Histogram => MetricType::HISTOGRAM,
         };
         let rows = numbers.into_iter().map(|(labels, value)| number_row(metric, labels, value));
         let rows: Vec<_> =
@@ -171,7 +171,7 @@ fn row(metric: &Metric, labels: Vec<String>) -> Row {
 
 fn number_row(metric: &Metric, labels: Vec<String>, value: f64) -> Row {
     let mut row = row(metric, labels);
-    if metric.kind == Kind::Counter {
+    if metric.kind == MetricKind::Counter {
         let mut counter = Counter::default();
         counter.set_value(value);
         row.set_counter(counter);
@@ -183,7 +183,7 @@ fn number_row(metric: &Metric, labels: Vec<String>, value: f64) -> Row {
     row
 }
 
-fn times_row(metric: &Metric, labels: Vec<String>, times: &Times) -> Row {
+fn times_row(metric: &Metric, labels: Vec<String>, times: &LatencyHistogram) -> Row {
     let bounds: &[Duration] =
         if metric.name == names::CONNECT_TIME.name { &CONNECT_BOUNDS } else { &DURATION_BOUNDS };
     let buckets = bounds.iter().map(|bound| {
@@ -201,7 +201,7 @@ fn times_row(metric: &Metric, labels: Vec<String>, times: &Times) -> Row {
     row
 }
 
-fn process(sheet: &mut Sheet, live: &Live) {
+fn process(sheet: &mut Samples, live: &LiveState) {
     let snapshot = live.snapshot.load();
     sheet.count(&names::SESSIONS_LIMIT, &[], live.sessions.limit() as u64);
     for listener in &snapshot.listeners {
@@ -252,7 +252,7 @@ fn process(sheet: &mut Sheet, live: &Live) {
 }
 
 /// What probes, names and sessions say of backends, which no worker counts.
-fn pools(sheet: &mut Sheet, live: &Live) {
+fn pools(sheet: &mut Samples, live: &LiveState) {
     let (now, wall) = (clock::now(), clock::wall());
     let unix = |moment: Moment| {
         let then = wall.checked_sub(now.since(moment)).unwrap_or(UNIX_EPOCH);
@@ -275,9 +275,9 @@ fn pools(sheet: &mut Sheet, live: &Live) {
         for backend in roster.backends() {
             let labels = [name, backend.label().name()];
             let healthy = match backend.state() {
-                State::Healthy => 1.0,
-                State::Unhealthy => 0.0,
-                State::Unknown => -1.0,
+                HealthState::Healthy => 1.0,
+                HealthState::Unhealthy => 0.0,
+                HealthState::Unknown => -1.0,
             };
             sheet.add(&names::BACKEND_HEALTHY, &labels, healthy);
             sheet.add(&names::BACKEND_WEIGHT, &labels, f64::from(backend.weight()) / f64::from(FULL));
@@ -299,7 +299,7 @@ fn pools(sheet: &mut Sheet, live: &Live) {
 
 /// What is in use of each tenant's limits, and what they did; of a tenant without limits only that it was rejected.
 /// Tenants that never had a session are left out: of 100,000 they may be most.
-fn tenants(sheet: &mut Sheet, live: &Live) {
+fn tenants(sheet: &mut Samples, live: &LiveState) {
     let routes = live.shards.iter().flat_map(|shard| shard.routes());
     let labels: BTreeMap<_, _> = routes.map(|route| (route.tenant.serial(), route.tenant.clone())).collect();
     for label in labels.values() {
@@ -334,7 +334,7 @@ fn tenants(sheet: &mut Sheet, live: &Live) {
     }
 }
 
-fn worker(sheet: &mut Sheet, number: usize, shard: &Shard) {
+fn worker(sheet: &mut Samples, number: usize, shard: &CounterShard) {
     let number = number.to_string();
     let cells = &shard.worker;
     let active = shard.routes().iter().map(|route| route.active.value()).sum();
@@ -349,7 +349,7 @@ fn worker(sheet: &mut Sheet, number: usize, shard: &Shard) {
     sheet.each_way(&names::MODE_BYTES, &["splice"], cells.spliced.values());
 }
 
-fn routes(sheet: &mut Sheet, shard: &Shard) {
+fn routes(sheet: &mut Samples, shard: &CounterShard) {
     // Held to the end: meanwhile no row is added to the one of what is gone, and would be counted twice.
     let routes = shard.routes();
     for route in &routes {
@@ -363,7 +363,7 @@ fn routes(sheet: &mut Sheet, shard: &Shard) {
         if !route.pool.name().is_empty() {
             sheet.each_way(&names::BYTES, &labels, route.bytes.values());
         }
-        if route.datagrams() != EachWay::default() {
+        if route.datagrams() != PerDirection::default() {
             sheet.each_way(&names::DATAGRAMS, &labels, route.datagrams());
         }
         let lost = route.lost().map(|(loss, counts)| (&names::DATAGRAMS_DROPPED, loss, counts));
@@ -377,7 +377,7 @@ fn routes(sheet: &mut Sheet, shard: &Shard) {
     }
 }
 
-fn listeners(sheet: &mut Sheet, shard: &Shard) {
+fn listeners(sheet: &mut Samples, shard: &CounterShard) {
     let listeners = shard.listeners();
     for cells in &listeners {
         let listener = cells.listener.name();
@@ -401,7 +401,7 @@ fn listeners(sheet: &mut Sheet, shard: &Shard) {
     }
 }
 
-fn backends(sheet: &mut Sheet, shard: &Shard) {
+fn backends(sheet: &mut Samples, shard: &CounterShard) {
     // As in `routes`.
     let (backends, pools) = (shard.backends(), shard.pools());
     for cells in &backends {

@@ -14,13 +14,13 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use crate::account::admin_connections::Ended;
+use crate::account::admin_connections::AdminConnectionEnd;
 use crate::account::lock;
 use crate::clock::{self, Moment};
 
 /// How long each step of a connection may take.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct ConnectionTimeouts {
     /// From accept to the first byte.
     pub(super) first_byte: Duration,
     /// From a request's first byte to the end of its head.
@@ -40,7 +40,7 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// What a connection is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum ConnectionStep {
     /// Nothing has come yet.
     Opening,
     /// A request has begun.
@@ -54,34 +54,34 @@ pub(super) enum Step {
 }
 
 /// A stream that can be given up.
-pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+pub(super) trait AdminStream: AsyncRead + AsyncWrite + Send + Unpin + 'static {
     /// Makes the coming close leave nothing behind in the kernel, where that is possible.
     fn reset_on_close(&self);
 }
 
-impl Stream for TcpStream {
+impl AdminStream for TcpStream {
     fn reset_on_close(&self) {
         // The only error is that the peer has reset it already.
         self.set_zero_linger().unwrap_or_default();
     }
 }
 
-impl Stream for UnixStream {
+impl AdminStream for UnixStream {
     fn reset_on_close(&self) {}
 }
 
 /// One connection: its stream, and how far it has come.
 #[derive(Debug)]
-pub(super) struct Visit<S> {
-    state: Mutex<State<S>>,
+pub(super) struct TrackedConnection<S> {
+    state: Mutex<ConnectionProgress<S>>,
     displaced: Notify,
 }
 
 #[derive(Debug)]
-struct State<S> {
+struct ConnectionProgress<S> {
     /// None once it is closed, or belongs to another owner.
     stream: Option<S>,
-    step: Step,
+    step: ConnectionStep,
     /// When the step began.
     since: Moment,
     /// When bytes last came or went.
@@ -89,34 +89,34 @@ struct State<S> {
     is_answered: bool,
 }
 
-impl<S> State<S> {
-    fn due(&self, limits: &Limits) -> Moment {
+impl<S> ConnectionProgress<S> {
+    fn due(&self, limits: &ConnectionTimeouts) -> Moment {
         match self.step {
-            Step::Opening => self.since + limits.first_byte,
-            Step::Asking => self.since + limits.request,
-            Step::Answering => self.since + limits.answer,
-            Step::Sending => (self.progress + limits.stall).min(self.since + limits.send),
-            Step::Idle => self.since + limits.idle,
+            ConnectionStep::Opening => self.since + limits.first_byte,
+            ConnectionStep::Asking => self.since + limits.request,
+            ConnectionStep::Answering => self.since + limits.answer,
+            ConnectionStep::Sending => (self.progress + limits.stall).min(self.since + limits.send),
+            ConnectionStep::Idle => self.since + limits.idle,
         }
     }
 
-    fn enter(&mut self, step: Step, now: Moment) {
+    fn enter(&mut self, step: ConnectionStep, now: Moment) {
         (self.step, self.since, self.progress) = (step, now, now);
     }
 
     fn received(&mut self, now: Moment) {
         self.progress = now;
-        if matches!(self.step, Step::Opening | Step::Idle) {
-            self.enter(Step::Asking, now);
+        if matches!(self.step, ConnectionStep::Opening | ConnectionStep::Idle) {
+            self.enter(ConnectionStep::Asking, now);
         }
     }
 }
 
-impl<S: Stream> Visit<S> {
+impl<S: AdminStream> TrackedConnection<S> {
     pub(super) fn new(stream: S, now: Moment) -> Arc<Self> {
-        let state = State {
+        let state = ConnectionProgress {
             stream: Some(stream),
-            step: Step::Opening,
+            step: ConnectionStep::Opening,
             since: now,
             progress: now,
             is_answered: false,
@@ -125,36 +125,40 @@ impl<S: Stream> Visit<S> {
     }
 
     /// The stream, which tells this visit what comes and goes.
-    pub(super) fn stream(self: &Arc<Self>) -> Watched<S> {
-        Watched(Arc::clone(self))
+    pub(super) fn stream(self: &Arc<Self>) -> TrackedStream<S> {
+        TrackedStream(Arc::clone(self))
     }
 
     /// The next step begins.
-    pub(super) fn enter(&self, step: Step) {
+    pub(super) fn enter(&self, step: ConnectionStep) {
         lock(&self.state).enter(step, clock::now());
     }
 
     /// Lets the connection run until it ends, is displaced, or takes longer than it may.
-    pub(super) async fn run(&self, limits: &Limits, connection: impl Future<Output = ()>) -> Ended {
+    pub(super) async fn run(
+        &self,
+        limits: &ConnectionTimeouts,
+        connection: impl Future<Output = ()>,
+    ) -> AdminConnectionEnd {
         let mut connection = std::pin::pin!(connection);
         loop {
             let left = lock(&self.state).due(limits).since(clock::now());
             tokio::select! {
                 biased;
-                () = self.displaced.notified() => return Ended::Displaced,
+                () = self.displaced.notified() => return AdminConnectionEnd::Displaced,
                 () = connection.as_mut() => {
-                    return if lock(&self.state).is_answered { Ended::Answered } else { Ended::Closed };
+                    return if lock(&self.state).is_answered { AdminConnectionEnd::Answered } else { AdminConnectionEnd::Closed };
                 }
                 () = sleep(left.min(LOOK)) => {}
             }
             let state = lock(&self.state);
             if state.due(limits) <= clock::now() {
                 return match state.step {
-                    Step::Opening => Ended::FirstByteTimeout,
-                    Step::Asking => Ended::RequestTimeout,
-                    Step::Answering => Ended::AnswerTimeout,
-                    Step::Sending => Ended::SendTimeout,
-                    Step::Idle => Ended::Answered,
+                    ConnectionStep::Opening => AdminConnectionEnd::FirstByteTimeout,
+                    ConnectionStep::Asking => AdminConnectionEnd::RequestTimeout,
+                    ConnectionStep::Answering => AdminConnectionEnd::AnswerTimeout,
+                    ConnectionStep::Sending => AdminConnectionEnd::SendTimeout,
+                    ConnectionStep::Idle => AdminConnectionEnd::Answered,
                 };
             }
         }
@@ -162,7 +166,7 @@ impl<S: Stream> Visit<S> {
 }
 
 /// What takes a place.
-pub(super) trait Occupant {
+pub(super) trait SlotHolder {
     /// Who gives way first: the least. None where it is over already.
     fn order(&self) -> Option<(bool, Moment)>;
 
@@ -170,11 +174,11 @@ pub(super) trait Occupant {
     fn displace(&self);
 }
 
-impl<S: Stream> Occupant for Visit<S> {
+impl<S: AdminStream> SlotHolder for TrackedConnection<S> {
     /// A connection for which an answer is being made gives way last: it is this process that lets it wait.
     fn order(&self) -> Option<(bool, Moment)> {
         let state = lock(&self.state);
-        state.stream.as_ref().map(|_| (state.step == Step::Answering, state.progress))
+        state.stream.as_ref().map(|_| (state.step == ConnectionStep::Answering, state.progress))
     }
 
     /// The descriptor is free at once, whenever the connection's task runs next.
@@ -188,12 +192,12 @@ impl<S: Stream> Occupant for Visit<S> {
 
 /// So many places, and those who have them.
 #[derive(Debug)]
-pub(super) struct Places<O> {
+pub(super) struct ConnectionSlots<O> {
     most: usize,
     taken: Vec<Arc<O>>,
 }
 
-impl<O: Occupant> Places<O> {
+impl<O: SlotHolder> ConnectionSlots<O> {
     pub(super) fn new(most: usize) -> Self {
         Self { most: most.max(1), taken: Vec::new() }
     }
@@ -215,9 +219,9 @@ impl<O: Occupant> Places<O> {
 
 /// A visit's stream. Dropping it closes the connection.
 #[derive(Debug)]
-pub(super) struct Watched<S: Stream>(Arc<Visit<S>>);
+pub(super) struct TrackedStream<S: AdminStream>(Arc<TrackedConnection<S>>);
 
-impl<S: Stream> Watched<S> {
+impl<S: AdminStream> TrackedStream<S> {
     /// The stream itself, whose connection has no place any more; none where it was closed meanwhile.
     pub(super) fn into_stream(self) -> Option<S> {
         lock(&self.0.state).stream.take()
@@ -226,7 +230,7 @@ impl<S: Stream> Watched<S> {
     fn poll<T: Copy>(
         &self,
         poll: impl FnOnce(Pin<&mut S>) -> Poll<io::Result<T>>,
-        done: impl FnOnce(&mut State<S>, T),
+        done: impl FnOnce(&mut ConnectionProgress<S>, T),
     ) -> Poll<io::Result<T>> {
         let mut state = lock(&self.0.state);
         let Some(stream) = &mut state.stream else {
@@ -239,20 +243,20 @@ impl<S: Stream> Watched<S> {
         polled
     }
 
-    fn sent(state: &mut State<S>, count: usize) {
+    fn sent(state: &mut ConnectionProgress<S>, count: usize) {
         if count > 0 {
             state.progress = clock::now();
         }
     }
 }
 
-impl<S: Stream> Drop for Watched<S> {
+impl<S: AdminStream> Drop for TrackedStream<S> {
     fn drop(&mut self) {
         drop(lock(&self.0.state).stream.take());
     }
 }
 
-impl<S: Stream> AsyncRead for Watched<S> {
+impl<S: AdminStream> AsyncRead for TrackedStream<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, room: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut count = 0;
         let read = |stream: Pin<&mut S>| {
@@ -261,7 +265,7 @@ impl<S: Stream> AsyncRead for Watched<S> {
             count = room.filled().len() - before;
             polled.map_ok(|()| count)
         };
-        let received = |state: &mut State<S>, count: usize| {
+        let received = |state: &mut ConnectionProgress<S>, count: usize| {
             if count > 0 {
                 state.received(clock::now());
             }
@@ -270,7 +274,7 @@ impl<S: Stream> AsyncRead for Watched<S> {
     }
 }
 
-impl<S: Stream> AsyncWrite for Watched<S> {
+impl<S: AdminStream> AsyncWrite for TrackedStream<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.poll(|stream| stream.poll_write(cx, bytes), Self::sent)
     }
@@ -293,9 +297,9 @@ impl<S: Stream> AsyncWrite for Watched<S> {
         self.poll(
             |stream| stream.poll_flush(cx),
             |state, ()| {
-                if state.step == Step::Sending {
+                if state.step == ConnectionStep::Sending {
                     state.is_answered = true;
-                    state.enter(Step::Idle, clock::now());
+                    state.enter(ConnectionStep::Idle, clock::now());
                 }
             },
         )
@@ -307,7 +311,7 @@ impl<S: Stream> AsyncWrite for Watched<S> {
 }
 
 #[cfg(test)]
-impl Stream for tokio::io::DuplexStream {
+impl AdminStream for tokio::io::DuplexStream {
     fn reset_on_close(&self) {}
 }
 
@@ -321,24 +325,30 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(3600);
     const NONE: Duration = Duration::ZERO;
-    const LIMITS: Limits =
-        Limits { first_byte: LONG, request: LONG, answer: LONG, stall: LONG, send: LONG, idle: LONG };
+    const LIMITS: ConnectionTimeouts = ConnectionTimeouts {
+        first_byte: LONG,
+        request: LONG,
+        answer: LONG,
+        stall: LONG,
+        send: LONG,
+        idle: LONG,
+    };
 
     /// How a connection ends that is at this step and waits for its peer.
-    async fn end(limits: Limits, step: Step) -> Ended {
+    async fn end(limits: ConnectionTimeouts, step: ConnectionStep) -> AdminConnectionEnd {
         let (mut near, far) = duplex(16);
-        let visit = Visit::new(far, clock::now());
+        let visit = TrackedConnection::new(far, clock::now());
         let mut stream = visit.stream();
         let connection = async {
-            if step != Step::Opening {
+            if step != ConnectionStep::Opening {
                 near.write_all(b"G").await.unwrap();
                 stream.read_exact(&mut [0]).await.unwrap();
             }
-            if !matches!(step, Step::Opening | Step::Asking) {
+            if !matches!(step, ConnectionStep::Opening | ConnectionStep::Asking) {
                 visit.enter(step);
             }
-            if step == Step::Idle {
-                visit.enter(Step::Sending);
+            if step == ConnectionStep::Idle {
+                visit.enter(ConnectionStep::Sending);
                 stream.flush().await.unwrap();
             }
             std::future::pending::<()>().await;
@@ -349,12 +359,32 @@ mod tests {
     #[tokio::test]
     async fn each_step_has_its_limit() {
         for (limits, step, ended) in [
-            (Limits { first_byte: NONE, ..LIMITS }, Step::Opening, Ended::FirstByteTimeout),
-            (Limits { request: NONE, ..LIMITS }, Step::Asking, Ended::RequestTimeout),
-            (Limits { answer: NONE, ..LIMITS }, Step::Answering, Ended::AnswerTimeout),
-            (Limits { stall: NONE, ..LIMITS }, Step::Sending, Ended::SendTimeout),
-            (Limits { send: NONE, ..LIMITS }, Step::Sending, Ended::SendTimeout),
-            (Limits { idle: NONE, ..LIMITS }, Step::Idle, Ended::Answered),
+            (
+                ConnectionTimeouts { first_byte: NONE, ..LIMITS },
+                ConnectionStep::Opening,
+                AdminConnectionEnd::FirstByteTimeout,
+            ),
+            (
+                ConnectionTimeouts { request: NONE, ..LIMITS },
+                ConnectionStep::Asking,
+                AdminConnectionEnd::RequestTimeout,
+            ),
+            (
+                ConnectionTimeouts { answer: NONE, ..LIMITS },
+                ConnectionStep::Answering,
+                AdminConnectionEnd::AnswerTimeout,
+            ),
+            (
+                ConnectionTimeouts { stall: NONE, ..LIMITS },
+                ConnectionStep::Sending,
+                AdminConnectionEnd::SendTimeout,
+            ),
+            (
+                ConnectionTimeouts { send: NONE, ..LIMITS },
+                ConnectionStep::Sending,
+                AdminConnectionEnd::SendTimeout,
+            ),
+            (ConnectionTimeouts { idle: NONE, ..LIMITS }, ConnectionStep::Idle, AdminConnectionEnd::Answered),
         ] {
             assert_eq!(end(limits, step).await, ended, "{step:?}");
         }
@@ -363,23 +393,24 @@ mod tests {
     #[test]
     fn progress_puts_off_the_stall_and_not_the_whole_time() {
         let at = |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000);
-        let limits = Limits { stall: Duration::from_secs(10), send: Duration::from_secs(60), ..LIMITS };
-        let mut state = State {
+        let limits =
+            ConnectionTimeouts { stall: Duration::from_secs(10), send: Duration::from_secs(60), ..LIMITS };
+        let mut state = ConnectionProgress {
             stream: None::<DuplexStream>,
-            step: Step::Opening,
+            step: ConnectionStep::Opening,
             since: at(0),
             progress: at(0),
             is_answered: false,
         };
-        state.enter(Step::Sending, at(100));
+        state.enter(ConnectionStep::Sending, at(100));
         assert_eq!(state.due(&limits), at(110));
         state.received(at(130));
-        assert_eq!((state.step, state.due(&limits)), (Step::Sending, at(140)));
+        assert_eq!((state.step, state.due(&limits)), (ConnectionStep::Sending, at(140)));
         state.progress = at(159);
         assert_eq!(state.due(&limits), at(160));
-        state.enter(Step::Idle, at(160));
+        state.enter(ConnectionStep::Idle, at(160));
         state.received(at(170));
-        assert_eq!((state.step, state.since), (Step::Asking, at(170)));
+        assert_eq!((state.step, state.since), (ConnectionStep::Asking, at(170)));
         state.received(at(175));
         assert_eq!(state.since, at(170), "further bytes of a request do not put off its end");
     }
@@ -387,25 +418,25 @@ mod tests {
     #[tokio::test]
     async fn displaced_connection_is_closed_at_once_and_says_so() {
         let (mut near, far) = duplex(16);
-        let visit = Visit::new(far, clock::now());
+        let visit = TrackedConnection::new(far, clock::now());
         let mut stream = visit.stream();
         visit.displace();
         assert_eq!(near.read(&mut [0]).await.unwrap(), 0, "closed though its task has not run since");
         assert!(stream.read(&mut [0]).await.is_err() && visit.order().is_none());
-        assert_eq!(visit.run(&LIMITS, std::future::pending()).await, Ended::Displaced);
+        assert_eq!(visit.run(&LIMITS, std::future::pending()).await, AdminConnectionEnd::Displaced);
     }
 
     #[tokio::test]
     async fn end_without_an_answer_is_the_peers() {
         let (near, far) = duplex(16);
-        let visit = Visit::new(far, clock::now());
+        let visit = TrackedConnection::new(far, clock::now());
         drop(near);
         let mut stream = visit.stream();
         let connection = async {
             assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
             drop(stream);
         };
-        assert_eq!(visit.run(&LIMITS, connection).await, Ended::Closed);
+        assert_eq!(visit.run(&LIMITS, connection).await, AdminConnectionEnd::Closed);
         assert!(visit.order().is_none(), "its place is free");
     }
 
@@ -414,7 +445,7 @@ mod tests {
         order: Cell<Option<(bool, Moment)>>,
     }
 
-    impl Occupant for Fake {
+    impl SlotHolder for Fake {
         fn order(&self) -> Option<(bool, Moment)> {
             self.order.get()
         }
@@ -427,7 +458,7 @@ mod tests {
     #[test]
     fn longest_without_progress_gives_way_and_never_the_newcomer() {
         let mut random = fastrand::Rng::with_seed(19);
-        let mut places = Places::new(5);
+        let mut places = ConnectionSlots::new(5);
         let mut all: Vec<Arc<Fake>> = Vec::new();
         for number in 0..10_000_u64 {
             let newcomer = Moment::from_nanos(2 * number);

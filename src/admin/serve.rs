@@ -19,11 +19,11 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::places::{Limits, Places, Step, Stream, Visit};
-use crate::accept::{self, Trouble};
-use crate::account::admin_connections::Endpoint;
+use super::places::{AdminStream, ConnectionSlots, ConnectionStep, ConnectionTimeouts, TrackedConnection};
+use crate::accept::{self, AcceptError};
+use crate::account::admin_connections::AdminEndpoint;
 use crate::clock;
-use crate::state::Live;
+use crate::state::LiveState;
 
 /// Connections at once of the admin address, and of the admin socket; their descriptors are of the reserve that limits.rs keeps.
 const AT_ONCE: usize = 32;
@@ -32,7 +32,7 @@ const AT_ONCE: usize = 32;
 const REQUEST: Duration = Duration::from_secs(60);
 
 /// How long the steps of a connection may take.
-const LIMITS: Limits = Limits {
+const LIMITS: ConnectionTimeouts = ConnectionTimeouts {
     first_byte: Duration::from_secs(5),
     request: Duration::from_secs(10),
     // The request has its own time, and an answer that says so.
@@ -55,9 +55,9 @@ const BATCH: usize = 8;
 
 /// Whether it is this process's turn to serve its pages: before and after that another one accepts at the same sockets.
 #[derive(Clone, Debug)]
-pub struct Turn(watch::Receiver<bool>);
+pub struct ServingSwitch(watch::Receiver<bool>);
 
-impl Turn {
+impl ServingSwitch {
     /// As this says.
     #[must_use]
     pub fn new(serving: watch::Receiver<bool>) -> Self {
@@ -79,15 +79,15 @@ impl Turn {
 }
 
 /// A listening socket.
-pub(super) trait Listens {
+pub(super) trait Acceptor {
     /// What it accepts.
-    type Stream: Stream;
+    type Stream: AdminStream;
 
     /// A connection and its peer's address, where it has one.
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
 }
 
-impl Listens for TcpListener {
+impl Acceptor for TcpListener {
     type Stream = tokio::net::TcpStream;
 
     async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
@@ -95,7 +95,7 @@ impl Listens for TcpListener {
     }
 }
 
-impl Listens for UnixListener {
+impl Acceptor for UnixListener {
     type Stream = tokio::net::UnixStream;
 
     async fn accept(&self) -> io::Result<(Self::Stream, Option<IpAddr>)> {
@@ -116,7 +116,7 @@ pub(super) fn tcp(socket: std::net::TcpListener, buffers: usize) -> io::Result<T
 }
 
 /// Which places there are.
-pub(super) struct Room {
+pub(super) struct ConnectionLimits {
     /// Networks that have places of their own; empty is everybody.
     pub(super) trusted: Vec<IpNet>,
     /// Places of those networks.
@@ -128,18 +128,18 @@ pub(super) struct Room {
 /// Accepts until its task is dropped, and has each connection attended to.
 pub(super) async fn accept<L, F>(
     listener: L,
-    endpoint: Endpoint,
-    room: Room,
-    limits: &'static Limits,
-    mut turn: Turn,
-    live: Arc<Live>,
-    attend: impl Fn(Arc<Visit<L::Stream>>) -> F,
+    endpoint: AdminEndpoint,
+    room: ConnectionLimits,
+    limits: &'static ConnectionTimeouts,
+    mut turn: ServingSwitch,
+    live: Arc<LiveState>,
+    attend: impl Fn(Arc<TrackedConnection<L::Stream>>) -> F,
 ) where
-    L: Listens,
+    L: Acceptor,
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut trusted = Places::new(room.for_trusted);
-    let mut others = Places::new(room.for_others);
+    let mut trusted = ConnectionSlots::new(room.for_trusted);
+    let mut others = ConnectionSlots::new(room.for_others);
     loop {
         for _ in 0..BATCH {
             let Some(accepted) = turn.of(listener.accept()).await else { return };
@@ -148,7 +148,7 @@ pub(super) async fn accept<L, F>(
                 Err(error) => {
                     let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
                     // A want of descriptors is waited out; a peer that has gone keeps nobody waiting.
-                    if !matches!(accept::classify(errno), Trouble::Peer(_)) {
+                    if !matches!(accept::classify(errno), AcceptError::Peer(_)) {
                         sleep(accept::PAUSE).await;
                     }
                     continue;
@@ -156,7 +156,7 @@ pub(super) async fn accept<L, F>(
             };
             let is_trusted = room.trusted.is_empty()
                 || peer.is_none_or(|ip| room.trusted.iter().any(|net| net.contains(&ip)));
-            let visit = Visit::new(stream, clock::now());
+            let visit = TrackedConnection::new(stream, clock::now());
             if is_trusted { &mut trusted } else { &mut others }.take(&visit);
             live.admin_connections.begin(endpoint);
             let (attended, live) = (attend(Arc::clone(&visit)), Arc::clone(&live));
@@ -169,29 +169,29 @@ pub(super) async fn accept<L, F>(
 }
 
 /// Serves pages until its task is dropped. Where a route upgrades its connection, what is upgraded is the listener's own
-/// stream: `upgraded.downcast::<TokioIo<Watched<UnixStream>>>()`.
-pub(super) async fn serve<L: Listens>(
+/// stream: `upgraded.downcast::<TokioIo<TrackedStream<UnixStream>>>()`.
+pub(super) async fn serve<L: Acceptor>(
     listener: L,
-    endpoint: Endpoint,
+    endpoint: AdminEndpoint,
     router: Router,
-    turn: Turn,
-    live: Arc<Live>,
+    turn: ServingSwitch,
+    live: Arc<LiveState>,
 ) {
-    let room = Room { trusted: Vec::new(), for_trusted: AT_ONCE, for_others: 0 };
+    let room = ConnectionLimits { trusted: Vec::new(), for_trusted: AT_ONCE, for_others: 0 };
     let attend = |visit| connection(visit, router.clone());
     accept(listener, endpoint, room, &LIMITS, turn, live, attend).await;
 }
 
-async fn connection<S: Stream>(visit: Arc<Visit<S>>, router: Router) {
+async fn connection<S: AdminStream>(visit: Arc<TrackedConnection<S>>, router: Router) {
     let service = TowerToHyperService::new(router);
     let bounded = service_fn(|request| {
-        visit.enter(Step::Answering);
+        visit.enter(ConnectionStep::Answering);
         let answer = service.call(request);
         let visit = Arc::clone(&visit);
         async move {
             let late = |_| Ok(StatusCode::GATEWAY_TIMEOUT.into_response());
             let answer = timeout(REQUEST, answer).await.unwrap_or_else(late);
-            visit.enter(Step::Sending);
+            visit.enter(ConnectionStep::Sending);
             answer
         }
     });
@@ -216,23 +216,23 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};
 
-    use super::super::places::Watched;
+    use super::super::places::TrackedStream;
     use super::*;
     use crate::config::Config;
-    use crate::state::Most;
+    use crate::state::ProcessLimits;
 
-    fn live() -> Arc<Live> {
+    fn live() -> Arc<LiveState> {
         let text = "[[listener]]\nname = \"web\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1\"]\npool = \"app\"
             [[pool]]\nname = \"app\"\nbackends = [\"127.0.0.1:9\"]\n[[tenant]]\nname = \"acme\"\n";
-        let most = Most { sessions: 10, pending: 10, pipes: 0 };
-        Live::new(&Config::parse("test.toml", text).unwrap(), 1, most)
+        let most = ProcessLimits { sessions: 10, pending: 10, pipes: 0 };
+        LiveState::new(&Config::parse("test.toml", text).unwrap(), 1, most)
     }
 
     /// Takes the stream over, and answers on it.
     async fn take(request: Request) -> impl IntoResponse {
         let upgrade = hyper::upgrade::on(request);
         tokio::spawn(async move {
-            let parts = upgrade.await.unwrap().downcast::<TokioIo<Watched<UnixStream>>>().unwrap();
+            let parts = upgrade.await.unwrap().downcast::<TokioIo<TrackedStream<UnixStream>>>().unwrap();
             let mut stream = parts.io.into_inner().into_stream().unwrap();
             let mut more = parts.read_buf.to_vec();
             more.resize(4, 0);
@@ -249,10 +249,10 @@ mod tests {
         let path = home.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let (_serving, turn) = watch::channel(true);
-        let turn = Turn::new(turn);
+        let turn = ServingSwitch::new(turn);
         let live = live();
         let router = Router::new().route("/take", post(take));
-        tokio::spawn(serve(listener, Endpoint::AdminSocket, router, turn, live));
+        tokio::spawn(serve(listener, AdminEndpoint::AdminSocket, router, turn, live));
         let mut stream = UnixStream::connect(&path).await.unwrap();
         let head = b"POST /take HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: test\r\n\r\ntake";
         stream.write_all(head).await.unwrap();

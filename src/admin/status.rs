@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use crate::account::{Direction, Label};
 use crate::clock::{self, Moment};
-use crate::outcome::By;
+use crate::outcome::EndedBy;
 use crate::pool::backend::Backend;
 use crate::pool::health::FULL;
-use crate::state::{Live, NotReady};
+use crate::state::{LiveState, NotReady};
 
 /// Tenants shown: those with the most sessions now, then those with the most sessions ever. A bound, so that a page
 /// of 100,000 tenants is not built for each look.
@@ -161,7 +161,7 @@ pub struct TenantStatus {
 impl Status {
     /// The status now.
     #[must_use]
-    pub fn of(live: &Live) -> Self {
+    pub fn of(live: &LiveState) -> Self {
         let readiness = live.readiness();
         let snapshot = live.snapshot.load();
         let workers: Vec<u64> = live
@@ -188,7 +188,7 @@ impl Status {
     }
 }
 
-fn drain(live: &Live, sessions_left: u64) -> Option<DrainStatus> {
+fn drain(live: &LiveState, sessions_left: u64) -> Option<DrainStatus> {
     let (took, left) = live.draining.time(clock::now())?;
     Some(DrainStatus {
         stage: live.draining.phase().word(),
@@ -198,7 +198,7 @@ fn drain(live: &Live, sessions_left: u64) -> Option<DrainStatus> {
     })
 }
 
-fn listeners(live: &Live) -> Vec<ListenerStatus> {
+fn listeners(live: &LiveState) -> Vec<ListenerStatus> {
     let cells: Vec<_> = live.shards.iter().flat_map(|shard| shard.listeners()).collect();
     let snapshot = live.snapshot.load();
     let bound = live.bound.load();
@@ -215,7 +215,7 @@ fn listeners(live: &Live) -> Vec<ListenerStatus> {
     listeners.collect()
 }
 
-fn pools(live: &Live) -> Vec<PoolStatus> {
+fn pools(live: &LiveState) -> Vec<PoolStatus> {
     let (snapshot, now) = (live.snapshot.load(), clock::now());
     let pools = snapshot.pools.iter().map(|pool| {
         let (roster, (retries, retries_refused)) = (pool.roster(), pool.retries());
@@ -260,7 +260,7 @@ fn backend(backend: &Backend, now: Moment) -> BackendStatus {
 }
 
 /// A tenant with what its quota says, and nothing of its traffic yet.
-fn tenant(live: &Live, label: &Label) -> TenantStatus {
+fn tenant(live: &LiveState, label: &Label) -> TenantStatus {
     let quota = live.quotas.known(label).unwrap_or_default();
     TenantStatus {
         name: label.name().to_owned(),
@@ -272,7 +272,7 @@ fn tenant(live: &Live, label: &Label) -> TenantStatus {
 }
 
 /// The busiest tenants, and what ended before anybody knew whose it was.
-fn tenants(live: &Live) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>) {
+fn tenants(live: &LiveState) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>) {
     let mut tenants: BTreeMap<String, TenantStatus> = BTreeMap::new();
     let mut unidentified = BTreeMap::new();
     for route in live.shards.iter().flat_map(|shard| shard.routes()) {
@@ -290,7 +290,7 @@ fn tenants(live: &Live) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>) {
         tenant.to_client += route.bytes.way(Direction::ToClient).value();
         for (outcome, count) in ended {
             tenant.ended += count;
-            if outcome.by == By::Proxy {
+            if outcome.by == EndedBy::Proxy {
                 tenant.ended_by_proxy += count;
             }
         }

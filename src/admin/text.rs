@@ -13,41 +13,41 @@ const ALIVE: usize = 4;
 
 /// One page.
 #[derive(Debug, Default)]
-pub(super) struct Page(Mutex<Texts>);
+pub(super) struct CachedPage(Mutex<PageVersions>);
 
 #[derive(Debug, Default)]
-struct Texts {
+struct PageVersions {
     /// From the oldest to the newest: when its making began, and the text as long as somebody has it.
-    alive: Vec<(Moment, Weak<Text>)>,
+    alive: Vec<(Moment, Weak<PageBody>)>,
     /// Requests that wait for a text.
     waiting: usize,
     /// The newest, kept for those that wait.
-    newest: Option<Arc<Text>>,
+    newest: Option<Arc<PageBody>>,
 }
 
 #[derive(Debug)]
-struct Text(Vec<u8>);
+struct PageBody(Vec<u8>);
 
 /// A text as the body of an answer.
-struct Shared(Arc<Text>);
+struct SharedBody(Arc<PageBody>);
 
-impl AsRef<[u8]> for Shared {
+impl AsRef<[u8]> for SharedBody {
     fn as_ref(&self) -> &[u8] {
         &self.0.0
     }
 }
 
 /// Counts a request as waiting as long as it lives.
-struct Waiting<'p>(&'p Page);
+struct WaitingRequest<'p>(&'p CachedPage);
 
-impl<'p> Waiting<'p> {
-    fn new(page: &'p Page) -> Self {
+impl<'p> WaitingRequest<'p> {
+    fn new(page: &'p CachedPage) -> Self {
         lock(&page.0).waiting += 1;
         Self(page)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitingRequest<'_> {
     fn drop(&mut self) {
         let mut texts = lock(&self.0.0);
         texts.waiting -= 1;
@@ -57,22 +57,22 @@ impl Drop for Waiting<'_> {
     }
 }
 
-impl Texts {
+impl PageVersions {
     /// A text that was begun after this moment; or, where there are too many, the newest.
-    fn find(&mut self, asked: Moment) -> Option<Arc<Text>> {
+    fn find(&mut self, asked: Moment) -> Option<Arc<PageBody>> {
         self.alive.retain(|(_, text)| text.strong_count() > 0);
         let (began, text) = self.alive.last()?;
         let is_fit = *began >= asked || self.alive.len() >= ALIVE;
         is_fit.then(|| text.upgrade()).flatten()
     }
 
-    fn keep(&mut self, began: Moment, text: &Arc<Text>) {
+    fn keep(&mut self, began: Moment, text: &Arc<PageBody>) {
         self.alive.push((began, Arc::downgrade(text)));
         self.newest = Some(Arc::clone(text));
     }
 }
 
-impl Page {
+impl CachedPage {
     /// The page as it is now. It is made on a thread of its own, so that health checks, probes and the drain do not wait for
     /// it, one at a time: with 100,000 tenants it takes a second. `None` where that failed.
     pub(super) async fn text<E: Send + 'static>(
@@ -81,11 +81,11 @@ impl Page {
         render: impl FnOnce() -> Result<Vec<u8>, E> + Send + 'static,
     ) -> Option<Result<Bytes, E>> {
         let asked = clock::now();
-        let _waiting = Waiting::new(self);
+        let _waiting = WaitingRequest::new(self);
         let turn = Arc::clone(turn).acquire_owned().await.ok()?;
         let found = lock(&self.0).find(asked);
         if let Some(text) = found {
-            return Some(Ok(Bytes::from_owner(Shared(text))));
+            return Some(Ok(Bytes::from_owner(SharedBody(text))));
         }
         let began = clock::now();
         let made = tokio::task::spawn_blocking(move || (render(), turn));
@@ -93,9 +93,9 @@ impl Page {
         // The turn ends once those that wait for it find the text.
         let (made, _turn) = made.ok()?;
         Some(made.map(|text| {
-            let text = Arc::new(Text(text));
+            let text = Arc::new(PageBody(text));
             lock(&self.0).keep(began, &text);
-            Bytes::from_owner(Shared(text))
+            Bytes::from_owner(SharedBody(text))
         }))
     }
 }
@@ -108,14 +108,14 @@ mod tests {
     use super::*;
 
     struct Maker {
-        page: Page,
+        page: CachedPage,
         turn: Arc<Semaphore>,
         made: Arc<AtomicU8>,
     }
 
     impl Maker {
         fn new() -> Self {
-            Self { page: Page::default(), turn: Arc::new(Semaphore::new(1)), made: Arc::default() }
+            Self { page: CachedPage::default(), turn: Arc::new(Semaphore::new(1)), made: Arc::default() }
         }
 
         /// The page: how many were made before it.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::atomic::{AtomicU64, Ordering};
 use crate::clock::Moment;
 use crate::clock::wheel::Tick;
-use crate::config::Bandwidth;
+use crate::config::BandwidthLimit;
 
 /// Time is counted in parts of a nanosecond: at 10 GB/s a byte takes a tenth of one.
 const FINE: u64 = 64;
@@ -55,7 +55,7 @@ pub const PARTS: u64 = 16;
 
 /// A bandwidth, or none. It can be changed at any time.
 #[derive(Debug, Default)]
-pub struct Budget {
+pub struct BandwidthBudget {
     /// Up to when everything that was taken has been paid for.
     due: AtomicU64,
     /// Bytes a second; 0 is no limit.
@@ -81,12 +81,12 @@ fn at(now: Moment) -> u64 {
 
 /// The present terms of a limit.
 #[derive(Clone, Copy)]
-struct Terms {
+struct BucketTerms {
     rate: u128,
     tolerance: u64,
 }
 
-impl Terms {
+impl BucketTerms {
     /// How long so many bytes take; rounded up, so that rounding gives nobody anything.
     fn span(self, bytes: u64) -> u64 {
         u64::try_from((u128::from(bytes) * SECOND).div_ceil(self.rate)).unwrap_or(u64::MAX)
@@ -98,16 +98,16 @@ impl Terms {
     }
 }
 
-impl Budget {
+impl BandwidthBudget {
     /// What each has been dealt comes round after so many parts.
     pub(super) const LEVELS: u64 = u64::MAX >> HEADS;
 
     /// Sets the limit, or takes it away. The bytes that were taken stay taken, and no more than all of the new burst: what is
     /// owed is kept as time, and a slow rate's seconds are a moment of a fast one.
-    pub fn set(&self, limit: Option<Bandwidth>, now: Moment) {
+    pub fn set(&self, limit: Option<BandwidthLimit>, now: Moment) {
         let Some(limit) = limit else { return self.rate.store(0, Ordering::Relaxed) };
         let rate = limit.bytes_per_second.max(1);
-        let burst = Terms { rate: u128::from(rate), tolerance: 0 }.span(limit.burst).max(KEPT);
+        let burst = BucketTerms { rate: u128::from(rate), tolerance: 0 }.span(limit.burst).max(KEPT);
         let tolerance = self.tolerance.swap(burst, Ordering::Relaxed);
         let before = self.rate.swap(rate, Ordering::Relaxed);
         if (before, tolerance) != (rate, burst) {
@@ -135,10 +135,10 @@ impl Budget {
         self.rate.load(Ordering::Relaxed) != 0
     }
 
-    fn terms(&self) -> Option<Terms> {
+    fn terms(&self) -> Option<BucketTerms> {
         let rate = self.rate.load(Ordering::Relaxed);
         let tolerance = self.tolerance.load(Ordering::Relaxed);
-        (rate != 0).then_some(Terms { rate: rate.into(), tolerance })
+        (rate != 0).then_some(BucketTerms { rate: rate.into(), tolerance })
     }
 
     /// Takes up to `want` bytes; none at all where there are fewer than `least`.
@@ -166,7 +166,7 @@ impl Budget {
     }
 
     /// Takes up to `want` bytes such that `due` stays within `end`; nothing was kept that came in before `start`.
-    fn spend(&self, want: u64, least: u64, terms: Terms, start: u64, end: u64) -> u64 {
+    fn spend(&self, want: u64, least: u64, terms: BucketTerms, start: u64, end: u64) -> u64 {
         let mut taken = 0;
         let pay = |due: u64| {
             let due = due.max(start);
@@ -321,9 +321,9 @@ mod tests {
         Moment::from_nanos((60_000 + ms) * 1_000_000)
     }
 
-    fn budget(bytes_per_second: u64, burst: u64) -> Budget {
-        let budget = Budget::default();
-        budget.set(Some(Bandwidth { bytes_per_second, burst }), at_ms(0));
+    fn budget(bytes_per_second: u64, burst: u64) -> BandwidthBudget {
+        let budget = BandwidthBudget::default();
+        budget.set(Some(BandwidthLimit { bytes_per_second, burst }), at_ms(0));
         budget
     }
 
@@ -331,13 +331,13 @@ mod tests {
 
     #[test]
     fn without_a_limit_everything_is_granted_and_nothing_counted() {
-        let budget = Budget::default();
+        let budget = BandwidthBudget::default();
         assert!(!budget.is_limited());
         assert_eq!((budget.take(7, 7, at_ms(0)), budget.overdraw(7, at_ms(0))), (7, 7));
         assert!(budget.charge(ALL, at_ms(0)));
         budget.give_back(7);
         assert_eq!((budget.share(3), budget.worth_while(7), budget.most_kept()), (u64::MAX, 0, 0));
-        budget.set(Some(Bandwidth { bytes_per_second: 1000, burst: 200 }), at_ms(0));
+        budget.set(Some(BandwidthLimit { bytes_per_second: 1000, burst: 200 }), at_ms(0));
         assert_eq!(budget.take(ALL, 1, at_ms(0)), 200, "nothing had been taken");
         budget.set(None, at_ms(0));
         assert_eq!(budget.take(7, 7, at_ms(0)), 7);
@@ -397,12 +397,12 @@ mod tests {
         let budget = budget(1_000, 1_000);
         assert!(!budget.charge(50_000, at_ms(0)));
         assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 0, "a second of debt beyond the burst");
-        let raised = Some(Bandwidth { bytes_per_second: 1_000_000, burst: 1_000_000 });
+        let raised = Some(BandwidthLimit { bytes_per_second: 1_000_000, burst: 1_000_000 });
         budget.set(raised, at_ms(1_000));
         assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 999_000, "1,000 bytes are owed");
         budget.set(raised, at_ms(1_000));
         assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 0, "the same limit once more gives nothing");
-        budget.set(Some(Bandwidth { bytes_per_second: 1_000, burst: 500 }), at_ms(1_000));
+        budget.set(Some(BandwidthLimit { bytes_per_second: 1_000, burst: 500 }), at_ms(1_000));
         assert_eq!(budget.take(ALL, 1, at_ms(1_000)), 0, "what was taken stays taken");
         assert_eq!(budget.take(ALL, 1, at_ms(1_500)), 500, "but no more than all of the new burst");
         budget.set(None, at_ms(1_500));
@@ -433,7 +433,7 @@ mod tests {
         );
         assert_eq!(turn(0, 1_000_000, 1_000_000), QUANTUM, "nobody waits any more");
         assert_eq!((turn(1, 100_000, 1), turn(50, 60_000, 1)), (5_000, 3_000), "half of a small burst");
-        assert_eq!((turn(1, 10, 1), turn(1, 1, 1), Budget::default().turn()), (1, 1, 1));
+        assert_eq!((turn(1, 10, 1), turn(1, 1, 1), BandwidthBudget::default().turn()), (1, 1, 1));
     }
 
     #[test]
@@ -490,7 +490,7 @@ mod tests {
 
     #[test]
     fn what_is_counted_is_told() {
-        let budget = Budget::default();
+        let budget = BandwidthBudget::default();
         budget.add_delay(Duration::from_millis(7));
         budget.add_would_delay();
         budget.hold(0, 10);

@@ -10,16 +10,16 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
-use super::budget::{Budget, PARTS};
+use super::budget::{BandwidthBudget, PARTS};
 use super::quota::Quota;
 use crate::account::Direction;
 use crate::clock::Moment;
 
 /// A session's place. Valid until it leaves. One more than the number, so that no key costs no byte.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Key(NonZeroU32);
+pub struct WaiterKey(NonZeroU32);
 
-impl Key {
+impl WaiterKey {
     const fn new(place: u32) -> Self {
         Self(NonZeroU32::MIN.saturating_add(place))
     }
@@ -37,7 +37,7 @@ type Name = (usize, Direction);
 
 /// One session and direction.
 #[derive(Debug)]
-struct Place {
+struct Waiter {
     name: Name,
     /// What is left of what it was granted.
     granted: u64,
@@ -50,7 +50,7 @@ struct Place {
 
 /// Those who wait for one budget on this worker.
 #[derive(Debug)]
-struct Queue {
+struct WaiterList {
     quota: Arc<Quota>,
     direction: Direction,
     /// Those who have joined.
@@ -65,31 +65,31 @@ struct Queue {
 
 /// One worker's queues.
 #[derive(Debug)]
-pub struct Pacer {
-    queues: HashMap<Name, Queue, foldhash::fast::RandomState>,
-    places: Vec<Place>,
+pub struct BandwidthQueue {
+    queues: HashMap<Name, WaiterList, foldhash::fast::RandomState>,
+    places: Vec<Waiter>,
     free: u32,
     len: usize,
 }
 
-impl Default for Pacer {
+impl Default for BandwidthQueue {
     fn default() -> Self {
         Self { queues: HashMap::default(), places: Vec::new(), free: NIL, len: 0 }
     }
 }
 
-impl Queue {
+impl WaiterList {
     fn new(quota: &Arc<Quota>, direction: Direction) -> Self {
         Self { quota: Arc::clone(quota), direction, heads: 0, first: NIL, level: 0, kept: 0 }
     }
 
-    fn budget(&self) -> &Budget {
+    fn budget(&self) -> &BandwidthBudget {
         self.quota.budget(self.direction)
     }
 
     /// Puts aside what this worker's sessions have been dealt since it last looked.
     fn collect(&mut self, level: u64) {
-        let dealt = level.wrapping_sub(self.level) & Budget::LEVELS;
+        let dealt = level.wrapping_sub(self.level) & BandwidthBudget::LEVELS;
         self.kept += dealt * self.heads;
         self.level = level;
     }
@@ -102,7 +102,7 @@ impl Queue {
     }
 }
 
-impl Pacer {
+impl BandwidthQueue {
     /// How many sessions and directions have joined.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -116,10 +116,16 @@ impl Pacer {
     }
 
     /// Adds somebody to the end of a budget's queue.
-    pub fn join(&mut self, quota: &Arc<Quota>, direction: Direction, waker: &Waker, now: Moment) -> Key {
+    pub fn join(
+        &mut self,
+        quota: &Arc<Quota>,
+        direction: Direction,
+        waker: &Waker,
+        now: Moment,
+    ) -> WaiterKey {
         let name = (Arc::as_ptr(quota).addr(), direction);
         let place =
-            Place { name, granted: 0, since: Some(now), prev: NIL, next: NIL, waker: Some(waker.clone()) };
+            Waiter { name, granted: 0, since: Some(now), prev: NIL, next: NIL, waker: Some(waker.clone()) };
         let number = if let Some(free) = self.places.get_mut(self.free as usize) {
             let number = self.free;
             self.free = free.next;
@@ -130,7 +136,7 @@ impl Pacer {
             u32::try_from(self.places.len() - 1).unwrap_or(NIL)
         };
         self.len += 1;
-        let queue = self.queues.entry(name).or_insert_with(|| Queue::new(quota, direction));
+        let queue = self.queues.entry(name).or_insert_with(|| WaiterList::new(quota, direction));
         let level = queue.budget().join();
         queue.collect(level);
         queue.heads += 1;
@@ -139,11 +145,11 @@ impl Pacer {
             queue.first = number;
         }
         self.link(number, first);
-        Key::new(number)
+        WaiterKey::new(number)
     }
 
     /// How much somebody may still read; `None` where it has to wait, and is woken by `waker` then.
-    pub fn poll(&mut self, key: &Key, waker: &Waker, now: Moment) -> Option<u64> {
+    pub fn poll(&mut self, key: &WaiterKey, waker: &Waker, now: Moment) -> Option<u64> {
         let place = self.places.get_mut(key.place() as usize)?;
         if place.granted > 0 {
             return Some(place.granted);
@@ -157,7 +163,7 @@ impl Pacer {
     }
 
     /// Takes down that so much of a grant was used.
-    pub fn spend(&mut self, key: &Key, bytes: u64) {
+    pub fn spend(&mut self, key: &WaiterKey, bytes: u64) {
         if let Some(place) = self.places.get_mut(key.place() as usize) {
             place.granted = place.granted.saturating_sub(bytes);
         }
@@ -165,13 +171,13 @@ impl Pacer {
 
     /// Whether somebody waits, and does not use what it was granted.
     #[must_use]
-    pub fn is_waiting(&self, key: &Key) -> bool {
+    pub fn is_waiting(&self, key: &WaiterKey) -> bool {
         self.places.get(key.place() as usize).is_some_and(|place| place.since.is_some())
     }
 
     /// Takes somebody out, and gives back what is left of its grant.
     #[expect(clippy::needless_pass_by_value, reason = "a key ends with its place")]
-    pub fn leave(&mut self, key: Key, now: Moment) {
+    pub fn leave(&mut self, key: WaiterKey, now: Moment) {
         let number = key.place();
         let next = self.unlink(number);
         let Some(place) = self.places.get_mut(number as usize) else { return };
@@ -286,7 +292,7 @@ mod tests {
 
     use super::super::budget::QUANTUM;
     use super::*;
-    use crate::config::{Bandwidth, Limits, Mode};
+    use crate::config::{BandwidthLimit, LimitMode, TenantLimits};
 
     const WAY: Direction = Direction::ToClient;
 
@@ -306,18 +312,19 @@ mod tests {
     /// A quota whose bucket is empty at 0 ms.
     fn quota(bytes_per_second: u64) -> Arc<Quota> {
         let quota = Arc::new(Quota::default());
-        quota.budget(WAY).set(Some(Bandwidth { bytes_per_second, burst: 1 }), at_ms(0));
+        quota.budget(WAY).set(Some(BandwidthLimit { bytes_per_second, burst: 1 }), at_ms(0));
         quota.budget(WAY).take(u64::MAX >> 32, 1, at_ms(0));
         quota
     }
 
-    fn poll(pacer: &mut Pacer, key: &Key, ms: u64) -> Option<u64> {
+    fn poll(pacer: &mut BandwidthQueue, key: &WaiterKey, ms: u64) -> Option<u64> {
         pacer.poll(key, Waker::noop(), at_ms(ms))
     }
 
     #[test]
     fn who_waits_is_woken_at_a_tick_with_what_came_in() {
-        let (quota, mut pacer, count) = (quota(1_000_000), Pacer::default(), Arc::new(Count::default()));
+        let (quota, mut pacer, count) =
+            (quota(1_000_000), BandwidthQueue::default(), Arc::new(Count::default()));
         let waker = Waker::from(Arc::clone(&count));
         let key = pacer.join(&quota, WAY, &waker, at_ms(10));
         assert!(pacer.is_waiting(&key));
@@ -345,7 +352,7 @@ mod tests {
 
     #[test]
     fn where_there_is_little_the_first_get_enough_and_the_others_keep_their_turn() {
-        let (quota, mut pacer) = (quota(800_000), Pacer::default());
+        let (quota, mut pacer) = (quota(800_000), BandwidthQueue::default());
         let keys: Vec<_> = (0..5).map(|_| pacer.join(&quota, WAY, Waker::noop(), at_ms(0))).collect();
         let mut served = vec![0; keys.len()];
         for tick in 1..=10 {
@@ -368,7 +375,7 @@ mod tests {
 
     #[test]
     fn whoever_goes_is_no_longer_in_the_way() {
-        let (quota, mut pacer) = (quota(800_000), Pacer::default());
+        let (quota, mut pacer) = (quota(800_000), BandwidthQueue::default());
         let mut keys: Vec<_> =
             (0..6).map(|_| Some(pacer.join(&quota, WAY, Waker::noop(), at_ms(0)))).collect();
         // The first, one in the middle, and the last.
@@ -395,19 +402,22 @@ mod tests {
 
     #[test]
     fn without_a_limit_any_more_everybody_goes() {
-        let (quota, mut pacer) = (quota(1000), Pacer::default());
+        let (quota, mut pacer) = (quota(1000), BandwidthQueue::default());
         let keys = [0, 1].map(|_| pacer.join(&quota, WAY, Waker::noop(), at_ms(0)));
         quota.budget(WAY).set(None, at_ms(1));
         pacer.advance(at_ms(1));
         assert!(keys.iter().all(|key| !pacer.is_waiting(key)));
-        let limit = Some(Bandwidth { bytes_per_second: 1000, burst: 1 });
-        quota.set(&Limits { to_client: limit, ..Limits::default() }, at_ms(1));
+        let limit = Some(BandwidthLimit { bytes_per_second: 1000, burst: 1 });
+        quota.set(&TenantLimits { to_client: limit, ..TenantLimits::default() }, at_ms(1));
         for key in &keys {
             assert_eq!(poll(&mut pacer, key, 1), None, "it had come back in time for the next limit");
         }
         pacer.advance(at_ms(2));
         assert!(keys.iter().all(|key| pacer.is_waiting(key)));
-        quota.set(&Limits { to_client: limit, mode: Mode::Observe, ..Limits::default() }, at_ms(2));
+        quota.set(
+            &TenantLimits { to_client: limit, mode: LimitMode::Observe, ..TenantLimits::default() },
+            at_ms(2),
+        );
         pacer.advance(at_ms(3));
         assert!(keys.iter().all(|key| !pacer.is_waiting(key)));
         for key in keys {
@@ -418,21 +428,21 @@ mod tests {
 
     #[test]
     fn two_tenants_and_two_directions_do_not_know_of_each_other() {
-        let (one, two, mut pacer) = (quota(1_000_000), quota(2_000_000), Pacer::default());
+        let (one, two, mut pacer) = (quota(1_000_000), quota(2_000_000), BandwidthQueue::default());
         let other_way = Direction::ToBackend;
-        one.budget(other_way).set(Some(Bandwidth { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
+        one.budget(other_way).set(Some(BandwidthLimit { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
         one.budget(other_way).take(u64::MAX >> 32, 1, at_ms(0));
         let keys = [(&one, WAY), (&two, WAY), (&one, other_way)]
             .map(|(quota, way)| pacer.join(quota, way, Waker::noop(), at_ms(0)));
         // Two of 7 MB/s belong to somebody on another worker.
-        let mut elsewhere = Pacer::default();
+        let mut elsewhere = BandwidthQueue::default();
         let away = elsewhere.join(&one, other_way, Waker::noop(), at_ms(0));
         assert_eq!([&pacer, &elsewhere].map(|pacer| pacer.span_of(10_000).as_millis()), [2, 5]);
         elsewhere.leave(away, at_ms(0));
         assert_eq!(elsewhere.span_of(1), Duration::from_secs(1), "nothing comes in for nobody");
         one.budget(other_way).set(None, at_ms(0));
         assert_eq!(pacer.span_of(3_000), Duration::from_millis(1), "a limit that has gone does not count");
-        one.budget(other_way).set(Some(Bandwidth { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
+        one.budget(other_way).set(Some(BandwidthLimit { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
         pacer.advance(at_ms(50));
         let granted = [0, 1, 2].map(|place: usize| poll(&mut pacer, &keys[place], 50));
         assert_eq!(granted, [Some(50_000), Some(100_000), Some(200_000)]);
@@ -446,7 +456,7 @@ mod tests {
         const RATE: u64 = 10_000_000;
         let (quota, clock) = (quota(RATE), AtomicU64::new(0));
         let work = |sessions: usize| {
-            let mut pacer = Pacer::default();
+            let mut pacer = BandwidthQueue::default();
             let mut keys: Vec<_> = (0..sessions).map(|_| None).collect();
             let mut used = 0;
             for round in 0..3000_usize {

@@ -21,16 +21,16 @@ pub const LEAST_TIME: Duration = Duration::from_secs(2);
 
 /// The places of one listener.
 #[derive(Debug)]
-pub struct Places {
+pub struct PendingSlots {
     limit: AtomicUsize,
     /// How many are taken, readable without the lock.
     used: AtomicUsize,
-    table: Mutex<Table>,
+    table: Mutex<PendingTable>,
 }
 
 /// How a place stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum PendingState {
     /// It waits for its header.
     Waits,
     /// A newer connection has it.
@@ -43,19 +43,19 @@ pub enum Standing {
 const NIL: u32 = u32::MAX;
 
 #[derive(Debug)]
-struct Node {
+struct PendingNode {
     /// The one before, which has waited for longer.
     prev: u32,
     next: u32,
     since: Moment,
-    standing: Standing,
+    standing: PendingState,
     waker: Option<Waker>,
 }
 
 /// Those that wait, in the order in which they came.
 #[derive(Debug)]
-struct Table {
-    nodes: Vec<Node>,
+struct PendingTable {
+    nodes: Vec<PendingNode>,
     free: u32,
     oldest: u32,
     newest: u32,
@@ -65,13 +65,13 @@ struct Table {
     present: usize,
 }
 
-impl Default for Table {
+impl Default for PendingTable {
     fn default() -> Self {
         Self { nodes: Vec::new(), free: NIL, oldest: NIL, newest: NIL, waiting: 0, present: 0 }
     }
 }
 
-impl Places {
+impl PendingSlots {
     /// So many places, one at least.
     #[must_use]
     pub fn new(limit: usize) -> Arc<Self> {
@@ -101,16 +101,16 @@ impl Places {
 
     /// Takes a place: a free one, or else that of the connection that has waited longest.
     #[must_use]
-    pub fn enter(self: &Arc<Self>, now: Moment) -> Place {
+    pub fn enter(self: &Arc<Self>, now: Moment) -> PendingSlot {
         let limit = self.limit();
         let mut table = lock(&self.table);
         while table.waiting >= limit {
-            table.end_oldest(Standing::Displaced);
+            table.end_oldest(PendingState::Displaced);
         }
         let number = table.add(now);
         self.used.store(table.waiting, Ordering::Release);
         drop(table);
-        Place { places: Arc::clone(self), number }
+        PendingSlot { places: Arc::clone(self), number }
     }
 
     /// Ends those that have waited for longer than a connection may while so many wait, where `timeout` is what it has
@@ -125,7 +125,7 @@ impl Places {
         while let Some(since) = table.oldest_since()
             && now.since(since) > time_allowed(timeout, table.waiting, limit)
         {
-            table.end_oldest(Standing::Expired);
+            table.end_oldest(PendingState::Expired);
         }
         self.used.store(table.waiting, Ordering::Release);
     }
@@ -144,13 +144,19 @@ fn time_allowed(timeout: Duration, used: usize, limit: usize) -> Duration {
     timeout.saturating_sub(most_cut / part(range) * part(beyond.min(range)))
 }
 
-impl Table {
+impl PendingTable {
     fn oldest_since(&self) -> Option<Moment> {
         self.nodes.get(self.oldest as usize).map(|node| node.since)
     }
 
     fn add(&mut self, now: Moment) -> u32 {
-        let node = Node { prev: self.newest, next: NIL, since: now, standing: Standing::Waits, waker: None };
+        let node = PendingNode {
+            prev: self.newest,
+            next: NIL,
+            since: now,
+            standing: PendingState::Waits,
+            waker: None,
+        };
         let number = if let Some(free) = self.nodes.get_mut(self.free as usize) {
             let number = self.free;
             self.free = free.next;
@@ -171,7 +177,7 @@ impl Table {
     }
 
     /// Takes the place of the one that has waited longest, and wakes it.
-    fn end_oldest(&mut self, standing: Standing) {
+    fn end_oldest(&mut self, standing: PendingState) {
         let number = self.oldest;
         self.unlink(number);
         if let Some(node) = self.nodes.get_mut(number as usize) {
@@ -197,7 +203,7 @@ impl Table {
 
     /// Forgets one that has gone; its waker is the caller's to drop, without the lock.
     fn remove(&mut self, number: u32) -> Option<Waker> {
-        if self.nodes.get(number as usize)?.standing == Standing::Waits {
+        if self.nodes.get(number as usize)?.standing == PendingState::Waits {
             self.unlink(number);
         }
         let node = self.nodes.get_mut(number as usize)?;
@@ -215,17 +221,17 @@ impl Table {
 
 /// The place of one connection, given back on drop.
 #[derive(Debug)]
-pub struct Place {
-    places: Arc<Places>,
+pub struct PendingSlot {
+    places: Arc<PendingSlots>,
     number: u32,
 }
 
-impl Place {
+impl PendingSlot {
     /// How it stands; `waker` is woken once that changes.
     #[must_use]
-    pub fn poll(&self, waker: &Waker) -> Standing {
+    pub fn poll(&self, waker: &Waker) -> PendingState {
         let mut table = lock(&self.places.table);
-        let Some(node) = table.nodes.get_mut(self.number as usize) else { return Standing::Displaced };
+        let Some(node) = table.nodes.get_mut(self.number as usize) else { return PendingState::Displaced };
         match &mut node.waker {
             Some(known) => known.clone_from(waker),
             empty => *empty = Some(waker.clone()),
@@ -234,7 +240,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for PendingSlot {
     fn drop(&mut self) {
         let mut table = lock(&self.places.table);
         let waker = table.remove(self.number);
@@ -264,25 +270,29 @@ mod tests {
         Moment::from_nanos(ms * 1_000_000)
     }
 
-    fn standing(place: &Place) -> Standing {
+    fn standing(place: &PendingSlot) -> PendingState {
         place.poll(Waker::noop())
     }
 
     #[test]
     fn newcomer_gets_the_place_of_the_one_that_waited_longest() {
-        let (places, count) = (Places::new(2), Arc::new(Count::default()));
+        let (places, count) = (PendingSlots::new(2), Arc::new(Count::default()));
         let [first, second] = [0, 1].map(|ms| places.enter(at_ms(ms)));
         let waker = Waker::from(Arc::clone(&count));
-        assert_eq!([&first, &second].map(|place| place.poll(&waker)), [Standing::Waits; 2]);
+        assert_eq!([&first, &second].map(|place| place.poll(&waker)), [PendingState::Waits; 2]);
         let third = places.enter(at_ms(2));
         assert_eq!(
             [&first, &second, &third].map(standing),
-            [Standing::Displaced, Standing::Waits, Standing::Waits]
+            [PendingState::Displaced, PendingState::Waits, PendingState::Waits]
         );
         assert_eq!((count.0.load(Ordering::Relaxed), places.used()), (1, 2));
         drop(second);
         let fourth = places.enter(at_ms(3));
-        assert_eq!((standing(&third), places.used()), (Standing::Waits, 2), "a free place is taken first");
+        assert_eq!(
+            (standing(&third), places.used()),
+            (PendingState::Waits, 2),
+            "a free place is taken first"
+        );
         drop((third, fourth));
         assert_eq!(places.used(), 0);
         drop(first);
@@ -291,15 +301,15 @@ mod tests {
 
     #[test]
     fn lowered_limit_ends_the_longest_waiting_when_the_next_one_comes() {
-        let places = Places::new(5);
+        let places = PendingSlots::new(5);
         let held: Vec<_> = (0..5).map(|ms| places.enter(at_ms(ms))).collect();
         places.set_limit(2);
         assert!(
             (places.limit(), places.used()) == (2, 5)
-                && held.iter().all(|place| standing(place) == Standing::Waits)
+                && held.iter().all(|place| standing(place) == PendingState::Waits)
         );
         let next = places.enter(at_ms(5));
-        let waits: Vec<_> = held.iter().map(|place| standing(place) == Standing::Waits).collect();
+        let waits: Vec<_> = held.iter().map(|place| standing(place) == PendingState::Waits).collect();
         assert_eq!((waits, places.used()), (vec![false, false, false, false, true], 2));
         places.set_limit(0);
         assert_eq!(places.limit(), 1, "a newcomer always has a place");
@@ -328,7 +338,7 @@ mod tests {
 
     #[test]
     fn those_that_wait_too_long_for_a_full_table_end() {
-        let places = Places::new(4);
+        let places = PendingSlots::new(4);
         let timeout = Duration::from_secs(10);
         let held: Vec<_> = (0..4).map(|second| places.enter(at_ms(second * 1_000))).collect();
         places.expire(timeout, at_ms(2_000));
@@ -336,10 +346,10 @@ mod tests {
         // Of four each has 2 s; of three 6 s are allowed, which nobody has waited.
         places.expire(timeout, at_ms(3_000));
         let standings: Vec<_> = held.iter().map(standing).collect();
-        assert_eq!((standings[0], places.used()), (Standing::Expired, 3));
-        assert!(standings[1..].iter().all(|standing| *standing == Standing::Waits));
+        assert_eq!((standings[0], places.used()), (PendingState::Expired, 3));
+        assert!(standings[1..].iter().all(|standing| *standing == PendingState::Waits));
         places.expire(timeout, at_ms(7_001));
-        assert_eq!((standing(&held[1]), places.used()), (Standing::Expired, 2));
+        assert_eq!((standing(&held[1]), places.used()), (PendingState::Expired, 2));
         places.expire(timeout, at_ms(60_000));
         assert_eq!(places.used(), 2, "with half of the places free each has a deadline of its own");
         drop(held);
@@ -348,7 +358,7 @@ mod tests {
 
     #[test]
     fn threads_leave_nothing_behind() {
-        let places = Places::new(3);
+        let places = PendingSlots::new(3);
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 let places = &places;

@@ -20,7 +20,7 @@ use std::hash::BuildHasher;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-pub use self::system::{Range, Reuse};
+pub use self::system::{LocalPortRange, TimeWaitReuse};
 use crate::account::lock;
 use crate::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::clock::Moment;
@@ -54,9 +54,9 @@ const SETTLE: usize = 64;
 
 /// What all spaces share.
 #[derive(Debug)]
-struct Shared {
-    range: Range,
-    reuse: Reuse,
+struct PortSettings {
+    range: LocalPortRange,
+    reuse: TimeWaitReuse,
     /// Whether these are ports of UDP sockets.
     is_udp: bool,
     /// The present, in ticks.
@@ -65,7 +65,7 @@ struct Shared {
     chooses: AtomicBool,
 }
 
-impl Shared {
+impl PortSettings {
     fn tick(&self) -> u32 {
         self.tick.load(Ordering::Relaxed)
     }
@@ -91,31 +91,31 @@ type Pair = (Option<IpAddr>, SocketAddr);
 
 /// The spaces of all pairs of source address and backend that are in use.
 #[derive(Debug)]
-pub struct Ports {
-    shared: Arc<Shared>,
+pub struct LocalPorts {
+    shared: Arc<PortSettings>,
     hasher: std::hash::RandomState,
-    shards: [Mutex<HashMap<Pair, Arc<Space>>>; SHARDS],
+    shards: [Mutex<HashMap<Pair, Arc<PortSpace>>>; SHARDS],
     /// The shard that is looked through next for spaces that nothing is known of any more.
     next: AtomicU32,
 }
 
-impl Ports {
+impl LocalPorts {
     /// Nothing is in use yet.
     #[must_use]
-    pub fn new(range: Range, reuse: Reuse) -> Self {
+    pub fn new(range: LocalPortRange, reuse: TimeWaitReuse) -> Self {
         Self::of(range, reuse, false)
     }
 
     /// The account of the UDP ports of a range, of which none is in use yet.
     #[must_use]
-    pub fn udp(range: Range) -> Self {
+    pub fn udp(range: LocalPortRange) -> Self {
         // A UDP port is free as soon as its socket is closed.
-        Self::of(range, Reuse::Never, true)
+        Self::of(range, TimeWaitReuse::Never, true)
     }
 
-    fn of(range: Range, reuse: Reuse, is_udp: bool) -> Self {
+    fn of(range: LocalPortRange, reuse: TimeWaitReuse, is_udp: bool) -> Self {
         let (tick, chooses) = (AtomicU32::new(0), AtomicBool::new(!is_udp));
-        let shared = Shared { range, reuse, is_udp, tick, chooses };
+        let shared = PortSettings { range, reuse, is_udp, tick, chooses };
         Self {
             shared: Arc::new(shared),
             hasher: std::hash::RandomState::new(),
@@ -126,7 +126,7 @@ impl Ports {
 
     /// The ports that there are.
     #[must_use]
-    pub fn range(&self) -> &Range {
+    pub fn range(&self) -> &LocalPortRange {
         &self.shared.range
     }
 
@@ -143,16 +143,16 @@ impl Ports {
 
     /// The ports from a source address, or the one that the system chooses, to a backend.
     #[must_use]
-    pub fn space(&self, source: Option<IpAddr>, backend: SocketAddr) -> Arc<Space> {
+    pub fn space(&self, source: Option<IpAddr>, backend: SocketAddr) -> Arc<PortSpace> {
         let pair = (source, backend);
         let hash = self.hasher.hash_one(pair);
         let [shard, ..] = hash.to_le_bytes();
         // A remainder is a place.
         let Some(shard) = self.shards.get(usize::from(shard) % SHARDS) else {
-            return Arc::new(Space::new(&self.shared, pair, hash));
+            return Arc::new(PortSpace::new(&self.shared, pair, hash));
         };
         let mut spaces = lock(shard);
-        Arc::clone(spaces.entry(pair).or_insert_with(|| Arc::new(Space::new(&self.shared, pair, hash))))
+        Arc::clone(spaces.entry(pair).or_insert_with(|| Arc::new(PortSpace::new(&self.shared, pair, hash))))
     }
 
     /// It is `now`: waits end, and some spaces that nothing is known of any more are forgotten.
@@ -169,21 +169,21 @@ impl Ports {
 
     /// What is in use, by backend and source address.
     #[must_use]
-    pub fn usage(&self) -> Vec<Usage> {
+    pub fn usage(&self) -> Vec<PortUsage> {
         let spaces = self.shards.iter().flat_map(|shard| lock(shard).values().cloned().collect::<Vec<_>>());
         spaces.map(|space| space.usage()).collect()
     }
 }
 
-impl Default for Ports {
+impl Default for LocalPorts {
     fn default() -> Self {
-        Self::new(Range::default(), Reuse::Loopback)
+        Self::new(LocalPortRange::default(), TimeWaitReuse::Loopback)
     }
 }
 
 /// What is in use towards one backend from one source address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Usage {
+pub struct PortUsage {
     /// The backend.
     pub backend: SocketAddr,
     /// Ports of connections.
@@ -196,22 +196,22 @@ pub struct Usage {
 
 /// The local ports from one source address to one backend.
 #[derive(Debug)]
-pub struct Space {
-    shared: Arc<Shared>,
+pub struct PortSpace {
+    shared: Arc<PortSettings>,
     backend: SocketAddr,
     /// Ticks that a port waits after our side closed first.
     wait: u32,
     /// Where the range is entered: not at one place for all backends.
     start: usize,
-    state: Mutex<State>,
+    state: Mutex<PortSpaceState>,
 }
 
-impl Space {
-    fn new(shared: &Arc<Shared>, (_, backend): Pair, hash: u64) -> Self {
+impl PortSpace {
+    fn new(shared: &Arc<PortSettings>, (_, backend): Pair, hash: u64) -> Self {
         let reuses = match shared.reuse {
-            Reuse::Never => false,
-            Reuse::Always => true,
-            Reuse::Loopback => backend.ip().to_canonical().is_loopback(),
+            TimeWaitReuse::Never => false,
+            TimeWaitReuse::Always => true,
+            TimeWaitReuse::Loopback => backend.ip().to_canonical().is_loopback(),
         };
         let first_half = shared.range.len().div_ceil(2).max(1);
         Self {
@@ -224,7 +224,7 @@ impl Space {
     }
 
     /// The state, with what is over by now settled.
-    fn settled(&self) -> MutexGuard<'_, State> {
+    fn settled(&self) -> MutexGuard<'_, PortSpaceState> {
         let mut state = lock(&self.state);
         state.settle(self.shared.tick(), self.wait);
         state
@@ -232,7 +232,7 @@ impl Space {
 
     /// A port for a session of this tenant; `None` where none is free, or the tenant holds its share.
     #[must_use]
-    pub fn take(self: &Arc<Self>, tenant: u32) -> Option<Port> {
+    pub fn take(self: &Arc<Self>, tenant: u32) -> Option<LocalPort> {
         let mut state = self.settled();
         if !state.allows(tenant, self.shared.limit()) {
             return None;
@@ -244,13 +244,13 @@ impl Space {
         };
         state.hold(tenant);
         drop(state);
-        Some(Port { space: Arc::clone(self), tenant, number, waits: false })
+        Some(LocalPort { space: Arc::clone(self), tenant, number, waits: false })
     }
 
     /// A port for the socket that replaces the one of `held`. Where both are of this space the tenant's share is not asked:
     /// `held` is about to be given back.
     #[must_use]
-    pub fn exchange(self: &Arc<Self>, held: &Port) -> Option<Port> {
+    pub fn exchange(self: &Arc<Self>, held: &LocalPort) -> Option<LocalPort> {
         if !held.is_of(self) {
             return self.take(held.tenant);
         }
@@ -273,9 +273,9 @@ impl Space {
 
     /// Counts the port of a connection that came from another process. Which one it is, only the kernel knows.
     #[must_use]
-    pub fn adopt(self: &Arc<Self>, tenant: u32) -> Port {
+    pub fn adopt(self: &Arc<Self>, tenant: u32) -> LocalPort {
         lock(&self.state).hold(tenant);
-        Port { space: Arc::clone(self), tenant, number: 0, waits: false }
+        LocalPort { space: Arc::clone(self), tenant, number: 0, waits: false }
     }
 
     /// The backend.
@@ -286,10 +286,10 @@ impl Space {
 
     /// What is in use.
     #[must_use]
-    pub fn usage(&self) -> Usage {
+    pub fn usage(&self) -> PortUsage {
         let (state, backend) = (self.settled(), self.backend());
         let waiting = state.waiting.len() + state.parked.len();
-        Usage { backend, live: state.live, waiting, limit: self.shared.limit() }
+        PortUsage { backend, live: state.live, waiting, limit: self.shared.limit() }
     }
 
     /// Whether nothing is known of it that a new one would not know.
@@ -304,37 +304,37 @@ impl Space {
 
 /// A port since when it is free, or refused.
 #[derive(Clone, Copy, Debug)]
-struct Rest {
+struct FreePort {
     number: u16,
     since: u32,
 }
 
 /// A port that is in TIME_WAIT.
 #[derive(Clone, Copy, Debug)]
-struct Wait {
+struct TimeWaitPort {
     number: u16,
     since: u32,
     tenant: u32,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct PortSpaceState {
     /// How many of the range have been used at least once.
     entered: usize,
     live: usize,
     /// Free ports that were used before, the one that is free for longest first.
-    resting: VecDeque<Rest>,
+    resting: VecDeque<FreePort>,
     /// Those in TIME_WAIT, the oldest first.
-    waiting: VecDeque<Wait>,
+    waiting: VecDeque<TimeWaitPort>,
     /// Those that the kernel refused: others use them.
-    parked: VecDeque<Rest>,
+    parked: VecDeque<FreePort>,
     /// Ports of each tenant, live and waiting. Nothing is kept for one that has none.
     held: HashMap<u32, u32, foldhash::fast::FixedState>,
     /// Until when the kernel is not asked to search again.
     barred: u32,
 }
 
-impl State {
+impl PortSpaceState {
     fn used(&self) -> usize {
         self.live + self.waiting.len() + self.parked.len()
     }
@@ -356,7 +356,7 @@ impl State {
     /// A number of 0 is that of a port that the kernel chose.
     fn rest(&mut self, number: u16, since: u32) {
         if number > 0 {
-            self.resting.push_back(Rest { number, since });
+            self.resting.push_back(FreePort { number, since });
         }
     }
 
@@ -375,7 +375,7 @@ impl State {
 
     /// The port that is free for longest. One equal to the backend's own port is left out: on the same host such a
     /// connection could connect to itself (simultaneous open, RFC 9293 section 3.5).
-    fn choose(&mut self, range: &Range, start: usize, own: u16, tick: u32) -> Option<u16> {
+    fn choose(&mut self, range: &LocalPortRange, start: usize, own: u16, tick: u32) -> Option<u16> {
         let rested = self.resting.front().is_some_and(|rest| tick.wrapping_sub(rest.since) >= TIME_WAIT);
         while !rested && let Some(number) = self.enter(range, start) {
             if number != own {
@@ -386,7 +386,7 @@ impl State {
     }
 
     /// The next port of the range that was not used before.
-    fn enter(&mut self, range: &Range, start: usize) -> Option<u16> {
+    fn enter(&mut self, range: &LocalPortRange, start: usize) -> Option<u16> {
         let count = range.len();
         let half = count.div_ceil(2);
         let place = self.entered;
@@ -438,14 +438,14 @@ fn shrink<T>(queue: &mut VecDeque<T>) {
 
 /// A local port that a connection uses as long as this lives.
 #[derive(Debug)]
-pub struct Port {
-    space: Arc<Space>,
+pub struct LocalPort {
+    space: Arc<PortSpace>,
     tenant: u32,
     number: u16,
     waits: bool,
 }
 
-impl Port {
+impl LocalPort {
     /// The port; `None` where the kernel chooses.
     #[must_use]
     pub fn number(&self) -> Option<u16> {
@@ -454,7 +454,7 @@ impl Port {
 
     /// Whether it is one of these.
     #[must_use]
-    pub fn is_of(&self, space: &Arc<Space>) -> bool {
+    pub fn is_of(&self, space: &Arc<PortSpace>) -> bool {
         Arc::ptr_eq(&self.space, space)
     }
 
@@ -477,18 +477,18 @@ impl Port {
         if number == 0 {
             state.barred = tick + 1;
         } else {
-            state.parked.push_back(Rest { number, since: tick });
+            state.parked.push_back(FreePort { number, since: tick });
         }
     }
 }
 
-impl Drop for Port {
+impl Drop for LocalPort {
     fn drop(&mut self) {
         let since = self.space.shared.tick();
         let mut state = lock(&self.space.state);
         state.live -= 1;
         if self.waits {
-            state.waiting.push_back(Wait { number: self.number, since, tenant: self.tenant });
+            state.waiting.push_back(TimeWaitPort { number: self.number, since, tenant: self.tenant });
         } else {
             state.let_go(self.tenant);
             state.rest(self.number, since);

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::task::Waker;
 
-use super::pacer::{Key, Pacer};
+use super::pacer::{BandwidthQueue, WaiterKey};
 use super::quota::Quota;
 use crate::account::Direction;
 use crate::clock::Moment;
@@ -14,9 +14,9 @@ use crate::clock::wheel::Tick;
 
 /// One direction's state.
 #[derive(Debug, Default)]
-pub struct Purse {
+pub struct DirectionLimiter {
     /// Its place in the queue, while it has one.
-    key: Option<Key>,
+    key: Option<WaiterKey>,
     /// The tick of its last read, and the bytes that it has had in it.
     window: Tick,
     used: u32,
@@ -26,7 +26,7 @@ pub struct Purse {
 
 /// What a direction may read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Grant {
+pub enum ReadGrant {
     /// As much as it likes.
     Free,
     /// As much as it likes, and it is counted what would have been.
@@ -37,7 +37,7 @@ pub enum Grant {
     Queued(u64),
 }
 
-impl Grant {
+impl ReadGrant {
     /// The bytes that may be read.
     #[must_use]
     pub fn most(self) -> usize {
@@ -50,16 +50,16 @@ impl Grant {
 
 /// Where a direction asks: whose budget it is, and who waits for it on this worker.
 #[derive(Debug)]
-pub struct Desk<'a> {
+pub struct BandwidthContext<'a> {
     /// The tenant's.
     pub quota: &'a Arc<Quota>,
     /// The worker's.
-    pub pacer: &'a mut Pacer,
+    pub pacer: &'a mut BandwidthQueue,
     /// Which of the two budgets.
     pub direction: Direction,
 }
 
-impl Purse {
+impl DirectionLimiter {
     /// Whether it stands in the queue: it waits, or uses what it was granted.
     #[must_use]
     pub fn has_joined(&self) -> bool {
@@ -68,7 +68,7 @@ impl Purse {
 
     /// Whether it waits.
     #[must_use]
-    pub fn is_waiting(&self, pacer: &Pacer) -> bool {
+    pub fn is_waiting(&self, pacer: &BandwidthQueue) -> bool {
         self.key.as_ref().is_some_and(|key| pacer.is_waiting(key))
     }
 
@@ -76,22 +76,22 @@ impl Purse {
     /// to read asks.
     pub fn ask(
         &mut self,
-        desk: &mut Desk<'_>,
+        desk: &mut BandwidthContext<'_>,
         want: u64,
         waker: &Waker,
         tick: Tick,
         now: Moment,
-    ) -> Option<Grant> {
+    ) -> Option<ReadGrant> {
         let budget = desk.quota.budget(desk.direction);
         if self.window != tick {
             (self.window, self.used) = (tick, 0);
         }
         if desk.quota.is_observing() || !budget.is_limited() {
             self.leave(desk.pacer, now);
-            return Some(if budget.is_limited() { Grant::Watched } else { Grant::Free });
+            return Some(if budget.is_limited() { ReadGrant::Watched } else { ReadGrant::Free });
         }
         if let Some(key) = &self.key {
-            return desk.pacer.poll(key, waker, now).map(|granted| Grant::Queued(granted.min(want)));
+            return desk.pacer.poll(key, waker, now).map(|granted| ReadGrant::Queued(granted.min(want)));
         }
         let mut taken = 0;
         if budget.waiting() == 0 {
@@ -102,7 +102,7 @@ impl Purse {
             taken = budget.overdraw(want.min(left), now);
         }
         if taken > 0 {
-            return Some(Grant::Taken(taken));
+            return Some(ReadGrant::Taken(taken));
         }
         self.key = Some(desk.pacer.join(desk.quota, desk.direction, waker, now));
         None
@@ -110,13 +110,19 @@ impl Purse {
 
     /// Takes down that of a grant `count` bytes were read; whether they would have had to wait, were the limit in
     /// force.
-    pub fn settle(&mut self, desk: &mut Desk<'_>, grant: Grant, count: u64, now: Moment) -> bool {
+    pub fn settle(
+        &mut self,
+        desk: &mut BandwidthContext<'_>,
+        grant: ReadGrant,
+        count: u64,
+        now: Moment,
+    ) -> bool {
         let budget = desk.quota.budget(desk.direction);
         let used = self.used;
         self.used = used.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
         match grant {
-            Grant::Free => {}
-            Grant::Watched => {
+            ReadGrant::Free => {}
+            ReadGrant::Watched => {
                 let share = budget.share(desk.quota.sessions() as u64);
                 let waits = count > 0 && !budget.charge(count, now) && u64::from(self.used) > share;
                 if waits {
@@ -124,8 +130,8 @@ impl Purse {
                 }
                 return waits;
             }
-            Grant::Taken(bytes) => budget.give_back(bytes.saturating_sub(count)),
-            Grant::Queued(_) => {
+            ReadGrant::Taken(bytes) => budget.give_back(bytes.saturating_sub(count)),
+            ReadGrant::Queued(_) => {
                 if let Some(key) = &self.key {
                     desk.pacer.spend(key, count);
                 }
@@ -135,7 +141,7 @@ impl Purse {
     }
 
     /// Leaves the queue, if it stands there.
-    pub fn leave(&mut self, pacer: &mut Pacer, now: Moment) {
+    pub fn leave(&mut self, pacer: &mut BandwidthQueue, now: Moment) {
         if let Some(key) = self.key.take() {
             pacer.leave(key, now);
         }
@@ -162,7 +168,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{Bandwidth, Limits, Mode};
+    use crate::config::{BandwidthLimit, LimitMode, TenantLimits};
 
     const WAY: Direction = Direction::ToBackend;
 
@@ -179,26 +185,26 @@ mod tests {
 
     struct Bench {
         quota: Arc<Quota>,
-        pacer: Pacer,
+        pacer: BandwidthQueue,
     }
 
     impl Bench {
-        fn new(mode: Mode, limit: Option<Bandwidth>) -> Self {
+        fn new(mode: LimitMode, limit: Option<BandwidthLimit>) -> Self {
             let quota = Arc::new(Quota::default());
-            quota.set(&Limits { mode, to_backend: limit, ..Limits::default() }, at_ms(0));
-            Self { quota, pacer: Pacer::default() }
+            quota.set(&TenantLimits { mode, to_backend: limit, ..TenantLimits::default() }, at_ms(0));
+            Self { quota, pacer: BandwidthQueue::default() }
         }
 
-        fn desk(&mut self) -> Desk<'_> {
-            Desk { quota: &self.quota, pacer: &mut self.pacer, direction: WAY }
+        fn desk(&mut self) -> BandwidthContext<'_> {
+            BandwidthContext { quota: &self.quota, pacer: &mut self.pacer, direction: WAY }
         }
 
-        fn ask(&mut self, purse: &mut Purse, ms: u64) -> Option<Grant> {
+        fn ask(&mut self, purse: &mut DirectionLimiter, ms: u64) -> Option<ReadGrant> {
             purse.ask(&mut self.desk(), READ, Waker::noop(), tick(ms), at_ms(ms))
         }
 
         /// Asks and reads so much; whether it would have had to wait.
-        fn read(&mut self, purse: &mut Purse, count: u64, ms: u64) -> bool {
+        fn read(&mut self, purse: &mut DirectionLimiter, count: u64, ms: u64) -> bool {
             let grant = self.ask(purse, ms).unwrap();
             assert!(grant.most() as u64 >= count, "{grant:?}");
             purse.settle(&mut self.desk(), grant, count, at_ms(ms))
@@ -206,32 +212,32 @@ mod tests {
     }
 
     /// 200,000 bytes a second, of which a tenth at once: a tick's share is 10,000.
-    const LIMIT: Option<Bandwidth> = Some(Bandwidth { bytes_per_second: 200_000, burst: 20_000 });
+    const LIMIT: Option<BandwidthLimit> = Some(BandwidthLimit { bytes_per_second: 200_000, burst: 20_000 });
 
     #[test]
     fn without_a_limit_nothing_is_asked() {
-        let (mut bench, mut purse) = (Bench::new(Mode::Enforce, None), Purse::default());
-        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Free));
+        let (mut bench, mut purse) = (Bench::new(LimitMode::Enforce, None), DirectionLimiter::default());
+        assert_eq!(bench.ask(&mut purse, 0), Some(ReadGrant::Free));
         assert!(!bench.read(&mut purse, READ, 0));
-        assert_eq!(Grant::Free.most(), usize::MAX);
+        assert_eq!(ReadGrant::Free.most(), usize::MAX);
     }
 
     #[test]
     fn a_greedy_one_has_the_burst_its_share_and_then_its_turn() {
-        let (mut bench, mut purse) = (Bench::new(Mode::Enforce, LIMIT), Purse::default());
-        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Taken(20_000)));
+        let (mut bench, mut purse) = (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default());
+        assert_eq!(bench.ask(&mut purse, 0), Some(ReadGrant::Taken(20_000)));
         // It reads half, and finds the rest again.
-        purse.settle(&mut bench.desk(), Grant::Taken(20_000), 10_000, at_ms(0));
-        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Taken(10_000)));
-        purse.settle(&mut bench.desk(), Grant::Taken(10_000), 10_000, at_ms(0));
+        purse.settle(&mut bench.desk(), ReadGrant::Taken(20_000), 10_000, at_ms(0));
+        assert_eq!(bench.ask(&mut purse, 0), Some(ReadGrant::Taken(10_000)));
+        purse.settle(&mut bench.desk(), ReadGrant::Taken(10_000), 10_000, at_ms(0));
         // The share of this tick is used up, too.
         assert_eq!(bench.ask(&mut purse, 10), None);
         assert!(purse.has_joined() && purse.is_waiting(&bench.pacer));
         bench.pacer.advance(at_ms(50));
         assert!(!purse.is_waiting(&bench.pacer));
-        assert_eq!(bench.ask(&mut purse, 50), Some(Grant::Queued(10_000)));
-        purse.settle(&mut bench.desk(), Grant::Queued(10_000), 4_000, at_ms(50));
-        assert_eq!(bench.ask(&mut purse, 51), Some(Grant::Queued(6_000)));
+        assert_eq!(bench.ask(&mut purse, 50), Some(ReadGrant::Queued(10_000)));
+        purse.settle(&mut bench.desk(), ReadGrant::Queued(10_000), 4_000, at_ms(50));
+        assert_eq!(bench.ask(&mut purse, 51), Some(ReadGrant::Queued(6_000)));
         purse.leave(&mut bench.pacer, at_ms(51));
         assert!(!purse.has_joined() && bench.pacer.is_empty());
     }
@@ -239,33 +245,33 @@ mod tests {
     #[test]
     fn a_light_one_passes_those_who_wait_up_to_its_share() {
         let (mut bench, mut greedy, mut light) =
-            (Bench::new(Mode::Enforce, LIMIT), Purse::default(), Purse::default());
+            (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default(), DirectionLimiter::default());
         bench.read(&mut greedy, 20_000, 0);
         assert_eq!(bench.ask(&mut greedy, 0), None);
         for message in 0..9 {
-            assert_eq!(bench.ask(&mut light, message), Some(Grant::Taken(10_000 - message * 1_000)));
-            let granted = Grant::Taken(10_000 - message * 1_000);
+            assert_eq!(bench.ask(&mut light, message), Some(ReadGrant::Taken(10_000 - message * 1_000)));
+            let granted = ReadGrant::Taken(10_000 - message * 1_000);
             assert!(!light.settle(&mut bench.desk(), granted, 1_000, at_ms(message)));
         }
-        assert_eq!(bench.ask(&mut light, 49), Some(Grant::Taken(1_000)));
-        light.settle(&mut bench.desk(), Grant::Taken(1_000), 1_000, at_ms(49));
+        assert_eq!(bench.ask(&mut light, 49), Some(ReadGrant::Taken(1_000)));
+        light.settle(&mut bench.desk(), ReadGrant::Taken(1_000), 1_000, at_ms(49));
         assert_eq!(bench.ask(&mut light, 49), None, "more than its share waits in line");
         assert_eq!(bench.quota.budget(WAY).waiting(), 2);
         light.leave(&mut bench.pacer, at_ms(49));
         assert_eq!(
             bench.ask(&mut light, 50),
-            Some(Grant::Taken(10_000)),
+            Some(ReadGrant::Taken(10_000)),
             "the next tick has a share of its own"
         );
-        light.settle(&mut bench.desk(), Grant::Taken(10_000), 0, at_ms(50));
+        light.settle(&mut bench.desk(), ReadGrant::Taken(10_000), 0, at_ms(50));
         greedy.leave(&mut bench.pacer, at_ms(50));
         assert_eq!(bench.quota.budget(WAY).waiting(), 0);
     }
 
     #[test]
     fn who_is_only_watched_never_waits() {
-        let (mut bench, mut purse) = (Bench::new(Mode::Observe, LIMIT), Purse::default());
-        assert_eq!(bench.ask(&mut purse, 0), Some(Grant::Watched));
+        let (mut bench, mut purse) = (Bench::new(LimitMode::Observe, LIMIT), DirectionLimiter::default());
+        assert_eq!(bench.ask(&mut purse, 0), Some(ReadGrant::Watched));
         assert!(!bench.read(&mut purse, 20_000, 0));
         assert!(bench.read(&mut purse, READ, 0), "the burst is used up");
         assert!(!bench.read(&mut purse, 10_000, 50), "its share of another tick");
@@ -276,17 +282,17 @@ mod tests {
 
     #[test]
     fn whoever_waits_goes_on_when_the_limit_goes() {
-        let (mut bench, mut purse) = (Bench::new(Mode::Enforce, LIMIT), Purse::default());
+        let (mut bench, mut purse) = (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default());
         bench.read(&mut purse, 20_000, 0);
         assert_eq!(bench.ask(&mut purse, 0), None);
-        bench.quota.set(&Limits::default(), at_ms(1));
-        assert_eq!(bench.ask(&mut purse, 1), Some(Grant::Free));
+        bench.quota.set(&TenantLimits::default(), at_ms(1));
+        assert_eq!(bench.ask(&mut purse, 1), Some(ReadGrant::Free));
         assert!(!purse.has_joined());
     }
 
     #[test]
     fn what_is_held_is_counted_once() {
-        let (bench, mut purse) = (Bench::new(Mode::Enforce, LIMIT), Purse::default());
+        let (bench, mut purse) = (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default());
         for held in [0, 5, 5, 3] {
             purse.hold(&bench.quota, WAY, held);
             assert_eq!((bench.quota.budget(WAY).held(), purse.holds()), (held as u64, held > 0));
@@ -297,6 +303,6 @@ mod tests {
 
     #[test]
     fn a_purse_is_small() {
-        assert!(size_of::<Purse>() <= 16);
+        assert!(size_of::<DirectionLimiter>() <= 16);
     }
 }

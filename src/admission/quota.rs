@@ -9,18 +9,18 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::budget::Budget;
-use super::rate::Rate;
-use super::share::Share;
+use super::budget::BandwidthBudget;
+use super::rate::RateLimiter;
+use super::share::SessionShare;
 use super::slots::Slots;
-use crate::account::{Direction, EachWay, Label, lock};
+use crate::account::{Direction, Label, PerDirection, lock};
 use crate::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use crate::clock::Moment;
-use crate::config::{Limits, Mode, OnRevoke, Tenant};
-use crate::outcome::Why;
+use crate::config::{LimitMode, OnRevoke, TenantConfig, TenantLimits};
+use crate::outcome::Reason;
 
-pub use self::flows::{Excess, FlowPermit, Passage, Room};
-pub use self::kept::{Holding, Kept};
+pub use self::flows::{DatagramVerdict, EvictionScope, ExceededLimit, FlowPermit};
+pub use self::kept::{HeldSlots, ReservedSlots};
 
 /// One tenant's limits and what is in use of them.
 ///
@@ -28,19 +28,19 @@ pub use self::kept::{Holding, Kept};
 #[derive(Debug, Default)]
 pub struct Quota {
     sessions: Slots,
-    rate: Rate,
+    rate: RateLimiter,
     flows: Slots,
-    datagrams: Rate,
-    budgets: EachWay<Budget>,
+    datagrams: RateLimiter,
+    budgets: PerDirection<BandwidthBudget>,
     /// Splice pipes that its sessions hold.
     pub pipes: AtomicU32,
     /// Bytes that its sessions have read and that their other ends have not taken, beside those in pipes.
     pub buffered: AtomicU64,
-    /// How its sessions end once they are revoked, as a [`Revocation`].
+    /// How its sessions end once they are revoked, as a [`RevokePolicy`].
     revocation: AtomicU16,
     observing: AtomicBool,
     limited: AtomicBool,
-    share: Option<Arc<Share>>,
+    share: Option<Arc<SessionShare>>,
     rejected: [AtomicU64; Quota::REASONS.len()],
     would_reject: [AtomicU64; Quota::OBSERVED],
     /// The bucket of the lines that tell of rejections.
@@ -51,9 +51,9 @@ pub struct Quota {
 /// What happens to a session or a flow whose tenant is removed or disabled, or whose endpoint no longer belongs to the
 /// tenant: it ends after so many tenths of a second, or never. By default it ends at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Revocation(u16);
+pub struct RevokePolicy(u16);
 
-impl Revocation {
+impl RevokePolicy {
     /// It continues until it ends by itself.
     pub const KEEP: Self = Self(u16::MAX);
 
@@ -73,8 +73,8 @@ impl Revocation {
     }
 }
 
-impl From<&Tenant> for Revocation {
-    fn from(tenant: &Tenant) -> Self {
+impl From<&TenantConfig> for RevokePolicy {
+    fn from(tenant: &TenantConfig) -> Self {
         match tenant.on_revoke {
             OnRevoke::End => Self::end_after(tenant.revoke_grace),
             OnRevoke::Keep => Self::KEEP,
@@ -89,20 +89,20 @@ pub const LINES_BURST: u64 = 20;
 
 impl Quota {
     /// The reasons for which a tenant's session or flow is rejected; the first three may be only observed.
-    pub const REASONS: [Why; 5] =
-        [Why::SessionLimit, Why::SessionRate, Why::FlowLimit, Why::Shed, Why::TenantDisabled];
+    pub const REASONS: [Reason; 5] =
+        [Reason::SessionLimit, Reason::SessionRate, Reason::FlowLimit, Reason::Shed, Reason::TenantDisabled];
     const OBSERVED: usize = 3;
 
     /// The quota of a tenant without limits, that has a share of the process.
     #[must_use]
-    pub fn new(share: Arc<Share>) -> Arc<Self> {
+    pub fn new(share: Arc<SessionShare>) -> Arc<Self> {
         Arc::new(Self { share: Some(share), ..Self::default() })
     }
 
     /// From `now` on these limits hold. What is in use stays in use.
-    pub fn set(&self, limits: &Limits, now: Moment) {
-        let none = Limits { mode: limits.mode, ..Limits::default() };
-        self.observing.store(limits.mode == Mode::Observe, Ordering::Relaxed);
+    pub fn set(&self, limits: &TenantLimits, now: Moment) {
+        let none = TenantLimits { mode: limits.mode, ..TenantLimits::default() };
+        self.observing.store(limits.mode == LimitMode::Observe, Ordering::Relaxed);
         self.limited.store(*limits != none, Ordering::Relaxed);
         self.sessions.set_limit(limits.sessions.unwrap_or(Slots::UNLIMITED));
         self.rate.set(limits.session_rate);
@@ -113,39 +113,39 @@ impl Quota {
     }
 
     /// From now on this happens to sessions and flows that are revoked. It outlives the tenant as long as they live.
-    pub fn set_revocation(&self, revocation: Revocation) {
+    pub fn set_revocation(&self, revocation: RevokePolicy) {
         self.revocation.store(revocation.0, Ordering::Relaxed);
     }
 
     /// What happens to a session or a flow that is revoked.
     #[must_use]
-    pub fn revocation(&self) -> Revocation {
-        Revocation(self.revocation.load(Ordering::Relaxed))
+    pub fn revocation(&self) -> RevokePolicy {
+        RevokePolicy(self.revocation.load(Ordering::Relaxed))
     }
 
     /// Admits one more session. The rate is asked last: a session that is rejected for another reason takes nothing of it.
     ///
     /// # Errors
     /// Why not; nothing is held then.
-    pub fn admit(self: &Arc<Self>, now: Moment) -> Result<Permit, Why> {
+    pub fn admit(self: &Arc<Self>, now: Moment) -> Result<SessionPermit, Reason> {
         let (held, mut beyond) = match self.sessions.enter() {
             Ok(held) => (held, None),
-            Err(_) if self.is_observing() => (self.sessions.enter_anyway(), Some(Why::SessionLimit)),
-            Err(_) => return Err(self.reject(Why::SessionLimit)),
+            Err(_) if self.is_observing() => (self.sessions.enter_anyway(), Some(Reason::SessionLimit)),
+            Err(_) => return Err(self.reject(Reason::SessionLimit)),
         };
         if held == 0 {
             self.share.iter().for_each(|share| share.join());
         }
-        let mut permit = Permit { quota: Arc::clone(self), would_reject: None };
+        let mut permit = SessionPermit { quota: Arc::clone(self), would_reject: None };
         // The process is not the tenant's: a tenant that only observes its own limits is shed like any other.
         if self.share.as_ref().is_some_and(|share| !share.allows(held + self.flows.used())) {
-            return Err(self.reject(Why::Shed));
+            return Err(self.reject(Reason::Shed));
         }
         if beyond.is_none() && !self.rate.admit(now) {
             if !self.is_observing() {
-                return Err(self.reject(Why::SessionRate));
+                return Err(self.reject(Reason::SessionRate));
             }
-            beyond = Some(Why::SessionRate);
+            beyond = Some(Reason::SessionRate);
         }
         if let Some(why) = beyond {
             add(&self.would_reject, why);
@@ -156,15 +156,15 @@ impl Quota {
 
     /// Takes in a session that another process has admitted: whatever the limits say, and nothing is taken of the rate. It has a
     /// place that is kept, where there is one.
-    pub fn adopt(self: &Arc<Self>, would_reject: Option<Why>) -> Permit {
+    pub fn adopt(self: &Arc<Self>, would_reject: Option<Reason>) -> SessionPermit {
         if self.sessions.enter_kept() {
             self.share.iter().for_each(|share| share.join());
         }
-        Permit { quota: Arc::clone(self), would_reject }
+        SessionPermit { quota: Arc::clone(self), would_reject }
     }
 
     /// Counts a session as rejected for this reason, and passes the reason on.
-    pub fn reject(&self, why: Why) -> Why {
+    pub fn reject(&self, why: Reason) -> Reason {
         add(&self.rejected, why);
         why
     }
@@ -195,17 +195,17 @@ impl Quota {
 
     /// The bytes of one direction.
     #[must_use]
-    pub fn budget(&self, direction: Direction) -> &Budget {
+    pub fn budget(&self, direction: Direction) -> &BandwidthBudget {
         self.budgets.way(direction)
     }
 
     /// Each reason with how many sessions were rejected for it.
-    pub fn rejected(&self) -> impl Iterator<Item = (Why, u64)> {
+    pub fn rejected(&self) -> impl Iterator<Item = (Reason, u64)> {
         Self::REASONS.into_iter().zip(self.rejected.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
     /// Each reason with how many sessions would have been rejected for it.
-    pub fn would_reject(&self) -> impl Iterator<Item = (Why, u64)> {
+    pub fn would_reject(&self) -> impl Iterator<Item = (Reason, u64)> {
         Self::REASONS.into_iter().zip(self.would_reject.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
@@ -231,7 +231,7 @@ impl Quota {
     }
 }
 
-fn add(counts: &[AtomicU64], why: Why) {
+fn add(counts: &[AtomicU64], why: Reason) {
     let place = Quota::REASONS.iter().position(|reason| *reason == why);
     if let Some(count) = place.and_then(|place| counts.get(place)) {
         count.fetch_add(1, Ordering::Relaxed);
@@ -240,12 +240,12 @@ fn add(counts: &[AtomicU64], why: Why) {
 
 /// One session of a tenant, given back on drop.
 #[derive(Debug)]
-pub struct Permit {
+pub struct SessionPermit {
     quota: Arc<Quota>,
-    would_reject: Option<Why>,
+    would_reject: Option<Reason>,
 }
 
-impl Permit {
+impl SessionPermit {
     /// Whose session it is.
     #[must_use]
     pub fn quota(&self) -> &Arc<Quota> {
@@ -254,12 +254,12 @@ impl Permit {
 
     /// Why it would have been rejected, were the limits not only observed.
     #[must_use]
-    pub fn would_reject(&self) -> Option<Why> {
+    pub fn would_reject(&self) -> Option<Reason> {
         self.would_reject
     }
 }
 
-impl Drop for Permit {
+impl Drop for SessionPermit {
     fn drop(&mut self) {
         if self.quota.sessions.leave() == 0 {
             self.quota.share.iter().for_each(|share| share.part());
@@ -270,7 +270,7 @@ impl Drop for Permit {
 /// Every tenant's quota, by the number of its label.
 #[derive(Debug)]
 pub struct Quotas {
-    share: Arc<Share>,
+    share: Arc<SessionShare>,
     known: Mutex<HashMap<u32, Arc<Quota>, foldhash::fast::RandomState>>,
 }
 
@@ -278,7 +278,7 @@ impl Quotas {
     /// None yet; all will share these slots of the process.
     #[must_use]
     pub fn new(slots: Arc<Slots>) -> Self {
-        Self { share: Share::new(slots), known: Mutex::default() }
+        Self { share: SessionShare::new(slots), known: Mutex::default() }
     }
 
     /// The quota of a tenant, new or known.
@@ -335,33 +335,36 @@ mod tests {
         START + Duration::from_millis(ms)
     }
 
-    pub(super) fn quota(limits: Limits) -> Arc<Quota> {
-        let quota = Quota::new(Share::new(Slots::new(1_000_000)));
+    pub(super) fn quota(limits: TenantLimits) -> Arc<Quota> {
+        let quota = Quota::new(SessionShare::new(Slots::new(1_000_000)));
         quota.set(&limits, START);
         quota
     }
 
-    pub(super) fn rate(ms: u64, burst: u64) -> config::Rate {
-        config::Rate { interval: Duration::from_millis(ms), burst }
+    pub(super) fn rate(ms: u64, burst: u64) -> config::RateLimit {
+        config::RateLimit { interval: Duration::from_millis(ms), burst }
     }
 
-    pub(super) fn counts(reasons: impl Iterator<Item = (Why, u64)>) -> Vec<u64> {
+    pub(super) fn counts(reasons: impl Iterator<Item = (Reason, u64)>) -> Vec<u64> {
         reasons.map(|(_, count)| count).collect()
     }
 
     #[test]
     fn the_limit_rejects_first_and_takes_nothing_of_the_rate() {
-        let quota =
-            quota(Limits { sessions: Some(1), session_rate: Some(rate(100, 2)), ..Limits::default() });
+        let quota = quota(TenantLimits {
+            sessions: Some(1),
+            session_rate: Some(rate(100, 2)),
+            ..TenantLimits::default()
+        });
         assert!(quota.is_limited());
         let first = quota.admit(START).unwrap();
         for _ in 0..10 {
-            assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+            assert_eq!(quota.admit(START).unwrap_err(), Reason::SessionLimit);
         }
         drop(first);
         assert_eq!((quota.sessions(), quota.sessions_limit()), (0, Some(1)));
         drop(quota.admit(START).unwrap());
-        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
+        assert_eq!(quota.admit(START).unwrap_err(), Reason::SessionRate);
         assert_eq!(quota.sessions(), 0, "who the rate rejects gives its slot back");
         assert!(quota.admit(at_ms(100)).is_ok());
         assert_eq!(counts(quota.rejected()), [10, 1, 0, 0, 0]);
@@ -371,36 +374,36 @@ mod tests {
     #[test]
     fn session_that_is_shed_takes_nothing_of_the_rate() {
         let slots = Slots::new(10);
-        let quota = Quota::new(Share::new(Arc::clone(&slots)));
-        quota.set(&Limits { session_rate: Some(rate(1_000, 1)), ..Limits::default() }, START);
+        let quota = Quota::new(SessionShare::new(Arc::clone(&slots)));
+        quota.set(&TenantLimits { session_rate: Some(rate(1_000, 1)), ..TenantLimits::default() }, START);
         let held: Vec<_> = (0..9).map(|_| (slots.take().unwrap(), quota.adopt(None))).collect();
         let tenth = slots.take().unwrap();
         for _ in 0..3 {
-            assert_eq!(quota.admit(START).unwrap_err(), Why::Shed);
+            assert_eq!(quota.admit(START).unwrap_err(), Reason::Shed);
         }
         drop((held, tenth));
         let _slot = slots.take().unwrap();
         assert!(quota.admit(START).is_ok(), "the rate has its one still");
-        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionRate);
+        assert_eq!(quota.admit(START).unwrap_err(), Reason::SessionRate);
         assert_eq!(counts(quota.rejected()), [0, 1, 0, 3, 0]);
     }
 
     #[test]
     fn who_was_admitted_elsewhere_is_counted_beyond_the_limit_and_takes_nothing_of_the_rate() {
-        let limits = Limits {
+        let limits = TenantLimits {
             sessions: Some(1),
             session_rate: Some(rate(100, 1)),
             flows: Some(0),
-            ..Limits::default()
+            ..TenantLimits::default()
         };
         let quota = quota(limits);
-        let moved = [0; 3].map(|_| quota.adopt(Some(Why::SessionRate)));
+        let moved = [0; 3].map(|_| quota.adopt(Some(Reason::SessionRate)));
         let flow = quota.adopt_flow(false);
         assert_eq!(
             (quota.sessions(), quota.flows(), moved[0].would_reject()),
-            (3, 1, Some(Why::SessionRate))
+            (3, 1, Some(Reason::SessionRate))
         );
-        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        assert_eq!(quota.admit(START).unwrap_err(), Reason::SessionLimit);
         assert_eq!(quota.share.as_ref().unwrap().holders(), 2, "one for its sessions, one for its flows");
         drop((moved, flow));
         assert_eq!((quota.sessions(), quota.flows(), quota.share.as_ref().unwrap().holders()), (0, 0, 0));
@@ -410,21 +413,21 @@ mod tests {
 
     #[test]
     fn who_observes_counts_and_lets_pass() {
-        let limits = Limits {
-            mode: Mode::Observe,
+        let limits = TenantLimits {
+            mode: LimitMode::Observe,
             sessions: Some(1),
             session_rate: Some(rate(100, 2)),
-            ..Limits::default()
+            ..TenantLimits::default()
         };
         let quota = quota(limits);
         let first = quota.admit(START).unwrap();
         assert_eq!(first.would_reject(), None);
         let second = quota.admit(START).unwrap();
-        assert_eq!(second.would_reject(), Some(Why::SessionLimit));
+        assert_eq!(second.would_reject(), Some(Reason::SessionLimit));
         assert_eq!(second.quota().sessions(), 2);
         drop((first, second));
         let passed: Vec<_> = (0..3).map(|_| quota.admit(START).unwrap().would_reject()).collect();
-        assert_eq!(passed, [None, Some(Why::SessionRate), Some(Why::SessionRate)]);
+        assert_eq!(passed, [None, Some(Reason::SessionRate), Some(Reason::SessionRate)]);
         assert_eq!(counts(quota.would_reject()), [1, 2, 0]);
         assert_eq!(counts(quota.rejected()), [0, 0, 0, 0, 0]);
         assert_eq!(quota.sessions(), 0);
@@ -438,7 +441,7 @@ mod tests {
         let held: Vec<_> = (0..7).map(|_| (slots.take().unwrap(), acme.admit(START).unwrap())).collect();
         assert_eq!(quotas.holders(), 1);
         let slot = slots.take().unwrap();
-        assert_eq!(acme.admit(START).unwrap_err(), Why::Shed);
+        assert_eq!(acme.admit(START).unwrap_err(), Reason::Shed);
         let other = globex.admit(START).unwrap();
         assert_eq!((quotas.holders(), globex.sessions()), (2, 1));
         drop((held, other, slot));
@@ -471,7 +474,7 @@ mod tests {
 
     #[test]
     fn a_panic_gives_back_what_it_held() {
-        let quota = quota(Limits::default());
+        let quota = quota(TenantLimits::default());
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _permit = quota.admit(START).unwrap();
             panic!("on purpose");

@@ -12,7 +12,7 @@ use crate::config;
 /// who would move it further ahead of now than the burst allows is refused. A reload changes interval and burst: what was
 /// taken stays taken, but no more than all of the new burst.
 #[derive(Debug, Default)]
-pub struct Rate {
+pub struct RateLimiter {
     full_at: AtomicU64,
     /// Nanoseconds from one to the next; 0 is no limit. With [`FRESH`] in it nobody has asked since it or the burst changed.
     interval: AtomicU64,
@@ -23,9 +23,9 @@ pub struct Rate {
 /// In an interval: the rate is another one than before.
 const FRESH: u64 = 1 << 63;
 
-impl Rate {
+impl RateLimiter {
     /// From now on this rate; `None` is no limit.
-    pub fn set(&self, rate: Option<config::Rate>) {
+    pub fn set(&self, rate: Option<config::RateLimit>) {
         let (interval, tolerance) = rate.map_or((0, 0), |rate| {
             let interval = nanos(rate.interval).min(FRESH - 1);
             (interval, interval.saturating_mul(rate.burst.saturating_sub(1)))
@@ -86,16 +86,16 @@ mod tests {
         Moment::from_nanos(ms * 1_000_000)
     }
 
-    fn rate(per_second: u64, burst: u64) -> Rate {
-        let rate = Rate::default();
-        rate.set(Some(config::Rate {
+    fn rate(per_second: u64, burst: u64) -> RateLimiter {
+        let rate = RateLimiter::default();
+        rate.set(Some(config::RateLimit {
             interval: Duration::from_secs(1) / u32::try_from(per_second).unwrap(),
             burst,
         }));
         rate
     }
 
-    fn admitted(rate: &Rate, tries: usize, now: Moment) -> usize {
+    fn admitted(rate: &RateLimiter, tries: usize, now: Moment) -> usize {
         (0..tries).filter(|_| rate.admit(now)).count()
     }
 
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn no_rate_lets_everybody_pass() {
-        let rate = Rate::default();
+        let rate = RateLimiter::default();
         assert_eq!(admitted(&rate, 100, at_ms(0)), 100);
         rate.set(None);
         assert_eq!(admitted(&rate, 100, at_ms(0)), 100);
@@ -127,10 +127,10 @@ mod tests {
 
     #[test]
     fn a_slow_rates_debt_is_no_more_than_a_fast_ones_burst() {
-        let rate = Rate::default();
-        rate.set(Some(config::Rate { interval: Duration::from_secs(6), burst: 600 }));
+        let rate = RateLimiter::default();
+        rate.set(Some(config::RateLimit { interval: Duration::from_secs(6), burst: 600 }));
         assert_eq!(admitted(&rate, 1_000, at_ms(0)), 600, "full again in an hour");
-        let fast = Some(config::Rate { interval: Duration::from_millis(10), burst: 100 });
+        let fast = Some(config::RateLimit { interval: Duration::from_millis(10), burst: 100 });
         rate.set(fast);
         assert_eq!(admitted(&rate, 1_000, at_ms(0)), 0, "what was taken stays taken");
         assert_eq!(admitted(&rate, 1_000, at_ms(500)), 50);
@@ -143,14 +143,14 @@ mod tests {
     fn another_rate_holds_at_once_and_gives_nothing_back() {
         let rate = rate(10, 10);
         assert_eq!(admitted(&rate, 20, at_ms(0)), 10);
-        rate.set(Some(config::Rate { interval: Duration::from_millis(10), burst: 100 }));
+        rate.set(Some(config::RateLimit { interval: Duration::from_millis(10), burst: 100 }));
         assert_eq!(
             admitted(&rate, 200, at_ms(0)),
             0,
             "the bucket is a second behind, of which 990 ms are allowed"
         );
         assert_eq!(admitted(&rate, 200, at_ms(1000)), 100);
-        rate.set(Some(config::Rate { interval: Duration::from_secs(3600), burst: 1 }));
+        rate.set(Some(config::RateLimit { interval: Duration::from_secs(3600), burst: 1 }));
         assert!(!rate.admit(at_ms(1999)));
         assert!(rate.admit(at_ms(2000)));
         assert!(!rate.admit(at_ms(3_000_000)));
@@ -158,8 +158,8 @@ mod tests {
 
     #[test]
     fn time_that_does_not_move_and_time_at_its_end_are_borne() {
-        let slow = Rate::default();
-        slow.set(Some(config::Rate { interval: Duration::from_secs(3600), burst: u64::from(u32::MAX) }));
+        let slow = RateLimiter::default();
+        slow.set(Some(config::RateLimit { interval: Duration::from_secs(3600), burst: u64::from(u32::MAX) }));
         assert!(slow.admit(at_ms(0)) && slow.admit(Moment::from_nanos(u64::MAX)));
         assert!(slow.admit(at_ms(0)), "a burst of centuries");
     }

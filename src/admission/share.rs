@@ -8,12 +8,12 @@ use crate::share;
 
 /// The process's slots, and how many tenants hold any.
 #[derive(Debug)]
-pub struct Share {
+pub struct SessionShare {
     slots: Arc<Slots>,
     holders: AtomicUsize,
 }
 
-impl Share {
+impl SessionShare {
     /// The shares of these slots, which each session has taken one of already.
     #[must_use]
     pub fn new(slots: Arc<Slots>) -> Arc<Self> {

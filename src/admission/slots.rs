@@ -30,16 +30,16 @@ impl Slots {
 
     /// Takes a slot; `None` where all are taken.
     #[must_use]
-    pub fn take(self: &Arc<Self>) -> Option<Permit> {
-        self.reserve().then(|| Permit(Arc::clone(self)))
+    pub fn take(self: &Arc<Self>) -> Option<SlotPermit> {
+        self.reserve().then(|| SlotPermit(Arc::clone(self)))
     }
 
     /// Takes a slot that is kept, or else one even beyond the limit, for one that is here already. Nobody else comes in until
     /// there is room again.
     #[must_use]
-    pub fn take_anyway(self: &Arc<Self>) -> Permit {
+    pub fn take_anyway(self: &Arc<Self>) -> SlotPermit {
         self.enter_kept();
-        Permit(Arc::clone(self))
+        SlotPermit(Arc::clone(self))
     }
 
     /// Exact both ways: nobody comes in over the limit, and nobody is refused because somebody else just was.
@@ -118,9 +118,9 @@ impl Default for Slots {
 
 /// One slot, given back on drop.
 #[derive(Debug)]
-pub struct Permit(Arc<Slots>);
+pub struct SlotPermit(Arc<Slots>);
 
-impl Drop for Permit {
+impl Drop for SlotPermit {
     fn drop(&mut self) {
         self.0.leave();
     }

@@ -20,7 +20,7 @@ const LONGEST: usize = 1 << 30;
 
 /// Where a process answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum AdminTarget {
     /// The admin address: a host, perhaps with a port.
     Address {
         /// A name or an address; IPv6 in brackets.
@@ -31,7 +31,7 @@ pub(super) enum Place {
     Socket(PathBuf),
 }
 
-impl FromStr for Place {
+impl FromStr for AdminTarget {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -47,7 +47,7 @@ impl FromStr for Place {
     }
 }
 
-impl Place {
+impl AdminTarget {
     /// The page at a path.
     ///
     /// # Errors
@@ -99,18 +99,18 @@ mod tests {
 
     #[test]
     fn a_place_is_an_address_or_a_path() {
-        let address = |host: &str, port| Ok(Place::Address { host: host.to_owned(), port });
+        let address = |host: &str, port| Ok(AdminTarget::Address { host: host.to_owned(), port });
         for (text, place) in [
             ("http://127.0.0.1:9900", address("127.0.0.1", 9900)),
             ("http://[::1]:9900/", address("[::1]", 9900)),
             ("http://proxy.example", address("proxy.example", 80)),
-            ("unix:/run/vestibule/admin.sock", Ok(Place::Socket("/run/vestibule/admin.sock".into()))),
+            ("unix:/run/vestibule/admin.sock", Ok(AdminTarget::Socket("/run/vestibule/admin.sock".into()))),
         ] {
-            assert_eq!(Place::from_str(text), place, "{text}");
+            assert_eq!(AdminTarget::from_str(text), place, "{text}");
         }
         for text in ["127.0.0.1:9900", "https://127.0.0.1:9900", "http://127.0.0.1:9900/status", "unix:", ""]
         {
-            assert!(Place::from_str(text).is_err(), "{text}");
+            assert!(AdminTarget::from_str(text).is_err(), "{text}");
         }
     }
 }

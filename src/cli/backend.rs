@@ -4,10 +4,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use crate::lab::backend::{Backend, Datagrams, Manner, Temper};
+use crate::lab::backend::{BackendBehavior, DatagramBackend, DatagramBehavior, TestBackend};
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Options {
+pub(super) struct BackendOptions {
     /// Where to listen, and the name to answer by: the pool's, so that `load` knows who should have answered
     #[arg(long, value_name = "NAME=ADDRESS", required_unless_present = "udp", num_args = 1.., value_parser = named)]
     listen: Vec<(String, SocketAddr)>,
@@ -27,7 +27,7 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
-pub(super) fn run(options: &Options) -> ExitCode {
+pub(super) fn run(options: &BackendOptions) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -39,20 +39,20 @@ pub(super) fn run(options: &Options) -> ExitCode {
 }
 
 /// Starts each; or says which one could not be started.
-pub(super) async fn start(named: &[(String, SocketAddr)]) -> Result<Vec<Backend>, String> {
+pub(super) async fn start(named: &[(String, SocketAddr)]) -> Result<Vec<TestBackend>, String> {
     let mut backends = Vec::new();
     for (name, address) in named {
-        let backend = Backend::start_at(*address, name, Temper::Load).await;
+        let backend = TestBackend::start_at(*address, name, BackendBehavior::Load).await;
         backends.push(backend.map_err(|error| unusable(name, *address, &error))?);
     }
     Ok(backends)
 }
 
 /// The same for datagrams.
-pub(super) async fn start_udp(named: &[(String, SocketAddr)]) -> Result<Vec<Datagrams>, String> {
+pub(super) async fn start_udp(named: &[(String, SocketAddr)]) -> Result<Vec<DatagramBackend>, String> {
     let mut backends = Vec::new();
     for (name, address) in named {
-        let backend = Datagrams::start_at(*address, name, Manner::Echo).await;
+        let backend = DatagramBackend::start_at(*address, name, DatagramBehavior::Echo).await;
         backends.push(backend.map_err(|error| unusable(name, *address, &error))?);
     }
     Ok(backends)
@@ -62,7 +62,7 @@ fn unusable(name: &str, address: SocketAddr, error: &io::Error) -> String {
     format!("{name}: {address}: must be free and local, found: {error}")
 }
 
-async fn serve(options: &Options) -> ExitCode {
+async fn serve(options: &BackendOptions) -> ExitCode {
     let started = async { Ok((start(&options.listen).await?, start_udp(&options.udp).await?)) };
     // Held until the end.
     let (backends, of_datagrams) = match started.await {

@@ -4,23 +4,23 @@ use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::ask::Place;
-use crate::admission::ports::Ports;
+use super::ask::AdminTarget;
+use crate::admission::ports::LocalPorts;
 use crate::config::Config;
-use crate::config::difference::{Difference, InForce};
+use crate::config::difference::{ActiveConfig, ConfigDiff};
 use crate::connect;
 use crate::server::{ScarcePorts, scarce_ports, writer};
 
 /// What `vestibule check` is told.
 #[derive(Debug, clap::Args)]
-pub(super) struct Options {
+pub(super) struct CheckOptions {
     /// The configuration file
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// Says what a reload would change in a process that runs: http://HOST:PORT of its [admin] bind, or unix:PATH of its
     /// [admin] socket
     #[arg(long, value_name = "ADMIN")]
-    against: Option<Place>,
+    against: Option<AdminTarget>,
     /// Says it as JSON
     #[arg(long, requires = "against")]
     json: bool,
@@ -38,7 +38,7 @@ cannot be asked.";
 /// The process that runs could not be asked.
 const UNASKED: u8 = 2;
 
-pub(super) fn run(options: &Options) -> ExitCode {
+pub(super) fn run(options: &CheckOptions) -> ExitCode {
     let config = match Config::load(&options.config) {
         Ok(config) => config,
         Err(faults) => {
@@ -51,7 +51,7 @@ pub(super) fn run(options: &Options) -> ExitCode {
         return ExitCode::FAILURE;
     }
     let tcp = connect::system_ports();
-    let udp = Ports::udp(tcp.range().clone());
+    let udp = LocalPorts::udp(tcp.range().clone());
     for ScarcePorts { pool, possible, message } in scarce_ports(&config, &tcp, &udp) {
         let file = options.config.display();
         eprintln!("{file}: warning: pool \"{pool}\": {message} (here {possible})");
@@ -67,13 +67,13 @@ pub(super) fn run(options: &Options) -> ExitCode {
             return ExitCode::from(UNASKED);
         }
     };
-    let difference = Difference::between(&now, &config);
+    let difference = ConfigDiff::between(&now, &config);
     // A reader that has seen enough, such as head, is no fault.
     tell(&difference, options.json).unwrap_or_default();
     if difference.is_refused() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-fn in_force(place: &Place) -> Result<InForce, String> {
+fn in_force(place: &AdminTarget) -> Result<ActiveConfig, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let page = runtime.map_err(|error| error.to_string())?.block_on(place.page("/config"))?;
     serde_json::from_slice(&page).map_err(|error| {
@@ -81,7 +81,7 @@ fn in_force(place: &Place) -> Result<InForce, String> {
     })
 }
 
-fn tell(difference: &Difference, as_json: bool) -> io::Result<()> {
+fn tell(difference: &ConfigDiff, as_json: bool) -> io::Result<()> {
     let mut out = BufWriter::new(io::stdout().lock());
     if as_json {
         serde_json::to_writer_pretty(&mut out, difference)?;

@@ -14,14 +14,14 @@ use tokio::time::{interval, sleep, timeout};
 
 use crate::admin::status::Status;
 use crate::config::Config;
-use crate::lab::backend::{Backend, Datagrams, Manner, Temper};
-use crate::lab::load::consumer::{Asks, Load, Report};
+use crate::lab::backend::{BackendBehavior, DatagramBackend, DatagramBehavior, TestBackend};
+use crate::lab::load::consumer::{ConsumerLoad, ConsumerReport, ConsumerRequest};
 use crate::lab::nlb::{self, Nlb, VpcEndpoint};
-use crate::outcome::Why;
+use crate::outcome::Reason;
 use crate::server::Server;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Options {
+pub(super) struct DemoOptions {
     /// Stop after so many seconds; without it, at Ctrl-C
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: Option<u64>,
@@ -44,7 +44,7 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// What one exchange of the demo's own may take.
 const LIMIT: Duration = Duration::from_secs(5);
 
-pub(super) fn run(options: &Options) -> ExitCode {
+pub(super) fn run(options: &DemoOptions) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error),
@@ -61,18 +61,18 @@ fn failed(error: &dyn std::error::Error) -> ExitCode {
 }
 
 /// Everything that the demo starts.
-struct World {
+struct DemoSetup {
     server: Server,
     nlb: Nlb,
     raw: Nlb,
     udp: Nlb,
-    loads: Vec<Arc<Load>>,
+    loads: Vec<Arc<ConsumerLoad>>,
     /// Held for their end.
-    _backends: (Vec<Backend>, Vec<Datagrams>),
+    _backends: (Vec<TestBackend>, Vec<DatagramBackend>),
 }
 
-async fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let world = World::start().await?;
+async fn demo(options: &DemoOptions) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let world = DemoSetup::start().await?;
     world.introduce();
     let (stop, stopped) = watch::channel(false);
     let mut consumers = JoinSet::new();
@@ -97,24 +97,25 @@ async fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>>
     stop.send_replace(true);
     while consumers.join_next().await.is_some() {}
     let verdict = world.table() && shown;
-    let World { server, .. } = world;
+    let DemoSetup { server, .. } = world;
     server.end();
     tokio::task::spawn_blocking(move || server.join()).await?;
     Ok(if verdict { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-impl World {
+impl DemoSetup {
     async fn start() -> Result<Self, Box<dyn std::error::Error>> {
         let mut backends = Vec::new();
         let mut config = String::from(HEAD);
         for (tenant, endpoint) in TENANTS {
             let mut addresses = Vec::new();
             for number in 1..=BACKENDS {
-                let backend = Backend::start(&format!("{tenant}-{number}"), Temper::Http).await?;
+                let backend =
+                    TestBackend::start(&format!("{tenant}-{number}"), BackendBehavior::Http).await?;
                 addresses.push(format!("\"{}\"", backend.address()));
                 backends.push(backend);
             }
-            let echo = Backend::start(&format!("{tenant}-echo"), Temper::Greeting).await?;
+            let echo = TestBackend::start(&format!("{tenant}-echo"), BackendBehavior::Greeting).await?;
             config.push_str(&raw_pool(tenant, echo.address()));
             let routes = format!("routes = {{ raw = \"{tenant}-raw\" }}\n");
             config.push_str(&tenant_table(tenant, endpoint, &addresses.join(", "), "", &routes));
@@ -123,7 +124,8 @@ impl World {
         let (tenant, endpoint) = DATAGRAMS;
         let (mut addresses, mut of_datagrams) = (Vec::new(), Vec::new());
         for number in 1..=BACKENDS {
-            let backend = Datagrams::start(&format!("{tenant}-{number}"), Manner::Introduction).await?;
+            let backend =
+                DatagramBackend::start(&format!("{tenant}-{number}"), DatagramBehavior::Introduction).await?;
             addresses.push(format!("\"{}\"", backend.address()));
             of_datagrams.push(backend);
         }
@@ -139,11 +141,13 @@ impl World {
         let raw = Nlb::start(first("raw")?, endpoints()?).await?;
         let consumers = VpcEndpoint { id: endpoint.to_owned(), consumers: NETWORK.parse()? };
         let udp = Nlb::start_udp(first("udp")?, vec![consumers]).await?;
-        let tcp =
-            TENANTS.iter().enumerate().map(|(place, (tenant, _))| (nlb.address(place), Asks::Http, *tenant));
-        let all = tcp.chain([(udp.address(0), Asks::Datagram, tenant)]);
+        let tcp = TENANTS
+            .iter()
+            .enumerate()
+            .map(|(place, (tenant, _))| (nlb.address(place), ConsumerRequest::Http, *tenant));
+        let all = tcp.chain([(udp.address(0), ConsumerRequest::Datagram, tenant)]);
         let loads = all.filter_map(|(address, asks, tenant)| {
-            Some(Arc::new(Load::new(address?, asks, &format!("{tenant}-"), PAUSE)))
+            Some(Arc::new(ConsumerLoad::new(address?, asks, &format!("{tenant}-"), PAUSE)))
         });
         let loads = loads.collect();
         Ok(Self { server, nlb, raw, udp, loads, _backends: (backends, of_datagrams) })
@@ -219,7 +223,7 @@ impl World {
                     tenant.map_or((0, 0), |tenant| (tenant.ended, tenant.to_backend + tenant.to_client));
                 format!("{name} {ended} sessions {} KiB", bytes / 1024)
             });
-            let rejected = status.unidentified.get(Why::UnknownEndpoint.word()).unwrap_or(&0);
+            let rejected = status.unidentified.get(Reason::UnknownEndpoint.word()).unwrap_or(&0);
             let tenants = tenants.collect::<Vec<_>>().join(" | ");
             println!("{second:>5} s  {tenants} | open {} | unknown endpoint {rejected}", status.sessions);
         }
@@ -268,7 +272,7 @@ fn all_tenants() -> impl Iterator<Item = (&'static str, &'static str)> {
     TENANTS.into_iter().chain([DATAGRAMS])
 }
 
-fn milliseconds(report: &Report, percent: f64) -> String {
+fn milliseconds(report: &ConsumerReport, percent: f64) -> String {
     format!("{:.2} ms", report.times.percentile(percent).as_secs_f64() * 1e3)
 }
 

@@ -11,10 +11,10 @@ use std::process::{Command, ExitCode, Stdio};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::screen::Screen;
-use self::story::Story;
+use self::story::Walkthrough;
 use crate::lab::vpc::Network;
 use crate::lab::vpc::run::{self, Removal, network_name};
-use crate::lab::world::{self, Programs, World};
+use crate::lab::world::{self, LabPrograms, LabWorld};
 
 pub(super) const EXAMPLES: &str = "Examples:
   sudo vestibule lab           shows it all, and removes it
@@ -22,7 +22,7 @@ pub(super) const EXAMPLES: &str = "Examples:
   sudo vestibule lab --down    removes what was kept";
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Options {
+pub(super) struct LabOptions {
     /// Leave everything running at the end, and print how to look around
     #[arg(long)]
     keep: bool,
@@ -33,7 +33,7 @@ pub(super) struct Options {
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Nlb {
+pub(super) struct LabNlbOptions {
     /// The run
     #[arg(value_parser = run_name)]
     run: String,
@@ -47,7 +47,7 @@ fn run_name(text: &str) -> Result<String, String> {
 /// What Ctrl-C makes of a command, as a shell has it.
 const INTERRUPTED: u8 = 130;
 
-pub(super) fn run(options: &Options) -> ExitCode {
+pub(super) fn run(options: &LabOptions) -> ExitCode {
     let programs = match programs() {
         Ok(programs) => programs,
         Err(lacking) => {
@@ -66,7 +66,7 @@ pub(super) fn run(options: &Options) -> ExitCode {
 }
 
 /// The load balancer, until it is killed.
-pub(super) fn balance(options: &Nlb) -> ExitCode {
+pub(super) fn balance(options: &LabNlbOptions) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime.and_then(|runtime| runtime.block_on(world::balance(&options.run))) {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,7 +78,7 @@ pub(super) fn balance(options: &Nlb) -> ExitCode {
 }
 
 /// Where the programs are; or all that is lacking, each with its remedy.
-fn programs() -> Result<Programs, Vec<String>> {
+fn programs() -> Result<LabPrograms, Vec<String>> {
     let mut lacking = Vec::new();
     if !rustix::process::geteuid().is_root() {
         lacking
@@ -106,7 +106,7 @@ fn programs() -> Result<Programs, Vec<String>> {
     let vestibule =
         std::env::current_exe().map_err(|error| vec![format!("where is this program? {error}")])?;
     match (ip, curl, nginx) {
-        (Some(_), Some(_), Some(nginx)) if lacking.is_empty() => Ok(Programs { vestibule, nginx }),
+        (Some(_), Some(_), Some(nginx)) if lacking.is_empty() => Ok(LabPrograms { vestibule, nginx }),
         _ => Err(lacking),
     }
 }
@@ -128,9 +128,9 @@ fn down(name: Option<&str>) -> io::Result<ExitCode> {
 }
 
 /// Ctrl-C, and the terminal's or the system's way to say the same.
-struct Signals([Signal; 3]);
+struct StopSignals([Signal; 3]);
 
-impl Signals {
+impl StopSignals {
     fn catch() -> io::Result<Self> {
         let [interrupt, terminate, hangup] =
             [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
@@ -147,21 +147,21 @@ impl Signals {
     }
 }
 
-fn show(keep: bool, programs: Programs) -> io::Result<ExitCode> {
+fn show(keep: bool, programs: LabPrograms) -> io::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Caught before anything is made, so that none of it can be left behind.
     let mut signals = {
         let _context = runtime.enter();
-        Signals::catch()?
+        StopSignals::catch()?
     };
     for name in run::sweep()? {
         println!("removed what run {name} had left, whose command was killed");
     }
-    let mut world = World::make(programs)?;
+    let mut world = LabWorld::make(programs)?;
     let mut screen = Screen::new();
     let told = runtime.block_on(async {
         tokio::select! {
-            told = Story::new(&mut world, &mut screen).tell() => Some(told),
+            told = Walkthrough::new(&mut world, &mut screen).tell() => Some(told),
             () = signals.any() => None,
         }
     });

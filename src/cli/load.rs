@@ -18,7 +18,7 @@ use super::{backend, plot};
 use crate::config::unit;
 use crate::id::EndpointId;
 use crate::lab::load::schedule::Skew;
-use crate::lab::load::{self, FRONT, MOST_CLIENTS, Mode, Plan, Progress, Report, Work};
+use crate::lab::load::{self, FRONT, LoadMode, LoadPlan, LoadProgress, LoadReport, LoadWork, MOST_CLIENTS};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -30,7 +30,7 @@ Examples:
       --sessions 1000 --window 4 --size 1200B --timeout 500ms";
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Options {
+pub(super) struct LoadOptions {
     /// The proxy's address
     #[arg(long, value_name = "ADDRESS", value_parser = backend::address)]
     target: SocketAddr,
@@ -51,7 +51,7 @@ pub(super) struct Options {
     skew: Skew,
     /// What sessions do
     #[arg(long, value_enum, default_value = "connect")]
-    mode: ModeName,
+    mode: LoadModeName,
     /// Sessions at once, or flows, each from a port of its own
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     sessions: u32,
@@ -95,7 +95,7 @@ pub(super) struct Options {
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum ModeName {
+enum LoadModeName {
     /// Connect, one message there and back, close
     Connect,
     /// Messages there and back over open connections
@@ -108,7 +108,7 @@ enum ModeName {
     Udp,
 }
 
-impl ModeName {
+impl LoadModeName {
     /// The bytes of a message, or of one read or write, where nothing is said.
     const fn size(self) -> usize {
         match self {
@@ -118,18 +118,18 @@ impl ModeName {
     }
 }
 
-impl Options {
+impl LoadOptions {
     fn size(&self) -> usize {
         self.size.unwrap_or(self.mode.size())
     }
 
-    fn work(&self) -> Work {
+    fn work(&self) -> LoadWork {
         match self.mode {
-            ModeName::Connect => Work::Sessions(Mode::Connect),
-            ModeName::Roundtrip => Work::Sessions(Mode::RoundTrip),
-            ModeName::ToClient => Work::Sessions(Mode::ToClient),
-            ModeName::ToBackend => Work::Sessions(Mode::ToBackend),
-            ModeName::Udp => Work::Flows {
+            LoadModeName::Connect => LoadWork::Sessions(LoadMode::Connect),
+            LoadModeName::Roundtrip => LoadWork::Sessions(LoadMode::RoundTrip),
+            LoadModeName::ToClient => LoadWork::Sessions(LoadMode::ToClient),
+            LoadModeName::ToBackend => LoadWork::Sessions(LoadMode::ToBackend),
+            LoadModeName::Udp => LoadWork::Flows {
                 window: self.window.unwrap_or(1) as usize,
                 timeout: self.timeout.unwrap_or(Duration::from_secs(1)),
             },
@@ -138,7 +138,7 @@ impl Options {
 
     /// What does not go together.
     fn fault(&self) -> Option<String> {
-        let is_udp = matches!(self.mode, ModeName::Udp);
+        let is_udp = matches!(self.mode, LoadModeName::Udp);
         let size = self.size();
         if is_udp && !(FRONT..=LARGEST).contains(&size) {
             return Some(format!(
@@ -203,7 +203,7 @@ fn percent(text: &str) -> Result<u8, String> {
         .ok_or_else(|| format!("must be a percentage, such as \"5%\", found \"{text}\""))
 }
 
-pub(super) fn run(options: &Options) -> ExitCode {
+pub(super) fn run(options: &LoadOptions) -> ExitCode {
     match carry_out(options) {
         Ok(code) => code,
         Err(error) => {
@@ -213,7 +213,7 @@ pub(super) fn run(options: &Options) -> ExitCode {
     }
 }
 
-fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
+fn carry_out(options: &LoadOptions) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let endpoints = endpoints(options);
     if let Some(path) = &options.write_tenants {
         if endpoints.is_empty() {
@@ -230,7 +230,7 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
         // Said before the load, not after it.
         std::fs::File::create(path).map_err(|error| unwritable(path, &error))?;
     }
-    let plan = Plan {
+    let plan = LoadPlan {
         target: options.target,
         endpoints,
         skew: options.skew,
@@ -247,7 +247,7 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let report = runtime.block_on(async {
         // Held until the load has ended.
-        let is_udp = matches!(options.mode, ModeName::Udp);
+        let is_udp = matches!(options.mode, LoadModeName::Udp);
         let (tcp, udp) = if is_udp { (&[][..], &options.serve[..]) } else { (&options.serve[..], &[][..]) };
         let _backends = (backend::start(tcp).await?, backend::start_udp(udp).await?);
         watched(plan).await.map_err(|error| error.to_string())
@@ -263,7 +263,7 @@ fn carry_out(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> 
     Ok(if report.is_fine() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn draw(report: &Report, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(report: &LoadReport, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let title = format!("{} operations in {:.1} s", report.operations, report.took.as_secs_f64());
     plot::svg(&report.latency, &title, path).map_err(|error| unwritable(path, error.as_ref()).into())
 }
@@ -273,7 +273,7 @@ fn unwritable(path: &Path, error: &dyn std::error::Error) -> String {
 }
 
 /// The IDs, each with its pool.
-fn endpoints(options: &Options) -> Vec<(String, String)> {
+fn endpoints(options: &LoadOptions) -> Vec<(String, String)> {
     let made = (0..options.endpoints.unwrap_or(0)).map(made_id);
     let ids = options.endpoint.iter().cloned().chain(made);
     let mut pools = options.pools.iter().cycle();
@@ -299,8 +299,8 @@ fn tenants(endpoints: &[(String, String)]) -> String {
 }
 
 /// Runs the plan, with a line each second where somebody looks.
-async fn watched(plan: Plan) -> io::Result<Report> {
-    let progress = Arc::new(Progress::default());
+async fn watched(plan: LoadPlan) -> io::Result<LoadReport> {
+    let progress = Arc::new(LoadProgress::default());
     let mut ticks = interval(Duration::from_secs(1));
     ticks.tick().await;
     let load = load::run(plan, Arc::clone(&progress));
@@ -358,7 +358,7 @@ mod tests {
         #[derive(clap::Parser)]
         struct Alone {
             #[command(flatten)]
-            options: Options,
+            options: LoadOptions,
         }
         let words = ["load", "--target", "127.0.0.1:1"].into_iter().chain(line.split_whitespace());
         <Alone as clap::Parser>::try_parse_from(words).unwrap().options.fault()

@@ -13,19 +13,21 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use super::watch;
 use crate::account::lock;
-use crate::admin::control::Orders as _;
-use crate::config::sources::Sources;
-use crate::config::{Config, Faults, Format, Level, Log};
-use crate::server::inherit::Inherited;
-use crate::server::takeover::Heritage;
-use crate::server::{Orders, ScarcePorts, Server, Start, StartError, failure, notify, scarce_ports};
+use crate::admin::control::Control as _;
+use crate::config::sources::ConfigSources;
+use crate::config::{Config, ConfigErrors, LogConfig, LogFormat, LogLevel};
+use crate::server::inherit::InheritedSockets;
+use crate::server::takeover::TakeoverOffer;
+use crate::server::{
+    ProcessControl, ScarcePorts, Server, StartError, StartOptions, failure, notify, scarce_ports,
+};
 
 pub(super) const EXAMPLES: &str = "Examples:\n  \
     vestibule serve --config config/minimal.toml\n  \
     vestibule serve --config new.toml --takeover /run/vestibule/admin.sock";
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Options {
+pub(super) struct ServeOptions {
     /// The configuration file
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -34,15 +36,15 @@ pub(super) struct Options {
     takeover: Option<PathBuf>,
 }
 
-pub(super) fn run(options: &Options) -> ExitCode {
+pub(super) fn run(options: &ServeOptions) -> ExitCode {
     let path = options.config.as_path();
     // First of all, while there is one thread: it takes variables out of the environment.
-    let inherited = Inherited::from_environment();
+    let inherited = InheritedSockets::from_environment();
     // Before the configuration is read, which may take long: a signal then must not kill the process.
     let caught = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .and_then(|runtime| Caught::new(&runtime).map(|caught| (runtime, caught)));
+        .and_then(|runtime| SignalStreams::new(&runtime).map(|caught| (runtime, caught)));
     let (runtime, mut caught) = match caught {
         Ok(caught) => caught,
         Err(error) => {
@@ -67,11 +69,14 @@ pub(super) fn run(options: &Options) -> ExitCode {
 }
 
 /// Reads the configuration; `None` where a signal ends the process before it is read.
-async fn read(path: &Path, caught: &mut Caught) -> Option<Result<(Config, Sources), Faults>> {
+async fn read(
+    path: &Path,
+    caught: &mut SignalStreams,
+) -> Option<Result<(Config, ConfigSources), ConfigErrors>> {
     let path = path.to_owned();
     let reading = tokio::task::spawn_blocking(move || {
         // Before they are read: what changes after it is another configuration.
-        let sources = Sources::of(&path, &Sources::default());
+        let sources = ConfigSources::of(&path, &ConfigSources::default());
         Config::load(&path).map(|config| (config, sources))
     });
     tokio::select! {
@@ -87,18 +92,18 @@ async fn read(path: &Path, caught: &mut Caught) -> Option<Result<(Config, Source
 /// Starts the log, then serves; returns the exit status.
 fn begin(
     runtime: &Runtime,
-    caught: Caught,
-    options: &Options,
-    inherited: io::Result<Inherited>,
+    caught: SignalStreams,
+    options: &ServeOptions,
+    inherited: io::Result<InheritedSockets>,
     config: Config,
-    sources: Sources,
+    sources: ConfigSources,
 ) -> ExitCode {
     let writer = Arc::new(Mutex::new(Some(start_log(&config.log))));
     let flushed = Arc::clone(&writer);
     failure::before_exit(move || drop(lock(&flushed).take()));
     let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
-        let heritage = options.takeover.as_deref().map(Heritage::ask).transpose()?;
-        let start = Start { source: Some(options.config.clone()), inherited, heritage };
+        let heritage = options.takeover.as_deref().map(TakeoverOffer::ask).transpose()?;
+        let start = StartOptions { source: Some(options.config.clone()), inherited, heritage };
         serve(runtime, caught, Arc::new(config), start, sources)
     });
     let status = match started {
@@ -114,15 +119,15 @@ fn begin(
 
 fn serve(
     runtime: &Runtime,
-    caught: Caught,
+    caught: SignalStreams,
     config: Arc<Config>,
-    start: Start,
-    sources: Sources,
+    start: StartOptions,
+    sources: ConfigSources,
 ) -> Result<(), StartError> {
     let (reloads, asked) = mpsc::channel(1);
     let (reopenings, asked_to_reopen) = mpsc::channel(1);
-    let successor = Successor { source: start.source.clone(), control: config.admin.socket.clone() };
-    let signals = Signals { caught, successor, reloads, reopenings };
+    let successor = SuccessorCommand { source: start.source.clone(), control: config.admin.socket.clone() };
+    let signals = SignalLoop { caught, successor, reloads, reopenings };
     let watched = start.source.clone().filter(|_| config.process.watch);
     let mut server = Server::start_with(&config, start)?;
     server.succeed()?;
@@ -147,7 +152,7 @@ fn serve(
 }
 
 /// The signals of `serve`. One that comes before it is waited for is kept, and several of a kind are one.
-struct Caught {
+struct SignalStreams {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
@@ -155,7 +160,7 @@ struct Caught {
     upgrade: Signal,
 }
 
-impl Caught {
+impl SignalStreams {
     fn new(runtime: &Runtime) -> io::Result<Self> {
         let _context = runtime.enter();
         Ok(Self {
@@ -168,9 +173,9 @@ impl Caught {
     }
 }
 
-struct Signals {
-    caught: Caught,
-    successor: Successor,
+struct SignalLoop {
+    caught: SignalStreams,
+    successor: SuccessorCommand,
     /// Has room for one reload beside the one that is carried out: it reads the newest files.
     reloads: mpsc::Sender<()>,
     /// The same for the access log's file.
@@ -178,12 +183,12 @@ struct Signals {
 }
 
 /// How a process starts the one that takes its place.
-struct Successor {
+struct SuccessorCommand {
     source: Option<PathBuf>,
     control: Option<PathBuf>,
 }
 
-impl Successor {
+impl SuccessorCommand {
     /// Starts it from where this one was started: there is the new program by now.
     fn start(&self, tie: Option<&str>) {
         if let Some(tie) = tie {
@@ -220,9 +225,9 @@ impl Successor {
     }
 }
 
-impl Signals {
+impl SignalLoop {
     /// Waits for the next order to end; meanwhile SIGHUP reloads, and SIGUSR1 opens the access log's file anew.
-    async fn next(&mut self, orders: &Orders) {
+    async fn next(&mut self, orders: &ProcessControl) {
         loop {
             tokio::select! {
                 _ = self.caught.terminate.recv() => return,
@@ -237,7 +242,7 @@ impl Signals {
 
     /// The first signal drains, the second ends. One that comes after `POST /drain` is the first: who stops a process by
     /// both, as Kubernetes does with a hook, must not cut off what drains.
-    async fn carry_out(&mut self, orders: &Arc<Orders>, end: impl Fn()) {
+    async fn carry_out(&mut self, orders: &Arc<ProcessControl>, end: impl Fn()) {
         self.next(orders).await;
         orders.drain();
         self.next(orders).await;
@@ -248,7 +253,11 @@ impl Signals {
 }
 
 /// Carries out an order each time that it is asked for, one after the other.
-async fn carry_out_each(orders: Arc<Orders>, mut asked: mpsc::Receiver<()>, order: fn(&Orders)) {
+async fn carry_out_each(
+    orders: Arc<ProcessControl>,
+    mut asked: mpsc::Receiver<()>,
+    order: fn(&ProcessControl),
+) {
     while asked.recv().await.is_some() {
         let orders = Arc::clone(&orders);
         // What came of it is logged and counted there.
@@ -258,7 +267,7 @@ async fn carry_out_each(orders: Arc<Orders>, mut asked: mpsc::Receiver<()>, orde
     }
 }
 
-async fn until_the_end(server: Server, mut signals: Signals) {
+async fn until_the_end(server: Server, mut signals: SignalLoop) {
     let (orders, end) = (Arc::clone(server.orders()), server.ender());
     let joined = tokio::task::spawn_blocking(move || server.join());
     let ended = tokio::select! {
@@ -302,20 +311,20 @@ fn announce(server: &Server, config: &Config) {
 
 /// Starts the process log. Its lines go to a thread of their own and, where that is behind, are dropped: a standard
 /// error that nobody reads must hold up neither workers nor the health check. The guard writes what is left.
-fn start_log(log: &Log) -> WorkerGuard {
+fn start_log(log: &LogConfig) -> WorkerGuard {
     let level = match log.level {
-        Level::Error => LevelFilter::ERROR,
-        Level::Warn => LevelFilter::WARN,
-        Level::Info => LevelFilter::INFO,
-        Level::Debug => LevelFilter::DEBUG,
-        Level::Trace => LevelFilter::TRACE,
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
     };
     // Standard output is the access log's.
     let (writer, guard) = tracing_appender::non_blocking(io::stderr());
     let builder = tracing_subscriber::fmt().with_max_level(level).with_writer(writer);
     match log.format {
-        Format::Json => builder.json().flatten_event(true).init(),
-        Format::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
     }
     // A fault of ours is a line like any other: whoever collects the log reads no other form.
     std::panic::set_hook(Box::new(

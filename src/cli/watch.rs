@@ -13,9 +13,9 @@ use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{sleep, timeout};
 
-use crate::admin::control::Orders as _;
-use crate::config::sources::Sources;
-use crate::server::Orders;
+use crate::admin::control::Control as _;
+use crate::config::sources::ConfigSources;
+use crate::server::ProcessControl;
 
 /// After a change, so long without another one: who changes many files is not read in the middle of it.
 const QUIET: Duration = Duration::from_millis(200);
@@ -30,8 +30,8 @@ const LOOK: Duration = Duration::from_secs(10);
 const ROOM: usize = 4096;
 
 /// Reloads whenever the files are others than the `known` ones, for as long as the process runs.
-pub(super) async fn run(main: PathBuf, mut known: Sources, orders: Arc<Orders>) {
-    let mut watch = Watch::new();
+pub(super) async fn run(main: PathBuf, mut known: ConfigSources, orders: Arc<ProcessControl>) {
+    let mut watch = FolderWatch::new();
     if let Err(error) = &watch {
         tracing::warn!(%error, every = ?LOOK, "files are watched by looking at them from time to time");
     }
@@ -59,7 +59,7 @@ pub(super) async fn run(main: PathBuf, mut known: Sources, orders: Arc<Orders>) 
 }
 
 /// Looks until nothing has changed for [`QUIET`]: a file that is being written has its first half.
-async fn settled(main: &Path, mut now: Sources) -> Sources {
+async fn settled(main: &Path, mut now: ConfigSources) -> ConfigSources {
     for _ in 0..ROUNDS {
         sleep(QUIET).await;
         let next = sources(main, now.clone()).await;
@@ -73,17 +73,17 @@ async fn settled(main: &Path, mut now: Sources) -> Sources {
 }
 
 /// Looks at the files, which may take a while.
-async fn sources(main: &Path, before: Sources) -> Sources {
+async fn sources(main: &Path, before: ConfigSources) -> ConfigSources {
     let (main, kept) = (main.to_owned(), before.clone());
-    tokio::task::spawn_blocking(move || Sources::of(&main, &before)).await.unwrap_or(kept)
+    tokio::task::spawn_blocking(move || ConfigSources::of(&main, &before)).await.unwrap_or(kept)
 }
 
 /// The kernel's word that something has changed in a folder.
-struct Watch {
+struct FolderWatch {
     inotify: AsyncFd<OwnedFd>,
 }
 
-impl Watch {
+impl FolderWatch {
     fn new() -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         #[expect(
@@ -95,7 +95,7 @@ impl Watch {
     }
 
     /// Watches these folders too. One that is watched already stays so, and one that is gone tells nothing more.
-    fn follow(&mut self, sources: &Sources) {
+    fn follow(&mut self, sources: &ConfigSources) {
         // No word of writing itself: a log in the same folder would never be quiet.
         let what = WatchFlags::CLOSE_WRITE
             | WatchFlags::MOVED_TO

@@ -26,7 +26,7 @@ impl Tick {
 
     /// This tick and `span` more.
     #[must_use]
-    pub const fn after(self, span: Span) -> Self {
+    pub const fn after(self, span: TickSpan) -> Self {
         Self(self.0.saturating_add(span.0))
     }
 
@@ -45,9 +45,9 @@ impl Tick {
 
 /// A length of coarse time, computed once: adding it to a [`Tick`] needs no division.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Span(u32);
+pub struct TickSpan(u32);
 
-impl Span {
+impl TickSpan {
     /// At least `duration`: rounded up, and one tick more for the part of the present one that has passed.
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "what does not fit is cut before")]
@@ -65,7 +65,7 @@ impl Span {
 
 /// Who waits on the wheel. Valid until it is removed.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Key(u32);
+pub struct TimerKey(u32);
 
 /// The number of slots: with ticks of 50 ms, deadlines more than 51 s away come round more than once.
 const SLOTS: u32 = 1024;
@@ -73,7 +73,7 @@ const SLOTS: u32 = 1024;
 const NIL: u32 = u32::MAX;
 
 #[derive(Debug)]
-struct Node {
+struct TimerNode {
     prev: u32,
     next: u32,
     slot: u32,
@@ -83,21 +83,21 @@ struct Node {
 
 /// The wheel of one worker.
 #[derive(Debug)]
-pub struct Wheel {
+pub struct TimerWheel {
     now: Tick,
     heads: Vec<u32>,
-    nodes: Vec<Node>,
+    nodes: Vec<TimerNode>,
     free: u32,
     len: usize,
 }
 
-impl Default for Wheel {
+impl Default for TimerWheel {
     fn default() -> Self {
         Self { now: Tick::default(), heads: vec![NIL; SLOTS as usize], nodes: Vec::new(), free: NIL, len: 0 }
     }
 }
 
-impl Wheel {
+impl TimerWheel {
     /// The tick that the wheel was last advanced to.
     #[must_use]
     pub fn now(&self) -> Tick {
@@ -117,8 +117,8 @@ impl Wheel {
     }
 
     /// Adds somebody to be woken at `deadline`, once a waker is there.
-    pub fn insert(&mut self, deadline: Tick) -> Key {
-        let node = Node { prev: NIL, next: NIL, slot: NIL, deadline, waker: None };
+    pub fn insert(&mut self, deadline: Tick) -> TimerKey {
+        let node = TimerNode { prev: NIL, next: NIL, slot: NIL, deadline, waker: None };
         let place = if let Some(free) = self.nodes.get_mut(self.free as usize) {
             let place = self.free;
             self.free = free.next;
@@ -130,11 +130,11 @@ impl Wheel {
         };
         self.len += 1;
         self.link(place);
-        Key(place)
+        TimerKey(place)
     }
 
     /// Who is to be woken.
-    pub fn wake_with(&mut self, key: &Key, waker: &Waker) {
+    pub fn wake_with(&mut self, key: &TimerKey, waker: &Waker) {
         if let Some(node) = self.nodes.get_mut(key.0 as usize) {
             match &mut node.waker {
                 Some(known) => known.clone_from(waker),
@@ -144,7 +144,7 @@ impl Wheel {
     }
 
     /// Sets a new deadline, sooner or later than the old one.
-    pub fn set(&mut self, key: &Key, deadline: Tick) {
+    pub fn set(&mut self, key: &TimerKey, deadline: Tick) {
         let Some(node) = self.nodes.get_mut(key.0 as usize) else { return };
         let sooner = deadline < node.deadline;
         node.deadline = deadline;
@@ -156,13 +156,13 @@ impl Wheel {
 
     /// Whether the deadline has come.
     #[must_use]
-    pub fn is_due(&self, key: &Key) -> bool {
+    pub fn is_due(&self, key: &TimerKey) -> bool {
         self.nodes.get(key.0 as usize).is_some_and(|node| node.deadline <= self.now)
     }
 
     /// Takes somebody off the wheel.
     #[expect(clippy::needless_pass_by_value, reason = "a key ends with its node")]
-    pub fn remove(&mut self, key: Key) {
+    pub fn remove(&mut self, key: TimerKey) {
         self.unlink(key.0);
         if let Some(node) = self.nodes.get_mut(key.0 as usize) {
             node.waker = None;
@@ -259,7 +259,7 @@ mod tests {
         }
     }
 
-    fn waits(wheel: &mut Wheel, deadline: u32) -> (Key, Arc<Count>) {
+    fn waits(wheel: &mut TimerWheel, deadline: u32) -> (TimerKey, Arc<Count>) {
         let count = Arc::new(Count::default());
         let key = wheel.insert(Tick(deadline));
         wheel.wake_with(&key, &Waker::from(Arc::clone(&count)));
@@ -275,15 +275,15 @@ mod tests {
         assert_eq!(Tick::at(Duration::from_millis(49)), Tick(0));
         assert_eq!(Tick::at(Duration::from_millis(50)), Tick(1));
         assert_eq!(Tick::at(Duration::MAX), Tick(u32::MAX));
-        assert_eq!(Tick(3).after(Span::of(Duration::ZERO)), Tick(4));
-        assert_eq!(Tick(3).after(Span::of(Duration::from_millis(50))), Tick(5));
-        assert_eq!(Tick(3).after(Span::of(Duration::from_millis(51))), Tick(6));
-        assert_eq!(Tick(3).after(Span::of(Duration::MAX)), Tick(u32::MAX));
+        assert_eq!(Tick(3).after(TickSpan::of(Duration::ZERO)), Tick(4));
+        assert_eq!(Tick(3).after(TickSpan::of(Duration::from_millis(50))), Tick(5));
+        assert_eq!(Tick(3).after(TickSpan::of(Duration::from_millis(51))), Tick(6));
+        assert_eq!(Tick(3).after(TickSpan::of(Duration::MAX)), Tick(u32::MAX));
     }
 
     #[test]
     fn one_is_woken_at_its_tick_and_again_after_a_tick_while_it_stays_due() {
-        let mut wheel = Wheel::default();
+        let mut wheel = TimerWheel::default();
         let (key, count) = waits(&mut wheel, 5);
         wheel.advance(Tick(4), Waker::wake_by_ref);
         assert_eq!((woken(&count), wheel.is_due(&key)), (0, false));
@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_deadline_moves_both_ways() {
-        let mut wheel = Wheel::default();
+        let mut wheel = TimerWheel::default();
         let (key, count) = waits(&mut wheel, 5);
         wheel.set(&key, Tick(5000));
         wheel.advance(Tick(4999), Waker::wake_by_ref);
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn a_jump_over_more_than_a_turn_wakes_each_once() {
         for jump in [SLOTS - 1, SLOTS, SLOTS + 1, 2 * SLOTS + 1, u32::MAX] {
-            let mut wheel = Wheel::default();
+            let mut wheel = TimerWheel::default();
             let (first, one) = waits(&mut wheel, 0);
             let (second, two) = waits(&mut wheel, SLOTS - 1);
             let (third, never) = waits(&mut wheel, jump.saturating_add(1));
@@ -330,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_place_is_used_again_while_others_wait() {
-        let mut wheel = Wheel::default();
+        let mut wheel = TimerWheel::default();
         let (stays, count) = waits(&mut wheel, 9);
         let (first, _) = waits(&mut wheel, 9);
         let (second, _) = waits(&mut wheel, 9);
@@ -347,7 +347,7 @@ mod tests {
 
     #[test]
     fn all_can_be_woken_at_once() {
-        let mut wheel = Wheel::default();
+        let mut wheel = TimerWheel::default();
         let (first, one) = waits(&mut wheel, 500);
         let (second, two) = waits(&mut wheel, 50_000);
         let silent = wheel.insert(Tick(7));
@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn a_waker_can_be_replaced() {
-        let mut wheel = Wheel::default();
+        let mut wheel = TimerWheel::default();
         let (key, old) = waits(&mut wheel, 1);
         let new = Arc::new(Count::default());
         wheel.wake_with(&key, &Waker::from(Arc::clone(&new)));

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Where metrics and status are read, and orders are given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Admin {
+pub struct AdminConfig {
     /// The address of the read-only pages.
     pub bind: SocketAddr,
     /// The socket that takes orders too; none takes none.
@@ -20,7 +20,7 @@ pub struct Admin {
 
 /// What the load balancer's health check asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HealthEndpoint {
+pub struct HealthConfig {
     /// Its address.
     pub bind: SocketAddr,
     /// The path that answers, with its leading slash.

@@ -12,17 +12,17 @@ mod tenant;
 
 use std::time::Duration;
 
-use super::error::{Fault, Faults};
-use super::section::Field;
-use super::written::Written;
+use super::error::{ConfigError, ConfigErrors};
+use super::section::ParsedField;
+use super::written::RawConfig;
 use super::{Config, Fallback};
-use names::Names;
+use names::NameIndex;
 
 /// Judges what was written, and makes the configuration of it.
 ///
 /// # Errors
 /// Every fault, of form and of meaning, in the order of the files and their lines.
-pub(super) fn check(mut written: Written) -> Result<Config, Faults> {
+pub(super) fn check(mut written: RawConfig) -> Result<Config, ConfigErrors> {
     let mut faults = std::mem::take(&mut written.faults);
     let known = names_are_unique(&written, &mut faults);
     every_listener_names_a_known_pool_and_tenant(&written, &known, &mut faults);
@@ -37,19 +37,19 @@ pub(super) fn check(mut written: Written) -> Result<Config, Faults> {
     probe::a_probe_asks_where_somebody_listens(&written, &mut faults);
     tenant::rules(&written, &mut faults);
     limits::rules(&written, &mut faults);
-    if faults.is_empty() { Ok(build::config(written)) } else { Err(Faults::sorted(faults)) }
+    if faults.is_empty() { Ok(build::config(written)) } else { Err(ConfigErrors::sorted(faults)) }
 }
 
 /// The names of every kind that has them.
-struct Known<'w> {
-    listeners: Names<'w>,
-    pools: Names<'w>,
-    tenants: Names<'w>,
+struct KnownNames<'w> {
+    listeners: NameIndex<'w>,
+    pools: NameIndex<'w>,
+    tenants: NameIndex<'w>,
 }
 
-fn names_are_unique<'w>(written: &'w Written, faults: &mut Vec<Fault>) -> Known<'w> {
+fn names_are_unique<'w>(written: &'w RawConfig, faults: &mut Vec<ConfigError>) -> KnownNames<'w> {
     let (mut listeners, mut pools, mut tenants) =
-        (Names::new("listener"), Names::new("pool"), Names::new("tenant"));
+        (NameIndex::new("listener"), NameIndex::new("pool"), NameIndex::new("tenant"));
     for listener in &written.listeners {
         listeners.add(&listener.head, &listener.name, faults);
     }
@@ -59,13 +59,13 @@ fn names_are_unique<'w>(written: &'w Written, faults: &mut Vec<Fault>) -> Known<
     for tenant in &written.tenants {
         tenants.add(&tenant.head, &tenant.name, faults);
     }
-    Known { listeners, pools, tenants }
+    KnownNames { listeners, pools, tenants }
 }
 
 fn every_listener_names_a_known_pool_and_tenant(
-    written: &Written,
-    known: &Known<'_>,
-    faults: &mut Vec<Fault>,
+    written: &RawConfig,
+    known: &KnownNames<'_>,
+    faults: &mut Vec<ConfigError>,
 ) {
     for listener in &written.listeners {
         let head = &listener.head;
@@ -86,9 +86,9 @@ fn every_listener_names_a_known_pool_and_tenant(
 }
 
 fn every_tenant_names_known_pools_and_listeners(
-    written: &Written,
-    known: &Known<'_>,
-    faults: &mut Vec<Fault>,
+    written: &RawConfig,
+    known: &KnownNames<'_>,
+    faults: &mut Vec<ConfigError>,
 ) {
     for tenant in &written.tenants {
         known.pools.require(&tenant.head, "pool", tenant.pool.spanned(), faults);
@@ -99,14 +99,14 @@ fn every_tenant_names_known_pools_and_listeners(
     }
 }
 
-fn there_is_a_listener(written: &Written, faults: &mut Vec<Fault>) {
+fn there_is_a_listener(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     if written.listeners.is_empty() {
         let message = "must be present at least once, with a name, a bind and trusted-sources, found none";
         faults.extend(written.head.as_ref().map(|head| head.fault("[[listener]]", message.to_owned())));
     }
 }
 
-fn timeouts_are_more_than_0s(written: &Written, faults: &mut Vec<Fault>) {
+fn timeouts_are_more_than_0s(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let timeouts = &written.timeouts;
     let Some(head) = &timeouts.head else { return };
     let keys = [
@@ -124,7 +124,7 @@ fn timeouts_are_more_than_0s(written: &Written, faults: &mut Vec<Fault>) {
 /// The longest `tcp-user-timeout`: the kernel counts it in milliseconds and keeps it in 31 bits (tcp(7)).
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
-fn tcp_user_timeout_is_one_that_the_kernel_takes(written: &Written, faults: &mut Vec<Fault>) {
+fn tcp_user_timeout_is_one_that_the_kernel_takes(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let timeouts = &written.timeouts;
     let (Some(head), Some(time)) = (&timeouts.head, timeouts.tcp_user_timeout.spanned()) else { return };
     let longest = LONGEST_USER_TIMEOUT;
@@ -136,12 +136,12 @@ fn tcp_user_timeout_is_one_that_the_kernel_takes(written: &Written, faults: &mut
 }
 
 /// A time in words, and whether it is one that nobody wrote.
-fn told(time: Duration, field: &Field<Duration>) -> String {
+fn told(time: Duration, field: &ParsedField<Duration>) -> String {
     format!("{time:?}{}", if field.is_absent() { " (the default)" } else { "" })
 }
 
 /// What is wrong with a time that must not be 0.
-fn no_time(field: &Field<Duration>) -> Option<(usize, String)> {
+fn no_time(field: &ParsedField<Duration>) -> Option<(usize, String)> {
     let time = field.spanned().filter(|time| time.get_ref().is_zero())?;
     Some((time.span().start, "must be more than 0s, found 0s".to_owned()))
 }

@@ -13,28 +13,28 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use self::shown::{keys, limits};
-use self::usage::Uses;
-pub use self::usage::{BackendUse, RouteUse, Use};
-use super::{Backend, Config, Listener, OnRevoke, Pool, Protocol, Tenant};
+use self::usage::LiveCounts;
+pub use self::usage::{BackendUsage, LiveCount, RouteUsage};
+use super::{BackendConfig, Config, ListenerConfig, OnRevoke, PoolConfig, Protocol, TenantConfig};
 
 /// A configuration that is in force, and what goes through it now.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct InForce<C = Config> {
+pub struct ActiveConfig<C = Config> {
     /// The version of the program that it is in force in.
     pub version: String,
     /// The configuration as checked.
     pub config: C,
     /// Sessions and flows now. Rows without any are left out.
-    pub routes: Vec<RouteUse>,
+    pub routes: Vec<RouteUsage>,
     /// Sessions and flows of each backend now. Rows without any are left out.
-    pub backends: Vec<BackendUse>,
+    pub backends: Vec<BackendUsage>,
 }
 
 /// What a change is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "the names say it")]
-pub enum What {
+pub enum ChangedObject {
     Table,
     Listener,
     Pool,
@@ -45,7 +45,7 @@ pub enum What {
 /// What becomes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum ChangeKind {
     /// It comes.
     Added,
     /// It goes.
@@ -64,7 +64,7 @@ pub enum Kind {
 
 /// One key with another value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Key {
+pub struct KeyChange {
     /// The key as the file has it.
     pub key: String,
     /// What is in force; none where that is nothing.
@@ -75,41 +75,41 @@ pub struct Key {
 
 /// One thing that would change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Change {
+pub struct ConfigChange {
     /// What it is.
-    pub what: What,
+    pub what: ChangedObject,
     /// Its name; of a backend its address, of a table its name in brackets.
     pub name: String,
     /// A backend's pool.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
     /// What becomes of it.
-    pub kind: Kind,
+    pub kind: ChangeKind,
     /// What is different.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub keys: Vec<Key>,
+    pub keys: Vec<KeyChange>,
     /// Sessions and flows that it concerns now.
     #[serde(flatten)]
-    pub now: Use,
+    pub now: LiveCount,
 }
 
 /// What a reload would change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Difference {
+pub struct ConfigDiff {
     /// Each of it: tables, listeners, pools with their backends, tenants.
-    pub changes: Vec<Change>,
+    pub changes: Vec<ConfigChange>,
     /// Sessions and flows that any of it concerns now, each counted once.
     #[serde(flatten)]
-    pub now: Use,
+    pub now: LiveCount,
     /// Sessions and flows that a reload would end at most, because their tenant or their endpoint is taken away.
-    pub ends: Use,
+    pub ends: LiveCount,
 }
 
-impl Difference {
+impl ConfigDiff {
     /// What would change were `next` put in the place of what is in force.
     #[must_use]
-    pub fn between(now: &InForce, next: &Config) -> Self {
-        let uses = Uses::of(now);
+    pub fn between(now: &ActiveConfig, next: &Config) -> Self {
+        let uses = LiveCounts::of(now);
         let mut changes = tables(&now.config, next, &uses);
         listeners(&now.config, next, &uses, &mut changes);
         pools(&now.config, next, &uses, &mut changes);
@@ -128,39 +128,39 @@ impl Difference {
     /// Whether a reload would be refused.
     #[must_use]
     pub fn is_refused(&self) -> bool {
-        self.changes.iter().any(|change| change.kind == Kind::Refused)
+        self.changes.iter().any(|change| change.kind == ChangeKind::Refused)
     }
 }
 
-impl Change {
-    fn new(what: What, name: &str, kind: Kind, now: Use) -> Self {
+impl ConfigChange {
+    fn new(what: ChangedObject, name: &str, kind: ChangeKind, now: LiveCount) -> Self {
         Self { what, name: name.to_owned(), pool: None, kind, keys: Vec::new(), now }
     }
 
-    fn with(self, keys: Vec<Key>) -> Self {
+    fn with(self, keys: Vec<KeyChange>) -> Self {
         Self { keys, ..self }
     }
 }
 
-impl fmt::Display for Change {
+impl fmt::Display for ConfigChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.what, &self.pool) {
-            (What::Table, _) => f.write_str(&self.name)?,
-            (What::Listener, _) => write!(f, "listener \"{}\"", self.name)?,
-            (What::Pool, _) => write!(f, "pool \"{}\"", self.name)?,
-            (What::Backend, pool) => {
+            (ChangedObject::Table, _) => f.write_str(&self.name)?,
+            (ChangedObject::Listener, _) => write!(f, "listener \"{}\"", self.name)?,
+            (ChangedObject::Pool, _) => write!(f, "pool \"{}\"", self.name)?,
+            (ChangedObject::Backend, pool) => {
                 write!(f, "pool \"{}\": backend {}", pool.as_deref().unwrap_or_default(), self.name)?;
             }
-            (What::Tenant, _) => write!(f, "tenant \"{}\"", self.name)?,
+            (ChangedObject::Tenant, _) => write!(f, "tenant \"{}\"", self.name)?,
         }
         f.write_str(match self.kind {
-            Kind::Added => ": added",
-            Kind::Removed => ": removed",
-            Kind::Changed => ": changed",
-            Kind::Moved => ": moved",
-            Kind::Limits => ": limits",
-            Kind::State => ": state",
-            Kind::Refused => ": refused, for it needs a restart or a takeover",
+            ChangeKind::Added => ": added",
+            ChangeKind::Removed => ": removed",
+            ChangeKind::Changed => ": changed",
+            ChangeKind::Moved => ": moved",
+            ChangeKind::Limits => ": limits",
+            ChangeKind::State => ": state",
+            ChangeKind::Refused => ": refused, for it needs a restart or a takeover",
         })?;
         for (number, key) in self.keys.iter().enumerate() {
             f.write_str(if number == 0 { ": " } else { ", " })?;
@@ -170,7 +170,7 @@ impl fmt::Display for Change {
     }
 }
 
-impl fmt::Display for Key {
+impl fmt::Display for KeyChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.from, &self.to) {
             (None, Some(to)) => write!(f, "{} +{to}", self.key),
@@ -184,26 +184,26 @@ impl fmt::Display for Key {
 }
 
 /// The tables that stand once.
-fn tables(now: &Config, next: &Config, uses: &Uses<'_>) -> Vec<Change> {
+fn tables(now: &Config, next: &Config, uses: &LiveCounts<'_>) -> Vec<ConfigChange> {
     // Every field by name, so that a new one is not forgotten here.
     let Config { process, admin, health, log, timeouts, drain, dns, listeners: _, pools: _, tenants: _ } =
         now;
     let everybody = uses.all();
     let tables = [
-        ("[process]", Kind::Refused, keys(process, &next.process)),
-        ("[admin]", Kind::Refused, keys(admin, &next.admin)),
-        ("[health]", Kind::Refused, keys(health, &next.health)),
-        ("[log]", Kind::Refused, keys(log, &next.log)),
-        ("[dns]", Kind::Refused, keys(dns, &next.dns)),
-        ("[timeouts]", Kind::Changed, keys(timeouts, &next.timeouts)),
-        ("[drain]", Kind::Changed, keys(drain, &next.drain)),
+        ("[process]", ChangeKind::Refused, keys(process, &next.process)),
+        ("[admin]", ChangeKind::Refused, keys(admin, &next.admin)),
+        ("[health]", ChangeKind::Refused, keys(health, &next.health)),
+        ("[log]", ChangeKind::Refused, keys(log, &next.log)),
+        ("[dns]", ChangeKind::Refused, keys(dns, &next.dns)),
+        ("[timeouts]", ChangeKind::Changed, keys(timeouts, &next.timeouts)),
+        ("[drain]", ChangeKind::Changed, keys(drain, &next.drain)),
     ];
     let changed = tables.into_iter().filter(|(_, _, keys)| !keys.is_empty());
     changed
         .map(|(name, kind, keys)| {
             // Timeouts hold for sessions that come; the others concern nobody who is there.
-            let now = if name == "[timeouts]" { everybody } else { Use::default() };
-            Change::new(What::Table, name, kind, now).with(keys)
+            let now = if name == "[timeouts]" { everybody } else { LiveCount::default() };
+            ConfigChange::new(ChangedObject::Table, name, kind, now).with(keys)
         })
         .collect()
 }
@@ -222,39 +222,42 @@ where
     pairs
 }
 
-fn listeners(now: &Config, next: &Config, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+fn listeners(now: &Config, next: &Config, uses: &LiveCounts<'_>, changes: &mut Vec<ConfigChange>) {
     for pair in pairs(&now.listeners, &next.listeners, |listener| &listener.name) {
-        let change = |listener: &Listener, kind| {
-            Change::new(What::Listener, &listener.name, kind, uses.listener(&listener.name))
+        let change = |listener: &ListenerConfig, kind| {
+            ConfigChange::new(ChangedObject::Listener, &listener.name, kind, uses.listener(&listener.name))
         };
         match pair {
-            (Some(gone), None) => changes.push(change(gone, Kind::Removed)),
+            (Some(gone), None) => changes.push(change(gone, ChangeKind::Removed)),
             (None, Some(new)) => {
                 let addresses = one_by_one("bind", &[], &new.bind);
-                changes.push(change(new, Kind::Added).with(addresses));
+                changes.push(change(new, ChangeKind::Added).with(addresses));
             }
             (Some(before), Some(after)) if before != after => {
-                let without = |listener: &Listener| Listener { bind: Vec::new(), ..listener.clone() };
+                let without =
+                    |listener: &ListenerConfig| ListenerConfig { bind: Vec::new(), ..listener.clone() };
                 let mut differing = one_by_one("bind", &before.bind, &after.bind);
                 differing.extend(keys(&without(before), &without(after)));
-                changes.push(change(after, Kind::Changed).with(differing));
+                changes.push(change(after, ChangeKind::Changed).with(differing));
             }
             _ => {}
         }
     }
 }
 
-fn pools(now: &Config, next: &Config, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+fn pools(now: &Config, next: &Config, uses: &LiveCounts<'_>, changes: &mut Vec<ConfigChange>) {
     for pair in pairs(&now.pools, &next.pools, |pool| &pool.name) {
-        let change = |pool: &Pool, kind| Change::new(What::Pool, &pool.name, kind, uses.pool(&pool.name));
+        let change = |pool: &PoolConfig, kind| {
+            ConfigChange::new(ChangedObject::Pool, &pool.name, kind, uses.pool(&pool.name))
+        };
         match pair {
-            (Some(gone), None) => changes.push(change(gone, Kind::Removed)),
-            (None, Some(new)) => changes.push(change(new, Kind::Added)),
+            (Some(gone), None) => changes.push(change(gone, ChangeKind::Removed)),
+            (None, Some(new)) => changes.push(change(new, ChangeKind::Added)),
             (Some(before), Some(after)) if before != after => {
-                let without = |pool: &Pool| Pool { backends: Vec::new(), ..pool.clone() };
+                let without = |pool: &PoolConfig| PoolConfig { backends: Vec::new(), ..pool.clone() };
                 let differing = keys(&without(before), &without(after));
                 if !differing.is_empty() {
-                    changes.push(change(after, Kind::Changed).with(differing));
+                    changes.push(change(after, ChangeKind::Changed).with(differing));
                 }
                 backends(before, after, uses, changes);
             }
@@ -263,48 +266,48 @@ fn pools(now: &Config, next: &Config, uses: &Uses<'_>, changes: &mut Vec<Change>
     }
 }
 
-fn backends(before: &Pool, after: &Pool, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+fn backends(before: &PoolConfig, after: &PoolConfig, uses: &LiveCounts<'_>, changes: &mut Vec<ConfigChange>) {
     for pair in pairs(&before.backends, &after.backends, |backend| &backend.target) {
-        let change = |backend: &Backend, kind| {
+        let change = |backend: &BackendConfig, kind| {
             let name = backend.target.to_string();
             let now = uses.backend(&after.name, &name);
             let pool = Some(after.name.clone());
-            Change { pool, ..Change::new(What::Backend, &name, kind, now) }
+            ConfigChange { pool, ..ConfigChange::new(ChangedObject::Backend, &name, kind, now) }
         };
         match pair {
-            (Some(gone), None) => changes.push(change(gone, Kind::Removed)),
-            (None, Some(new)) => changes.push(change(new, Kind::Added)),
+            (Some(gone), None) => changes.push(change(gone, ChangeKind::Removed)),
+            (None, Some(new)) => changes.push(change(new, ChangeKind::Added)),
             (Some(one), Some(other)) if one != other => {
-                changes.push(change(other, Kind::Changed).with(keys(one, other)));
+                changes.push(change(other, ChangeKind::Changed).with(keys(one, other)));
             }
             _ => {}
         }
     }
 }
 
-fn tenants(now: &Config, next: &Config, uses: &Uses<'_>, changes: &mut Vec<Change>) {
+fn tenants(now: &Config, next: &Config, uses: &LiveCounts<'_>, changes: &mut Vec<ConfigChange>) {
     let both = pairs(&now.listeners, &next.listeners, |listener| &listener.name);
     let both: Vec<_> = both.into_iter().filter_map(|(before, after)| before.zip(after)).collect();
     for pair in pairs(&now.tenants, &next.tenants, |tenant| &tenant.name) {
         match pair {
-            (Some(gone), None) => changes.push(of_tenant(gone, Kind::Removed, uses)),
-            (None, Some(new)) => changes.push(of_tenant(new, Kind::Added, uses)),
+            (Some(gone), None) => changes.push(of_tenant(gone, ChangeKind::Removed, uses)),
+            (None, Some(new)) => changes.push(of_tenant(new, ChangeKind::Added, uses)),
             (Some(before), Some(after)) => tenant(before, after, &both, uses, changes),
             (None, None) => {}
         }
     }
 }
 
-fn of_tenant(tenant: &Tenant, kind: Kind, uses: &Uses<'_>) -> Change {
-    Change::new(What::Tenant, &tenant.name, kind, uses.tenant(&tenant.name))
+fn of_tenant(tenant: &TenantConfig, kind: ChangeKind, uses: &LiveCounts<'_>) -> ConfigChange {
+    ConfigChange::new(ChangedObject::Tenant, &tenant.name, kind, uses.tenant(&tenant.name))
 }
 
 fn tenant(
-    before: &Tenant,
-    after: &Tenant,
-    listeners: &[(&Listener, &Listener)],
-    uses: &Uses<'_>,
-    changes: &mut Vec<Change>,
+    before: &TenantConfig,
+    after: &TenantConfig,
+    listeners: &[(&ListenerConfig, &ListenerConfig)],
+    uses: &LiveCounts<'_>,
+    changes: &mut Vec<ConfigChange>,
 ) {
     // Even of a tenant that is the same, a listener's pool may be another.
     let moves: Vec<_> = listeners
@@ -314,62 +317,62 @@ fn tenant(
         .collect();
     let is_moved = !moves.is_empty() || before.endpoints != after.endpoints;
     if is_moved {
-        let mut now = Use::default();
+        let mut now = LiveCount::default();
         let mut differing = one_by_one("endpoints", &before.endpoints, &after.endpoints);
         for (listener, from, to) in moves {
             now += uses.tenant_at(&after.name, listener);
             let [from, to] = [from, to].map(|pool| pool.unwrap_or("none").to_owned());
-            differing.push(Key { key: listener.clone(), from: Some(from), to: Some(to) });
+            differing.push(KeyChange { key: listener.clone(), from: Some(from), to: Some(to) });
         }
         if before.endpoints != after.endpoints {
             now = uses.tenant(&after.name);
         }
         if !differing.is_empty() {
-            changes.push(Change { now, ..of_tenant(after, Kind::Moved, uses) }.with(differing));
+            changes.push(ConfigChange { now, ..of_tenant(after, ChangeKind::Moved, uses) }.with(differing));
         }
     }
     let limits = limits(&before.limits, &after.limits);
     if !limits.is_empty() {
-        changes.push(of_tenant(after, Kind::Limits, uses).with(limits));
+        changes.push(of_tenant(after, ChangeKind::Limits, uses).with(limits));
     }
     if before.enabled != after.enabled {
         let [from, to] = [before, after].map(|tenant| if tenant.enabled { "enabled" } else { "disabled" });
-        let key = Key { key: "state".to_owned(), from: Some(from.to_owned()), to: Some(to.to_owned()) };
-        changes.push(of_tenant(after, Kind::State, uses).with(vec![key]));
+        let key = KeyChange { key: "state".to_owned(), from: Some(from.to_owned()), to: Some(to.to_owned()) };
+        changes.push(of_tenant(after, ChangeKind::State, uses).with(vec![key]));
     }
-    let revoke = keys(&Revoke::of(before), &Revoke::of(after));
+    let revoke = keys(&RevokeKeys::of(before), &RevokeKeys::of(after));
     if !revoke.is_empty() {
-        changes.push(of_tenant(after, Kind::Changed, uses).with(revoke));
+        changes.push(of_tenant(after, ChangeKind::Changed, uses).with(revoke));
     }
     if before.labels != after.labels {
-        let labels = |tenant: &Tenant| BTreeMap::from([("labels", tenant.labels.clone())]);
-        changes.push(of_tenant(after, Kind::Changed, uses).with(keys(&labels(before), &labels(after))));
+        let labels = |tenant: &TenantConfig| BTreeMap::from([("labels", tenant.labels.clone())]);
+        changes.push(of_tenant(after, ChangeKind::Changed, uses).with(keys(&labels(before), &labels(after))));
     }
 }
 
 /// The keys of a tenant that say how its sessions end once they are revoked.
 #[derive(Serialize)]
-struct Revoke {
+struct RevokeKeys {
     on_revoke: OnRevoke,
     revoke_grace: Duration,
 }
 
-impl Revoke {
-    fn of(tenant: &Tenant) -> Self {
+impl RevokeKeys {
+    fn of(tenant: &TenantConfig) -> Self {
         Self { on_revoke: tenant.on_revoke, revoke_grace: tenant.revoke_grace }
     }
 }
 
 /// The pool of a tenant's sessions at a listener.
-fn pool_of<'c>(tenant: &'c Tenant, listener: &'c Listener) -> Option<&'c str> {
+fn pool_of<'c>(tenant: &'c TenantConfig, listener: &'c ListenerConfig) -> Option<&'c str> {
     let own = tenant.routes.get(&listener.name).or(tenant.pool.as_ref());
     own.or(listener.pool.as_ref()).map(String::as_str)
 }
 
 /// What is new in a list, and what is gone. Another order makes no difference.
-fn one_by_one<T: Ord + ToString>(key: &str, before: &[T], after: &[T]) -> Vec<Key> {
+fn one_by_one<T: Ord + ToString>(key: &str, before: &[T], after: &[T]) -> Vec<KeyChange> {
     let [old, new] = [before, after].map(|list| list.iter().collect::<BTreeSet<_>>());
-    let side = |from: Option<&T>, to: Option<&T>| Key {
+    let side = |from: Option<&T>, to: Option<&T>| KeyChange {
         key: key.to_owned(),
         from: from.map(ToString::to_string),
         to: to.map(ToString::to_string),
@@ -378,7 +381,7 @@ fn one_by_one<T: Ord + ToString>(key: &str, before: &[T], after: &[T]) -> Vec<Ke
     gone.chain(new.difference(&old).map(|item| side(None, Some(item)))).collect()
 }
 
-impl Listener {
+impl ListenerConfig {
     /// Whether what goes on there are flows.
     fn has_flows(&self) -> bool {
         self.protocol == Protocol::Udp

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 /// One thing that is wrong, and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct ConfigError {
     file: Arc<str>,
     /// The file's place among those that were read, and the byte in it: what faults are sorted by.
     order: (usize, usize),
@@ -14,7 +14,7 @@ pub struct Fault {
     message: String,
 }
 
-impl Fault {
+impl ConfigError {
     /// A fault of a whole file; `order` is the file's place among those that were read.
     pub(super) fn of_file(file: Arc<str>, order: usize, message: String) -> Self {
         Self { file, order: (order, 0), line: None, subject: String::new(), message }
@@ -45,7 +45,7 @@ impl Fault {
     }
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.file)?;
         if let Some(line) = self.line {
@@ -58,15 +58,15 @@ impl fmt::Display for Fault {
     }
 }
 
-impl std::error::Error for Fault {}
+impl std::error::Error for ConfigError {}
 
 /// Every fault of a configuration, in the order of the files and their lines. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Faults(Vec<Fault>);
+pub struct ConfigErrors(Vec<ConfigError>);
 
-impl Faults {
+impl ConfigErrors {
     /// Sorts what was found, and drops what was found twice.
-    pub(super) fn sorted(mut faults: Vec<Fault>) -> Self {
+    pub(super) fn sorted(mut faults: Vec<ConfigError>) -> Self {
         faults.sort_by(|a, b| (a.order, &a.subject).cmp(&(b.order, &b.subject)));
         faults.dedup();
         Self(faults)
@@ -85,21 +85,21 @@ impl Faults {
     }
 
     /// Each of them, in order.
-    pub fn iter(&self) -> std::slice::Iter<'_, Fault> {
+    pub fn iter(&self) -> std::slice::Iter<'_, ConfigError> {
         self.0.iter()
     }
 }
 
-impl<'f> IntoIterator for &'f Faults {
-    type Item = &'f Fault;
-    type IntoIter = std::slice::Iter<'f, Fault>;
+impl<'f> IntoIterator for &'f ConfigErrors {
+    type Item = &'f ConfigError;
+    type IntoIter = std::slice::Iter<'f, ConfigError>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.iter()
     }
 }
 
-impl fmt::Display for Faults {
+impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (number, fault) in self.iter().enumerate() {
             if number > 0 {
@@ -111,17 +111,17 @@ impl fmt::Display for Faults {
     }
 }
 
-impl std::error::Error for Faults {}
+impl std::error::Error for ConfigErrors {}
 
 /// A text that was read: its name, and where its lines begin.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct SourceText {
     name: Arc<str>,
     order: usize,
     starts: Vec<usize>,
 }
 
-impl Source {
+impl SourceText {
     /// The `order`-th text.
     pub(super) fn new(name: Arc<str>, order: usize, text: &str) -> Self {
         let ends = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
@@ -139,9 +139,9 @@ impl Source {
     }
 
     /// A fault at a byte.
-    pub(super) fn fault(&self, offset: usize, subject: String, message: String) -> Fault {
+    pub(super) fn fault(&self, offset: usize, subject: String, message: String) -> ConfigError {
         let (file, order) = (Arc::clone(&self.name), (self.order, offset));
-        Fault { file, order, line: Some(self.line(offset)), subject, message }
+        ConfigError { file, order, line: Some(self.line(offset)), subject, message }
     }
 }
 
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_byte_stands_on_the_line_it_began() {
-        let source = Source::new("a.toml".into(), 0, "x\n\nyz\n");
+        let source = SourceText::new("a.toml".into(), 0, "x\n\nyz\n");
         let lines: Vec<usize> = (0..7).map(|offset| source.line(offset)).collect();
         assert_eq!(lines, [1, 1, 2, 3, 3, 3, 4]);
         assert_eq!(source.place(4), "a.toml:3");
@@ -159,10 +159,10 @@ mod tests {
 
     #[test]
     fn faults_are_sorted_by_file_and_line_and_said_once() {
-        let first = Source::new("z.toml".into(), 0, "\n\n");
-        let second = Source::new("a.toml".into(), 1, "");
-        let unread = Fault::of_file("b.toml".into(), 2, "must be readable, found: nothing".into());
-        let faults = Faults::sorted(vec![
+        let first = SourceText::new("z.toml".into(), 0, "\n\n");
+        let second = SourceText::new("a.toml".into(), 1, "");
+        let unread = ConfigError::of_file("b.toml".into(), 2, "must be readable, found: nothing".into());
+        let faults = ConfigErrors::sorted(vec![
             unread.clone(),
             second.fault(0, "log: level".into(), "three".into()),
             first.fault(2, "b".into(), "two".into()),
@@ -176,6 +176,6 @@ mod tests {
         let parts: Vec<_> =
             faults.iter().map(|fault| (fault.file(), fault.line(), fault.subject())).collect();
         assert_eq!(parts.last(), Some(&("b.toml", None, "")));
-        assert_eq!((&faults).into_iter().last().map(Fault::message), Some(unread.message()));
+        assert_eq!((&faults).into_iter().last().map(ConfigError::message), Some(unread.message()));
     }
 }

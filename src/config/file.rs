@@ -6,19 +6,19 @@ use std::sync::Arc;
 
 use toml::de::DeTable;
 
-use super::error::{Fault, Faults, Source};
-use super::section::{Field, Head, List, Section, into_array, into_table, quoted, shown};
+use super::error::{ConfigError, ConfigErrors, SourceText};
+use super::section::{ParsedField, ParsedList, Section, TableHead, into_array, into_table, quoted, shown};
 use super::written::{
-    Admin, Dns, Drain, HealthEndpoint, Listener, Log, Pool, Process, Tenant, TenantDefaults, Timeouts,
-    Written,
+    RawAdmin, RawConfig, RawDns, RawDrain, RawHealth, RawListener, RawLog, RawPool, RawProcess, RawTenant,
+    RawTenantDefaults, RawTimeouts,
 };
 
 /// Reads a file and all that it includes. Faults of form are handed on with what could be read.
 ///
 /// # Errors
 /// Where a file cannot be read or is no TOML: then too much is missing to say what the rest means.
-pub(super) fn read(path: &Path) -> Result<Written, Faults> {
-    let mut reading = Reading::default();
+pub(super) fn read(path: &Path) -> Result<RawConfig, ConfigErrors> {
+    let mut reading = ConfigReader::default();
     if let Some((source, text)) = reading.open(path) {
         reading.main(&source, &text, path);
     }
@@ -29,8 +29,8 @@ pub(super) fn read(path: &Path) -> Result<Written, Faults> {
 ///
 /// # Errors
 /// As [`read`].
-pub(super) fn parse(name: &str, text: &str) -> Result<Written, Faults> {
-    let mut reading = Reading::default();
+pub(super) fn parse(name: &str, text: &str) -> Result<RawConfig, ConfigErrors> {
+    let mut reading = ConfigReader::default();
     let source = reading.source(name.into(), text);
     reading.main(&source, text, Path::new(""));
     reading.finish()
@@ -47,8 +47,8 @@ pub(super) fn includes(path: &Path) -> Option<Vec<String>> {
 
 /// What was read so far.
 #[derive(Default)]
-struct Reading {
-    written: Written,
+struct ConfigReader {
+    written: RawConfig,
     files: usize,
     /// A part is missing, so that what refers to it cannot be judged.
     broken: bool,
@@ -57,26 +57,26 @@ struct Reading {
 /// What an included file may hold.
 const INCLUDED: &str = "[[tenant]], [[pool]] and [[listener]]";
 
-impl Reading {
-    fn finish(self) -> Result<Written, Faults> {
-        if self.broken { Err(Faults::sorted(self.written.faults)) } else { Ok(self.written) }
+impl ConfigReader {
+    fn finish(self) -> Result<RawConfig, ConfigErrors> {
+        if self.broken { Err(ConfigErrors::sorted(self.written.faults)) } else { Ok(self.written) }
     }
 
-    fn source(&mut self, name: Arc<str>, text: &str) -> Arc<Source> {
+    fn source(&mut self, name: Arc<str>, text: &str) -> Arc<SourceText> {
         let order = self.files;
         self.files += 1;
-        Arc::new(Source::new(name, order, text))
+        Arc::new(SourceText::new(name, order, text))
     }
 
     /// Reads a file's text, in UTF-8.
-    fn open(&mut self, path: &Path) -> Option<(Arc<Source>, String)> {
+    fn open(&mut self, path: &Path) -> Option<(Arc<SourceText>, String)> {
         let name: Arc<str> = path.display().to_string().into();
         let bytes = match std::fs::read(path) {
             Ok(bytes) => bytes,
             Err(error) => {
                 self.broken = true;
                 let message = format!("must be readable, found: {}", without_number(&error));
-                self.written.faults.push(Fault::of_file(name, self.files, message));
+                self.written.faults.push(ConfigError::of_file(name, self.files, message));
                 self.files += 1;
                 return None;
             }
@@ -95,9 +95,9 @@ impl Reading {
         }
     }
 
-    fn main(&mut self, source: &Arc<Source>, text: &str, path: &Path) {
+    fn main(&mut self, source: &Arc<SourceText>, text: &str, path: &Path) {
         let Some(tables) = self.tables(source, text) else { return };
-        let head = Head::single("", source, 0);
+        let head = TableHead::single("", source, 0);
         let mut faults = std::mem::take(&mut self.written.faults);
         let mut section = Section::open(&head, tables, &mut faults);
         let include = section.take_list::<String>("include");
@@ -112,17 +112,17 @@ impl Reading {
     fn included(&mut self, path: &Path) {
         let Some((source, text)) = self.open(path) else { return };
         let Some(tables) = self.tables(&source, &text) else { return };
-        let head = Head::single("", &source, 0);
+        let head = TableHead::single("", &source, 0);
         let mut faults = std::mem::take(&mut self.written.faults);
         let mut section = Section::open(&head, tables, &mut faults);
-        if let Field::Given(include) = section.take_raw("include") {
+        if let ParsedField::Given(include) = section.take_raw("include") {
             let found = shown(include.get_ref());
             let message =
                 format!("must stand in the main file, for only that one includes others, found {found}");
             section.fault_at(include.span().start, "include", message);
         }
         for key in SINGLES {
-            if let Field::Given(single) = section.take_raw(key) {
+            if let ParsedField::Given(single) = section.take_raw(key) {
                 let message = format!(
                     "must stand in the main file, for an included one holds {INCLUDED} only, found [{key}]"
                 );
@@ -135,7 +135,7 @@ impl Reading {
     }
 
     /// Parses a text as TOML. A key that stands twice leaves the rest readable; other faults do not.
-    fn tables<'i>(&mut self, source: &Arc<Source>, text: &'i str) -> Option<DeTable<'i>> {
+    fn tables<'i>(&mut self, source: &Arc<SourceText>, text: &'i str) -> Option<DeTable<'i>> {
         let (tables, errors) = DeTable::parse_recoverable(text);
         let mut whole = true;
         for error in errors {
@@ -153,21 +153,21 @@ impl Reading {
     }
 
     /// Takes the tables that stand once.
-    fn singles(&mut self, source: &Arc<Source>, section: &mut Section<'_, '_>) {
+    fn singles(&mut self, source: &Arc<SourceText>, section: &mut Section<'_, '_>) {
         for key in SINGLES {
-            let Field::Given(table) = section.take_table(key) else { continue };
-            let (head, table) = (Head::single(key, source, table.span().start), table.into_inner());
+            let ParsedField::Given(table) = section.take_table(key) else { continue };
+            let (head, table) = (TableHead::single(key, source, table.span().start), table.into_inner());
             let (written, faults) = (&mut self.written, section.faults());
             match key {
-                "process" => written.process = Process::read(&head, table, faults),
-                "admin" => written.admin = Admin::read(head, table, faults),
-                "health" => written.health = HealthEndpoint::read(head, table, faults),
-                "log" => written.log = Log::read(&head, table, faults),
-                "timeouts" => written.timeouts = Timeouts::read(head, table, faults),
-                "drain" => written.drain = Drain::read(&head, table, faults),
-                "dns" => written.dns = Dns::read(head, table, faults),
+                "process" => written.process = RawProcess::read(&head, table, faults),
+                "admin" => written.admin = RawAdmin::read(head, table, faults),
+                "health" => written.health = RawHealth::read(head, table, faults),
+                "log" => written.log = RawLog::read(&head, table, faults),
+                "timeouts" => written.timeouts = RawTimeouts::read(head, table, faults),
+                "drain" => written.drain = RawDrain::read(&head, table, faults),
+                "dns" => written.dns = RawDns::read(head, table, faults),
                 _ => {
-                    written.tenant_defaults = TenantDefaults::read(&head, table, faults);
+                    written.tenant_defaults = RawTenantDefaults::read(&head, table, faults);
                     written.defaults = Some(head);
                 }
             }
@@ -175,29 +175,29 @@ impl Reading {
     }
 
     /// Takes the tables that stand many times.
-    fn many(&mut self, source: &Arc<Source>, section: &mut Section<'_, '_>) {
+    fn many(&mut self, source: &Arc<SourceText>, section: &mut Section<'_, '_>) {
         for (head, table) in self.each(source, section, "listener") {
-            self.written.listeners.push(Listener::read(head, table, section.faults()));
+            self.written.listeners.push(RawListener::read(head, table, section.faults()));
         }
         for (head, table) in self.each(source, section, "pool") {
-            self.written.pools.push(Pool::read(head, table, section.faults()));
+            self.written.pools.push(RawPool::read(head, table, section.faults()));
         }
         for (head, table) in self.each(source, section, "tenant") {
-            self.written.tenants.push(Tenant::read(head, table, section.faults()));
+            self.written.tenants.push(RawTenant::read(head, table, section.faults()));
         }
     }
 
     /// Takes every table of a kind, with its head.
     fn each<'i>(
         &mut self,
-        source: &Arc<Source>,
+        source: &Arc<SourceText>,
         section: &mut Section<'i, '_>,
         kind: &'static str,
-    ) -> Vec<(Head, DeTable<'i>)> {
+    ) -> Vec<(TableHead, DeTable<'i>)> {
         let value = match section.take_raw(kind) {
-            Field::Given(value) => value,
-            Field::Absent => return Vec::new(),
-            Field::Faulty => {
+            ParsedField::Given(value) => value,
+            ParsedField::Absent => return Vec::new(),
+            ParsedField::Faulty => {
                 self.broken = true;
                 return Vec::new();
             }
@@ -217,7 +217,7 @@ impl Reading {
         for (before, value) in values.into_iter().enumerate() {
             let offset = value.span().start;
             match into_table(value.into_inner()) {
-                Ok(table) => tables.push((Head::named(kind, before + 1, source, offset, &table), table)),
+                Ok(table) => tables.push((TableHead::named(kind, before + 1, source, offset, &table), table)),
                 Err(other) => {
                     self.broken = true;
                     section.fault_at(offset, kind, format!("{must}, found {}", shown(&other)));
@@ -228,7 +228,7 @@ impl Reading {
     }
 
     /// Reads what the main file includes, each file once.
-    fn include(&mut self, head: &Head, patterns: &Field<List<String>>, main: &Path) {
+    fn include(&mut self, head: &TableHead, patterns: &ParsedField<ParsedList<String>>, main: &Path) {
         let folder = main.parent().unwrap_or(Path::new(""));
         self.broken |= patterns.given().map_or(!patterns.is_absent(), |list| !list.complete);
         let mut seen: HashSet<PathBuf> = identity(main).into_iter().collect();

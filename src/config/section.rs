@@ -5,7 +5,7 @@ use std::sync::Arc;
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
-use super::error::{Fault, Source};
+use super::error::{ConfigError, SourceText};
 use super::suggest;
 
 /// A value that a key may hold.
@@ -19,7 +19,7 @@ pub(super) trait FromToml: Sized {
 
 /// What stands behind a key.
 #[derive(Debug, Default)]
-pub(super) enum Field<T> {
+pub(super) enum ParsedField<T> {
     /// Nothing: the default holds.
     #[default]
     Absent,
@@ -29,7 +29,7 @@ pub(super) enum Field<T> {
     Given(Spanned<T>),
 }
 
-impl<T> Field<T> {
+impl<T> ParsedField<T> {
     /// The value, where there is one.
     pub(super) fn given(&self) -> Option<&T> {
         self.spanned().map(Spanned::get_ref)
@@ -78,14 +78,14 @@ impl<T> Field<T> {
 
 /// A list of values, as far as they could be read.
 #[derive(Debug)]
-pub(super) struct List<T> {
+pub(super) struct ParsedList<T> {
     /// Those that could be read.
     pub(super) items: Vec<Spanned<T>>,
     /// Whether these are all that were written.
     pub(super) complete: bool,
 }
 
-impl<T> List<T> {
+impl<T> ParsedList<T> {
     /// Whether nothing was written between the brackets.
     pub(super) fn is_empty(&self) -> bool {
         self.complete && self.items.is_empty()
@@ -97,19 +97,19 @@ pub(super) type Pairs<T> = Vec<(Spanned<String>, Spanned<T>)>;
 
 /// Which table it is, and where it was written.
 #[derive(Clone, Debug)]
-pub(super) struct Head {
+pub(super) struct TableHead {
     kind: &'static str,
     /// The table's own name, as far as there is one; it may be malformed.
     name: Option<String>,
     /// Which of its kind in its file, from 1; 0 where the kind stands once.
     number: usize,
-    source: Arc<Source>,
+    source: Arc<SourceText>,
     offset: usize,
 }
 
-impl Head {
+impl TableHead {
     /// A table that stands once, such as `[process]`. The file itself is the one of kind "".
-    pub(super) fn single(kind: &'static str, source: &Arc<Source>, offset: usize) -> Self {
+    pub(super) fn single(kind: &'static str, source: &Arc<SourceText>, offset: usize) -> Self {
         Self { kind, name: None, number: 0, source: Arc::clone(source), offset }
     }
 
@@ -117,7 +117,7 @@ impl Head {
     pub(super) fn named(
         kind: &'static str,
         number: usize,
-        source: &Arc<Source>,
+        source: &Arc<SourceText>,
         offset: usize,
         table: &DeTable<'_>,
     ) -> Self {
@@ -150,33 +150,33 @@ impl Head {
     }
 
     /// A fault of a key, at a byte.
-    pub(super) fn fault_at(&self, offset: usize, key: &str, message: String) -> Fault {
+    pub(super) fn fault_at(&self, offset: usize, key: &str, message: String) -> ConfigError {
         let title = self.title();
         let subject = if title.is_empty() { key.to_owned() } else { format!("{title}: {key}") };
         self.source.fault(offset, subject, message)
     }
 
     /// A fault of a key that is not there: it stands where the table begins.
-    pub(super) fn fault(&self, key: &str, message: String) -> Fault {
+    pub(super) fn fault(&self, key: &str, message: String) -> ConfigError {
         self.fault_at(self.offset, key, message)
     }
 }
 
 /// A table while its keys are taken out of it.
 pub(super) struct Section<'i, 'f> {
-    head: &'f Head,
+    head: &'f TableHead,
     /// What stands before a key in messages, such as `health.`.
     prefix: &'static str,
     /// Where the table begins.
     offset: usize,
     table: DeTable<'i>,
     known: Vec<&'static str>,
-    faults: &'f mut Vec<Fault>,
+    faults: &'f mut Vec<ConfigError>,
 }
 
 impl<'i, 'f> Section<'i, 'f> {
     /// Opens a table of the kind that its head names.
-    pub(super) fn open(head: &'f Head, table: DeTable<'i>, faults: &'f mut Vec<Fault>) -> Self {
+    pub(super) fn open(head: &'f TableHead, table: DeTable<'i>, faults: &'f mut Vec<ConfigError>) -> Self {
         Self { head, prefix: "", offset: head.offset, table, known: Vec::new(), faults }
     }
 
@@ -199,18 +199,18 @@ impl<'i, 'f> Section<'i, 'f> {
     }
 
     /// Where faults of tables that were taken out of this one go.
-    pub(super) fn faults(&mut self) -> &mut Vec<Fault> {
+    pub(super) fn faults(&mut self) -> &mut Vec<ConfigError> {
         self.faults
     }
 
     /// Takes a value as it stands.
-    pub(super) fn take_raw(&mut self, key: &'static str) -> Field<DeValue<'i>> {
+    pub(super) fn take_raw(&mut self, key: &'static str) -> ParsedField<DeValue<'i>> {
         self.known.push(key);
         match self.table.remove(key) {
-            Some(value) => Field::Given(value),
+            Some(value) => ParsedField::Given(value),
             // The misspelt key is a fault already: that the right one is absent goes without saying.
-            None if self.is_misspelt(key) => Field::Faulty,
-            None => Field::Absent,
+            None if self.is_misspelt(key) => ParsedField::Faulty,
+            None => ParsedField::Absent,
         }
     }
 
@@ -225,30 +225,32 @@ impl<'i, 'f> Section<'i, 'f> {
     }
 
     /// Takes the value of a key.
-    pub(super) fn take<T: FromToml>(&mut self, key: &'static str) -> Field<T> {
+    pub(super) fn take<T: FromToml>(&mut self, key: &'static str) -> ParsedField<T> {
         match self.take_raw(key) {
-            Field::Given(value) => self.read(key, &value).map_or(Field::Faulty, Field::Given),
-            Field::Absent => Field::Absent,
-            Field::Faulty => Field::Faulty,
+            ParsedField::Given(value) => {
+                self.read(key, &value).map_or(ParsedField::Faulty, ParsedField::Given)
+            }
+            ParsedField::Absent => ParsedField::Absent,
+            ParsedField::Faulty => ParsedField::Faulty,
         }
     }
 
     /// Takes the value of a key that must be there, with an example of one.
-    pub(super) fn require<T: FromToml>(&mut self, key: &'static str, example: &str) -> Field<T> {
+    pub(super) fn require<T: FromToml>(&mut self, key: &'static str, example: &str) -> ParsedField<T> {
         let field = self.take(key);
         if field.is_absent() {
             self.missing(key, example);
-            return Field::Faulty;
+            return ParsedField::Faulty;
         }
         field
     }
 
     /// Takes a list; every value of it is read, and each that is malformed is a fault of its own.
-    pub(super) fn take_list<T: FromToml>(&mut self, key: &'static str) -> Field<List<T>> {
+    pub(super) fn take_list<T: FromToml>(&mut self, key: &'static str) -> ParsedField<ParsedList<T>> {
         match self.take_raw(key) {
-            Field::Given(value) => self.list(key, value),
-            Field::Absent => Field::Absent,
-            Field::Faulty => Field::Faulty,
+            ParsedField::Given(value) => self.list(key, value),
+            ParsedField::Absent => ParsedField::Absent,
+            ParsedField::Faulty => ParsedField::Faulty,
         }
     }
 
@@ -257,30 +259,31 @@ impl<'i, 'f> Section<'i, 'f> {
         &mut self,
         key: &'static str,
         example: &str,
-    ) -> Field<List<T>> {
+    ) -> ParsedField<ParsedList<T>> {
         match self.take_raw(key) {
-            Field::Given(value) if value.get_ref().is_array() => self.list(key, value),
-            Field::Given(value) => match self.read(key, &value) {
-                Some(item) => {
-                    Field::Given(Spanned::new(item.span(), List { items: vec![item], complete: true }))
-                }
-                None => Field::Faulty,
+            ParsedField::Given(value) if value.get_ref().is_array() => self.list(key, value),
+            ParsedField::Given(value) => match self.read(key, &value) {
+                Some(item) => ParsedField::Given(Spanned::new(
+                    item.span(),
+                    ParsedList { items: vec![item], complete: true },
+                )),
+                None => ParsedField::Faulty,
             },
-            Field::Absent => {
+            ParsedField::Absent => {
                 self.missing(key, example);
-                Field::Faulty
+                ParsedField::Faulty
             }
-            Field::Faulty => Field::Faulty,
+            ParsedField::Faulty => ParsedField::Faulty,
         }
     }
 
-    fn list<T: FromToml>(&mut self, key: &str, value: Spanned<DeValue<'i>>) -> Field<List<T>> {
+    fn list<T: FromToml>(&mut self, key: &str, value: Spanned<DeValue<'i>>) -> ParsedField<ParsedList<T>> {
         let span = value.span();
-        let Some(values) = self.array(key, value) else { return Field::Faulty };
+        let Some(values) = self.array(key, value) else { return ParsedField::Faulty };
         let written = values.len();
         let items: Vec<_> = values.iter().filter_map(|value| self.read(key, value)).collect();
         let complete = items.len() == written;
-        Field::Given(Spanned::new(span, List { items, complete }))
+        ParsedField::Given(Spanned::new(span, ParsedList { items, complete }))
     }
 
     /// Reads a value as a list.
@@ -296,11 +299,11 @@ impl<'i, 'f> Section<'i, 'f> {
     }
 
     /// Takes a table whose keys are the operator's own.
-    pub(super) fn take_pairs<T: FromToml>(&mut self, key: &'static str) -> Field<Pairs<T>> {
+    pub(super) fn take_pairs<T: FromToml>(&mut self, key: &'static str) -> ParsedField<Pairs<T>> {
         let table = match self.take_table(key) {
-            Field::Given(table) => table,
-            Field::Absent => return Field::Absent,
-            Field::Faulty => return Field::Faulty,
+            ParsedField::Given(table) => table,
+            ParsedField::Absent => return ParsedField::Absent,
+            ParsedField::Faulty => return ParsedField::Faulty,
         };
         let (span, table) = (table.span(), table.into_inner());
         let mut pairs = Vec::with_capacity(table.len());
@@ -310,22 +313,22 @@ impl<'i, 'f> Section<'i, 'f> {
                 pairs.push((Spanned::new(name.span(), name.into_inner().into_owned()), value));
             }
         }
-        Field::Given(Spanned::new(span, pairs))
+        ParsedField::Given(Spanned::new(span, pairs))
     }
 
     /// Takes a table and the byte where it begins.
-    pub(super) fn take_table(&mut self, key: &'static str) -> Field<DeTable<'i>> {
+    pub(super) fn take_table(&mut self, key: &'static str) -> ParsedField<DeTable<'i>> {
         let value = match self.take_raw(key) {
-            Field::Given(value) => value,
-            Field::Absent => return Field::Absent,
-            Field::Faulty => return Field::Faulty,
+            ParsedField::Given(value) => value,
+            ParsedField::Absent => return ParsedField::Absent,
+            ParsedField::Faulty => return ParsedField::Faulty,
         };
         let span = value.span();
         match into_table(value.into_inner()) {
-            Ok(table) => Field::Given(Spanned::new(span, table)),
+            Ok(table) => ParsedField::Given(Spanned::new(span, table)),
             Err(other) => {
                 self.fault_at(span.start, key, format!("must be one table, found {}", shown(&other)));
-                Field::Faulty
+                ParsedField::Faulty
             }
         }
     }

@@ -10,16 +10,16 @@ use super::file;
 
 /// The files of a configuration, and the folders in which they come and go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sources {
+pub struct ConfigSources {
     /// The main file and what it includes, each with what the system says of it; `None` where it cannot be looked at.
-    files: Vec<(PathBuf, Option<Stamp>)>,
+    files: Vec<(PathBuf, Option<FileStamp>)>,
     /// What to watch: a file is replaced by another one in its folder, and a link by a link in its own.
     pub folders: BTreeSet<PathBuf>,
 }
 
 /// What changes when a file is written or replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+struct FileStamp {
     device: u64,
     inode: u64,
     len: u64,
@@ -28,7 +28,7 @@ struct Stamp {
     changed: (i64, i64),
 }
 
-impl From<Metadata> for Stamp {
+impl From<Metadata> for FileStamp {
     fn from(metadata: Metadata) -> Self {
         Self {
             device: metadata.dev(),
@@ -40,7 +40,7 @@ impl From<Metadata> for Stamp {
     }
 }
 
-impl Sources {
+impl ConfigSources {
     /// The sources of the configuration in this file, as they are now. Where its `include` cannot be read, those of
     /// `before` count: what a faulty file includes is not known.
     #[must_use]
@@ -62,7 +62,7 @@ impl Sources {
             folders.extend(parents(file));
         }
         let stamp = |file: PathBuf| {
-            let stamp = std::fs::metadata(&file).ok().map(Stamp::from);
+            let stamp = std::fs::metadata(&file).ok().map(FileStamp::from);
             (file, stamp)
         };
         let folders = folders.into_iter().map(named).filter(|folder| folder.is_dir()).collect();
@@ -129,8 +129,8 @@ mod tests {
 
     use super::*;
 
-    fn sources(main: &Path) -> Sources {
-        Sources::of(main, &Sources::default())
+    fn sources(main: &Path) -> ConfigSources {
+        ConfigSources::of(main, &ConfigSources::default())
     }
 
     #[test]
@@ -169,7 +169,7 @@ mod tests {
         fs::write(&main, "include = [\"parts/*.toml\"]\n").unwrap();
         let before = sources(&main);
         fs::write(&main, "include = [\"parts").unwrap();
-        let now = Sources::of(&main, &before);
+        let now = ConfigSources::of(&main, &before);
         assert_eq!((now.files.len(), &now.folders), (2, &before.folders));
         assert!(!now.are_as(&before));
     }

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use super::Target;
-use super::unit::Malformed;
+use super::BackendTarget;
+use super::unit::MalformedValue;
 
 /// What the address of a backend must be.
 pub(super) const TARGET: &str = "an address and a port, such as \"10.0.1.10:80\", \"[fd00::10]:80\" or \
@@ -16,7 +16,7 @@ const LONGEST_NAME: usize = 253;
 const LONGEST_LABEL: usize = 63;
 
 /// As it is written in a configuration, in lower case.
-impl fmt::Display for Target {
+impl fmt::Display for BackendTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address(address) => fmt::Display::fmt(address, f),
@@ -30,12 +30,12 @@ impl fmt::Display for Target {
 ///
 /// # Errors
 /// Where it is none of these, or the port is 0, or nothing can be reached there.
-pub(super) fn target(text: &str) -> Result<Target, Malformed> {
+pub(super) fn target(text: &str) -> Result<BackendTarget, MalformedValue> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return match (address.port(), address.ip().is_unspecified()) {
             (0, _) => Err(not_so(NO_PORT)),
             (_, true) => Err(not_so(", which stands for every address")),
-            (_, false) => Ok(Target::Address(address)),
+            (_, false) => Ok(BackendTarget::Address(address)),
         };
     }
     let Some((host, port)) = text.rsplit_once(':') else {
@@ -50,17 +50,17 @@ pub(super) fn target(text: &str) -> Result<Target, Malformed> {
     is_name(host)?;
     let digits = port.bytes().all(|byte| byte.is_ascii_digit());
     let port = port.parse().ok().filter(|port| digits && *port != 0).ok_or(not_so(NO_PORT))?;
-    Ok(Target::Host { name: host.to_ascii_lowercase(), port })
+    Ok(BackendTarget::Host { name: host.to_ascii_lowercase(), port })
 }
 
 const NO_PORT: &str = ", whose port is none from 1 to 65535";
 
-fn not_so(because: &'static str) -> Malformed {
-    Malformed { must: TARGET, because }
+fn not_so(because: &'static str) -> MalformedValue {
+    MalformedValue { must: TARGET, because }
 }
 
 /// Reads the name of a service (RFC 2782).
-fn service(text: &str) -> Result<Target, Malformed> {
+fn service(text: &str) -> Result<BackendTarget, MalformedValue> {
     const FORM: &str = ", which is not of the form _service._proto.domain";
     let mut parts = text.splitn(3, '.');
     for _ in 0..2 {
@@ -70,11 +70,11 @@ fn service(text: &str) -> Result<Target, Malformed> {
     }
     is_name(parts.next().ok_or(not_so(FORM))?)?;
     is_short(text)?;
-    Ok(Target::Service(text.to_ascii_lowercase()))
+    Ok(BackendTarget::Service(text.to_ascii_lowercase()))
 }
 
 /// Whether it is a host name (RFC 1123). One that ends with a number is a slip in an IPv4 address.
-fn is_name(name: &str) -> Result<(), Malformed> {
+fn is_name(name: &str) -> Result<(), MalformedValue> {
     is_short(name)?;
     name.split('.').try_for_each(|label| is_label(label, LONGEST_LABEL))?;
     let last = name.rsplit('.').next().unwrap_or_default();
@@ -84,11 +84,11 @@ fn is_name(name: &str) -> Result<(), Malformed> {
     Ok(())
 }
 
-fn is_short(name: &str) -> Result<(), Malformed> {
+fn is_short(name: &str) -> Result<(), MalformedValue> {
     if name.len() <= LONGEST_NAME { Ok(()) } else { Err(not_so(", whose name has more than 253 bytes")) }
 }
 
-fn is_label(label: &str, longest: usize) -> Result<(), Malformed> {
+fn is_label(label: &str, longest: usize) -> Result<(), MalformedValue> {
     let fits = label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     if fits && (1..=longest).contains(&label.len()) && !label.starts_with('-') && !label.ends_with('-') {
         return Ok(());
@@ -104,20 +104,20 @@ mod tests {
         target(text).unwrap_err().because
     }
 
-    fn host(name: &str, port: u16) -> Target {
-        Target::Host { name: name.to_owned(), port }
+    fn host(name: &str, port: u16) -> BackendTarget {
+        BackendTarget::Host { name: name.to_owned(), port }
     }
 
     #[test]
     fn a_target_is_an_address_a_host_or_a_service() {
         for (text, expected) in [
-            ("10.0.1.10:80", Target::Address("10.0.1.10:80".parse().unwrap())),
-            ("[::1]:65535", Target::Address("[::1]:65535".parse().unwrap())),
+            ("10.0.1.10:80", BackendTarget::Address("10.0.1.10:80".parse().unwrap())),
+            ("[::1]:65535", BackendTarget::Address("[::1]:65535".parse().unwrap())),
             ("localhost:1", host("localhost", 1)),
             ("name.example.com:80", host("name.example.com", 80)),
             ("1.2.3.4a:80", host("1.2.3.4a", 80)),
             ("xn--bcher-kva.example:65535", host("xn--bcher-kva.example", 65_535)),
-            ("_http._tcp.example.com", Target::Service("_http._tcp.example.com".to_owned())),
+            ("_http._tcp.example.com", BackendTarget::Service("_http._tcp.example.com".to_owned())),
         ] {
             assert_eq!(target(text), Ok(expected.clone()), "{text}");
             assert_eq!(expected.to_string(), text);

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 /// Why a text is none of what it should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be {must}")]
-pub struct Malformed {
+pub struct MalformedValue {
     /// What it must be, to follow "must be".
     pub must: &'static str,
     /// What is wrong with the text, to follow the text itself; often empty.
@@ -47,7 +47,7 @@ const SIZES: [(&str, u64); 7] = [
 ///
 /// # Errors
 /// Where it is no number, has no unit or another one, or is longer.
-pub fn duration(text: &str) -> Result<Duration, Malformed> {
+pub fn duration(text: &str) -> Result<Duration, MalformedValue> {
     counted(text, &TIMES, DURATION, "at most 5124095h").map(Duration::from_nanos)
 }
 
@@ -55,7 +55,7 @@ pub fn duration(text: &str) -> Result<Duration, Malformed> {
 ///
 /// # Errors
 /// Where it is no number, has no unit or another one, or is more than 64 bits count.
-pub fn size(text: &str) -> Result<u64, Malformed> {
+pub fn size(text: &str) -> Result<u64, MalformedValue> {
     counted(text, &SIZES, SIZE, "at most 17179869183GiB")
 }
 
@@ -64,26 +64,26 @@ fn counted(
     units: &[(&str, u64)],
     must: &'static str,
     limit: &'static str,
-) -> Result<u64, Malformed> {
+) -> Result<u64, MalformedValue> {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, unit) = text.split_at(end);
     if digits.is_empty() {
-        return Err(Malformed { must, because: "" });
+        return Err(MalformedValue { must, because: "" });
     }
     if unit.is_empty() {
-        return Err(Malformed { must, because: ", which has no unit" });
+        return Err(MalformedValue { must, because: ", which has no unit" });
     }
     if unit.contains(char::is_whitespace) {
-        return Err(Malformed { must, because: ", which has a blank in it" });
+        return Err(MalformedValue { must, because: ", which has a blank in it" });
     }
     if unit.starts_with('.') {
-        return Err(Malformed { must, because: ", which is no whole number: take a smaller unit" });
+        return Err(MalformedValue { must, because: ", which is no whole number: take a smaller unit" });
     }
     let Some((_, factor)) = units.iter().find(|(name, _)| *name == unit) else {
-        return Err(Malformed { must, because: ", which has a unit that is not known" });
+        return Err(MalformedValue { must, because: ", which has a unit that is not known" });
     };
     let count = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(*factor));
-    count.ok_or(Malformed { must: limit, because: "" })
+    count.ok_or(MalformedValue { must: limit, because: "" })
 }
 
 /// Reads a whole number and a unit of time behind a slash, as the time from one to the next: from one in an hour to
@@ -91,20 +91,22 @@ fn counted(
 ///
 /// # Errors
 /// Where it has another form, or is slower or faster.
-pub fn rate(text: &str) -> Result<Duration, Malformed> {
+pub fn rate(text: &str) -> Result<Duration, MalformedValue> {
     const FASTEST: u64 = 1_000;
     let (count, unit) =
-        text.split_once('/').ok_or(Malformed { must: RATE, because: ", which has no unit" })?;
+        text.split_once('/').ok_or(MalformedValue { must: RATE, because: ", which has no unit" })?;
     if count.is_empty() || !count.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(Malformed { must: RATE, because: "" });
+        return Err(MalformedValue { must: RATE, because: "" });
     }
     let known = TIMES.iter().find(|(name, _)| *name == unit && unit != "ms");
     let (_, nanos) =
-        known.ok_or(Malformed { must: RATE, because: ", which has a unit that is not known" })?;
+        known.ok_or(MalformedValue { must: RATE, because: ", which has a unit that is not known" })?;
     let interval = count.parse::<u64>().map_or(Some(0), |count| nanos.checked_div(count));
     match interval {
-        None => Err(Malformed { must: "more than 0", because: ": state = \"disabled\" carries nothing" }),
-        Some(nanos) if nanos < FASTEST => Err(Malformed { must: "at most 1000000/s", because: "" }),
+        None => {
+            Err(MalformedValue { must: "more than 0", because: ": state = \"disabled\" carries nothing" })
+        }
+        Some(nanos) if nanos < FASTEST => Err(MalformedValue { must: "at most 1000000/s", because: "" }),
         Some(nanos) => Ok(Duration::from_nanos(nanos)),
     }
 }
@@ -113,27 +115,27 @@ pub fn rate(text: &str) -> Result<Duration, Malformed> {
 ///
 /// # Errors
 /// Where it has another form, or is less than a KiB.
-pub fn bandwidth(text: &str) -> Result<u64, Malformed> {
+pub fn bandwidth(text: &str) -> Result<u64, MalformedValue> {
     const LEAST: u64 = 1 << 10;
     let per_second = text.strip_suffix("/s");
     let size =
-        per_second.ok_or(Malformed { must: BANDWIDTH, because: ", which has no \"/s\" at its end" })?;
+        per_second.ok_or(MalformedValue { must: BANDWIDTH, because: ", which has no \"/s\" at its end" })?;
     match counted(size, &SIZES, BANDWIDTH, "at most 17179869183GiB/s")? {
-        bytes if bytes < LEAST => Err(Malformed { must: "at least 1KiB/s", because: "" }),
+        bytes if bytes < LEAST => Err(MalformedValue { must: "at least 1KiB/s", because: "" }),
         bytes => Ok(bytes),
     }
 }
 
 /// One address with a port, or with several in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ports {
+pub struct BindPorts {
     /// The address with its first port; port 0 is the system's choice.
     pub first: SocketAddr,
     /// The last port, at least the first.
     pub last: u16,
 }
 
-impl Ports {
+impl BindPorts {
     /// How many ports there are, at least one.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -155,55 +157,55 @@ impl Ports {
 ///
 /// # Errors
 /// Where the address or a port is none, or the range is reversed or holds port 0.
-pub fn ports(text: &str) -> Result<Ports, Malformed> {
-    let form = Malformed { must: PORTS, because: "" };
+pub fn ports(text: &str) -> Result<BindPorts, MalformedValue> {
+    let form = MalformedValue { must: PORTS, because: "" };
     let (host, range) = text.rsplit_once(':').ok_or(form)?;
     let (first, last) = range.split_once('-').unwrap_or((range, range));
     let ranged = range.contains('-');
     let (first, last) = (port(first)?, port(last)?);
     if first > last {
-        return Err(Malformed {
+        return Err(MalformedValue {
             must: "a range of ports from the lower to the higher",
             because: ", which is reversed",
         });
     }
     if ranged && first == 0 {
-        return Err(Malformed { must: "a range of ports from 1 up", because: ", which starts at 0" });
+        return Err(MalformedValue { must: "a range of ports from 1 up", because: ", which starts at 0" });
     }
     let first = format!("{host}:{first}").parse().map_err(|_| without_brackets(host).unwrap_or(form))?;
-    Ok(Ports { first, last })
+    Ok(BindPorts { first, last })
 }
 
-fn port(digits: &str) -> Result<u16, Malformed> {
+fn port(digits: &str) -> Result<u16, MalformedValue> {
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(Malformed { must: PORTS, because: "" });
+        return Err(MalformedValue { must: PORTS, because: "" });
     }
-    digits.parse().map_err(|_| Malformed { must: PORTS, because: ", which has a port above 65535" })
+    digits.parse().map_err(|_| MalformedValue { must: PORTS, because: ", which has a port above 65535" })
 }
 
 /// What is wrong with an IPv6 address that stands bare before its port.
-fn without_brackets(host: &str) -> Option<Malformed> {
+fn without_brackets(host: &str) -> Option<MalformedValue> {
     host.parse::<std::net::Ipv6Addr>().ok()?;
-    Some(Malformed { must: PORTS, because: ": an IPv6 address stands in brackets before its port" })
+    Some(MalformedValue { must: PORTS, because: ": an IPv6 address stands in brackets before its port" })
 }
 
 /// Reads `network/bits`, or one address as a network of its own. Bits behind the prefix are cleared.
 ///
 /// # Errors
 /// Where it is neither.
-pub fn network(text: &str) -> Result<IpNet, Malformed> {
+pub fn network(text: &str) -> Result<IpNet, MalformedValue> {
     let network = match text.parse::<IpAddr>() {
         Ok(address) => Ok(IpNet::from(address)),
         Err(_) => text.parse::<IpNet>(),
     };
-    network.map(|network| network.trunc()).map_err(|_| Malformed { must: NETWORK, because: "" })
+    network.map(|network| network.trunc()).map_err(|_| MalformedValue { must: NETWORK, because: "" })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn why<T: std::fmt::Debug>(read: Result<T, Malformed>) -> &'static str {
+    fn why<T: std::fmt::Debug>(read: Result<T, MalformedValue>) -> &'static str {
         read.unwrap_err().because
     }
 
@@ -215,7 +217,7 @@ mod tests {
         assert_eq!(duration("1m"), Ok(Duration::from_secs(60)));
         assert_eq!(duration("007h"), Ok(Duration::from_secs(7 * 3600)));
         for text in ["", "s", "-5s", "+5s", " 5s", "fast"] {
-            assert_eq!(duration(text), Err(Malformed { must: DURATION, because: "" }), "{text}");
+            assert_eq!(duration(text), Err(MalformedValue { must: DURATION, because: "" }), "{text}");
         }
         assert_eq!(why(duration("5")), ", which has no unit");
         assert_eq!(why(duration("1.5s")), ", which is no whole number: take a smaller unit");
@@ -277,7 +279,7 @@ mod tests {
             assert_eq!(why(rate(text)), ", which has a unit that is not known", "{text}");
         }
         for text in ["/s", "-1/s", "1.5/s", " 1/s", "1 /s"] {
-            assert_eq!(rate(text), Err(Malformed { must: RATE, because: "" }), "{text}");
+            assert_eq!(rate(text), Err(MalformedValue { must: RATE, because: "" }), "{text}");
         }
         assert_eq!(rate("0/s").unwrap_err().must, "more than 0");
         for text in ["1000001/s", "60000001/m", "99999999999999999999999/h"] {
@@ -318,10 +320,10 @@ mod tests {
     #[test]
     fn any_other_bind_says_what_is_wrong() {
         for text in ["", "8080", "0.0.0.0", ":8080", "0.0.0.0:", "0.0.0.0:-", "0.0.0.0:80-", "0.0.0.0:+80"] {
-            assert_eq!(ports(text), Err(Malformed { must: PORTS, because: "" }), "{text}");
+            assert_eq!(ports(text), Err(MalformedValue { must: PORTS, because: "" }), "{text}");
         }
-        assert_eq!(ports("localhost:80"), Err(Malformed { must: PORTS, because: "" }));
-        assert_eq!(ports("0.0.0.0:80-81-82"), Err(Malformed { must: PORTS, because: "" }));
+        assert_eq!(ports("localhost:80"), Err(MalformedValue { must: PORTS, because: "" }));
+        assert_eq!(ports("0.0.0.0:80-81-82"), Err(MalformedValue { must: PORTS, because: "" }));
         assert_eq!(why(ports("0.0.0.0:8083-8080")), ", which is reversed");
         assert_eq!(why(ports("0.0.0.0:0-5")), ", which starts at 0");
         assert_eq!(why(ports("0.0.0.0:65535-65536")), ", which has a port above 65535");
@@ -338,7 +340,7 @@ mod tests {
         assert_eq!(network("0.0.0.0/0").unwrap().prefix_len(), 0);
         assert_eq!(network("::/128").unwrap().prefix_len(), 128);
         for text in ["", "10.0.0.0/33", "::/129", "10.0.0", "vpc", "10.0.0.0/", "10.0.0.1:80"] {
-            assert_eq!(network(text), Err(Malformed { must: NETWORK, because: "" }), "{text}");
+            assert_eq!(network(text), Err(MalformedValue { must: NETWORK, because: "" }), "{text}");
         }
         assert_eq!(network("x").unwrap_err().to_string(), format!("must be {NETWORK}"));
     }

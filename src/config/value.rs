@@ -10,11 +10,13 @@ use std::time::Duration;
 use toml::de::DeValue;
 
 pub(super) use self::address::{HostName, Nameserver};
-pub(super) use self::pool::{Bytes, HostHeader, Match, PathAndQuery, PreferZone, ProbeKind, SendProxy};
+pub(super) use self::pool::{
+    HostHeader, MatchKind, PathAndQuery, PreferZone, ProbeBytes, ProbeKind, SendProxy,
+};
 use super::section::{FromToml, quoted, shown};
 use super::suggest;
-use super::unit::{self, Malformed};
-use super::{AccessLog, Fallback, Format, Level, Mode, Protocol};
+use super::unit::{self, MalformedValue};
+use super::{AccessLogTarget, Fallback, LimitMode, LogFormat, LogLevel, Protocol};
 use crate::id::EndpointId;
 
 fn must_be(wanted: &str, value: &DeValue<'_>) -> String {
@@ -25,7 +27,7 @@ fn must_be(wanted: &str, value: &DeValue<'_>) -> String {
 fn with_unit<T>(
     value: &DeValue<'_>,
     wanted: &str,
-    read: fn(&str) -> Result<T, Malformed>,
+    read: fn(&str) -> Result<T, MalformedValue>,
 ) -> Result<T, String> {
     if value.is_integer() || value.is_float() {
         return Err(format!("must be {wanted}, found the bare number {}", shown(value)));
@@ -57,12 +59,12 @@ fn one_of(words: &[String]) -> String {
 
 /// A whole number from `LEAST` to `MOST`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Whole<const LEAST: u64, const MOST: u64>(pub(super) u64);
+pub(super) struct BoundedInt<const LEAST: u64, const MOST: u64>(pub(super) u64);
 
 /// A whole number from `LEAST` to what 32 bits count.
-pub(super) type Count<const LEAST: u64> = Whole<LEAST, { u32::MAX as u64 }>;
+pub(super) type Count<const LEAST: u64> = BoundedInt<LEAST, { u32::MAX as u64 }>;
 
-impl<const LEAST: u64, const MOST: u64> FromToml for Whole<LEAST, MOST> {
+impl<const LEAST: u64, const MOST: u64> FromToml for BoundedInt<LEAST, MOST> {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let number = value.as_integer().and_then(|n| u64::from_str_radix(n.as_str(), n.radix()).ok());
         match number {
@@ -72,7 +74,7 @@ impl<const LEAST: u64, const MOST: u64> FromToml for Whole<LEAST, MOST> {
     }
 }
 
-impl<const LEAST: u64, const MOST: u64> Whole<LEAST, MOST> {
+impl<const LEAST: u64, const MOST: u64> BoundedInt<LEAST, MOST> {
     /// As a number of things in memory.
     pub(super) fn as_usize(self) -> usize {
         usize::try_from(self.0).unwrap_or(usize::MAX)
@@ -103,9 +105,9 @@ impl FromToml for String {
 
 /// What a table is called.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Name(pub(super) String);
+pub(super) struct TableName(pub(super) String);
 
-impl FromToml for Name {
+impl FromToml for TableName {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         const LONGEST: usize = 64;
         let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
@@ -126,9 +128,9 @@ impl FromToml for Duration {
 
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Size(pub(super) u64);
+pub(super) struct ByteSize(pub(super) u64);
 
-impl FromToml for Size {
+impl FromToml for ByteSize {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         with_unit(value, unit::SIZE, unit::size).map(Self)
     }
@@ -136,12 +138,12 @@ impl FromToml for Size {
 
 /// So many sessions at once, at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sessions(pub(super) usize);
+pub(super) struct SessionCount(pub(super) usize);
 
-impl FromToml for Sessions {
+impl FromToml for SessionCount {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let sessions = Count::<1>::from_toml(value).map(|sessions| Self(sessions.as_usize()));
-        let is_none = Whole::<0, 0>::from_toml(value).is_ok();
+        let is_none = BoundedInt::<0, 0>::from_toml(value).is_ok();
         sessions.map_err(|message| if is_none { message + NOTHING } else { message })
     }
 }
@@ -151,9 +153,9 @@ const NOTHING: &str = ": state = \"disabled\" carries nothing";
 
 /// From one to the next, of things that come so many in a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Interval(pub(super) Duration);
+pub(super) struct RateInterval(pub(super) Duration);
 
-impl FromToml for Interval {
+impl FromToml for RateInterval {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         with_unit(value, unit::RATE, unit::rate).map(Self)
     }
@@ -161,15 +163,15 @@ impl FromToml for Interval {
 
 /// A number of bytes in each second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PerSecond(pub(super) u64);
+pub(super) struct BytesPerSecond(pub(super) u64);
 
-impl FromToml for PerSecond {
+impl FromToml for BytesPerSecond {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         with_unit(value, unit::BANDWIDTH, unit::bandwidth).map(Self)
     }
 }
 
-impl FromToml for Mode {
+impl FromToml for LimitMode {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         word(value, &[("enforce", Self::Enforce), ("observe", Self::Observe)])
     }
@@ -202,12 +204,12 @@ impl FromToml for EndpointId {
 
 /// Whether a header must come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ProxyProtocol {
+pub(super) enum ProxyProtocolMode {
     Require,
     Off,
 }
 
-impl FromToml for ProxyProtocol {
+impl FromToml for ProxyProtocolMode {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         word(value, &[("require", Self::Require), ("off", Self::Off)])
     }
@@ -231,7 +233,7 @@ impl FromToml for Fallback {
     }
 }
 
-impl FromToml for Level {
+impl FromToml for LogLevel {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let levels = [
             ("error", Self::Error),
@@ -244,13 +246,13 @@ impl FromToml for Level {
     }
 }
 
-impl FromToml for Format {
+impl FromToml for LogFormat {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         word(value, &[("json", Self::Json), ("text", Self::Text)])
     }
 }
 
-impl FromToml for AccessLog {
+impl FromToml for AccessLogTarget {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         text(value, "\"stdout\", \"off\" or the path of a file", |text| match text {
             "" => None,
@@ -279,9 +281,9 @@ impl FromToml for SocketPath {
 
 /// Whether a tenant's traffic is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct State(pub(super) bool);
+pub(super) struct TenantState(pub(super) bool);
 
-impl FromToml for State {
+impl FromToml for TenantState {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         word(value, &[("enabled", Self(true)), ("disabled", Self(false))])
     }
@@ -314,9 +316,9 @@ mod tests {
 
     #[test]
     fn whole_numbers_have_both_bounds() {
-        type Percent = Whole<1, 100>;
+        type Percent = BoundedInt<1, 100>;
         for (text, number) in [("1", 1), ("100", 100), ("0x10", 16), ("1_0", 10)] {
-            assert_eq!(read(text), Ok(Whole::<1, 100>(number)));
+            assert_eq!(read(text), Ok(BoundedInt::<1, 100>(number)));
         }
         for text in ["0", "101", "-1", "99999999999999999999999", "1.5", "\"4\"", "true"] {
             assert!(
@@ -324,9 +326,9 @@ mod tests {
                 "{text}"
             );
         }
-        assert_eq!(read::<Count<0>>("4294967295").map(Whole::as_u32), Ok(u32::MAX));
+        assert_eq!(read::<Count<0>>("4294967295").map(BoundedInt::as_u32), Ok(u32::MAX));
         assert!(read::<Count<0>>("4294967296").is_err());
-        let most = Whole::<0, { u64::MAX }>(u64::MAX);
+        let most = BoundedInt::<0, { u64::MAX }>(u64::MAX);
         assert_eq!((most.as_u16(), most.as_u32()), (u16::MAX, u32::MAX));
         assert_eq!(most.as_usize(), usize::MAX);
     }
@@ -337,41 +339,41 @@ mod tests {
             refused::<Duration>("5").ends_with("such as \"5s\" (ms, s, m or h), found the bare number 5")
         );
         assert!(refused::<Duration>("0.5").ends_with("found the bare number 0.5"));
-        assert!(refused::<Size>("64").ends_with("found the bare number 64"));
+        assert!(refused::<ByteSize>("64").ends_with("found the bare number 64"));
         assert!(refused::<Duration>("true").ends_with("found true"));
         assert!(refused::<Duration>("\"5\"").ends_with("found \"5\", which has no unit"));
-        assert_eq!(read("\"2KiB\""), Ok(Size(2048)));
-        assert!(refused::<Interval>("200").ends_with("(s, m or h), found the bare number 200"));
+        assert_eq!(read("\"2KiB\""), Ok(ByteSize(2048)));
+        assert!(refused::<RateInterval>("200").ends_with("(s, m or h), found the bare number 200"));
         assert_eq!(
-            refused::<Interval>("\"0/s\""),
+            refused::<RateInterval>("\"0/s\""),
             "must be more than 0, found \"0/s\": state = \"disabled\" carries nothing"
         );
-        assert_eq!(read("1"), Ok(Sessions(1)));
-        assert!(refused::<Sessions>("0").ends_with("found 0: state = \"disabled\" carries nothing"));
-        assert!(refused::<Sessions>("-1").ends_with("from 1 to 4294967295, found -1"));
-        assert!(refused::<PerSecond>("5000").ends_with("found the bare number 5000"));
-        assert_eq!(read("\"2KiB/s\""), Ok(PerSecond(2048)));
+        assert_eq!(read("1"), Ok(SessionCount(1)));
+        assert!(refused::<SessionCount>("0").ends_with("found 0: state = \"disabled\" carries nothing"));
+        assert!(refused::<SessionCount>("-1").ends_with("from 1 to 4294967295, found -1"));
+        assert!(refused::<BytesPerSecond>("5000").ends_with("found the bare number 5000"));
+        assert_eq!(read("\"2KiB/s\""), Ok(BytesPerSecond(2048)));
     }
 
     #[test]
     fn names_have_a_length_and_an_alphabet() {
         let longest = format!("\"{}\"", "a".repeat(64));
-        assert!(read::<Name>(&longest).is_ok());
-        assert!(read::<Name>("\"A-z_0.9\"").is_ok());
+        assert!(read::<TableName>(&longest).is_ok());
+        assert!(read::<TableName>("\"A-z_0.9\"").is_ok());
         for text in ["\"\"", &longest.replacen('a', "aa", 1), "\"a b\"", "\"é\"", "\"a/b\"", "5"] {
-            assert!(read::<Name>(text).is_err(), "{text}");
+            assert!(read::<TableName>(text).is_err(), "{text}");
         }
     }
 
     #[test]
     fn words_suggest_the_closest() {
         assert_eq!(
-            refused::<Level>("\"wran\""),
+            refused::<LogLevel>("\"wran\""),
             "must be \"error\", \"warn\", \"info\", \"debug\" or \"trace\", found \"wran\": did you mean \"warn\"?"
         );
         assert_eq!(refused::<Protocol>("\"quic\""), "must be \"tcp\" or \"udp\", found \"quic\"");
         assert_eq!(
-            refused::<Format>("1979-05-27"),
+            refused::<LogFormat>("1979-05-27"),
             "must be \"json\" or \"text\", found the date 1979-05-27"
         );
         assert_eq!(one_of(&[]), "");
@@ -404,10 +406,10 @@ mod tests {
 
     #[test]
     fn the_access_log_goes_somewhere() {
-        assert_eq!(read("\"off\""), Ok(AccessLog::Off));
-        assert_eq!(read("\"stdout\""), Ok(AccessLog::Stdout));
-        assert_eq!(read("\"/var/log/access\""), Ok(AccessLog::File("/var/log/access".into())));
-        assert!(read::<AccessLog>("\"\"").is_err());
+        assert_eq!(read("\"off\""), Ok(AccessLogTarget::Off));
+        assert_eq!(read("\"stdout\""), Ok(AccessLogTarget::Stdout));
+        assert_eq!(read("\"/var/log/access\""), Ok(AccessLogTarget::File("/var/log/access".into())));
+        assert!(read::<AccessLogTarget>("\"\"").is_err());
     }
 
     #[test]

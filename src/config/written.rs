@@ -8,52 +8,52 @@ use std::time::Duration;
 use ipnet::IpNet;
 use toml::de::DeTable;
 
-pub(super) use self::pool::{Backend, Pool, Probe};
-use super::error::Fault;
-use super::section::{Field, Head, List, Pairs, Section};
-use super::unit::Ports;
+pub(super) use self::pool::{RawBackend, RawPool, RawProbe};
+use super::error::ConfigError;
+use super::section::{Pairs, ParsedField, ParsedList, Section, TableHead};
+use super::unit::BindPorts;
 use super::value::{
-    Count, HostName, Interval, Name, Nameserver, PerSecond, ProxyProtocol, Sessions, Size, SocketPath, State,
-    UrlPath, Whole,
+    BoundedInt, ByteSize, BytesPerSecond, Count, HostName, Nameserver, ProxyProtocolMode, RateInterval,
+    SessionCount, SocketPath, TableName, TenantState, UrlPath,
 };
-use super::{AccessLog, BareDatagrams, Fallback, Format, Level, Mode, OnRevoke, Protocol};
+use super::{AccessLogTarget, BareDatagrams, Fallback, LimitMode, LogFormat, LogLevel, OnRevoke, Protocol};
 use crate::id::EndpointId;
 
 /// Everything that was written, in all files, and what was wrong with its form.
 #[derive(Debug, Default)]
-pub(super) struct Written {
+pub(super) struct RawConfig {
     /// The main file as a whole.
-    pub(super) head: Option<Head>,
-    pub(super) faults: Vec<Fault>,
-    pub(super) process: Process,
-    pub(super) admin: Admin,
-    pub(super) health: HealthEndpoint,
-    pub(super) log: Log,
-    pub(super) timeouts: Timeouts,
-    pub(super) drain: Drain,
-    pub(super) dns: Dns,
-    pub(super) listeners: Vec<Listener>,
-    pub(super) pools: Vec<Pool>,
-    pub(super) tenants: Vec<Tenant>,
+    pub(super) head: Option<TableHead>,
+    pub(super) faults: Vec<ConfigError>,
+    pub(super) process: RawProcess,
+    pub(super) admin: RawAdmin,
+    pub(super) health: RawHealth,
+    pub(super) log: RawLog,
+    pub(super) timeouts: RawTimeouts,
+    pub(super) drain: RawDrain,
+    pub(super) dns: RawDns,
+    pub(super) listeners: Vec<RawListener>,
+    pub(super) pools: Vec<RawPool>,
+    pub(super) tenants: Vec<RawTenant>,
     /// `[tenant-defaults]`
-    pub(super) tenant_defaults: TenantDefaults,
+    pub(super) tenant_defaults: RawTenantDefaults,
     /// Where `[tenant-defaults]` stands.
-    pub(super) defaults: Option<Head>,
+    pub(super) defaults: Option<TableHead>,
 }
 
 /// `[process]`
 #[derive(Debug, Default)]
-pub(super) struct Process {
-    pub(super) workers: Field<Whole<0, 1024>>,
-    pub(super) max_sessions: Field<Count<0>>,
-    pub(super) pipe_memory: Field<Size>,
-    pub(super) buffer_memory: Field<Size>,
-    pub(super) unsent_memory: Field<Size>,
-    pub(super) watch: Field<bool>,
+pub(super) struct RawProcess {
+    pub(super) workers: ParsedField<BoundedInt<0, 1024>>,
+    pub(super) max_sessions: ParsedField<Count<0>>,
+    pub(super) pipe_memory: ParsedField<ByteSize>,
+    pub(super) buffer_memory: ParsedField<ByteSize>,
+    pub(super) unsent_memory: ParsedField<ByteSize>,
+    pub(super) watch: ParsedField<bool>,
 }
 
-impl Process {
-    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawProcess {
+    pub(super) fn read(head: &TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(head, table, faults);
         let read = Self {
             workers: section.take("workers"),
@@ -70,15 +70,15 @@ impl Process {
 
 /// `[admin]`
 #[derive(Debug, Default)]
-pub(super) struct Admin {
-    pub(super) head: Option<Head>,
-    pub(super) bind: Field<SocketAddr>,
-    pub(super) socket: Field<SocketPath>,
-    pub(super) hosts: Field<List<HostName>>,
+pub(super) struct RawAdmin {
+    pub(super) head: Option<TableHead>,
+    pub(super) bind: ParsedField<SocketAddr>,
+    pub(super) socket: ParsedField<SocketPath>,
+    pub(super) hosts: ParsedField<ParsedList<HostName>>,
 }
 
-impl Admin {
-    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawAdmin {
+    pub(super) fn read(head: TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(&head, table, faults);
         let (bind, socket) = (section.take("bind"), section.take("socket"));
         let hosts = section.take_list("hosts");
@@ -89,15 +89,15 @@ impl Admin {
 
 /// `[health]`
 #[derive(Debug, Default)]
-pub(super) struct HealthEndpoint {
-    pub(super) head: Option<Head>,
-    pub(super) bind: Field<SocketAddr>,
-    pub(super) path: Field<UrlPath>,
-    pub(super) trusted_sources: Field<List<IpNet>>,
+pub(super) struct RawHealth {
+    pub(super) head: Option<TableHead>,
+    pub(super) bind: ParsedField<SocketAddr>,
+    pub(super) path: ParsedField<UrlPath>,
+    pub(super) trusted_sources: ParsedField<ParsedList<IpNet>>,
 }
 
-impl HealthEndpoint {
-    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawHealth {
+    pub(super) fn read(head: TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(&head, table, faults);
         let (bind, path) = (section.take("bind"), section.take("path"));
         let trusted_sources = section.take_list("trusted-sources");
@@ -108,14 +108,14 @@ impl HealthEndpoint {
 
 /// `[log]`
 #[derive(Debug, Default)]
-pub(super) struct Log {
-    pub(super) level: Field<Level>,
-    pub(super) format: Field<Format>,
-    pub(super) access: Field<AccessLog>,
+pub(super) struct RawLog {
+    pub(super) level: ParsedField<LogLevel>,
+    pub(super) format: ParsedField<LogFormat>,
+    pub(super) access: ParsedField<AccessLogTarget>,
 }
 
-impl Log {
-    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawLog {
+    pub(super) fn read(head: &TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(head, table, faults);
         let read = Self {
             level: section.take("level"),
@@ -129,19 +129,19 @@ impl Log {
 
 /// `[timeouts]`
 #[derive(Debug, Default)]
-pub(super) struct Timeouts {
-    pub(super) head: Option<Head>,
-    pub(super) header: Field<Duration>,
-    pub(super) connect: Field<Duration>,
-    pub(super) idle: Field<Duration>,
-    pub(super) half_close: Field<Duration>,
-    pub(super) flow_idle: Field<Duration>,
-    pub(super) tcp_user_timeout: Field<Duration>,
-    pub(super) stall: Field<Duration>,
+pub(super) struct RawTimeouts {
+    pub(super) head: Option<TableHead>,
+    pub(super) header: ParsedField<Duration>,
+    pub(super) connect: ParsedField<Duration>,
+    pub(super) idle: ParsedField<Duration>,
+    pub(super) half_close: ParsedField<Duration>,
+    pub(super) flow_idle: ParsedField<Duration>,
+    pub(super) tcp_user_timeout: ParsedField<Duration>,
+    pub(super) stall: ParsedField<Duration>,
 }
 
-impl Timeouts {
-    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawTimeouts {
+    pub(super) fn read(head: TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(&head, table, faults);
         let (header, connect) = (section.take("header"), section.take("connect"));
         let (idle, half_close) = (section.take("idle"), section.take("half-close"));
@@ -154,15 +154,15 @@ impl Timeouts {
 
 /// `[drain]`
 #[derive(Debug, Default)]
-pub(super) struct Drain {
-    pub(super) notice: Field<Duration>,
-    pub(super) quiet: Field<Duration>,
-    pub(super) idle: Field<Duration>,
-    pub(super) deadline: Field<Duration>,
+pub(super) struct RawDrain {
+    pub(super) notice: ParsedField<Duration>,
+    pub(super) quiet: ParsedField<Duration>,
+    pub(super) idle: ParsedField<Duration>,
+    pub(super) deadline: ParsedField<Duration>,
 }
 
-impl Drain {
-    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawDrain {
+    pub(super) fn read(head: &TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(head, table, faults);
         let read = Self {
             notice: section.take("notice"),
@@ -177,17 +177,17 @@ impl Drain {
 
 /// `[dns]`
 #[derive(Debug, Default)]
-pub(super) struct Dns {
-    pub(super) head: Option<Head>,
-    pub(super) servers: Field<List<Nameserver>>,
-    pub(super) timeout: Field<Duration>,
-    pub(super) min_ttl: Field<Duration>,
-    pub(super) max_ttl: Field<Duration>,
-    pub(super) allow_answers: Field<List<IpNet>>,
+pub(super) struct RawDns {
+    pub(super) head: Option<TableHead>,
+    pub(super) servers: ParsedField<ParsedList<Nameserver>>,
+    pub(super) timeout: ParsedField<Duration>,
+    pub(super) min_ttl: ParsedField<Duration>,
+    pub(super) max_ttl: ParsedField<Duration>,
+    pub(super) allow_answers: ParsedField<ParsedList<IpNet>>,
 }
 
-impl Dns {
-    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawDns {
+    pub(super) fn read(head: TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(&head, table, faults).knowing(&["min-ttl", "max-ttl"]);
         let (servers, timeout) = (section.take_list("servers"), section.take("timeout"));
         let (min_ttl, max_ttl) = (section.take("min-ttl"), section.take("max-ttl"));
@@ -199,24 +199,24 @@ impl Dns {
 
 /// `[[listener]]`
 #[derive(Debug)]
-pub(super) struct Listener {
-    pub(super) head: Head,
-    pub(super) name: Field<Name>,
-    pub(super) bind: Field<List<Ports>>,
-    pub(super) protocol: Field<Protocol>,
-    pub(super) proxy_protocol: Field<ProxyProtocol>,
-    pub(super) trusted_sources: Field<List<IpNet>>,
-    pub(super) verify_crc: Field<bool>,
-    pub(super) pool: Field<String>,
-    pub(super) on_no_endpoint: Field<Fallback>,
-    pub(super) on_unknown_endpoint: Field<Fallback>,
-    pub(super) bare_datagrams: Field<BareDatagrams>,
-    pub(super) tenant: Field<String>,
-    pub(super) max_pending: Field<Count<1>>,
+pub(super) struct RawListener {
+    pub(super) head: TableHead,
+    pub(super) name: ParsedField<TableName>,
+    pub(super) bind: ParsedField<ParsedList<BindPorts>>,
+    pub(super) protocol: ParsedField<Protocol>,
+    pub(super) proxy_protocol: ParsedField<ProxyProtocolMode>,
+    pub(super) trusted_sources: ParsedField<ParsedList<IpNet>>,
+    pub(super) verify_crc: ParsedField<bool>,
+    pub(super) pool: ParsedField<String>,
+    pub(super) on_no_endpoint: ParsedField<Fallback>,
+    pub(super) on_unknown_endpoint: ParsedField<Fallback>,
+    pub(super) bare_datagrams: ParsedField<BareDatagrams>,
+    pub(super) tenant: ParsedField<String>,
+    pub(super) max_pending: ParsedField<Count<1>>,
 }
 
-impl Listener {
-    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawListener {
+    pub(super) fn read(head: TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(&head, table, faults);
         let name = section.require("name", "\"web\"");
         let bind = section.require_one_or_many("bind", "\"0.0.0.0:8080\"");
@@ -249,26 +249,26 @@ impl Listener {
 
 /// `[[tenant]]`
 #[derive(Debug)]
-pub(super) struct Tenant {
-    pub(super) head: Head,
-    pub(super) name: Field<Name>,
-    pub(super) endpoints: Field<List<EndpointId>>,
-    pub(super) pool: Field<String>,
-    pub(super) routes: Field<Pairs<String>>,
-    pub(super) state: Field<State>,
-    pub(super) labels: Field<Pairs<String>>,
-    pub(super) revoke: Revoke,
-    pub(super) limits: Limits,
+pub(super) struct RawTenant {
+    pub(super) head: TableHead,
+    pub(super) name: ParsedField<TableName>,
+    pub(super) endpoints: ParsedField<ParsedList<EndpointId>>,
+    pub(super) pool: ParsedField<String>,
+    pub(super) routes: ParsedField<Pairs<String>>,
+    pub(super) state: ParsedField<TenantState>,
+    pub(super) labels: ParsedField<Pairs<String>>,
+    pub(super) revoke: RawRevoke,
+    pub(super) limits: RawLimits,
 }
 
-impl Tenant {
-    pub(super) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawTenant {
+    pub(super) fn read(head: TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(&head, table, faults);
         let (name, endpoints) = (section.require("name", "\"acme\""), section.take_list("endpoints"));
         let (pool, routes) = (section.take("pool"), section.take_pairs("routes"));
         let (state, labels) = (section.take("state"), section.take_pairs("labels"));
-        let revoke = Revoke::within(&mut section);
-        let limits = Limits::within(&mut section);
+        let revoke = RawRevoke::within(&mut section);
+        let limits = RawLimits::within(&mut section);
         section.finish();
         Self { head, name, endpoints, pool, routes, state, labels, revoke, limits }
     }
@@ -276,12 +276,12 @@ impl Tenant {
 
 /// `on-revoke` and `revoke-grace` of `[[tenant]]` and `[tenant-defaults]`
 #[derive(Debug, Default)]
-pub(super) struct Revoke {
-    pub(super) on_revoke: Field<OnRevoke>,
-    pub(super) grace: Field<Duration>,
+pub(super) struct RawRevoke {
+    pub(super) on_revoke: ParsedField<OnRevoke>,
+    pub(super) grace: ParsedField<Duration>,
 }
 
-impl Revoke {
+impl RawRevoke {
     fn within(section: &mut Section<'_, '_>) -> Self {
         Self { on_revoke: section.take("on-revoke"), grace: section.take("revoke-grace") }
     }
@@ -289,15 +289,15 @@ impl Revoke {
 
 /// `[tenant-defaults]`
 #[derive(Debug, Default)]
-pub(super) struct TenantDefaults {
-    pub(super) revoke: Revoke,
-    pub(super) limits: Limits,
+pub(super) struct RawTenantDefaults {
+    pub(super) revoke: RawRevoke,
+    pub(super) limits: RawLimits,
 }
 
-impl TenantDefaults {
-    pub(super) fn read(head: &Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawTenantDefaults {
+    pub(super) fn read(head: &TableHead, table: DeTable<'_>, faults: &mut Vec<ConfigError>) -> Self {
         let mut section = Section::open(head, table, faults);
-        let (revoke, limits) = (Revoke::within(&mut section), Limits::within(&mut section));
+        let (revoke, limits) = (RawRevoke::within(&mut section), RawLimits::within(&mut section));
         section.finish();
         Self { revoke, limits }
     }
@@ -305,25 +305,25 @@ impl TenantDefaults {
 
 /// `[tenant.limits]` and `[tenant-defaults.limits]`
 #[derive(Debug, Default)]
-pub(super) struct Limits {
-    pub(super) mode: Field<Mode>,
-    pub(super) sessions: Field<Sessions>,
-    pub(super) session_rate: Field<Interval>,
-    pub(super) session_burst: Field<Count<1>>,
-    pub(super) to_backend: Field<PerSecond>,
-    pub(super) to_backend_burst: Field<Size>,
-    pub(super) to_client: Field<PerSecond>,
-    pub(super) to_client_burst: Field<Size>,
-    pub(super) flows: Field<Sessions>,
-    pub(super) datagram_rate: Field<Interval>,
-    pub(super) datagram_burst: Field<Count<1>>,
+pub(super) struct RawLimits {
+    pub(super) mode: ParsedField<LimitMode>,
+    pub(super) sessions: ParsedField<SessionCount>,
+    pub(super) session_rate: ParsedField<RateInterval>,
+    pub(super) session_burst: ParsedField<Count<1>>,
+    pub(super) to_backend: ParsedField<BytesPerSecond>,
+    pub(super) to_backend_burst: ParsedField<ByteSize>,
+    pub(super) to_client: ParsedField<BytesPerSecond>,
+    pub(super) to_client_burst: ParsedField<ByteSize>,
+    pub(super) flows: ParsedField<SessionCount>,
+    pub(super) datagram_rate: ParsedField<RateInterval>,
+    pub(super) datagram_burst: ParsedField<Count<1>>,
 }
 
-impl Limits {
+impl RawLimits {
     fn within(section: &mut Section<'_, '_>) -> Self {
         match section.take_table("limits") {
-            Field::Given(table) => Self::read(section.nested("limits.", table)),
-            Field::Absent | Field::Faulty => Self::default(),
+            ParsedField::Given(table) => Self::read(section.nested("limits.", table)),
+            ParsedField::Absent | ParsedField::Faulty => Self::default(),
         }
     }
 

@@ -5,17 +5,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::Flows;
-use super::socket::Door;
+use super::FlowWorker;
+use super::socket::UdpListenSocket;
 
 /// How many workers still have flows at an address that is given up.
 ///
 /// They close their sockets together: the kernel spreads datagrams over those that there are, and where one goes, those of
 /// other workers' flows would come to the wrong one.
 #[derive(Debug)]
-pub struct Vacancy(AtomicUsize);
+pub struct SocketRetirement(AtomicUsize);
 
-impl Vacancy {
+impl SocketRetirement {
     /// All of so many workers may have some.
     #[must_use]
     pub fn of(workers: usize) -> Arc<Self> {
@@ -33,11 +33,11 @@ impl Vacancy {
     }
 }
 
-impl<A> Flows<A> {
+impl<A> FlowWorker<A> {
     /// From now on no flow begins at a listener's address.
-    pub fn close(&self, listener: u32, address: SocketAddr, vacancy: &Arc<Vacancy>) {
+    pub fn close(&self, listener: u32, address: SocketAddr, vacancy: &Arc<SocketRetirement>) {
         let doors = self.doors.borrow();
-        let is_it = |door: &&Rc<Door>| door.is_at(listener, address) && !door.is_closing();
+        let is_it = |door: &&Rc<UdpListenSocket>| door.is_at(listener, address) && !door.is_closing();
         // Several where another process had more workers. Each leaves once.
         for door in doors.iter().flatten().filter(is_it) {
             vacancy.0.fetch_add(1, Ordering::AcqRel);
@@ -51,7 +51,7 @@ impl<A> Flows<A> {
     /// of the address than there were, the kernel would bring the datagrams of those flows to others.
     pub(super) fn reopen(&self, listener: u32, address: SocketAddr) -> bool {
         let doors = self.doors.borrow();
-        let is_it = |door: &&Rc<Door>| door.address() == address && door.is_closing();
+        let is_it = |door: &&Rc<UdpListenSocket>| door.address() == address && door.is_closing();
         let mut closing = doors.iter().flatten().filter(is_it).peekable();
         let is_there = closing.peek().is_some();
         closing.for_each(|door| {
@@ -66,7 +66,7 @@ impl<A> Flows<A> {
     /// Closes doors where no worker has a flow any more.
     pub(super) fn close_vacant(&self) {
         for place in self.doors.borrow_mut().iter_mut() {
-            if let Some(gone) = place.take_if(|door| door.is_vacant(Vacancy::is_complete)) {
+            if let Some(gone) = place.take_if(|door| door.is_vacant(SocketRetirement::is_complete)) {
                 self.count_drops(&gone);
             }
         }

@@ -26,9 +26,9 @@ sockopt_impl!(
 
 /// The drops of one socket that are counted already.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Drops(u32);
+pub(super) struct KernelDrops(u32);
 
-impl Drops {
+impl KernelDrops {
     /// What the socket drops from now on; what it dropped before was counted by another process.
     pub(super) fn from_now(socket: &impl AsFd) -> Self {
         Self(read(socket).unwrap_or(0))
@@ -59,7 +59,7 @@ mod tests {
         let [receiver, sender] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
         SockRef::from(&receiver).set_recv_buffer_size(1).unwrap();
         sender.connect(receiver.local_addr().unwrap()).unwrap();
-        let mut drops = Drops::default();
+        let mut drops = KernelDrops::default();
         assert_eq!(drops.take(&receiver), 0);
         (0..100).for_each(|_| assert_eq!(sender.send(&[0; 1_000]).unwrap(), 1_000));
         // On loopback what was sent is there, or was dropped.
@@ -67,6 +67,6 @@ mod tests {
         let taken = std::iter::from_fn(|| receiver.recv(&mut [0; 1_000]).ok()).count();
         assert!(taken < 100);
         assert_eq!(drops.take(&receiver), 100 - taken as u64);
-        assert_eq!((drops.take(&receiver), Drops::from_now(&receiver).take(&receiver)), (0, 0));
+        assert_eq!((drops.take(&receiver), KernelDrops::from_now(&receiver).take(&receiver)), (0, 0));
     }
 }

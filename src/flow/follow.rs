@@ -6,19 +6,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::life::{Flow, Found};
-use super::search::{For, Search, blame};
-use super::table::{FlowId, Who};
-use super::{Poll, State};
-use crate::account::meter::Connect;
-use crate::admission::ports::Ports;
+use super::life::{ConnectedBackend, Flow};
+use super::search::{BackendSearch, PortOwner, blame};
+use super::table::{FlowClient, FlowId};
+use super::{FlowWorkerState, Poll};
+use crate::account::meter::ConnectResult;
+use crate::admission::ports::LocalPorts;
 use crate::clock::Moment;
-use crate::pool::{Pool, Tried, pick};
+use crate::pool::{Pool, TriedBackends, pick};
 
 /// The time from one search for a backend in use that found none to the next.
 const SEARCH_AGAIN: Duration = Duration::from_millis(500);
 
-impl<A> State<A> {
+impl<A> FlowWorkerState<A> {
     /// Moves a flow to a backend in use where its own is unhealthy, ejected, has weight 0, or is no longer in the pool. Where
     /// none is in use it stays.
     pub(super) fn follow_pool(&mut self, id: FlowId, poll: &Poll, now: Moment) {
@@ -47,7 +47,7 @@ impl<A> Flow<A> {
         let heir = self.story.pool().and_then(|pool| pool.heir_of(picked.backend()));
         let Some((_, heir)) = heir.filter(|(_, heir)| heir.keeps_flows()) else { return false };
         self.picked = Some(picked.follow(&heir));
-        self.tried = Tried::default();
+        self.tried = TriedBackends::default();
         self.searches_at = Moment::default();
         true
     }
@@ -56,25 +56,27 @@ impl<A> Flow<A> {
     fn search(
         &mut self,
         pool: &Arc<Pool>,
-        who: Who,
-        ports: &Ports,
+        who: FlowClient,
+        ports: &LocalPorts,
         rolls: &mut fastrand::Rng,
         now: Moment,
-    ) -> Option<Found> {
+    ) -> Option<ConnectedBackend> {
         let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
-        let mut tried = Tried::default();
+        let mut tried = TriedBackends::default();
         let tenant = self.story.tenant_number();
         let picked = pool.pick_again(tenant, key, rolls.u64(..), &mut tried).ok();
         let picked = picked.filter(|picked| picked.keeps_flows())?;
-        match Search::new(pool, who, (ports, For::Holder(&self.port)), rolls, now).connect(&picked) {
+        match BackendSearch::new(pool, who, (ports, PortOwner::Holder(&self.port)), rolls, now)
+            .connect(&picked)
+        {
             Ok((socket, port)) => {
                 self.story.meter.leave();
                 self.story.meter.assume(picked.label());
-                Some(Found { socket, port, picked: Some(picked), tried, attempts: 1 })
+                Some(ConnectedBackend { socket, port, picked: Some(picked), tried, attempts: 1 })
             }
             Err(result) => {
                 self.story.meter.failed(picked.label(), result);
-                if !matches!(result, Connect::NoLocalPort | Connect::Shortage) {
+                if !matches!(result, ConnectResult::NoLocalPort | ConnectResult::Shortage) {
                     blame(pool, &picked, now);
                 }
                 None

@@ -8,26 +8,26 @@ use std::time::Duration;
 
 use quinn_udp::RecvMeta;
 
-use crate::account::log::{Journal, Marks, Record};
-use crate::account::meter::Meter;
-use crate::account::{Direction, EachWay, Label};
+use crate::account::log::{AccessLogRecord, AccessLogger, LogFlags};
+use crate::account::meter::SessionMetrics;
+use crate::account::{Direction, Label, PerDirection};
 use crate::addr::{BackendAddr, PeerAddr};
-use crate::admission::ports::Port;
+use crate::admission::ports::LocalPort;
 use crate::admission::quota::FlowPermit;
-use crate::admission::slots::Permit;
-use crate::clock::{self, Birth, Moment};
+use crate::admission::slots::SlotPermit;
+use crate::clock::{self, Moment, StartTime};
 use crate::id::SessionId;
 use crate::outcome::Outcome;
-use crate::pool::{Picked, Pool, Tried};
+use crate::pool::{PickedBackend, Pool, TriedBackends};
 use crate::state::Snapshot;
-use crate::state::rejections::{Line, Rejections};
+use crate::state::rejections::{LogLine, RejectionLog};
 use crate::tenant::Tenant;
 
 use super::datagrams;
-use super::drops::Drops;
+use super::drops::KernelDrops;
 use super::run::Span;
-use super::socket::{self, Door, ROOM};
-use super::table::Who;
+use super::socket::{self, ROOM, UdpListenSocket};
+use super::table::FlowClient;
 
 /// One flow. `aboard` is held as long, and so is the mark of its door.
 #[derive(Debug)]
@@ -35,10 +35,10 @@ pub(super) struct Flow<A> {
     /// Where a backend was found for it. Closing it takes it off the poll.
     pub(super) socket: UdpSocket,
     /// The local port of the socket.
-    pub(super) port: Port,
+    pub(super) port: LocalPort,
     /// Its backend, where the pool has it: a flow of another process may have one that is unknown here.
-    pub(super) picked: Option<Picked>,
-    pub(super) tried: Tried,
+    pub(super) picked: Option<PickedBackend>,
+    pub(super) tried: TriedBackends,
     pub(super) attempts: u32,
     /// When it looks again for a backend in use, while its own is not.
     pub(super) searches_at: Moment,
@@ -46,37 +46,37 @@ pub(super) struct Flow<A> {
     pub(super) is_answered: bool,
     /// Whether the limits have let its first datagram pass, which is still to come.
     pub(super) first_is_paid: bool,
-    pub(super) listening: Listening,
+    pub(super) listening: ReceiveMode,
     /// What the kernel has dropped at its socket, as far as it is counted.
-    pub(super) drops: Drops,
+    pub(super) drops: KernelDrops,
     /// The first datagram, as long as it is the only one and nobody has answered: another backend may be asked too.
     pub(super) first: Option<Box<[u8]>>,
     /// The header of the first datagram, for those that come without one; empty where the pool wants none.
     pub(super) header: Box<[u8]>,
-    pub(super) datagrams: EachWay<u64>,
+    pub(super) datagrams: PerDirection<u64>,
     pub(super) permit: FlowPermit,
-    pub(super) story: Story,
-    _slot: Permit,
+    pub(super) story: FlowLogContext,
+    _slot: SlotPermit,
     _aboard: (A, Rc<()>),
 }
 
 /// How a flow's answers are taken. Most come one by one, and the least that takes one is a plain `recv`. To take those that
 /// the kernel has put together needs more of it, and pays for whoever has many.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Listening {
+pub(super) enum ReceiveMode {
     /// One at a time; so many until it is looked for a second one.
     Singly(u8),
     /// All that there are. It stays so: the kernel does not take apart again what it has put together.
     Together,
 }
 
-impl Default for Listening {
+impl Default for ReceiveMode {
     fn default() -> Self {
         Self::Singly(Self::EVERY)
     }
 }
 
-impl Listening {
+impl ReceiveMode {
     /// Looking for a datagram that is not there costs about a fifth of what one costs.
     const EVERY: u8 = 16;
 
@@ -87,7 +87,7 @@ impl Listening {
     pub(super) fn hear(
         &mut self,
         socket: &UdpSocket,
-        door: &Door,
+        door: &UdpListenSocket,
         room: &mut [u8],
         metas: &mut [RecvMeta],
         spans: &mut Vec<Span>,
@@ -127,11 +127,11 @@ impl Listening {
 
 /// What is told of a flow when it has ended, as far as it has come.
 #[derive(Debug)]
-pub(super) struct Story {
+pub(super) struct FlowLogContext {
     pub(super) snapshot: Arc<Snapshot>,
-    pub(super) meter: Meter,
+    pub(super) meter: SessionMetrics,
     pub(super) session: SessionId,
-    pub(super) began: Birth,
+    pub(super) began: StartTime,
     pub(super) listener: u32,
     /// The places of its tenant and pool in the snapshot; beyond the last while they are not known.
     pub(super) tenant: u32,
@@ -142,21 +142,21 @@ pub(super) struct Story {
 pub(super) const NOWHERE: u32 = u32::MAX;
 
 /// What a backend was found with.
-pub(super) struct Found {
+pub(super) struct ConnectedBackend {
     pub(super) socket: UdpSocket,
-    pub(super) port: Port,
-    pub(super) picked: Option<Picked>,
-    pub(super) tried: Tried,
+    pub(super) port: LocalPort,
+    pub(super) picked: Option<PickedBackend>,
+    pub(super) tried: TriedBackends,
     pub(super) attempts: u32,
 }
 
 /// Where ends are written down.
-pub(super) struct Books<'a> {
-    pub(super) journal: &'a Journal,
-    pub(super) rejections: &'a Rejections,
+pub(super) struct FlowLogs<'a> {
+    pub(super) journal: &'a AccessLogger,
+    pub(super) rejections: &'a RejectionLog,
 }
 
-impl Story {
+impl FlowLogContext {
     pub(super) fn tenant(&self) -> Option<&Tenant> {
         self.snapshot.directory.tenants().get(self.tenant as usize)
     }
@@ -171,7 +171,7 @@ impl Story {
     }
 
     /// Counts the end, and writes its line, where it has one.
-    pub(super) fn end(self, outcome: Outcome, who: Told, books: &Books<'_>, now: Moment) {
+    pub(super) fn end(self, outcome: Outcome, who: FlowLogDetails, books: &FlowLogs<'_>, now: Moment) {
         let took = self.began.age(now);
         if outcome.is_logged() && books.journal.is_on() {
             let rules = self.snapshot.listeners.get(self.listener as usize);
@@ -184,13 +184,20 @@ impl Story {
         self.meter.end(outcome, took);
     }
 
-    fn write(&self, outcome: Outcome, who: Told, journal: &Journal, line: Line, took: Duration) {
+    fn write(
+        &self,
+        outcome: Outcome,
+        who: FlowLogDetails,
+        journal: &AccessLogger,
+        line: LogLine,
+        took: Duration,
+    ) {
         let labels = self.tenant().and_then(|tenant| tenant.labels.as_deref());
         let number = self.meter.labels()[1].serial();
         // By their names here: they need not be in any snapshot.
         let [listener, tenant, pool] = self.meter.labels().map(Label::name);
         let known = |name| Some(name).filter(|name: &&str| !name.is_empty());
-        let record = Record {
+        let record = AccessLogRecord {
             time: clock::wall(),
             session: self.session,
             listener,
@@ -206,10 +213,10 @@ impl Story {
             connect_ms: None,
             total_ms: took,
             outcome,
-            marks: Marks {
+            marks: LogFlags {
                 left_out: u32::try_from(line.left_out).unwrap_or(u32::MAX),
                 would_reject: who.would_reject,
-                ..Marks::default()
+                ..LogFlags::default()
             },
             labels,
         };
@@ -219,30 +226,30 @@ impl Story {
 
 /// Of whom a line tells.
 #[derive(Clone, Copy)]
-pub(super) struct Told {
+pub(super) struct FlowLogDetails {
     pub(super) peer: PeerAddr,
-    pub(super) who: Option<Who>,
+    pub(super) who: Option<FlowClient>,
     pub(super) backend: Option<BackendAddr>,
     pub(super) attempts: u32,
-    pub(super) datagrams: EachWay<u64>,
-    pub(super) would_reject: Option<crate::outcome::Why>,
+    pub(super) datagrams: PerDirection<u64>,
+    pub(super) would_reject: Option<crate::outcome::Reason>,
 }
 
-impl Told {
+impl FlowLogDetails {
     /// Of somebody who has no flow.
-    pub(super) fn stray(peer: PeerAddr, who: Option<Who>) -> Self {
-        let datagrams = EachWay::default();
+    pub(super) fn stray(peer: PeerAddr, who: Option<FlowClient>) -> Self {
+        let datagrams = PerDirection::default();
         Self { peer, who, backend: None, attempts: 0, datagrams, would_reject: None }
     }
 }
 
 impl<A> Flow<A> {
     pub(super) fn new(
-        found: Found,
+        found: ConnectedBackend,
         permit: FlowPermit,
-        slot: Permit,
+        slot: SlotPermit,
         aboard: (A, Rc<()>),
-        story: Story,
+        story: FlowLogContext,
     ) -> Self {
         Self {
             socket: found.socket,
@@ -253,11 +260,11 @@ impl<A> Flow<A> {
             searches_at: Moment::default(),
             is_answered: false,
             first_is_paid: false,
-            listening: Listening::default(),
-            drops: Drops::default(),
+            listening: ReceiveMode::default(),
+            drops: KernelDrops::default(),
             first: None,
             header: Box::default(),
-            datagrams: EachWay::default(),
+            datagrams: PerDirection::default(),
             permit,
             story,
             _slot: slot,
@@ -266,13 +273,13 @@ impl<A> Flow<A> {
     }
 
     /// Goes on with another backend.
-    pub(super) fn move_to(&mut self, found: Found) {
+    pub(super) fn move_to(&mut self, found: ConnectedBackend) {
         self.count_drops();
-        self.drops = Drops::default();
+        self.drops = KernelDrops::default();
         // The socket goes, and with it its place on the poll.
         (self.socket, self.port, self.picked) = (found.socket, found.port, found.picked);
         (self.tried, self.attempts) = (found.tried, found.attempts);
-        self.listening = Listening::default();
+        self.listening = ReceiveMode::default();
     }
 
     /// Counts the answers that the kernel has dropped at its socket since the last time.
@@ -308,12 +315,19 @@ impl<A> Flow<A> {
     }
 
     /// Ends it, and accounts for it.
-    pub(super) fn end(mut self, outcome: Outcome, peer: PeerAddr, who: Who, books: &Books<'_>, now: Moment) {
+    pub(super) fn end(
+        mut self,
+        outcome: Outcome,
+        peer: PeerAddr,
+        who: FlowClient,
+        books: &FlowLogs<'_>,
+        now: Moment,
+    ) {
         self.count_drops();
         if self.is_answered {
             self.picked.iter().for_each(|picked| picked.answered());
         }
-        let told = Told {
+        let told = FlowLogDetails {
             peer,
             who: Some(who),
             backend: self.backend(),
@@ -331,10 +345,10 @@ mod tests {
 
     #[test]
     fn it_is_looked_for_a_second_answer_now_and_then() {
-        let mut listening = Listening::default();
+        let mut listening = ReceiveMode::default();
         let looks: Vec<_> = (1..=40).filter(|_| listening.came()).collect();
         assert_eq!(looks.len(), 2);
-        assert!(!Listening::Together.came());
+        assert!(!ReceiveMode::Together.came());
     }
 
     #[tokio::test]
@@ -343,25 +357,26 @@ mod tests {
         let flow = socket::connect(BackendAddr(backend.local_addr().unwrap()), None).unwrap();
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
         client.set_nonblocking(true).unwrap();
-        let door = Door::new(client, 0).unwrap();
+        let door = UdpListenSocket::new(client, 0).unwrap();
         backend.connect(flow.local_addr().unwrap()).unwrap();
-        let (mut listening, mut spans) = (Listening::default(), Vec::new());
+        let (mut listening, mut spans) = (ReceiveMode::default(), Vec::new());
         let (mut room, mut metas) = (vec![0; 4 * ROOM], [RecvMeta::default(); 4]);
         let mut heard = Vec::new();
-        let mut hear = |listening: &mut Listening, heard: &mut Vec<Vec<u8>>| {
+        let mut hear = |listening: &mut ReceiveMode, heard: &mut Vec<Vec<u8>>| {
             listening.hear(&flow, &door, &mut room, &mut metas, &mut spans).unwrap();
             heard.extend(spans.iter().map(|span| room[span.clone()].to_vec()));
         };
         // On loopback what was sent is there.
-        let singly: Vec<_> = (0..=Listening::EVERY).map(|number| vec![number; usize::from(number)]).collect();
+        let singly: Vec<_> =
+            (0..=ReceiveMode::EVERY).map(|number| vec![number; usize::from(number)]).collect();
         for answer in &singly {
             backend.send(answer).unwrap();
         }
-        for _ in 0..Listening::EVERY {
-            assert!(matches!(listening, Listening::Singly(_)));
+        for _ in 0..ReceiveMode::EVERY {
+            assert!(matches!(listening, ReceiveMode::Singly(_)));
             hear(&mut listening, &mut heard);
         }
-        assert!(matches!(listening, Listening::Together));
+        assert!(matches!(listening, ReceiveMode::Together));
         let parts = [b"one".as_slice(), b"two", b"3"].map(std::io::IoSlice::new);
         socket::send_together(&backend, &parts, 3).unwrap();
         backend.send(b"").unwrap();

@@ -16,22 +16,22 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
 use tokio::time::timeout;
 
-use super::drops::Drops;
-use super::life::{Books, Flow, Found, Listening, NOWHERE, Story};
-use super::socket::Door;
-use super::table::{Command, FlowId, Path, Who};
-use super::{Flows, Poll, State};
-use crate::account::EachWay;
-use crate::account::meter::Meter;
+use super::drops::KernelDrops;
+use super::life::{ConnectedBackend, Flow, FlowLogContext, FlowLogs, NOWHERE, ReceiveMode};
+use super::socket::UdpListenSocket;
+use super::table::{DatagramAction, FlowClient, FlowId, FlowPath};
+use super::{FlowWorker, FlowWorkerState, Poll};
+use crate::account::PerDirection;
+use crate::account::meter::SessionMetrics;
 use crate::addr::{ClientAddr, PeerAddr};
 use crate::admission::ports::EVERY_BACKEND;
-use crate::admission::quota::Revocation;
+use crate::admission::quota::RevokePolicy;
 use crate::clock::wheel::Tick;
-use crate::clock::{self, Birth, Moment};
-use crate::id::{Claim, SessionId};
-use crate::outcome::{At, Outcome, Why};
-use crate::pool::Tried;
-use crate::takeover::{Answer, Kind, Leaving, Parcel, Refused};
+use crate::clock::{self, Moment, StartTime};
+use crate::id::{EndpointClaim, SessionId};
+use crate::outcome::{EndedAt, Outcome, Reason};
+use crate::pool::TriedBackends;
+use crate::takeover::{PendingTransfer, Transfer, TransferError, TransferKind, TransferReply};
 
 /// Flows that are under way to another process at once: each is silent for as long as its answer takes, and all that the
 /// worker does for them in one go stays well under a millisecond.
@@ -40,7 +40,7 @@ const AT_ONCE: usize = 32;
 /// What is told of a flow.
 #[derive(Debug, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "what is told of a flow, each by its name")]
-struct Told {
+struct FlowTransferRecord {
     worker: u16,
     listener: String,
     tenant: String,
@@ -57,7 +57,7 @@ struct Told {
     session: u64,
     /// What happens to it where its tenant is not there any more. An older process does not say it.
     #[serde(default)]
-    revocation: Revocation,
+    revocation: RevokePolicy,
     attempts: u32,
     is_answered: bool,
     /// Whether its path has had another speaker. An older process does not say it.
@@ -67,8 +67,8 @@ struct Told {
     together: bool,
     beyond: bool,
     would_delay: bool,
-    bytes: EachWay<u64>,
-    datagrams: EachWay<u64>,
+    bytes: PerDirection<u64>,
+    datagrams: PerDirection<u64>,
     age_us: u64,
     silent_us: u64,
     /// The bytes of what goes in front of its datagrams; they lie in the tail.
@@ -79,17 +79,17 @@ struct Told {
 
 /// A flow that has come from another process and can be carried on.
 #[derive(Debug)]
-pub struct MovedFlow {
-    told: Told,
+pub struct TransferredFlow {
+    told: FlowTransferRecord,
     socket: UdpSocket,
     header: Box<[u8]>,
     first: Option<Box<[u8]>>,
 }
 
 /// A flow that waits for its answer.
-struct Away<A> {
-    path: Path,
-    who: Who,
+struct DepartingFlow<A> {
+    path: FlowPath,
+    who: FlowClient,
     flow: Flow<A>,
     last: Moment,
     shares_path: bool,
@@ -99,35 +99,35 @@ struct Away<A> {
 ///
 /// # Errors
 /// Why it cannot be carried on here.
-pub fn decode(parcel: Parcel) -> Result<MovedFlow, Refused> {
-    let malformed = |what: &str| Refused::Malformed(what.to_owned());
-    let (told, tail) = parcel.read::<Told>(Kind::Flow)?;
+pub fn decode(parcel: Transfer) -> Result<TransferredFlow, TransferError> {
+    let malformed = |what: &str| TransferError::Malformed(what.to_owned());
+    let (told, tail) = parcel.read::<FlowTransferRecord>(TransferKind::Flow)?;
     let (header, rest) = tail.split_at_checked(told.header).ok_or_else(|| malformed("no whole header"))?;
     if rest.len() != told.first.unwrap_or(0) {
         return Err(malformed("no whole datagram"));
     }
     let (header, first) = (Box::from(header), told.first.map(|_| Box::from(rest)));
     let [socket] = <[OwnedFd; 1]>::try_from(parcel.fds).map_err(|_| malformed("not one descriptor"))?;
-    Ok(MovedFlow { told, socket: socket.into(), header, first })
+    Ok(TransferredFlow { told, socket: socket.into(), header, first })
 }
 
 /// The number of the worker that carried a flow: the one that most likely has its listening socket here, too.
 #[must_use]
-pub fn worker(parcel: &Parcel) -> Option<u16> {
-    parcel.read::<Told>(Kind::Flow).ok().map(|(told, _)| told.worker)
+pub fn worker(parcel: &Transfer) -> Option<u16> {
+    parcel.read::<FlowTransferRecord>(TransferKind::Flow).ok().map(|(told, _)| told.worker)
 }
 
-impl MovedFlow {
-    fn who(&self) -> Who {
-        let endpoint = Claim::from_tlv(self.told.endpoint.as_ref().map(String::as_bytes));
-        Who { client: self.told.client.map(ClientAddr), endpoint }
+impl TransferredFlow {
+    fn who(&self) -> FlowClient {
+        let endpoint = EndpointClaim::from_tlv(self.told.endpoint.as_ref().map(String::as_bytes));
+        FlowClient { client: self.told.client.map(ClientAddr), endpoint }
     }
 }
 
-impl<A> Flows<A> {
+impl<A> FlowWorker<A> {
     /// Has every flow leave for another process, some at once, as long as sessions do. Those that stay go on. The doors are
     /// not heard from the start of it on, and it is for the caller to say whether they are [again](Self::go_on).
-    pub async fn move_out(&self, departures: mpsc::Sender<Leaving>) {
+    pub async fn move_out(&self, departures: mpsc::Sender<PendingTransfer>) {
         self.pause();
         let ids = self.state.borrow().table.ids();
         for some in ids.chunks(AT_ONCE) {
@@ -143,7 +143,7 @@ impl<A> Flows<A> {
                 };
                 let Some((away, parcel)) = sent else { continue };
                 let (answer, answered) = oneshot::channel();
-                turn.send(Leaving { parcel, answer });
+                turn.send(PendingTransfer { parcel, answer });
                 under_way.push((away, answered));
             }
             for (away, answered) in under_way {
@@ -156,10 +156,10 @@ impl<A> Flows<A> {
     }
 
     /// The answer; `None` where the process is over before it.
-    async fn wait(&self, mut answered: oneshot::Receiver<Answer>) -> Option<Answer> {
+    async fn wait(&self, mut answered: oneshot::Receiver<TransferReply>) -> Option<TransferReply> {
         loop {
             match timeout(Tick::SPAN, &mut answered).await {
-                Ok(answer) => return Some(answer.unwrap_or(Answer::Stays)),
+                Ok(answer) => return Some(answer.unwrap_or(TransferReply::Stays)),
                 Err(_) if self.state.borrow().local.is_over() => return None,
                 Err(_) => {}
             }
@@ -170,39 +170,45 @@ impl<A> Flows<A> {
     ///
     /// # Errors
     /// Why not; it is still the other's then, and comes back.
-    pub fn take_over(&self, moved: MovedFlow) -> Result<(), Refused> {
+    pub fn take_over(&self, moved: TransferredFlow) -> Result<(), TransferError> {
         let doors = self.doors.borrow();
-        let place = place(&doors, &moved.told).ok_or(Refused::NoDoor)?;
-        let Some(Some(door)) = doors.get(usize::from(place)) else { return Err(Refused::NoDoor) };
+        let place = place(&doors, &moved.told).ok_or(TransferError::NoDoor)?;
+        let Some(Some(door)) = doors.get(usize::from(place)) else { return Err(TransferError::NoDoor) };
         self.state.borrow_mut().adopt(moved, place, door, &self.poll)
     }
 
     /// Whether the listening socket of a flow that comes is here: the very same, or one of the same address.
     #[must_use]
-    pub fn has_door(&self, parcel: &Parcel, the_same: bool) -> bool {
-        let told = parcel.read::<Told>(Kind::Flow);
+    pub fn has_door(&self, parcel: &Transfer, the_same: bool) -> bool {
+        let told = parcel.read::<FlowTransferRecord>(TransferKind::Flow);
         let doors = self.doors.borrow();
-        let is_same = |told: &Told| doors.iter().flatten().any(|door| door.cookie == told.door);
+        let is_same = |told: &FlowTransferRecord| doors.iter().flatten().any(|door| door.cookie == told.door);
         told.is_ok_and(|(told, _)| if the_same { is_same(&told) } else { place(&doors, &told).is_some() })
     }
 }
 
 /// The place of a flow's door: the same socket, or else one of the same address.
-fn place(doors: &[Option<Rc<Door>>], told: &Told) -> Option<u16> {
-    let find =
-        |is_it: &dyn Fn(&Door) -> bool| doors.iter().position(|door| door.as_deref().is_some_and(is_it));
+fn place(doors: &[Option<Rc<UdpListenSocket>>], told: &FlowTransferRecord) -> Option<u16> {
+    let find = |is_it: &dyn Fn(&UdpListenSocket) -> bool| {
+        doors.iter().position(|door| door.as_deref().is_some_and(is_it))
+    };
     let same = find(&|door| door.cookie == told.door);
     let place = same.or_else(|| find(&|door| door.address() == told.address));
     place.and_then(|place| u16::try_from(place).ok())
 }
 
-impl<A> State<A> {
+impl<A> FlowWorkerState<A> {
     /// Takes a flow out of the table and off the poll, and packs it; `None` where it has to stay, or is gone.
-    fn send_off(&mut self, id: FlowId, doors: &[Option<Rc<Door>>], poll: &Poll) -> Option<(Away<A>, Parcel)> {
+    fn send_off(
+        &mut self,
+        id: FlowId,
+        doors: &[Option<Rc<UdpListenSocket>>],
+        poll: &Poll,
+    ) -> Option<(DepartingFlow<A>, Transfer)> {
         let last = self.table.last(id)?;
         let shares_path = self.table.shares_path(id);
         let (path, who, flow) = self.table.close(id)?;
-        let away = Away { path, who, flow, last, shares_path };
+        let away = DepartingFlow { path, who, flow, last, shares_path };
         // Not by closing it: the other process's copy would keep it on the poll.
         let packed = epoll::delete(poll.get_ref(), &away.flow.socket).ok();
         let packed = packed.and_then(|()| away.pack(self.number, doors));
@@ -213,11 +219,11 @@ impl<A> State<A> {
         packed.map(|parcel| (away, parcel))
     }
 
-    fn put_back(&mut self, away: Away<A>, poll: &Poll) {
+    fn put_back(&mut self, away: DepartingFlow<A>, poll: &Poll) {
         let now = clock::now();
-        if let Command::ToBackend(_) = self.table.hear(away.path, Some(away.who), now) {
+        if let DatagramAction::ToBackend(_) = self.table.hear(away.path, Some(away.who), now) {
             // Doors were heard after all, and another one has begun.
-            return self.finish(away, Why::Evicted);
+            return self.finish(away, Reason::Evicted);
         }
         let [_, tenant, _] = away.flow.story.meter.labels();
         let tenant = tenant.serial();
@@ -228,28 +234,34 @@ impl<A> State<A> {
         self.watch(id, poll, now);
     }
 
-    fn settle(&mut self, away: Away<A>, answer: Option<Answer>, poll: &Poll) {
+    fn settle(&mut self, away: DepartingFlow<A>, answer: Option<TransferReply>, poll: &Poll) {
         let why = match answer {
-            Some(Answer::Stays) if !self.local.is_over() => return self.put_back(away, poll),
-            Some(Answer::Taken) => Why::Moved,
-            Some(Answer::Stays) | None => Why::Drained,
+            Some(TransferReply::Stays) if !self.local.is_over() => return self.put_back(away, poll),
+            Some(TransferReply::Taken) => Reason::Moved,
+            Some(TransferReply::Stays) | None => Reason::Drained,
         };
         self.finish(away, why);
     }
 
-    fn finish(&self, away: Away<A>, why: Why) {
-        let books = Books { journal: &self.journal, rejections: &self.rejections };
-        away.flow.end(Outcome::reject(At::Forward, why), away.path.peer, away.who, &books, clock::now());
+    fn finish(&self, away: DepartingFlow<A>, why: Reason) {
+        let books = FlowLogs { journal: &self.journal, rejections: &self.rejections };
+        away.flow.end(Outcome::reject(EndedAt::Forward, why), away.path.peer, away.who, &books, clock::now());
     }
 
-    fn adopt(&mut self, moved: MovedFlow, socket: u16, door: &Door, poll: &Poll) -> Result<(), Refused> {
+    fn adopt(
+        &mut self,
+        moved: TransferredFlow,
+        socket: u16,
+        door: &UdpListenSocket,
+        poll: &Poll,
+    ) -> Result<(), TransferError> {
         let (snapshot, now, who) = (self.snapshot(), clock::now(), moved.who());
-        let MovedFlow { told, socket: connected, header, first } = moved;
+        let TransferredFlow { told, socket: connected, header, first } = moved;
         let labels = &self.live.labels;
         let [own, tenant, to] = [&told.listener, &told.tenant, &told.pool].map(|name| labels.intern(name));
         let backend = labels.intern(&told.backend.to_string());
         let ledger = Rc::clone(&self.local.ledger);
-        let mut meter = Meter::taken_over(ledger, [&own, &tenant, &to, &backend], told.bytes);
+        let mut meter = SessionMetrics::taken_over(ledger, [&own, &tenant, &to, &backend], told.bytes);
         meter.would_delay = told.would_delay;
         let tenant_place = snapshot.known_place(&tenant, who.endpoint, &own);
         let known = tenant_place.and_then(|place| snapshot.directory.tenants().get(place as usize));
@@ -265,31 +277,31 @@ impl<A> State<A> {
         let local = connected.local_addr().ok().map(|local| local.ip());
         let source = local.filter(|ip| own_pool.is_some_and(|pool| pool.sources.contains(ip)));
         let port = self.live.udp_ports.space(source, EVERY_BACKEND).adopt(tenant.serial());
-        let mut tried = Tried::default();
+        let mut tried = TriedBackends::default();
         let picked = picked.map(|picked| tried.add_picked(picked));
-        let story = Story {
+        let story = FlowLogContext {
             snapshot,
             meter,
             session: SessionId::of_number(told.session),
-            began: Birth::before(now, Duration::from_micros(told.age_us)),
+            began: StartTime::before(now, Duration::from_micros(told.age_us)),
             listener: door.listener(),
             tenant: tenant_place.unwrap_or(NOWHERE),
             pool: pool_place.and_then(|place| u32::try_from(place).ok()).unwrap_or(NOWHERE),
         };
         let permit = quota.adopt_flow(told.beyond);
-        let found = Found { socket: connected, port, picked, tried, attempts: told.attempts };
+        let found = ConnectedBackend { socket: connected, port, picked, tried, attempts: told.attempts };
         let aboard = ((self.board)(), Rc::clone(&door.flows));
         let mut flow = Flow::new(found, permit, self.slots.take_anyway(), aboard, story);
         (flow.is_answered, flow.first, flow.header) = (told.is_answered, first, header);
         flow.datagrams = told.datagrams;
-        flow.drops = Drops::from_now(&flow.socket);
+        flow.drops = KernelDrops::from_now(&flow.socket);
         if told.together {
-            flow.listening = Listening::Together;
+            flow.listening = ReceiveMode::Together;
         }
-        let path = Path { socket, local: told.local, peer: PeerAddr(told.peer) };
+        let path = FlowPath { socket, local: told.local, peer: PeerAddr(told.peer) };
         // Began here since: the older one has its backend, which may have much to remember.
-        if let Command::ToBackend(younger) = self.table.hear(path, Some(who), now) {
-            self.end(younger, Outcome::reject(At::Forward, Why::Evicted), now);
+        if let DatagramAction::ToBackend(younger) = self.table.hear(path, Some(who), now) {
+            self.end(younger, Outcome::reject(EndedAt::Forward, Reason::Evicted), now);
         }
         let last = now.before(Duration::from_micros(told.silent_us));
         let id = self.table.take_in(path, who, tenant.serial(), flow, last, now);
@@ -297,20 +309,20 @@ impl<A> State<A> {
             self.table.set_shares_path(id);
         }
         if !self.watch(id, poll, now) {
-            return Err(Refused::Shortage);
+            return Err(TransferError::Shortage);
         }
         self.check(id, now);
         Ok(())
     }
 }
 
-impl<A> Away<A> {
-    fn pack(&self, worker: u16, doors: &[Option<Rc<Door>>]) -> Option<Parcel> {
+impl<A> DepartingFlow<A> {
+    fn pack(&self, worker: u16, doors: &[Option<Rc<UdpListenSocket>>]) -> Option<Transfer> {
         let (flow, story, now) = (&self.flow, &self.flow.story, clock::now());
         let door = doors.get(usize::from(self.path.socket))?.as_ref()?;
         let micros = |span: Duration| u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
         let [listener, tenant, pool] = story.meter.labels().map(|label| label.name().to_owned());
-        let told = Told {
+        let told = FlowTransferRecord {
             worker,
             listener,
             tenant,
@@ -327,7 +339,7 @@ impl<A> Away<A> {
             attempts: flow.attempts,
             is_answered: flow.is_answered,
             shares_path: self.shares_path,
-            together: matches!(flow.listening, Listening::Together),
+            together: matches!(flow.listening, ReceiveMode::Together),
             beyond: flow.permit.would_reject().is_some(),
             would_delay: story.meter.would_delay,
             bytes: story.meter.bytes(),
@@ -339,6 +351,6 @@ impl<A> Away<A> {
         };
         let tail = [&flow.header[..], flow.first.as_deref().unwrap_or_default()].concat();
         let socket = flow.socket.try_clone().ok()?;
-        Parcel::pack(Kind::Flow, &told, &tail, vec![socket.into()]).ok()
+        Transfer::pack(TransferKind::Flow, &told, &tail, vec![socket.into()]).ok()
     }
 }

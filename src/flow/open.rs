@@ -7,33 +7,33 @@ use std::time::Duration;
 
 use rustix::event::epoll;
 
-use super::life::{Books, Flow, Found, NOWHERE, Story, Told};
-use super::run::{Headers, Span, loss};
-use super::search::{For, Search};
-use super::socket::{self, Door, ROOM};
-use super::table::{Command, FlowId, Path, Stray, Who};
-use super::{Poll, State, TURN};
+use super::life::{ConnectedBackend, Flow, FlowLogContext, FlowLogDetails, FlowLogs, NOWHERE};
+use super::run::{DatagramHeaders, Span, loss};
+use super::search::{BackendSearch, PortOwner};
+use super::socket::{self, ROOM, UdpListenSocket};
+use super::table::{DatagramAction, FlowClient, FlowId, FlowPath, StrayDatagram};
+use super::{FlowWorkerState, Poll, TURN};
 use crate::account::Direction;
-use crate::account::loss::Loss;
-use crate::account::meter::{Connect, Meter};
+use crate::account::loss::DatagramDrop;
+use crate::account::meter::{ConnectResult, SessionMetrics};
 use crate::addr::{ClientAddr, DestinationAddr};
-use crate::admission::ports::Space;
-use crate::admission::quota::{FlowPermit, Passage, Quota, Room};
+use crate::admission::ports::PortSpace;
+use crate::admission::quota::{DatagramVerdict, EvictionScope, FlowPermit, Quota};
 use crate::admission::slots;
 use crate::clock::Moment;
-use crate::fault::{self, Call};
-use crate::id::{Claim, SessionId};
-use crate::outcome::{At, By, Outcome, Why};
-use crate::pool::{Pool, Tried};
-use crate::wire::{self, Builder, Malformed, Parsed, SIGNATURE, Transport};
+use crate::fault::{self, Syscall};
+use crate::id::{EndpointClaim, SessionId};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
+use crate::pool::{Pool, TriedBackends};
+use crate::wire::{self, HeaderBuilder, MalformedHeader, ParsedHeader, SIGNATURE, Transport};
 
 /// A flow that was silent for so long may lose its place to a new one, where all places are taken.
 const GIVES_WAY: Duration = Duration::from_secs(5);
 
 /// What a datagram begins with.
-enum Spoken {
+enum DatagramStart {
     /// A header of so many bytes.
-    Header(Who, usize),
+    Header(FlowClient, usize),
     /// None.
     Bare,
     /// Nothing that leads to a flow.
@@ -41,61 +41,72 @@ enum Spoken {
 }
 
 /// Reads a datagram's header, where there is one.
-fn read(datagram: &[u8], rules: wire::Rules) -> Spoken {
+fn read(datagram: &[u8], rules: wire::ParserRules) -> DatagramStart {
     match wire::parse(datagram, rules) {
-        Parsed::Done(header, _) if header.command() == wire::Command::Local => {
-            Spoken::Nobody(Outcome::new(By::Client, At::Header, Why::Local))
+        ParsedHeader::Done(header, _) if header.command() == wire::HeaderCommand::Local => {
+            DatagramStart::Nobody(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::Local))
         }
-        Parsed::Done(header, len) => {
-            let who = Who { client: header.client(), endpoint: Claim::from_tlv(header.endpoint()) };
-            Spoken::Header(who, len)
+        ParsedHeader::Done(header, len) => {
+            let who =
+                FlowClient { client: header.client(), endpoint: EndpointClaim::from_tlv(header.endpoint()) };
+            DatagramStart::Header(who, len)
         }
         // Too short for a signature: payload, however it begins.
-        Parsed::Partial(_) if datagram.len() < SIGNATURE.len() => Spoken::Bare,
-        Parsed::Partial(_) => Spoken::Nobody(Outcome::new(By::Client, At::Header, Why::HeaderTruncated)),
-        Parsed::Malformed(Malformed::NoSignature) => Spoken::Bare,
-        Parsed::Malformed(reason) => Spoken::Nobody(Outcome::reject(At::Header, reason.into())),
+        ParsedHeader::Partial(_) if datagram.len() < SIGNATURE.len() => DatagramStart::Bare,
+        ParsedHeader::Partial(_) => {
+            DatagramStart::Nobody(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::HeaderTruncated))
+        }
+        ParsedHeader::Malformed(MalformedHeader::NoSignature) => DatagramStart::Bare,
+        ParsedHeader::Malformed(reason) => {
+            DatagramStart::Nobody(Outcome::reject(EndedAt::Header, reason.into()))
+        }
     }
 }
 
 /// A datagram of a client's, where it came in.
-pub(super) struct Datagram<'a> {
-    pub(super) door: &'a Door,
-    pub(super) path: Path,
+pub(super) struct ClientDatagram<'a> {
+    pub(super) door: &'a UdpListenSocket,
+    pub(super) path: FlowPath,
     pub(super) room: &'a [u8],
     pub(super) span: Span,
 }
 
-impl<A> State<A> {
+impl<A> FlowWorkerState<A> {
     /// Takes in one datagram of a client's.
-    pub(super) fn take_in(&mut self, datagram: Datagram<'_>, poll: &Poll, now: Moment) {
-        let Datagram { door, path, room, span } = datagram;
+    pub(super) fn take_in(&mut self, datagram: ClientDatagram<'_>, poll: &Poll, now: Moment) {
+        let ClientDatagram { door, path, room, span } = datagram;
         let bytes = room.get(span.clone()).unwrap_or_default();
-        let peer = Who { client: Some(ClientAddr(path.peer.0)), endpoint: Claim::Absent };
-        let spoken = door.header.get().map_or(Spoken::Header(peer, 0), |rules| read(bytes, rules));
+        let peer = FlowClient { client: Some(ClientAddr(path.peer.0)), endpoint: EndpointClaim::Absent };
+        let spoken = door.header.get().map_or(DatagramStart::Header(peer, 0), |rules| read(bytes, rules));
         let (who, header_len) = match spoken {
-            Spoken::Header(who, len) => (Some(who), len),
-            Spoken::Bare if door.follows_bare.get() => (None, 0),
-            Spoken::Bare => {
-                return self.turn_away(door, path, None, Outcome::reject(At::Header, Why::NoHeader), now);
+            DatagramStart::Header(who, len) => (Some(who), len),
+            DatagramStart::Bare if door.follows_bare.get() => (None, 0),
+            DatagramStart::Bare => {
+                return self.turn_away(
+                    door,
+                    path,
+                    None,
+                    Outcome::reject(EndedAt::Header, Reason::NoHeader),
+                    now,
+                );
             }
-            Spoken::Nobody(outcome) => return self.turn_away(door, path, None, outcome, now),
+            DatagramStart::Nobody(outcome) => return self.turn_away(door, path, None, outcome, now),
         };
         let payload = span.start + header_len..span.end;
         match (self.table.hear(path, who, now), who) {
-            (Command::ToBackend(id), _) => self.add_to_run(id, payload, header_len),
-            (Command::Open, Some(who)) => {
+            (DatagramAction::ToBackend(id), _) => self.add_to_run(id, payload, header_len),
+            (DatagramAction::Open, Some(who)) => {
                 let header = bytes.get(..header_len).unwrap_or_default();
                 let spoken = (header, payload.len());
                 if let Some(id) = self.open(door, path, who, spoken, poll, now) {
                     self.add_to_run(id, payload, header_len);
                 }
             }
-            (Command::Drop(Stray::Ambiguous), _) => {
-                self.turn_away(door, path, None, Outcome::reject(At::Header, Why::Ambiguous), now);
+            (DatagramAction::Drop(StrayDatagram::Ambiguous), _) => {
+                self.turn_away(door, path, None, Outcome::reject(EndedAt::Header, Reason::Ambiguous), now);
             }
-            (Command::Drop(Stray::NoHeader) | Command::Open, _) => {
-                self.turn_away(door, path, None, Outcome::reject(At::Header, Why::NoHeader), now);
+            (DatagramAction::Drop(StrayDatagram::NoHeader) | DatagramAction::Open, _) => {
+                self.turn_away(door, path, None, Outcome::reject(EndedAt::Header, Reason::NoHeader), now);
             }
         }
     }
@@ -109,41 +120,64 @@ impl<A> State<A> {
         self.runs.add(id, payload);
     }
 
-    fn story(&mut self, listener: u32, now: Moment) -> Option<Story> {
+    fn story(&mut self, listener: u32, now: Moment) -> Option<FlowLogContext> {
         let snapshot = self.snapshot();
         let rules = snapshot.listeners.get(listener as usize)?;
-        let meter = Meter::new(Rc::clone(&self.local.ledger), &rules.label);
+        let meter = SessionMetrics::new(Rc::clone(&self.local.ledger), &rules.label);
         let session = SessionId::new(self.number, self.local.ledger.next_session());
-        Some(Story { snapshot, meter, session, began: now.into(), listener, tenant: NOWHERE, pool: NOWHERE })
+        Some(FlowLogContext {
+            snapshot,
+            meter,
+            session,
+            began: now.into(),
+            listener,
+            tenant: NOWHERE,
+            pool: NOWHERE,
+        })
     }
 
     /// Counts a datagram that belongs to no flow and begins none.
-    fn turn_away(&mut self, door: &Door, path: Path, who: Option<Who>, outcome: Outcome, now: Moment) {
+    fn turn_away(
+        &mut self,
+        door: &UdpListenSocket,
+        path: FlowPath,
+        who: Option<FlowClient>,
+        outcome: Outcome,
+        now: Moment,
+    ) {
         let Some(story) = self.story(door.listener(), now) else { return };
         let rules = story.snapshot.listeners.get(door.listener() as usize);
         let is_stranger = rules.is_some_and(|rules| !rules.trusts(path.peer));
-        let outcome = if is_stranger { Outcome::reject(At::Accept, Why::UntrustedSource) } else { outcome };
+        let outcome =
+            if is_stranger { Outcome::reject(EndedAt::Accept, Reason::UntrustedSource) } else { outcome };
         self.reject(story, path, who, outcome, now);
     }
 
-    fn reject(&mut self, story: Story, path: Path, who: Option<Who>, outcome: Outcome, now: Moment) {
-        let books = Books { journal: &self.journal, rejections: &self.rejections };
-        story.end(outcome, Told::stray(path.peer, who), &books, now);
+    fn reject(
+        &mut self,
+        story: FlowLogContext,
+        path: FlowPath,
+        who: Option<FlowClient>,
+        outcome: Outcome,
+        now: Moment,
+    ) {
+        let books = FlowLogs { journal: &self.journal, rejections: &self.rejections };
+        story.end(outcome, FlowLogDetails::stray(path.peer, who), &books, now);
     }
 
     /// Begins a flow by a datagram: its header, and how long its payload is.
     fn open(
         &mut self,
-        door: &Door,
-        path: Path,
-        who: Who,
+        door: &UdpListenSocket,
+        path: FlowPath,
+        who: FlowClient,
         (header, payload): (&[u8], usize),
         poll: &Poll,
         now: Moment,
     ) -> Option<FlowId> {
         let mut story = self.story(door.listener(), now)?;
         let steps = if door.is_closing() {
-            Err(Outcome::reject(At::Header, Why::Drained))
+            Err(Outcome::reject(EndedAt::Header, Reason::Drained))
         } else {
             self.steps(&mut story, path, who, payload, now)
         };
@@ -173,9 +207,9 @@ impl<A> State<A> {
         // By level, not on the edge: asking a socket whether it has more is cheaper than to receive nothing from it.
         let (mark, flags) = (epoll::EventData::new_u64(id.to_u64()), epoll::EventFlags::IN);
         let added =
-            fault::at(Call::Register).and_then(|()| epoll::add(poll.get_ref(), &flow.socket, mark, flags));
+            fault::at(Syscall::Register).and_then(|()| epoll::add(poll.get_ref(), &flow.socket, mark, flags));
         if added.is_err() {
-            self.end(id, Outcome::reject(At::Connect, Why::Shortage), now);
+            self.end(id, Outcome::reject(EndedAt::Connect, Reason::Shortage), now);
         }
         added.is_ok()
     }
@@ -183,44 +217,45 @@ impl<A> State<A> {
     /// The steps of a flow up to its backend.
     fn steps(
         &mut self,
-        story: &mut Story,
-        path: Path,
-        who: Who,
+        story: &mut FlowLogContext,
+        path: FlowPath,
+        who: FlowClient,
         payload: usize,
         now: Moment,
-    ) -> Result<(Found, FlowPermit, slots::Permit), Outcome> {
+    ) -> Result<(ConnectedBackend, FlowPermit, slots::SlotPermit), Outcome> {
         let snapshot = Arc::clone(&story.snapshot);
         let rules = snapshot.listeners.get(story.listener as usize);
-        let rules = rules.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
+        let rules = rules.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         if !rules.trusts(path.peer) {
-            return Err(Outcome::reject(At::Accept, Why::UntrustedSource));
+            return Err(Outcome::reject(EndedAt::Accept, Reason::UntrustedSource));
         }
         if self.draining {
-            return Err(Outcome::reject(At::Header, Why::Drained));
+            return Err(Outcome::reject(EndedAt::Header, Reason::Drained));
         }
         let (place, why) = snapshot.directory.place(who.endpoint, rules.tenants);
         let tenant = place.and_then(|place| snapshot.directory.tenants().get(place as usize));
-        let tenant = tenant.ok_or(Outcome::reject(At::Tenant, why))?;
+        let tenant = tenant.ok_or(Outcome::reject(EndedAt::Tenant, why))?;
         let pool_place = tenant.pool_on(story.listener, rules.pool);
         let pool = pool_place.and_then(|place| snapshot.pools.get(place as usize));
         story.meter.assign(&tenant.label, pool.map(|pool| &pool.label));
         (story.tenant, story.pool) = (place.unwrap_or(NOWHERE), pool_place.unwrap_or(NOWHERE));
         tenant.admit()?;
-        let pool = pool.ok_or(Outcome::reject(At::Tenant, Why::NoPool))?;
+        let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         pay_first(&tenant.quota, payload, &mut story.meter, now)?;
         let mut slot = self.slots.take();
         let permit = tenant.quota.admit_flow(|room| {
-            let evicted = self.evict((room == Room::OfTenant).then(|| tenant.label.serial()), |_| true, now);
+            let evicted =
+                self.evict((room == EvictionScope::OfTenant).then(|| tenant.label.serial()), |_| true, now);
             if slot.is_none() && evicted {
                 // The place that this left, before the tenant's share is reckoned with what is free.
                 slot = self.slots.take();
             }
             evicted
         });
-        let permit = permit.map_err(|why| Outcome::reject(At::Tenant, why))?;
+        let permit = permit.map_err(|why| Outcome::reject(EndedAt::Tenant, why))?;
         // Only now: whom its own limit or share keeps out takes nobody else's place.
         let slot = slot.or_else(|| self.slot(now));
-        let slot = slot.ok_or_else(|| Outcome::reject(At::Tenant, tenant.quota.reject(Why::Shed)))?;
+        let slot = slot.ok_or_else(|| Outcome::reject(EndedAt::Tenant, tenant.quota.reject(Reason::Shed)))?;
         pool.arrived(tenant.label.serial());
         let found = self.find_backend(pool, who, tenant.label.serial(), &mut story.meter, now);
         Ok((found?, permit, slot))
@@ -230,31 +265,31 @@ impl<A> State<A> {
     fn find_backend(
         &mut self,
         pool: &Pool,
-        who: Who,
+        who: FlowClient,
         tenant: u32,
-        meter: &mut Meter,
+        meter: &mut SessionMetrics,
         now: Moment,
-    ) -> Result<Found, Outcome> {
+    ) -> Result<ConnectedBackend, Outcome> {
         let live = Arc::clone(&self.live);
-        let ports = (&*live.udp_ports, For::Tenant(tenant));
-        let mut search = Search::new(pool, who, ports, &mut self.rolls, now);
-        let found = search.run(Tried::default(), 0, meter);
+        let ports = (&*live.udp_ports, PortOwner::Tenant(tenant));
+        let mut search = BackendSearch::new(pool, who, ports, &mut self.rolls, now);
+        let found = search.run(TriedBackends::default(), 0, meter);
         let Some(short) = search.short.take().filter(|short| self.free_port(tenant, short, now)) else {
             return found;
         };
         short.search_again();
-        Search::new(pool, who, ports, &mut self.rolls, now).run(Tried::default(), 0, meter)
+        BackendSearch::new(pool, who, ports, &mut self.rolls, now).run(TriedBackends::default(), 0, meter)
     }
 
     /// Ends a silent flow that uses one of these local ports: of this tenant, or else, where the tenant holds less than an
     /// equal share of them, of the one that has most flows. Whether there was one.
-    fn free_port(&mut self, tenant: u32, ports: &Arc<Space>, now: Moment) -> bool {
+    fn free_port(&mut self, tenant: u32, ports: &Arc<PortSpace>, now: Moment) -> bool {
         self.evict(Some(tenant), |flow| flow.port.is_of(ports), now)
             || (ports.holds_little(tenant) && self.evict(None, |flow| flow.port.is_of(ports), now))
     }
 
     /// A place in the process, where need be that of the flow that was silent longest.
-    fn slot(&mut self, now: Moment) -> Option<slots::Permit> {
+    fn slot(&mut self, now: Moment) -> Option<slots::SlotPermit> {
         let slot = self.slots.take();
         slot.or_else(|| if self.evict(None, |_| true, now) { self.slots.take() } else { None })
     }
@@ -264,8 +299,8 @@ impl<A> State<A> {
     fn evict(&mut self, tenant: Option<u32>, is_it: impl FnOnce(&Flow<A>) -> bool, now: Moment) -> bool {
         let evicted = self.table.evict_if(tenant, GIVES_WAY, now, is_it);
         let Some((path, who, flow)) = evicted else { return false };
-        let books = Books { journal: &self.journal, rejections: &self.rejections };
-        flow.end(Outcome::reject(At::Forward, Why::Evicted), path.peer, who, &books, now);
+        let books = FlowLogs { journal: &self.journal, rejections: &self.rejections };
+        flow.end(Outcome::reject(EndedAt::Forward, Reason::Evicted), path.peer, who, &books, now);
         true
     }
 
@@ -283,7 +318,7 @@ impl<A> State<A> {
         &mut self,
         id: FlowId,
         spans: &mut Vec<Span>,
-        (room, headers): (&[u8], &Headers),
+        (room, headers): (&[u8], &DatagramHeaders),
         poll: &Poll,
         now: Moment,
     ) {
@@ -311,7 +346,8 @@ impl<A> State<A> {
         let Some((_, who, flow)) = self.table.find(id) else { return };
         let is_answered = flow.is_answered;
         let ports = &self.live.udp_ports;
-        let found = if is_answered { None } else { Search::again(flow, who, ports, &mut self.rolls, now) };
+        let found =
+            if is_answered { None } else { BackendSearch::again(flow, who, ports, &mut self.rolls, now) };
         if let Some(found) = found {
             flow.move_to(found);
             if self.watch(id, poll, now)
@@ -321,19 +357,28 @@ impl<A> State<A> {
             }
             return;
         }
-        flow.story.meter.lost(Direction::ToBackend, Loss::Refused, unsent as u64);
-        let (at, why) =
-            if is_answered { (At::Forward, Why::Reset) } else { (At::Connect, Why::ConnectRefused) };
-        self.end(id, Outcome::new(By::Backend, at, why), now);
+        flow.story.meter.lost(Direction::ToBackend, DatagramDrop::Refused, unsent as u64);
+        let (at, why) = if is_answered {
+            (EndedAt::Forward, Reason::Reset)
+        } else {
+            (EndedAt::Connect, Reason::ConnectRefused)
+        };
+        self.end(id, Outcome::new(EndedBy::Backend, at, why), now);
     }
 
     /// Gives a flow that has something to say its turn.
-    pub(super) fn pass_answer(&mut self, id: FlowId, doors: &[Option<Rc<Door>>], poll: &Poll, now: Moment) {
+    pub(super) fn pass_answer(
+        &mut self,
+        id: FlowId,
+        doors: &[Option<Rc<UdpListenSocket>>],
+        poll: &Poll,
+        now: Moment,
+    ) {
         let Some((path, _, flow)) = self.table.find(id) else { return };
         self.turn = Some(id);
         let Some(Some(door)) = doors.get(usize::from(path.socket)) else {
             // Nobody gets its answers any more: they must not stay, and wake the worker for ever.
-            return self.end(id, Outcome::reject(At::Forward, Why::Drained), now);
+            return self.end(id, Outcome::reject(EndedAt::Forward, Reason::Drained), now);
         };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
         let metas = self.metas.get_mut(..TURN).unwrap_or_default();
@@ -348,9 +393,12 @@ impl<A> State<A> {
             Err(_) if is_refused => return self.refused(id, 0, poll, now),
             Err(error) if error.kind() == ErrorKind::WouldBlock || socket::is_too_long(&error) => return,
             Err(error) => {
-                let why =
-                    if socket::loss(&error) == Loss::Shortage { Why::Shortage } else { Why::Unanswered };
-                return self.end(id, Outcome::new(By::Backend, At::Forward, why), now);
+                let why = if socket::loss(&error) == DatagramDrop::Shortage {
+                    Reason::Shortage
+                } else {
+                    Reason::Unanswered
+                };
+                return self.end(id, Outcome::new(EndedBy::Backend, EndedAt::Forward, why), now);
             }
         }
         let Some((path, _, flow)) = self.table.answer(id, now) else { return };
@@ -360,7 +408,7 @@ impl<A> State<A> {
         }
         flow.first = None;
         if !std::mem::replace(&mut flow.is_answered, true) {
-            flow.story.meter.learn(Connect::Done);
+            flow.story.meter.learn(ConnectResult::Done);
             if let Some(picked) = &flow.picked {
                 picked.connected();
                 picked.answered();
@@ -376,30 +424,30 @@ impl<A> State<A> {
 }
 
 /// Asks the tenant's limits whether a datagram may begin a flow: before anything is taken, and before another flow ends.
-fn pay_first(quota: &Quota, payload: usize, meter: &mut Meter, now: Moment) -> Result<(), Outcome> {
+fn pay_first(quota: &Quota, payload: usize, meter: &mut SessionMetrics, now: Moment) -> Result<(), Outcome> {
     if !quota.is_limited() {
         return Ok(());
     }
     match quota.pass(Direction::ToBackend, payload as u64, now) {
-        Passage::Free => Ok(()),
-        Passage::Observed(excess) => {
+        DatagramVerdict::Free => Ok(()),
+        DatagramVerdict::Observed(excess) => {
             meter.would_lose(Direction::ToBackend, loss(excess));
             Ok(())
         }
-        Passage::Dropped(_) => Err(Outcome::reject(At::Tenant, Why::DatagramLimit)),
+        DatagramVerdict::Dropped(_) => Err(Outcome::reject(EndedAt::Tenant, Reason::DatagramLimit)),
     }
 }
 
 /// What goes in front of a flow's datagrams where the pool wants a header.
-fn front(door: &Door, path: Path, who: Who, header: &[u8]) -> Vec<u8> {
+fn front(door: &UdpListenSocket, path: FlowPath, who: FlowClient, header: &[u8]) -> Vec<u8> {
     if let Some(rules) = door.header.get()
-        && let Parsed::Done(header, _) = wire::parse(header, rules)
+        && let ParsedHeader::Done(header, _) = wire::parse(header, rules)
     {
         return wire::reseal(&header);
     }
-    let builder = who.client.map_or_else(Builder::unspecified, |client| {
-        Builder::proxy(Transport::Datagram, client, DestinationAddr(door.destination(path)))
+    let builder = who.client.map_or_else(HeaderBuilder::unspecified, |client| {
+        HeaderBuilder::proxy(Transport::Datagram, client, DestinationAddr(door.destination(path)))
     });
     // A header of addresses alone is far from its bound.
-    builder.crc().map(Builder::build).unwrap_or_default()
+    builder.crc().map(HeaderBuilder::build).unwrap_or_default()
 }

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use super::table::FlowId;
-use super::{Flows, State};
+use super::{FlowWorker, FlowWorkerState};
 use crate::clock::Moment;
-use crate::outcome::{At, Outcome, Why};
+use crate::outcome::{EndedAt, Outcome, Reason};
 
-impl<A> Flows<A> {
+impl<A> FlowWorker<A> {
     /// Ends every flow whose endpoint a reload has taken away from its tenant, at once or after the tenant's grace.
     pub fn visit(&self, now: Moment) {
         let mut state = self.state.borrow_mut();
@@ -17,7 +17,7 @@ impl<A> Flows<A> {
     }
 }
 
-impl<A> State<A> {
+impl<A> FlowWorkerState<A> {
     /// Ends a flow whose endpoint is no longer its tenant's, now or once its grace is over.
     pub(super) fn check(&mut self, id: FlowId, now: Moment) {
         let snapshot = self.snapshot();
@@ -38,7 +38,7 @@ impl<A> State<A> {
 
     fn revoke(&mut self, id: FlowId, now: Moment) {
         self.revoked.remove(&id);
-        self.end(id, Outcome::reject(At::Forward, Why::Revoked), now);
+        self.end(id, Outcome::reject(EndedAt::Forward, Reason::Revoked), now);
     }
 
     /// Ends the flows whose grace is over.

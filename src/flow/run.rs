@@ -4,31 +4,31 @@ use std::io::IoSlice;
 use std::ops::Range;
 
 use super::life::Flow;
-use super::socket::{self, Door, EACH, LONGEST, SEGMENTS, TOGETHER};
-use super::table::{FlowId, Path};
+use super::socket::{self, EACH, LONGEST, SEGMENTS, TOGETHER, UdpListenSocket};
+use super::table::{FlowId, FlowPath};
 use crate::account::Direction;
-use crate::account::loss::Loss;
-use crate::admission::quota::{Excess, Passage};
+use crate::account::loss::DatagramDrop;
+use crate::admission::quota::{DatagramVerdict, ExceededLimit};
 use crate::clock::Moment;
-use crate::wire::{self, Parsed, Transport};
+use crate::wire::{self, ParsedHeader, Transport};
 
 /// Where a datagram lies in what was received.
 pub(super) type Span = Range<usize>;
 
 /// What one batch brought for the backends.
 #[derive(Debug, Default)]
-pub(super) struct Runs {
+pub(super) struct SendRuns {
     /// In the order in which they came.
     all: Vec<(FlowId, u32, Span)>,
-    pub(super) headers: Headers,
+    pub(super) headers: DatagramHeaders,
 }
 
 /// The headers of datagrams whose pool wants each of them: where the payload lies, and where its header. In the order in which
 /// the datagrams came, so by rising places.
 #[derive(Debug, Default)]
-pub(super) struct Headers(Vec<(Span, Span)>);
+pub(super) struct DatagramHeaders(Vec<(Span, Span)>);
 
-impl Headers {
+impl DatagramHeaders {
     /// Adds a datagram's.
     pub(super) fn add(&mut self, payload: Span, header: Span) {
         self.0.push((payload, header));
@@ -46,7 +46,7 @@ impl Headers {
     }
 }
 
-impl Runs {
+impl SendRuns {
     /// Adds a flow's datagram.
     pub(super) fn add(&mut self, id: FlowId, span: Span) {
         let turn = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
@@ -87,15 +87,15 @@ fn together(spans: &[Span]) -> usize {
 }
 
 /// The backend's host has said that nobody listens; so many datagrams had been dealt with before.
-pub(super) struct Refused {
+pub(super) struct SendRefused {
     pub(super) done: usize,
 }
 
 /// What is counted of a datagram that is beyond this limit.
-pub(super) fn loss(excess: Excess) -> Loss {
+pub(super) fn loss(excess: ExceededLimit) -> DatagramDrop {
     match excess {
-        Excess::Rate => Loss::Rate,
-        Excess::Bandwidth => Loss::Bandwidth,
+        ExceededLimit::Rate => DatagramDrop::Rate,
+        ExceededLimit::Bandwidth => DatagramDrop::Bandwidth,
     }
 }
 
@@ -112,12 +112,12 @@ impl<A> Flow<A> {
                 return true;
             }
             match quota.pass(direction, span.len() as u64, now) {
-                Passage::Free => true,
-                Passage::Observed(excess) => {
+                DatagramVerdict::Free => true,
+                DatagramVerdict::Observed(excess) => {
                     meter.would_lose(direction, loss(excess));
                     true
                 }
-                Passage::Dropped(excess) => {
+                DatagramVerdict::Dropped(excess) => {
                     meter.lost(direction, loss(excess), 1);
                     false
                 }
@@ -133,9 +133,9 @@ impl<A> Flow<A> {
         &mut self,
         spans: &[Span],
         room: &[u8],
-        headers: &Headers,
+        headers: &DatagramHeaders,
         may_go_together: &mut bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), SendRefused> {
         // How many of the next have to go one by one.
         let (mut done, mut apart) = (0, 0_usize);
         while let Some(rest) = spans.get(done..).filter(|rest| !rest.is_empty()) {
@@ -164,7 +164,7 @@ impl<A> Flow<A> {
                     *may_go_together = false;
                     continue;
                 }
-                Err(error) if socket::is_peers(&error) => return Err(Refused { done }),
+                Err(error) if socket::is_peers(&error) => return Err(SendRefused { done }),
                 Err(error) => {
                     self.story.meter.lost(Direction::ToBackend, socket::loss(&error), count as u64);
                 }
@@ -175,7 +175,7 @@ impl<A> Flow<A> {
         Ok(())
     }
 
-    fn send_group(&self, group: &[Span], room: &[u8], headers: &Headers) -> std::io::Result<()> {
+    fn send_group(&self, group: &[Span], room: &[u8], headers: &DatagramHeaders) -> std::io::Result<()> {
         let bytes = |span: &Span| room.get(span.clone()).unwrap_or_default();
         if let [one] = group {
             // Its own header, which may say more than the first one's did; one without a header has the first one's.
@@ -199,8 +199,8 @@ impl<A> Flow<A> {
         spans: &[Span],
         room: &[u8],
         copy: &mut Vec<u8>,
-        door: &Door,
-        path: Path,
+        door: &UdpListenSocket,
+        path: FlowPath,
     ) {
         let (mut done, mut apart) = (0, 0_usize);
         while let Some(rest) = spans.get(done..).filter(|rest| !rest.is_empty()) {
@@ -214,7 +214,7 @@ impl<A> Flow<A> {
             }
             match sent {
                 // By itself each may be cut in pieces.
-                Err(Loss::TooLong) if count > 1 => {
+                Err(DatagramDrop::TooLong) if count > 1 => {
                     apart = count;
                     continue;
                 }
@@ -232,10 +232,10 @@ impl<A> Flow<A> {
 
 /// A header as it goes to a backend. It was verified when it came.
 fn resealed(header: &[u8]) -> Option<Vec<u8>> {
-    let rules = wire::Rules { transport: Transport::Datagram, verify_crc: false };
+    let rules = wire::ParserRules { transport: Transport::Datagram, verify_crc: false };
     match wire::parse(header, rules) {
-        Parsed::Done(header, _) => Some(wire::reseal(&header)),
-        Parsed::Partial(_) | Parsed::Malformed(_) => None,
+        ParsedHeader::Done(header, _) => Some(wire::reseal(&header)),
+        ParsedHeader::Partial(_) | ParsedHeader::Malformed(_) => None,
     }
 }
 
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn header_is_found_by_the_place_of_its_payload() {
         let room: Vec<u8> = (0..30).collect();
-        let mut headers = Headers::default();
+        let mut headers = DatagramHeaders::default();
         headers.add(2..5, 0..2);
         // An empty one: a datagram without a header may begin where it ends.
         headers.add(8..8, 5..8);
@@ -312,7 +312,7 @@ mod tests {
 
     #[test]
     fn each_flows_datagrams_stay_in_their_order() {
-        let mut runs = Runs::default();
+        let mut runs = SendRuns::default();
         let id = FlowId::from_u64;
         for (flow, span) in [(2, 0..1), (1, 1..2), (2, 2..3), (1, 3..4)] {
             runs.add(id(flow), span);

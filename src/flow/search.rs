@@ -3,26 +3,26 @@
 use std::net::UdpSocket;
 use std::sync::Arc;
 
-use super::life::{Flow, Found};
+use super::life::{ConnectedBackend, Flow};
 use super::socket;
-use super::table::Who;
-use crate::account::meter::{Connect, Meter};
-use crate::admission::ports::{EVERY_BACKEND, Port, Ports, Space};
+use super::table::FlowClient;
+use crate::account::meter::{ConnectResult, SessionMetrics};
+use crate::admission::ports::{EVERY_BACKEND, LocalPort, LocalPorts, PortSpace};
 use crate::clock::Moment;
-use crate::connect::{self, Failure};
-use crate::outcome::{At, Outcome, Why};
-use crate::pool::{Failed, Nobody, Picked, Pool, Tried, pick};
+use crate::connect::{self, ConnectError};
+use crate::outcome::{EndedAt, Outcome, Reason};
+use crate::pool::{PickError, PickedBackend, Pool, SessionFailure, TriedBackends, pick};
 
 /// Which flow a local port is for.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum For<'a> {
+pub(super) enum PortOwner<'a> {
     /// A new one of this tenant.
     Tenant(u32),
     /// One that has this port, and gives it back for another.
-    Holder(&'a Port),
+    Holder(&'a LocalPort),
 }
 
-impl For<'_> {
+impl PortOwner<'_> {
     /// The tenant, by its label's serial number.
     fn tenant(self) -> u32 {
         match self {
@@ -33,22 +33,22 @@ impl For<'_> {
 }
 
 /// The search for a backend.
-pub(super) struct Search<'a> {
+pub(super) struct BackendSearch<'a> {
     pool: &'a Pool,
-    who: Who,
-    ports: &'a Ports,
-    holder: For<'a>,
+    who: FlowClient,
+    ports: &'a LocalPorts,
+    holder: PortOwner<'a>,
     rolls: &'a mut fastrand::Rng,
     now: Moment,
     /// The local ports that the last attempt found none free of.
-    pub(super) short: Option<Arc<Space>>,
+    pub(super) short: Option<Arc<PortSpace>>,
 }
 
-impl<'a> Search<'a> {
+impl<'a> BackendSearch<'a> {
     pub(super) fn new(
         pool: &'a Pool,
-        who: Who,
-        (ports, holder): (&'a Ports, For<'a>),
+        who: FlowClient,
+        (ports, holder): (&'a LocalPorts, PortOwner<'a>),
         rolls: &'a mut fastrand::Rng,
         now: Moment,
     ) -> Self {
@@ -58,33 +58,33 @@ impl<'a> Search<'a> {
     /// Another backend for a flow whose own is not there; none for one from another process whose pool is unknown here.
     pub(super) fn again<A>(
         flow: &mut Flow<A>,
-        who: Who,
-        ports: &'a Ports,
+        who: FlowClient,
+        ports: &'a LocalPorts,
         rolls: &'a mut fastrand::Rng,
         now: Moment,
-    ) -> Option<Found> {
+    ) -> Option<ConnectedBackend> {
         let born = flow.story.pool()?;
         // Those who are there now; whom it has tried it knows by their places in its own.
         let own = born.latest();
         if !Arc::ptr_eq(&own, born) {
-            flow.tried = Tried::default();
+            flow.tried = TriedBackends::default();
         }
-        flow.story.meter.learn(Connect::Refused);
+        flow.story.meter.learn(ConnectResult::Refused);
         flow.picked.iter().for_each(|picked| blame(&own, picked, now));
-        let mut search = Search::new(&own, who, (ports, For::Holder(&flow.port)), rolls, now);
+        let mut search = BackendSearch::new(&own, who, (ports, PortOwner::Holder(&flow.port)), rolls, now);
         search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter).ok()
     }
 
     /// A backend, and a socket to it.
     pub(super) fn run(
         &mut self,
-        mut tried: Tried,
+        mut tried: TriedBackends,
         mut attempts: u32,
-        meter: &mut Meter,
-    ) -> Result<Found, Outcome> {
+        meter: &mut SessionMetrics,
+    ) -> Result<ConnectedBackend, Outcome> {
         let (pool, who) = (self.pool, self.who);
         let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
-        let mut failed = Outcome::reject(At::Pool, Why::NoBackend);
+        let mut failed = Outcome::reject(EndedAt::Pool, Reason::NoBackend);
         while attempts < pool.attempts {
             let (tenant, roll) = (self.holder.tenant(), self.rolls.u64(..));
             let picked = if attempts == 0 {
@@ -95,11 +95,13 @@ impl<'a> Search<'a> {
             let picked = match picked {
                 Ok(picked) => picked,
                 // A datagram does not wait in line.
-                Err(Nobody::Free) if attempts == 0 => return Err(Outcome::reject(At::Pool, Why::PoolFull)),
-                Err(Nobody::Share) if attempts == 0 => {
-                    return Err(Outcome::reject(At::Pool, Why::PoolShare));
+                Err(PickError::Free) if attempts == 0 => {
+                    return Err(Outcome::reject(EndedAt::Pool, Reason::PoolFull));
                 }
-                Err(Nobody::Free | Nobody::Share | Nobody::Usable) => break,
+                Err(PickError::Share) if attempts == 0 => {
+                    return Err(Outcome::reject(EndedAt::Pool, Reason::PoolShare));
+                }
+                Err(PickError::Free | PickError::Share | PickError::Usable) => break,
             };
             if attempts > 0 && !pool.may_retry(self.now) {
                 break;
@@ -108,16 +110,16 @@ impl<'a> Search<'a> {
             match self.connect(&picked) {
                 Ok((socket, port)) => {
                     meter.assume(picked.label());
-                    return Ok(Found { socket, port, picked: Some(picked), tried, attempts });
+                    return Ok(ConnectedBackend { socket, port, picked: Some(picked), tried, attempts });
                 }
                 Err(result) => {
                     meter.tried(picked.label(), result);
-                    failed = Failure::Backend(result).outcome();
-                    if result == Connect::Shortage {
+                    failed = ConnectError::Backend(result).outcome();
+                    if result == ConnectResult::Shortage {
                         break;
                     }
                     // A port that is missing is not the backend's fault: towards one of the other family there may be one.
-                    if result != Connect::NoLocalPort {
+                    if result != ConnectResult::NoLocalPort {
                         blame(pool, &picked, self.now);
                     }
                 }
@@ -127,15 +129,18 @@ impl<'a> Search<'a> {
     }
 
     /// A socket to a backend, from the first source address that has a local port left.
-    pub(super) fn connect(&mut self, picked: &Picked) -> Result<(UdpSocket, Port), Connect> {
+    pub(super) fn connect(
+        &mut self,
+        picked: &PickedBackend,
+    ) -> Result<(UdpSocket, LocalPort), ConnectResult> {
         let address = picked.address();
         let start = usize::try_from(self.rolls.u64(..)).unwrap_or(0);
         self.short = None;
         for source in connect::sources(&self.pool.sources, address, start) {
             let space = self.ports.space(source, EVERY_BACKEND);
             let port = match self.holder {
-                For::Tenant(tenant) => space.take(tenant),
-                For::Holder(held) => space.exchange(held),
+                PortOwner::Tenant(tenant) => space.take(tenant),
+                PortOwner::Holder(held) => space.exchange(held),
             };
             if let Some(port) = port {
                 match socket::connect(address, source).map_err(|error| connect::classify(&error)) {
@@ -143,7 +148,7 @@ impl<'a> Search<'a> {
                         self.short = None;
                         return Ok((socket, port));
                     }
-                    Err(Connect::NoLocalPort) => port.refused(),
+                    Err(ConnectResult::NoLocalPort) => port.refused(),
                     Err(result) => {
                         self.short = None;
                         return Err(result);
@@ -152,10 +157,10 @@ impl<'a> Search<'a> {
             }
             self.short = Some(space);
         }
-        Err(Connect::NoLocalPort)
+        Err(ConnectResult::NoLocalPort)
     }
 }
 
-pub(super) fn blame(pool: &Pool, picked: &Picked, now: Moment) {
-    pool.failed(picked, Failed::Connect, now).iter().for_each(|change| change.log(pool));
+pub(super) fn blame(pool: &Pool, picked: &PickedBackend, now: Moment) {
+    pool.failed(picked, SessionFailure::Connect, now).iter().for_each(|change| change.log(pool));
 }

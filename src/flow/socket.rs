@@ -19,13 +19,13 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-use super::door::Vacancy;
-use super::drops::Drops;
-use super::table::Path;
-use crate::account::loss::Loss;
+use super::door::SocketRetirement;
+use super::drops::KernelDrops;
+use super::table::FlowPath;
+use crate::account::loss::DatagramDrop;
 use crate::addr::{BackendAddr, PeerAddr};
 use crate::connect;
-use crate::fault::{self, Call};
+use crate::fault::{self, Syscall};
 use crate::wire;
 
 /// Messages that are received in one call.
@@ -53,23 +53,23 @@ const QUEUE: usize = 4 * 1024 * 1024;
 
 /// A listening socket of one worker.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct UdpListenSocket {
     socket: AsyncFd<UdpSocket>,
     state: UdpSocketState,
     /// The place of its listener: of the one whose flows begin here.
     listener: Cell<u32>,
     /// What is asked of a header, as it was when the last batch came; `None` where there is none.
-    pub(super) header: Cell<Option<wire::Rules>>,
+    pub(super) header: Cell<Option<wire::ParserRules>>,
     /// Whether a datagram without a header may belong to the one flow of its sender; as it was then.
     pub(super) follows_bare: Cell<bool>,
     /// The kernel's own number of the socket, in whatever process.
     pub(super) cookie: u64,
     /// What the kernel has dropped here, as far as it is counted.
-    drops: Cell<Drops>,
+    drops: Cell<KernelDrops>,
     /// Held by each of its flows.
     pub(super) flows: Rc<()>,
     /// While it closes: the workers that have flows there, and whether this one is no more among them.
-    closing: RefCell<Option<(Arc<Vacancy>, bool)>>,
+    closing: RefCell<Option<(Arc<SocketRetirement>, bool)>>,
     /// Once it is closed.
     closed: Notify,
     is_closed: Cell<bool>,
@@ -78,7 +78,7 @@ pub(super) struct Door {
     is_wild: bool,
 }
 
-impl Door {
+impl UdpListenSocket {
     /// Takes over a bound socket.
     ///
     /// # Errors
@@ -147,7 +147,7 @@ impl Door {
     }
 
     /// No flow begins here any more.
-    pub(super) fn close(&self, vacancy: Arc<Vacancy>) {
+    pub(super) fn close(&self, vacancy: Arc<SocketRetirement>) {
         self.closing.replace(Some((vacancy, false)));
     }
 
@@ -176,7 +176,7 @@ impl Door {
     }
 
     /// Closes it where it closes and no worker has a flow here any more; whether that is so.
-    pub(super) fn is_vacant(&self, is_complete: impl Fn(&Vacancy) -> bool) -> bool {
+    pub(super) fn is_vacant(&self, is_complete: impl Fn(&SocketRetirement) -> bool) -> bool {
         let mut closing = self.closing.borrow_mut();
         let Some((vacancy, has_left)) = closing.as_mut() else { return false };
         // One that comes from another process may come late.
@@ -228,7 +228,7 @@ impl Door {
         room: &mut [u8],
         metas: &mut [RecvMeta],
     ) -> io::Result<usize> {
-        fault::at(Call::ReceiveDatagram)?;
+        fault::at(Syscall::ReceiveDatagram)?;
         let count = metas.len().min(room.len() / ROOM).min(BATCH);
         let mut rooms = room.chunks_exact_mut(ROOM);
         let mut slices: [IoSliceMut<'_>; BATCH] =
@@ -247,7 +247,7 @@ impl Door {
     }
 
     /// What was asked by a datagram of this path.
-    pub(super) fn destination(&self, path: Path) -> SocketAddr {
+    pub(super) fn destination(&self, path: FlowPath) -> SocketAddr {
         SocketAddr::new(path.local.unwrap_or(self.address.ip()), self.address.port())
     }
 
@@ -263,9 +263,9 @@ impl Door {
         each: Option<usize>,
         to: PeerAddr,
         from: Option<IpAddr>,
-    ) -> Result<(), Loss> {
+    ) -> Result<(), DatagramDrop> {
         let transmit = || {
-            fault::at(Call::SendDatagram)?;
+            fault::at(Syscall::SendDatagram)?;
             if each.is_none() && from.is_none() {
                 let sent = rustix::net::sendto(self.socket.get_ref(), contents, SendFlags::empty(), &to.0);
                 return sent.map(|_| ()).map_err(io::Error::from);
@@ -299,14 +299,14 @@ fn tell_less(socket: &UdpSocket, address: SocketAddr, is_wild: bool) -> io::Resu
 /// What the system says.
 pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Result<UdpSocket> {
     let kind = Type::DGRAM.nonblocking().cloexec();
-    fault::at(Call::Socket)?;
+    fault::at(Syscall::Socket)?;
     let socket = Socket::new(Domain::for_address(address.0), kind, Some(Protocol::UDP))?;
     if let Some(source) = source {
-        fault::at(Call::Bind)?;
+        fault::at(Syscall::Bind)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     socket.set_recv_buffer_size(QUEUE)?;
-    fault::at(Call::Connect)?;
+    fault::at(Syscall::Connect)?;
     socket.connect(&address.0.into())?;
     if connect::is_connected_to_itself(&socket, address) {
         return Err(Errno::CONNREFUSED.into());
@@ -319,7 +319,7 @@ pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Resul
 /// # Errors
 /// What the system says.
 pub(super) fn receive_one(socket: &UdpSocket, room: &mut [u8]) -> io::Result<usize> {
-    fault::at(Call::ReceiveDatagram)?;
+    fault::at(Syscall::ReceiveDatagram)?;
     Ok(rustix::net::recv(socket, room, RecvFlags::empty())?.1)
 }
 
@@ -333,7 +333,7 @@ pub(super) fn take_together(socket: &UdpSocket) {
 /// # Errors
 /// What the system says.
 pub(super) fn send(socket: &UdpSocket, front: &[u8], payload: &[u8]) -> io::Result<()> {
-    fault::at(Call::SendDatagram)?;
+    fault::at(Syscall::SendDatagram)?;
     let sent = if front.is_empty() {
         rustix::net::send(socket, payload, SendFlags::empty())
     } else {
@@ -349,7 +349,7 @@ pub(super) fn send(socket: &UdpSocket, front: &[u8], payload: &[u8]) -> io::Resu
 /// # Errors
 /// What the system says; none was sent then.
 pub(super) fn send_together(socket: &UdpSocket, parts: &[IoSlice<'_>], each: u16) -> io::Result<()> {
-    fault::at(Call::SendDatagram)?;
+    fault::at(Syscall::SendDatagram)?;
     let each = ControlMessage::UdpGsoSegments(&each);
     sendmsg::<()>(socket.as_raw_fd(), parts, &[each], MsgFlags::empty(), None)?;
     Ok(())
@@ -385,13 +385,13 @@ pub(super) fn is_peers(error: &io::Error) -> bool {
 }
 
 /// Why a datagram was not taken.
-pub(super) fn loss(error: &io::Error) -> Loss {
+pub(super) fn loss(error: &io::Error) -> DatagramDrop {
     match Errno::from_io_error(error) {
-        Some(Errno::AGAIN) => Loss::Full,
-        Some(Errno::MSGSIZE) => Loss::TooLong,
-        Some(Errno::NOBUFS | Errno::NOMEM) => Loss::Shortage,
-        Some(Errno::CONNREFUSED) => Loss::Refused,
-        _ => Loss::Unreachable,
+        Some(Errno::AGAIN) => DatagramDrop::Full,
+        Some(Errno::MSGSIZE) => DatagramDrop::TooLong,
+        Some(Errno::NOBUFS | Errno::NOMEM) => DatagramDrop::Shortage,
+        Some(Errno::CONNREFUSED) => DatagramDrop::Refused,
+        _ => DatagramDrop::Unreachable,
     }
 }
 
@@ -402,11 +402,11 @@ mod tests {
     #[test]
     fn errors_are_told_apart() {
         for (errno, expected) in [
-            (Errno::AGAIN, Loss::Full),
-            (Errno::MSGSIZE, Loss::TooLong),
-            (Errno::NOBUFS, Loss::Shortage),
-            (Errno::CONNREFUSED, Loss::Refused),
-            (Errno::NETUNREACH, Loss::Unreachable),
+            (Errno::AGAIN, DatagramDrop::Full),
+            (Errno::MSGSIZE, DatagramDrop::TooLong),
+            (Errno::NOBUFS, DatagramDrop::Shortage),
+            (Errno::CONNREFUSED, DatagramDrop::Refused),
+            (Errno::NETUNREACH, DatagramDrop::Unreachable),
         ] {
             assert_eq!(loss(&errno.into()), expected);
         }

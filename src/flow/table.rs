@@ -15,17 +15,17 @@ use std::time::Duration;
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 
-use self::queue::Queue;
-use self::slab::{Kind, NIL, Slab, Slot};
+use self::queue::IdleQueue;
+use self::slab::{FlowSlab, FlowSlot, ListKind, NIL};
 use crate::addr::{ClientAddr, PeerAddr};
 use crate::clock::Moment;
-use crate::id::Claim;
+use crate::id::EndpointClaim;
 
 pub use self::slab::FlowId;
 
 /// Where a datagram came from, and where its answers go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Path {
+pub struct FlowPath {
     /// Which listening socket of the worker.
     pub socket: u16,
     /// The address that was asked, where the socket's own does not tell. Sockets are of one family each, so no IPv4
@@ -37,28 +37,28 @@ pub struct Path {
 
 /// Who speaks, as the header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Who {
+pub struct FlowClient {
     /// The client's address, as it is written: an IPv4 one in the guise of IPv6 is another client. To tell apart what is one
     /// costs a flow; to take for one what is not would give a consumer another's answers.
     pub client: Option<ClientAddr>,
     /// Its endpoint.
-    pub endpoint: Claim,
+    pub endpoint: EndpointClaim,
 }
 
 /// What is to be done with a datagram of a client's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
+pub enum DatagramAction {
     /// A flow is to be [opened](Table::open).
     Open,
     /// It belongs to this flow, and is its backend's.
     ToBackend(FlowId),
     /// It belongs to nobody.
-    Drop(Stray),
+    Drop(StrayDatagram),
 }
 
 /// Why a datagram belongs to nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stray {
+pub enum StrayDatagram {
     /// It says not who speaks, and its path has no flow.
     NoHeader,
     /// It says not who speaks, and its path has several flows, or had while the present one lived.
@@ -67,14 +67,14 @@ pub enum Stray {
 
 /// The flows. `F` is what is kept for each.
 #[derive(Debug)]
-pub struct Table<F> {
-    slab: Slab<F>,
+pub struct FlowTable<F> {
+    slab: FlowSlab<F>,
     /// Flows by path and speaker.
     index: HashTable<u32>,
     /// The first flow of each path; the others hang on it.
     paths: HashTable<u32>,
     random: RandomState,
-    queue: Queue,
+    queue: IdleQueue,
     idle: Duration,
     /// From this number on, those there are may hang later than they are due: `idle` has become shorter.
     lagging: u32,
@@ -86,16 +86,16 @@ const HUNG_ANEW: u32 = 1024;
 /// For each flow that is taken out: to look at one and put it off is so much cheaper than to close its socket.
 const LOOKS: usize = 32;
 
-impl<F> Table<F> {
+impl<F> FlowTable<F> {
     /// No flows yet. One may be silent for `idle`.
     #[must_use]
     pub fn new(idle: Duration) -> Self {
         Self {
-            slab: Slab::default(),
+            slab: FlowSlab::default(),
             index: HashTable::new(),
             paths: HashTable::new(),
             random: RandomState::default(),
-            queue: Queue::default(),
+            queue: IdleQueue::default(),
             idle,
             lagging: NIL,
         }
@@ -121,40 +121,40 @@ impl<F> Table<F> {
 
     /// Takes in a datagram of a client's. `who` is `None` where it does not say who speaks: then it belongs to the one
     /// flow that its path has, unless another speaker had a flow there while that one lived.
-    pub fn hear(&mut self, path: Path, who: Option<Who>, now: Moment) -> Command {
+    pub fn hear(&mut self, path: FlowPath, who: Option<FlowClient>, now: Moment) -> DatagramAction {
         let slot = match who {
             Some(who) => match self.known(path, who) {
                 Some(slot) => slot,
-                None => return Command::Open,
+                None => return DatagramAction::Open,
             },
             None => match self.first_of(path) {
                 Some(slot) if self.slab.at(slot).is_some_and(|flow| !flow.shares_path) => slot,
-                Some(_) => return Command::Drop(Stray::Ambiguous),
-                None => return Command::Drop(Stray::NoHeader),
+                Some(_) => return DatagramAction::Drop(StrayDatagram::Ambiguous),
+                None => return DatagramAction::Drop(StrayDatagram::NoHeader),
             },
         };
         self.queue.rewind(now);
-        self.slab.at_mut(slot).map_or(Command::Open, |flow| {
+        self.slab.at_mut(slot).map_or(DatagramAction::Open, |flow| {
             flow.last = now;
-            Command::ToBackend(FlowId::new(slot, flow.generation))
+            DatagramAction::ToBackend(FlowId::new(slot, flow.generation))
         })
     }
 
-    fn known(&self, path: Path, who: Who) -> Option<u32> {
+    fn known(&self, path: FlowPath, who: FlowClient) -> Option<u32> {
         let is_it = |slot: &u32| self.slab.at(*slot).is_some_and(|flow| flow.path == path && flow.who == who);
         self.index.find(self.random.hash_one((path, who)), is_it).copied()
     }
 
-    fn first_of(&self, path: Path) -> Option<u32> {
+    fn first_of(&self, path: FlowPath) -> Option<u32> {
         let is_it = |slot: &u32| self.slab.at(*slot).is_some_and(|flow| flow.path == path);
         self.paths.find(self.random.hash_one(path), is_it).copied()
     }
 
     /// Opens a flow that [`hear`](Self::hear) asked for, and that there is not yet.
-    pub fn open(&mut self, path: Path, who: Who, tenant: u32, flow: F, now: Moment) -> FlowId {
+    pub fn open(&mut self, path: FlowPath, who: FlowClient, tenant: u32, flow: F, now: Moment) -> FlowId {
         debug_assert!(self.known(path, who).is_none());
         let first = self.first_of(path);
-        let (slot, generation) = self.slab.insert(Slot::new(path, who, tenant, flow, now));
+        let (slot, generation) = self.slab.insert(FlowSlot::new(path, who, tenant, flow, now));
         let (slab, random) = (&self.slab, &self.random);
         let by_key = |slot: &u32| slab.at(*slot).map_or(0, |flow| random.hash_one((flow.path, flow.who)));
         self.index.insert_unique(random.hash_one((path, who)), slot, by_key);
@@ -176,8 +176,8 @@ impl<F> Table<F> {
     /// Takes in a flow that has been open elsewhere, and was last heard of then.
     pub fn take_in(
         &mut self,
-        path: Path,
-        who: Who,
+        path: FlowPath,
+        who: FlowClient,
         tenant: u32,
         flow: F,
         last: Moment,
@@ -216,7 +216,7 @@ impl<F> Table<F> {
     }
 
     /// A datagram came from a flow's backend: where it goes, and the flow.
-    pub fn answer(&mut self, id: FlowId, now: Moment) -> Option<(Path, Who, &mut F)> {
+    pub fn answer(&mut self, id: FlowId, now: Moment) -> Option<(FlowPath, FlowClient, &mut F)> {
         let flow = self.slab.find(id)?;
         self.queue.rewind(now);
         flow.last = now;
@@ -224,21 +224,21 @@ impl<F> Table<F> {
     }
 
     /// A flow, with nothing said of it.
-    pub fn find(&mut self, id: FlowId) -> Option<(Path, Who, &mut F)> {
+    pub fn find(&mut self, id: FlowId) -> Option<(FlowPath, FlowClient, &mut F)> {
         let flow = self.slab.find(id)?;
         Some((flow.path, flow.who, flow.flow.as_mut()?))
     }
 
     /// Takes a flow out.
-    pub fn close(&mut self, id: FlowId) -> Option<(Path, Who, F)> {
+    pub fn close(&mut self, id: FlowId) -> Option<(FlowPath, FlowClient, F)> {
         self.slab.find(id)?;
         self.take_out(id.slot())
     }
 
-    fn take_out(&mut self, slot: u32) -> Option<(Path, Who, F)> {
+    fn take_out(&mut self, slot: u32) -> Option<(FlowPath, FlowClient, F)> {
         self.queue.remove(&mut self.slab, slot);
-        let &Slot { path, who, .. } = self.slab.at(slot)?;
-        let next = self.slab.after(slot, Kind::Path);
+        let &FlowSlot { path, who, .. } = self.slab.at(slot)?;
+        let next = self.slab.after(slot, ListKind::Path);
         if let Ok(entry) = self.index.find_entry(self.random.hash_one((path, who)), |other| *other == slot) {
             entry.remove();
         }
@@ -254,7 +254,7 @@ impl<F> Table<F> {
 
     /// Takes out flows that were idle for long, at most `most` in one call, and looks at no more than 32 times as many: others
     /// are left for the next.
-    pub fn expire(&mut self, now: Moment, most: usize, mut closed: impl FnMut(Path, Who, F)) {
+    pub fn expire(&mut self, now: Moment, most: usize, mut closed: impl FnMut(FlowPath, FlowClient, F)) {
         self.catch_up();
         let mut left = most;
         for _ in 0..most.saturating_mul(LOOKS) {
@@ -289,7 +289,12 @@ impl<F> Table<F> {
     /// Takes out a flow that was idle for at least `idle`: of this tenant, or else of the one that has most. Of some that
     /// began long ago it is the one that was idle longest. Where all of those spoke just now it takes nobody, though another
     /// of the tenant's may be idle: the next call looks at others.
-    pub fn evict(&mut self, tenant: Option<u32>, idle: Duration, now: Moment) -> Option<(Path, Who, F)> {
+    pub fn evict(
+        &mut self,
+        tenant: Option<u32>,
+        idle: Duration,
+        now: Moment,
+    ) -> Option<(FlowPath, FlowClient, F)> {
         self.evict_if(tenant, idle, now, |_| true)
     }
 
@@ -300,7 +305,7 @@ impl<F> Table<F> {
         idle: Duration,
         now: Moment,
         is_it: impl FnOnce(&F) -> bool,
-    ) -> Option<(Path, Who, F)> {
+    ) -> Option<(FlowPath, FlowClient, F)> {
         let tenant = tenant.or_else(|| self.queue.fullest())?;
         let slot = self.queue.longest_idle(&mut self.slab, tenant, now)?;
         let found = self.slab.at(slot)?;
@@ -335,7 +340,7 @@ impl<F> Table<F> {
     }
 
     /// Takes out all of them.
-    pub fn drain(&mut self) -> impl Iterator<Item = (Path, Who, F)> {
+    pub fn drain(&mut self) -> impl Iterator<Item = (FlowPath, FlowClient, F)> {
         let all: Vec<_> = self.slab.slots().collect();
         all.into_iter().filter_map(|slot| self.take_out(slot))
     }

@@ -21,20 +21,20 @@ pub(super) const LEAST: usize = 4 * 1024;
 
 /// The bound on the memory of all bytes that wait for a slow reader.
 #[derive(Debug)]
-pub struct Buffers {
+pub struct BufferBudget {
     limit: u64,
     used: AtomicU64,
 }
 
 /// A part of it, given back on drop.
 #[derive(Debug)]
-pub(super) struct Part {
-    buffers: Arc<Buffers>,
+pub(super) struct BufferReservation {
+    buffers: Arc<BufferBudget>,
     tenant: Arc<Quota>,
     bytes: u64,
 }
 
-impl Buffers {
+impl BufferBudget {
     /// No bytes wait yet, and `limit` bytes may.
     #[must_use]
     pub fn new(limit: u64) -> Arc<Self> {
@@ -62,15 +62,15 @@ impl Buffers {
     }
 
     /// Bytes that were read already take their part, whether there is room for them or not.
-    pub(super) fn part(self: &Arc<Self>, tenant: &Arc<Quota>, bytes: usize) -> Part {
+    pub(super) fn part(self: &Arc<Self>, tenant: &Arc<Quota>, bytes: usize) -> BufferReservation {
         let bytes = bytes as u64;
         self.used.fetch_add(bytes, Ordering::Relaxed);
         tenant.buffered.fetch_add(bytes, Ordering::Relaxed);
-        Part { buffers: Arc::clone(self), tenant: Arc::clone(tenant), bytes }
+        BufferReservation { buffers: Arc::clone(self), tenant: Arc::clone(tenant), bytes }
     }
 }
 
-impl Drop for Part {
+impl Drop for BufferReservation {
     fn drop(&mut self) {
         self.buffers.used.fetch_sub(self.bytes, Ordering::Relaxed);
         self.tenant.buffered.fetch_sub(self.bytes, Ordering::Relaxed);
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn parts_are_counted_for_process_and_tenant_until_they_are_dropped() {
-        let buffers = Buffers::new(SCRATCH as u64 * 4);
+        let buffers = BufferBudget::new(SCRATCH as u64 * 4);
         let (tenant, other) = (Arc::new(Quota::default()), Arc::new(Quota::default()));
         assert!(!buffers.is_short(&tenant));
         let one = buffers.part(&tenant, SCRATCH);
@@ -152,7 +152,7 @@ mod tests {
         assert!(buffers.is_short(&other));
         drop((one, two, three));
         assert_eq!((buffers.used(), buffers.is_short(&tenant)), (0, false));
-        assert!(Buffers::new(0).is_short(&tenant));
+        assert!(BufferBudget::new(0).is_short(&tenant));
     }
 
     #[test]

@@ -8,31 +8,31 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::buffer::Part;
-use super::pace::Lent;
-use crate::fault::{self, Call};
+use super::buffer::BufferReservation;
+use super::pace::WorkerResources;
+use crate::fault::{self, Syscall};
 
 /// Bytes that were read and not yet written. Empty, it owns no memory.
 #[derive(Debug, Default)]
-pub(super) struct Spill(Option<Box<Held>>);
+pub(super) struct PendingWrite(Option<Box<UnwrittenBytes>>);
 
 #[derive(Debug)]
-struct Held {
+struct UnwrittenBytes {
     bytes: Box<[u8]>,
     written: usize,
     #[expect(dead_code, reason = "dropping it gives the part of the buffer memory back")]
-    part: Part,
+    part: BufferReservation,
 }
 
-impl Spill {
+impl PendingWrite {
     /// Keeps these bytes, which count as the tenant's from now on.
-    pub(super) fn new(bytes: impl Into<Box<[u8]>>, lent: Lent<'_>) -> Self {
+    pub(super) fn new(bytes: impl Into<Box<[u8]>>, lent: WorkerResources<'_>) -> Self {
         let bytes = bytes.into();
         if bytes.is_empty() {
             return Self::default();
         }
         let part = lent.buffers.part(lent.quota, bytes.len());
-        Self(Some(Box::new(Held { bytes, written: 0, part })))
+        Self(Some(Box::new(UnwrittenBytes { bytes, written: 0, part })))
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -54,7 +54,7 @@ impl Spill {
         sink: &mut TcpStream,
         context: &mut Context<'_>,
     ) -> Poll<io::Result<u64>> {
-        fault::at(Call::Send)?;
+        fault::at(Syscall::Send)?;
         let count = ready!(Pin::new(sink).poll_write(context, self.left()))?;
         if let Some(held) = &mut self.0 {
             held.written += count;
@@ -70,11 +70,11 @@ impl Spill {
         &mut self,
         read: &[u8],
         sink: &mut TcpStream,
-        lent: Lent<'_>,
+        lent: WorkerResources<'_>,
         context: &mut Context<'_>,
     ) -> io::Result<u64> {
         debug_assert!(self.is_empty(), "bytes were read while others were held");
-        fault::at(Call::Send)?;
+        fault::at(Syscall::Send)?;
         let count = match Pin::new(sink).poll_write(context, read) {
             Poll::Ready(result) => result?,
             Poll::Pending => 0,
@@ -96,7 +96,7 @@ pub(super) fn poll_read<'a>(
     if fault::is_on() {
         // The kernel is asked only once there is something to read.
         ready!(source.poll_read_ready(context))?;
-        fault::at(Call::Receive)?;
+        fault::at(Syscall::Receive)?;
     }
     let mut buffer = ReadBuf::new(scratch);
     ready!(Pin::new(source).poll_read(context, &mut buffer))?;

@@ -15,16 +15,16 @@ use rustix::net::sockopt::socket_type;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
-use super::copy::Spill;
-use super::pace::Lent;
+use super::copy::PendingWrite;
+use super::pace::WorkerResources;
 use super::pipe::{CAPACITY, Pipe};
-use super::way::{Phase, Way};
-use super::{Patience, Relay, SETTLED};
-use crate::account::{Direction, EachWay};
+use super::way::{DirectionPhase, DirectionState};
+use super::{IdleTimeouts, Relay, SETTLED};
+use crate::account::{Direction, PerDirection};
 use crate::clock;
 use crate::clock::wheel::Tick;
-use crate::life::Life;
-use crate::outcome::{By, Why};
+use crate::life::SessionContext;
+use crate::outcome::{EndedBy, Reason};
 
 /// The bytes that one direction's spill may have: what was taken out of a pipe, a read of the scratch buffer, or a header
 /// and what came with it, which is less.
@@ -32,8 +32,8 @@ pub const MOST_SPILLED: usize = CAPACITY;
 
 /// What is told of one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WayRecord {
-    phase: Phase,
+pub struct DirectionRecord {
+    phase: DirectionPhase,
     /// Whether the sink has TCP_NODELAY.
     prompt: bool,
     /// How long ago bytes moved.
@@ -46,17 +46,17 @@ pub struct WayRecord {
 
 /// What is told of a session that stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    to_backend: WayRecord,
-    to_client: WayRecord,
-    first_end: Option<By>,
-    broken: Option<(By, Why)>,
+pub struct RelayRecord {
+    to_backend: DirectionRecord,
+    to_client: DirectionRecord,
+    first_end: Option<EndedBy>,
+    broken: Option<(EndedBy, Reason)>,
     /// Whether both sockets have keepalive.
     settled: bool,
 }
 
-impl Record {
-    fn way(&self, direction: Direction) -> &WayRecord {
+impl RelayRecord {
+    fn way(&self, direction: Direction) -> &DirectionRecord {
         match direction {
             Direction::ToBackend => &self.to_backend,
             Direction::ToClient => &self.to_client,
@@ -66,7 +66,7 @@ impl Record {
 
 /// Why a record and what came with it are not a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Misfit {
+pub enum RestoreError {
     /// The record and the tail disagree.
     #[error("the bytes behind the record are not as many as it says")]
     Tail,
@@ -80,15 +80,15 @@ pub enum Misfit {
 
 /// A session between two processes.
 #[derive(Debug)]
-pub struct Still {
-    record: Record,
+pub struct FrozenRelay {
+    record: RelayRecord,
     client: OwnedFd,
     backend: OwnedFd,
-    spills: EachWay<Vec<u8>>,
-    pipes: EachWay<Option<[OwnedFd; 2]>>,
+    spills: PerDirection<Vec<u8>>,
+    pipes: PerDirection<Option<[OwnedFd; 2]>>,
 }
 
-impl Still {
+impl FrozenRelay {
     /// The own address of the connection to the backend.
     #[must_use]
     pub fn backend_source(&self) -> Option<IpAddr> {
@@ -100,37 +100,39 @@ impl Still {
     ///
     /// # Errors
     /// Where they do not fit the record.
-    pub fn new(record: Record, tail: &[u8], fds: Vec<OwnedFd>) -> Result<Self, Misfit> {
+    pub fn new(record: RelayRecord, tail: &[u8], fds: Vec<OwnedFd>) -> Result<Self, RestoreError> {
         let mut fds = fds.into_iter();
-        let (Some(client), Some(backend)) = (fds.next(), fds.next()) else { return Err(Misfit::Descriptors) };
+        let (Some(client), Some(backend)) = (fds.next(), fds.next()) else {
+            return Err(RestoreError::Descriptors);
+        };
         if [&client, &backend].into_iter().any(|fd| socket_type(fd) != Ok(SocketType::STREAM)) {
-            return Err(Misfit::Descriptors);
+            return Err(RestoreError::Descriptors);
         }
-        let (mut spills, mut pipes) = (EachWay::default(), EachWay::default());
+        let (mut spills, mut pipes) = (PerDirection::default(), PerDirection::default());
         let mut rest = tail;
         for direction in Direction::ALL {
             let way = record.way(direction);
-            let (spill, after) = rest.split_at_checked(way.spill).ok_or(Misfit::Tail)?;
+            let (spill, after) = rest.split_at_checked(way.spill).ok_or(RestoreError::Tail)?;
             if way.spill > MOST_SPILLED || way.spill > 0 && way.pipe.is_some() {
-                return Err(Misfit::Tail);
+                return Err(RestoreError::Tail);
             }
             *spills.way_mut(direction) = spill.to_vec();
             rest = after;
             if let Some(held) = way.pipe {
                 let (Some(read), Some(write)) = (fds.next(), fds.next()) else {
-                    return Err(Misfit::Descriptors);
+                    return Err(RestoreError::Descriptors);
                 };
                 if ioctl_fionread(&read).ok().and_then(|found| usize::try_from(found).ok()) != Some(held) {
-                    return Err(Misfit::Pipe);
+                    return Err(RestoreError::Pipe);
                 }
                 *pipes.way_mut(direction) = Some([read, write]);
             }
         }
         if !rest.is_empty() {
-            return Err(Misfit::Tail);
+            return Err(RestoreError::Tail);
         }
         if fds.next().is_some() {
-            return Err(Misfit::Descriptors);
+            return Err(RestoreError::Descriptors);
         }
         Ok(Self { record, client, backend, spills, pipes })
     }
@@ -141,22 +143,22 @@ impl Still {
     /// Where the worker's poll has no room for its sockets: both are reset then.
     pub fn resume<'a>(
         mut self,
-        patience: &'a Patience,
-        lent: Lent<'a>,
-        life: &'a mut Life,
+        patience: &'a IdleTimeouts,
+        lent: WorkerResources<'a>,
+        life: &'a mut SessionContext,
     ) -> io::Result<Relay<'a>> {
         let now = life.tick();
-        let mut way = |direction, life: &Life| {
+        let mut way = |direction, life: &SessionContext| {
             let record = self.record.way(direction);
-            let mut way = Way::new(now.before(Duration::from_millis(record.silent_ms)));
+            let mut way = DirectionState::new(now.before(Duration::from_millis(record.silent_ms)));
             (way.phase, way.prompt) = (record.phase, record.prompt);
-            way.spill = Spill::new(std::mem::take(self.spills.way_mut(direction)), lent);
+            way.spill = PendingWrite::new(std::mem::take(self.spills.way_mut(direction)), lent);
             let held = record.pipe.unwrap_or(0);
             let ends = self.pipes.way_mut(direction).take();
             way.pipe = ends.map(|ends| Box::new(lent.pipes.adopt(ends, held, lent.quota, life)));
             way
         };
-        let ways = EachWay {
+        let ways = PerDirection {
             to_backend: way(Direction::ToBackend, life),
             to_client: way(Direction::ToClient, life),
         };
@@ -208,7 +210,7 @@ fn registered(client: OwnedFd, backend: OwnedFd) -> io::Result<[TcpStream; 2]> {
 
 impl Relay<'_> {
     /// Its life.
-    pub fn life(&mut self) -> &mut Life {
+    pub fn life(&mut self) -> &mut SessionContext {
         self.life
     }
 
@@ -238,7 +240,7 @@ impl Relay<'_> {
     ///
     /// # Errors
     /// Where there is no descriptor left for a copy.
-    pub fn pack(&self) -> io::Result<(Record, Vec<u8>, Vec<OwnedFd>)> {
+    pub fn pack(&self) -> io::Result<(RelayRecord, Vec<u8>, Vec<OwnedFd>)> {
         let mut fds = vec![copy(&self.client)?, copy(&self.backend)?];
         let mut tail = Vec::new();
         let now = self.life.tick();
@@ -251,14 +253,14 @@ impl Relay<'_> {
                 }
             }
         }
-        let told = |way: &Way| WayRecord {
+        let told = |way: &DirectionState| DirectionRecord {
             phase: way.phase,
             prompt: way.prompt,
             silent_ms: u64::try_from(now.since(way.moved).as_millis()).unwrap_or(u64::MAX),
             spill: way.spill.len(),
             pipe: holding(way).map(Pipe::held),
         };
-        let record = Record {
+        let record = RelayRecord {
             to_backend: told(&self.ways.to_backend),
             to_client: told(&self.ways.to_client),
             first_end: self.first_end,
@@ -270,7 +272,7 @@ impl Relay<'_> {
 }
 
 /// A direction's pipe, where it has bytes.
-fn holding(way: &Way) -> Option<&Pipe> {
+fn holding(way: &DirectionState) -> Option<&Pipe> {
     way.pipe.as_deref().filter(|pipe| !pipe.is_empty())
 }
 
@@ -287,12 +289,12 @@ mod tests {
 
     use super::*;
 
-    fn way(spill: usize, pipe: Option<usize>) -> WayRecord {
-        WayRecord { phase: Phase::Open, prompt: true, silent_ms: 7, spill, pipe }
+    fn way(spill: usize, pipe: Option<usize>) -> DirectionRecord {
+        DirectionRecord { phase: DirectionPhase::Open, prompt: true, silent_ms: 7, spill, pipe }
     }
 
-    fn record(to_backend: WayRecord, to_client: WayRecord) -> Record {
-        Record { to_backend, to_client, first_end: None, broken: None, settled: false }
+    fn record(to_backend: DirectionRecord, to_client: DirectionRecord) -> RelayRecord {
+        RelayRecord { to_backend, to_client, first_end: None, broken: None, settled: false }
     }
 
     fn sockets() -> Vec<OwnedFd> {
@@ -310,7 +312,7 @@ mod tests {
 
     #[test]
     fn what_fits_is_put_together() {
-        let still = Still::new(record(way(2, None), way(0, Some(4))), b"ab", with_pipe()).unwrap();
+        let still = FrozenRelay::new(record(way(2, None), way(0, Some(4))), b"ab", with_pipe()).unwrap();
         assert_eq!((&still.spills.to_backend[..], still.spills.to_client.len()), (&b"ab"[..], 0));
         assert!(still.pipes.to_backend.is_none() && still.pipes.to_client.is_some());
     }
@@ -322,17 +324,17 @@ mod tests {
         let piped = |held| record(way(0, Some(held)), way(0, None));
         let long = vec![0; MOST_SPILLED + 1];
         for (record, tail, fds, misfit) in [
-            (spilled, &b"ab"[..], sockets(), Misfit::Tail),
-            (spilled, b"abcd", sockets(), Misfit::Tail),
-            (record(way(long.len(), None), way(0, None)), &long, sockets(), Misfit::Tail),
-            (record(way(1, Some(4)), way(0, None)), b"a", with_pipe(), Misfit::Tail),
-            (piped(5), b"", with_pipe(), Misfit::Pipe),
-            (piped(4), b"", sockets(), Misfit::Descriptors),
-            (bare, b"", with_pipe(), Misfit::Descriptors),
-            (bare, b"", Vec::new(), Misfit::Descriptors),
-            (bare, b"", with_pipe().split_off(2), Misfit::Descriptors),
+            (spilled, &b"ab"[..], sockets(), RestoreError::Tail),
+            (spilled, b"abcd", sockets(), RestoreError::Tail),
+            (record(way(long.len(), None), way(0, None)), &long, sockets(), RestoreError::Tail),
+            (record(way(1, Some(4)), way(0, None)), b"a", with_pipe(), RestoreError::Tail),
+            (piped(5), b"", with_pipe(), RestoreError::Pipe),
+            (piped(4), b"", sockets(), RestoreError::Descriptors),
+            (bare, b"", with_pipe(), RestoreError::Descriptors),
+            (bare, b"", Vec::new(), RestoreError::Descriptors),
+            (bare, b"", with_pipe().split_off(2), RestoreError::Descriptors),
         ] {
-            assert_eq!(Still::new(record, tail, fds).unwrap_err(), misfit);
+            assert_eq!(FrozenRelay::new(record, tail, fds).unwrap_err(), misfit);
         }
     }
 }

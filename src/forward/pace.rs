@@ -12,43 +12,43 @@ use std::task::{Context, Poll, ready};
 use tokio::net::TcpStream;
 
 use super::LOOK;
-use super::buffer::Buffers;
-use super::pipe::{Pipe, Pipes};
+use super::buffer::BufferBudget;
+use super::pipe::{Pipe, PipeCache};
 use crate::account::Direction;
-use crate::admission::pacer::Pacer;
-use crate::admission::purse::{Desk, Grant, Purse};
+use crate::admission::pacer::BandwidthQueue;
+use crate::admission::purse::{BandwidthContext, DirectionLimiter, ReadGrant};
 use crate::admission::quota::Quota;
 use crate::clock;
-use crate::clock::wheel::Span;
-use crate::life::{Cut, Life};
-use crate::outcome::{At, By, Outcome, Why};
+use crate::clock::wheel::TickSpan;
+use crate::life::{Cancelled, SessionContext};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 
 /// What a worker lends to a session, and in whose name.
 #[derive(Clone, Copy, Debug)]
-pub struct Lent<'a> {
+pub struct WorkerResources<'a> {
     /// The worker's pipes.
-    pub pipes: &'a Pipes,
+    pub pipes: &'a PipeCache,
     /// The memory for bytes that wait for a slow reader.
-    pub buffers: &'a Arc<Buffers>,
+    pub buffers: &'a Arc<BufferBudget>,
     /// The worker's queues for bandwidth.
-    pub pacer: &'a RefCell<Pacer>,
+    pub pacer: &'a RefCell<BandwidthQueue>,
     /// What its tenant may have.
     pub quota: &'a Arc<Quota>,
 }
 
-impl Lent<'_> {
+impl WorkerResources<'_> {
     /// A pipe, where there is one for the tenant.
-    pub(super) fn take_pipe(self, life: &Life) -> Option<Box<Pipe>> {
+    pub(super) fn take_pipe(self, life: &SessionContext) -> Option<Box<Pipe>> {
         self.pipes.take(self.quota, life)
     }
 
     /// Takes a pipe back.
-    pub(super) fn give_back(self, pipe: Option<Box<Pipe>>, life: &Life) {
+    pub(super) fn give_back(self, pipe: Option<Box<Pipe>>, life: &SessionContext) {
         self.pipes.give_back(pipe, self.quota, life);
     }
 
     /// Whether the tenant's part of the buffer memory is used up, so that a session reads little; counted as a refusal.
-    pub(super) fn is_short(self, life: &Life) -> bool {
+    pub(super) fn is_short(self, life: &SessionContext) -> bool {
         let is_short = self.buffers.is_short(self.quota);
         if is_short {
             life.meter.worker().buffers_refused.add(1);
@@ -61,20 +61,20 @@ impl Lent<'_> {
     pub(super) fn poll_grant(
         self,
         direction: Direction,
-        purse: &mut Purse,
+        purse: &mut DirectionLimiter,
         want: usize,
         source: &TcpStream,
-        life: &Life,
+        life: &SessionContext,
         context: &mut Context<'_>,
-    ) -> Poll<io::Result<Grant>> {
+    ) -> Poll<io::Result<ReadGrant>> {
         if !purse.has_joined() {
             if !self.quota.budget(direction).is_limited() {
-                return Poll::Ready(Ok(Grant::Free));
+                return Poll::Ready(Ok(ReadGrant::Free));
             }
             // Who has nothing to read must not stand in the way of those who have.
             ready!(source.poll_read_ready(context))?;
         }
-        let mut desk = Desk { quota: self.quota, pacer: &mut self.pacer.borrow_mut(), direction };
+        let mut desk = BandwidthContext { quota: self.quota, pacer: &mut self.pacer.borrow_mut(), direction };
         let granted = purse.ask(&mut desk, want as u64, context.waker(), life.tick(), clock::now());
         granted.map_or(Poll::Pending, |grant| Poll::Ready(Ok(grant)))
     }
@@ -84,16 +84,16 @@ impl Lent<'_> {
     pub(super) fn settle<E>(
         self,
         direction: Direction,
-        purse: &mut Purse,
-        grant: Grant,
+        purse: &mut DirectionLimiter,
+        grant: ReadGrant,
         read: &Poll<Result<usize, E>>,
     ) -> bool {
-        if grant == Grant::Free {
+        if grant == ReadGrant::Free {
             return false;
         }
         let count = if let Poll::Ready(Ok(count)) = read { *count as u64 } else { 0 };
-        let now = if grant == Grant::Watched { clock::now() } else { clock::Moment::default() };
-        let mut desk = Desk { quota: self.quota, pacer: &mut self.pacer.borrow_mut(), direction };
+        let now = if grant == ReadGrant::Watched { clock::now() } else { clock::Moment::default() };
+        let mut desk = BandwidthContext { quota: self.quota, pacer: &mut self.pacer.borrow_mut(), direction };
         purse.settle(&mut desk, grant, count, now)
     }
 
@@ -106,14 +106,14 @@ impl Lent<'_> {
     pub async fn pay_first(
         self,
         bytes: usize,
-        idle: Span,
+        idle: TickSpan,
         failed: impl Fn() -> Option<io::Error>,
-        life: &mut Life,
+        life: &mut SessionContext,
     ) -> Result<(), Outcome> {
         if bytes == 0 || !self.quota.budget(Direction::ToBackend).is_limited() {
             return Ok(());
         }
-        let mut unpaid = Unpaid { lent: self, purse: Purse::default(), left: bytes as u64 };
+        let mut unpaid = UnpaidBytes { lent: self, purse: DirectionLimiter::default(), left: bytes as u64 };
         let since = life.tick();
         let mut looks_at = since.after(LOOK);
         poll_fn(|context| {
@@ -123,21 +123,27 @@ impl Lent<'_> {
             let (now, allowed) = (life.tick(), life.idle(idle));
             let deadline = since.after(allowed);
             if deadline <= now {
-                let why = if allowed < idle { Why::Drained } else { Why::IdleTimeout };
-                return Poll::Ready(Err(Outcome::reject(At::Tenant, why)));
+                let why = if allowed < idle { Reason::Drained } else { Reason::IdleTimeout };
+                return Poll::Ready(Err(Outcome::reject(EndedAt::Tenant, why)));
             }
             if looks_at <= now {
                 looks_at = now.after(LOOK);
                 if let Some(error) = failed() {
-                    let why = if super::why(&error) == Why::Reset { Why::Reset } else { Why::Unanswered };
-                    return Poll::Ready(Err(Outcome::new(By::Client, At::Tenant, why)));
+                    let why = if super::reason(&error) == Reason::Reset {
+                        Reason::Reset
+                    } else {
+                        Reason::Unanswered
+                    };
+                    return Poll::Ready(Err(Outcome::new(EndedBy::Client, EndedAt::Tenant, why)));
                 }
             }
             life.wake_at(deadline.min(looks_at));
             match life.poll_cut(context) {
-                Some(Cut::Drained) => Poll::Ready(Err(Outcome::reject(At::Tenant, Why::Drained))),
+                Some(Cancelled::Drained) => {
+                    Poll::Ready(Err(Outcome::reject(EndedAt::Tenant, Reason::Drained)))
+                }
                 // Neither time has come, as both lie ahead.
-                Some(Cut::Expired) | None => Poll::Pending,
+                Some(Cancelled::Expired) | None => Poll::Pending,
             }
         })
         .await
@@ -145,7 +151,13 @@ impl Lent<'_> {
 
     /// At the end of a turn: takes down what is held, and has a direction leave the queue that cannot use its grant,
     /// because one of its sockets has to be waited for or because it is over. Whether it left.
-    pub(super) fn rest(self, direction: Direction, purse: &mut Purse, held: usize, goes_on: bool) -> bool {
+    pub(super) fn rest(
+        self,
+        direction: Direction,
+        purse: &mut DirectionLimiter,
+        held: usize,
+        goes_on: bool,
+    ) -> bool {
         if purse.holds() || self.quota.budget(direction).is_limited() {
             purse.hold(self.quota, direction, held);
         }
@@ -162,7 +174,7 @@ impl Lent<'_> {
     }
 
     /// At the end of a session: nothing is held, and nothing waited for.
-    pub(super) fn end(self, direction: Direction, purse: &mut Purse) {
+    pub(super) fn end(self, direction: Direction, purse: &mut DirectionLimiter) {
         purse.hold(self.quota, direction, 0);
         if purse.has_joined() {
             purse.leave(&mut self.pacer.borrow_mut(), clock::now());
@@ -171,16 +183,17 @@ impl Lent<'_> {
 }
 
 /// First bytes that are not paid for yet. Dropping it leaves the queue.
-struct Unpaid<'a> {
-    lent: Lent<'a>,
-    purse: Purse,
+struct UnpaidBytes<'a> {
+    lent: WorkerResources<'a>,
+    purse: DirectionLimiter,
     left: u64,
 }
 
-impl Unpaid<'_> {
-    fn poll_paid(&mut self, life: &mut Life, context: &Context<'_>) -> Poll<()> {
+impl UnpaidBytes<'_> {
+    fn poll_paid(&mut self, life: &mut SessionContext, context: &Context<'_>) -> Poll<()> {
         let (mut pacer, now) = (self.lent.pacer.borrow_mut(), clock::now());
-        let mut desk = Desk { quota: self.lent.quota, pacer: &mut pacer, direction: Direction::ToBackend };
+        let mut desk =
+            BandwidthContext { quota: self.lent.quota, pacer: &mut pacer, direction: Direction::ToBackend };
         while self.left > 0 {
             let granted = self.purse.ask(&mut desk, self.left, context.waker(), life.tick(), now);
             let Some(grant) = granted else { return Poll::Pending };
@@ -192,7 +205,7 @@ impl Unpaid<'_> {
     }
 }
 
-impl Drop for Unpaid<'_> {
+impl Drop for UnpaidBytes<'_> {
     fn drop(&mut self) {
         self.lent.end(Direction::ToBackend, &mut self.purse);
     }

@@ -11,8 +11,8 @@ use rustix::io::read;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 
 use crate::admission::quota::Quota;
-use crate::fault::{self, Call};
-use crate::life::Life;
+use crate::fault::{self, Syscall};
+use crate::life::SessionContext;
 
 /// The bytes that a pipe is asked to hold.
 ///
@@ -36,12 +36,12 @@ pub struct Pipe {
     held: usize,
     capacity: u32,
     /// Held for its drop.
-    _share: Share,
+    _share: PipeReservation,
 }
 
 /// The bound on the memory of all pipes of the process.
 #[derive(Debug)]
-pub struct Budget {
+pub struct PipeBudget {
     limit: u64,
     used: AtomicU64,
     /// Empty pipes that each worker may keep.
@@ -50,9 +50,9 @@ pub struct Budget {
 
 /// A pipe's part of the budget, given back on drop.
 #[derive(Debug)]
-struct Share(Arc<Budget>);
+struct PipeReservation(Arc<PipeBudget>);
 
-impl Budget {
+impl PipeBudget {
     /// A budget of `limit` bytes for so many workers.
     #[must_use]
     pub fn new(limit: u64, workers: usize) -> Arc<Self> {
@@ -73,30 +73,30 @@ impl Budget {
     }
 
     /// A pipe that is here already takes its part, whether there is room for it or not.
-    fn share_anyway(self: &Arc<Self>) -> Share {
+    fn share_anyway(self: &Arc<Self>) -> PipeReservation {
         self.used.fetch_add(CAPACITY as u64, Ordering::AcqRel);
-        Share(Arc::clone(self))
+        PipeReservation(Arc::clone(self))
     }
 
-    fn share(self: &Arc<Self>) -> Option<Share> {
+    fn share(self: &Arc<Self>) -> Option<PipeReservation> {
         let room = |used: u64| used.checked_add(CAPACITY as u64).filter(|used| *used <= self.limit);
         self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).ok()?;
-        Some(Share(Arc::clone(self)))
+        Some(PipeReservation(Arc::clone(self)))
     }
 }
 
-impl Drop for Share {
+impl Drop for PipeReservation {
     fn drop(&mut self) {
         self.0.used.fetch_sub(CAPACITY as u64, Ordering::AcqRel);
     }
 }
 
 impl Pipe {
-    fn open(share: Share) -> Option<Box<Self>> {
-        fault::at(Call::Pipe).ok()?;
+    fn open(share: PipeReservation) -> Option<Box<Self>> {
+        fault::at(Syscall::Pipe).ok()?;
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         // Refused over the user's soft limit: then what the kernel gave decides.
-        let enlarged = fault::at(Call::PipeSize).and_then(|()| fcntl_setpipe_size(&write, CAPACITY));
+        let enlarged = fault::at(Syscall::PipeSize).and_then(|()| fcntl_setpipe_size(&write, CAPACITY));
         let capacity = enlarged.or_else(|_| fcntl_getpipe_size(&write)).ok()?;
         let capacity = u32::try_from(capacity).ok().filter(|capacity| *capacity as usize >= USABLE)?;
         Some(Box::new(Self { read, write, held: 0, capacity, _share: share }))
@@ -132,7 +132,7 @@ impl Pipe {
     pub(super) fn fill(&mut self, source: impl AsFd, most: usize) -> io::Result<usize> {
         debug_assert!(self.is_empty(), "EAGAIN would have two meanings");
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-        fault::at(Call::SpliceIn)?;
+        fault::at(Syscall::SpliceIn)?;
         self.held = splice(source, None, &self.write, None, self.capacity().min(most), flags)?;
         Ok(self.held)
     }
@@ -140,7 +140,7 @@ impl Pipe {
     /// Moves what is in the pipe to `sink`, as far as it takes it; how much.
     pub(super) fn empty_into(&mut self, sink: impl AsFd) -> io::Result<usize> {
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-        fault::at(Call::SpliceOut)?;
+        fault::at(Syscall::SpliceOut)?;
         let count = splice(&self.read, None, sink, None, self.held, flags)?;
         self.held = self.held.saturating_sub(count);
         Ok(count)
@@ -162,22 +162,22 @@ impl Pipe {
 
 /// One worker's pipes.
 #[derive(Debug)]
-pub struct Pipes {
-    budget: Arc<Budget>,
+pub struct PipeCache {
+    budget: Arc<PipeBudget>,
     #[expect(clippy::vec_box, reason = "a session holds it boxed, and takes it as it is")]
     kept: RefCell<Vec<Box<Pipe>>>,
 }
 
-impl Pipes {
+impl PipeCache {
     /// A store without pipes: they are opened when they are first wanted.
     #[must_use]
-    pub fn new(budget: Arc<Budget>) -> Self {
+    pub fn new(budget: Arc<PipeBudget>) -> Self {
         Self { budget, kept: RefCell::default() }
     }
 
     /// An empty pipe; `None` where the tenant has enough of them, or where the budget, the descriptors or the
     /// kernel's own limit are spent: then copying goes on.
-    pub(super) fn take(&self, tenant: &Quota, life: &Life) -> Option<Box<Pipe>> {
+    pub(super) fn take(&self, tenant: &Quota, life: &SessionContext) -> Option<Box<Pipe>> {
         let pipe = if self.hold(tenant) {
             let pipe = self.kept.borrow_mut().pop().or_else(|| self.budget.share().and_then(Pipe::open));
             if pipe.is_none() {
@@ -198,7 +198,7 @@ impl Pipes {
         [read, write]: [OwnedFd; 2],
         held: usize,
         tenant: &Quota,
-        life: &Life,
+        life: &SessionContext,
     ) -> Pipe {
         tenant.pipes.fetch_add(1, Ordering::AcqRel);
         life.meter.worker().pipes.add(1);
@@ -217,7 +217,7 @@ impl Pipes {
     }
 
     /// Takes a pipe of a tenant back. One with bytes in it is closed: they were another session's.
-    pub(super) fn give_back(&self, pipe: Option<Box<Pipe>>, tenant: &Quota, life: &Life) {
+    pub(super) fn give_back(&self, pipe: Option<Box<Pipe>>, tenant: &Quota, life: &SessionContext) {
         let Some(pipe) = pipe else { return };
         release(tenant);
         life.meter.worker().pipes.sub(1);
@@ -239,24 +239,24 @@ mod tests {
 
     use super::*;
     use crate::account::Labels;
-    use crate::account::meter::{Ledger, Meter, Shard};
+    use crate::account::meter::{CounterShard, SessionMetrics, WorkerMetrics};
     use crate::clock::Moment;
-    use crate::life::Local;
-    use crate::outcome::{At, Outcome, Why};
+    use crate::life::WorkerLocal;
+    use crate::outcome::{EndedAt, Outcome, Reason};
 
-    fn life(shard: &Arc<Shard>) -> Life {
+    fn life(shard: &Arc<CounterShard>) -> SessionContext {
         let labels = Labels::default();
-        let ledger = Ledger::new(Arc::clone(shard), labels.intern(""));
-        let local = Local::new(Rc::clone(&ledger), Moment::default());
-        Life::new(local, Meter::new(ledger, &labels.intern("web")), Moment::default())
+        let ledger = WorkerMetrics::new(Arc::clone(shard), labels.intern(""));
+        let local = WorkerLocal::new(Rc::clone(&ledger), Moment::default());
+        SessionContext::new(local, SessionMetrics::new(ledger, &labels.intern("web")), Moment::default())
     }
 
     #[test]
     fn the_budget_holds_to_the_pipe() {
-        let shard = Arc::new(Shard::default());
+        let shard = Arc::new(CounterShard::default());
         let (life, tenant, other) = (life(&shard), Quota::default(), Quota::default());
-        let budget = Budget::new(2 * CAPACITY as u64, 1);
-        let pipes = Pipes::new(Arc::clone(&budget));
+        let budget = PipeBudget::new(2 * CAPACITY as u64, 1);
+        let pipes = PipeCache::new(Arc::clone(&budget));
         let one = pipes.take(&tenant, &life).unwrap();
         let two = pipes.take(&other, &life).unwrap();
         assert!(pipes.take(&Quota::default(), &life).is_none());
@@ -272,14 +272,17 @@ mod tests {
         assert_eq!(shard.worker.pipes.value(), 0);
         drop(pipes);
         assert_eq!(budget.used(), 0);
-        assert!(Pipes::new(Budget::new(CAPACITY as u64 - 1, 1)).take(&tenant, &life).is_none());
-        assert_eq!(life.end(Outcome::reject(At::Forward, Why::Drained), Moment::default()), Duration::ZERO);
+        assert!(PipeCache::new(PipeBudget::new(CAPACITY as u64 - 1, 1)).take(&tenant, &life).is_none());
+        assert_eq!(
+            life.end(Outcome::reject(EndedAt::Forward, Reason::Drained), Moment::default()),
+            Duration::ZERO
+        );
     }
 
     #[test]
     fn a_tenant_holds_no_more_than_are_free() {
         let life = life(&Arc::default());
-        let pipes = Pipes::new(Budget::new(8 * CAPACITY as u64, 1));
+        let pipes = PipeCache::new(PipeBudget::new(8 * CAPACITY as u64, 1));
         let tenants = [0; 4].map(|_| Quota::default());
         let mut held = Vec::new();
         for tenant in &tenants {
@@ -304,9 +307,9 @@ mod tests {
 
     #[test]
     fn a_pipe_with_bytes_in_it_is_never_used_again() {
-        let shard = Arc::new(Shard::default());
+        let shard = Arc::new(CounterShard::default());
         let (life, tenant) = (life(&shard), Quota::default());
-        let pipes = Pipes::new(Budget::new(CAPACITY as u64, 1));
+        let pipes = PipeCache::new(PipeBudget::new(CAPACITY as u64, 1));
         let mut pipe = pipes.take(&tenant, &life).unwrap();
         let (source, sink) = std::os::unix::net::UnixStream::pair().unwrap();
         std::io::Write::write_all(&mut &sink, b"secret").unwrap();
@@ -324,10 +327,10 @@ mod tests {
 
     #[test]
     fn a_worker_keeps_few() {
-        let shard = Arc::new(Shard::default());
+        let shard = Arc::new(CounterShard::default());
         let (life, tenant) = (life(&shard), Quota::default());
-        let budget = Budget::new(u64::MAX, 1);
-        let pipes = Pipes::new(Arc::clone(&budget));
+        let budget = PipeBudget::new(u64::MAX, 1);
+        let pipes = PipeCache::new(Arc::clone(&budget));
         let taken: Vec<_> = (0..=KEPT).map(|_| pipes.take(&tenant, &life)).collect();
         for pipe in taken {
             assert!(pipe.is_some());

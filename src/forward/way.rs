@@ -7,16 +7,16 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
 use super::buffer::{self, FIRST, LEAST};
-use super::copy::{self, Spill};
-use super::pace::Lent;
+use super::copy::{self, PendingWrite};
+use super::pace::WorkerResources;
 use super::pipe::Pipe;
 use super::splice;
 use crate::account::Direction;
-use crate::account::meter::Meter;
+use crate::account::meter::SessionMetrics;
 use crate::admission::budget::QUANTUM;
-use crate::admission::purse::Purse;
+use crate::admission::purse::DirectionLimiter;
 use crate::clock::wheel::Tick;
-use crate::life::{Life, Local, SCRATCH};
+use crate::life::{SCRATCH, SessionContext, WorkerLocal};
 
 /// A read that fills at least this much of the scratch buffer is a large one.
 ///
@@ -36,16 +36,16 @@ const SMALL_SPLICES: u8 = 3;
 
 /// One direction.
 #[derive(Debug)]
-pub(super) struct Way {
+pub(super) struct DirectionState {
     /// Bytes that were read and could not be written at once.
-    pub(super) spill: Spill,
+    pub(super) spill: PendingWrite,
     /// Held while the direction splices. Never has bytes while `spill` has. Boxed, because most sessions never splice.
     pub(super) pipe: Option<Box<Pipe>>,
     /// Large reads in a row while copying, small splices in a row while splicing.
     pub(super) streak: u8,
     /// Whether the last read while copying was no small one, or left bytes over: the next brings no more than what the sink takes.
     pub(super) measured: bool,
-    pub(super) phase: Phase,
+    pub(super) phase: DirectionPhase,
     /// Whether the sink has TCP_NODELAY.
     pub(super) prompt: bool,
     /// When bytes last moved.
@@ -53,12 +53,12 @@ pub(super) struct Way {
     /// The sink's send queue when it was last looked at, while bytes are held.
     queued: u32,
     /// What the tenant's bandwidth has for it.
-    pub(super) purse: Purse,
+    pub(super) purse: DirectionLimiter,
 }
 
 /// How far a direction has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Phase {
+pub(super) enum DirectionPhase {
     /// Bytes go.
     Open,
     /// The source has ended; what it had sent before is still on its way.
@@ -70,28 +70,28 @@ pub(super) enum Phase {
 }
 
 /// Which end of a direction failed.
-pub(super) enum Broken {
+pub(super) enum EndError {
     Source(io::Error),
     Sink(io::Error),
 }
 
-impl Way {
+impl DirectionState {
     pub(super) fn new(now: Tick) -> Self {
         Self {
-            spill: Spill::default(),
+            spill: PendingWrite::default(),
             pipe: None,
             streak: 0,
             measured: false,
-            phase: Phase::Open,
+            phase: DirectionPhase::Open,
             prompt: false,
             moved: now,
             queued: 0,
-            purse: Purse::default(),
+            purse: DirectionLimiter::default(),
         }
     }
 
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Shut | Phase::Dead)
+        matches!(self.phase, DirectionPhase::Shut | DirectionPhase::Dead)
     }
 
     /// The bytes that were read and not passed on.
@@ -124,10 +124,10 @@ impl Way {
         direction: Direction,
         (source, sink): (&mut TcpStream, &mut TcpStream),
         most: usize,
-        lent: Lent<'_>,
-        (local, meter): (&Local, &mut Meter),
+        lent: WorkerResources<'_>,
+        (local, meter): (&WorkerLocal, &mut SessionMetrics),
         context: &mut Context<'_>,
-    ) -> Poll<Result<usize, Broken>> {
+    ) -> Poll<Result<usize, EndError>> {
         if let Some(pipe) = &mut self.pipe {
             let spliced = ready!(splice::poll_in(source, pipe, most, context));
             return Poll::Ready(match spliced {
@@ -135,23 +135,23 @@ impl Way {
                     meter.worker().pipes_refused.add(1);
                     Ok(0)
                 }
-                count => count.map_err(Broken::Source),
+                count => count.map_err(EndError::Source),
             });
         }
         let mut scratch = local.scratch.borrow_mut();
         let most = most.min(scratch.len());
         let room = scratch.get_mut(..most).unwrap_or_default();
-        let read = ready!(copy::poll_read(source, room, context)).map_err(Broken::Source)?;
+        let read = ready!(copy::poll_read(source, room, context)).map_err(EndError::Source)?;
         if !read.is_empty() {
             self.be_prompt(sink, meter);
-            let count = self.spill.poll_write_first(read, sink, lent, context).map_err(Broken::Sink)?;
+            let count = self.spill.poll_write_first(read, sink, lent, context).map_err(EndError::Sink)?;
             meter.forwarded(direction, count, false);
         }
         Poll::Ready(Ok(read.len()))
     }
 
     /// Sets TCP_NODELAY before the second write to the backend; the first leaves at once without it.
-    pub(super) fn be_prompt(&mut self, backend: &TcpStream, meter: &Meter) {
+    pub(super) fn be_prompt(&mut self, backend: &TcpStream, meter: &SessionMetrics) {
         if !self.prompt && meter.bytes().to_backend > 0 {
             self.prompt = true;
             // A connection that has gone says so when it is written to.
@@ -176,9 +176,9 @@ impl Way {
     ///
     /// # Errors
     /// Where the bytes cannot be had back.
-    pub(super) fn take_out(&mut self, lent: Lent<'_>, life: &Life) -> io::Result<()> {
+    pub(super) fn take_out(&mut self, lent: WorkerResources<'_>, life: &SessionContext) -> io::Result<()> {
         if let Some(pipe) = &mut self.pipe {
-            self.spill = Spill::new(pipe.take_out()?, lent);
+            self.spill = PendingWrite::new(pipe.take_out()?, lent);
         }
         life.meter.worker().pipes_refused.add(1);
         self.copy_on(lent, life);
@@ -186,14 +186,14 @@ impl Way {
     }
 
     /// Its end is passed on. Only called with nothing held.
-    pub(super) fn shut(&mut self, lent: Lent<'_>, life: &Life) {
-        self.phase = Phase::Shut;
+    pub(super) fn shut(&mut self, lent: WorkerResources<'_>, life: &SessionContext) {
+        self.phase = DirectionPhase::Shut;
         lent.give_back(self.pipe.take(), life);
         self.moved = life.tick();
     }
 
     /// Goes back to copying. Only called with nothing in the pipe.
-    pub(super) fn copy_on(&mut self, lent: Lent<'_>, life: &Life) {
+    pub(super) fn copy_on(&mut self, lent: WorkerResources<'_>, life: &SessionContext) {
         lent.give_back(self.pipe.take(), life);
         self.streak = 0;
     }
@@ -206,7 +206,7 @@ impl Way {
     }
 
     /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.
-    pub(super) fn adapt(&mut self, lent: Lent<'_>, life: &Life) {
+    pub(super) fn adapt(&mut self, lent: WorkerResources<'_>, life: &SessionContext) {
         if self.pipe.is_some() {
             if self.streak >= SMALL_SPLICES {
                 self.copy_on(lent, life);

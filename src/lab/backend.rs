@@ -3,7 +3,7 @@
 mod datagram;
 pub mod load;
 
-pub use self::datagram::{Datagrams, Manner};
+pub use self::datagram::{DatagramBackend, DatagramBehavior};
 
 use std::convert::Infallible;
 use std::io;
@@ -23,11 +23,11 @@ use tokio::net::{TcpListener, TcpStream};
 use super::{ANYWHERE, Tasks, accept, listen, reap};
 use crate::addr::ClientAddr;
 use crate::header::read_optional;
-use crate::id::Claim;
+use crate::id::EndpointClaim;
 
 /// How a backend behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Temper {
+pub enum BackendBehavior {
     /// Answers every HTTP/1.1 request with who it is and, where a PROXY header came first, who asks.
     Http,
     /// Sends back what it gets, and ends when its peer has.
@@ -54,28 +54,28 @@ pub enum Temper {
 
 /// A backend on loopback.
 #[derive(Debug)]
-pub struct Backend {
+pub struct TestBackend {
     name: Arc<str>,
     address: SocketAddr,
     socket: Arc<TcpListener>,
-    counts: Arc<Counts>,
+    counts: Arc<BackendCounts>,
     /// Held for their end.
     _tasks: Tasks,
 }
 
 #[derive(Debug, Default)]
-struct Counts {
+struct BackendCounts {
     sessions: AtomicU64,
     open: AtomicU64,
     received: AtomicU64,
 }
 
-impl Backend {
+impl TestBackend {
     /// Starts a backend.
     ///
     /// # Errors
     /// Where loopback has no port left.
-    pub async fn start(name: &str, temper: Temper) -> io::Result<Self> {
+    pub async fn start(name: &str, temper: BackendBehavior) -> io::Result<Self> {
         Self::start_at(ANYWHERE, name, temper).await
     }
 
@@ -83,11 +83,11 @@ impl Backend {
     ///
     /// # Errors
     /// Where the address cannot be bound.
-    pub async fn start_at(address: SocketAddr, name: &str, temper: Temper) -> io::Result<Self> {
+    pub async fn start_at(address: SocketAddr, name: &str, temper: BackendBehavior) -> io::Result<Self> {
         let (socket, address) = listen(address).await?;
         let socket = Arc::new(socket);
         let name: Arc<str> = name.into();
-        let counts = Arc::new(Counts::default());
+        let counts = Arc::new(BackendCounts::default());
         let mut tasks = Tasks::new();
         let (own_name, own_counts) = (Arc::clone(&name), Arc::clone(&counts));
         let door = Arc::clone(&socket);
@@ -98,7 +98,7 @@ impl Backend {
                 reap(&mut sessions);
                 own_counts.sessions.fetch_add(1, Ordering::Relaxed);
                 own_counts.open.fetch_add(1, Ordering::Relaxed);
-                let (name, counts) = (Arc::clone(&own_name), Open(Arc::clone(&own_counts)));
+                let (name, counts) = (Arc::clone(&own_name), OpenConnection(Arc::clone(&own_counts)));
                 sessions.spawn(async move {
                     // A peer that goes away is no fault of the backend's.
                     behave(stream, temper, &name, &counts.0).await.unwrap_or_default();
@@ -167,41 +167,46 @@ const NO_SYN: [SockFilter; 4] = [
 ];
 
 /// Counts a connection as open as long as it lives.
-struct Open(Arc<Counts>);
+struct OpenConnection(Arc<BackendCounts>);
 
-impl Drop for Open {
+impl Drop for OpenConnection {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-async fn behave(mut stream: TcpStream, temper: Temper, name: &str, counts: &Counts) -> io::Result<()> {
+async fn behave(
+    mut stream: TcpStream,
+    temper: BackendBehavior,
+    name: &str,
+    counts: &BackendCounts,
+) -> io::Result<()> {
     stream.set_nodelay(true)?;
     match temper {
-        Temper::Http => http(stream, name).await,
-        Temper::Echo => echo(stream).await,
-        Temper::Greeting => {
+        BackendBehavior::Http => http(stream, name).await,
+        BackendBehavior::Echo => echo(stream).await,
+        BackendBehavior::Greeting => {
             stream.write_all(format!("{name}\n").as_bytes()).await?;
             echo(stream).await
         }
-        Temper::Source(bytes) => source(stream, bytes).await,
-        Temper::Sink => {
+        BackendBehavior::Source(bytes) => source(stream, bytes).await,
+        BackendBehavior::Sink => {
             let (count, crc) = drain(&mut stream, u64::MAX, counts).await?;
             stream.write_all(format!("{count} {crc:08x}\n").as_bytes()).await
         }
-        Temper::BlackHole => std::future::pending().await,
-        Temper::Reset => stream.set_zero_linger(),
-        Temper::ResetAfter(bytes) => {
+        BackendBehavior::BlackHole => std::future::pending().await,
+        BackendBehavior::Reset => stream.set_zero_linger(),
+        BackendBehavior::ResetAfter(bytes) => {
             drain(&mut stream, bytes, counts).await?;
             stream.set_zero_linger()
         }
-        Temper::HalfClosing => {
+        BackendBehavior::HalfClosing => {
             stream.write_all(b"bye\n").await?;
             stream.shutdown().await?;
             drain(&mut stream, u64::MAX, counts).await.map(|_| ())
         }
-        Temper::Mute => drain(&mut stream, u64::MAX, counts).await.map(|_| ()),
-        Temper::Load => load::serve(stream, name).await,
+        BackendBehavior::Mute => drain(&mut stream, u64::MAX, counts).await.map(|_| ()),
+        BackendBehavior::Load => load::serve(stream, name).await,
     }
 }
 
@@ -221,7 +226,7 @@ async fn http(mut stream: TcpStream, name: &str) -> io::Result<()> {
 }
 
 /// Who answers, and who has asked: a line of JSON.
-fn introduction(name: &str, client: Option<ClientAddr>, endpoint: Claim) -> String {
+fn introduction(name: &str, client: Option<ClientAddr>, endpoint: EndpointClaim) -> String {
     let json = serde_json::json!({
         "backend": name,
         "client": client.map(|client| client.to_string()),
@@ -250,7 +255,7 @@ async fn source(mut stream: TcpStream, bytes: u64) -> io::Result<()> {
 }
 
 /// Reads up to `limit` bytes or the end; how many, and their CRC32C.
-async fn drain(stream: &mut TcpStream, limit: u64, counts: &Counts) -> io::Result<(u64, u32)> {
+async fn drain(stream: &mut TcpStream, limit: u64, counts: &BackendCounts) -> io::Result<(u64, u32)> {
     let mut chunk = vec![0; 64 * 1024];
     let (mut count, mut crc) = (0, 0);
     while count < limit {
@@ -278,7 +283,7 @@ pub fn pattern(offset: u64, bytes: &mut [u8]) {
 mod tests {
     use super::*;
 
-    async fn ask(backend: &Backend, question: &[u8]) -> io::Result<Vec<u8>> {
+    async fn ask(backend: &TestBackend, question: &[u8]) -> io::Result<Vec<u8>> {
         let mut stream = TcpStream::connect(backend.address()).await?;
         stream.write_all(question).await?;
         stream.shutdown().await?;
@@ -289,31 +294,31 @@ mod tests {
 
     #[tokio::test]
     async fn each_has_its_temper() {
-        let start = |temper| Backend::start("one", temper);
-        let echo = start(Temper::Echo).await.unwrap();
+        let start = |temper| TestBackend::start("one", temper);
+        let echo = start(BackendBehavior::Echo).await.unwrap();
         assert_eq!(ask(&echo, b"hello").await.unwrap(), b"hello");
         assert_eq!((echo.sessions(), echo.name()), (1, "one"));
-        let greeting = start(Temper::Greeting).await.unwrap();
+        let greeting = start(BackendBehavior::Greeting).await.unwrap();
         assert_eq!(ask(&greeting, b"hello").await.unwrap(), b"one\nhello");
-        let source = start(Temper::Source(100_000)).await.unwrap();
+        let source = start(BackendBehavior::Source(100_000)).await.unwrap();
         let mut expected = vec![0; 100_000];
         pattern(0, &mut expected);
         assert!(ask(&source, b"").await.unwrap() == expected);
-        let sink = start(Temper::Sink).await.unwrap();
+        let sink = start(BackendBehavior::Sink).await.unwrap();
         let answer = format!("5 {:08x}\n", crc32c::crc32c(b"hello"));
         assert_eq!(ask(&sink, b"hello").await.unwrap(), answer.as_bytes());
-        let bye = start(Temper::HalfClosing).await.unwrap();
+        let bye = start(BackendBehavior::HalfClosing).await.unwrap();
         assert_eq!(ask(&bye, b"hello").await.unwrap(), b"bye\n");
-        let reset = start(Temper::ResetAfter(5)).await.unwrap();
+        let reset = start(BackendBehavior::ResetAfter(5)).await.unwrap();
         assert_eq!(ask(&reset, b"hello").await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-        let refusing = Backend::refusing().await.unwrap();
+        let refusing = TestBackend::refusing().await.unwrap();
         let refused = TcpStream::connect(refusing).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[tokio::test]
     async fn http_says_who_it_is() {
-        let backend = Backend::start("acme-1", Temper::Http).await.unwrap();
+        let backend = TestBackend::start("acme-1", BackendBehavior::Http).await.unwrap();
         let answer = ask(&backend, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
         let answer = String::from_utf8(answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");

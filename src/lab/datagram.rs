@@ -26,24 +26,24 @@ const BATCH: usize = 8;
 const QUEUE: usize = 8 << 20;
 
 /// Where datagrams are received. Sockets of one thread share it.
-pub(super) struct Room {
+pub(super) struct ReceiveBuffer {
     bytes: Vec<u8>,
     metas: [RecvMeta; BATCH],
 }
 
-impl Default for Room {
+impl Default for ReceiveBuffer {
     fn default() -> Self {
         Self { bytes: vec![0; BATCH * EACH], metas: [RecvMeta::default(); BATCH] }
     }
 }
 
 /// A socket for datagrams.
-pub(super) struct Port {
+pub(super) struct DatagramPort {
     socket: UdpSocket,
     state: UdpSocketState,
 }
 
-impl Port {
+impl DatagramPort {
     pub(super) async fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = UdpSocket::bind(address).await?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
@@ -86,10 +86,10 @@ impl Port {
     /// `WouldBlock` where nothing has come; what an earlier datagram has brought back.
     pub(super) fn receive(
         &self,
-        room: &mut Room,
+        room: &mut ReceiveBuffer,
         mut run: impl FnMut(SocketAddr, &mut [u8], usize),
     ) -> io::Result<()> {
-        let Room { bytes, metas } = room;
+        let ReceiveBuffer { bytes, metas } = room;
         let mut parts = bytes.chunks_exact_mut(EACH);
         let mut slices: [IoSliceMut<'_>; BATCH] =
             std::array::from_fn(|_| IoSliceMut::new(parts.next().unwrap_or_default()));

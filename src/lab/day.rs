@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// What happens to a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
+pub enum DayAction {
     /// It ends: connections are refused.
     Kill,
     /// It falls silent: connections are neither taken nor refused.
@@ -15,13 +15,13 @@ pub enum Act {
 
 /// Something that happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
+pub struct DayEvent {
     /// When, from the start of the day.
     pub at: Duration,
     /// To which host, from 0.
     pub host: usize,
     /// What.
-    pub act: Act,
+    pub act: DayAction,
 }
 
 /// From one fault to the next.
@@ -38,7 +38,7 @@ const FLAP: Duration = Duration::from_millis(700);
 /// Nothing happens in its first and last tenth. At most half of the hosts are down, but for the fifth in its middle: then one
 /// after the other goes until one alone is left.
 #[must_use]
-pub fn script(seed: u64, hosts: usize, length: Duration) -> Vec<Event> {
+pub fn script(seed: u64, hosts: usize, length: Duration) -> Vec<DayEvent> {
     let mut rolls = fastrand::Rng::with_seed(seed);
     let mut events = Vec::new();
     // When each host is back.
@@ -53,20 +53,20 @@ pub fn script(seed: u64, hosts: usize, length: Duration) -> Vec<Event> {
             .filter(|host| back.get(*host).is_some_and(|back| *back == Duration::ZERO || *back + PEACE <= at))
             .collect();
         if let Some(host) = rolls.choice(&calm).copied().filter(|_| down < most) {
-            let act = if rolls.u8(..10) < 6 { Act::Kill } else { Act::Stall };
+            let act = if rolls.u8(..10) < 6 { DayAction::Kill } else { DayAction::Stall };
             let flaps = !is_dark && rolls.u8(..10) < 2;
             let span = Duration::from_secs(rolls.u64(4..30));
             let end = if flaps {
                 let twice = 2 * FLAP;
                 for turn in 0..FLAPS {
-                    events.push(Event { at: at + twice * turn, host, act });
-                    events.push(Event { at: at + twice * turn + FLAP, host, act: Act::Return });
+                    events.push(DayEvent { at: at + twice * turn, host, act });
+                    events.push(DayEvent { at: at + twice * turn + FLAP, host, act: DayAction::Return });
                 }
                 at + twice * FLAPS
             } else {
                 let end = (if is_dark { dark.1 + span / 3 } else { at + span }).min(length * 9 / 10);
-                events.push(Event { at, host, act });
-                events.push(Event { at: end, host, act: Act::Return });
+                events.push(DayEvent { at, host, act });
+                events.push(DayEvent { at: end, host, act: DayAction::Return });
                 end
             };
             if let Some(back) = back.get_mut(host) {
@@ -91,8 +91,8 @@ mod tests {
             let mut fewest = 20;
             for event in script(seed, 20, length) {
                 assert!(event.at >= length / 10 && event.at <= length * 9 / 10 + 2 * FLAP * FLAPS);
-                assert_eq!(down[event.host], event.act == Act::Return, "{event:?}");
-                down[event.host] = event.act != Act::Return;
+                assert_eq!(down[event.host], event.act == DayAction::Return, "{event:?}");
+                down[event.host] = event.act != DayAction::Return;
                 fewest = fewest.min(down.iter().filter(|down| !**down).count());
             }
             assert!(!down.contains(&true) && (1..=3).contains(&fewest), "{fewest} at the least");

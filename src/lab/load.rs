@@ -27,18 +27,18 @@ use hdrhistogram::Histogram;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use self::alarm::Alarm;
-use self::caller::Callers;
-use self::flow::Flow;
-use self::questions::Questions;
-use self::schedule::{Pace, Shares, Skew};
-use self::session::Session;
+use self::alarm::TimerFd;
+use self::caller::ClientAddresses;
+use self::flow::LoadFlow;
+use self::questions::DatagramRequests;
+use self::schedule::{LoadPace, Skew, SkewedShares};
+use self::session::LoadSession;
 use crate::clock::{self, Moment};
-use crate::lab::datagram::Port;
+use crate::lab::datagram::DatagramPort;
 
 /// What a session does, over and over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum LoadMode {
     /// Connect, one message there and back, close.
     Connect,
     /// Messages there and back over one connection.
@@ -51,9 +51,9 @@ pub enum Mode {
 
 /// What is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
+pub enum LoadWork {
     /// TCP sessions.
-    Sessions(Mode),
+    Sessions(LoadMode),
     /// UDP flows, each from a port of its own: datagrams there and back.
     Flows {
         /// Datagrams of a flow that wait for their answers at once, at least 1.
@@ -65,7 +65,7 @@ pub enum Work {
 
 /// Who is played, and to what end.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct LoadPlan {
     /// The proxy.
     pub target: SocketAddr,
     /// The endpoints' IDs, each with the name of the pool whose backends may answer; an empty name is anybody.
@@ -74,7 +74,7 @@ pub struct Plan {
     /// How often each endpoint is used.
     pub skew: Skew,
     /// What is sent.
-    pub work: Work,
+    pub work: LoadWork,
     /// Sessions or flows at once.
     pub sessions: usize,
     /// Bytes of a message, at least 16; in the bulk modes, of one read or write. Of a datagram at least
@@ -96,7 +96,7 @@ pub struct Plan {
 
 /// Why an operation failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Failure {
+pub enum LoadFailure {
     /// The target did not take the connection.
     Connect,
     /// The connection ended or broke before the answer was whole.
@@ -105,7 +105,7 @@ pub enum Failure {
     Wrong,
 }
 
-impl Failure {
+impl LoadFailure {
     /// The word in reports.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -119,13 +119,13 @@ impl Failure {
 
 /// What was measured.
 #[derive(Clone, Debug)]
-pub struct Report {
+pub struct LoadReport {
     /// Operations that ended well.
     pub operations: u64,
-    /// Payload bytes received, in [`Mode::ToBackend`] sent.
+    /// Payload bytes received, in [`LoadMode::ToBackend`] sent.
     pub bytes: u64,
     /// Operations that did not end well, by reason.
-    pub failures: BTreeMap<Failure, u64>,
+    pub failures: BTreeMap<LoadFailure, u64>,
     /// Sessions that a backend of another pool answered.
     pub misrouted: u64,
     /// Connections of noise.
@@ -133,21 +133,21 @@ pub struct Report {
     /// Operations of an open loop that were never sent: their session was too far behind.
     pub not_sent: u64,
     /// What became of datagrams that are no operations.
-    pub datagrams: Datagrams,
+    pub datagrams: DatagramReport,
     /// How long it was measured.
     pub took: Duration,
     /// Latencies in nanoseconds, three digits.
     pub latency: Histogram<u64>,
     /// The same for each interval of the plan, in order; the last may be shorter.
-    pub intervals: Vec<Interval>,
+    pub intervals: Vec<LoadInterval>,
 }
 
 /// What was measured in one interval.
 #[derive(Clone, Debug)]
-pub struct Interval {
+pub struct LoadInterval {
     /// Operations that were due in it and ended well.
     pub operations: u64,
-    /// Their payload bytes, as in [`Report::bytes`].
+    /// Their payload bytes, as in [`LoadReport::bytes`].
     pub bytes: u64,
     /// Operations that failed in it.
     pub failed: u64,
@@ -155,7 +155,7 @@ pub struct Interval {
     pub latency: Histogram<u32>,
 }
 
-impl Interval {
+impl LoadInterval {
     fn new() -> Self {
         #[expect(clippy::expect_used, reason = "two is one of the digits that hdrhistogram takes")]
         let latency = Histogram::new(2).expect("a histogram of two digits");
@@ -165,7 +165,7 @@ impl Interval {
 
 /// What became of datagrams.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Datagrams {
+pub struct DatagramReport {
     /// Questions without an answer in time.
     pub lost: u64,
     /// Answers after that time.
@@ -178,7 +178,7 @@ pub struct Datagrams {
 
 /// What is seen while it runs.
 #[derive(Debug, Default)]
-pub struct Progress {
+pub struct LoadProgress {
     /// Operations that ended well, those of the warm-up included.
     pub operations: AtomicU64,
     /// Payload bytes.
@@ -187,7 +187,7 @@ pub struct Progress {
     pub failed: AtomicU64,
 }
 
-impl Report {
+impl LoadReport {
     fn new() -> Self {
         #[expect(clippy::expect_used, reason = "three is one of the digits that hdrhistogram takes")]
         let latency = Histogram::new(3).expect("a histogram of three digits");
@@ -198,7 +198,7 @@ impl Report {
             misrouted: 0,
             noise: 0,
             not_sent: 0,
-            datagrams: Datagrams::default(),
+            datagrams: DatagramReport::default(),
             took: Duration::ZERO,
             latency,
             intervals: Vec::new(),
@@ -208,7 +208,7 @@ impl Report {
     /// Whether every session reached its own pool, every answer was the one that was due, and something was measured.
     #[must_use]
     pub fn is_fine(&self) -> bool {
-        self.misrouted == 0 && !self.failures.contains_key(&Failure::Wrong) && self.operations > 0
+        self.misrouted == 0 && !self.failures.contains_key(&LoadFailure::Wrong) && self.operations > 0
     }
 
     /// Operations that failed.
@@ -222,29 +222,30 @@ impl Report {
 ///
 /// # Errors
 /// Where the kernel has no timer left, or no port for a flow.
-pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
-    let shares = Rc::new(Shares::new(plan.skew, plan.endpoints.len()));
+pub async fn run(plan: LoadPlan, progress: Arc<LoadProgress>) -> io::Result<LoadReport> {
+    let shares = Rc::new(SkewedShares::new(plan.skew, plan.endpoints.len()));
     let plan = Rc::new(plan);
     // Ports are taken before the time begins.
     let mut ports = Vec::new();
-    if let Work::Flows { .. } = plan.work {
+    if let LoadWork::Flows { .. } = plan.work {
         for _ in 0..plan.sessions {
-            ports.push(Port::connect(plan.target).await?);
+            ports.push(DatagramPort::connect(plan.target).await?);
         }
     }
     let start = clock::now();
     let measured = start + plan.warmup;
     let end = measured + plan.duration;
-    let window = Window { measured, end };
+    let window = LoadWindow { measured, end };
     let room = Rc::default();
     let mut sessions = JoinSet::new();
     let mut senders = Vec::new();
-    let mut report = Report::new();
+    let mut report = LoadReport::new();
     if let Some(interval) = plan.interval {
         let count = plan.duration.as_nanos().div_ceil(interval.as_nanos().max(1));
-        report.intervals = (0..count).map(|_| Interval::new()).collect();
+        report.intervals = (0..count).map(|_| LoadInterval::new()).collect();
     }
-    let notes = Notes { report: Rc::new(RefCell::new(report)), progress, measured, interval: plan.interval };
+    let notes =
+        LoadNotes { report: Rc::new(RefCell::new(report)), progress, measured, interval: plan.interval };
     let mut begin = || {
         let orders = plan.rate.map(|_| {
             let (sender, receiver) = mpsc::channel(BEHIND);
@@ -254,26 +255,27 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
         (window, orders, notes.clone())
     };
     match plan.work {
-        Work::Sessions(mode) => {
+        LoadWork::Sessions(mode) => {
             for _ in 0..plan.sessions {
-                let session = Session::new(&plan, mode, Callers::new(&plan, &shares), begin());
+                let session = LoadSession::new(&plan, mode, ClientAddresses::new(&plan, &shares), begin());
                 sessions.spawn_local(session.run());
             }
         }
-        Work::Flows { window: at_once, timeout } => {
+        LoadWork::Flows { window: at_once, timeout } => {
             for port in ports {
-                let callers = Callers::new(&plan, &shares);
-                let flow = Flow::new(&plan, port, at_once, Questions::new(timeout), callers, begin())?;
+                let callers = ClientAddresses::new(&plan, &shares);
+                let flow =
+                    LoadFlow::new(&plan, port, at_once, DatagramRequests::new(timeout), callers, begin())?;
                 sessions.spawn_local(flow.run(Rc::clone(&room)));
             }
         }
     }
     let not_sent = match plan.rate {
-        Some(rate) => dispatch(Pace::new(start, rate), end, senders).await?,
+        Some(rate) => dispatch(LoadPace::new(start, rate), end, senders).await?,
         None => 0,
     };
     while sessions.join_next().await.is_some() {}
-    let mut report = notes.report.replace(Report::new());
+    let mut report = notes.report.replace(LoadReport::new());
     report.not_sent = not_sent;
     report.took = clock::now().since(measured).min(plan.duration);
     Ok(report)
@@ -283,8 +285,8 @@ pub async fn run(plan: Plan, progress: Arc<Progress>) -> io::Result<Report> {
 const BEHIND: usize = 1024;
 
 /// Gives each operation, when it is due, to the next session in turn. How many could not be given.
-async fn dispatch(pace: Pace, end: Moment, sessions: Vec<mpsc::Sender<Moment>>) -> io::Result<u64> {
-    let alarm = Alarm::new()?;
+async fn dispatch(pace: LoadPace, end: Moment, sessions: Vec<mpsc::Sender<Moment>>) -> io::Result<u64> {
+    let alarm = TimerFd::new()?;
     let mut not_sent = 0;
     for (due, session) in pace.take_while(|due| *due < end).zip(sessions.iter().cycle()) {
         alarm.wait_until(due).await?;
@@ -295,12 +297,12 @@ async fn dispatch(pace: Pace, end: Moment, sessions: Vec<mpsc::Sender<Moment>>) 
 
 /// What counts: operations that were due after the warm-up and before the end.
 #[derive(Clone, Copy, Debug)]
-struct Window {
+struct LoadWindow {
     measured: Moment,
     end: Moment,
 }
 
-impl Progress {
+impl LoadProgress {
     fn note(&self, bytes: u64) {
         self.operations.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -312,20 +314,20 @@ impl Progress {
 }
 
 /// What a session or flow begins with: what counts, its orders in an open loop, and where it takes down what became of them.
-type Begin = (Window, Option<mpsc::Receiver<Moment>>, Notes);
+type Begin = (LoadWindow, Option<mpsc::Receiver<Moment>>, LoadNotes);
 
 /// What sessions and flows take down, all in one place.
 #[derive(Clone)]
-struct Notes {
-    report: Rc<RefCell<Report>>,
-    progress: Arc<Progress>,
+struct LoadNotes {
+    report: Rc<RefCell<LoadReport>>,
+    progress: Arc<LoadProgress>,
     measured: Moment,
     interval: Option<Duration>,
 }
 
-impl Notes {
+impl LoadNotes {
     /// An operation that was due then has ended well.
-    fn succeeded(&self, due: Moment, bytes: u64, window: Window) {
+    fn succeeded(&self, due: Moment, bytes: u64, window: LoadWindow) {
         self.progress.note(bytes);
         let now = clock::now();
         if due >= window.measured {
@@ -343,7 +345,7 @@ impl Notes {
         }
     }
 
-    fn failed(&self, failure: Failure) {
+    fn failed(&self, failure: LoadFailure) {
         self.progress.fail();
         let mut report = self.report.borrow_mut();
         *report.failures.entry(failure).or_default() += 1;
@@ -351,7 +353,7 @@ impl Notes {
     }
 
     /// Takes something down in the interval that a moment belongs to, if it belongs to any.
-    fn interval(&self, report: &mut Report, at: Moment, note: impl FnOnce(&mut Interval)) {
+    fn interval(&self, report: &mut LoadReport, at: Moment, note: impl FnOnce(&mut LoadInterval)) {
         let Some(interval) = self.interval.filter(|_| at >= self.measured) else { return };
         let place = at.since(self.measured).as_nanos() / interval.as_nanos().max(1);
         if let Some(interval) = usize::try_from(place).ok().and_then(|place| report.intervals.get_mut(place))
@@ -361,7 +363,7 @@ impl Notes {
     }
 
     /// A datagram that was due then had no answer in time.
-    fn lost(&self, due: Moment, window: Window) {
+    fn lost(&self, due: Moment, window: LoadWindow) {
         self.progress.fail();
         self.datagrams(|datagrams| datagrams.lost += u64::from(due >= window.measured));
     }
@@ -374,7 +376,7 @@ impl Notes {
         self.report.borrow_mut().noise += 1;
     }
 
-    fn datagrams(&self, count: impl FnOnce(&mut Datagrams)) {
+    fn datagrams(&self, count: impl FnOnce(&mut DatagramReport)) {
         count(&mut self.report.borrow_mut().datagrams);
     }
 }

@@ -13,9 +13,9 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use super::nlb::balancer::Balancer;
-use super::nlb::group::Rules;
+use super::nlb::group::TargetGroupRules;
 use super::vpc::Network;
-use super::vpc::run::{self, Run, network_name};
+use super::vpc::run::{self, LabRun, network_name};
 
 pub use self::nginx::{DOWNLOAD, LEN};
 
@@ -39,13 +39,13 @@ pub const HTTP: u16 = 80;
 pub const PROXIES: [(&str, Ipv4Addr); 2] =
     [("proxy-1", Ipv4Addr::new(10, 100, 2, 11)), ("proxy-2", Ipv4Addr::new(10, 100, 2, 12))];
 /// The tenants.
-pub const TENANTS: [Tenant; 2] = [
-    Tenant {
+pub const TENANTS: [LabTenant; 2] = [
+    LabTenant {
         name: "acme",
         endpoint: "vpce-0acce0000acce0000",
         backends: [("acme-1", Ipv4Addr::new(10, 100, 3, 11)), ("acme-2", Ipv4Addr::new(10, 100, 3, 12))],
     },
-    Tenant {
+    LabTenant {
         name: "globex",
         endpoint: "vpce-0910be00910be0000",
         backends: [("globex-1", Ipv4Addr::new(10, 100, 3, 21)), ("globex-2", Ipv4Addr::new(10, 100, 3, 22))],
@@ -56,7 +56,7 @@ const ORDERS: &str = "nlb.sock";
 
 /// What the load balancer's target group is set to. Times are shorter than an NLB allows: the hands-on is watched. What
 /// drains by its health check must not have its flows reset when the check fails.
-pub const RULES: Rules = Rules {
+pub const RULES: TargetGroupRules = TargetGroupRules {
     interval: Duration::from_secs(1),
     timeout: Duration::from_secs(3),
     healthy: 2,
@@ -69,7 +69,7 @@ pub const RULES: Rules = Rules {
 
 /// A tenant, with its consumer on one side and its pool on the other.
 #[derive(Clone, Copy, Debug)]
-pub struct Tenant {
+pub struct LabTenant {
     /// Its name.
     pub name: &'static str,
     /// Its interface endpoint's ID.
@@ -80,7 +80,7 @@ pub struct Tenant {
 
 /// The programs to run.
 #[derive(Clone, Debug)]
-pub struct Programs {
+pub struct LabPrograms {
     /// This one.
     pub vestibule: PathBuf,
     /// nginx, which may lie where an ordinary PATH does not look.
@@ -89,21 +89,21 @@ pub struct Programs {
 
 /// The world, which ends with this unless it is kept.
 #[derive(Debug)]
-pub struct World {
-    run: Run,
+pub struct LabWorld {
+    run: LabRun,
     provider: Network,
-    programs: Programs,
+    programs: LabPrograms,
     /// What runs, by its name.
     children: Vec<(String, Child)>,
 }
 
-impl World {
+impl LabWorld {
     /// Makes the networks, and joins them by wires.
     ///
     /// # Errors
     /// What the system refused; nothing is left then.
-    pub fn make(programs: Programs) -> io::Result<Self> {
-        let run = Run::begin()?;
+    pub fn make(programs: LabPrograms) -> io::Result<Self> {
+        let run = LabRun::begin()?;
         let provider = run.network("provider")?;
         let with_mask = |address: &Ipv4Addr| format!("{address}/16");
         let inside = PROXIES.into_iter().chain(TENANTS.into_iter().flat_map(|tenant| tenant.backends));
@@ -240,7 +240,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for LabWorld {
     fn drop(&mut self) {
         self.kill();
     }
@@ -305,7 +305,7 @@ trusted-sources = ["{NLB}/32"]          # the load balancer's address in this ne
 }
 
 /// A tenant and its pool.
-fn tenant_tables(Tenant { name, endpoint, backends }: &Tenant, source: Ipv4Addr) -> String {
+fn tenant_tables(LabTenant { name, endpoint, backends }: &LabTenant, source: Ipv4Addr) -> String {
     let [first, second] = backends.map(|(_, address)| format!("\"{address}:{HTTP}\""));
     format!(
         r#"

@@ -4,22 +4,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::cause::Cause;
-use super::health::{FULL, State};
+use super::cause::ChangeCause;
+use super::health::{FULL, HealthState};
 #[cfg(test)]
-use super::health::{Health, Rules};
+use super::health::{HealthRules, ProbeHealth};
 use super::least::Tournament;
-use super::queue::Queue;
-use super::shares::Shares;
-use super::standing::Seen;
-use super::vitals::{Load, Vitals};
-use crate::account::{Label, Verdict};
+use super::queue::PoolQueue;
+use super::shares::TenantShares;
+use super::standing::SelectionState;
+use super::vitals::{BackendLoad, HealthRecord};
+use crate::account::{Label, ProbeResult};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
 
 /// What the configuration, or a name's answer, says of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Traits {
+pub struct BackendSettings {
     /// Its share in relation to the others'; 0 gives it no new sessions.
     pub weight: u32,
     /// Whether it is used only where no other can be.
@@ -32,7 +32,7 @@ pub struct Traits {
     pub is_preferred: bool,
 }
 
-impl Default for Traits {
+impl Default for BackendSettings {
     fn default() -> Self {
         Self { weight: 100, is_backup: false, max_sessions: None, zone: None, is_preferred: false }
     }
@@ -60,14 +60,14 @@ pub struct Backend {
     weight: AtomicU32,
     pub(super) room: AtomicU32,
     /// What is known of it, and its sessions: shared with whoever stands for the address after a reload.
-    pub(super) vitals: Arc<Vitals>,
-    pub(super) load: Arc<Load>,
+    pub(super) vitals: Arc<HealthRecord>,
+    pub(super) load: Arc<BackendLoad>,
     /// Where its pool looks for the least loaded.
     pub(super) seat: Option<Arc<Tournament>>,
     /// Who waits for room.
-    pub(super) queue: Option<Arc<Queue>>,
+    pub(super) queue: Option<Arc<PoolQueue>>,
     /// Which tenant holds how many places at the pool's backends.
-    pub(super) shares: Arc<Shares>,
+    pub(super) shares: Arc<TenantShares>,
 }
 
 /// No weight of an operator's: it could not be so large.
@@ -75,7 +75,7 @@ const NOT_ORDERED: u32 = u32::MAX;
 
 /// What is shown of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Summary {
+pub struct BackendSummary {
     /// Its weight as ordered, configured or resolved.
     pub weight: u32,
     /// Whether it is a backup.
@@ -83,7 +83,7 @@ pub struct Summary {
     /// While it is ejected, when that ends.
     pub ejected_until: Option<Moment>,
     /// When it was last treated in another way, and why.
-    pub changed: (Moment, Cause),
+    pub changed: (Moment, ChangeCause),
 }
 
 impl Backend {
@@ -93,9 +93,9 @@ impl Backend {
         address: BackendAddr,
         label: Label,
         slot: u32,
-        traits: Traits,
-        vitals: Arc<Vitals>,
-        load: Arc<Load>,
+        traits: BackendSettings,
+        vitals: Arc<HealthRecord>,
+        load: Arc<BackendLoad>,
     ) -> Self {
         Self {
             address,
@@ -165,7 +165,7 @@ impl Backend {
     /// Whether a flow may stay there: it is in use, or it is sound and others are only preferred. Costs a few reads.
     #[must_use]
     pub fn keeps_flows(&self) -> bool {
-        let is_sound = || self.state() == State::Healthy && !self.is_ejected() && self.said() > 0;
+        let is_sound = || self.state() == HealthState::Healthy && !self.is_ejected() && self.said() > 0;
         !self.is_retired() && !self.is_gone() && (self.is_used() || is_sound())
     }
 
@@ -179,7 +179,7 @@ impl Backend {
     /// roster was made that it is down: who helps must be sound.
     #[must_use]
     pub fn is_spare(&self) -> bool {
-        self.is_spare.load(Ordering::SeqCst) && self.state() == State::Healthy && !self.is_ejected()
+        self.is_spare.load(Ordering::SeqCst) && self.state() == HealthState::Healthy && !self.is_ejected()
     }
 
     /// Whether it has room for a session more.
@@ -190,14 +190,14 @@ impl Backend {
 
     /// What probes say of it.
     #[must_use]
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> HealthState {
         self.vitals.state()
     }
 
     /// Whether its first probe is still to come.
     #[must_use]
     pub fn awaits_first_probe(&self) -> bool {
-        self.state() == State::Unknown && !self.vitals.was_probed()
+        self.state() == HealthState::Unknown && !self.vitals.was_probed()
     }
 
     /// Nothing waits for its first probe any more: no task will make it.
@@ -257,9 +257,9 @@ impl Backend {
     }
 
     /// Its probes by result.
-    pub fn probes(&self) -> impl Iterator<Item = (Verdict, u64)> + '_ {
+    pub fn probes(&self) -> impl Iterator<Item = (ProbeResult, u64)> + '_ {
         let counts = self.vitals.probes.iter().map(|count| count.load(Ordering::Relaxed));
-        Verdict::ALL.into_iter().zip(counts)
+        ProbeResult::ALL.into_iter().zip(counts)
     }
 
     /// How long the last probe took, in microseconds.
@@ -270,9 +270,9 @@ impl Backend {
 
     /// What is shown of it.
     #[must_use]
-    pub fn summary(&self) -> Summary {
+    pub fn summary(&self) -> BackendSummary {
         let (ejected_until, changed) = self.vitals.summary();
-        Summary {
+        BackendSummary {
             weight: self.said(),
             is_backup: self.is_backup.load(Ordering::Acquire),
             ejected_until,
@@ -291,7 +291,12 @@ impl Backend {
     }
 
     /// Puts it out; for how long.
-    pub(super) fn eject(&self, rules: super::ejection::Rules, cause: Cause, now: Moment) -> Duration {
+    pub(super) fn eject(
+        &self,
+        rules: super::ejection::EjectionRules,
+        cause: ChangeCause,
+        now: Moment,
+    ) -> Duration {
         let time = self.vitals.eject(rules, cause, now);
         self.set(0, self.room.load(Ordering::SeqCst), false);
         time
@@ -302,7 +307,7 @@ impl Backend {
         let is_same = self.said.swap(weight, Ordering::AcqRel) == weight;
         let is_same = self.is_backup.swap(is_backup, Ordering::AcqRel) == is_backup && is_same;
         if !is_same {
-            self.vitals.change(now, Cause::Resolved);
+            self.vitals.change(now, ChangeCause::Resolved);
         }
         !is_same
     }
@@ -311,7 +316,7 @@ impl Backend {
     pub(super) fn order(&self, weight: u32, now: Moment) -> u32 {
         let before = self.said();
         self.ordered.store(weight, Ordering::Release);
-        self.vitals.change(now, Cause::Ordered);
+        self.vitals.change(now, ChangeCause::Ordered);
         before
     }
 
@@ -333,15 +338,15 @@ impl Backend {
 
     /// Its name does not lead to it any more: its sessions may finish.
     pub(super) fn leave(&self, now: Moment) {
-        self.vitals.change(now, Cause::NotResolved);
+        self.vitals.change(now, ChangeCause::NotResolved);
         self.is_gone.store(true, Ordering::Release);
         self.set(0, 0, false);
     }
 
     /// What is known of it, and when time alone will change that.
-    pub(super) fn seen(&self, now: Moment) -> (Seen, Option<Moment>) {
+    pub(super) fn seen(&self, now: Moment) -> (SelectionState, Option<Moment>) {
         let vitals = self.vitals.seen(now);
-        let seen = Seen {
+        let seen = SelectionState {
             state: vitals.state,
             is_ejected: vitals.is_ejected,
             weight: self.said(),
@@ -384,10 +389,10 @@ impl Backend {
 #[cfg(test)]
 impl Backend {
     /// A healthy backend that is in no pool and may be used.
-    pub(super) fn alone(address: &str, traits: Traits) -> Self {
+    pub(super) fn alone(address: &str, traits: BackendSettings) -> Self {
         let label = crate::account::Labels::default().intern(address);
-        let health = Health::new(Rules { rise: 1, fall: 1 }, State::Healthy);
-        let vitals = Arc::new(Vitals::new(health, (Moment::default(), Cause::Start)));
+        let health = ProbeHealth::new(HealthRules { rise: 1, fall: 1 }, HealthState::Healthy);
+        let vitals = Arc::new(HealthRecord::new(health, (Moment::default(), ChangeCause::Start)));
         let address = BackendAddr(address.parse().unwrap());
         let backend = Self::new(address, label, 0, traits, vitals, Arc::default());
         backend.set(100 * FULL, backend.room_at(FULL), false);

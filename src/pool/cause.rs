@@ -1,16 +1,16 @@
 //! Why a backend is treated in another way than before, and what a session says of it: closed sets.
 
-use crate::account::Verdict;
+use crate::account::ProbeResult;
 
 /// Why a backend was last treated in another way than before: a closed set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cause {
+pub enum ChangeCause {
     /// It was there from the start.
     Start,
     /// It came with a reload.
     Reload,
     /// A probe, with its result.
-    Probe(Verdict),
+    Probe(ProbeResult),
     /// Sessions could not connect to it, too often in a row: it is ejected.
     ConnectFailures,
     /// It reset sessions before its first byte, too often in a row: it is ejected.
@@ -27,7 +27,7 @@ pub enum Cause {
 
 /// How a session failed at a backend before the backend's first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failed {
+pub enum SessionFailure {
     /// It could not connect.
     Connect,
     /// It was reset, or lost its connection.
@@ -37,16 +37,16 @@ pub enum Failed {
     },
 }
 
-impl From<Failed> for Cause {
-    fn from(failed: Failed) -> Self {
+impl From<SessionFailure> for ChangeCause {
+    fn from(failed: SessionFailure) -> Self {
         match failed {
-            Failed::Connect => Self::ConnectFailures,
-            Failed::Reset { .. } => Self::Resets,
+            SessionFailure::Connect => Self::ConnectFailures,
+            SessionFailure::Reset { .. } => Self::Resets,
         }
     }
 }
 
-impl Cause {
+impl ChangeCause {
     /// The word in log, metrics and status.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -71,17 +71,17 @@ mod tests {
     #[test]
     fn every_cause_has_a_word() {
         let causes = [
-            Cause::Start,
-            Cause::Reload,
-            Cause::ConnectFailures,
-            Cause::Resets,
-            Cause::EjectionOver,
-            Cause::Resolved,
-            Cause::NotResolved,
-            Cause::Ordered,
-            Cause::Probe(Verdict::Passed),
+            ChangeCause::Start,
+            ChangeCause::Reload,
+            ChangeCause::ConnectFailures,
+            ChangeCause::Resets,
+            ChangeCause::EjectionOver,
+            ChangeCause::Resolved,
+            ChangeCause::NotResolved,
+            ChangeCause::Ordered,
+            ChangeCause::Probe(ProbeResult::Passed),
         ];
-        let words: std::collections::BTreeSet<_> = causes.map(Cause::word).into();
+        let words: std::collections::BTreeSet<_> = causes.map(ChangeCause::word).into();
         assert_eq!(words.len(), causes.len());
     }
 }

@@ -9,7 +9,7 @@ pub const LONGEST: Duration = Duration::from_secs(600);
 
 /// When a backend is ejected, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rules {
+pub struct EjectionRules {
     /// Failures in a row that eject it; 0 is never.
     pub consecutive_failures: u32,
     /// The first time out; it doubles with each ejection that follows.
@@ -18,7 +18,7 @@ pub struct Rules {
     pub max_percent: u32,
 }
 
-impl Rules {
+impl EjectionRules {
     /// How many of so many backends may be out at once. At least one where ejection is wanted at all, or it would do nothing
     /// for small pools; never all of several, for then nobody would be left.
     #[must_use]
@@ -37,7 +37,7 @@ impl Rules {
 
 /// The times out of one backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ejection {
+pub struct EjectionState {
     /// Ejections that count for the length of the next.
     times: u32,
     /// While it is out, when that ends.
@@ -46,7 +46,7 @@ pub struct Ejection {
     since: Moment,
 }
 
-impl Ejection {
+impl EjectionState {
     /// While it is out, when that ends.
     #[must_use]
     pub fn until(self) -> Option<Moment> {
@@ -62,7 +62,7 @@ impl Ejection {
     /// Puts it out; for how long. A probe that succeeds does not end it: what failed was not a probe.
     ///
     /// For each base time that it was in since the last ejection ended, one ejection is forgotten.
-    pub fn eject(&mut self, rules: Rules, now: Moment) -> Duration {
+    pub fn eject(&mut self, rules: EjectionRules, now: Moment) -> Duration {
         let good = now.since(self.since).as_nanos().checked_div(rules.base.as_nanos()).unwrap_or(u128::MAX);
         self.times = self.times.saturating_sub(u32::try_from(good).unwrap_or(u32::MAX)).saturating_add(1);
         let time = rules.time(self.times);
@@ -85,7 +85,8 @@ impl Ejection {
 mod tests {
     use super::*;
 
-    const RULES: Rules = Rules { consecutive_failures: 3, base: Duration::from_secs(30), max_percent: 50 };
+    const RULES: EjectionRules =
+        EjectionRules { consecutive_failures: 3, base: Duration::from_secs(30), max_percent: 50 };
 
     fn at(seconds: u64) -> Moment {
         Moment::from_nanos(0) + Duration::from_secs(seconds)
@@ -93,7 +94,7 @@ mod tests {
 
     #[test]
     fn its_time_ends_at_its_end_and_not_before() {
-        let mut ejection = Ejection::default();
+        let mut ejection = EjectionState::default();
         ejection.eject(RULES, at(100));
         assert!(!ejection.expire(at(129)) && ejection.is_out());
         assert!(ejection.expire(at(130)) && !ejection.is_out());
@@ -102,7 +103,7 @@ mod tests {
 
     #[test]
     fn times_double_up_to_ten_minutes_and_decay() {
-        let mut ejection = Ejection::default();
+        let mut ejection = EjectionState::default();
         let mut now = 0;
         for seconds in [30, 60, 120, 240, 480, 600, 600] {
             assert_eq!(ejection.eject(RULES, at(now)), Duration::from_secs(seconds));
@@ -117,17 +118,17 @@ mod tests {
 
     #[test]
     fn a_base_above_ten_minutes_is_kept_and_none_is_none() {
-        let hour = Rules { base: Duration::from_secs(3_600), ..RULES };
+        let hour = EjectionRules { base: Duration::from_secs(3_600), ..RULES };
         assert_eq!((hour.time(1), hour.time(9)), (Duration::from_secs(3_600), Duration::from_secs(3_600)));
-        let mut ejection = Ejection::default();
-        assert_eq!(ejection.eject(Rules { base: Duration::ZERO, ..RULES }, at(0)), Duration::ZERO);
+        let mut ejection = EjectionState::default();
+        assert_eq!(ejection.eject(EjectionRules { base: Duration::ZERO, ..RULES }, at(0)), Duration::ZERO);
         assert!(ejection.expire(at(0)));
         assert_eq!(RULES.time(u32::MAX), LONGEST);
     }
 
     #[test]
     fn some_may_be_out_but_never_all() {
-        let most = |percent, backends| Rules { max_percent: percent, ..RULES }.most(backends);
+        let most = |percent, backends| EjectionRules { max_percent: percent, ..RULES }.most(backends);
         assert_eq!((most(50, 10), most(50, 3), most(10, 3), most(0, 10)), (5, 1, 1, 0));
         assert_eq!((most(100, 10), most(100, 1), most(50, 0)), (9, 0, 0));
     }

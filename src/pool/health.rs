@@ -7,7 +7,7 @@ use crate::clock::Moment;
 /// What is believed of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum State {
+pub enum HealthState {
     /// Not probed yet: used only where nobody is known to be healthy.
     Unknown,
     /// Used.
@@ -16,7 +16,7 @@ pub enum State {
     Unhealthy,
 }
 
-impl State {
+impl HealthState {
     /// The word in log and status.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -28,7 +28,7 @@ impl State {
     }
 }
 
-impl From<u8> for State {
+impl From<u8> for HealthState {
     fn from(state: u8) -> Self {
         match state {
             state if state == Self::Healthy as u8 => Self::Healthy,
@@ -60,7 +60,7 @@ pub fn ramp(since: Moment, span: Duration, now: Moment) -> (u32, Option<Moment>)
 
 /// How many in a row it takes; both at least 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rules {
+pub struct HealthRules {
     /// Successes that make an unhealthy backend healthy.
     pub rise: u32,
     /// Failures that make a healthy backend unhealthy.
@@ -69,46 +69,49 @@ pub struct Rules {
 
 /// The memory of one backend's probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Health {
-    rules: Rules,
-    state: State,
+pub struct ProbeHealth {
+    rules: HealthRules,
+    state: HealthState,
     /// Results in a row that speak against the state.
     against: u32,
     /// Whether the first result of all is still to come.
     is_untested: bool,
 }
 
-impl Health {
+impl ProbeHealth {
     /// A backend in a state that is known, or unknown.
     #[must_use]
-    pub fn new(rules: Rules, state: State) -> Self {
-        Self { rules, state, against: 0, is_untested: state == State::Unknown }
+    pub fn new(rules: HealthRules, state: HealthState) -> Self {
+        Self { rules, state, against: 0, is_untested: state == HealthState::Unknown }
     }
 
     /// A backend that counts as healthy until its first result.
     #[must_use]
-    pub fn presumed(rules: Rules) -> Self {
-        Self { rules, state: State::Healthy, against: 0, is_untested: true }
+    pub fn presumed(rules: HealthRules) -> Self {
+        Self { rules, state: HealthState::Healthy, against: 0, is_untested: true }
     }
 
     /// The same memory under other rules.
     #[must_use]
-    pub fn with(self, rules: Rules) -> Self {
+    pub fn with(self, rules: HealthRules) -> Self {
         Self { rules, ..self }
     }
 
     /// What is believed now.
     #[must_use]
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> HealthState {
         self.state
     }
 
     /// Takes in one probe's result; the new state, where it changed.
     ///
     /// The first result of all decides at once, so that a backend is not left unknown for `rise` intervals.
-    pub fn observe(&mut self, success: bool) -> Option<State> {
-        let (wanted, needed) =
-            if success { (State::Healthy, self.rules.rise) } else { (State::Unhealthy, self.rules.fall) };
+    pub fn observe(&mut self, success: bool) -> Option<HealthState> {
+        let (wanted, needed) = if success {
+            (HealthState::Healthy, self.rules.rise)
+        } else {
+            (HealthState::Unhealthy, self.rules.fall)
+        };
         let is_first = std::mem::take(&mut self.is_untested);
         if self.state == wanted {
             self.against = 0;
@@ -128,34 +131,43 @@ impl Health {
 mod tests {
     use super::*;
 
-    const RULES: Rules = Rules { rise: 2, fall: 3 };
+    const RULES: HealthRules = HealthRules { rise: 2, fall: 3 };
 
-    fn observe(health: &mut Health, results: &str) -> Vec<Option<State>> {
+    fn observe(health: &mut ProbeHealth, results: &str) -> Vec<Option<HealthState>> {
         results.chars().map(|result| health.observe(result == '+')).collect()
     }
 
     #[test]
     fn the_first_result_decides() {
-        assert_eq!(Health::new(RULES, State::Unknown).observe(true), Some(State::Healthy));
-        assert_eq!(Health::new(RULES, State::Unknown).observe(false), Some(State::Unhealthy));
+        assert_eq!(ProbeHealth::new(RULES, HealthState::Unknown).observe(true), Some(HealthState::Healthy));
+        assert_eq!(
+            ProbeHealth::new(RULES, HealthState::Unknown).observe(false),
+            Some(HealthState::Unhealthy)
+        );
     }
 
     #[test]
     fn who_is_presumed_healthy_is_so_until_the_first_result_says_otherwise() {
-        let mut health = Health::presumed(RULES);
-        assert_eq!((health.state(), health.observe(false)), (State::Healthy, Some(State::Unhealthy)));
-        let mut health = Health::presumed(RULES);
+        let mut health = ProbeHealth::presumed(RULES);
+        assert_eq!(
+            (health.state(), health.observe(false)),
+            (HealthState::Healthy, Some(HealthState::Unhealthy))
+        );
+        let mut health = ProbeHealth::presumed(RULES);
         assert_eq!(observe(&mut health, "+--"), [None; 3]);
-        assert_eq!(health.with(Rules { rise: 1, fall: 1 }).observe(false), Some(State::Unhealthy));
+        assert_eq!(
+            health.with(HealthRules { rise: 1, fall: 1 }).observe(false),
+            Some(HealthState::Unhealthy)
+        );
     }
 
     #[test]
     fn it_falls_at_the_third_failure_in_a_row_and_rises_at_the_second_success() {
-        let mut health = Health::new(RULES, State::Healthy);
+        let mut health = ProbeHealth::new(RULES, HealthState::Healthy);
         assert_eq!(observe(&mut health, "--+--"), [None; 5]);
-        assert_eq!(health.observe(false), Some(State::Unhealthy));
+        assert_eq!(health.observe(false), Some(HealthState::Unhealthy));
         assert_eq!(observe(&mut health, "-+-+"), [None; 4]);
-        assert_eq!(health.observe(true), Some(State::Healthy));
+        assert_eq!(health.observe(true), Some(HealthState::Healthy));
         assert_eq!(health.state().word(), "healthy");
     }
 
@@ -177,8 +189,8 @@ mod tests {
 
     #[test]
     fn one_is_enough_where_the_rules_say_so() {
-        let mut health = Health::new(Rules { rise: 1, fall: 1 }, State::Healthy);
-        assert_eq!(observe(&mut health, "-+"), [Some(State::Unhealthy), Some(State::Healthy)]);
-        assert_eq!((State::Unknown.word(), State::Unhealthy.word()), ("unknown", "unhealthy"));
+        let mut health = ProbeHealth::new(HealthRules { rise: 1, fall: 1 }, HealthState::Healthy);
+        assert_eq!(observe(&mut health, "-+"), [Some(HealthState::Unhealthy), Some(HealthState::Healthy)]);
+        assert_eq!((HealthState::Unknown.word(), HealthState::Unhealthy.word()), ("unknown", "unhealthy"));
     }
 }

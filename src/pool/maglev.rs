@@ -17,14 +17,14 @@ const MOST_MEANS: u32 = 8;
 
 /// Who is asked for a key. Built off the data path; a lookup is one remainder and one read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Table {
+pub struct MaglevTable {
     /// Places of backends, by the place in the table. Empty where nobody has a weight.
     places: Vec<u16>,
 }
 
 /// One backend, as the table sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct MaglevEntry {
     /// A hash of its name: it is asked for the same keys whoever else is there.
     pub name: u64,
     /// Its share while all are in use, in relation to the others'; 0 is none.
@@ -35,7 +35,7 @@ pub struct Entry {
 
 /// The table of all backends, whether they are in use or not.
 #[derive(Clone, Debug, Default)]
-pub struct Plan {
+pub struct MaglevPlan {
     /// Name and share of each.
     all: Vec<(u64, u32)>,
     places: Vec<u16>,
@@ -47,7 +47,7 @@ pub struct Plan {
 const FREE: u16 = u16::MAX;
 
 /// How one backend goes through the table.
-struct Wish {
+struct MaglevPermutation {
     backend: u16,
     next: u32,
     step: u32,
@@ -60,17 +60,18 @@ struct Wish {
     taken: Vec<u32>,
 }
 
-impl Plan {
+impl MaglevPlan {
     /// The plan of these backends, of which there are at most 65,535.
     #[must_use]
-    pub fn new(entries: &[Entry]) -> Self {
+    pub fn new(entries: &[MaglevEntry]) -> Self {
         let wanted = entries.len().saturating_mul(EACH);
         let fits = |size: &&u32| usize::try_from(**size).is_ok_and(|size| size >= wanted);
         let size = SIZES.iter().find(fits).or(SIZES.last()).copied().unwrap_or(1);
         let mut places = vec![FREE; usize::try_from(size).unwrap_or(0)];
-        let wish =
-            |(backend, entry): (u16, &Entry)| Wish::new(backend, entry.name, entry.whole, size, Vec::new());
-        let mut wishes: Vec<Wish> = (0..).zip(entries).map(wish).collect();
+        let wish = |(backend, entry): (u16, &MaglevEntry)| {
+            MaglevPermutation::new(backend, entry.name, entry.whole, size, Vec::new())
+        };
+        let mut wishes: Vec<MaglevPermutation> = (0..).zip(entries).map(wish).collect();
         in_their_order(&mut wishes, entries);
         share_out(&mut places, &mut wishes, size);
         wishes.sort_unstable_by_key(|wish| wish.backend);
@@ -80,32 +81,32 @@ impl Plan {
 
     /// Whether it is the plan of these.
     #[must_use]
-    pub fn is_of(&self, entries: &[Entry]) -> bool {
+    pub fn is_of(&self, entries: &[MaglevEntry]) -> bool {
         self.all.len() == entries.len()
             && self.all.iter().zip(entries).all(|(own, entry)| *own == (entry.name, entry.whole))
     }
 }
 
-impl Table {
+impl MaglevTable {
     /// Makes the table of these backends; a backend is found by its position among them.
     #[must_use]
-    pub fn new(entries: &[Entry]) -> Self {
-        Self::of(&Plan::new(entries), entries)
+    pub fn new(entries: &[MaglevEntry]) -> Self {
+        Self::of(&MaglevPlan::new(entries), entries)
     }
 
     /// Makes the table out of the [plan of these backends](Plan::is_of): who is to have less than it took there gives up
     /// what it wanted least, and those that are to have more share that. So a change of what is in use moves no key beyond
     /// those that it must.
     #[must_use]
-    pub fn of(plan: &Plan, entries: &[Entry]) -> Self {
+    pub fn of(plan: &MaglevPlan, entries: &[MaglevEntry]) -> Self {
         if entries.iter().all(|entry| entry.weight == 0) {
             return Self::default();
         }
         let (mut places, size) = (plan.places.clone(), u32::try_from(plan.places.len()).unwrap_or(1));
-        let wish = |((backend, entry), taken): ((u16, &Entry), &Vec<u32>)| {
-            Wish::new(backend, entry.name, entry.weight, size, taken.clone())
+        let wish = |((backend, entry), taken): ((u16, &MaglevEntry), &Vec<u32>)| {
+            MaglevPermutation::new(backend, entry.name, entry.weight, size, taken.clone())
         };
-        let mut wishes: Vec<Wish> = (0..).zip(entries).zip(&plan.taken).map(wish).collect();
+        let mut wishes: Vec<MaglevPermutation> = (0..).zip(entries).zip(&plan.taken).map(wish).collect();
         in_their_order(&mut wishes, entries);
         share_out(&mut places, &mut wishes, size);
         Self { places }
@@ -120,7 +121,7 @@ impl Table {
     }
 }
 
-impl Wish {
+impl MaglevPermutation {
     fn new(backend: u16, name: u64, weight: u32, size: u32, taken: Vec<u32>) -> Self {
         let (next, step) = (low(name, size), 1 + low(name.rotate_left(32), size - 1));
         Self { backend, next, step, weight, credit: 0, most: 0, taken }
@@ -152,17 +153,17 @@ impl Wish {
 
 /// Has turns in an order that is the backends' own: another process, or another answer to a name's question, may list them
 /// in another.
-fn in_their_order(wishes: &mut [Wish], entries: &[Entry]) {
+fn in_their_order(wishes: &mut [MaglevPermutation], entries: &[MaglevEntry]) {
     wishes.sort_unstable_by_key(|wish| entries.get(usize::from(wish.backend)).map(|entry| entry.name));
 }
 
 /// Gives each backend its share of the places, rounded down or up, and of those that it has as many as it may keep.
-fn share_out(table: &mut [u16], wishes: &mut [Wish], size: u32) {
+fn share_out(table: &mut [u16], wishes: &mut [MaglevPermutation], size: u32) {
     let total: u64 = wishes.iter().map(|wish| u64::from(wish.weight)).sum();
     if total == 0 {
         return;
     }
-    let share = |wish: &Wish, up: u64| {
+    let share = |wish: &MaglevPermutation, up: u64| {
         let share = (u64::from(wish.weight) * u64::from(size) + up * (total - 1)) / total;
         usize::try_from(share).unwrap_or(0)
     };
@@ -184,7 +185,7 @@ fn share_out(table: &mut [u16], wishes: &mut [Wish], size: u32) {
 }
 
 /// Has the backends take turns by weight until no place is free, or each has what it may.
-fn fill(table: &mut [u16], wishes: &mut [Wish], size: u32) {
+fn fill(table: &mut [u16], wishes: &mut [MaglevPermutation], size: u32) {
     let mut free = table.iter().filter(|place| **place == FREE).count();
     loop {
         let taking = || wishes.iter().filter(|wish| wish.most > 0).map(|wish| wish.weight);
@@ -223,12 +224,13 @@ mod tests {
         z ^ (z >> 31)
     }
 
-    fn entries(weights: &[u32]) -> Vec<Entry> {
-        let entry = |(name, weight): (u64, &u32)| Entry { name: hash(name), whole: *weight, weight: *weight };
+    fn entries(weights: &[u32]) -> Vec<MaglevEntry> {
+        let entry =
+            |(name, weight): (u64, &u32)| MaglevEntry { name: hash(name), whole: *weight, weight: *weight };
         (0..).zip(weights).map(entry).collect()
     }
 
-    fn shares(table: &Table, count: usize) -> Vec<usize> {
+    fn shares(table: &MaglevTable, count: usize) -> Vec<usize> {
         let mut shares = vec![0; count];
         for place in &table.places {
             shares[usize::from(*place)] += 1;
@@ -238,19 +240,19 @@ mod tests {
 
     #[test]
     fn nobody_is_found_where_nobody_has_a_weight() {
-        assert_eq!(Table::new(&[]).find(7), None);
-        assert_eq!(Table::new(&entries(&[0, 0])).find(7), None);
+        assert_eq!(MaglevTable::new(&[]).find(7), None);
+        assert_eq!(MaglevTable::new(&entries(&[0, 0])).find(7), None);
     }
 
     #[test]
     fn one_has_every_key() {
-        let table = Table::new(&entries(&[0, 1000, 0]));
+        let table = MaglevTable::new(&entries(&[0, 1000, 0]));
         assert_eq!((table.find(0), table.find(u64::MAX)), (Some(1), Some(1)));
     }
 
     #[test]
     fn equal_weights_have_equal_shares() {
-        let table = Table::new(&entries(&[1; 20]));
+        let table = MaglevTable::new(&entries(&[1; 20]));
         assert_eq!(table.places.len(), 65_537);
         assert!(
             shares(&table, 20).iter().all(|share| (3_276..=3_277).contains(share)),
@@ -261,7 +263,7 @@ mod tests {
 
     #[test]
     fn shares_go_by_weight() {
-        let table = Table::new(&entries(&[100, 200, 0, 700]));
+        let table = MaglevTable::new(&entries(&[100, 200, 0, 700]));
         let shares = shares(&table, 4);
         for (share, weight) in shares.iter().zip([100, 200, 0, 700_usize]) {
             assert!(share.abs_diff(65_537 * weight / 1_000) <= 2, "{shares:?}");
@@ -269,8 +271,8 @@ mod tests {
     }
 
     /// Of 20,000 keys, how many another backend is found for, by name.
-    fn moved(one: (&Table, &[Entry]), other: (&Table, &[Entry])) -> usize {
-        let name = |(table, entries): (&Table, &[Entry]), key| {
+    fn moved(one: (&MaglevTable, &[MaglevEntry]), other: (&MaglevTable, &[MaglevEntry])) -> usize {
+        let name = |(table, entries): (&MaglevTable, &[MaglevEntry]), key| {
             table.find(hash(key)).map(|place| entries[usize::from(place)].name)
         };
         (0..20_000).filter(|key| name(one, *key) != name(other, *key)).count()
@@ -284,18 +286,18 @@ mod tests {
         let mut other = all.clone();
         other.reverse();
         other.swap(2, 9);
-        assert_eq!(moved((&Table::new(&all), &all), (&Table::new(&other), &other)), 0);
+        assert_eq!(moved((&MaglevTable::new(&all), &all), (&MaglevTable::new(&other), &other)), 0);
     }
 
     #[test]
     fn when_one_of_n_is_out_its_own_keys_move_and_no_others() {
         for count in [3_usize, 10, 100, 600] {
             let all = entries(&vec![1; count]);
-            let whole = Table::new(&all);
+            let whole = MaglevTable::new(&all);
             for gone in [0, count / 2, count - 1] {
                 let mut left = all.clone();
                 left[gone].weight = 0;
-                let without = Table::new(&left);
+                let without = MaglevTable::new(&left);
                 for key in 0..20_000 {
                     let (before, after) = (whole.find(hash(key)).unwrap(), without.find(hash(key)).unwrap());
                     assert!(usize::from(after) != gone);
@@ -306,7 +308,7 @@ mod tests {
                     (entry.whole, entry.weight) = (64, 64);
                 }
                 left[gone].weight = 16;
-                let shares = shares(&Table::new(&left), count);
+                let shares = shares(&MaglevTable::new(&left), count);
                 let due = without.places.len() * 16 / (64 * (count - 1) + 16);
                 assert!(shares[gone].abs_diff(due) <= 1, "{} for {due}", shares[gone]);
             }
@@ -317,11 +319,11 @@ mod tests {
     fn when_one_of_300_is_taken_off_the_list_at_most_2_in_300_keys_move() {
         for count in [3_usize, 10, 100, 128, 200, 300] {
             let all = entries(&vec![1; count]);
-            let whole = Table::new(&all);
+            let whole = MaglevTable::new(&all);
             for gone in [0, count / 2, count - 1] {
                 let mut left = all.clone();
                 left.remove(gone);
-                let moved = moved((&whole, &all), (&Table::new(&left), &left));
+                let moved = moved((&whole, &all), (&MaglevTable::new(&left), &left));
                 assert!(
                     moved <= 2 * 20_000 / count,
                     "{moved} of 20,000 keys moved without {gone} of {count}"
@@ -332,7 +334,7 @@ mod tests {
 
     #[test]
     fn the_largest_table_has_places_for_thousands() {
-        let table = Table::new(&entries(&vec![1; 5_000]));
+        let table = MaglevTable::new(&entries(&vec![1; 5_000]));
         assert_eq!(table.places.len(), 262_139);
         assert!(shares(&table, 5_000).iter().all(|share| (52..=53).contains(share)));
     }

@@ -5,15 +5,15 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::backend::{Backend, Traits};
-use super::cause::Cause;
-use super::vitals::Vitals;
-use super::{Change, Pool, change};
-use crate::account::lookup::Lookups;
+use super::backend::{Backend, BackendSettings};
+use super::cause::ChangeCause;
+use super::vitals::HealthRecord;
+use super::{BackendChange, Pool, change};
+use crate::account::lookup::LookupCounters;
 use crate::account::{Labels, lock};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
-use crate::config::Target;
+use crate::config::BackendTarget;
 
 /// Addresses that one name may lead to.
 pub const MOST_ADDRESSES: u32 = 64;
@@ -23,22 +23,22 @@ pub(super) const SLOTS: u32 = 2 * MOST_ADDRESSES;
 
 /// A name that leads to backends.
 #[derive(Debug)]
-pub(super) struct Name {
-    pub(super) target: Target,
+pub(super) struct BackendName {
+    pub(super) target: BackendTarget,
     /// The first slot of its addresses.
     first: u32,
     /// How many slots were given: a slot rests before its next backend, as sessions of the one before may still end.
     given: AtomicU32,
     /// What holds for all of its addresses.
-    traits: Traits,
-    pub(super) lookups: Arc<Lookups>,
+    traits: BackendSettings,
+    pub(super) lookups: Arc<LookupCounters>,
     /// What it led to last.
-    pub(super) found: Mutex<Vec<Resolved>>,
+    pub(super) found: Mutex<Vec<ResolvedAddress>>,
 }
 
 /// One address that a name leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Resolved {
+pub struct ResolvedAddress {
     /// The address.
     pub address: SocketAddr,
     /// Its weight, where the name says one.
@@ -47,8 +47,8 @@ pub struct Resolved {
     pub is_backup: bool,
 }
 
-impl Name {
-    pub(super) fn new(target: Target, first: u32, traits: Traits) -> Self {
+impl BackendName {
+    pub(super) fn new(target: BackendTarget, first: u32, traits: BackendSettings) -> Self {
         let (given, lookups, found) = (AtomicU32::new(0), Arc::default(), Mutex::default());
         Self { target, first, given, traits, lookups, found }
     }
@@ -59,10 +59,10 @@ impl Name {
     }
 
     /// What holds for one of its addresses. A weight of 0 drains all of them.
-    pub(super) fn traits_of(&self, resolved: &Resolved) -> Traits {
+    pub(super) fn traits_of(&self, resolved: &ResolvedAddress) -> BackendSettings {
         let own = &self.traits;
         let weight = if own.weight == 0 { 0 } else { resolved.weight.unwrap_or(own.weight) };
-        Traits { weight, is_backup: own.is_backup || resolved.is_backup, ..own.clone() }
+        BackendSettings { weight, is_backup: own.is_backup || resolved.is_backup, ..own.clone() }
     }
 }
 
@@ -71,10 +71,10 @@ impl Pool {
     pub fn resolve(
         &self,
         place: usize,
-        found: &[Resolved],
+        found: &[ResolvedAddress],
         labels: &Labels,
         now: Moment,
-    ) -> (Vec<Arc<Backend>>, Vec<Change>) {
+    ) -> (Vec<Arc<Backend>>, Vec<BackendChange>) {
         let (mut fresh, mut changes) = (Vec::new(), Vec::new());
         let Some(name) = self.names.get(place) else { return (fresh, changes) };
         let slots = name.first..name.first + SLOTS;
@@ -112,7 +112,7 @@ impl Pool {
             let Some(slot) = slots.clone().map(|_| name.next_slot()).find(is_free) else { break };
             let address = BackendAddr(resolved.address);
             let traits = name.traits_of(resolved);
-            let vitals = Arc::new(Vitals::new(self.first_health(), (now, Cause::Resolved)));
+            let vitals = Arc::new(HealthRecord::new(self.first_health(), (now, ChangeCause::Resolved)));
             let load = self.lasting.load_of(address);
             let backend = Arc::new(self.new_backend(address, labels, slot, traits, vitals, load));
             backend.load.hand_to(&backend);

@@ -3,11 +3,11 @@
 use std::net::IpAddr;
 
 use crate::addr::ClientAddr;
-use crate::id::Claim;
+use crate::id::EndpointClaim;
 
 /// Weights added up: a number below their sum is a place, and each place has as many numbers as its weight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Shares {
+pub struct WeightTable {
     /// For each place the sum of the weights up to it and with it.
     ends: Vec<u32>,
     /// The one weight that all have, where they do.
@@ -16,7 +16,7 @@ pub struct Shares {
     least: u32,
 }
 
-impl Shares {
+impl WeightTable {
     /// The shares of these weights, none of which is 0; their sum must be one of 32 bits.
     #[must_use]
     pub fn new(weights: &[u32]) -> Self {
@@ -83,7 +83,7 @@ pub fn by_client(client: Option<ClientAddr>) -> u64 {
 
 /// The same for the same endpoint; where there is none, for the same client.
 #[must_use]
-pub fn by_endpoint(endpoint: Claim, client: Option<ClientAddr>) -> u64 {
+pub fn by_endpoint(endpoint: EndpointClaim, client: Option<ClientAddr>) -> u64 {
     endpoint.id().map_or_else(|| by_client(client), |id| hash(&id.number().to_be_bytes()))
 }
 
@@ -92,7 +92,7 @@ pub fn by_endpoint(endpoint: Claim, client: Option<ClientAddr>) -> u64 {
 /// Equal weights rotate. Otherwise turns are spread over the weights by the golden ratio, so that a heavy place's turns
 /// lie among the others' and not in a row, without a schedule that would have to be kept or locked.
 #[must_use]
-pub fn round_robin(turn: usize, shares: &Shares) -> Option<usize> {
+pub fn round_robin(turn: usize, shares: &WeightTable) -> Option<usize> {
     if shares.equal.is_some() {
         return turn.checked_rem(shares.len());
     }
@@ -108,7 +108,7 @@ pub fn round_robin(turn: usize, shares: &Shares) -> Option<usize> {
 /// Mitzenmacher, "The power of two choices in randomized load balancing", 1996: the longest queue grows with
 /// log log n instead of log n, and no worker needs to look at more than two loads.
 #[must_use]
-pub fn p2c(roll: u64, shares: &Shares, load: impl Fn(usize) -> u32) -> Option<usize> {
+pub fn p2c(roll: u64, shares: &WeightTable, load: impl Fn(usize) -> u32) -> Option<usize> {
     let first = shares.at(scale(roll >> 32, shares.total())?);
     let (start, weight) = shares.numbers(first);
     // The second is drawn from the numbers that are not the first's.
@@ -140,8 +140,8 @@ fn scale(bits: u64, len: u32) -> Option<u32> {
 mod tests {
     use super::*;
 
-    fn equal(len: usize) -> Shares {
-        Shares::new(&vec![7; len])
+    fn equal(len: usize) -> WeightTable {
+        WeightTable::new(&vec![7; len])
     }
 
     fn roll(state: &mut u64) -> u64 {
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn turns_go_by_weight_and_lie_apart() {
         let weights = [500, 100, 1, 399];
-        let shares = Shares::new(&weights);
+        let shares = WeightTable::new(&weights);
         let mut counts = [0_u32; 4];
         let mut in_a_row = 0;
         for turn in 0..100_000 {
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn two_places_are_never_the_same_and_the_less_loaded_wins() {
-        for shares in [equal(5), Shares::new(&[1, 1000, 3, 40, 7])] {
+        for shares in [equal(5), WeightTable::new(&[1, 1000, 3, 40, 7])] {
             for high in [0_u64, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
                 for low in [0, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
                     let looked = std::cell::RefCell::new(Vec::new());
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_load_counts_in_relation_to_the_weight() {
-        let shares = Shares::new(&[100, 300]);
+        let shares = WeightTable::new(&[100, 300]);
         let mut state = 1;
         for (loads, second_of_a_thousand) in
             [([1, 0], 1_000..=1_000), ([1, 6], 0..=0), ([2, 3], 1_000..=1_000)]
@@ -244,7 +244,7 @@ mod tests {
     #[test]
     fn where_sessions_are_few_shares_go_by_weight_all_the_same() {
         let weights = [100, 150, 200, 250, 100, 150, 200, 250];
-        let shares = Shares::new(&weights);
+        let shares = WeightTable::new(&weights);
         for at_once in [2, 4, 8, 40] {
             let (mut loads, mut counts, mut state) = ([0_u32; 8], [0_u32; 8], 1);
             let mut held = std::collections::VecDeque::new();
@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn without_load_all_get_their_share() {
         let weights = [10, 20, 30, 40];
-        let shares = Shares::new(&weights);
+        let shares = WeightTable::new(&weights);
         let (mut counts, mut state) = ([0_u32; 4], 1);
         for _ in 0..100_000 {
             counts[p2c(roll(&mut state), &shares, |_| 0).unwrap()] += 1;

@@ -7,17 +7,17 @@ use super::backend::Backend;
 
 /// A backend that carries one session more as long as this lives.
 #[derive(Debug)]
-pub struct Picked(Box<Taken>);
+pub struct PickedBackend(Box<PickedState>);
 
 /// Apart, as a session keeps room for it all its life.
 #[derive(Debug)]
-struct Taken {
+struct PickedState {
     backend: Arc<Backend>,
     /// The tenant whose place is counted among the pool's shares.
     tenant: Option<u32>,
 }
 
-impl Picked {
+impl PickedBackend {
     /// A session more, where there is room for it.
     #[must_use]
     pub fn take(backend: &Arc<Backend>) -> Option<Self> {
@@ -47,7 +47,7 @@ impl Picked {
         } else if let Some(seat) = &backend.seat {
             seat.picked(backend.slot() as usize, || backend.standing());
         }
-        Self(Box::new(Taken { backend: Arc::clone(backend), tenant: None }))
+        Self(Box::new(PickedState { backend: Arc::clone(backend), tenant: None }))
     }
 
     /// The same for a tenant, whose place is counted already.
@@ -73,7 +73,7 @@ impl Picked {
     }
 }
 
-impl std::ops::Deref for Picked {
+impl std::ops::Deref for PickedBackend {
     type Target = Backend;
 
     fn deref(&self) -> &Backend {
@@ -81,7 +81,7 @@ impl std::ops::Deref for Picked {
     }
 }
 
-impl Drop for Picked {
+impl Drop for PickedBackend {
     fn drop(&mut self) {
         let backend = &self.0.backend;
         // Before its place is offered to those who wait: what its tenant holds decides who gets it.
@@ -108,17 +108,20 @@ fn give_back(backend: &Arc<Backend>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pool::backend::Traits;
+    use crate::pool::backend::BackendSettings;
     use crate::pool::health::FULL;
 
     fn backend(max_sessions: Option<u32>) -> Arc<Backend> {
-        Arc::new(Backend::alone("10.0.0.1:80", Traits { max_sessions, ..Traits::default() }))
+        Arc::new(Backend::alone(
+            "10.0.0.1:80",
+            BackendSettings { max_sessions, ..BackendSettings::default() },
+        ))
     }
 
     #[test]
     fn its_load_is_its_sessions() {
         let backend = backend(None);
-        let picked = Picked::take(&backend).unwrap();
+        let picked = PickedBackend::take(&backend).unwrap();
         assert_eq!((picked.load(), picked.label().name()), (1, "10.0.0.1:80"));
         drop(picked);
         assert_eq!(backend.load(), 0);
@@ -127,9 +130,9 @@ mod tests {
     #[test]
     fn the_last_that_has_room_is_let_in_and_the_next_is_not() {
         let backend = backend(Some(2));
-        let held: Vec<_> = (0..2).map(|_| Picked::take(&backend).unwrap()).collect();
-        assert!(Picked::take(&backend).is_none() && !backend.has_room());
-        let moved = Picked::adopt(&backend);
+        let held: Vec<_> = (0..2).map(|_| PickedBackend::take(&backend).unwrap()).collect();
+        assert!(PickedBackend::take(&backend).is_none() && !backend.has_room());
+        let moved = PickedBackend::adopt(&backend);
         assert_eq!(backend.load(), 3);
         drop(held);
         assert!(backend.has_room() && backend.load() == 1);

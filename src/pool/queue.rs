@@ -8,22 +8,22 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
 use super::backend::Backend;
-use super::picked::Picked;
+use super::picked::PickedBackend;
 use crate::account::lock;
 use crate::share;
 
 /// The line of one pool. Locked only while somebody waits.
 #[derive(Debug)]
-pub struct Queue {
+pub struct PoolQueue {
     length: AtomicUsize,
     waiting: AtomicUsize,
-    line: Mutex<Line>,
+    line: Mutex<QueueLine>,
 }
 
 #[derive(Debug, Default)]
-struct Line {
+struct QueueLine {
     /// Those of each tenant, in the order in which they came.
-    tickets: HashMap<u32, VecDeque<Arc<Ticket>>>,
+    tickets: HashMap<u32, VecDeque<Arc<QueueTicket>>>,
     /// Each tenant by the number of its first one.
     turns: BTreeMap<u64, u32>,
     /// The number of the next to come.
@@ -32,28 +32,28 @@ struct Line {
 
 /// A session that waits.
 #[derive(Debug)]
-struct Ticket {
+struct QueueTicket {
     tenant: u32,
     number: u64,
     /// Until it has its turn, or leaves.
     is_waiting: AtomicBool,
-    desk: Mutex<Desk>,
+    desk: Mutex<TicketResult>,
 }
 
 #[derive(Debug, Default)]
-struct Desk {
-    picked: Option<Picked>,
+struct TicketResult {
+    picked: Option<PickedBackend>,
     waker: Option<Waker>,
 }
 
 /// A place in the line: ready with a backend when it is its turn. Dropping it leaves the line.
 #[derive(Debug)]
-pub struct Place {
-    queue: Arc<Queue>,
-    ticket: Arc<Ticket>,
+pub struct QueuePlace {
+    queue: Arc<PoolQueue>,
+    ticket: Arc<QueueTicket>,
 }
 
-impl Queue {
+impl PoolQueue {
     /// A line for so many.
     #[must_use]
     pub fn new(length: usize) -> Arc<Self> {
@@ -79,7 +79,7 @@ impl Queue {
     /// share of it. Whoever has joined must have the pool served once: a backend that became free a moment before has seen
     /// nobody wait.
     #[must_use]
-    pub fn join(self: &Arc<Self>, tenant: u32, is_shared: bool) -> Option<Place> {
+    pub fn join(self: &Arc<Self>, tenant: u32, is_shared: bool) -> Option<QueuePlace> {
         let length = self.length.load(Ordering::Acquire);
         // A line that is full is not worth a lock.
         if self.waiting() >= length {
@@ -92,7 +92,7 @@ impl Queue {
         }
         let ticket = line.add(tenant);
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        Some(Place { queue: Arc::clone(self), ticket })
+        Some(QueuePlace { queue: Arc::clone(self), ticket })
     }
 
     /// Gives away what room a backend has; of one whose pool was replaced, none. `false` where some is left that none of those
@@ -110,7 +110,7 @@ impl Queue {
                     return true;
                 }
                 let Ok(tenant) = backend.shares.enter(line.turns.values().copied()) else { return false };
-                let picked = Picked::take(backend);
+                let picked = PickedBackend::take(backend);
                 backend.shares.settle();
                 let Some(picked) = picked else {
                     backend.shares.leave(tenant);
@@ -131,17 +131,18 @@ impl Queue {
     }
 }
 
-impl Line {
+impl QueueLine {
     /// Whether a tenant may have one more place of so many; `free` is what is left then.
     fn allows(&self, tenant: u32, length: usize, free: usize) -> bool {
         let own = self.tickets.get(&tenant).map_or(0, VecDeque::len);
         share::is_allowed(own, self.tickets.len() + usize::from(own == 0), length, free)
     }
 
-    fn add(&mut self, tenant: u32) -> Arc<Ticket> {
+    fn add(&mut self, tenant: u32) -> Arc<QueueTicket> {
         let number = self.next;
         self.next += 1;
-        let ticket = Ticket { tenant, number, is_waiting: AtomicBool::new(true), desk: Mutex::default() };
+        let ticket =
+            QueueTicket { tenant, number, is_waiting: AtomicBool::new(true), desk: Mutex::default() };
         let ticket = Arc::new(ticket);
         let own = self.tickets.entry(tenant).or_default();
         if own.is_empty() {
@@ -151,12 +152,12 @@ impl Line {
         ticket
     }
 
-    fn take_first(&mut self, tenant: u32) -> Option<Arc<Ticket>> {
+    fn take_first(&mut self, tenant: u32) -> Option<Arc<QueueTicket>> {
         let number = self.tickets.get(&tenant)?.front()?.number;
         self.take(tenant, number)
     }
 
-    fn take(&mut self, tenant: u32, number: u64) -> Option<Arc<Ticket>> {
+    fn take(&mut self, tenant: u32, number: u64) -> Option<Arc<QueueTicket>> {
         let own = self.tickets.get_mut(&tenant)?;
         let place = own.binary_search_by_key(&number, |ticket| ticket.number).ok()?;
         let ticket = own.remove(place)?;
@@ -170,10 +171,10 @@ impl Line {
     }
 }
 
-impl Future for Place {
-    type Output = Picked;
+impl Future for QueuePlace {
+    type Output = PickedBackend;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Picked> {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<PickedBackend> {
         let mut desk = lock(&self.ticket.desk);
         if let Some(picked) = desk.picked.take() {
             return Poll::Ready(picked);
@@ -183,7 +184,7 @@ impl Future for Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for QueuePlace {
     fn drop(&mut self) {
         {
             // Nearly always it has had its turn, and the line need not be looked through.
@@ -205,16 +206,18 @@ mod tests {
     use std::pin::pin;
 
     use super::*;
-    use crate::pool::backend::Traits;
+    use crate::pool::backend::BackendSettings;
 
-    fn backend(queue: &Arc<Queue>, most: u32) -> Arc<Backend> {
-        let mut backend =
-            Backend::alone("10.0.0.1:80", Traits { max_sessions: Some(most), ..Traits::default() });
+    fn backend(queue: &Arc<PoolQueue>, most: u32) -> Arc<Backend> {
+        let mut backend = Backend::alone(
+            "10.0.0.1:80",
+            BackendSettings { max_sessions: Some(most), ..BackendSettings::default() },
+        );
         backend.queue = Some(Arc::clone(queue));
         Arc::new(backend)
     }
 
-    fn poll(place: &mut Place) -> Option<Picked> {
+    fn poll(place: &mut QueuePlace) -> Option<PickedBackend> {
         match pin!(place).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(picked) => Some(picked),
             Poll::Pending => None,
@@ -223,10 +226,10 @@ mod tests {
 
     #[test]
     fn the_first_is_served_first_and_the_line_has_an_end() {
-        let queue = Queue::new(2);
+        let queue = PoolQueue::new(2);
         let backend = backend(&queue, 1);
-        let held = Picked::take(&backend).unwrap();
-        assert!(Picked::take(&backend).is_none(), "it is full");
+        let held = PickedBackend::take(&backend).unwrap();
+        assert!(PickedBackend::take(&backend).is_none(), "it is full");
         let (mut first, mut second) = (queue.join(1, false).unwrap(), queue.join(1, false).unwrap());
         assert!(queue.join(1, false).is_none() && queue.waiting() == 2);
         assert!(poll(&mut first).is_none() && poll(&mut second).is_none());
@@ -241,7 +244,7 @@ mod tests {
 
     #[test]
     fn tenant_of_a_shared_pool_gets_its_share_of_the_line() {
-        let queue = Queue::new(4);
+        let queue = PoolQueue::new(4);
         let one: Vec<_> = (0..2).map(|_| queue.join(1, true).unwrap()).collect();
         assert!(queue.join(1, true).is_none());
         let others = [2, 3].map(|tenant| queue.join(tenant, true).unwrap());
@@ -253,9 +256,9 @@ mod tests {
 
     #[test]
     fn several_tenants_are_served_in_the_order_in_which_their_sessions_came() {
-        let queue = Queue::new(9);
+        let queue = PoolQueue::new(9);
         let backend = backend(&queue, 1);
-        let mut held = Picked::take(&backend).unwrap();
+        let mut held = PickedBackend::take(&backend).unwrap();
         let mut line: Vec<_> = [1, 2, 1, 1, 2].map(|tenant| Some(queue.join(tenant, false).unwrap())).into();
         line[2] = None;
         for place in [0, 1, 3, 4] {
@@ -267,9 +270,9 @@ mod tests {
 
     #[test]
     fn who_leaves_keeps_nothing() {
-        let queue = Queue::new(9);
+        let queue = PoolQueue::new(9);
         let backend = backend(&queue, 1);
-        let held = Picked::take(&backend).unwrap();
+        let held = PickedBackend::take(&backend).unwrap();
         let (first, gone, mut last) =
             (queue.join(1, false).unwrap(), queue.join(1, false).unwrap(), queue.join(1, false).unwrap());
         drop(gone);
@@ -283,7 +286,7 @@ mod tests {
 
     #[test]
     fn nobody_is_sent_where_nobody_may_go() {
-        let queue = Queue::new(1);
+        let queue = PoolQueue::new(1);
         let backend = backend(&queue, 5);
         backend.set(0, u32::MAX, false);
         let mut place = queue.join(1, false).unwrap();

@@ -17,7 +17,7 @@ const TRICKLE: Duration = Duration::from_millis(100);
 
 /// The account of one pool.
 #[derive(Debug, Default)]
-pub struct Budget {
+pub struct RetryBudget {
     /// Parts for each session.
     percent: AtomicI64,
     balance: AtomicI64,
@@ -25,7 +25,7 @@ pub struct Budget {
     trickled: AtomicU64,
 }
 
-impl Budget {
+impl RetryBudget {
     /// A budget of so many retries for each hundred sessions; 0 is no retry at all.
     #[must_use]
     pub fn new(percent: u32) -> Self {
@@ -92,13 +92,13 @@ mod tests {
         Moment::default() + Duration::from_millis(milliseconds)
     }
 
-    fn retries(budget: &Budget, now: Moment) -> usize {
+    fn retries(budget: &RetryBudget, now: Moment) -> usize {
         (0..2_000).take_while(|_| budget.withdraw(now)).count()
     }
 
     #[test]
     fn a_fifth_of_the_sessions_may_retry_and_what_is_not_used_is_saved() {
-        let budget = Budget::new(20);
+        let budget = RetryBudget::new(20);
         assert_eq!(retries(&budget, at(0)), 100, "what a new pool has");
         (0..50).for_each(|_| budget.deposit());
         assert_eq!(retries(&budget, at(0)), 10);
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_long_silence_brings_a_hundred() {
-        let budget = Budget::new(100);
+        let budget = RetryBudget::new(100);
         assert_eq!(retries(&budget, at(0)), 100);
         assert_eq!(retries(&budget, at(3_600_000)), 100);
         budget.deposit();
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn another_part_keeps_what_is_saved_up() {
-        let budget = Budget::new(20);
+        let budget = RetryBudget::new(20);
         assert!(budget.withdraw(at(0)));
         budget.set(50);
         budget.deposit();
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn none_is_none() {
-        let budget = Budget::new(0);
+        let budget = RetryBudget::new(0);
         (0..1_000).for_each(|_| budget.deposit());
         assert!(!budget.withdraw(at(0)) && !budget.withdraw(at(60_000)));
     }

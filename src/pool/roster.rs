@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::backend::Backend;
-use super::health::{FULL, State};
+use super::health::{FULL, HealthState};
 use super::least::Tournament;
-use super::maglev::{Entry, Plan, Table};
-use super::pick::{self, Shares};
-use super::picked::Picked;
-use super::standing::{Ground, Seen, weigh};
-use super::vitals::Load;
+use super::maglev::{MaglevEntry, MaglevPlan, MaglevTable};
+use super::pick::{self, WeightTable};
+use super::picked::PickedBackend;
+use super::standing::{SelectionState, SelectionTier, weigh};
+use super::vitals::BackendLoad;
 use crate::config::Balance;
 
 /// Times that Maglev asks its table for another backend, before all that are left are looked at.
@@ -18,20 +18,20 @@ const REHASHES: u64 = 8;
 
 /// Who is in a pool now, and who of them is used. Immutable: a new one takes its place.
 #[derive(Debug, Default)]
-pub struct Roster {
+pub struct Candidates {
     /// All of them, by rising slots.
     backends: Vec<Arc<Backend>>,
     used: Vec<Arc<Backend>>,
-    shares: Shares,
+    shares: WeightTable,
     /// What the table is made of, as long as the backends are the same.
-    plan: Arc<Plan>,
-    table: Table,
-    ground: Ground,
+    plan: Arc<MaglevPlan>,
+    table: MaglevTable,
+    ground: SelectionTier,
 }
 
 /// How a pool picks, and what it keeps for that from one pick to the next.
 #[derive(Debug)]
-pub(super) struct Way {
+pub(super) struct PickState {
     balance: Balance,
     turn: AtomicUsize,
     tournament: Option<Arc<Tournament>>,
@@ -39,7 +39,7 @@ pub(super) struct Way {
 
 /// Why nobody was picked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Nobody {
+pub enum PickError {
     /// No backend may be used, or each that may was tried.
     Usable,
     /// Each that may be used has as many sessions as it may have.
@@ -50,20 +50,20 @@ pub enum Nobody {
 
 /// Backends that one session has tried already, by slot. Few bytes, as a session keeps room for it while it connects.
 #[derive(Debug)]
-pub struct Tried {
-    /// Most sessions try one, and need no list; [`Tried::NOBODY`] at first.
+pub struct TriedBackends {
+    /// Most sessions try one, and need no list; [`TriedBackends::NOBODY`] at first.
     first: u32,
     #[expect(clippy::box_collection, reason = "nearly always there is none")]
     others: Option<Box<Vec<u32>>>,
 }
 
-impl Default for Tried {
+impl Default for TriedBackends {
     fn default() -> Self {
         Self { first: Self::NOBODY, others: None }
     }
 }
 
-impl Tried {
+impl TriedBackends {
     /// No slot: there are fewer.
     const NOBODY: u32 = u32::MAX;
 
@@ -86,7 +86,7 @@ impl Tried {
 
     /// Takes down one that was not picked here.
     #[must_use]
-    pub fn add_picked(&mut self, picked: Picked) -> Picked {
+    pub fn add_picked(&mut self, picked: PickedBackend) -> PickedBackend {
         self.add(&picked);
         picked
     }
@@ -100,7 +100,7 @@ impl Tried {
     }
 }
 
-impl Way {
+impl PickState {
     /// A way for at most so many backends.
     pub(super) fn new(balance: Balance, slots: u32) -> Self {
         let slots = usize::try_from(slots).unwrap_or(usize::MAX);
@@ -127,12 +127,12 @@ impl Way {
     }
 }
 
-impl Roster {
+impl Candidates {
     /// Decides who of `all`, by rising slots, is used, and has them know.
     pub(super) fn new(
-        all: Vec<(Arc<Backend>, Seen)>,
+        all: Vec<(Arc<Backend>, SelectionState)>,
         panic_threshold: u32,
-        way: &Way,
+        way: &PickState,
         before: &Self,
     ) -> Self {
         let (backends, seen): (Vec<_>, Vec<_>) = all.into_iter().unzip();
@@ -149,9 +149,11 @@ impl Roster {
         let mut used = Vec::new();
         let mut of_used = Vec::new();
         for ((backend, seen), weight) in backends.iter().zip(&seen).zip(weights) {
-            let ramp = if ground == Ground::Panic { FULL } else { (seen.ramp * FULL / lead).min(FULL) };
+            let ramp =
+                if ground == SelectionTier::Panic { FULL } else { (seen.ramp * FULL / lead).min(FULL) };
             // Of another zone, and as sound as those in use: where all of these are full, it helps out.
-            let is_spare = ground == Ground::Healthy && weight == 0 && seen.is_of(ground) && !seen.is_backup;
+            let is_spare =
+                ground == SelectionTier::Healthy && weight == 0 && seen.is_of(ground) && !seen.is_backup;
             backend.set(weight, backend.room_at(ramp), is_spare && seen.weight > 0);
             if weight > 0 {
                 used.push(Arc::clone(backend));
@@ -161,13 +163,13 @@ impl Roster {
         let (plan, table) = if way.is_maglev() {
             let entries = entries(&backends, &seen);
             let is_same = before.plan.is_of(&entries) && !entries.is_empty();
-            let plan = if is_same { Arc::clone(&before.plan) } else { Arc::new(Plan::new(&entries)) };
-            let table = Table::of(&plan, &entries);
+            let plan = if is_same { Arc::clone(&before.plan) } else { Arc::new(MaglevPlan::new(&entries)) };
+            let table = MaglevTable::of(&plan, &entries);
             (plan, table)
         } else {
             Default::default()
         };
-        Self { backends, used, shares: Shares::new(&of_used), plan, table, ground }
+        Self { backends, used, shares: WeightTable::new(&of_used), plan, table, ground }
     }
 
     /// All of them.
@@ -183,7 +185,7 @@ impl Roster {
     }
 
     /// The sessions of each that gets any, and the most that it may have.
-    pub(super) fn rooms(&self) -> Vec<(Arc<Load>, u32)> {
+    pub(super) fn rooms(&self) -> Vec<(Arc<BackendLoad>, u32)> {
         let spare = self.backends.iter().filter(|backend| backend.is_spare());
         let rooms = self.used.iter().chain(spare);
         rooms.map(|backend| (Arc::clone(&backend.load), backend.room.load(Ordering::SeqCst))).collect()
@@ -191,12 +193,12 @@ impl Roster {
 
     /// Why they are used.
     #[must_use]
-    pub fn ground(&self) -> Ground {
+    pub fn ground(&self) -> SelectionTier {
         self.ground
     }
 
     /// Who is first asked; he may have no room.
-    pub(super) fn first(&self, way: &Way, key: u64, roll: u64) -> Option<&Arc<Backend>> {
+    pub(super) fn first(&self, way: &PickState, key: u64, roll: u64) -> Option<&Arc<Backend>> {
         let used = |place: usize| self.used.get(place);
         match way.balance {
             Balance::RoundRobin => {
@@ -226,14 +228,20 @@ impl Roster {
     ///
     /// It takes no turn of round-robin: that would be the turn of the next session, and with one dead backend of two
     /// every session would start with the dead one.
-    pub(super) fn next(&self, way: &Way, key: u64, roll: u64, tried: &Tried) -> Result<Picked, Nobody> {
+    pub(super) fn next(
+        &self,
+        way: &PickState,
+        key: u64,
+        roll: u64,
+        tried: &TriedBackends,
+    ) -> Result<PickedBackend, PickError> {
         if way.is_maglev() {
             // The same client finds the same second backend.
             for turn in 1..=REHASHES {
                 let place = self.table.find(key.wrapping_add(turn.wrapping_mul(pick::GOLDEN)));
                 let backend = place.and_then(|place| self.backends.get(usize::from(place)));
                 let is_left = |backend: &&Arc<Backend>| backend.is_used() && !tried.has(backend);
-                let picked = backend.filter(is_left).and_then(Picked::take);
+                let picked = backend.filter(is_left).and_then(PickedBackend::take);
                 if let Some(picked) = picked {
                     return Ok(picked);
                 }
@@ -245,7 +253,7 @@ impl Roster {
             // All that were in use were tried, or sessions have put them out since. Whoever else is not known to be down is
             // better than a session that fails.
             let others = self.backends.iter().filter(|backend| {
-                let is_down = backend.state() == State::Unhealthy || backend.is_gone();
+                let is_down = backend.state() == HealthState::Unhealthy || backend.is_gone();
                 !backend.is_used() && !is_down && backend.summary().weight > 0
             });
             left = others.filter(is_left).collect();
@@ -254,33 +262,33 @@ impl Roster {
             }
         }
         if left.is_empty() {
-            return Err(Nobody::Usable);
+            return Err(PickError::Usable);
         }
         any_with_room(left, roll)
             .or_else(|| {
                 let spare = self.backends.iter().filter(|backend| backend.is_spare());
                 any_with_room(spare.filter(is_left).collect(), roll)
             })
-            .ok_or(Nobody::Free)
+            .ok_or(PickError::Free)
     }
 }
 
 /// One of these that has room, the less loaded of two; another where somebody else was faster.
-fn any_with_room(mut all: Vec<&Arc<Backend>>, roll: u64) -> Option<Picked> {
+fn any_with_room(mut all: Vec<&Arc<Backend>>, roll: u64) -> Option<PickedBackend> {
     all.retain(|backend| backend.has_room());
     loop {
         let weights: Vec<u32> = all.iter().map(|backend| backend.weight().max(1)).collect();
         let load = |place: usize| all.get(place).map_or(u32::MAX, |backend| backend.load());
-        let place = pick::p2c(roll, &Shares::new(&weights), load)?;
-        if let Some(picked) = all.get(place).and_then(|backend| Picked::take(backend)) {
+        let place = pick::p2c(roll, &WeightTable::new(&weights), load)?;
+        if let Some(picked) = all.get(place).and_then(|backend| PickedBackend::take(backend)) {
             return Some(picked);
         }
         all.swap_remove(place);
     }
 }
 
-fn entries(backends: &[Arc<Backend>], seen: &[Seen]) -> Vec<Entry> {
-    let entries = backends.iter().zip(seen).map(|(backend, seen)| Entry {
+fn entries(backends: &[Arc<Backend>], seen: &[SelectionState]) -> Vec<MaglevEntry> {
+    let entries = backends.iter().zip(seen).map(|(backend, seen)| MaglevEntry {
         name: pick::hash(backend.label().name().as_bytes()),
         whole: if seen.is_backup { 0 } else { seen.weight * FULL },
         weight: backend.weight(),

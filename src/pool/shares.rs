@@ -8,38 +8,38 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwap;
 
-use super::vitals::Load;
-use super::{Nobody, Picked, Pool, Tried};
+use super::vitals::BackendLoad;
+use super::{PickError, PickedBackend, Pool, TriedBackends};
 use crate::account::lock;
 use crate::share;
 
 /// Which tenant holds how many places at a pool's backends. All are counted, limited or not: a reload may bring a limit, or a
 /// second tenant.
 #[derive(Debug, Default)]
-pub(super) struct Shares {
+pub(super) struct TenantShares {
     /// Whether several tenants may use the pool. One alone may have all of it.
     is_shared: AtomicBool,
     /// The sessions of each backend that gets any, and the most that it may have.
-    rooms: ArcSwap<Vec<(Arc<Load>, u32)>>,
-    counts: Mutex<Counts>,
+    rooms: ArcSwap<Vec<(Arc<BackendLoad>, u32)>>,
+    counts: Mutex<ShareCounts>,
 }
 
 #[derive(Debug, Default)]
-struct Counts {
+struct ShareCounts {
     /// By tenant.
     held: HashMap<u32, usize>,
     /// Places that are counted here, and perhaps not yet at a backend.
     entering: usize,
 }
 
-impl Shares {
+impl TenantShares {
     /// Whether several tenants may use the pool.
     pub(super) fn is_shared(&self) -> bool {
         self.is_shared.load(Ordering::Relaxed)
     }
 
     /// From now on these backends get sessions.
-    pub(super) fn set_rooms(&self, rooms: Vec<(Arc<Load>, u32)>) {
+    pub(super) fn set_rooms(&self, rooms: Vec<(Arc<BackendLoad>, u32)>) {
         self.rooms.store(Arc::new(rooms));
     }
 
@@ -50,7 +50,7 @@ impl Shares {
         if !self.is_shared() || rooms.is_empty() || rooms.iter().any(|(_, room)| *room == u32::MAX) {
             return None;
         }
-        let free = |(load, room): &(Arc<Load>, u32)| {
+        let free = |(load, room): &(Arc<BackendLoad>, u32)| {
             room.saturating_sub(load.sessions.load(Ordering::SeqCst)) as usize
         };
         Some((rooms.iter().map(|(_, room)| *room as usize).sum(), rooms.iter().map(free).sum()))
@@ -60,20 +60,20 @@ impl Shares {
     ///
     /// # Errors
     /// Whether nothing is free, or each of them holds more than its share.
-    pub(super) fn enter(&self, tenants: impl IntoIterator<Item = u32>) -> Result<u32, Nobody> {
+    pub(super) fn enter(&self, tenants: impl IntoIterator<Item = u32>) -> Result<u32, PickError> {
         let mut counts = lock(&self.counts);
         // First what is entering: who is at a backend meanwhile is counted twice rather than not at all.
         let entering = counts.entering;
         let room = self.room().map(|(capacity, free)| (capacity, free.saturating_sub(entering)));
         if room.is_some_and(|(_, free)| free == 0) {
-            return Err(Nobody::Free);
+            return Err(PickError::Free);
         }
         let may = |tenant: &u32| {
             let held = counts.held.get(tenant).copied().unwrap_or(0);
             let holders = counts.held.len() + usize::from(held == 0);
             room.is_none_or(|(capacity, free)| share::is_allowed(held, holders, capacity, free - 1))
         };
-        let tenant = tenants.into_iter().find(may).ok_or(Nobody::Share)?;
+        let tenant = tenants.into_iter().find(may).ok_or(PickError::Share)?;
         *counts.held.entry(tenant).or_default() += 1;
         counts.entering += 1;
         Ok(tenant)
@@ -110,7 +110,13 @@ impl Pool {
     ///
     /// # Errors
     /// Why there is nobody.
-    pub fn pick_for(&self, tenant: u32, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
+    pub fn pick_for(
+        &self,
+        tenant: u32,
+        key: u64,
+        roll: u64,
+        tried: &mut TriedBackends,
+    ) -> Result<PickedBackend, PickError> {
         if !tried.is_empty() {
             // It has got its place already, and tries another backend.
             return self.pick_again(tenant, key, roll, tried);
@@ -135,7 +141,13 @@ impl Pool {
     ///
     /// # Errors
     /// Why there is nobody.
-    pub fn pick_again(&self, tenant: u32, key: u64, roll: u64, tried: &mut Tried) -> Result<Picked, Nobody> {
+    pub fn pick_again(
+        &self,
+        tenant: u32,
+        key: u64,
+        roll: u64,
+        tried: &mut TriedBackends,
+    ) -> Result<PickedBackend, PickError> {
         let picked = self.pick_past(true, key, roll, tried)?;
         self.lasting.shares.enter_anyway(tenant);
         Ok(picked.of(tenant))
@@ -143,11 +155,11 @@ impl Pool {
 
     /// Takes in a session of the tenant that is connected to one of its backends already.
     #[must_use]
-    pub fn adopt(&self, address: SocketAddr, tenant: u32) -> Option<Picked> {
+    pub fn adopt(&self, address: SocketAddr, tenant: u32) -> Option<PickedBackend> {
         let roster = self.roster();
         let backend = roster.backends().iter().find(|own| own.address().0 == address)?;
         self.lasting.shares.enter_anyway(tenant);
-        Some(Picked::adopt(backend).of(tenant))
+        Some(PickedBackend::adopt(backend).of(tenant))
     }
 
     /// From now on one tenant may use it, or several may: then none of them gets all the room of its backends.
@@ -168,15 +180,15 @@ impl Pool {
 mod tests {
     use super::*;
 
-    fn shares(room: u32) -> (Shares, Arc<Load>) {
-        let (shares, load) = (Shares::default(), Arc::new(Load::default()));
+    fn shares(room: u32) -> (TenantShares, Arc<BackendLoad>) {
+        let (shares, load) = (TenantShares::default(), Arc::new(BackendLoad::default()));
         shares.set_rooms(vec![(Arc::clone(&load), room)]);
         shares.is_shared.store(true, Ordering::Relaxed);
         (shares, load)
     }
 
     /// A tenant takes every place that it gets; how many.
-    fn fill(shares: &Shares, load: &Load, tenant: u32) -> usize {
+    fn fill(shares: &TenantShares, load: &BackendLoad, tenant: u32) -> usize {
         let gets = || shares.enter([tenant]).is_ok();
         let take = || {
             load.sessions.fetch_add(1, Ordering::SeqCst);
@@ -209,7 +221,7 @@ mod tests {
         (0..3).for_each(|_| assert_eq!(shares.enter([1]), Ok(1)));
         (0..3).for_each(|_| shares.settle());
         shares.is_shared.store(true, Ordering::Relaxed);
-        assert_eq!((shares.enter([1]), shares.held(1)), (Err(Nobody::Share), 3));
+        assert_eq!((shares.enter([1]), shares.held(1)), (Err(PickError::Share), 3));
         shares.set_rooms(vec![(Arc::clone(&load), 2), (load, u32::MAX)]);
         assert_eq!((shares.enter([1]), shares.held(1)), (Ok(1), 4));
     }
@@ -220,7 +232,7 @@ mod tests {
         assert_eq!((shares.enter([1]), shares.enter([1, 2])), (Ok(1), Ok(2)));
         assert_eq!(
             (shares.enter([1, 2]), shares.enter([3]), shares.enter([4])),
-            (Err(Nobody::Share), Ok(3), Err(Nobody::Free))
+            (Err(PickError::Share), Ok(3), Err(PickError::Free))
         );
         load.sessions.store(2, Ordering::SeqCst);
         (0..3).for_each(|_| shares.settle());

@@ -1,12 +1,12 @@
 //! Who of a pool is used, and how much: from what is known of each backend to weights.
 
-use super::health::{FULL, State};
+use super::health::{FULL, HealthState};
 
 /// What is known of one backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct SelectionState {
     /// What probes say.
-    pub state: State,
+    pub state: HealthState,
     /// Whether real sessions have put it out.
     pub is_ejected: bool,
     /// Its share in relation to the others'; 0 is none.
@@ -19,23 +19,23 @@ pub struct Seen {
     pub is_preferred: bool,
 }
 
-impl Seen {
+impl SelectionState {
     /// Whether it is as sound as those who are used on this ground.
     #[must_use]
-    pub fn is_of(&self, ground: Ground) -> bool {
+    pub fn is_of(&self, ground: SelectionTier) -> bool {
         let is_in = |state| self.state == state && !self.is_ejected;
         match ground {
-            Ground::Healthy | Ground::Backup => is_in(State::Healthy),
-            Ground::Unknown => is_in(State::Unknown),
-            Ground::Ejected => self.state != State::Unhealthy,
-            Ground::Panic | Ground::Nobody => false,
+            SelectionTier::Healthy | SelectionTier::Backup => is_in(HealthState::Healthy),
+            SelectionTier::Unknown => is_in(HealthState::Unknown),
+            SelectionTier::Ejected => self.state != HealthState::Unhealthy,
+            SelectionTier::Panic | SelectionTier::Nobody => false,
         }
     }
 }
 
 /// Why those who are used are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Ground {
+pub enum SelectionTier {
     /// They are known to be healthy.
     Healthy,
     /// They are healthy backups, and nobody else is healthy.
@@ -51,7 +51,7 @@ pub enum Ground {
     Nobody,
 }
 
-impl Ground {
+impl SelectionTier {
     /// The word in log and status.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -72,41 +72,42 @@ impl Ground {
 /// ejected but not unhealthy. Where less than `panic_threshold` percent of those with a weight are neither unhealthy nor
 /// ejected, all are used: then it is likelier that the probes are wrong (Envoy, "Panic threshold").
 #[must_use]
-pub fn weigh(all: &[Seen], panic_threshold: u32) -> (Ground, Vec<u32>) {
+pub fn weigh(all: &[SelectionState], panic_threshold: u32) -> (SelectionTier, Vec<u32>) {
     if is_panic(all, panic_threshold) {
         return (
-            Ground::Panic,
+            SelectionTier::Panic,
             all.iter().map(|seen| if seen.is_backup { 0 } else { seen.weight * FULL }).collect(),
         );
     }
     let tiers = [
-        (Ground::Healthy, false),
-        (Ground::Backup, true),
-        (Ground::Unknown, false),
-        (Ground::Unknown, true),
-        (Ground::Ejected, false),
-        (Ground::Ejected, true),
+        (SelectionTier::Healthy, false),
+        (SelectionTier::Backup, true),
+        (SelectionTier::Unknown, false),
+        (SelectionTier::Unknown, true),
+        (SelectionTier::Ejected, false),
+        (SelectionTier::Ejected, true),
     ];
     for (ground, is_backup) in tiers {
-        let is_used = |seen: &Seen| seen.is_backup == is_backup && seen.is_of(ground);
-        let weight = |seen: &Seen| if is_used(seen) { seen.weight * seen.ramp.clamp(1, FULL) } else { 0 };
+        let is_used = |seen: &SelectionState| seen.is_backup == is_backup && seen.is_of(ground);
+        let weight =
+            |seen: &SelectionState| if is_used(seen) { seen.weight * seen.ramp.clamp(1, FULL) } else { 0 };
         let mut weights: Vec<u32> = all.iter().map(weight).collect();
         if weights.iter().any(|weight| *weight > 0) {
             prefer(all, &mut weights);
             return (ground, weights);
         }
     }
-    (Ground::Nobody, vec![0; all.len()])
+    (SelectionTier::Nobody, vec![0; all.len()])
 }
 
 /// Whether so few can be used that nothing that is known of them counts.
-fn is_panic(all: &[Seen], threshold: u32) -> bool {
+fn is_panic(all: &[SelectionState], threshold: u32) -> bool {
     let counted = || all.iter().filter(|seen| seen.weight > 0 && !seen.is_backup);
-    let sound = counted().filter(|seen| seen.state != State::Unhealthy && !seen.is_ejected).count();
+    let sound = counted().filter(|seen| seen.state != HealthState::Unhealthy && !seen.is_ejected).count();
     // Backups that are known to work are better than primaries that are known not to.
     let rescued = sound == 0
         && all.iter().any(|seen| {
-            seen.is_backup && seen.weight > 0 && seen.state == State::Healthy && !seen.is_ejected
+            seen.is_backup && seen.weight > 0 && seen.state == HealthState::Healthy && !seen.is_ejected
         });
     let threshold = usize::try_from(threshold).unwrap_or(100);
     !rescued && sound * 100 < threshold * counted().count()
@@ -114,8 +115,8 @@ fn is_panic(all: &[Seen], threshold: u32) -> bool {
 
 /// Leaves to the other zones only what the preferred one is missing: its backends keep the share that each would have if
 /// all of them were there.
-fn prefer(all: &[Seen], weights: &mut [u32]) {
-    let sum = |weight: &dyn Fn(&Seen, u32) -> u32, weights: &[u32]| -> u64 {
+fn prefer(all: &[SelectionState], weights: &mut [u32]) {
+    let sum = |weight: &dyn Fn(&SelectionState, u32) -> u32, weights: &[u32]| -> u64 {
         all.iter().zip(weights).map(|(seen, own)| u64::from(weight(seen, *own))).sum()
     };
     let whole =
@@ -139,24 +140,24 @@ fn prefer(all: &[Seen], weights: &mut [u32]) {
 mod tests {
     use super::*;
 
-    const UP: Seen = Seen {
-        state: State::Healthy,
+    const UP: SelectionState = SelectionState {
+        state: HealthState::Healthy,
         is_ejected: false,
         weight: 100,
         ramp: FULL,
         is_backup: false,
         is_preferred: false,
     };
-    const DOWN: Seen = Seen { state: State::Unhealthy, ..UP };
-    const NEW: Seen = Seen { state: State::Unknown, ..UP };
-    const OUT: Seen = Seen { is_ejected: true, ..UP };
-    const BACKUP: Seen = Seen { is_backup: true, ..UP };
-    const NEAR: Seen = Seen { is_preferred: true, ..UP };
-    const NEAR_DOWN: Seen = Seen { state: State::Unhealthy, ..NEAR };
-    const DRAINED: Seen = Seen { weight: 0, ..UP };
+    const DOWN: SelectionState = SelectionState { state: HealthState::Unhealthy, ..UP };
+    const NEW: SelectionState = SelectionState { state: HealthState::Unknown, ..UP };
+    const OUT: SelectionState = SelectionState { is_ejected: true, ..UP };
+    const BACKUP: SelectionState = SelectionState { is_backup: true, ..UP };
+    const NEAR: SelectionState = SelectionState { is_preferred: true, ..UP };
+    const NEAR_DOWN: SelectionState = SelectionState { state: HealthState::Unhealthy, ..NEAR };
+    const DRAINED: SelectionState = SelectionState { weight: 0, ..UP };
 
     /// The weights in whole units, and why.
-    fn weights(all: &[Seen], panic_threshold: u32) -> (Ground, Vec<u32>) {
+    fn weights(all: &[SelectionState], panic_threshold: u32) -> (SelectionTier, Vec<u32>) {
         let (ground, weights) = weigh(all, panic_threshold);
         (ground, weights.iter().map(|weight| weight / FULL).collect())
     }
@@ -164,14 +165,22 @@ mod tests {
     #[test]
     fn the_best_there_are_are_used_and_nobody_else() {
         for (all, ground, expected) in [
-            (vec![], Ground::Nobody, vec![]),
-            (vec![UP, DOWN, NEW, OUT, BACKUP, DRAINED], Ground::Healthy, vec![100, 0, 0, 0, 0, 0]),
-            (vec![DOWN, NEW, OUT, BACKUP, DRAINED], Ground::Backup, vec![0, 0, 0, 100, 0]),
-            (vec![DOWN, NEW, OUT, DRAINED], Ground::Unknown, vec![0, 100, 0, 0]),
-            (vec![DOWN, Seen { is_backup: true, ..NEW }, OUT], Ground::Unknown, vec![0, 100, 0]),
-            (vec![DOWN, OUT, DRAINED], Ground::Ejected, vec![0, 100, 0]),
-            (vec![DOWN, Seen { is_backup: true, ..OUT }], Ground::Ejected, vec![0, 100]),
-            (vec![DOWN, DRAINED, Seen { is_ejected: true, ..DOWN }], Ground::Nobody, vec![0, 0, 0]),
+            (vec![], SelectionTier::Nobody, vec![]),
+            (vec![UP, DOWN, NEW, OUT, BACKUP, DRAINED], SelectionTier::Healthy, vec![100, 0, 0, 0, 0, 0]),
+            (vec![DOWN, NEW, OUT, BACKUP, DRAINED], SelectionTier::Backup, vec![0, 0, 0, 100, 0]),
+            (vec![DOWN, NEW, OUT, DRAINED], SelectionTier::Unknown, vec![0, 100, 0, 0]),
+            (
+                vec![DOWN, SelectionState { is_backup: true, ..NEW }, OUT],
+                SelectionTier::Unknown,
+                vec![0, 100, 0],
+            ),
+            (vec![DOWN, OUT, DRAINED], SelectionTier::Ejected, vec![0, 100, 0]),
+            (vec![DOWN, SelectionState { is_backup: true, ..OUT }], SelectionTier::Ejected, vec![0, 100]),
+            (
+                vec![DOWN, DRAINED, SelectionState { is_ejected: true, ..DOWN }],
+                SelectionTier::Nobody,
+                vec![0, 0, 0],
+            ),
         ] {
             assert_eq!(weights(&all, 0), (ground, expected), "{all:?}");
         }
@@ -180,18 +189,22 @@ mod tests {
     #[test]
     fn below_the_threshold_health_does_not_count() {
         let half = [UP, DOWN, UP, OUT, DRAINED, BACKUP];
-        assert_eq!(weights(&half, 50).0, Ground::Healthy, "at the threshold");
-        assert_eq!(weights(&half, 51), (Ground::Panic, vec![100, 100, 100, 100, 0, 0]));
-        assert_eq!(weights(&[NEW, NEW], 100).0, Ground::Unknown, "who was not probed is not known to be bad");
-        assert_eq!(weights(&[DOWN, DOWN], 1), (Ground::Panic, vec![100, 100]));
-        assert_eq!(weights(&[DOWN, DOWN, BACKUP], 1), (Ground::Backup, vec![0, 0, 100]));
+        assert_eq!(weights(&half, 50).0, SelectionTier::Healthy, "at the threshold");
+        assert_eq!(weights(&half, 51), (SelectionTier::Panic, vec![100, 100, 100, 100, 0, 0]));
+        assert_eq!(
+            weights(&[NEW, NEW], 100).0,
+            SelectionTier::Unknown,
+            "who was not probed is not known to be bad"
+        );
+        assert_eq!(weights(&[DOWN, DOWN], 1), (SelectionTier::Panic, vec![100, 100]));
+        assert_eq!(weights(&[DOWN, DOWN, BACKUP], 1), (SelectionTier::Backup, vec![0, 0, 100]));
     }
 
     #[test]
     fn who_comes_back_has_a_part_of_its_weight() {
-        let back = Seen { ramp: FULL / 4, ..UP };
+        let back = SelectionState { ramp: FULL / 4, ..UP };
         assert_eq!(weights(&[UP, back], 0).1, [100, 25]);
-        let (_, weights) = weigh(&[Seen { weight: 1, ramp: 0, ..UP }], 0);
+        let (_, weights) = weigh(&[SelectionState { weight: 1, ramp: 0, ..UP }], 0);
         assert_eq!(weights, [1], "never nothing");
     }
 
@@ -201,21 +214,21 @@ mod tests {
             (vec![NEAR, NEAR, UP, UP], vec![100, 100, 0, 0]),
             (vec![NEAR, NEAR_DOWN, UP, UP], vec![100, 0, 50, 50]),
             (vec![NEAR_DOWN, NEAR_DOWN, UP, UP], vec![0, 0, 100, 100]),
-            (vec![NEAR, Seen { ramp: FULL / 2, ..NEAR }, UP], vec![100, 50, 50]),
-            (vec![NEAR, NEAR_DOWN, Seen { weight: 900, ..UP }, UP], vec![100, 0, 90, 10]),
+            (vec![NEAR, SelectionState { ramp: FULL / 2, ..NEAR }, UP], vec![100, 50, 50]),
+            (vec![NEAR, NEAR_DOWN, SelectionState { weight: 900, ..UP }, UP], vec![100, 0, 90, 10]),
             (vec![NEAR, NEAR], vec![100, 100]),
         ] {
             assert_eq!(weights(&all, 0).1, expected, "{all:?}");
         }
         let words = [
-            Ground::Healthy,
-            Ground::Backup,
-            Ground::Unknown,
-            Ground::Ejected,
-            Ground::Panic,
-            Ground::Nobody,
+            SelectionTier::Healthy,
+            SelectionTier::Backup,
+            SelectionTier::Unknown,
+            SelectionTier::Ejected,
+            SelectionTier::Panic,
+            SelectionTier::Nobody,
         ];
-        let words: std::collections::BTreeSet<_> = words.map(Ground::word).into();
+        let words: std::collections::BTreeSet<_> = words.map(SelectionTier::word).into();
         assert_eq!(words.len(), 6);
     }
 }

@@ -5,45 +5,45 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use super::backend::{Backend, Traits};
-use super::cause::Cause;
-use super::health::Health;
-use super::naming::{MOST_ADDRESSES, Resolved};
-use super::queue::Queue;
-use super::retry::Budget;
-use super::shares::Shares;
-use super::vitals::{Load, Vitals};
+use super::backend::{Backend, BackendSettings};
+use super::cause::ChangeCause;
+use super::health::ProbeHealth;
+use super::naming::{MOST_ADDRESSES, ResolvedAddress};
+use super::queue::PoolQueue;
+use super::retry::RetryBudget;
+use super::shares::TenantShares;
+use super::vitals::{BackendLoad, HealthRecord};
 use super::{NOBODY_YET, Pool};
 use crate::account::{Labels, lock};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
-use crate::config::Target;
+use crate::config::BackendTarget;
 
 /// What names lead to, as far as somebody has asked.
-pub type Answers = HashMap<Target, Vec<Resolved>>;
+pub type Answers = HashMap<BackendTarget, Vec<ResolvedAddress>>;
 
 /// What of a pool outlives a reload.
 #[derive(Debug)]
-pub(super) struct Lasting {
+pub(super) struct PersistentState {
     /// Who is in force under its name, once the first was replaced.
     current: Mutex<Weak<Pool>>,
     /// The one tenant whose sessions came here so far, [`NOBODY_YET`], or `SEVERAL`.
     pub(super) tenant: AtomicU32,
-    pub(super) retries: Budget,
+    pub(super) retries: RetryBudget,
     pub(super) retried: AtomicU64,
     pub(super) not_retried: AtomicU64,
     /// Which tenant holds how many places at its backends.
-    pub(super) shares: Arc<Shares>,
+    pub(super) shares: Arc<TenantShares>,
     /// Addresses that it has no more, with sessions that go on, or that are still to come of older pools.
-    left: Mutex<Vec<(BackendAddr, Arc<Load>)>>,
+    left: Mutex<Vec<(BackendAddr, Arc<BackendLoad>)>>,
 }
 
-impl Lasting {
+impl PersistentState {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
             current: Mutex::default(),
             tenant: AtomicU32::new(NOBODY_YET),
-            retries: Budget::default(),
+            retries: RetryBudget::default(),
             retried: AtomicU64::new(0),
             not_retried: AtomicU64::new(0),
             shares: Arc::default(),
@@ -60,7 +60,7 @@ impl Lasting {
     }
 
     /// The sessions of an address that was here before.
-    pub(super) fn load_of(&self, address: BackendAddr) -> Arc<Load> {
+    pub(super) fn load_of(&self, address: BackendAddr) -> Arc<BackendLoad> {
         let mut left = lock(&self.left);
         let place = left.iter().position(|(other, _)| *other == address);
         place.map_or_else(Arc::default, |place| left.swap_remove(place).1)
@@ -81,14 +81,14 @@ impl Pool {
     #[must_use]
     pub fn succeed(
         before: Option<&Arc<Self>>,
-        config: &crate::config::Pool,
+        config: &crate::config::PoolConfig,
         labels: &Labels,
         answers: &Answers,
         now: Moment,
     ) -> Arc<Self> {
-        let lasting = before.map_or_else(Lasting::new, |before| Arc::clone(&before.lasting));
+        let lasting = before.map_or_else(PersistentState::new, |before| Arc::clone(&before.lasting));
         let line = before.and_then(|before| before.queue.clone());
-        let line = line.or_else(|| (config.queue.length > 0).then(|| Queue::new(config.queue.length)));
+        let line = line.or_else(|| (config.queue.length > 0).then(|| PoolQueue::new(config.queue.length)));
         let (mut pool, fixed) = Self::empty(config, labels, lasting, line);
         // Nothing changes there from here on: an answer or a result that comes now waits, and goes to the new one.
         let changing = before.map(|before| lock(&before.changing));
@@ -136,7 +136,7 @@ impl Pool {
         &self,
         address: SocketAddr,
         slot: u32,
-        traits: Traits,
+        traits: BackendSettings,
         before: Option<&Arc<Backend>>,
         is_alone: bool,
         labels: &Labels,
@@ -146,10 +146,13 @@ impl Pool {
         let (vitals, load) = before.map_or_else(
             || {
                 let health = match (self.rules(), is_alone) {
-                    (Some(rules), true) => Health::presumed(rules),
+                    (Some(rules), true) => ProbeHealth::presumed(rules),
                     _ => self.first_health(),
                 };
-                (Arc::new(Vitals::new(health, (now, Cause::Reload))), self.lasting.load_of(address))
+                (
+                    Arc::new(HealthRecord::new(health, (now, ChangeCause::Reload))),
+                    self.lasting.load_of(address),
+                )
             },
             |before| (Arc::clone(&before.vitals), Arc::clone(&before.load)),
         );
@@ -161,7 +164,11 @@ impl Pool {
     }
 
     /// Gives each name what it led to before, or leads to now, and tells the slots of those addresses.
-    fn inherit_names(&mut self, before: Option<&Self>, answers: &Answers) -> Vec<(SocketAddr, u32, Traits)> {
+    fn inherit_names(
+        &mut self,
+        before: Option<&Self>,
+        answers: &Answers,
+    ) -> Vec<(SocketAddr, u32, BackendSettings)> {
         let mut all = Vec::new();
         for name in &mut self.names {
             let mut led = before.iter().flat_map(|before| &before.names);
@@ -187,7 +194,7 @@ impl Pool {
         for backend in kept {
             backend.vitals.follow(|health| match (&before.probe, self.rules()) {
                 (Some(_), Some(rules)) => health.with(rules),
-                (None, Some(rules)) => Health::presumed(rules),
+                (None, Some(rules)) => ProbeHealth::presumed(rules),
                 (_, None) => self.first_health(),
             });
         }

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
 use super::*;
-use crate::config::{Ask, Balance, Ejection};
+use crate::config::{Balance, EjectionConfig, ProbeCheck};
 use crate::pool::health::FULL;
 
 mod names;
@@ -17,14 +17,14 @@ fn at(milliseconds: u64) -> Moment {
     Moment::default() + Duration::from_millis(milliseconds)
 }
 
-fn target(port: u16) -> crate::config::Backend {
-    let target = Target::Address(([10, 0, 0, 1], port).into());
-    crate::config::Backend { target, weight: 100, zone: None, max_sessions: None, backup: false }
+fn target(port: u16) -> crate::config::BackendConfig {
+    let target = BackendTarget::Address(([10, 0, 0, 1], port).into());
+    crate::config::BackendConfig { target, weight: 100, zone: None, max_sessions: None, backup: false }
 }
 
 /// So many backends, on ports from 1000 on, that are probed every second.
-fn config(balance: Balance, count: u16) -> crate::config::Pool {
-    crate::config::Pool {
+fn config(balance: Balance, count: u16) -> crate::config::PoolConfig {
+    crate::config::PoolConfig {
         name: "shared".to_owned(),
         balance,
         backends: (0..count).map(|n| target(1000 + n)).collect(),
@@ -34,27 +34,27 @@ fn config(balance: Balance, count: u16) -> crate::config::Pool {
         retry_budget: 20,
         slow_start: Duration::ZERO,
         source_addresses: Vec::new(),
-        queue: crate::config::Queue { length: 0, timeout: SECOND },
+        queue: crate::config::QueueConfig { length: 0, timeout: SECOND },
         panic_threshold: 0,
-        health: Some(Probe {
+        health: Some(ProbeConfig {
             interval: SECOND,
             timeout: SECOND,
             rise: 1,
             fall: 2,
             port: None,
             send_proxy: false,
-            ask: Ask::Connect,
+            ask: ProbeCheck::Connect,
         }),
-        ejection: Ejection { consecutive_failures: 3, base_time: 30 * SECOND, max_percent: 50 },
+        ejection: EjectionConfig { consecutive_failures: 3, base_time: 30 * SECOND, max_percent: 50 },
     }
 }
 
-fn pool(config: &crate::config::Pool) -> Pool {
+fn pool(config: &crate::config::PoolConfig) -> Pool {
     Pool::new(config, &Labels::default())
 }
 
 /// A pool whose backends all passed their first probe.
-fn healthy(config: &crate::config::Pool) -> Pool {
+fn healthy(config: &crate::config::PoolConfig) -> Pool {
     let pool = pool(config);
     for place in 0..pool.roster().backends().len() {
         assert!(probe(&pool, place, true, at(0)).is_some());
@@ -67,8 +67,8 @@ fn backend(pool: &Pool, place: usize) -> Arc<Backend> {
     Arc::clone(&pool.roster().backends()[place])
 }
 
-fn probe(pool: &Pool, place: usize, success: bool, now: Moment) -> Option<Change> {
-    let verdict = if success { Verdict::Passed } else { Verdict::AnswerTimeout };
+fn probe(pool: &Pool, place: usize, success: bool, now: Moment) -> Option<BackendChange> {
+    let verdict = if success { ProbeResult::Passed } else { ProbeResult::AnswerTimeout };
     pool.observe(&backend(pool, place), verdict, SECOND, now)
 }
 
@@ -76,12 +76,12 @@ fn port(backend: &Backend) -> u16 {
     backend.address().0.port()
 }
 
-fn pick(pool: &Pool, roll: u64) -> Result<u16, Nobody> {
-    pool.pick(roll, roll, &mut Tried::default()).map(|picked| port(&picked))
+fn pick(pool: &Pool, roll: u64) -> Result<u16, PickError> {
+    pool.pick(roll, roll, &mut TriedBackends::default()).map(|picked| port(&picked))
 }
 
 /// What a place in the line has been given, where it has.
-fn given(place: &mut Place) -> Option<Picked> {
+fn given(place: &mut QueuePlace) -> Option<PickedBackend> {
     match Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(picked) => Some(picked),
         Poll::Pending => None,
@@ -105,7 +105,7 @@ const ALL: [Balance; 5] =
 fn round_robin_takes_each_in_turn_and_another_attempt_takes_no_turn() {
     let pool = healthy(&config(Balance::RoundRobin, 2));
     for expected in [1000, 1001, 1000, 1001] {
-        let mut tried = Tried::default();
+        let mut tried = TriedBackends::default();
         assert_eq!(port(&pool.pick(0, 7, &mut tried).unwrap()), expected);
         assert_eq!(port(&pool.pick(0, 7, &mut tried).unwrap()), 2001 - expected);
     }
@@ -115,7 +115,7 @@ fn round_robin_takes_each_in_turn_and_another_attempt_takes_no_turn() {
 fn p2c_and_least_sessions_take_the_less_loaded() {
     for balance in [Balance::P2c, Balance::LeastSessions] {
         let pool = healthy(&config(balance, 2));
-        let busy = pool.pick(0, 0, &mut Tried::default()).unwrap();
+        let busy = pool.pick(0, 0, &mut TriedBackends::default()).unwrap();
         for roll in [0, 1, u64::MAX, 0x1234_5678_9ABC_DEF0] {
             assert_eq!(pick(&pool, roll), Ok(2001 - port(&busy)), "{balance:?}");
         }
@@ -127,7 +127,7 @@ fn least_sessions_gives_each_its_part_of_what_is_held() {
     let mut config = config(Balance::LeastSessions, 3);
     config.backends[2].weight = 200;
     let pool = healthy(&config);
-    let held: Vec<_> = (0..40).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    let held: Vec<_> = (0..40).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
     let loads: Vec<u32> = pool.roster().backends().iter().map(|backend| backend.load()).collect();
     assert_eq!(loads, [10, 10, 20]);
     drop(held);
@@ -141,7 +141,7 @@ fn maglev_sends_a_key_to_its_backend_and_to_the_same_second_one() {
         for key in 0..100 {
             let key = pick::hash(&[key]);
             let pair = |roll| {
-                let mut tried = Tried::default();
+                let mut tried = TriedBackends::default();
                 let mut next = || port(&pool.pick(key, roll, &mut tried).unwrap());
                 (next(), next())
             };
@@ -157,15 +157,15 @@ fn maglev_sends_a_key_to_its_backend_and_to_the_same_second_one() {
 #[test]
 fn nobody_is_tried_twice_and_then_nobody_is_left() {
     for balance in ALL {
-        assert_eq!(pick(&pool(&config(balance, 0)), 7), Err(Nobody::Usable));
+        assert_eq!(pick(&pool(&config(balance, 0)), 7), Err(PickError::Usable));
         let pool = healthy(&config(balance, 3));
-        let mut tried = Tried::default();
+        let mut tried = TriedBackends::default();
         let mut ports: Vec<u16> =
             (0..3).map(|roll| port(&pool.pick(9, roll << 32 | roll, &mut tried).unwrap())).collect();
         ports.sort_unstable();
         assert_eq!(ports, [1000, 1001, 1002], "{balance:?}");
         assert_eq!((tried.len(), tried.is_empty()), (3, false));
-        assert_eq!(pool.pick(9, 0, &mut tried).unwrap_err(), Nobody::Usable);
+        assert_eq!(pool.pick(9, 0, &mut tried).unwrap_err(), PickError::Usable);
     }
 }
 
@@ -198,14 +198,14 @@ fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
         assert_eq!(probe(&pool, 1, false, at(3_000)).unwrap().why, "answer_timeout");
         assert_eq!((pick(&pool, 5).is_ok_and(|port| port != 1001), pool.usable()), (true, 2));
         assert!(probe(&pool, 0, false, at(4_000)).is_some() && probe(&pool, 2, false, at(5_000)).is_some());
-        assert_eq!((pool.usable(), pick(&pool, 5)), (0, Err(Nobody::Usable)));
+        assert_eq!((pool.usable(), pick(&pool, 5)), (0, Err(PickError::Usable)));
         assert_eq!(pool.roster().ground().word(), "none");
     }
 }
 
 #[test]
 fn without_probes_all_are_healthy() {
-    let config = crate::config::Pool { health: None, ..config(Balance::P2c, 2) };
+    let config = crate::config::PoolConfig { health: None, ..config(Balance::P2c, 2) };
     let pool = pool(&config);
     assert_eq!((pool.usable(), pool.roster().ground().word()), (2, "healthy"));
 }
@@ -223,7 +223,7 @@ fn thousands_of_first_results_make_few_rosters() {
     assert_eq!(pool.usable(), 2, "the roster was 100 ms old");
 }
 
-fn fail(pool: &Pool, place: usize, failed: Failed, times: u32, now: Moment) -> Option<Change> {
+fn fail(pool: &Pool, place: usize, failed: SessionFailure, times: u32, now: Moment) -> Option<BackendChange> {
     (0..times).filter_map(|_| pool.failed(&backend(pool, place), failed, now)).last()
 }
 
@@ -231,10 +231,10 @@ fn fail(pool: &Pool, place: usize, failed: Failed, times: u32, now: Moment) -> O
 fn the_third_failure_in_a_row_ejects_at_once_and_time_brings_back_gently() {
     for balance in ALL {
         let pool = healthy(&config(balance, 4));
-        assert!(fail(&pool, 0, Failed::Connect, 2, at(500)).is_none());
+        assert!(fail(&pool, 0, SessionFailure::Connect, 2, at(500)).is_none());
         backend(&pool, 0).connected();
-        assert!(fail(&pool, 0, Failed::Connect, 2, at(600)).is_none());
-        let change = fail(&pool, 0, Failed::Connect, 1, at(700)).unwrap();
+        assert!(fail(&pool, 0, SessionFailure::Connect, 2, at(600)).is_none());
+        let change = fail(&pool, 0, SessionFailure::Connect, 1, at(700)).unwrap();
         assert_eq!(
             (change.state, change.why, change.out_for),
             ("ejected", "connect_failures", Some(30 * SECOND))
@@ -255,7 +255,7 @@ fn the_third_failure_in_a_row_ejects_at_once_and_time_brings_back_gently() {
         pool.tend(at(40_700));
         assert_eq!((backend(&pool, 0).weight(), backend(&pool, 0).ejections()), (100 * FULL, 1));
         // Again within its base time, twice as long.
-        let again = fail(&pool, 0, Failed::Connect, 3, at(45_000)).unwrap();
+        let again = fail(&pool, 0, SessionFailure::Connect, 3, at(45_000)).unwrap();
         assert_eq!(again.out_for, Some(60 * SECOND));
     }
 }
@@ -264,19 +264,22 @@ fn the_third_failure_in_a_row_ejects_at_once_and_time_brings_back_gently() {
 fn no_more_than_half_is_ejected_and_the_rest_stays() {
     let pool = healthy(&config(Balance::P2c, 4));
     for place in 0..4 {
-        let change = fail(&pool, place, Failed::Connect, 10, at(500));
+        let change = fail(&pool, place, SessionFailure::Connect, 10, at(500));
         assert_eq!(change.is_some(), place < 2);
     }
     pool.tend(at(600));
     assert_eq!((pool.usable(), pool.roster().ground().word()), (2, "healthy"));
     let off = config(Balance::P2c, 4);
-    let off = crate::config::Pool { ejection: Ejection { consecutive_failures: 0, ..off.ejection }, ..off };
-    assert!(fail(&healthy(&off), 0, Failed::Connect, 100, at(500)).is_none());
+    let off = crate::config::PoolConfig {
+        ejection: EjectionConfig { consecutive_failures: 0, ..off.ejection },
+        ..off
+    };
+    assert!(fail(&healthy(&off), 0, SessionFailure::Connect, 100, at(500)).is_none());
 }
 
 #[test]
 fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
-    let of = |tenant| Failed::Reset { tenant };
+    let of = |tenant| SessionFailure::Reset { tenant };
     let alone = healthy(&config(Balance::P2c, 2));
     (0..5).for_each(|_| alone.arrived(7));
     assert_eq!(fail(&alone, 0, of(7), 3, at(500)).unwrap().why, "resets");
@@ -292,9 +295,9 @@ fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
 #[test]
 fn when_all_that_are_left_fail_an_ejected_one_is_better_than_nobody() {
     let pool = healthy(&config(Balance::RoundRobin, 2));
-    fail(&pool, 0, Failed::Connect, 3, at(500));
+    fail(&pool, 0, SessionFailure::Connect, 3, at(500));
     pool.tend(at(600));
-    let mut tried = Tried::default();
+    let mut tried = TriedBackends::default();
     assert_eq!(port(&pool.pick(0, 0, &mut tried).unwrap()), 1001);
     assert_eq!(port(&pool.pick(0, 0, &mut tried).unwrap()), 1000);
     // Sessions leave it, but where the other one is unhealthy, it is used by all.
@@ -305,7 +308,7 @@ fn when_all_that_are_left_fail_an_ejected_one_is_better_than_nobody() {
 
 #[test]
 fn who_was_down_comes_back_slowly_and_who_starts_does_not() {
-    let config = crate::config::Pool { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
+    let config = crate::config::PoolConfig { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
     let pool = healthy(&config);
     assert_eq!(backend(&pool, 0).weight(), 100 * FULL);
     probe(&pool, 0, false, at(1_000));
@@ -319,14 +322,14 @@ fn who_was_down_comes_back_slowly_and_who_starts_does_not() {
 
 #[test]
 fn a_slow_start_holds_for_the_sessions_at_once_too_but_for_who_leads() {
-    let mut config = crate::config::Pool { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
+    let mut config = crate::config::PoolConfig { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
     config.backends.iter_mut().for_each(|backend| backend.max_sessions = Some(32));
     let pool = healthy(&config);
     let falls = |place| (1..3).for_each(|second| drop(probe(&pool, place, false, at(second * 1_000))));
     falls(0);
     probe(&pool, 0, true, at(10_000));
     pool.tend(at(26_000));
-    let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut Tried::default()).ok()).collect();
+    let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut TriedBackends::default()).ok()).collect();
     let loads = |place| backend(&pool, place).load();
     assert_eq!((loads(0), loads(1)), (8, 32), "a quarter of 32, and all");
     drop(held);
@@ -335,7 +338,7 @@ fn a_slow_start_holds_for_the_sessions_at_once_too_but_for_who_leads() {
     falls(1);
     probe(&pool, 0, true, at(30_000));
     pool.tend(at(31_000));
-    let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut Tried::default()).ok()).collect();
+    let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut TriedBackends::default()).ok()).collect();
     assert_eq!((held.len(), pool.usable()), (32, 1));
 }
 
@@ -345,7 +348,7 @@ fn an_ejection_turns_nobody_away_before_the_roster_follows() {
     config.backends[1].backup = true;
     let pool = healthy(&config);
     assert_eq!(pick(&pool, 0), Ok(1000));
-    assert!(fail(&pool, 0, Failed::Connect, 3, at(500)).is_some());
+    assert!(fail(&pool, 0, SessionFailure::Connect, 3, at(500)).is_some());
     assert_eq!(pick(&pool, 0), Ok(1001), "the healthy backup, and not who was put out");
     pool.tend(at(600));
     assert_eq!((pick(&pool, 0), pool.roster().ground().word()), (Ok(1001), "backup"));
@@ -353,15 +356,16 @@ fn an_ejection_turns_nobody_away_before_the_roster_follows() {
 
 #[test]
 fn a_full_zone_is_helped_by_the_others() {
-    let mut config = crate::config::Pool { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 3) };
+    let mut config =
+        crate::config::PoolConfig { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 3) };
     for (backend, zone) in config.backends.iter_mut().zip(["a", "b", "b"]) {
         (backend.zone, backend.max_sessions) = (Some(zone.to_owned()), Some(1));
     }
     config.queue.length = 1;
     let pool = healthy(&config);
-    let mut held: Vec<_> = (0..3).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    let mut held: Vec<_> = (0..3).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
     assert_eq!(port(&held[0]), 1000);
-    assert_eq!(pick(&pool, 0), Err(Nobody::Free));
+    assert_eq!(pick(&pool, 0), Err(PickError::Free));
     let mut place = pool.wait(1).unwrap();
     held.truncate(2);
     assert!(given(&mut place).is_some_and(|picked| port(&picked) != 1000));
@@ -369,7 +373,8 @@ fn a_full_zone_is_helped_by_the_others() {
 
 #[test]
 fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
-    let mut config = crate::config::Pool { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 2) };
+    let mut config =
+        crate::config::PoolConfig { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 2) };
     for (backend, zone) in config.backends.iter_mut().zip(["b", "a"]) {
         (backend.zone, backend.max_sessions) = (Some(zone.to_owned()), Some(1));
     }
@@ -383,9 +388,13 @@ fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
     assert_eq!(port(&near), 1001, "of its zone, though the other comes first in the list");
     assert_eq!(port(&wait().ok().unwrap()), 1000, "the other, as its zone is full");
     (1..4).for_each(|turn| drop(probe(&pool, 0, false, at(turn))));
-    assert_eq!(pool.roster().backends()[0].state(), State::Unhealthy, "and the roster does not know it yet");
+    assert_eq!(
+        pool.roster().backends()[0].state(),
+        HealthState::Unhealthy,
+        "and the roster does not know it yet"
+    );
     let _waiting = wait().expect_err("who is down helps nobody");
-    assert_eq!(pick(&pool, 0), Err(Nobody::Free));
+    assert_eq!(pick(&pool, 0), Err(PickError::Free));
     drop(near);
     assert_eq!(pool.waiting(), 0);
 }
@@ -396,16 +405,16 @@ fn who_comes_where_nobody_is_in_use_does_not_wait_with_the_others() {
     config.queue.length = 5;
     config.backends[0].max_sessions = Some(1);
     let pool = healthy(&config);
-    let _held = pool.pick(0, 0, &mut Tried::default()).unwrap();
+    let _held = pool.pick(0, 0, &mut TriedBackends::default()).unwrap();
     let _place = pool.wait(1).unwrap();
-    assert_eq!(pick(&pool, 0), Err(Nobody::Free));
+    assert_eq!(pick(&pool, 0), Err(PickError::Free));
     (1..3).for_each(|second| drop(probe(&pool, 0, false, at(second * 1_000))));
-    assert_eq!(pick(&pool, 0), Err(Nobody::Usable));
+    assert_eq!(pick(&pool, 0), Err(PickError::Usable));
 }
 
 #[test]
 fn in_a_panic_all_are_used() {
-    let config = crate::config::Pool { panic_threshold: 50, ..config(Balance::P2c, 3) };
+    let config = crate::config::PoolConfig { panic_threshold: 50, ..config(Balance::P2c, 3) };
     let pool = healthy(&config);
     for (place, ground) in [(0, "healthy"), (1, "panic")] {
         probe(&pool, place, false, at(1_000));
@@ -422,12 +431,12 @@ fn who_waits_is_served_in_turn_and_nobody_passes_by() {
     config.queue.length = 2;
     config.backends.iter_mut().for_each(|backend| backend.max_sessions = Some(1));
     let pool = healthy(&config);
-    let mut held: Vec<_> = (0..2).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
-    assert_eq!(pick(&pool, 0), Err(Nobody::Free));
+    let mut held: Vec<_> = (0..2).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
+    assert_eq!(pick(&pool, 0), Err(PickError::Free));
     let mut places = [pool.wait(1).unwrap(), pool.wait(1).unwrap()];
     assert!(pool.wait(1).is_none() && pool.waiting() == 2);
     held.pop();
-    assert_eq!(pick(&pool, 0), Err(Nobody::Free), "the one with room is the first waiter's");
+    assert_eq!(pick(&pool, 0), Err(PickError::Free), "the one with room is the first waiter's");
     let mut is_served = |place: usize| given(&mut places[place]).is_some();
     assert!(!is_served(1) && is_served(0), "in turn");
     assert!(is_served(1) && pool.waiting() == 0, "the first one's session is over already");
@@ -447,7 +456,8 @@ fn retries_are_a_part_of_the_sessions_once_the_first_hundred_are_used_up() {
 
 #[test]
 fn zones_are_preferred_and_spill_only_what_is_missing() {
-    let mut config = crate::config::Pool { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 4) };
+    let mut config =
+        crate::config::PoolConfig { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 4) };
     for (backend, zone) in config.backends.iter_mut().zip(["a", "a", "b", "b"]) {
         backend.zone = Some(zone.to_owned());
     }

@@ -5,21 +5,21 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use super::backend::Backend;
-use super::cause::{Cause, Failed};
-use super::ejection::{Ejection, Rules};
-use super::health::{FULL, Health, State, ramp};
-use crate::account::{Verdict, lock};
+use super::cause::{ChangeCause, SessionFailure};
+use super::ejection::{EjectionRules, EjectionState};
+use super::health::{FULL, HealthState, ProbeHealth, ramp};
+use crate::account::{ProbeResult, lock};
 use crate::clock::Moment;
 
 /// The sessions of an address, those being connected included.
 #[derive(Debug, Default)]
-pub(super) struct Load {
+pub(super) struct BackendLoad {
     pub(super) sessions: AtomicU32,
     /// Who stands for it now.
     holder: Mutex<Weak<Backend>>,
 }
 
-impl Load {
+impl BackendLoad {
     /// Who stands for the address, as long as anybody does.
     pub(super) fn holder(&self) -> Option<Arc<Backend>> {
         lock(&self.holder).upgrade()
@@ -33,8 +33,8 @@ impl Load {
 
 /// What probes and sessions say of an address.
 #[derive(Debug)]
-pub(super) struct Vitals {
-    chart: Mutex<Chart>,
+pub(super) struct HealthRecord {
+    chart: Mutex<HealthDetails>,
     /// The chart's health and ejection, for those who only read.
     state: AtomicU8,
     is_ejected: AtomicBool,
@@ -45,7 +45,7 @@ pub(super) struct Vitals {
     reset_for: AtomicU32,
     pub(super) early_resets: AtomicU64,
     pub(super) ejections: AtomicU64,
-    pub(super) probes: [AtomicU64; Verdict::ALL.len()],
+    pub(super) probes: [AtomicU64; ProbeResult::ALL.len()],
     /// How long the last probe took, in microseconds.
     pub(super) probe_us: AtomicU32,
     /// Whether its first probe is over, or never will be.
@@ -54,18 +54,18 @@ pub(super) struct Vitals {
 
 /// What changes seldom.
 #[derive(Debug)]
-struct Chart {
-    health: Health,
-    ejection: Ejection,
+struct HealthDetails {
+    health: ProbeHealth,
+    ejection: EjectionState,
     /// Since when it comes back, and how long that takes.
     back: Option<(Moment, Duration)>,
-    changed: (Moment, Cause),
+    changed: (Moment, ChangeCause),
 }
 
 /// What a pool goes by.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Signs {
-    pub(super) state: State,
+pub(super) struct HealthView {
+    pub(super) state: HealthState,
     pub(super) is_ejected: bool,
     /// How much of it is back, of [`FULL`].
     pub(super) ramp: u32,
@@ -73,12 +73,17 @@ pub(super) struct Signs {
     pub(super) due: Option<Moment>,
 }
 
-impl Vitals {
+impl HealthRecord {
     /// Of an address that nobody has heard of yet.
-    pub(super) fn new(health: Health, changed: (Moment, Cause)) -> Self {
+    pub(super) fn new(health: ProbeHealth, changed: (Moment, ChangeCause)) -> Self {
         Self {
             state: AtomicU8::new(health.state() as u8),
-            chart: Mutex::new(Chart { health, ejection: Ejection::default(), back: None, changed }),
+            chart: Mutex::new(HealthDetails {
+                health,
+                ejection: EjectionState::default(),
+                back: None,
+                changed,
+            }),
             is_ejected: AtomicBool::new(false),
             connect_failures: AtomicU32::new(0),
             resets: AtomicU32::new(0),
@@ -91,8 +96,8 @@ impl Vitals {
         }
     }
 
-    pub(super) fn state(&self) -> State {
-        State::from(self.state.load(Ordering::Acquire))
+    pub(super) fn state(&self) -> HealthState {
+        HealthState::from(self.state.load(Ordering::Acquire))
     }
 
     /// Whether a probe has said something of it, if only that it could not be sent.
@@ -109,17 +114,17 @@ impl Vitals {
     }
 
     /// When an ejection ends, and how it was last treated in another way.
-    pub(super) fn summary(&self) -> (Option<Moment>, (Moment, Cause)) {
+    pub(super) fn summary(&self) -> (Option<Moment>, (Moment, ChangeCause)) {
         let chart = lock(&self.chart);
         (chart.ejection.until(), chart.changed)
     }
 
-    pub(super) fn change(&self, now: Moment, cause: Cause) {
+    pub(super) fn change(&self, now: Moment, cause: ChangeCause) {
         lock(&self.chart).changed = (now, cause);
     }
 
     /// Goes on with another pool's health checks.
-    pub(super) fn follow(&self, health: impl FnOnce(Health) -> Health) {
+    pub(super) fn follow(&self, health: impl FnOnce(ProbeHealth) -> ProbeHealth) {
         let mut chart = lock(&self.chart);
         chart.health = health(chart.health);
         self.state.store(chart.health.state() as u8, Ordering::Release);
@@ -128,7 +133,7 @@ impl Vitals {
     /// Takes in one probe's result; whether it changed the state. A backend that was down, or `is_late`, comes back slowly.
     pub(super) fn observe(
         &self,
-        verdict: Verdict,
+        verdict: ProbeResult,
         took: Duration,
         slow_start: Duration,
         is_late: bool,
@@ -144,10 +149,10 @@ impl Vitals {
             self.end_first_probe();
             return false;
         };
-        if state == State::Healthy && (before == State::Unhealthy || is_late) {
+        if state == HealthState::Healthy && (before == HealthState::Unhealthy || is_late) {
             chart.come_back(now, slow_start);
         }
-        chart.changed = (now, Cause::Probe(verdict));
+        chart.changed = (now, ChangeCause::Probe(verdict));
         self.state.store(state as u8, Ordering::Release);
         self.end_first_probe();
         true
@@ -155,8 +160,8 @@ impl Vitals {
 
     /// Counts a failure of a session; how many there have been in a row. Where several tenants share the pool, resets of one
     /// of them in a row count once: it may be what that tenant sends.
-    pub(super) fn failed(&self, failed: Failed, is_shared: bool) -> u32 {
-        let Failed::Reset { tenant } = failed else {
+    pub(super) fn failed(&self, failed: SessionFailure, is_shared: bool) -> u32 {
+        let SessionFailure::Reset { tenant } = failed else {
             return self.connect_failures.fetch_add(1, Ordering::AcqRel).saturating_add(1);
         };
         self.early_resets.fetch_add(1, Ordering::Relaxed);
@@ -180,7 +185,7 @@ impl Vitals {
     }
 
     /// Puts it out; for how long.
-    pub(super) fn eject(&self, rules: Rules, cause: Cause, now: Moment) -> Duration {
+    pub(super) fn eject(&self, rules: EjectionRules, cause: ChangeCause, now: Moment) -> Duration {
         let mut chart = lock(&self.chart);
         let time = chart.ejection.eject(rules, now);
         chart.changed = (now, cause);
@@ -197,7 +202,7 @@ impl Vitals {
         let over = chart.ejection.expire(now);
         if over {
             chart.come_back(now, gentle);
-            chart.changed = (now, Cause::EjectionOver);
+            chart.changed = (now, ChangeCause::EjectionOver);
             // What its last sessions came to meanwhile is not held against it, or the first failure would put it out again.
             self.connect_failures.store(0, Ordering::Relaxed);
             self.resets.store(0, Ordering::Relaxed);
@@ -207,18 +212,18 @@ impl Vitals {
     }
 
     /// What is known now, and when time alone will change that.
-    pub(super) fn seen(&self, now: Moment) -> Signs {
+    pub(super) fn seen(&self, now: Moment) -> HealthView {
         let mut chart = lock(&self.chart);
         let (ramp, next) = chart.back.map_or((FULL, None), |(since, span)| ramp(since, span, now));
         if ramp == FULL {
             chart.back = None;
         }
         let due = [next, chart.ejection.until()].into_iter().flatten().min();
-        Signs { state: chart.health.state(), is_ejected: chart.ejection.is_out(), ramp, due }
+        HealthView { state: chart.health.state(), is_ejected: chart.ejection.is_out(), ramp, due }
     }
 }
 
-impl Chart {
+impl HealthDetails {
     fn come_back(&mut self, now: Moment, span: Duration) {
         self.back = (!span.is_zero()).then_some((now, span));
     }
@@ -228,9 +233,10 @@ impl Chart {
 mod tests {
     use super::*;
 
-    fn vitals() -> Vitals {
-        let health = Health::new(crate::pool::health::Rules { rise: 1, fall: 1 }, State::Healthy);
-        Vitals::new(health, (Moment::default(), Cause::Start))
+    fn vitals() -> HealthRecord {
+        let health =
+            ProbeHealth::new(crate::pool::health::HealthRules { rise: 1, fall: 1 }, HealthState::Healthy);
+        HealthRecord::new(health, (Moment::default(), ChangeCause::Start))
     }
 
     #[test]
@@ -239,27 +245,27 @@ mod tests {
         let observe = |verdict| {
             vitals.observe(verdict, Duration::from_micros(7), Duration::ZERO, false, Moment::default())
         };
-        assert!(!observe(Verdict::Shortage) && !observe(Verdict::Passed));
-        assert!(observe(Verdict::ConnectRefused));
-        assert_eq!((vitals.state(), vitals.probe_us.load(Ordering::Relaxed)), (State::Unhealthy, 7));
+        assert!(!observe(ProbeResult::Shortage) && !observe(ProbeResult::Passed));
+        assert!(observe(ProbeResult::ConnectRefused));
+        assert_eq!((vitals.state(), vitals.probe_us.load(Ordering::Relaxed)), (HealthState::Unhealthy, 7));
         assert_eq!(vitals.summary().1.1.word(), "connect_refused");
-        let counts = Verdict::ALL.into_iter().zip(&vitals.probes);
+        let counts = ProbeResult::ALL.into_iter().zip(&vitals.probes);
         let counted: Vec<_> = counts
             .filter(|(_, count)| count.load(Ordering::Relaxed) > 0)
             .map(|(verdict, _)| verdict)
             .collect();
-        assert_eq!(counted, [Verdict::Passed, Verdict::ConnectRefused, Verdict::Shortage]);
+        assert_eq!(counted, [ProbeResult::Passed, ProbeResult::ConnectRefused, ProbeResult::Shortage]);
     }
 
     #[test]
     fn failures_count_in_a_row_and_each_kind_for_itself() {
         let vitals = vitals();
-        let (one, other) = (Failed::Reset { tenant: 1 }, Failed::Reset { tenant: 2 });
+        let (one, other) = (SessionFailure::Reset { tenant: 1 }, SessionFailure::Reset { tenant: 2 });
         let failed = |failed| vitals.failed(failed, false);
-        assert_eq!((failed(Failed::Connect), failed(Failed::Connect)), (1, 2));
+        assert_eq!((failed(SessionFailure::Connect), failed(SessionFailure::Connect)), (1, 2));
         assert_eq!((failed(one), failed(one)), (1, 2));
         vitals.connected();
-        assert_eq!((failed(Failed::Connect), failed(other)), (1, 3));
+        assert_eq!((failed(SessionFailure::Connect), failed(other)), (1, 3));
         vitals.answered();
         assert_eq!(failed(one), 1);
         let failed = |failed| vitals.failed(failed, true);

@@ -3,8 +3,8 @@
 use std::ops::RangeInclusive;
 use std::task::Poll;
 
-use crate::account::Verdict;
-use crate::config::Ask;
+use crate::account::ProbeResult;
+use crate::config::ProbeCheck;
 
 /// Bytes that are read of an HTTP answer, interim responses included.
 pub const MOST_OF_HEAD: usize = 16 * 1024;
@@ -14,75 +14,81 @@ pub const MOST_OF_EXCHANGE: usize = 64 * 1024;
 
 /// An answer that comes in pieces. However it is cut, the same bytes get the same verdict.
 #[derive(Debug)]
-pub struct Answer<'a> {
-    form: Form<'a>,
+pub struct ProbeResponse<'a> {
+    form: ExpectedResponse<'a>,
     /// Bytes that may still come.
     left: usize,
     is_silent: bool,
 }
 
 #[derive(Debug)]
-enum Form<'a> {
-    Http(Http<'a>),
-    Contains(Search<'a>),
+enum ExpectedResponse<'a> {
+    Http(HttpResponse<'a>),
+    Contains(BytesSearch<'a>),
     /// What is missing of the beginning.
     Begins(&'a [u8]),
 }
 
-impl<'a> Answer<'a> {
+impl<'a> ProbeResponse<'a> {
     /// The answer to a question; `None` where it needs none.
     #[must_use]
-    pub fn new(ask: &'a Ask) -> Option<Self> {
+    pub fn new(ask: &'a ProbeCheck) -> Option<Self> {
         let (form, left) = match ask {
-            Ask::Connect => return None,
-            Ask::Http { expect_status, .. } => (Form::Http(Http::new(expect_status)), MOST_OF_HEAD),
-            Ask::Exchange { expect, prefix: true, .. } => (Form::Begins(expect), MOST_OF_EXCHANGE),
-            Ask::Exchange { expect, prefix: false, .. } => {
-                (Form::Contains(Search::new(expect)), MOST_OF_EXCHANGE)
+            ProbeCheck::Connect => return None,
+            ProbeCheck::Http { expect_status, .. } => {
+                (ExpectedResponse::Http(HttpResponse::new(expect_status)), MOST_OF_HEAD)
+            }
+            ProbeCheck::Exchange { expect, prefix: true, .. } => {
+                (ExpectedResponse::Begins(expect), MOST_OF_EXCHANGE)
+            }
+            ProbeCheck::Exchange { expect, prefix: false, .. } => {
+                (ExpectedResponse::Contains(BytesSearch::new(expect)), MOST_OF_EXCHANGE)
             }
         };
         Some(Self { form, left, is_silent: true })
     }
 
     /// Takes in the next bytes. After a verdict there is nothing more to take in.
-    pub fn feed(&mut self, bytes: &[u8]) -> Poll<Verdict> {
+    pub fn feed(&mut self, bytes: &[u8]) -> Poll<ProbeResult> {
         let bytes = bytes.get(..self.left).unwrap_or(bytes);
         self.left -= bytes.len();
         self.is_silent &= bytes.is_empty();
         let verdict = match &mut self.form {
-            Form::Http(http) => http.feed(bytes),
-            Form::Contains(search) => search.feed(bytes),
-            Form::Begins(missing) => begin(missing, bytes),
+            ExpectedResponse::Http(http) => http.feed(bytes),
+            ExpectedResponse::Contains(search) => search.feed(bytes),
+            ExpectedResponse::Begins(missing) => begin(missing, bytes),
         };
         if verdict.is_pending() && self.left == 0 {
-            return Poll::Ready(Verdict::AnswerTooLong);
+            return Poll::Ready(ProbeResult::AnswerTooLong);
         }
         verdict
     }
 
     /// What it means that the backend sends no more.
     #[must_use]
-    pub fn end(&self) -> Verdict {
+    pub fn end(&self) -> ProbeResult {
         match self.form {
-            Form::Contains(_) if !self.is_silent => Verdict::UnexpectedAnswer,
-            Form::Contains(_) | Form::Begins(_) | Form::Http(_) => Verdict::Closed,
+            ExpectedResponse::Contains(_) if !self.is_silent => ProbeResult::UnexpectedAnswer,
+            ExpectedResponse::Contains(_) | ExpectedResponse::Begins(_) | ExpectedResponse::Http(_) => {
+                ProbeResult::Closed
+            }
         }
     }
 }
 
-fn begin(missing: &mut &[u8], bytes: &[u8]) -> Poll<Verdict> {
+fn begin(missing: &mut &[u8], bytes: &[u8]) -> Poll<ProbeResult> {
     let (next, after) = missing.split_at(missing.len().min(bytes.len()));
     if !bytes.starts_with(next) {
-        return Poll::Ready(Verdict::UnexpectedAnswer);
+        return Poll::Ready(ProbeResult::UnexpectedAnswer);
     }
     *missing = after;
-    if after.is_empty() { Poll::Ready(Verdict::Passed) } else { Poll::Pending }
+    if after.is_empty() { Poll::Ready(ProbeResult::Passed) } else { Poll::Pending }
 }
 
 /// An HTTP/1 response. What is no HTTP is told at its first bytes; a status counts as soon as the head is whole, for a
 /// server that hangs in the middle of its head serves nobody. The body is not read: it may have no end.
 #[derive(Debug)]
-struct Http<'a> {
+struct HttpResponse<'a> {
     expected: &'a [RangeInclusive<u16>],
     head: Vec<u8>,
     /// The bytes of it that were searched for its end.
@@ -91,12 +97,12 @@ struct Http<'a> {
     is_blank: bool,
 }
 
-impl<'a> Http<'a> {
+impl<'a> HttpResponse<'a> {
     fn new(expected: &'a [RangeInclusive<u16>]) -> Self {
         Self { expected, head: Vec::new(), searched: 0, is_blank: false }
     }
 
-    fn feed(&mut self, bytes: &[u8]) -> Poll<Verdict> {
+    fn feed(&mut self, bytes: &[u8]) -> Poll<ProbeResult> {
         self.head.extend_from_slice(bytes);
         loop {
             if let Some(verdict) = opening(&self.head) {
@@ -104,13 +110,13 @@ impl<'a> Http<'a> {
             }
             let Some(len) = self.find_end() else { return Poll::Pending };
             let rest = self.head.split_off(len);
-            let Some(status) = status(&self.head) else { return Poll::Ready(Verdict::AnswerMalformed) };
+            let Some(status) = status(&self.head) else { return Poll::Ready(ProbeResult::AnswerMalformed) };
             if self.expected.iter().any(|range| range.contains(&status)) {
-                return Poll::Ready(Verdict::Passed);
+                return Poll::Ready(ProbeResult::Passed);
             }
             // An interim response, which a client has to skip (RFC 9110, 15.2); after 101 no other would follow.
             if !matches!(status, 100 | 102..=199) {
-                return Poll::Ready(Verdict::UnexpectedStatus);
+                return Poll::Ready(ProbeResult::UnexpectedStatus);
             }
             (self.head, self.searched, self.is_blank) = (rest, 0, false);
         }
@@ -132,13 +138,13 @@ impl<'a> Http<'a> {
 }
 
 /// What the first bytes say where they are not those of an HTTP/1 response.
-fn opening(bytes: &[u8]) -> Option<Verdict> {
+fn opening(bytes: &[u8]) -> Option<ProbeResult> {
     match bytes {
         // An alert, or a handshake, of SSL 3.0 to TLS 1.3 (RFC 8446, 5.1).
         [0x15 | 0x16] => None,
-        [0x15 | 0x16, 0x03, ..] => Some(Verdict::AnswerTls),
+        [0x15 | 0x16, 0x03, ..] => Some(ProbeResult::AnswerTls),
         _ if bytes.iter().zip(b"HTTP/1.").all(|(byte, expected)| byte == expected) => None,
-        _ => Some(Verdict::AnswerMalformed),
+        _ => Some(ProbeResult::AnswerMalformed),
     }
 }
 
@@ -158,7 +164,7 @@ fn status(head: &[u8]) -> Option<u16> {
 
 /// Finds some bytes among others that come in pieces, without a step back (Knuth, Morris and Pratt).
 #[derive(Debug)]
-struct Search<'a> {
+struct BytesSearch<'a> {
     wanted: &'a [u8],
     /// For each beginning of `wanted`, the length of its longest end, itself apart, that `wanted` begins with.
     borders: Vec<usize>,
@@ -166,7 +172,7 @@ struct Search<'a> {
     matched: usize,
 }
 
-impl<'a> Search<'a> {
+impl<'a> BytesSearch<'a> {
     fn new(wanted: &'a [u8]) -> Self {
         let mut search = Self { wanted, borders: Vec::with_capacity(wanted.len()), matched: 0 };
         for (at, byte) in wanted.iter().enumerate() {
@@ -179,11 +185,11 @@ impl<'a> Search<'a> {
         search
     }
 
-    fn feed(&mut self, bytes: &[u8]) -> Poll<Verdict> {
+    fn feed(&mut self, bytes: &[u8]) -> Poll<ProbeResult> {
         for byte in bytes {
             self.step(*byte);
             if self.matched == self.wanted.len() {
-                return Poll::Ready(Verdict::Passed);
+                return Poll::Ready(ProbeResult::Passed);
             }
         }
         Poll::Pending
@@ -205,18 +211,18 @@ mod tests {
     use super::*;
     use crate::config::Protocol;
 
-    fn http() -> Ask {
+    fn http() -> ProbeCheck {
         let expect_status = vec![200..=299, 404..=404];
-        Ask::Http { path: "/".to_owned(), host: None, expect_status }
+        ProbeCheck::Http { path: "/".to_owned(), host: None, expect_status }
     }
 
-    fn exchange(expect: &[u8], prefix: bool) -> Ask {
-        Ask::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: expect.to_vec(), prefix }
+    fn exchange(expect: &[u8], prefix: bool) -> ProbeCheck {
+        ProbeCheck::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: expect.to_vec(), prefix }
     }
 
     /// What comes of pieces; where they do not decide, what comes of the end after them.
-    fn verdict<'p>(ask: &Ask, pieces: impl IntoIterator<Item = &'p [u8]>) -> (Verdict, bool) {
-        let mut answer = Answer::new(ask).unwrap();
+    fn verdict<'p>(ask: &ProbeCheck, pieces: impl IntoIterator<Item = &'p [u8]>) -> (ProbeResult, bool) {
+        let mut answer = ProbeResponse::new(ask).unwrap();
         for piece in pieces {
             if let Poll::Ready(verdict) = answer.feed(piece) {
                 return (verdict, true);
@@ -227,14 +233,14 @@ mod tests {
 
     /// The verdict of bytes that decide, in one piece and byte by byte.
     #[track_caller]
-    fn decides(ask: &Ask, bytes: &[u8], expected: Verdict) {
+    fn decides(ask: &ProbeCheck, bytes: &[u8], expected: ProbeResult) {
         let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(60)]);
         assert_eq!(verdict(ask, [bytes]), (expected, true), "{shown}");
         assert_eq!(verdict(ask, bytes.chunks(1)), (expected, true), "{shown}, byte by byte");
     }
 
     #[track_caller]
-    fn ends(ask: &Ask, bytes: &[u8], expected: Verdict) {
+    fn ends(ask: &ProbeCheck, bytes: &[u8], expected: ProbeResult) {
         assert_eq!(verdict(ask, [bytes]), (expected, false), "{}", String::from_utf8_lossy(bytes));
         assert_eq!(verdict(ask, bytes.chunks(1)), (expected, false), "byte by byte");
     }
@@ -242,25 +248,25 @@ mod tests {
     #[test]
     fn a_status_counts_once_the_head_is_whole() {
         for (status, expected) in [
-            ("200 OK", Verdict::Passed),
-            ("200", Verdict::Passed),
-            ("299 ", Verdict::Passed),
-            ("404 Not Found", Verdict::Passed),
-            ("400 Bad Request", Verdict::UnexpectedStatus),
-            ("300 Multiple Choices", Verdict::UnexpectedStatus),
-            ("503 Service Unavailable", Verdict::UnexpectedStatus),
+            ("200 OK", ProbeResult::Passed),
+            ("200", ProbeResult::Passed),
+            ("299 ", ProbeResult::Passed),
+            ("404 Not Found", ProbeResult::Passed),
+            ("400 Bad Request", ProbeResult::UnexpectedStatus),
+            ("300 Multiple Choices", ProbeResult::UnexpectedStatus),
+            ("503 Service Unavailable", ProbeResult::UnexpectedStatus),
         ] {
             for version in ["HTTP/1.0", "HTTP/1.1"] {
                 for end in ["\r\n", "\n"] {
                     let head = format!("{version} {status}{end}A: b{end}folded:{end} c{end}{end}");
                     decides(&http(), head.as_bytes(), expected);
                     decides(&http(), format!("{head}body\r\n\r\n").as_bytes(), expected);
-                    ends(&http(), &head.as_bytes()[..head.len() - 1], Verdict::Closed);
+                    ends(&http(), &head.as_bytes()[..head.len() - 1], ProbeResult::Closed);
                 }
                 decides(&http(), format!("{version} {status}\r\n\r\n").as_bytes(), expected);
             }
         }
-        assert!(Answer::new(&Ask::Connect).is_none());
+        assert!(ProbeResponse::new(&ProbeCheck::Connect).is_none());
     }
 
     #[test]
@@ -278,12 +284,12 @@ mod tests {
             b"HTTP/1.1 \n\r\n",
             b"\x15\x02",
         ] {
-            decides(&http(), garbage, Verdict::AnswerMalformed);
+            decides(&http(), garbage, ProbeResult::AnswerMalformed);
         }
-        decides(&http(), b"\x15\x03\x01\0\x02\x02\x46", Verdict::AnswerTls);
-        decides(&http(), b"\x16\x03", Verdict::AnswerTls);
+        decides(&http(), b"\x15\x03\x01\0\x02\x02\x46", ProbeResult::AnswerTls);
+        decides(&http(), b"\x16\x03", ProbeResult::AnswerTls);
         for open in [&b""[..], b"\x15", b"H", b"HTTP/1.", b"HTTP/1.1 200 OK\r\n"] {
-            ends(&http(), open, Verdict::Closed);
+            ends(&http(), open, ProbeResult::Closed);
         }
     }
 
@@ -291,17 +297,17 @@ mod tests {
     fn interim_responses_are_skipped_within_the_bound() {
         let interim = &b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"[..];
         let after = |count: usize, last: &str| [&interim.repeat(count)[..], last.as_bytes()].concat();
-        decides(&http(), &after(3, "HTTP/1.1 200 OK\r\n\r\n"), Verdict::Passed);
-        decides(&http(), &after(1, "HTTP/1.1 500 No\r\n\r\n"), Verdict::UnexpectedStatus);
-        decides(&http(), &after(1, "no HTTP"), Verdict::AnswerMalformed);
-        ends(&http(), &after(1, "HTTP/1.1 200 OK\r\n"), Verdict::Closed);
+        decides(&http(), &after(3, "HTTP/1.1 200 OK\r\n\r\n"), ProbeResult::Passed);
+        decides(&http(), &after(1, "HTTP/1.1 500 No\r\n\r\n"), ProbeResult::UnexpectedStatus);
+        decides(&http(), &after(1, "no HTTP"), ProbeResult::AnswerMalformed);
+        ends(&http(), &after(1, "HTTP/1.1 200 OK\r\n"), ProbeResult::Closed);
         let most = MOST_OF_HEAD / interim.len();
-        decides(&http(), &after(most + 1, "HTTP/1.1 200 OK\r\n\r\n"), Verdict::AnswerTooLong);
+        decides(&http(), &after(most + 1, "HTTP/1.1 200 OK\r\n\r\n"), ProbeResult::AnswerTooLong);
         let switching = b"HTTP/1.1 101 Switching Protocols\r\n\r\n";
-        decides(&http(), switching, Verdict::UnexpectedStatus);
+        decides(&http(), switching, ProbeResult::UnexpectedStatus);
         let expect_status = vec![101..=101];
-        let ask = Ask::Http { path: "/".to_owned(), host: None, expect_status };
-        decides(&ask, switching, Verdict::Passed);
+        let ask = ProbeCheck::Http { path: "/".to_owned(), host: None, expect_status };
+        decides(&ask, switching, ProbeResult::Passed);
     }
 
     #[test]
@@ -311,36 +317,36 @@ mod tests {
             head.resize(len - 4, b'x');
             [&head[..], b"\r\n\r\n"].concat()
         };
-        decides(&http(), &head(MOST_OF_HEAD), Verdict::Passed);
-        decides(&http(), &head(MOST_OF_HEAD + 1), Verdict::AnswerTooLong);
+        decides(&http(), &head(MOST_OF_HEAD), ProbeResult::Passed);
+        decides(&http(), &head(MOST_OF_HEAD + 1), ProbeResult::AnswerTooLong);
         let many = [b"HTTP/1.1 200 OK\n", &b"a:\n".repeat(5_000)[..], b"\n"].concat();
-        decides(&http(), &many, Verdict::Passed);
+        decides(&http(), &many, ProbeResult::Passed);
     }
 
     #[test]
     fn an_answer_begins_as_it_must() {
         let ask = exchange(b"+PONG", true);
-        decides(&ask, b"+PONG", Verdict::Passed);
-        decides(&ask, b"+PONG\r\n", Verdict::Passed);
-        decides(&ask, b"-", Verdict::UnexpectedAnswer);
-        decides(&ask, b"+PINGPONG", Verdict::UnexpectedAnswer);
-        ends(&ask, b"", Verdict::Closed);
-        ends(&ask, b"+PON", Verdict::Closed);
+        decides(&ask, b"+PONG", ProbeResult::Passed);
+        decides(&ask, b"+PONG\r\n", ProbeResult::Passed);
+        decides(&ask, b"-", ProbeResult::UnexpectedAnswer);
+        decides(&ask, b"+PINGPONG", ProbeResult::UnexpectedAnswer);
+        ends(&ask, b"", ProbeResult::Closed);
+        ends(&ask, b"+PON", ProbeResult::Closed);
     }
 
     #[test]
     fn an_answer_contains_what_it_must() {
         let ask = exchange(b"aab", false);
-        decides(&ask, b"aab", Verdict::Passed);
-        decides(&ask, b"xaaaab", Verdict::Passed);
-        decides(&ask, b"aacaabx", Verdict::Passed);
-        ends(&ask, b"aacab", Verdict::UnexpectedAnswer);
-        ends(&ask, b"", Verdict::Closed);
+        decides(&ask, b"aab", ProbeResult::Passed);
+        decides(&ask, b"xaaaab", ProbeResult::Passed);
+        decides(&ask, b"aacaabx", ProbeResult::Passed);
+        ends(&ask, b"aacab", ProbeResult::UnexpectedAnswer);
+        ends(&ask, b"", ProbeResult::Closed);
         let mut long = vec![b'a'; MOST_OF_EXCHANGE];
-        decides(&ask, &long, Verdict::AnswerTooLong);
+        decides(&ask, &long, ProbeResult::AnswerTooLong);
         *long.last_mut().unwrap() = b'b';
-        decides(&ask, &long, Verdict::Passed);
-        decides(&ask, &[b"a", &long[..]].concat(), Verdict::AnswerTooLong);
+        decides(&ask, &long, ProbeResult::Passed);
+        decides(&ask, &[b"a", &long[..]].concat(), ProbeResult::AnswerTooLong);
     }
 
     fn fragment() -> impl Strategy<Value = Vec<u8>> {
@@ -368,7 +374,7 @@ mod tests {
         ]
     }
 
-    fn question() -> impl Strategy<Value = Ask> {
+    fn question() -> impl Strategy<Value = ProbeCheck> {
         let expect = proptest::sample::select(vec!["ababc", "ab", "abab", "HTTP/1.1 200", "x"]);
         let exchange =
             (expect, any::<bool>()).prop_map(|(expect, prefix)| exchange(expect.as_bytes(), prefix));
@@ -395,9 +401,9 @@ mod tests {
         #[test]
         fn what_is_contained_is_found(text in "[ab]{0,40}", wanted in "[ab]{1,6}", size in 1_usize..9) {
             let found = verdict(&exchange(wanted.as_bytes(), false), text.as_bytes().chunks(size));
-            prop_assert_eq!(found == (Verdict::Passed, true), text.contains(&wanted));
+            prop_assert_eq!(found == (ProbeResult::Passed, true), text.contains(&wanted));
             let begins = verdict(&exchange(wanted.as_bytes(), true), text.as_bytes().chunks(size));
-            prop_assert_eq!(begins == (Verdict::Passed, true), text.starts_with(&wanted));
+            prop_assert_eq!(begins == (ProbeResult::Passed, true), text.starts_with(&wanted));
         }
     }
 }

@@ -10,13 +10,13 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::yield_now;
 use tokio::time::timeout;
 
-use super::answer::Answer;
-use crate::account::Verdict;
-use crate::account::meter::Connect;
+use super::answer::ProbeResponse;
+use crate::account::ProbeResult;
+use crate::account::meter::ConnectResult;
 use crate::addr::BackendAddr;
-use crate::admission::ports::{PROBES, Port, Ports};
-use crate::config::{Ask, Probe, Protocol};
-use crate::connect::{self, Opening, Origin};
+use crate::admission::ports::{LocalPort, LocalPorts, PROBES};
+use crate::config::{ProbeCheck, ProbeConfig, Protocol};
+use crate::connect::{self, ConnectPurpose, SourcePorts};
 use crate::wire;
 
 /// Bytes of one read.
@@ -25,14 +25,14 @@ const READ: usize = 4096;
 /// Probes a backend once, from each source in turn as long as only the local ports are at fault; over after
 /// `probe.timeout` at the latest. The connection is reset in the end, and never closed: a close would leave a port in
 /// TIME_WAIT for each probe.
-pub async fn ask(backend: BackendAddr, from: (&[IpAddr], &Ports), probe: &Probe) -> Verdict {
-    let mut late = Verdict::ConnectTimeout;
+pub async fn ask(backend: BackendAddr, from: (&[IpAddr], &LocalPorts), probe: &ProbeConfig) -> ProbeResult {
+    let mut late = ProbeResult::ConnectTimeout;
     let ended = timeout(probe.timeout, converse(backend, from, probe, &mut late)).await;
     match ended {
         Ok(Ok(verdict)) => verdict,
         Ok(Err(error)) => match Errno::from_io_error(&error) {
             // Where it comes before anything is asked, the backend has accepted, and changed its mind.
-            Some(Errno::CONNRESET | Errno::PIPE) => Verdict::Reset,
+            Some(Errno::CONNRESET | Errno::PIPE) => ProbeResult::Reset,
             Some(Errno::TIMEDOUT) => late,
             _ => connect::classify(&error).into(),
         },
@@ -43,24 +43,24 @@ pub async fn ask(backend: BackendAddr, from: (&[IpAddr], &Ports), probe: &Probe)
 /// `late` is what it means if the time is over.
 async fn converse(
     backend: BackendAddr,
-    (sources, ports): (&[IpAddr], &Ports),
-    probe: &Probe,
-    late: &mut Verdict,
-) -> io::Result<Verdict> {
+    (sources, ports): (&[IpAddr], &LocalPorts),
+    probe: &ProbeConfig,
+    late: &mut ProbeResult,
+) -> io::Result<ProbeResult> {
     let mut address = backend.0;
     if let Some(port) = probe.port {
         address.set_port(port);
     }
     let question = question(address, probe);
-    if let Ask::Exchange { protocol: Protocol::Udp, .. } = probe.ask {
+    if let ProbeCheck::Exchange { protocol: Protocol::Udp, .. } = probe.ask {
         return datagram(BackendAddr(address), sources, &question, probe, late).await;
     }
-    let opening = if question.is_empty() { Opening::Listens } else { Opening::Speaks };
+    let opening = if question.is_empty() { ConnectPurpose::Listens } else { ConnectPurpose::Speaks };
     // The connection is reset in the end, and its port is free at once.
     let (mut socket, _port) = connect(BackendAddr(address), (sources, ports), opening).await?;
-    *late = Verdict::AnswerTimeout;
+    *late = ProbeResult::AnswerTimeout;
     socket.write_all(&question).await?;
-    let Some(mut answer) = Answer::new(&probe.ask) else { return Ok(Verdict::Passed) };
+    let Some(mut answer) = ProbeResponse::new(&probe.ask) else { return Ok(ProbeResult::Passed) };
     loop {
         socket.readable().await?;
         if let Poll::Ready(verdict) = read(&socket, &mut answer)? {
@@ -76,9 +76,9 @@ async fn datagram(
     address: BackendAddr,
     sources: &[IpAddr],
     question: &[u8],
-    probe: &Probe,
-    late: &mut Verdict,
-) -> io::Result<Verdict> {
+    probe: &ProbeConfig,
+    late: &mut ProbeResult,
+) -> io::Result<ProbeResult> {
     let source = connect::sources(sources, address, 0).next().flatten();
     let any = if address.0.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind(SocketAddr::new(source.unwrap_or(any), 0)).await?;
@@ -87,9 +87,9 @@ async fn datagram(
     if socket.local_addr()? == address.0 {
         return Err(Errno::CONNREFUSED.into());
     }
-    *late = Verdict::AnswerTimeout;
+    *late = ProbeResult::AnswerTimeout;
     socket.send(question).await?;
-    let Some(mut answer) = Answer::new(&probe.ask) else { return Ok(Verdict::Passed) };
+    let Some(mut answer) = ProbeResponse::new(&probe.ask) else { return Ok(ProbeResult::Passed) };
     loop {
         let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;
         if ready.is_error()
@@ -104,7 +104,7 @@ async fn datagram(
 }
 
 /// Here for the same reason as [`read`].
-fn hear(socket: &UdpSocket, answer: &mut Answer<'_>) -> io::Result<Option<Verdict>> {
+fn hear(socket: &UdpSocket, answer: &mut ProbeResponse<'_>) -> io::Result<Option<ProbeResult>> {
     let mut bytes = [0; READ];
     match socket.try_recv(&mut bytes) {
         Ok(count) => {
@@ -118,21 +118,21 @@ fn hear(socket: &UdpSocket, answer: &mut Answer<'_>) -> io::Result<Option<Verdic
 
 async fn connect(
     address: BackendAddr,
-    (sources, ports): (&[IpAddr], &Ports),
-    opening: Opening,
-) -> io::Result<(TcpStream, Port)> {
+    (sources, ports): (&[IpAddr], &LocalPorts),
+    opening: ConnectPurpose,
+) -> io::Result<(TcpStream, LocalPort)> {
     let mut result = Err(Errno::ADDRNOTAVAIL.into());
     for source in connect::sources(sources, address, 0) {
         let space = &ports.space(source, address.0);
-        result = attempt(Origin { source, ports, space, tenant: PROBES }, opening).await;
-        if !matches!(&result, Err(error) if connect::classify(error) == Connect::NoLocalPort) {
+        result = attempt(SourcePorts { source, ports, space, tenant: PROBES }, opening).await;
+        if !matches!(&result, Err(error) if connect::classify(error) == ConnectResult::NoLocalPort) {
             break;
         }
     }
     result
 }
 
-async fn attempt(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream, Port)> {
+async fn attempt(origin: SourcePorts<'_>, opening: ConnectPurpose) -> io::Result<(TcpStream, LocalPort)> {
     let (socket, port) = connect::start(origin, opening)?;
     // Now, so that it holds wherever this ends.
     socket.set_zero_linger()?;
@@ -141,7 +141,7 @@ async fn attempt(origin: Origin<'_>, opening: Opening) -> io::Result<(TcpStream,
 }
 
 /// Here and not in [`converse`], whose future would keep the bytes for every backend all the time.
-fn read(socket: &TcpStream, answer: &mut Answer<'_>) -> io::Result<Poll<Verdict>> {
+fn read(socket: &TcpStream, answer: &mut ProbeResponse<'_>) -> io::Result<Poll<ProbeResult>> {
     let mut bytes = [0; READ];
     match socket.try_read(&mut bytes) {
         Ok(0) => Ok(Poll::Ready(answer.end())),
@@ -152,11 +152,11 @@ fn read(socket: &TcpStream, answer: &mut Answer<'_>) -> io::Result<Poll<Verdict>
 }
 
 /// What is sent: in one piece, so that the answer to the first part cannot end the connection before the second.
-fn question(address: SocketAddr, probe: &Probe) -> Vec<u8> {
-    let mut bytes = if probe.send_proxy { wire::Builder::local().build() } else { Vec::new() };
+fn question(address: SocketAddr, probe: &ProbeConfig) -> Vec<u8> {
+    let mut bytes = if probe.send_proxy { wire::HeaderBuilder::local().build() } else { Vec::new() };
     match &probe.ask {
-        Ask::Connect => {}
-        Ask::Http { path, host, .. } => {
+        ProbeCheck::Connect => {}
+        ProbeCheck::Http { path, host, .. } => {
             // An IPv6 address without its zone, which is of no use to others (RFC 9844, 6).
             let own = || SocketAddr::new(address.ip(), address.port()).to_string();
             let host = host.clone().unwrap_or_else(own);
@@ -166,7 +166,7 @@ fn question(address: SocketAddr, probe: &Probe) -> Vec<u8> {
             );
             bytes.extend(request.bytes());
         }
-        Ask::Exchange { send, .. } => bytes.extend(send),
+        ProbeCheck::Exchange { send, .. } => bytes.extend(send),
     }
     bytes
 }
@@ -177,14 +177,14 @@ mod tests {
 
     use super::*;
 
-    fn asked(address: &str, send_proxy: bool, ask: Ask) -> Vec<u8> {
+    fn asked(address: &str, send_proxy: bool, ask: ProbeCheck) -> Vec<u8> {
         let (interval, timeout) = (Duration::from_secs(5), Duration::from_secs(1));
-        let probe = Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy, ask };
+        let probe = ProbeConfig { interval, timeout, rise: 1, fall: 1, port: None, send_proxy, ask };
         question(address.parse().unwrap(), &probe)
     }
 
-    fn get(host: Option<&str>) -> Ask {
-        Ask::Http {
+    fn get(host: Option<&str>) -> ProbeCheck {
+        ProbeCheck::Http {
             path: "/up?x=1".to_owned(),
             host: host.map(str::to_owned),
             expect_status: vec![200..=200],
@@ -211,14 +211,14 @@ mod tests {
     #[test]
     fn a_header_comes_first_and_speaks_for_nobody() {
         let local = [&wire::SIGNATURE[..], &[0x20, 0, 0, 0]].concat();
-        let exchange = Ask::Exchange {
+        let exchange = ProbeCheck::Exchange {
             protocol: Protocol::Tcp,
             send: b"PING".to_vec(),
             expect: b"PONG".to_vec(),
             prefix: true,
         };
-        assert_eq!(asked("10.0.0.1:80", true, Ask::Connect), local);
-        assert_eq!(asked("10.0.0.1:80", false, Ask::Connect), b"");
+        assert_eq!(asked("10.0.0.1:80", true, ProbeCheck::Connect), local);
+        assert_eq!(asked("10.0.0.1:80", false, ProbeCheck::Connect), b"");
         assert_eq!(asked("10.0.0.1:80", true, exchange.clone()), [&local[..], b"PING"].concat());
         assert_eq!(asked("10.0.0.1:80", false, exchange), b"PING");
         assert!(asked("10.0.0.1:80", true, get(None)).starts_with(&[&local[..], b"GET /"].concat()));

@@ -7,17 +7,17 @@ use std::time::Duration;
 
 use hickory_resolver::proto::rr::{Name, RData, Record};
 
-use super::Lookup;
-use crate::pool::{MOST_ADDRESSES, Resolved};
+use super::LookupResult;
+use crate::pool::{MOST_ADDRESSES, ResolvedAddress};
 
 /// The weight of the heaviest where weights must be scaled, and the most that a backend may have.
 const HEAVIEST: u64 = 1_000;
 
 /// What a name leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct NameResolution {
     /// Its addresses: never empty, none twice, and [`MOST_ADDRESSES`] at most. The same records give the same order.
-    pub found: Vec<Resolved>,
+    pub found: Vec<ResolvedAddress>,
     /// How many more there were.
     pub left_out: usize,
     /// How long it holds, by its records.
@@ -26,7 +26,7 @@ pub struct Answer {
 
 /// What a question was answered with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Said<T> {
+pub struct DnsAnswer<T> {
     /// What the records lead to; never empty.
     pub found: Vec<T>,
     /// The least time to live, in seconds.
@@ -34,11 +34,11 @@ pub struct Said<T> {
 }
 
 /// The answers for the two families of a host: A, then AAAA.
-pub type Families = [Result<Said<IpAddr>, Lookup>; 2];
+pub type Families = [Result<DnsAnswer<IpAddr>, LookupResult>; 2];
 
 /// A record of a service (RFC 2782).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Service {
+pub struct SrvRecord {
     /// The lowest is used first.
     pub priority: u16,
     /// The share among those of the same priority.
@@ -74,7 +74,7 @@ fn time_to_live(record: &Record) -> u32 {
 
 /// The addresses that the records of `name` say, in order, and the least time to live of those records.
 #[must_use]
-pub fn addresses(name: &Name, records: &[Record]) -> Said<IpAddr> {
+pub fn addresses(name: &Name, records: &[Record]) -> DnsAnswer<IpAddr> {
     let own = records.iter().filter(|record| record.name == *name);
     let (found, ttls): (BTreeSet<_>, Vec<_>) = own
         .filter_map(|record| {
@@ -82,12 +82,12 @@ pub fn addresses(name: &Name, records: &[Record]) -> Said<IpAddr> {
             Some((address, time_to_live(record)))
         })
         .unzip();
-    Said { found: found.into_iter().collect(), ttl: least(ttls) }
+    DnsAnswer { found: found.into_iter().collect(), ttl: least(ttls) }
 }
 
 /// The services that the records of `name` say, the preferred first, and the least time to live of those records. The target `.` says that the service is not available (RFC 2782).
 #[must_use]
-pub fn services(name: &Name, records: &[Record]) -> Said<Service> {
+pub fn services(name: &Name, records: &[Record]) -> DnsAnswer<SrvRecord> {
     let own = records.iter().filter(|record| record.name == *name);
     let (found, ttls): (BTreeSet<_>, Vec<_>) = own
         .filter_map(|record| {
@@ -98,9 +98,9 @@ pub fn services(name: &Name, records: &[Record]) -> Said<Service> {
             is_offered.then_some((service, time_to_live(record)))
         })
         .unzip();
-    let service = |(priority, Reverse(weight), host, port)| Service { priority, weight, host, port };
+    let service = |(priority, Reverse(weight), host, port)| SrvRecord { priority, weight, host, port };
     let found = found.into_iter().map(service).collect();
-    Said { found, ttl: least(ttls) }
+    DnsAnswer { found, ttl: least(ttls) }
 }
 
 fn least(ttls: Vec<u32>) -> u32 {
@@ -109,9 +109,9 @@ fn least(ttls: Vec<u32>) -> u32 {
 
 /// What a host's addresses at a port are.
 #[must_use]
-pub fn of_host(said: Said<IpAddr>, port: u16) -> Option<Answer> {
+pub fn of_host(said: DnsAnswer<IpAddr>, port: u16) -> Option<NameResolution> {
     let resolved =
-        |address| Resolved { address: SocketAddr::new(address, port), weight: None, is_backup: false };
+        |address| ResolvedAddress { address: SocketAddr::new(address, port), weight: None, is_backup: false };
     let found: BTreeSet<_> = said.found.into_iter().collect();
     limited(found.into_iter().map(resolved).collect(), said.ttl)
 }
@@ -119,11 +119,14 @@ pub fn of_host(said: Said<IpAddr>, port: u16) -> Option<Answer> {
 /// What the services' hosts' addresses are: those of the lowest priority, and all others as backups. A weight is that of all
 /// addresses of its host together.
 #[must_use]
-pub fn of_service(said: &Said<Service>, hosts: &BTreeMap<Name, Said<IpAddr>>) -> Option<Answer> {
+pub fn of_service(
+    said: &DnsAnswer<SrvRecord>,
+    hosts: &BTreeMap<Name, DnsAnswer<IpAddr>>,
+) -> Option<NameResolution> {
     let known = || said.found.iter().filter_map(|service| Some((service, hosts.get(&service.host)?)));
     // Where nothing is known of the preferred, the next are no backups: there is nobody to wait for.
     let preferred = known().map(|(service, _)| service.priority).min()?;
-    let mut shares: BTreeMap<(u16, SocketAddr), Share> = BTreeMap::new();
+    let mut shares: BTreeMap<(u16, SocketAddr), WeightShare> = BTreeMap::new();
     for (service, host) in known() {
         for address in &host.found {
             let place = (service.priority, SocketAddr::new(*address, service.port));
@@ -134,29 +137,29 @@ pub fn of_service(said: &Said<Service>, hosts: &BTreeMap<Name, Said<IpAddr>>) ->
     shares.retain(|(_, address), _| seen.insert(*address));
     let [primaries, backups] = [false, true].map(|is_backup| {
         let own = shares.iter().filter(|((priority, _), _)| (*priority != preferred) == is_backup);
-        Scale::new(own.map(|(_, share)| *share))
+        WeightScale::new(own.map(|(_, share)| *share))
     });
     let found = shares.iter().map(|((priority, address), share)| {
         let is_backup = *priority != preferred;
         let scale = if is_backup { backups } else { primaries };
-        Resolved { address: *address, weight: scale.weight(*share), is_backup }
+        ResolvedAddress { address: *address, weight: scale.weight(*share), is_backup }
     });
     let ttls = said.found.iter().filter_map(|service| hosts.get(&service.host)).map(|host| host.ttl);
     limited(found.collect(), ttls.fold(said.ttl, u32::min))
 }
 
-fn limited(mut found: Vec<Resolved>, ttl: u32) -> Option<Answer> {
+fn limited(mut found: Vec<ResolvedAddress>, ttl: u32) -> Option<NameResolution> {
     let left_out = found.len().saturating_sub(MOST_ADDRESSES as usize);
     found.truncate(MOST_ADDRESSES as usize);
     let ttl = Duration::from_secs(ttl.into());
-    (!found.is_empty()).then_some(Answer { found, left_out, ttl })
+    (!found.is_empty()).then_some(NameResolution { found, left_out, ttl })
 }
 
 /// An address's part of its host's weight, in [`PARTS`](Self::PARTS).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Share(u64);
+struct WeightShare(u64);
 
-impl Share {
+impl WeightShare {
     /// A whole weight is so many.
     const PARTS: u64 = 1 << 20;
 
@@ -168,20 +171,20 @@ impl Share {
 
 /// How shares become weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Scale {
+enum WeightScale {
     /// All are zero: they are equal (RFC 2782).
     Equal,
     /// Each is a weight as it stands.
     AsSaid,
     /// This one becomes [`HEAVIEST`], and the others in relation.
-    To(Share),
+    To(WeightShare),
 }
 
-impl Scale {
-    fn new(shares: impl Iterator<Item = Share> + Clone) -> Self {
+impl WeightScale {
+    fn new(shares: impl Iterator<Item = WeightShare> + Clone) -> Self {
         let largest = shares.clone().max().unwrap_or_default();
-        let is_weight = |Share(parts): Share| {
-            parts % Share::PARTS == 0 && (1..=HEAVIEST).contains(&(parts / Share::PARTS))
+        let is_weight = |WeightShare(parts): WeightShare| {
+            parts % WeightShare::PARTS == 0 && (1..=HEAVIEST).contains(&(parts / WeightShare::PARTS))
         };
         if largest.0 == 0 {
             Self::Equal
@@ -193,11 +196,11 @@ impl Scale {
     }
 
     /// Never 0: one with the weight 0 among others has a very small chance of being picked (RFC 2782), not none.
-    fn weight(self, Share(parts): Share) -> Option<u32> {
+    fn weight(self, WeightShare(parts): WeightShare) -> Option<u32> {
         let weight = match self {
             Self::Equal => return None,
-            Self::AsSaid => parts / Share::PARTS,
-            Self::To(Share(largest)) => {
+            Self::AsSaid => parts / WeightShare::PARTS,
+            Self::To(WeightShare(largest)) => {
                 let whole = u128::from(parts) * u128::from(HEAVIEST) + u128::from(largest) / 2;
                 u64::try_from(whole / u128::from(largest.max(1))).unwrap_or(HEAVIEST)
             }
@@ -208,7 +211,7 @@ impl Scale {
 
 /// What the questions for each host's families were last answered with: where one fails, this still holds.
 #[derive(Debug, Default)]
-pub struct Memory {
+pub struct LastAnswers {
     hosts: BTreeMap<Name, [Vec<IpAddr>; 2]>,
     /// Addresses that the answers of the last lookup contained and that no answer may contain.
     pub refused: BTreeSet<IpAddr>,
@@ -216,18 +219,18 @@ pub struct Memory {
 
 /// What is known of a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct HostAnswer {
     /// Its addresses; none where there never was one, or where it has none.
-    pub addresses: Said<IpAddr>,
+    pub addresses: DnsAnswer<IpAddr>,
     /// How its lookup ended: found, where one family at least has addresses now.
-    pub lookup: Lookup,
+    pub lookup: LookupResult,
 }
 
-impl Memory {
+impl LastAnswers {
     /// Takes in the answers for a host.
-    pub fn settle(&mut self, host: &Name, families: Families) -> Known {
+    pub fn settle(&mut self, host: &Name, families: Families) -> HostAnswer {
         let last = self.hosts.entry(host.clone()).or_default();
-        let (mut addresses, mut worst) = (Said { found: Vec::new(), ttl: u32::MAX }, None);
+        let (mut addresses, mut worst) = (DnsAnswer { found: Vec::new(), ttl: u32::MAX }, None);
         let mut is_found = false;
         for (last, family) in last.iter_mut().zip(families) {
             match family {
@@ -246,8 +249,8 @@ impl Memory {
             }
             addresses.found.extend_from_slice(last);
         }
-        let lookup = if is_found { Lookup::Found } else { worst.unwrap_or(Lookup::NoAddress) };
-        Known { addresses, lookup }
+        let lookup = if is_found { LookupResult::Found } else { worst.unwrap_or(LookupResult::NoAddress) };
+        HostAnswer { addresses, lookup }
     }
 
     /// Forgets every host but these.

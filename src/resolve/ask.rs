@@ -19,13 +19,13 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::Lookup;
-use super::answer::{self, Answer, Families, Known, Memory, Said, Service};
-use super::guard::{Guard, Own, is_usable};
-use super::server::Server;
+use super::LookupResult;
+use super::answer::{self, DnsAnswer, Families, HostAnswer, LastAnswers, NameResolution, SrvRecord};
+use super::guard::{AddressFilter, Own, is_usable};
+use super::server::DnsServer;
 use crate::account::lock;
-use crate::account::meter::Connect;
-use crate::config::{Dns, Target};
+use crate::account::meter::ConnectResult;
+use crate::config::{BackendTarget, DnsConfig};
 use crate::connect;
 use crate::pool::MOST_ADDRESSES;
 
@@ -48,7 +48,7 @@ pub struct NoServers(NetError);
 
 /// Looks names up. Answers are not kept: who asks again wants to know.
 pub struct Resolver {
-    servers: Vec<Server>,
+    servers: Vec<DnsServer>,
     /// The server that answered last.
     preferred: AtomicUsize,
     /// What a server, and what all of them together may take over a question.
@@ -60,7 +60,7 @@ pub struct Resolver {
     dots: usize,
     hosts: HostsFile,
     questions: Semaphore,
-    guard: Guard,
+    guard: AddressFilter,
 }
 
 impl Resolver {
@@ -69,7 +69,7 @@ impl Resolver {
     ///
     /// # Errors
     /// The system's configuration is needed and cannot be read, or names no server.
-    pub fn new(config: &Dns, own: Own) -> Result<Self, NoServers> {
+    pub fn new(config: &DnsConfig, own: Own) -> Result<Self, NoServers> {
         let (servers, search, dots, edns) = if config.servers.is_empty() {
             let (system, options) = read_system_conf().map_err(NoServers)?;
             let (domain, mut search, servers) = system.into_parts();
@@ -92,7 +92,7 @@ impl Resolver {
         (options.timeout, options.edns0) = (share, edns);
         let context = Arc::new(PoolContext::new(options, TlsConfig::new().map_err(NoServers)?));
         Ok(Self {
-            servers: servers.into_iter().map(|server| Server::new(server, &context)).collect(),
+            servers: servers.into_iter().map(|server| DnsServer::new(server, &context)).collect(),
             preferred: AtomicUsize::new(0),
             share,
             timeout: config.timeout,
@@ -101,7 +101,7 @@ impl Resolver {
             dots,
             hosts: HostsFile::new(HOSTS),
             questions: Semaphore::new(AT_ONCE),
-            guard: Guard::new(&config.allow_answers, own),
+            guard: AddressFilter::new(&config.allow_answers, own),
         })
     }
 
@@ -115,33 +115,41 @@ impl Resolver {
     ///
     /// # Errors
     /// How it ended, where nothing was found.
-    pub async fn look_up(self: &Arc<Self>, target: &Target, memory: &mut Memory) -> Result<Answer, Lookup> {
+    pub async fn look_up(
+        self: &Arc<Self>,
+        target: &BackendTarget,
+        memory: &mut LastAnswers,
+    ) -> Result<NameResolution, LookupResult> {
         memory.refused.clear();
         let mut answer = self.find(target, memory).await?;
-        if matches!(target, Target::Address(_)) {
+        if matches!(target, BackendTarget::Address(_)) {
             return Ok(answer);
         }
         let own = answer.found.extract_if(.., |resolved| self.guard.is_own(resolved.address));
         memory.refused.extend(own.map(|resolved| resolved.address.ip()));
-        if answer.found.is_empty() { Err(Lookup::AddressRefused) } else { Ok(answer) }
+        if answer.found.is_empty() { Err(LookupResult::AddressRefused) } else { Ok(answer) }
     }
 
-    async fn find(self: &Arc<Self>, target: &Target, memory: &mut Memory) -> Result<Answer, Lookup> {
+    async fn find(
+        self: &Arc<Self>,
+        target: &BackendTarget,
+        memory: &mut LastAnswers,
+    ) -> Result<NameResolution, LookupResult> {
         match target {
-            Target::Address(address) => {
-                let said = Said { found: vec![address.ip()], ttl: u32::MAX };
-                answer::of_host(said, address.port()).ok_or(Lookup::NoAddress)
+            BackendTarget::Address(address) => {
+                let said = DnsAnswer { found: vec![address.ip()], ttl: u32::MAX };
+                answer::of_host(said, address.port()).ok_or(LookupResult::NoAddress)
             }
-            Target::Host { name, port } => {
+            BackendTarget::Host { name, port } => {
                 let names = self.names_of_host(name)?;
-                let mut worst = Lookup::NoSuchName;
+                let mut worst = LookupResult::NoSuchName;
                 for name in &names {
                     let (families, refused) = self.families(name, true).await;
                     memory.refused.extend(refused);
-                    let Known { addresses, lookup } = memory.settle(name, families);
-                    if lookup == Lookup::Found {
+                    let HostAnswer { addresses, lookup } = memory.settle(name, families);
+                    if lookup == LookupResult::Found {
                         memory.keep(&BTreeSet::from([name.clone()]));
-                        return answer::of_host(addresses, *port).ok_or(Lookup::NoAddress);
+                        return answer::of_host(addresses, *port).ok_or(LookupResult::NoAddress);
                     }
                     worst = worst.max(lookup);
                     if ends_search(lookup) {
@@ -150,11 +158,15 @@ impl Resolver {
                 }
                 Err(worst)
             }
-            Target::Service(name) => self.service(name, memory).await,
+            BackendTarget::Service(name) => self.service(name, memory).await,
         }
     }
 
-    async fn service(self: &Arc<Self>, name: &str, memory: &mut Memory) -> Result<Answer, Lookup> {
+    async fn service(
+        self: &Arc<Self>,
+        name: &str,
+        memory: &mut LastAnswers,
+    ) -> Result<NameResolution, LookupResult> {
         let mut services = self.services(name).await?;
         let most = services.found.len().min(MOST_ADDRESSES as usize);
         let left_out = services.found.split_off(most).len();
@@ -167,12 +179,12 @@ impl Resolver {
                 (host, families)
             });
         }
-        let (mut known, mut worst, mut is_found) = (BTreeMap::new(), Lookup::NoAddress, false);
+        let (mut known, mut worst, mut is_found) = (BTreeMap::new(), LookupResult::NoAddress, false);
         while let Some(joined) = asked.join_next().await {
             let Ok((host, (families, refused))) = joined else { continue };
             memory.refused.extend(refused);
-            let Known { addresses, lookup } = memory.settle(&host, families);
-            if lookup == Lookup::Found {
+            let HostAnswer { addresses, lookup } = memory.settle(&host, families);
+            if lookup == LookupResult::Found {
                 is_found = true;
             } else {
                 worst = worst.max(lookup);
@@ -186,11 +198,11 @@ impl Resolver {
             return Err(worst);
         }
         let answer = answer::of_service(&services, &known).ok_or(worst)?;
-        Ok(Answer { left_out: answer.left_out + left_out, ..answer })
+        Ok(NameResolution { left_out: answer.left_out + left_out, ..answer })
     }
 
-    async fn services(&self, name: &str) -> Result<Said<Service>, Lookup> {
-        let mut worst = Lookup::NoSuchName;
+    async fn services(&self, name: &str) -> Result<DnsAnswer<SrvRecord>, LookupResult> {
+        let mut worst = LookupResult::NoSuchName;
         for name in self.names(name)? {
             match self.ask(&name, RecordType::SRV, answer::services).await {
                 Ok(said) => return Ok(said),
@@ -204,8 +216,8 @@ impl Resolver {
     }
 
     /// The names that a name may stand for, in the order in which they are asked for (resolv.conf(5)).
-    fn names(&self, name: &str) -> Result<Vec<Name>, Lookup> {
-        let name = Name::from_ascii(name).map_err(|_| Lookup::NoSuchName)?;
+    fn names(&self, name: &str) -> Result<Vec<Name>, LookupResult> {
+        let name = Name::from_ascii(name).map_err(|_| LookupResult::NoSuchName)?;
         let mut whole = name.clone();
         whole.set_fqdn(true);
         if name.is_fqdn() {
@@ -219,7 +231,7 @@ impl Resolver {
     }
 
     /// The same for a host: the hosts file knows names as they are written, and comes first.
-    fn names_of_host(&self, name: &str) -> Result<Vec<Name>, Lookup> {
+    fn names_of_host(&self, name: &str) -> Result<Vec<Name>, LookupResult> {
         let mut names = self.names(name)?;
         let whole = Name::from_ascii(name).map(|mut name| {
             name.set_fqdn(true);
@@ -246,7 +258,7 @@ impl Resolver {
             let Ok(said) = family else { continue };
             refused.append(&mut self.guard.refuse(&mut said.found));
             if said.found.is_empty() {
-                *family = Err(Lookup::AddressRefused);
+                *family = Err(LookupResult::AddressRefused);
             }
         }
         (families, refused)
@@ -256,13 +268,13 @@ impl Resolver {
     fn known_here(&self, host: &Name) -> Option<Families> {
         if self.hosts.knows(host) {
             return Some(FAMILIES.map(|kind| {
-                let said = Said { found: self.hosts.find(host, kind), ttl: 0 };
-                if said.found.is_empty() { Err(Lookup::NoAddress) } else { Ok(said) }
+                let said = DnsAnswer { found: self.hosts.find(host, kind), ttl: 0 };
+                if said.found.is_empty() { Err(LookupResult::NoAddress) } else { Ok(said) }
             }));
         }
         // No server is asked for it (RFC 6761, 6.3).
         let loopback = [std::net::Ipv4Addr::LOCALHOST.into(), std::net::Ipv6Addr::LOCALHOST.into()];
-        let said = |address| Ok(Said { found: vec![address], ttl: u32::MAX });
+        let said = |address| Ok(DnsAnswer { found: vec![address], ttl: u32::MAX });
         LOCALHOST.zone_of(host).then(|| loopback.map(said))
     }
 
@@ -271,9 +283,9 @@ impl Resolver {
         &self,
         name: &Name,
         kind: RecordType,
-        read: fn(&Name, &[hickory_resolver::proto::rr::Record]) -> Said<T>,
-    ) -> Result<Said<T>, Lookup> {
-        let _permit = self.questions.acquire().await.map_err(|_| Lookup::Shortage)?;
+        read: fn(&Name, &[hickory_resolver::proto::rr::Record]) -> DnsAnswer<T>,
+    ) -> Result<DnsAnswer<T>, LookupResult> {
+        let _permit = self.questions.acquire().await.map_err(|_| LookupResult::Shortage)?;
         let asked = async {
             let (mut name, mut ttl) = (name.clone(), u32::MAX);
             for _ in 0..MOST_ALIASES {
@@ -282,28 +294,28 @@ impl Resolver {
                 let said = read(&end, &message.answers);
                 ttl = ttl.min(of_aliases).min(said.ttl);
                 if !said.found.is_empty() {
-                    return Ok(Said { ttl, ..said });
+                    return Ok(DnsAnswer { ttl, ..said });
                 }
                 if message.response_code == ResponseCode::NXDomain {
-                    return Err(Lookup::NoSuchName);
+                    return Err(LookupResult::NoSuchName);
                 }
                 // Who says the zone of what is missing knows that it is missing (RFC 2308, 2.2).
                 let is_known = message.authorities.iter().any(|record| matches!(record.data, RData::SOA(_)));
                 let has_some = message.answers.iter().any(|record| record.record_type() == kind);
                 if is_known || has_some || end == name {
-                    return Err(Lookup::NoAddress);
+                    return Err(LookupResult::NoAddress);
                 }
                 name = end;
             }
-            Err(Lookup::Malformed)
+            Err(LookupResult::Malformed)
         };
-        timeout(self.timeout, asked).await.unwrap_or(Err(Lookup::Timeout))
+        timeout(self.timeout, asked).await.unwrap_or(Err(LookupResult::Timeout))
     }
 
     /// Asks each server until one knows, beginning with the one that knew last.
-    async fn question(&self, name: &Name, kind: RecordType) -> Result<Message, Lookup> {
+    async fn question(&self, name: &Name, kind: RecordType) -> Result<Message, LookupResult> {
         let preferred = self.preferred.load(Ordering::Relaxed);
-        let mut last = Lookup::Network;
+        let mut last = LookupResult::Network;
         let turns = self.servers.iter().enumerate().cycle().skip(preferred).take(self.servers.len());
         for (place, server) in turns {
             let asked = server.ask(Query::query(name.clone(), kind), self.share);
@@ -313,7 +325,7 @@ impl Resolver {
                     return Ok(message);
                 }
                 Ok(Err(error)) => classify(&error),
-                Err(_) => Lookup::Timeout,
+                Err(_) => LookupResult::Timeout,
             };
             if last.is_answer() {
                 self.preferred.store(place, Ordering::Relaxed);
@@ -326,28 +338,31 @@ impl Resolver {
 
 /// Whether the next name of the search list must not be asked for: it would be taken for one that may exist. A zone that its
 /// servers cannot answer for is passed over, as the system does.
-fn ends_search(lookup: Lookup) -> bool {
-    !lookup.is_answer() && !matches!(lookup, Lookup::Refused | Lookup::ServerFailure)
+fn ends_search(lookup: LookupResult) -> bool {
+    !lookup.is_answer() && !matches!(lookup, LookupResult::Refused | LookupResult::ServerFailure)
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "the set is open")]
-fn classify(error: &NetError) -> Lookup {
+fn classify(error: &NetError) -> LookupResult {
     match error {
         NetError::Dns(DnsError::NoRecordsFound(none)) if none.response_code == ResponseCode::NXDomain => {
-            Lookup::NoSuchName
+            LookupResult::NoSuchName
         }
-        NetError::Dns(DnsError::NoRecordsFound(_)) => Lookup::NoAddress,
-        NetError::Dns(DnsError::ResponseCode(ResponseCode::Refused)) => Lookup::Refused,
-        NetError::Dns(_) => Lookup::ServerFailure,
-        NetError::Timeout => Lookup::Timeout,
-        NetError::Busy => Lookup::Shortage,
+        NetError::Dns(DnsError::NoRecordsFound(_)) => LookupResult::NoAddress,
+        NetError::Dns(DnsError::ResponseCode(ResponseCode::Refused)) => LookupResult::Refused,
+        NetError::Dns(_) => LookupResult::ServerFailure,
+        NetError::Timeout => LookupResult::Timeout,
+        NetError::Busy => LookupResult::Shortage,
         NetError::Io(error) => match connect::classify(error) {
-            Connect::Shortage | Connect::NoLocalPort => Lookup::Shortage,
-            Connect::Timeout => Lookup::Timeout,
-            Connect::Done | Connect::Refused | Connect::Unreachable | Connect::Failed => Lookup::Network,
+            ConnectResult::Shortage | ConnectResult::NoLocalPort => LookupResult::Shortage,
+            ConnectResult::Timeout => LookupResult::Timeout,
+            ConnectResult::Done
+            | ConnectResult::Refused
+            | ConnectResult::Unreachable
+            | ConnectResult::Failed => LookupResult::Network,
         },
-        NetError::NoConnections => Lookup::Network,
-        _ => Lookup::Malformed,
+        NetError::NoConnections => LookupResult::Network,
+        _ => LookupResult::Malformed,
     }
 }
 
@@ -394,15 +409,20 @@ mod tests {
     fn resolver(search: &[&str], dots: usize) -> Resolver {
         let second = Duration::from_secs(1);
         let servers = vec!["127.0.0.1:9".parse().unwrap()];
-        let config =
-            Dns { servers, timeout: second, min_ttl: second, max_ttl: second, allow_answers: Vec::new() };
+        let config = DnsConfig {
+            servers,
+            timeout: second,
+            min_ttl: second,
+            max_ttl: second,
+            allow_answers: Vec::new(),
+        };
         let mut resolver = Resolver::new(&config, Box::new(Vec::new)).unwrap();
         resolver.search = search.iter().map(|domain| Name::from_ascii(domain).unwrap()).collect();
         (resolver.dots, resolver.hosts) = (dots, HostsFile::new("none"));
         resolver
     }
 
-    fn texts(names: Result<Vec<Name>, Lookup>) -> Vec<String> {
+    fn texts(names: Result<Vec<Name>, LookupResult>) -> Vec<String> {
         names.unwrap().iter().map(Name::to_string).collect()
     }
 
@@ -413,13 +433,18 @@ mod tests {
         assert_eq!(texts(resolver.names("db.x")), ["db.x.ns.local.", "db.x.local.", "db.x."]);
         assert_eq!(texts(resolver.names("a.db.x")), ["a.db.x.", "a.db.x.ns.local.", "a.db.x.local."]);
         assert_eq!(texts(resolver.names("db.")), ["db."]);
-        assert_eq!(resolver.names("a..b"), Err(Lookup::NoSuchName));
+        assert_eq!(resolver.names("a..b"), Err(LookupResult::NoSuchName));
     }
 
     #[test]
     fn only_what_a_server_knows_lets_the_search_go_on() {
-        let on: Vec<_> = Lookup::ALL.into_iter().filter(|lookup| !ends_search(*lookup)).collect();
-        let expected = [Lookup::NoSuchName, Lookup::NoAddress, Lookup::Refused, Lookup::ServerFailure];
+        let on: Vec<_> = LookupResult::ALL.into_iter().filter(|lookup| !ends_search(*lookup)).collect();
+        let expected = [
+            LookupResult::NoSuchName,
+            LookupResult::NoAddress,
+            LookupResult::Refused,
+            LookupResult::ServerFailure,
+        ];
         assert_eq!(on[1..], expected);
     }
 
@@ -431,8 +456,8 @@ mod tests {
         resolver.hosts = HostsFile::new(file.path());
         let resolver = Arc::new(resolver);
         let found = async |name: &str| {
-            let target = Target::Host { name: name.to_owned(), port: 80 };
-            let answer = resolver.look_up(&target, &mut Memory::default()).await.unwrap();
+            let target = BackendTarget::Host { name: name.to_owned(), port: 80 };
+            let answer = resolver.look_up(&target, &mut LastAnswers::default()).await.unwrap();
             answer.found.iter().map(|resolved| resolved.address.to_string()).collect::<Vec<_>>()
         };
         assert_eq!(found("db").await, ["10.0.0.7:80", "[fd00::7]:80"]);
@@ -450,15 +475,15 @@ mod tests {
         let io = |kind: std::io::ErrorKind| NetError::from(std::io::Error::from(kind));
         let code = |code| NetError::from(DnsError::ResponseCode(code));
         for (error, expected) in [
-            (NetError::Timeout, Lookup::Timeout),
-            (io(std::io::ErrorKind::TimedOut), Lookup::Timeout),
-            (io(std::io::ErrorKind::Other), Lookup::Network),
-            (std::io::Error::from(rustix::io::Errno::MFILE).into(), Lookup::Shortage),
-            (NetError::NoConnections, Lookup::Network),
-            (NetError::Truncated, Lookup::Malformed),
-            (code(ResponseCode::Refused), Lookup::Refused),
-            (code(ResponseCode::ServFail), Lookup::ServerFailure),
-            (code(ResponseCode::NotImp), Lookup::ServerFailure),
+            (NetError::Timeout, LookupResult::Timeout),
+            (io(std::io::ErrorKind::TimedOut), LookupResult::Timeout),
+            (io(std::io::ErrorKind::Other), LookupResult::Network),
+            (std::io::Error::from(rustix::io::Errno::MFILE).into(), LookupResult::Shortage),
+            (NetError::NoConnections, LookupResult::Network),
+            (NetError::Truncated, LookupResult::Malformed),
+            (code(ResponseCode::Refused), LookupResult::Refused),
+            (code(ResponseCode::ServFail), LookupResult::ServerFailure),
+            (code(ResponseCode::NotImp), LookupResult::ServerFailure),
         ] {
             assert_eq!(classify(&error), expected, "{error}");
         }

@@ -9,12 +9,12 @@ use ipnet::IpNet;
 pub type Own = Box<dyn Fn() -> Vec<SocketAddr> + Send + Sync>;
 
 /// Decides about the addresses of answers.
-pub(super) struct Guard {
+pub(super) struct AddressFilter {
     allowed: Vec<IpNet>,
     own: Own,
 }
 
-impl Guard {
+impl AddressFilter {
     pub(super) fn new(allowed: &[IpNet], own: Own) -> Self {
         Self { allowed: allowed.to_vec(), own }
     }
@@ -75,13 +75,13 @@ fn is_local(address: SocketAddr) -> bool {
 mod tests {
     use super::*;
 
-    fn guard(allowed: &[&str], own: &[&str]) -> Guard {
+    fn guard(allowed: &[&str], own: &[&str]) -> AddressFilter {
         let allowed: Vec<IpNet> = allowed.iter().map(|network| network.parse().unwrap()).collect();
         let own: Vec<SocketAddr> = own.iter().map(|address| address.parse().unwrap()).collect();
-        Guard::new(&allowed, Box::new(move || own.clone()))
+        AddressFilter::new(&allowed, Box::new(move || own.clone()))
     }
 
-    fn refused(guard: &Guard, addresses: &[&str]) -> (Vec<String>, Vec<String>) {
+    fn refused(guard: &AddressFilter, addresses: &[&str]) -> (Vec<String>, Vec<String>) {
         let mut found: Vec<IpAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
         let refused = guard.refuse(&mut found);
         let texts = |all: &[IpAddr]| all.iter().map(ToString::to_string).collect();

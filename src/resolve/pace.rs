@@ -7,14 +7,14 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 
 /// The times between the questions for one name.
 #[derive(Clone, Copy, Debug)]
-pub struct Pace {
+pub struct LookupSchedule {
     min: Duration,
     max: Duration,
     /// After the next failure; `None` where the last lookup did not fail.
     retry: Option<Duration>,
 }
 
-impl Pace {
+impl LookupSchedule {
     /// An answer holds `min` at least and `max` at most.
     #[must_use]
     pub const fn new(min: Duration, max: Duration) -> Self {
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn failures_wait_longer_and_longer_and_an_answer_ends_that() {
-        let mut pace = Pace::new(secs(5), secs(30));
+        let mut pace = LookupSchedule::new(secs(5), secs(30));
         assert!(!pace.is_failing());
         let waits: Vec<_> = (0..5).map(|_| pace.failed()).collect();
         assert_eq!(waits, [5, 10, 20, 30, 30].map(secs));
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_not_followed_at_once_whatever_the_bounds() {
-        let mut pace = Pace::new(Duration::ZERO, Duration::ZERO);
+        let mut pace = LookupSchedule::new(Duration::ZERO, Duration::ZERO);
         assert_eq!([pace.failed(), pace.failed(), pace.found(secs(9))], [secs(1), secs(1), Duration::ZERO]);
     }
 
@@ -81,7 +81,7 @@ mod tests {
         fn an_answer_holds_between_the_bounds(
             min in 0_u64..100_000, more in 0_u64..100_000, ttl: u32, failures in 0_u8..9, roll in 0.0_f64..=1.0,
         ) {
-            let mut pace = Pace::new(secs(min), secs(min + more));
+            let mut pace = LookupSchedule::new(secs(min), secs(min + more));
             for _ in 0..failures {
                 let wait = pace.failed();
                 prop_assert!(wait >= secs(min.max(1)) && wait <= secs((min + more).max(1)));

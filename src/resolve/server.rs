@@ -22,14 +22,14 @@ const WITHOUT_EDNS: u64 = 600;
 const SPEAKS: u64 = u64::MAX;
 
 /// A server that may be asked.
-pub(super) struct Server {
+pub(super) struct DnsServer {
     config: NameServerConfig,
     context: Arc<PoolContext>,
     /// [`SPEAKS`]; or until when it is asked without EDNS, in seconds since 1970; 0 where nothing is known.
     edns: AtomicU64,
 }
 
-impl Server {
+impl DnsServer {
     pub(super) fn new(config: NameServerConfig, context: &Arc<PoolContext>) -> Self {
         Self { config, context: Arc::clone(context), edns: AtomicU64::new(0) }
     }

@@ -5,42 +5,42 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The sessions of all workers.
 #[derive(Debug)]
-pub(super) struct Crew {
+pub(super) struct WorkerLoads {
     sessions: Vec<AtomicUsize>,
     doors: AtomicUsize,
 }
 
 /// One open listening socket, counted as long as it lives.
 #[derive(Debug)]
-pub(super) struct OpenDoor(Arc<Crew>);
+pub(super) struct OpenSocket(Arc<WorkerLoads>);
 
 /// One session of one worker, counted as long as it lives.
 #[derive(Debug)]
-pub(super) struct Aboard {
-    crew: Arc<Crew>,
+pub(super) struct LoadGuard {
+    crew: Arc<WorkerLoads>,
     worker: usize,
 }
 
-impl Crew {
+impl WorkerLoads {
     pub(super) fn new(workers: usize) -> Arc<Self> {
         let sessions = (0..workers).map(|_| AtomicUsize::new(0)).collect();
         Arc::new(Self { sessions, doors: AtomicUsize::new(0) })
     }
 
-    pub(super) fn open_door(self: &Arc<Self>) -> OpenDoor {
+    pub(super) fn open_door(self: &Arc<Self>) -> OpenSocket {
         self.doors.fetch_add(1, Ordering::AcqRel);
-        OpenDoor(Arc::clone(self))
+        OpenSocket(Arc::clone(self))
     }
 
     pub(super) fn open_doors(&self) -> usize {
         self.doors.load(Ordering::Acquire)
     }
 
-    pub(super) fn board(self: &Arc<Self>, worker: usize) -> Aboard {
+    pub(super) fn board(self: &Arc<Self>, worker: usize) -> LoadGuard {
         if let Some(count) = self.sessions.get(worker) {
             count.fetch_add(1, Ordering::Relaxed);
         }
-        Aboard { crew: Arc::clone(self), worker }
+        LoadGuard { crew: Arc::clone(self), worker }
     }
 
     pub(super) fn count(&self, worker: usize) -> usize {
@@ -68,13 +68,13 @@ impl Crew {
     }
 }
 
-impl Drop for OpenDoor {
+impl Drop for OpenSocket {
     fn drop(&mut self) {
         self.0.doors.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-impl Drop for Aboard {
+impl Drop for LoadGuard {
     fn drop(&mut self) {
         if let Some(count) = self.crew.sessions.get(self.worker) {
             count.fetch_sub(1, Ordering::Relaxed);
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_connection_is_handed_over_beyond_a_quarter_and_sixteen() {
-        let crew = Crew::new(2);
+        let crew = WorkerLoads::new(2);
         let mut aboard: Vec<_> = (0..16).map(|_| crew.board(0)).collect();
         assert_eq!((crew.lighter(0), crew.lighter(1)), (None, None));
         aboard.push(crew.board(0));

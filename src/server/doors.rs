@@ -14,14 +14,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
-use super::crew::OpenDoor;
-use super::drain::Stage;
-use super::listen::{self, Bound};
-use super::worker::Shop;
-use crate::accept::{Door, PAUSE, Trouble};
-use crate::account::meter::ListenerCells;
+use super::crew::OpenSocket;
+use super::drain::DrainStage;
+use super::listen::{self, BoundSocket};
+use super::worker::WorkerContext;
+use crate::accept::{AcceptError, ListenSocket, PAUSE};
+use crate::account::meter::ListenerCounters;
 use crate::config::Protocol;
-use crate::flow::Vacancy;
+use crate::flow::SocketRetirement;
 use crate::state::StoppedListener;
 
 /// Orders that may wait for a worker; each is what one reload wants of it.
@@ -29,13 +29,13 @@ pub(super) const ORDERS: usize = 64;
 
 /// Which door: the place of its listener, and what is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct DoorId {
+pub(super) struct ListenSocketId {
     pub(super) listener: u32,
     pub(super) protocol: Protocol,
     pub(super) address: SocketAddr,
 }
 
-impl DoorId {
+impl ListenSocketId {
     pub(super) fn is_udp(&self) -> bool {
         self.protocol == Protocol::Udp
     }
@@ -43,12 +43,12 @@ impl DoorId {
 
 /// What a worker is told.
 #[derive(Debug)]
-pub(super) enum Order {
+pub(super) enum SocketCommand {
     /// Serve these, too.
-    Open(Vec<(u32, Bound)>),
+    Open(Vec<(u32, BoundSocket)>),
     /// Accept nothing more here. What the kernel has accepted is served, and so are flows, whose door all workers close
     /// together once none has any.
-    Close(Vec<(DoorId, Arc<Vacancy>)>),
+    Close(Vec<(ListenSocketId, Arc<SocketRetirement>)>),
     /// Accept nothing and hear nothing, and say so once that holds: what comes waits in the sockets.
     Pause(oneshot::Sender<()>),
     /// Accept again. Datagrams are heard by an order of those who move flows.
@@ -58,51 +58,55 @@ pub(super) enum Order {
 }
 
 /// A copy of a socket, and which door it is of.
-pub(super) type Lent = (DoorId, OwnedFd);
+pub(super) type Lent = (ListenSocketId, OwnedFd);
 
 /// A TCP door that is open.
-struct Opened {
+struct OpenTcpSocket {
     /// Gone once its task has closed it, and while it is broken.
-    door: Rc<RefCell<Weak<Door>>>,
+    door: Rc<RefCell<Weak<ListenSocket>>>,
     /// Closes it, where this goes.
     _close: oneshot::Sender<()>,
 }
 
 /// The doors of one worker.
-pub(super) struct Doors {
-    shop: Rc<Shop>,
-    stages: watch::Receiver<Stage>,
+pub(super) struct WorkerSockets {
+    shop: Rc<WorkerContext>,
+    stages: watch::Receiver<DrainStage>,
     /// The TCP doors. There are several of one address where another process had more workers.
-    open: RefCell<HashMap<DoorId, Vec<Opened>>>,
+    open: RefCell<HashMap<ListenSocketId, Vec<OpenTcpSocket>>>,
     /// Whether anything is accepted.
     accepts: watch::Sender<bool>,
 }
 
-impl Doors {
-    pub(super) fn new(shop: &Rc<Shop>, stages: &watch::Receiver<Stage>, accepts: bool) -> Self {
+impl WorkerSockets {
+    pub(super) fn new(shop: &Rc<WorkerContext>, stages: &watch::Receiver<DrainStage>, accepts: bool) -> Self {
         let accepts = watch::Sender::new(accepts);
         Self { shop: Rc::clone(shop), stages: stages.clone(), open: RefCell::default(), accepts }
     }
 
     /// Carries out what the worker is told, for as long as there is anybody to tell it something.
-    pub(super) async fn obey(self, mut orders: mpsc::Receiver<Order>) {
+    pub(super) async fn obey(self, mut orders: mpsc::Receiver<SocketCommand>) {
         while let Some(order) = orders.recv().await {
             match order {
-                Order::Open(sockets) => {
+                SocketCommand::Open(sockets) => {
                     for (listener, socket) in sockets {
                         self.open(listener, socket);
                     }
                 }
-                Order::Close(doors) => doors.into_iter().for_each(|(door, last)| self.close(door, &last)),
-                Order::Pause(done) => {
+                SocketCommand::Close(doors) => {
+                    for (door, last) in doors {
+                        self.close(door, &last);
+                    }
+                }
+                SocketCommand::Pause(done) => {
                     // Whoever accepts looks here first: from now on nobody does.
                     self.accepts.send_replace(false);
                     self.shop.known_flows().iter().for_each(|flows| flows.pause());
                     // Who asked has given up.
                     done.send(()).unwrap_or_default();
                 }
-                Order::Resume => drop(self.accepts.send_replace(true)),
-                Order::Lend(to) => drop(to.send(self.lend())),
+                SocketCommand::Resume => drop(self.accepts.send_replace(true)),
+                SocketCommand::Lend(to) => drop(to.send(self.lend())),
             }
         }
         // The doors stay open without orders: what closes them must not go.
@@ -110,23 +114,24 @@ impl Doors {
     }
 
     /// Begins to serve a listener's socket.
-    pub(super) fn open(&self, listener: u32, socket: Bound) {
+    pub(super) fn open(&self, listener: u32, socket: BoundSocket) {
         match socket {
-            Bound::Tcp(socket) => {
+            BoundSocket::Tcp(socket) => {
                 let Ok(address) = socket.local_addr() else { return };
-                let (slot, (close, closes)) = (Rc::<RefCell<Weak<Door>>>::default(), oneshot::channel());
-                let id = DoorId { listener, protocol: Protocol::Tcp, address };
-                let opened = Opened { door: Rc::clone(&slot), _close: close };
+                let (slot, (close, closes)) =
+                    (Rc::<RefCell<Weak<ListenSocket>>>::default(), oneshot::channel());
+                let id = ListenSocketId { listener, protocol: Protocol::Tcp, address };
+                let opened = OpenTcpSocket { door: Rc::clone(&slot), _close: close };
                 self.open.borrow_mut().entry(id).or_default().push(opened);
                 let open = self.shop.crew.open_door();
                 let (stages, accepts) = (self.stages.clone(), self.accepts.subscribe());
-                let orders = Stays { stages, closes, accepts, is_counted: open };
-                let door = Door::new(socket).map(Rc::new);
+                let orders = AcceptLifetime { stages, closes, accepts, is_counted: open };
+                let door = ListenSocket::new(socket).map(Rc::new);
                 // Before the next order: it may be to lend it.
                 slot.replace(door.as_ref().map_or_else(|_| Weak::new(), Rc::downgrade));
                 spawn_local(keep(door, slot, id, Rc::clone(&self.shop), orders));
             }
-            Bound::Udp(socket) => {
+            BoundSocket::Udp(socket) => {
                 let (shop, accepts) = (Rc::clone(&self.shop), self.accepts.subscribe());
                 if let Ok(flows) = shop.flows()
                     && !*accepts.borrow()
@@ -147,12 +152,12 @@ impl Doors {
         });
         let udp = self.shop.known_flows().map_or_else(Vec::new, |flows| flows.lend());
         let udp = udp.into_iter().map(|(listener, address, socket)| {
-            (DoorId { listener, protocol: Protocol::Udp, address }, socket)
+            (ListenSocketId { listener, protocol: Protocol::Udp, address }, socket)
         });
         tcp.chain(udp).collect()
     }
 
-    fn close(&self, door: DoorId, last: &Arc<Vacancy>) {
+    fn close(&self, door: ListenSocketId, last: &Arc<SocketRetirement>) {
         match door.protocol {
             // Its task closes it; where that has ended, it is closed.
             Protocol::Tcp => drop(self.open.borrow_mut().remove(&door)),
@@ -165,17 +170,17 @@ impl Doors {
 }
 
 /// How long a door is kept.
-struct Stays {
-    stages: watch::Receiver<Stage>,
+struct AcceptLifetime {
+    stages: watch::Receiver<DrainStage>,
     /// Until this is closed.
     closes: oneshot::Receiver<()>,
     accepts: watch::Receiver<bool>,
     /// A drain waits for it.
-    is_counted: OpenDoor,
+    is_counted: OpenSocket,
 }
 
 /// How a listening socket's work ended.
-enum End {
+enum AcceptEnd {
     /// The listener's address or the process goes: what the kernel has accepted is served.
     Closed,
     /// Another process has the socket.
@@ -186,11 +191,11 @@ enum End {
 
 /// Accepts at one address until it, or the process, stops accepting. A socket that breaks is opened again.
 async fn keep(
-    mut opened: io::Result<Rc<Door>>,
-    slot: Rc<RefCell<Weak<Door>>>,
-    id: DoorId,
-    shop: Rc<Shop>,
-    mut orders: Stays,
+    mut opened: io::Result<Rc<ListenSocket>>,
+    slot: Rc<RefCell<Weak<ListenSocket>>>,
+    id: ListenSocketId,
+    shop: Rc<WorkerContext>,
+    mut orders: AcceptLifetime,
 ) {
     let listener = id.listener;
     let snapshot = shop.live.snapshot.load_full();
@@ -212,13 +217,13 @@ async fn keep(
             }
         };
         match accept(&door, label.name(), &cells, listener, &shop, &mut orders).await {
-            End::Closed => {
+            AcceptEnd::Closed => {
                 door.close(|accepted| shop.start(accepted, listener));
                 // What was accepted is counted by now.
                 return drop(orders.is_counted);
             }
-            End::Given => return,
-            End::Broken(error) => {
+            AcceptEnd::Given => return,
+            AcceptEnd::Broken(error) => {
                 cells.errors_fatal.add(1);
                 opened = Err(error);
             }
@@ -227,19 +232,19 @@ async fn keep(
 }
 
 async fn accept(
-    door: &Door,
+    door: &ListenSocket,
     name: &str,
-    cells: &ListenerCells,
+    cells: &ListenerCounters,
     listener: u32,
-    shop: &Rc<Shop>,
-    orders: &mut Stays,
-) -> End {
+    shop: &Rc<WorkerContext>,
+    orders: &mut AcceptLifetime,
+) -> AcceptEnd {
     let mut short = false;
     loop {
         if !*orders.accepts.borrow() {
             tokio::select! {
                 // Another process has the socket, and what waits there is its: only this copy is closed.
-                _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return End::Given,
+                _ = orders.stages.wait_for(|stage| !matches!(stage, DrainStage::Serving)) => return AcceptEnd::Given,
                 _ = orders.accepts.wait_for(|accepts| *accepts) => {}
             }
         }
@@ -247,21 +252,21 @@ async fn accept(
             // In this order: once it is paused, nothing is accepted here.
             biased;
             _ = orders.accepts.wait_for(|accepts| !accepts) => continue,
-            _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return End::Closed,
-            _ = &mut orders.closes => return End::Closed,
+            _ = orders.stages.wait_for(|stage| !matches!(stage, DrainStage::Serving)) => return AcceptEnd::Closed,
+            _ = &mut orders.closes => return AcceptEnd::Closed,
             accepted = door.accept(|accepted| shop.receive(accepted, listener)) => accepted,
         };
         match accepted {
             Ok(()) => short = false,
-            Err(Trouble::Peer(_)) => cells.errors_peer.add(1),
-            Err(Trouble::Shortage(error)) => {
+            Err(AcceptError::Peer(_)) => cells.errors_peer.add(1),
+            Err(AcceptError::Shortage(error)) => {
                 cells.errors_shortage.add(1);
                 if !std::mem::replace(&mut short, true) {
                     tracing::warn!(listener = name, %error, "accepting pauses");
                 }
                 sleep(PAUSE).await;
             }
-            Err(Trouble::Fatal(error)) => return End::Broken(error),
+            Err(AcceptError::Fatal(error)) => return AcceptEnd::Broken(error),
         }
     }
 }
@@ -271,17 +276,17 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
 
 /// Opens a socket again; `None` where nothing is to be accepted at its address any more.
-async fn reopen(name: &str, address: SocketAddr, orders: &mut Stays) -> Option<Rc<Door>> {
+async fn reopen(name: &str, address: SocketAddr, orders: &mut AcceptLifetime) -> Option<Rc<ListenSocket>> {
     let mut wait = FIRST_RETRY;
     loop {
         tokio::select! {
-            _ = orders.stages.wait_for(|stage| !matches!(stage, Stage::Serving)) => return None,
+            _ = orders.stages.wait_for(|stage| !matches!(stage, DrainStage::Serving)) => return None,
             _ = &mut orders.closes => return None,
             () = sleep(wait) => {}
         }
         // While another process takes over, connections would come to a socket that nobody accepts from.
         if *orders.accepts.borrow() {
-            match listen::reopen(address).and_then(Door::new) {
+            match listen::reopen(address).and_then(ListenSocket::new) {
                 Ok(door) => return Some(Rc::new(door)),
                 Err(error) => cannot_open(name, address, &error),
             }
@@ -291,7 +296,12 @@ async fn reopen(name: &str, address: SocketAddr, orders: &mut Stays) -> Option<R
 }
 
 /// Receives at a UDP socket until its listener's address goes. A socket that breaks is opened again.
-async fn keep_udp(mut socket: UdpSocket, listener: u32, shop: Rc<Shop>, accepts: watch::Receiver<bool>) {
+async fn keep_udp(
+    mut socket: UdpSocket,
+    listener: u32,
+    shop: Rc<WorkerContext>,
+    accepts: watch::Receiver<bool>,
+) {
     let Ok(address) = socket.local_addr() else { return };
     let _vital = shop.vital("datagrams");
     let snapshot = shop.live.snapshot.load_full();
@@ -352,7 +362,7 @@ fn cannot_open(listener: &str, address: SocketAddr, error: &io::Error) {
 }
 
 /// A listener never dies in silence.
-fn stopped(shop: &Shop, listener: &str, address: SocketAddr, error: &io::Error) -> StoppedListener {
+fn stopped(shop: &WorkerContext, listener: &str, address: SocketAddr, error: &io::Error) -> StoppedListener {
     let worker = shop.worker.number;
     tracing::error!(worker, listener, %address, %error, "a listening socket has stopped; it is opened again");
     shop.live.stopped_listeners.stop()

@@ -5,22 +5,22 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::crew::Crew;
+use super::crew::WorkerLoads;
 use super::notify;
-use crate::clock::wheel::Span;
+use crate::clock::wheel::TickSpan;
 use crate::clock::{self, Moment};
-use crate::config::Drain;
-use crate::state::Live;
+use crate::config::DrainConfig;
+use crate::state::LiveState;
 
 /// How far the process has come to its end. It only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
+pub(super) enum DrainStage {
     /// Connections are accepted.
     Serving,
     /// Listening sockets are closed; sessions that are silent for `idle` are ended.
     Closing {
         /// How long a session may be silent.
-        idle: Span,
+        idle: TickSpan,
     },
     /// Every session is ended.
     Over,
@@ -34,9 +34,9 @@ const TELL: Duration = Duration::from_secs(5);
 
 /// Waits for the order to drain and carries it out; returns once the process is over.
 pub(super) async fn run(
-    live: &Live,
-    crew: &Crew,
-    stage: watch::Sender<Stage>,
+    live: &LiveState,
+    crew: &WorkerLoads,
+    stage: watch::Sender<DrainStage>,
     mut orders: watch::Receiver<bool>,
 ) {
     let mut stages = stage.subscribe();
@@ -55,22 +55,22 @@ pub(super) async fn run(
         () = drain(&rules, live, crew, &stage) => {}
         () = over(&mut stages) => {}
     }
-    stage.send_replace(Stage::Over);
+    stage.send_replace(DrainStage::Over);
 }
 
 /// Waits until the process is over. A closed channel is its end too.
-pub(super) async fn over(stages: &mut watch::Receiver<Stage>) {
-    let reached = stages.wait_for(|stage| *stage == Stage::Over).await;
+pub(super) async fn over(stages: &mut watch::Receiver<DrainStage>) {
+    let reached = stages.wait_for(|stage| *stage == DrainStage::Over).await;
     drop(reached);
 }
 
-async fn drain(rules: &Drain, live: &Live, crew: &Crew, stage: &watch::Sender<Stage>) {
+async fn drain(rules: &DrainConfig, live: &LiveState, crew: &WorkerLoads, stage: &watch::Sender<DrainStage>) {
     let start = clock::now();
     let left = |now: Moment| rules.deadline.saturating_sub(now.since(start));
     tracing::info!(sessions = crew.total(), notice = ?rules.notice, quiet = ?rules.quiet, "draining");
     let mut last_new = start;
     let mut seen = identified(live);
-    let mut progress = Progress { live, crew, told: start };
+    let mut progress = DrainProgress { live, crew, told: start };
     loop {
         let now = clock::now();
         progress.tell(now);
@@ -85,7 +85,7 @@ async fn drain(rules: &Drain, live: &Live, crew: &Crew, stage: &watch::Sender<St
     }
     tracing::info!(sessions = crew.total(), idle = ?rules.idle, "listeners closed");
     live.draining.close();
-    stage.send_replace(Stage::Closing { idle: Span::of(rules.idle) });
+    stage.send_replace(DrainStage::Closing { idle: TickSpan::of(rules.idle) });
     // A door that closes takes in what the kernel had accepted: until all have, there may be sessions to come.
     while crew.open_doors() + crew.total() > 0 && !left(clock::now()).is_zero() {
         progress.tell(clock::now());
@@ -95,13 +95,13 @@ async fn drain(rules: &Drain, live: &Live, crew: &Crew, stage: &watch::Sender<St
 }
 
 /// What is said of a drain from time to time.
-struct Progress<'l> {
-    live: &'l Live,
-    crew: &'l Crew,
+struct DrainProgress<'l> {
+    live: &'l LiveState,
+    crew: &'l WorkerLoads,
     told: Moment,
 }
 
-impl Progress<'_> {
+impl DrainProgress<'_> {
     fn tell(&mut self, now: Moment) {
         let Some((_, left)) = self.live.draining.time(now).filter(|_| now.since(self.told) >= TELL) else {
             return;
@@ -118,6 +118,6 @@ impl Progress<'_> {
 }
 
 /// Sessions that came so far. Health checks are left out: they go on as long as the load balancer knows the target.
-fn identified(live: &Live) -> u64 {
+fn identified(live: &LiveState) -> u64 {
     live.shards.iter().map(|shard| shard.worker.identified.value()).sum()
 }

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
-use super::drain::Stage;
+use super::drain::DrainStage;
 
 /// The exit status: an internal software error (`EX_SOFTWARE`, sysexits.h).
 pub const STATUS: i32 = 70;
@@ -41,12 +41,12 @@ pub(super) fn end(what: &str) -> ! {
 }
 
 /// Held by a task or thread that the process cannot do without: where that panics, the process ends.
-pub(super) struct Vital {
+pub(super) struct EssentialTask {
     worker: Option<u16>,
     what: &'static str,
 }
 
-impl Vital {
+impl EssentialTask {
     /// One of a worker.
     pub(super) fn of_worker(number: u16, what: &'static str) -> Self {
         Self { worker: Some(number), what }
@@ -58,7 +58,7 @@ impl Vital {
     }
 }
 
-impl Drop for Vital {
+impl Drop for EssentialTask {
     fn drop(&mut self) {
         if thread::panicking() {
             let of = self.worker.map_or_else(String::new, |number| format!(" of worker {number}"));
@@ -69,14 +69,14 @@ impl Drop for Vital {
 
 /// A task whose panic ends the process.
 pub async fn essential(what: &'static str, task: impl Future<Output = ()>) {
-    let _vital = Vital::new(what);
+    let _vital = EssentialTask::new(what);
     task.await;
 }
 
 /// The same of one that goes on for as long as the process serves: where it returns before, that ends the process too.
 pub(super) async fn lasting(
     what: &'static str,
-    stages: tokio::sync::watch::Receiver<Stage>,
+    stages: tokio::sync::watch::Receiver<DrainStage>,
     task: impl Future<Output = ()>,
 ) {
     essential(what, task).await;
@@ -86,6 +86,6 @@ pub(super) async fn lasting(
 }
 
 /// Whether the process has not been told to end. A closed channel is its end.
-pub(super) fn is_serving(stages: &tokio::sync::watch::Receiver<Stage>) -> bool {
-    stages.has_changed().is_ok() && matches!(*stages.borrow(), Stage::Serving)
+pub(super) fn is_serving(stages: &tokio::sync::watch::Receiver<DrainStage>) -> bool {
+    stages.has_changed().is_ok() && matches!(*stages.borrow(), DrainStage::Serving)
 }

@@ -13,7 +13,7 @@ use socket2::SockRef;
 
 /// Bound sockets, by what they are.
 #[derive(Debug, Default)]
-pub struct Inherited {
+pub struct InheritedSockets {
     /// Listening sockets.
     pub tcp: Vec<TcpListener>,
     /// Sockets that receive datagrams.
@@ -28,7 +28,7 @@ pub struct Inherited {
     pub has_file: bool,
 }
 
-impl Inherited {
+impl InheritedSockets {
     /// What systemd passed to this process, by `LISTEN_FDS`. It is passed once: a second call finds nothing. To be called
     /// before the first thread starts, for it takes the variables out of the environment.
     ///
@@ -139,7 +139,12 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("socket");
         let unix = UnixListener::bind(&path).unwrap();
-        let mut all = Inherited { tcp: vec![tcp], udp: vec![udp], unix: vec![unix], ..Inherited::default() };
+        let mut all = InheritedSockets {
+            tcp: vec![tcp],
+            udp: vec![udp],
+            unix: vec![unix],
+            ..InheritedSockets::default()
+        };
         assert_eq!(all.rest(), [format!("TCP {at}"), format!("UDP {of_udp}"), path.display().to_string()]);
         if at != of_udp {
             assert!(all.tcp(of_udp, 1).unwrap().is_empty() && all.udp(at).unwrap().is_empty());
@@ -157,7 +162,7 @@ mod tests {
         let at = both.local_addr().unwrap();
         // Linux's default, net.ipv6.bindv6only, may be the other way round.
         let is_both = !ipv6_v6only(&both).unwrap();
-        let mut all = Inherited { tcp: vec![both], ..Inherited::default() };
+        let mut all = InheritedSockets { tcp: vec![both], ..InheritedSockets::default() };
         assert_eq!(all.tcp(at, 1).is_err(), is_both);
     }
 }

@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::StartError;
-use crate::admission::ports::Ports;
-use crate::config::{Config, Pool, Process, Protocol, Target};
+use crate::admission::ports::LocalPorts;
+use crate::config::{BackendTarget, Config, PoolConfig, ProcessConfig, Protocol};
 use crate::forward::pipe;
 use crate::pool::MOST_ADDRESSES;
 
@@ -69,11 +69,14 @@ pub(super) fn capacity(config: &Config, workers: usize, listening: usize) -> Res
 
 /// Probes that are under way at once where every backend of every pool takes its whole time: with so many, one pool's black
 /// holes make nobody else's probes late.
-fn probes(pools: &[Pool]) -> u64 {
-    let of_pool = |pool: &Pool| {
+fn probes(pools: &[PoolConfig]) -> u64 {
+    let of_pool = |pool: &PoolConfig| {
         let Some(probe) = &pool.health else { return 0 };
-        let names =
-            pool.backends.iter().filter(|backend| !matches!(backend.target, Target::Address(_))).count();
+        let names = pool
+            .backends
+            .iter()
+            .filter(|backend| !matches!(backend.target, BackendTarget::Address(_)))
+            .count();
         let backends = (pool.backends.len() - names) as u128 + names as u128 * u128::from(MOST_ADDRESSES);
         let at_once = (backends * probe.timeout.as_nanos()).div_ceil(probe.interval.as_nanos().max(1));
         u64::try_from(at_once).unwrap_or(u64::MAX)
@@ -102,22 +105,22 @@ const SCARCE_UDP_PORTS: &str = "max-sessions is more than the local ports of UDP
 /// set that. What a pool's names lead to is not known: for TCP such a pool is left out.
 pub fn scarce_ports<'c>(
     config: &'c Config,
-    tcp: &Ports,
-    udp: &Ports,
+    tcp: &LocalPorts,
+    udp: &LocalPorts,
 ) -> impl Iterator<Item = ScarcePorts<'c>> {
-    let of_backend = |pool: &Pool, address: SocketAddr| {
+    let of_backend = |pool: &PoolConfig, address: SocketAddr| {
         let is_of_family = |source: &&IpAddr| source.is_ipv4() == address.is_ipv4();
         pool.source_addresses.iter().filter(is_of_family).count().max(1) * tcp.limit()
     };
-    let of_tcp = |pool: &Pool| {
+    let of_tcp = |pool: &PoolConfig| {
         let addresses = pool.backends.iter().map(|backend| match backend.target {
-            Target::Address(address) => Some(address),
-            Target::Host { .. } | Target::Service(_) => None,
+            BackendTarget::Address(address) => Some(address),
+            BackendTarget::Host { .. } | BackendTarget::Service(_) => None,
         });
         addresses.map(|address| address.map(|address| of_backend(pool, address))).sum::<Option<usize>>()
     };
     // The flows of other pools may use the same ports.
-    let of_udp = |pool: &Pool| Some(pool.source_addresses.len().max(1) * udp.limit());
+    let of_udp = |pool: &PoolConfig| Some(pool.source_addresses.len().max(1) * udp.limit());
     [
         first_scarce(config, Protocol::Tcp, SCARCE_TCP_PORTS, of_tcp),
         first_scarce(config, Protocol::Udp, SCARCE_UDP_PORTS, of_udp),
@@ -130,10 +133,10 @@ fn first_scarce<'c>(
     config: &'c Config,
     protocol: Protocol,
     message: &'static str,
-    possible: impl Fn(&Pool) -> Option<usize>,
+    possible: impl Fn(&PoolConfig) -> Option<usize>,
 ) -> Option<ScarcePorts<'c>> {
     let is_spoken = config.listeners.iter().any(|listener| listener.protocol == protocol);
-    let scarce = |pool: &'c Pool| {
+    let scarce = |pool: &'c PoolConfig| {
         let possible = possible(pool).filter(|possible| *possible < config.process.max_sessions)?;
         Some(ScarcePorts { pool: &pool.name, possible, message })
     };
@@ -141,7 +144,7 @@ fn first_scarce<'c>(
 }
 
 fn compute(
-    process: &Process,
+    process: &ProcessConfig,
     each: u64,
     probes: u64,
     workers: usize,
@@ -175,13 +178,20 @@ fn compute(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admission::ports::Range;
+    use crate::admission::ports::LocalPortRange;
 
-    fn process(max_sessions: usize, pipe_memory: u64) -> Process {
-        Process { workers: 0, max_sessions, pipe_memory, buffer_memory: 0, unsent_memory: 0, watch: false }
+    fn process(max_sessions: usize, pipe_memory: u64) -> ProcessConfig {
+        ProcessConfig {
+            workers: 0,
+            max_sessions,
+            pipe_memory,
+            buffer_memory: 0,
+            unsent_memory: 0,
+            watch: false,
+        }
     }
 
-    fn sessions(process: &Process, descriptors: u64) -> Result<usize, String> {
+    fn sessions(process: &ProcessConfig, descriptors: u64) -> Result<usize, String> {
         compute(process, PER_SESSION, 16, 2, 3, descriptors)
             .map(|capacity| capacity.sessions)
             .map_err(|error| error.to_string())
@@ -274,7 +284,7 @@ mod tests {
         };
         let scarce = |protocol, max_sessions, sources| {
             let config = Config::parse("test.toml", &text(protocol, max_sessions, sources)).unwrap();
-            let (tcp, udp) = (Ports::default(), Ports::udp(Range::default()));
+            let (tcp, udp) = (LocalPorts::default(), LocalPorts::udp(LocalPortRange::default()));
             let found = scarce_ports(&config, &tcp, &udp).inspect(|scarce| assert_eq!(scarce.pool, "app"));
             found.map(|scarce| (scarce.possible, scarce.message)).collect::<Vec<_>>()
         };

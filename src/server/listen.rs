@@ -6,41 +6,41 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 use socket2::{Domain, Socket, Type};
 
 use super::StartError;
-use super::doors::DoorId;
-use super::inherit::Inherited;
-use crate::config::{self, Config, Pool, Protocol};
-use crate::fault::{self, Call};
+use super::doors::ListenSocketId;
+use super::inherit::InheritedSockets;
+use crate::config::{self, Config, PoolConfig, Protocol};
+use crate::fault::{self, Syscall};
 
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
 
 /// Everything that workers accept on.
 #[derive(Debug)]
-pub(super) struct Doors {
+pub(super) struct ListenSockets {
     /// Every address, in the order of the configuration.
-    pub(super) held: Vec<Held>,
+    pub(super) held: Vec<BoundListener>,
     /// For each worker: its sockets, each with the place of its listener.
-    pub(super) sockets: Vec<Vec<(u32, Bound)>>,
+    pub(super) sockets: Vec<Vec<(u32, BoundSocket)>>,
 }
 
 /// A listening address: every worker has a socket of its own there.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
+pub(super) struct BoundListener {
     /// As it stands in the configuration, perhaps without a port.
     pub(super) configured: SocketAddr,
-    pub(super) door: DoorId,
+    pub(super) door: ListenSocketId,
 }
 
 /// A socket of one worker, by its listener's protocol.
 #[derive(Debug)]
-pub(super) enum Bound {
+pub(super) enum BoundSocket {
     /// Connections are accepted here.
     Tcp(TcpListener),
     /// Datagrams are received here.
     Udp(UdpSocket),
 }
 
-impl Doors {
+impl ListenSockets {
     /// The addresses of so many listeners, by place.
     pub(super) fn addresses(&self, listeners: usize) -> Vec<Vec<SocketAddr>> {
         let mut addresses = vec![Vec::new(); listeners];
@@ -54,8 +54,12 @@ impl Doors {
 }
 
 /// Binds every address of every listener, once for each worker, but for those that somebody has bound before.
-pub(super) fn doors(config: &Config, workers: usize, inherited: &mut Inherited) -> Result<Doors, StartError> {
-    let mut doors = Doors { held: Vec::new(), sockets: (0..workers).map(|_| Vec::new()).collect() };
+pub(super) fn doors(
+    config: &Config,
+    workers: usize,
+    inherited: &mut InheritedSockets,
+) -> Result<ListenSockets, StartError> {
+    let mut doors = ListenSockets { held: Vec::new(), sockets: (0..workers).map(|_| Vec::new()).collect() };
     for (listener, place) in config.listeners.iter().zip(0_u32..) {
         for &configured in &listener.bind {
             doors.held.push(bind(listener, place, configured, &mut doors.sockets, inherited)?);
@@ -70,12 +74,12 @@ pub(super) fn doors(config: &Config, workers: usize, inherited: &mut Inherited) 
 /// connections at once, and nobody accepts before all is ready; and a low port they could not bind. But a flow's datagrams must
 /// come to one worker, which the kernel finds by how many sockets there are: of UDP no socket is shared, and none is added.
 pub(super) fn bind(
-    listener: &config::Listener,
+    listener: &config::ListenerConfig,
     place: u32,
     configured: SocketAddr,
-    workers: &mut [Vec<(u32, Bound)>],
-    inherited: &mut Inherited,
-) -> Result<Held, StartError> {
+    workers: &mut [Vec<(u32, BoundSocket)>],
+    inherited: &mut InheritedSockets,
+) -> Result<BoundListener, StartError> {
     // Port 0: the first worker's socket finds a port, and the others join it there.
     let mut address = inherited.bound(&listener.name, configured);
     let refused = |address| {
@@ -93,28 +97,35 @@ pub(super) fn bind(
     for sockets in workers.iter_mut().skip(had) {
         let socket = match listener.protocol {
             Protocol::Udp if had > 0 => break,
-            Protocol::Udp => open_udp(address).map(Bound::Udp),
-            Protocol::Tcp => match shared.next().and_then(Bound::try_clone) {
+            Protocol::Udp => open_udp(address).map(BoundSocket::Udp),
+            Protocol::Tcp => match shared.next().and_then(BoundSocket::try_clone) {
                 Some(again) => Ok(again),
-                None => open(address, true).map(Bound::Tcp),
+                None => open(address, true).map(BoundSocket::Tcp),
             },
         };
         let socket = socket.map_err(refused(address))?;
         address = socket.local_addr().map_err(refused(address))?;
         sockets.push((place, socket));
     }
-    Ok(Held { configured, door: DoorId { listener: place, protocol: listener.protocol, address } })
-}
-
-/// What somebody has bound before of an address; none where nobody has.
-fn given(protocol: Protocol, address: SocketAddr, inherited: &mut Inherited) -> io::Result<Vec<Bound>> {
-    Ok(match protocol {
-        Protocol::Tcp => inherited.tcp(address, BACKLOG)?.into_iter().map(Bound::Tcp).collect(),
-        Protocol::Udp => inherited.udp(address)?.into_iter().map(Bound::Udp).collect(),
+    Ok(BoundListener {
+        configured,
+        door: ListenSocketId { listener: place, protocol: listener.protocol, address },
     })
 }
 
-impl Bound {
+/// What somebody has bound before of an address; none where nobody has.
+fn given(
+    protocol: Protocol,
+    address: SocketAddr,
+    inherited: &mut InheritedSockets,
+) -> io::Result<Vec<BoundSocket>> {
+    Ok(match protocol {
+        Protocol::Tcp => inherited.tcp(address, BACKLOG)?.into_iter().map(BoundSocket::Tcp).collect(),
+        Protocol::Udp => inherited.udp(address)?.into_iter().map(BoundSocket::Udp).collect(),
+    })
+}
+
+impl BoundSocket {
     /// The same socket once more, of TCP alone.
     fn try_clone(&self) -> Option<Self> {
         match self {
@@ -133,18 +144,18 @@ impl Bound {
 
 /// Opens a TCP listening socket that broke once more.
 pub(super) fn reopen(address: SocketAddr) -> io::Result<TcpListener> {
-    fault::at(Call::Listen)?;
+    fault::at(Syscall::Listen)?;
     open(address, true)
 }
 
 /// The same of UDP.
 pub(super) fn reopen_udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    fault::at(Call::Listen)?;
+    fault::at(Syscall::Listen)?;
     open_udp(address)
 }
 
 /// Binds a port of every source address once: one that is not this machine's would fail every session.
-pub(super) fn try_sources<'a>(pools: impl IntoIterator<Item = &'a Pool>) -> Result<(), StartError> {
+pub(super) fn try_sources<'a>(pools: impl IntoIterator<Item = &'a PoolConfig>) -> Result<(), StartError> {
     for pool in pools {
         for &source in &pool.source_addresses {
             let address = SocketAddr::new(source, 0);
@@ -165,7 +176,7 @@ pub(super) fn try_sources<'a>(pools: impl IntoIterator<Item = &'a Pool>) -> Resu
 pub(super) fn page(
     what: &str,
     address: SocketAddr,
-    inherited: &mut Inherited,
+    inherited: &mut InheritedSockets,
 ) -> Result<TcpListener, StartError> {
     let address = inherited.bound(what, address);
     let given = inherited.tcp(address, BACKLOG).map(|mut given| {

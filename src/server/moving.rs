@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_local;
 
-use super::crew::{Aboard, Crew};
-use super::worker::Shop;
-use crate::flow::{self, Flows};
+use super::crew::{LoadGuard, WorkerLoads};
+use super::worker::WorkerContext;
+use crate::flow::{self, FlowWorker};
 use crate::session::{
     self,
-    moved::{self, Moved},
+    moved::{self, TransferredSession},
 };
-use crate::takeover::{Answer, Kind, Leaving, Refused};
+use crate::takeover::{PendingTransfer, TransferError, TransferKind, TransferReply};
 
 /// Parcels that may wait for the other process: the sessions in them stand still, and all others go on meanwhile.
 const UNDER_WAY: usize = 64;
@@ -24,22 +24,22 @@ const ORDERS: usize = 64;
 
 /// What a worker is told.
 #[derive(Debug)]
-pub(super) enum Order {
+pub(super) enum TransferCommand {
     /// Every session and flow leaves, through here; the other one is dropped once all flows have been answered for.
-    Leave(mpsc::Sender<Leaving>, mpsc::Sender<()>),
+    Leave(mpsc::Sender<PendingTransfer>, mpsc::Sender<()>),
     /// Those that have not left stay, and datagrams are heard again.
     Stay(bool),
     /// Datagrams wait in the listening sockets, for their flows are still to come; or they are heard.
     Hear(bool),
     /// A session of another process goes on here; it has been answered for.
-    Session(Box<Moved>, Aboard),
+    Session(Box<TransferredSession>, LoadGuard),
     /// A flow of another process goes on here, and is answered for; it comes back where its listening socket is another worker's.
-    Flow(Leaving, Door, oneshot::Sender<Option<Leaving>>),
+    Flow(PendingTransfer, FlowSocketMatch, oneshot::Sender<Option<PendingTransfer>>),
 }
 
 /// Where a flow goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Door {
+pub(super) enum FlowSocketMatch {
     /// Behind the very socket that it came to.
     Same,
     /// Behind one of the same address.
@@ -48,27 +48,30 @@ pub(super) enum Door {
 
 /// The workers, as those who move sessions see them.
 #[derive(Debug)]
-pub(super) struct Movers {
-    crew: Arc<Crew>,
-    orders: Vec<mpsc::Sender<Order>>,
+pub(super) struct TransferControl {
+    crew: Arc<WorkerLoads>,
+    orders: Vec<mpsc::Sender<TransferCommand>>,
     /// Whether it was told that something stays with the other process: of thousands, the first is.
     told: AtomicBool,
 }
 
-impl Movers {
+impl TransferControl {
     /// So many workers, and where each hears its orders.
-    pub(super) fn new(workers: usize, crew: &Arc<Crew>) -> (Self, Vec<mpsc::Receiver<Order>>) {
+    pub(super) fn new(
+        workers: usize,
+        crew: &Arc<WorkerLoads>,
+    ) -> (Self, Vec<mpsc::Receiver<TransferCommand>>) {
         let (orders, heard) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
         (Self { crew: Arc::clone(crew), orders, told: AtomicBool::new(false) }, heard)
     }
 
     /// From now on every session and flow leaves. The second channel ends once all flows have been answered for.
-    pub(super) async fn start(&self) -> (mpsc::Receiver<Leaving>, mpsc::Receiver<()>) {
+    pub(super) async fn start(&self) -> (mpsc::Receiver<PendingTransfer>, mpsc::Receiver<()>) {
         let (departures, leaving) = mpsc::channel(UNDER_WAY);
         let (flows, flows_left) = mpsc::channel(1);
         for worker in &self.orders {
             // A worker that has ended has nothing that could leave.
-            worker.send(Order::Leave(departures.clone(), flows.clone())).await.unwrap_or_default();
+            worker.send(TransferCommand::Leave(departures.clone(), flows.clone())).await.unwrap_or_default();
         }
         (leaving, flows_left)
     }
@@ -77,7 +80,7 @@ impl Movers {
     pub(super) async fn stop(&self, hear: bool) {
         for worker in &self.orders {
             // As in `start`.
-            worker.send(Order::Stay(hear)).await.unwrap_or_default();
+            worker.send(TransferCommand::Stay(hear)).await.unwrap_or_default();
         }
     }
 
@@ -85,44 +88,44 @@ impl Movers {
     pub(super) async fn hear_datagrams(&self, hear: bool) {
         for worker in &self.orders {
             // As in `start`.
-            worker.send(Order::Hear(hear)).await.unwrap_or_default();
+            worker.send(TransferCommand::Hear(hear)).await.unwrap_or_default();
         }
     }
 
     /// Gives what comes from another process to a worker, and answers. Where there is none, dropping it is an answer.
-    pub(super) async fn take_over(&self, leaving: Leaving) {
+    pub(super) async fn take_over(&self, leaving: PendingTransfer) {
         match leaving.parcel.kind() {
-            Ok(Kind::Session) => {
-                let Leaving { parcel, answer } = leaving;
+            Ok(TransferKind::Session) => {
+                let PendingTransfer { parcel, answer } = leaving;
                 match moved::decode(parcel) {
                     // Who waits for no answer any more has it still.
-                    Ok(moved) if answer.send(Answer::Taken).is_ok() => self.carry(moved).await,
+                    Ok(moved) if answer.send(TransferReply::Taken).is_ok() => self.carry(moved).await,
                     Ok(_) => {}
                     Err(refused) => self.stays(&refused),
                 }
             }
-            Ok(Kind::Flow) => self.take_flow(leaving).await,
+            Ok(TransferKind::Flow) => self.take_flow(leaving).await,
             Err(refused) => self.stays(&refused),
         }
     }
 
     /// Gives a session of another process, which has been told so, to the worker with the fewest.
-    pub(super) async fn carry(&self, moved: Box<Moved>) {
+    pub(super) async fn carry(&self, moved: Box<TransferredSession>) {
         let Some(lightest) = self.crew.lightest() else { return };
         let Some(worker) = self.orders.get(lightest) else { return };
         // A worker that has ended ends its sessions.
-        worker.send(Order::Session(moved, self.crew.board(lightest))).await.unwrap_or_default();
+        worker.send(TransferCommand::Session(moved, self.crew.board(lightest))).await.unwrap_or_default();
     }
 
     /// The worker of the same number as before has a flow's listening socket most likely, and else one of the others; one of the
     /// same address is for a flow whose own is nowhere.
-    async fn take_flow(&self, mut leaving: Leaving) {
+    async fn take_flow(&self, mut leaving: PendingTransfer) {
         let first = flow::moved::worker(&leaving.parcel).map_or(0, usize::from);
-        for door in [Door::Same, Door::Alike] {
+        for door in [FlowSocketMatch::Same, FlowSocketMatch::Alike] {
             for step in 0..self.orders.len() {
                 let Some(worker) = self.orders.get((first + step) % self.orders.len()) else { return };
                 let (back, comes_back) = oneshot::channel();
-                if worker.send(Order::Flow(leaving, door, back)).await.is_err() {
+                if worker.send(TransferCommand::Flow(leaving, door, back)).await.is_err() {
                     return;
                 }
                 match comes_back.await {
@@ -131,10 +134,10 @@ impl Movers {
                 }
             }
         }
-        self.stays(&Refused::NoDoor);
+        self.stays(&TransferError::NoDoor);
     }
 
-    fn stays(&self, refused: &Refused) {
+    fn stays(&self, refused: &TransferError) {
         if !self.told.swap(true, Ordering::Relaxed) {
             warn(refused);
         }
@@ -142,20 +145,21 @@ impl Movers {
 }
 
 /// Does what a worker is told, until nobody tells it anything any more.
-pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
+pub(super) async fn obey(shop: Rc<WorkerContext>, mut orders: mpsc::Receiver<TransferCommand>) {
     let _vital = shop.vital("orders to move sessions");
     let mut told = false;
     while let Some(order) = orders.recv().await {
         match order {
-            Order::Leave(departures, flows) => shop.start_moving(departures, flows),
-            Order::Stay(hear) => shop.stop_moving(hear),
-            Order::Hear(hear) => shop.hear(hear),
-            Order::Session(moved, aboard) => {
+            TransferCommand::Leave(departures, flows) => shop.start_moving(departures, flows),
+            TransferCommand::Stay(hear) => shop.stop_moving(hear),
+            TransferCommand::Hear(hear) => shop.hear(hear),
+            TransferCommand::Session(moved, aboard) => {
                 spawn_local(Box::pin(session::resume(Rc::clone(&shop.worker), moved, aboard)));
             }
-            Order::Flow(leaving, door, back) => {
-                let is_here =
-                    |flows: &&Rc<Flows<Aboard>>| flows.has_door(&leaving.parcel, door == Door::Same);
+            TransferCommand::Flow(leaving, door, back) => {
+                let is_here = |flows: &&Rc<FlowWorker<LoadGuard>>| {
+                    flows.has_door(&leaving.parcel, door == FlowSocketMatch::Same)
+                };
                 let (taken, again) = match shop.known_flows().filter(is_here) {
                     Some(flows) => (take_flow(flows, leaving), None),
                     None => (Ok(()), Some(leaving)),
@@ -172,13 +176,17 @@ pub(super) async fn obey(shop: Rc<Shop>, mut orders: mpsc::Receiver<Order>) {
     }
 }
 
-fn warn(refused: &Refused) {
+fn warn(refused: &TransferError) {
     tracing::warn!(%refused, "a session of the other process stays there, and others may, too");
 }
 
-impl Shop {
+impl WorkerContext {
     /// From now on every session and flow leaves, through here.
-    pub(super) fn start_moving(&self, departures: mpsc::Sender<Leaving>, flows_left: mpsc::Sender<()>) {
+    pub(super) fn start_moving(
+        &self,
+        departures: mpsc::Sender<PendingTransfer>,
+        flows_left: mpsc::Sender<()>,
+    ) {
         *self.worker.departures.borrow_mut() = Some(departures.clone());
         self.worker.local.start_moving();
         if let Some(flows) = self.known_flows().cloned() {
@@ -206,12 +214,12 @@ impl Shop {
 }
 
 /// Goes on with a flow of another process.
-fn take_flow(flows: &Flows<Aboard>, leaving: Leaving) -> Result<(), Refused> {
-    let Leaving { parcel, answer } = leaving;
+fn take_flow(flows: &FlowWorker<LoadGuard>, leaving: PendingTransfer) -> Result<(), TransferError> {
+    let PendingTransfer { parcel, answer } = leaving;
     // Who waits for no answer any more has it still.
     if !answer.is_closed() {
         flows.take_over(flow::moved::decode(parcel)?)?;
-        answer.send(Answer::Taken).unwrap_or_default();
+        answer.send(TransferReply::Taken).unwrap_or_default();
     }
     Ok(())
 }

@@ -8,11 +8,11 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::crew::Crew;
+use super::crew::WorkerLoads;
 use crate::clock;
-use crate::fault::{self, Call};
-use crate::state::Live;
-use crate::state::draining::Phase;
+use crate::fault::{self, Syscall};
+use crate::state::LiveState;
+use crate::state::draining::DrainPhase;
 
 /// How often it is looked whether there is something to tell.
 const LOOK: Duration = Duration::from_secs(1);
@@ -82,17 +82,17 @@ fn tell(states: &[NotifyState<'_>]) {
 
 /// Tells the status when it changes, and the watchdog, where there is one, that all workers go on. For as long as the
 /// process runs.
-pub(super) async fn run(live: Arc<Live>, crew: Arc<Crew>) {
+pub(super) async fn run(live: Arc<LiveState>, crew: Arc<WorkerLoads>) {
     let watchdog = sd_notify::watchdog_enabled();
     // At twice the rate that is asked for, as `sd_watchdog_enabled(3)` recommends.
     let look = watchdog.map_or(LOOK, |limit| (limit / 2).clamp(Duration::from_millis(1), LOOK));
     let mut ticks = interval(look);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told = Told::default();
+    let mut told = LastStatus::default();
     let mut beats = Vec::new();
     loop {
         ticks.tick().await;
-        fault::panic_at(Call::ControlPanic);
+        fault::panic_at(Syscall::ControlPanic);
         let news = told.news(&live, &crew);
         let mut states: Vec<_> = news.as_deref().map(NotifyState::Status).into_iter().collect();
         if news.is_some() && live.is_draining() {
@@ -114,16 +114,16 @@ pub(super) async fn run(live: Arc<Live>, crew: Arc<Crew>) {
 
 /// What was told last.
 #[derive(Default)]
-struct Told {
+struct LastStatus {
     /// What is told of at once where it changes.
-    what: Option<(Phase, bool)>,
+    what: Option<(DrainPhase, bool)>,
     text: String,
     looks: u32,
 }
 
-impl Told {
+impl LastStatus {
     /// What there is to tell now, if anything.
-    fn news(&mut self, live: &Live, crew: &Crew) -> Option<String> {
+    fn news(&mut self, live: &LiveState, crew: &WorkerLoads) -> Option<String> {
         let what = (live.draining.phase(), live.reloads.last_was_successful());
         self.looks += 1;
         if self.what == Some(what) && self.looks < SELDOM {
@@ -140,13 +140,15 @@ impl Told {
     }
 }
 
-fn text((phase, successful): (Phase, bool), sessions: usize, left: Option<Duration>) -> String {
+fn text((phase, successful): (DrainPhase, bool), sessions: usize, left: Option<Duration>) -> String {
     let refused = if successful { "" } else { "; the last reload was refused, the log says why" };
     let left = left.map_or(0, |left| left.as_secs());
     match phase {
-        Phase::Serving => format!("serving, {sessions} sessions{refused}"),
-        Phase::Notice => format!("draining, still accepting: {sessions} sessions, {left} s to the deadline"),
-        Phase::Closing => {
+        DrainPhase::Serving => format!("serving, {sessions} sessions{refused}"),
+        DrainPhase::Notice => {
+            format!("draining, still accepting: {sessions} sessions, {left} s to the deadline")
+        }
+        DrainPhase::Closing => {
             format!("draining, listeners closed: {sessions} sessions left, {left} s to the deadline")
         }
     }
@@ -158,11 +160,13 @@ mod tests {
 
     #[test]
     fn the_status_is_one_line() {
-        assert_eq!(text((Phase::Serving, true), 12, None), "serving, 12 sessions");
-        let refused = text((Phase::Serving, false), 0, None);
+        assert_eq!(text((DrainPhase::Serving, true), 12, None), "serving, 12 sessions");
+        let refused = text((DrainPhase::Serving, false), 0, None);
         assert_eq!(refused, "serving, 0 sessions; the last reload was refused, the log says why");
         let left = Some(Duration::from_secs(290));
-        for (phase, said) in [(Phase::Notice, "still accepting"), (Phase::Closing, "listeners closed")] {
+        for (phase, said) in
+            [(DrainPhase::Notice, "still accepting"), (DrainPhase::Closing, "listeners closed")]
+        {
             let text = text((phase, true), 3, left);
             assert!(text.contains(said) && text.ends_with("290 s to the deadline"), "{text}");
         }

@@ -8,17 +8,17 @@ use tokio::sync::watch;
 
 use super::notify;
 use super::reload::{ReloadError, Reloader};
-use super::takeover::Giver;
-use super::writer::Reopener;
+use super::takeover::Handover;
+use super::writer::LogReopener;
 use crate::account::lock;
-use crate::admin::control::{self, Fault, Refused, Reloaded};
-use crate::config::{Config, Faults};
-use crate::state::Live;
+use crate::admin::control::{self, RefusalDetail, ReloadRefusal, ReloadSummary};
+use crate::config::{Config, ConfigErrors};
+use crate::state::LiveState;
 
 /// Carries orders out.
 #[derive(Debug)]
-pub struct Orders {
-    live: Arc<Live>,
+pub struct ProcessControl {
+    live: Arc<LiveState>,
     reloader: Reloader,
     /// The file that the process was started with.
     source: Option<PathBuf>,
@@ -26,14 +26,14 @@ pub struct Orders {
     /// One reload at a time, from reading to the end: what was read last is in force.
     turn: Mutex<()>,
     /// Once everything runs.
-    pub(super) giver: OnceLock<Arc<Giver>>,
+    pub(super) giver: OnceLock<Arc<Handover>>,
     /// While the access log is a file that is written.
-    access_log: Mutex<Option<Arc<Reopener>>>,
+    access_log: Mutex<Option<Arc<LogReopener>>>,
 }
 
-impl Orders {
+impl ProcessControl {
     pub(super) fn new(
-        live: Arc<Live>,
+        live: Arc<LiveState>,
         reloader: Reloader,
         source: Option<PathBuf>,
         drain: watch::Sender<bool>,
@@ -50,7 +50,7 @@ impl Orders {
     }
 
     /// From now on this is asked to open the access log's file anew.
-    pub(super) fn set_access_log(&self, log: Option<Reopener>) {
+    pub(super) fn set_access_log(&self, log: Option<LogReopener>) {
         *lock(&self.access_log) = log.map(Arc::new);
     }
 
@@ -60,25 +60,25 @@ impl Orders {
         self.giver.get()?.tie.as_deref()
     }
 
-    fn read(&self) -> Result<Config, Refused> {
+    fn read(&self) -> Result<Config, ReloadRefusal> {
         let Some(source) = &self.source else {
             self.live.reloads.refuse();
             return Err(refused_for("the configuration: must come from a file, found none to read again"));
         };
         Config::load(source).map_err(|faults| {
             self.live.reloads.refuse();
-            Refused::from(&faults)
+            ReloadRefusal::from(&faults)
         })
     }
 
-    fn put_in_force(&self) -> Result<Reloaded, Refused> {
+    fn put_in_force(&self) -> Result<ReloadSummary, ReloadRefusal> {
         if self.giver.get().is_some_and(|giver| giver.is_busy()) {
             self.live.reloads.refuse();
             return Err(refused_for(&ReloadError::Leaving.to_string()));
         }
         let config = Arc::new(self.read()?);
         self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
-        Ok(Reloaded {
+        Ok(ReloadSummary {
             listeners: config.listeners.len(),
             pools: config.pools.len(),
             tenants: config.tenants.len(),
@@ -87,8 +87,8 @@ impl Orders {
     }
 }
 
-impl control::Orders for Orders {
-    fn reload(&self) -> Result<Reloaded, Refused> {
+impl control::Control for ProcessControl {
+    fn reload(&self) -> Result<ReloadSummary, ReloadRefusal> {
         let _turn = lock(&self.turn);
         // Who goes does not come back in systemd's eyes.
         let goes = self.live.is_draining();
@@ -101,7 +101,7 @@ impl control::Orders for Orders {
         match &mut reloaded {
             // The one who does it says what has changed.
             Ok(reloaded) => reloaded.access_log = reopened.err(),
-            Err(Refused { faults }) => {
+            Err(ReloadRefusal { faults }) => {
                 for fault in faults.iter() {
                     tracing::error!("{}", fault.text);
                 }
@@ -135,9 +135,9 @@ impl control::Orders for Orders {
     }
 }
 
-impl From<&Faults> for Refused {
-    fn from(faults: &Faults) -> Self {
-        let fault = |fault: &crate::config::Fault| Fault {
+impl From<&ConfigErrors> for ReloadRefusal {
+    fn from(faults: &ConfigErrors) -> Self {
+        let fault = |fault: &crate::config::ConfigError| RefusalDetail {
             file: Some(fault.file().to_owned()),
             line: fault.line(),
             text: fault.to_string(),
@@ -147,7 +147,7 @@ impl From<&Faults> for Refused {
 }
 
 /// A refusal that no line is at fault of: each line of the text is a fault.
-fn refused_for(text: &str) -> Refused {
-    let fault = |text: &str| Fault { file: None, line: None, text: text.to_owned() };
-    Refused { faults: text.lines().map(fault).collect() }
+fn refused_for(text: &str) -> ReloadRefusal {
+    let fault = |text: &str| RefusalDetail { file: None, line: None, text: text.to_owned() };
+    ReloadRefusal { faults: text.lines().map(fault).collect() }
 }

@@ -11,19 +11,19 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::doors::{DoorId, Order};
-use super::inherit::Inherited;
-use super::listen::{self, Bound, Held};
-use super::team::Team;
+use super::doors::{ListenSocketId, SocketCommand};
+use super::inherit::InheritedSockets;
+use super::listen::{self, BoundListener, BoundSocket};
+use super::team::WorkerCommands;
 use super::{Capacity, StartError, limits};
 use crate::account::lock;
 use crate::clock;
-use crate::config::{Config, Pool, Target};
-use crate::flow::Vacancy;
+use crate::config::{BackendTarget, Config, PoolConfig};
+use crate::flow::SocketRetirement;
 use crate::pool::Answers;
 use crate::resolve::Resolver;
-use crate::resolve::answer::Memory;
-use crate::state::{Changes, Count, Frozen, Live};
+use crate::resolve::answer::LastAnswers;
+use crate::state::{ChangeCount, ConfigChanges, LiveState, RestartNeeded};
 
 /// How long a reload waits for names without which a pool would have nobody. What is not known by then is looked up later.
 const NAMES: Duration = Duration::from_secs(5);
@@ -36,7 +36,7 @@ const ROOM: usize = 2;
 pub enum ReloadError {
     /// It changes what no reload changes.
     #[error(transparent)]
-    Frozen(#[from] Frozen),
+    Frozen(#[from] RestartNeeded),
     /// The machine has not what is new in it.
     #[error(transparent)]
     Machine(#[from] StartError),
@@ -50,7 +50,7 @@ pub enum ReloadError {
 
 /// Puts configurations in force, from any thread.
 #[derive(Clone)]
-pub struct Reloader(Arc<Desk>);
+pub struct Reloader(Arc<ReloaderState>);
 
 impl fmt::Debug for Reloader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -58,10 +58,10 @@ impl fmt::Debug for Reloader {
     }
 }
 
-struct Desk {
-    live: Arc<Live>,
-    held: Mutex<Holdings>,
-    orders: Vec<mpsc::Sender<Order>>,
+struct ReloaderState {
+    live: Arc<LiveState>,
+    held: Mutex<HeldListeners>,
+    orders: Vec<mpsc::Sender<SocketCommand>>,
     resolver: Arc<OnceLock<Arc<Resolver>>>,
     capacity: Capacity,
     /// Told when there are other pools to be looked after.
@@ -69,17 +69,17 @@ struct Desk {
 }
 
 /// What is locked while a configuration is put in force.
-struct Holdings {
+struct HeldListeners {
     /// Every listening address, each with a socket of every worker.
-    doors: Vec<Held>,
+    doors: Vec<BoundListener>,
     /// Whether they are a successor's, and stay as they are.
     are_leaving: bool,
 }
 
 /// While this lives no configuration is put in force.
-pub(super) struct NoReloads<'a>(&'a Reloader);
+pub(super) struct ReloadPause<'a>(&'a Reloader);
 
-impl Drop for NoReloads<'_> {
+impl Drop for ReloadPause<'_> {
     fn drop(&mut self) {
         lock(&self.0.0.held).are_leaving = false;
     }
@@ -87,27 +87,27 @@ impl Drop for NoReloads<'_> {
 
 /// What a configuration's listeners need.
 #[derive(Debug, Default)]
-struct Plan {
-    held: Vec<Held>,
+struct ListenerPlan {
+    held: Vec<BoundListener>,
     /// For each worker.
-    open: Vec<Vec<(u32, Bound)>>,
-    close: Vec<DoorId>,
+    open: Vec<Vec<(u32, BoundSocket)>>,
+    close: Vec<ListenSocketId>,
     /// By place.
     addresses: Vec<Vec<SocketAddr>>,
 }
 
 impl Reloader {
     pub(super) fn new(
-        live: &Arc<Live>,
-        held: Vec<Held>,
-        orders: Vec<mpsc::Sender<Order>>,
+        live: &Arc<LiveState>,
+        held: Vec<BoundListener>,
+        orders: Vec<mpsc::Sender<SocketCommand>>,
         resolver: &Arc<OnceLock<Arc<Resolver>>>,
         capacity: Capacity,
         changed: &Arc<Notify>,
     ) -> Self {
-        Self(Arc::new(Desk {
+        Self(Arc::new(ReloaderState {
             live: Arc::clone(live),
-            held: Mutex::new(Holdings { doors: held, are_leaving: false }),
+            held: Mutex::new(HeldListeners { doors: held, are_leaving: false }),
             orders,
             resolver: Arc::clone(resolver),
             capacity,
@@ -116,19 +116,19 @@ impl Reloader {
     }
 
     /// The way to the workers' doors.
-    pub(super) fn team(&self) -> Team {
-        Team::new(&self.0.orders)
+    pub(super) fn team(&self) -> WorkerCommands {
+        WorkerCommands::new(&self.0.orders)
     }
 
     /// Every listening address.
-    pub(super) fn held(&self) -> Vec<Held> {
+    pub(super) fn held(&self) -> Vec<BoundListener> {
         lock(&self.0.held).doors.clone()
     }
 
     /// Refuses every reload from now on; returns once one that is under way has come to its end.
-    pub(super) fn no_reloads(&self) -> NoReloads<'_> {
+    pub(super) fn no_reloads(&self) -> ReloadPause<'_> {
         lock(&self.0.held).are_leaving = true;
-        NoReloads(self)
+        ReloadPause(self)
     }
 
     /// Puts another configuration in force, as a whole or not at all. Sessions keep what they were born with, but for their
@@ -137,7 +137,7 @@ impl Reloader {
     ///
     /// # Errors
     /// Why it was refused; nothing has changed then.
-    pub fn reload(&self, config: &Arc<Config>) -> Result<Changes, ReloadError> {
+    pub fn reload(&self, config: &Arc<Config>) -> Result<ConfigChanges, ReloadError> {
         let changes = self.0.reload(config).inspect_err(|_| self.0.live.reloads.refuse())?;
         tracing::info!(
             tenants = config.tenants.len(),
@@ -156,8 +156,8 @@ impl Reloader {
     }
 }
 
-impl Desk {
-    fn reload(&self, config: &Arc<Config>) -> Result<Changes, ReloadError> {
+impl ReloaderState {
+    fn reload(&self, config: &Arc<Config>) -> Result<ConfigChanges, ReloadError> {
         let turn = self.live.turn(config)?;
         let present = self.live.config.load_full();
         let mut held = lock(&self.held);
@@ -166,7 +166,7 @@ impl Desk {
             return Err(ReloadError::Leaving);
         }
         let differing = config.pools.iter().filter(|pool| !present.pools.contains(pool));
-        let differing: Vec<&Pool> = differing.collect();
+        let differing: Vec<&PoolConfig> = differing.collect();
         listen::try_sources(differing.iter().copied())?;
         if self.resolver.get().is_none() && config.pools.iter().any(has_names) {
             let resolver =
@@ -184,17 +184,18 @@ impl Desk {
         // From here on nothing fails.
         let changes = turn.put(config, plan.addresses, &answers, clock::now());
         let vacancies: Vec<_> =
-            plan.close.into_iter().map(|door| (door, Vacancy::of(self.orders.len()))).collect();
+            plan.close.into_iter().map(|door| (door, SocketRetirement::of(self.orders.len()))).collect();
         for (orders, sockets) in self.orders.iter().zip(plan.open) {
             // Nobody else sends, so there is the room that there was. Closed is first: flows of an address that another listener
             // has from now on stay where they are, and it goes on there.
-            let closed = if wanted.1 { orders.try_send(Order::Close(vacancies.clone())) } else { Ok(()) };
-            let opened = if wanted.0 { orders.try_send(Order::Open(sockets)) } else { Ok(()) };
+            let closed =
+                if wanted.1 { orders.try_send(SocketCommand::Close(vacancies.clone())) } else { Ok(()) };
+            let opened = if wanted.0 { orders.try_send(SocketCommand::Open(sockets)) } else { Ok(()) };
             if closed.and(opened).is_err() {
                 tracing::error!("a worker takes no orders: its doors are as they were");
             }
         }
-        if changes.listeners != Count::default() {
+        if changes.listeners != ChangeCount::default() {
             self.reckon(config, plan.held.len());
         }
         held.doors = plan.held;
@@ -203,15 +204,21 @@ impl Desk {
     }
 
     /// Binds what is not bound yet. An address that a listener keeps, keeps its sockets, and its port where that was free.
-    fn plan(&self, config: &Config, places: &[u32], held: &[Held]) -> Result<Plan, StartError> {
+    fn plan(
+        &self,
+        config: &Config,
+        places: &[u32],
+        held: &[BoundListener],
+    ) -> Result<ListenerPlan, StartError> {
         let workers = self.orders.len();
-        let mut plan = Plan { open: (0..workers).map(|_| Vec::new()).collect(), ..Plan::default() };
+        let mut plan =
+            ListenerPlan { open: (0..workers).map(|_| Vec::new()).collect(), ..ListenerPlan::default() };
         let mut rest = held.to_vec();
         let rows = places.iter().map(|place| *place as usize + 1).max().unwrap_or(0);
         plan.addresses.resize(rows.max(self.live.snapshot.load().listeners.len()), Vec::new());
         for (listener, place) in config.listeners.iter().zip(places) {
             for configured in &listener.bind {
-                let is_it = |held: &Held| {
+                let is_it = |held: &BoundListener| {
                     held.door.listener == *place
                         && held.door.protocol == listener.protocol
                         && held.configured == *configured
@@ -224,7 +231,7 @@ impl Desk {
                         *place,
                         *configured,
                         &mut plan.open,
-                        &mut Inherited::default(),
+                        &mut InheritedSockets::default(),
                     )?,
                 };
                 plan.addresses
@@ -255,22 +262,22 @@ impl Desk {
     }
 }
 
-fn has_names(pool: &Pool) -> bool {
-    pool.backends.iter().any(|backend| !matches!(backend.target, Target::Address(_)))
+fn has_names(pool: &PoolConfig) -> bool {
+    pool.backends.iter().any(|backend| !matches!(backend.target, BackendTarget::Address(_)))
 }
 
 /// Looks up the names of pools that would have nobody without them. It waits for them on a thread of its own, as whoever
 /// reloads may stand in a task.
-fn answers(live: &Arc<Live>, config: &Config, changed: &[&Pool]) -> Answers {
+fn answers(live: &Arc<LiveState>, config: &Config, changed: &[&PoolConfig]) -> Answers {
     let present = live.config.load_full();
-    let before = |pool: &Pool| present.pools.iter().find(|other| other.name == pool.name);
-    let has_somebody = |pool: &Pool| {
+    let before = |pool: &PoolConfig| present.pools.iter().find(|other| other.name == pool.name);
+    let has_somebody = |pool: &PoolConfig| {
         pool.backends.iter().any(|backend| {
             let is_kept = || {
                 before(pool)
                     .is_some_and(|before| before.backends.iter().any(|other| other.target == backend.target))
             };
-            matches!(backend.target, Target::Address(_)) || is_kept()
+            matches!(backend.target, BackendTarget::Address(_)) || is_kept()
         })
     };
     let alone = changed.iter().filter(|pool| !has_somebody(pool));
@@ -283,7 +290,7 @@ fn answers(live: &Arc<Live>, config: &Config, changed: &[&Pool]) -> Answers {
     asked.unwrap_or_default()
 }
 
-fn ask(live: &Arc<Live>, config: &Config, targets: Vec<Target>) -> Answers {
+fn ask(live: &Arc<LiveState>, config: &Config, targets: Vec<BackendTarget>) -> Answers {
     let mut answers = Answers::new();
     // Connections belong to the runtime that made them: these are not the ones that look names up later.
     let (Ok(runtime), Ok(resolver)) = (
@@ -298,7 +305,7 @@ fn ask(live: &Arc<Live>, config: &Config, targets: Vec<Target>) -> Answers {
         for target in targets {
             let resolver = Arc::clone(&resolver);
             lookups.spawn(async move {
-                let answer = resolver.look_up(&target, &mut Memory::default()).await;
+                let answer = resolver.look_up(&target, &mut LastAnswers::default()).await;
                 (target, answer)
             });
         }

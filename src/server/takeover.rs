@@ -19,12 +19,12 @@ use std::thread::{self, park_timeout};
 use std::time::Duration;
 
 pub(super) use self::container::tie;
-pub(super) use self::give::Giver;
-pub use self::take::{Heritage, TakeoverError};
+pub(super) use self::give::Handover;
+pub use self::take::{TakeoverError, TakeoverOffer};
 use super::Server;
 use crate::clock;
 use crate::config::Config;
-use crate::takeover::message::{Offered, Role};
+use crate::takeover::message::{OfferedSocket, SocketRole};
 
 /// How long a successor waits for its backends to be known; a backend that is not by then is unknown to it at first.
 const PROBES: Duration = Duration::from_secs(30);
@@ -33,7 +33,7 @@ const PROBES: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(5);
 
 /// Sockets with what they are for.
-pub(super) type Pages = Vec<(Offered, OwnedFd)>;
+pub(super) type Pages = Vec<(OfferedSocket, OwnedFd)>;
 
 /// Copies of the sockets of the pages.
 pub(super) fn pages(
@@ -44,15 +44,15 @@ pub(super) fn pages(
 ) -> io::Result<Pages> {
     let mut pages = Vec::new();
     for (socket, role) in [
-        (admin, Role::Admin { configured: config.admin.bind }),
-        (health, Role::Health { configured: config.health.bind }),
+        (admin, SocketRole::Admin { configured: config.admin.bind }),
+        (health, SocketRole::Health { configured: config.health.bind }),
     ] {
         let bound = Some(socket.local_addr()?);
-        pages.push((Offered { role, bound }, socket.as_fd().try_clone_to_owned()?));
+        pages.push((OfferedSocket { role, bound }, socket.as_fd().try_clone_to_owned()?));
     }
     if let Some((socket, path)) = control {
-        let role = Role::Control { path: path.clone(), has_file };
-        pages.push((Offered { role, bound: None }, socket.as_fd().try_clone_to_owned()?));
+        let role = SocketRole::Control { path: path.clone(), has_file };
+        pages.push((OfferedSocket { role, bound: None }, socket.as_fd().try_clone_to_owned()?));
     }
     Ok(pages)
 }
@@ -60,7 +60,7 @@ pub(super) fn pages(
 impl Server {
     /// From now on a successor may ask for everything.
     pub(super) fn may_be_taken_over(&self, pages: Pages, tie: Option<String>) {
-        let giver = Giver {
+        let giver = Handover {
             live: Arc::clone(&self.live),
             crew: Arc::clone(&self.crew),
             team: self.reloader.team(),

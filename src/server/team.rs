@@ -4,20 +4,20 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::doors::{Lent, Order};
+use super::doors::{Lent, SocketCommand};
 
 /// The way to each worker's ear. A worker that has ended hears nothing, and is left out.
 #[derive(Clone, Debug)]
-pub(super) struct Team(Arc<[mpsc::Sender<Order>]>);
+pub(super) struct WorkerCommands(Arc<[mpsc::Sender<SocketCommand>]>);
 
-impl Team {
-    pub(super) fn new(orders: &[mpsc::Sender<Order>]) -> Self {
+impl WorkerCommands {
+    pub(super) fn new(orders: &[mpsc::Sender<SocketCommand>]) -> Self {
         Self(orders.into())
     }
 
     /// Tells all of them, and waits for all their answers.
-    fn ask<T>(&self, order: impl Fn(oneshot::Sender<T>) -> Order) -> Vec<T> {
-        let ask = |worker: &mpsc::Sender<Order>| {
+    fn ask<T>(&self, order: impl Fn(oneshot::Sender<T>) -> SocketCommand) -> Vec<T> {
+        let ask = |worker: &mpsc::Sender<SocketCommand>| {
             let (sender, answer) = oneshot::channel();
             worker.blocking_send(order(sender)).unwrap_or_default();
             answer
@@ -28,15 +28,15 @@ impl Team {
 
     /// All listening sockets, those of each worker together, in the order of the workers.
     pub(super) fn lend(&self) -> Vec<Lent> {
-        self.ask(Order::Lend).into_iter().flatten().collect()
+        self.ask(SocketCommand::Lend).into_iter().flatten().collect()
     }
 
     /// Returns once nobody accepts any more.
     pub(super) fn pause(&self) {
-        self.ask(Order::Pause);
+        self.ask(SocketCommand::Pause);
     }
 
     pub(super) fn resume(&self) {
-        self.0.iter().for_each(|worker| worker.blocking_send(Order::Resume).unwrap_or_default());
+        self.0.iter().for_each(|worker| worker.blocking_send(SocketCommand::Resume).unwrap_or_default());
     }
 }

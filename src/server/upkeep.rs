@@ -11,14 +11,14 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::failure;
 use crate::account::lock;
-use crate::account::lookup::Lookups;
+use crate::account::lookup::LookupCounters;
 use crate::clock;
-use crate::config::Target;
+use crate::config::BackendTarget;
 use crate::pool::Pool;
 use crate::pool::backend::Backend;
-use crate::probe::{self, Lanes, Turn};
+use crate::probe::{self, ProbeSlots, ProbeStagger};
 use crate::resolve::{self, Resolver};
-use crate::state::Live;
+use crate::state::LiveState;
 
 /// How often pools are looked at: an ejection reaches a pool's weights within this, and a slow start goes on.
 const EVERY: Duration = Duration::from_millis(100);
@@ -29,9 +29,9 @@ const SWEEPING: u32 = 10;
 
 /// What a pool's backends are looked after with.
 #[derive(Clone)]
-pub(super) struct Tools {
-    pub(super) live: Arc<Live>,
-    pub(super) lanes: Arc<Lanes>,
+pub(super) struct PoolContext {
+    pub(super) live: Arc<LiveState>,
+    pub(super) lanes: Arc<ProbeSlots>,
     /// There where a pool has names.
     pub(super) resolver: Arc<OnceLock<Arc<Resolver>>>,
 }
@@ -41,13 +41,13 @@ type Probes = Arc<Mutex<HashMap<SocketAddr, (usize, AbortHandle)>>>;
 
 /// A pool that is looked after.
 #[derive(Debug)]
-struct Care {
+struct SupervisedPool {
     pool: Arc<Pool>,
     probes: Probes,
-    names: HashMap<Target, AbortHandle>,
+    names: HashMap<BackendTarget, AbortHandle>,
 }
 
-impl Drop for Care {
+impl Drop for SupervisedPool {
     fn drop(&mut self) {
         lock(&self.probes).values().for_each(|(_, task)| task.abort());
         self.names.values().for_each(AbortHandle::abort);
@@ -55,7 +55,7 @@ impl Drop for Care {
 }
 
 /// Starts it all, for as long as the runtime lives; `changed` is told when a reload has brought other pools.
-pub(super) fn start(tools: &Tools, changed: Arc<Notify>) {
+pub(super) fn start(tools: &PoolContext, changed: Arc<Notify>) {
     let cared = tools.begin();
     let live = Arc::clone(&tools.live);
     // Without it, pools that reloads bring would never be probed.
@@ -70,14 +70,14 @@ pub(super) fn start(tools: &Tools, changed: Arc<Notify>) {
 }
 
 /// Goes on with the pools that each reload brings.
-async fn follow(tools: Tools, mut cared: HashMap<String, Care>, changed: Arc<Notify>) {
+async fn follow(tools: PoolContext, mut cared: HashMap<String, SupervisedPool>, changed: Arc<Notify>) {
     loop {
         changed.notified().await;
         let snapshot = tools.live.snapshot.load_full();
         let mut before = std::mem::take(&mut cared);
         for pool in &snapshot.pools {
             let name = pool.label.name();
-            let care = before.remove(name).unwrap_or_else(|| Care {
+            let care = before.remove(name).unwrap_or_else(|| SupervisedPool {
                 pool: Arc::clone(pool),
                 probes: Arc::default(),
                 names: HashMap::new(),
@@ -90,9 +90,9 @@ async fn follow(tools: Tools, mut cared: HashMap<String, Care>, changed: Arc<Not
 }
 
 /// A backend that a task probes. Where the task panics, the start does not wait for its first probe any more.
-struct Probed(Arc<Backend>);
+struct ProbeGuard(Arc<Backend>);
 
-impl Drop for Probed {
+impl Drop for ProbeGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             tracing::error!(
@@ -105,17 +105,17 @@ impl Drop for Probed {
 }
 
 /// The lookups of a name by a task. However that ends, the start waits no longer for the first.
-struct LookedUp(Option<Arc<Lookups>>);
+struct LookupGuard(Option<Arc<LookupCounters>>);
 
-impl Drop for LookedUp {
+impl Drop for LookupGuard {
     fn drop(&mut self) {
         self.0.iter().for_each(|lookups| lookups.end_first());
     }
 }
 
-impl Tools {
+impl PoolContext {
     /// Looks after the first pools of all.
-    fn begin(&self) -> HashMap<String, Care> {
+    fn begin(&self) -> HashMap<String, SupervisedPool> {
         let snapshot = self.live.snapshot.load_full();
         let is_probed = |pool: &&Arc<Pool>| pool.probe.is_some();
         let of = snapshot.pools.iter().filter(is_probed).map(|pool| pool.roster().backends().len()).sum();
@@ -123,20 +123,20 @@ impl Tools {
         let care = |pool: &Arc<Pool>| {
             let probes = Probes::default();
             for backend in pool.roster().backends().iter().filter(|_| pool.probe.is_some()) {
-                let turn = Turn { place: places.next().unwrap_or(0), of };
+                let turn = ProbeStagger { place: places.next().unwrap_or(0), of };
                 self.probe(&probes, pool, backend, turn);
             }
             let mut names = HashMap::new();
             for target in pool.names() {
                 names.insert(target.clone(), self.look_up(&probes, pool, target));
             }
-            (pool.label.name().to_owned(), Care { pool: Arc::clone(pool), probes, names })
+            (pool.label.name().to_owned(), SupervisedPool { pool: Arc::clone(pool), probes, names })
         };
         snapshot.pools.iter().map(care).collect()
     }
 
     /// Goes on with a pool, or the one in its place: probes and lookups of what is there still are not disturbed.
-    fn go_on(&self, mut care: Care, pool: &Arc<Pool>) -> Care {
+    fn go_on(&self, mut care: SupervisedPool, pool: &Arc<Pool>) -> SupervisedPool {
         let is_same = care.pool.probe == pool.probe && care.pool.sources == pool.sources;
         let names: HashSet<_> = pool.names().collect();
         care.names.retain(|target, task| {
@@ -163,7 +163,7 @@ impl Tools {
         };
         let of = unprobed.len();
         for (place, backend) in unprobed.into_iter().enumerate() {
-            self.probe(&care.probes, pool, backend, Turn { place, of });
+            self.probe(&care.probes, pool, backend, ProbeStagger { place, of });
         }
         for target in names {
             if !care.names.contains_key(target) {
@@ -176,8 +176,8 @@ impl Tools {
     }
 
     /// Has a backend probed.
-    fn probe(&self, probes: &Probes, pool: &Arc<Pool>, backend: &Arc<Backend>, turn: Turn) {
-        let guard = Probed(Arc::clone(backend));
+    fn probe(&self, probes: &Probes, pool: &Arc<Pool>, backend: &Arc<Backend>, turn: ProbeStagger) {
+        let guard = ProbeGuard(Arc::clone(backend));
         let means = (Arc::clone(&self.lanes), Arc::clone(&self.live.ports));
         let probing = probe::run(Arc::clone(pool), Arc::clone(backend), turn, means);
         let task = tokio::spawn(async move {
@@ -191,12 +191,12 @@ impl Tools {
     }
 
     /// Looks a name up, and has probed what it leads to.
-    fn look_up(&self, probes: &Probes, pool: &Arc<Pool>, target: &Target) -> AbortHandle {
-        const AT_ONCE: Turn = Turn { place: 0, of: 1 };
+    fn look_up(&self, probes: &Probes, pool: &Arc<Pool>, target: &BackendTarget) -> AbortHandle {
+        const AT_ONCE: ProbeStagger = ProbeStagger { place: 0, of: 1 };
         let (tools, probes, pool) = (self.clone(), Arc::clone(probes), Arc::clone(pool));
         let target = target.clone();
         let place = pool.names().position(|other| *other == target);
-        let looked_up = LookedUp(place.and_then(|place| pool.lookups().nth(place).cloned()));
+        let looked_up = LookupGuard(place.and_then(|place| pool.lookups().nth(place).cloned()));
         let task = tokio::spawn(async move {
             let Some(resolver) = tools.resolver.get().cloned() else { return };
             let fresh = |pool: &Arc<Pool>, backend: Arc<Backend>| {
@@ -212,7 +212,7 @@ impl Tools {
 }
 
 /// Does what is due in each pool, for ever. Costs one read for a pool where nothing is.
-async fn tend(live: Arc<Live>) {
+async fn tend(live: Arc<LiveState>) {
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut unswept = 0;
@@ -250,9 +250,9 @@ mod tests {
     use super::*;
     use crate::config::Config;
     use crate::pool::Answers;
-    use crate::state::{Most, NotReady};
+    use crate::state::{NotReady, ProcessLimits};
 
-    const MOST: Most = Most { sessions: 10, pending: 10, pipes: 0 };
+    const MOST: ProcessLimits = ProcessLimits { sessions: 10, pending: 10, pipes: 0 };
 
     /// A configuration with one pool, all of whose backends accept connections; each is probed once a minute.
     fn config(pool: &str, backends: &[SocketAddr]) -> Arc<Config> {
@@ -272,13 +272,16 @@ mod tests {
         let addresses: Vec<_> = accepting.iter().map(|socket| socket.local_addr().unwrap()).collect();
         // The first configuration has more backends than the one that replaces it, then fewer.
         for (first, second) in [(3, 1), (1, 3)] {
-            let live = Live::of(config("app", &addresses[..first]), 1, MOST);
+            let live = LiveState::of(config("app", &addresses[..first]), 1, MOST);
             let next = config("other", &addresses[..second]);
             let turn = live.turn(&next).unwrap();
             let changes = turn.put(&next, vec![Vec::new()], &Answers::default(), clock::now());
             assert_eq!((changes.pools.added, changes.pools.removed), (1, 1));
-            let tools =
-                Tools { live: Arc::clone(&live), lanes: Arc::new(Lanes::new(1)), resolver: Arc::default() };
+            let tools = PoolContext {
+                live: Arc::clone(&live),
+                lanes: Arc::new(ProbeSlots::new(1)),
+                resolver: Arc::default(),
+            };
             start(&tools, Arc::new(Notify::new()));
             let ready = async {
                 while live.readiness().is_err() {
@@ -293,7 +296,7 @@ mod tests {
     fn process_that_has_started_does_not_start_again() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
-        let live = Live::of(config("app", &[address]), 1, MOST);
+        let live = LiveState::of(config("app", &[address]), 1, MOST);
         assert_eq!(live.readiness(), Err(NotReady::Starting));
         let pool = Arc::clone(&live.snapshot.load().pools[0]);
         pool.backends()[0].give_up_first_probe();

@@ -13,23 +13,23 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 
-use super::crew::{Aboard, Crew};
-use super::doors::{Doors, Order};
-use super::drain::{self, Stage};
-use super::failure::{self, Vital};
-use super::listen::Bound;
+use super::crew::{LoadGuard, WorkerLoads};
+use super::doors::{SocketCommand, WorkerSockets};
+use super::drain::{self, DrainStage};
+use super::failure::{self, EssentialTask};
+use super::listen::BoundSocket;
 use super::moving;
-use crate::accept::Accepted;
-use crate::account::log::{Journal, Outlet};
-use crate::account::meter::Ledger;
+use crate::accept::AcceptedConnection;
+use crate::account::log::{AccessLogger, LogSender};
+use crate::account::meter::WorkerMetrics;
 use crate::admission::budget::QUANTUM;
 use crate::clock;
 use crate::clock::wheel::Tick;
-use crate::fault::{self, Call};
-use crate::flow::Flows;
-use crate::life::Local;
-use crate::session::{self, Worker};
-use crate::state::Live;
+use crate::fault::{self, Syscall};
+use crate::flow::FlowWorker;
+use crate::life::WorkerLocal;
+use crate::session::{self, SessionWorker};
+use crate::state::LiveState;
 
 /// Fresh connections that may be on their way to a worker; beyond it, they stay where they were accepted.
 pub(super) const HANDED_OVER: usize = 256;
@@ -39,42 +39,42 @@ const TELLING: u32 = 20;
 
 /// A fresh connection, already counted as a session of the worker that it goes to.
 #[derive(Debug)]
-pub(super) struct Fresh {
-    accepted: Accepted,
+pub(super) struct NewConnection {
+    accepted: AcceptedConnection,
     /// The place of its listener.
     listener: u32,
-    aboard: Aboard,
+    aboard: LoadGuard,
 }
 
 /// What a worker is given at its start.
-pub(super) struct Post {
+pub(super) struct WorkerSetup {
     pub(super) number: u16,
-    pub(super) live: Arc<Live>,
-    pub(super) crew: Arc<Crew>,
-    pub(super) doors: Vec<(u32, Bound)>,
+    pub(super) live: Arc<LiveState>,
+    pub(super) crew: Arc<WorkerLoads>,
+    pub(super) doors: Vec<(u32, BoundSocket)>,
     /// Whether the doors are heard from the start.
     pub(super) accepts: bool,
-    pub(super) others: Vec<mpsc::Sender<Fresh>>,
-    pub(super) handed_over: mpsc::Receiver<Fresh>,
-    pub(super) orders: mpsc::Receiver<Order>,
-    pub(super) moves: mpsc::Receiver<moving::Order>,
-    pub(super) stages: watch::Receiver<Stage>,
-    pub(super) journal: Option<Outlet>,
+    pub(super) others: Vec<mpsc::Sender<NewConnection>>,
+    pub(super) handed_over: mpsc::Receiver<NewConnection>,
+    pub(super) orders: mpsc::Receiver<SocketCommand>,
+    pub(super) moves: mpsc::Receiver<moving::TransferCommand>,
+    pub(super) stages: watch::Receiver<DrainStage>,
+    pub(super) journal: Option<LogSender>,
 }
 
 /// Starts the thread of a worker.
-pub(super) fn spawn(post: Post) -> io::Result<JoinHandle<()>> {
+pub(super) fn spawn(post: WorkerSetup) -> io::Result<JoinHandle<()>> {
     // A worker without a runtime would have the fewest sessions, and be given all: nothing starts without one.
     let (started, starts) = sync_channel(1);
     let thread = std::thread::Builder::new().name(format!("worker-{}", post.number)).spawn(move || {
         let build = || Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
-        let runtime = match fault::at(Call::WorkerStart).map_err(io::Error::from).and_then(|()| build()) {
+        let runtime = match fault::at(Syscall::WorkerStart).map_err(io::Error::from).and_then(|()| build()) {
             Ok(runtime) => runtime,
             Err(error) => return started.send(Err(error)).unwrap_or_default(),
         };
         started.send(Ok(())).unwrap_or_default();
         let (number, stages) = (post.number, post.stages.clone());
-        let _vital = Vital::of_worker(number, "the thread");
+        let _vital = EssentialTask::of_worker(number, "the thread");
         runtime.block_on(work(post));
         if failure::is_serving(&stages) {
             failure::end(&format!("the thread of worker {number}"));
@@ -85,19 +85,19 @@ pub(super) fn spawn(post: Post) -> io::Result<JoinHandle<()>> {
 }
 
 /// What the tasks of one worker share.
-pub(super) struct Shop {
-    pub(super) worker: Rc<Worker>,
-    pub(super) live: Arc<Live>,
-    pub(super) crew: Arc<Crew>,
-    others: Vec<mpsc::Sender<Fresh>>,
+pub(super) struct WorkerContext {
+    pub(super) worker: Rc<SessionWorker>,
+    pub(super) live: Arc<LiveState>,
+    pub(super) crew: Arc<WorkerLoads>,
+    others: Vec<mpsc::Sender<NewConnection>>,
     /// Once a listener is UDP.
-    flows: OnceCell<Rc<Flows<Aboard>>>,
-    journal: Option<Outlet>,
+    flows: OnceCell<Rc<FlowWorker<LoadGuard>>>,
+    journal: Option<LogSender>,
 }
 
-impl Shop {
-    pub(super) fn vital(&self, what: &'static str) -> Vital {
-        Vital::of_worker(self.worker.number, what)
+impl WorkerContext {
+    pub(super) fn vital(&self, what: &'static str) -> EssentialTask {
+        EssentialTask::of_worker(self.worker.number, what)
     }
 
     fn number(&self) -> usize {
@@ -105,9 +105,9 @@ impl Shop {
     }
 
     /// Takes a fresh connection in, or hands it to a worker with fewer sessions.
-    pub(super) fn receive(&self, accepted: Accepted, listener: u32) {
+    pub(super) fn receive(&self, accepted: AcceptedConnection, listener: u32) {
         let Some(lighter) = self.crew.lighter(self.number()) else { return self.start(accepted, listener) };
-        let fresh = Fresh { accepted, listener, aboard: self.crew.board(lighter) };
+        let fresh = NewConnection { accepted, listener, aboard: self.crew.board(lighter) };
         let Some(other) = self.others.get(lighter) else { return };
         match other.try_send(fresh) {
             Ok(()) => self.worker.local.ledger.worker().handed_over.add(1),
@@ -117,8 +117,8 @@ impl Shop {
         }
     }
 
-    pub(super) fn start(&self, accepted: Accepted, listener: u32) {
-        self.carry(Fresh { accepted, listener, aboard: self.crew.board(self.number()) });
+    pub(super) fn start(&self, accepted: AcceptedConnection, listener: u32) {
+        self.carry(NewConnection { accepted, listener, aboard: self.crew.board(self.number()) });
     }
 
     /// Hands the lines of the access log on.
@@ -137,7 +137,7 @@ impl Shop {
     }
 
     /// The worker's flows, where there may be any.
-    pub(super) fn known_flows(&self) -> Option<&Rc<Flows<Aboard>>> {
+    pub(super) fn known_flows(&self) -> Option<&Rc<FlowWorker<LoadGuard>>> {
         self.flows.get()
     }
 
@@ -145,7 +145,7 @@ impl Shop {
     ///
     /// # Errors
     /// What is short for them now.
-    pub(super) fn flows(&self) -> io::Result<Rc<Flows<Aboard>>> {
+    pub(super) fn flows(&self) -> io::Result<Rc<FlowWorker<LoadGuard>>> {
         if let Some(flows) = self.known_flows() {
             return Ok(Rc::clone(flows));
         }
@@ -154,11 +154,11 @@ impl Shop {
         Ok(flows)
     }
 
-    fn begin_flows(&self) -> io::Result<Rc<Flows<Aboard>>> {
+    fn begin_flows(&self) -> io::Result<Rc<FlowWorker<LoadGuard>>> {
         let (crew, number, live) = (Arc::clone(&self.crew), self.number(), Arc::clone(&self.live));
         let board = Box::new(move || crew.board(number));
         let (worker, local) = (self.worker.number, Rc::clone(&self.worker.local));
-        let flows = Flows::new(worker, &live, local, self.journal.clone(), board)?;
+        let flows = FlowWorker::new(worker, &live, local, self.journal.clone(), board)?;
         let (answering, vital) = (Rc::clone(&flows), self.vital("receiving from backends"));
         spawn_local(async move {
             let _vital = vital;
@@ -175,7 +175,7 @@ impl Shop {
         Ok(flows)
     }
 
-    fn carry(&self, fresh: Fresh) {
+    fn carry(&self, fresh: NewConnection) {
         let worker = Rc::clone(&self.worker);
         // Boxed, because a task moves what it runs three times at its end.
         spawn_local(Box::pin(session::run(worker, fresh.accepted, fresh.listener, fresh.aboard)));
@@ -188,14 +188,19 @@ fn first_session() -> u64 {
     clock::unix().as_secs() << 16
 }
 
-async fn work(mut post: Post) {
+async fn work(mut post: WorkerSetup) {
     let number = usize::from(post.number);
     let Some(shard) = post.live.shards.get(number) else { return };
-    let ledger = Ledger::new(Arc::clone(shard), post.live.labels.intern(""));
+    let ledger = WorkerMetrics::new(Arc::clone(shard), post.live.labels.intern(""));
     ledger.number_from(first_session());
-    let local = Local::new(ledger, clock::now());
-    let worker = Worker::new(post.number, &post.live, Rc::clone(&local), Journal::new(post.journal.clone()));
-    let shop = Rc::new(Shop {
+    let local = WorkerLocal::new(ledger, clock::now());
+    let worker = SessionWorker::new(
+        post.number,
+        &post.live,
+        Rc::clone(&local),
+        AccessLogger::new(post.journal.clone()),
+    );
+    let shop = Rc::new(WorkerContext {
         worker: Rc::new(worker),
         live: Arc::clone(&post.live),
         crew: Arc::clone(&post.crew),
@@ -204,7 +209,7 @@ async fn work(mut post: Post) {
         journal: post.journal,
     });
     spawn_local(tick(Rc::clone(&shop)));
-    let doors = Doors::new(&shop, &post.stages, post.accepts);
+    let doors = WorkerSockets::new(&shop, &post.stages, post.accepts);
     for (listener, socket) in post.doors {
         doors.open(listener, socket);
     }
@@ -220,9 +225,12 @@ async fn work(mut post: Post) {
         })
     };
     // A closed channel is the process's own end.
-    let reached =
-        post.stages.wait_for(|stage| *stage != Stage::Serving).await.map_or(Stage::Over, |stage| *stage);
-    if let Stage::Closing { idle } = reached {
+    let reached = post
+        .stages
+        .wait_for(|stage| *stage != DrainStage::Serving)
+        .await
+        .map_or(DrainStage::Over, |stage| *stage);
+    if let DrainStage::Closing { idle } = reached {
         local.drain(idle);
         shop.known_flows().iter().for_each(|flows| flows.drain(idle.duration()));
         drain::over(&mut post.stages).await;
@@ -248,14 +256,14 @@ const OFTEN: Duration = Duration::from_millis(1);
 const SELDOM: Duration = Duration::from_millis(5);
 
 /// Drives the worker's coarse time, and hands its lines of the access log on.
-async fn tick(shop: Rc<Shop>) {
+async fn tick(shop: Rc<WorkerContext>) {
     let _vital = shop.vital("the timers");
     let mut ticks = interval(Tick::SPAN);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut untold = 0;
     loop {
         next(&mut ticks, &shop).await;
-        fault::panic_at(Call::WorkerPanic);
+        fault::panic_at(Syscall::WorkerPanic);
         shop.worker.local.ledger.worker().ticks.add(1);
         let now = clock::now();
         shop.worker.local.advance(now);
@@ -279,7 +287,7 @@ async fn tick(shop: Rc<Shop>) {
 }
 
 /// Waits for the next tick, and grants bandwidth meanwhile to those who wait for it.
-async fn next(ticks: &mut Interval, shop: &Shop) {
+async fn next(ticks: &mut Interval, shop: &WorkerContext) {
     let pacer = &shop.worker.pacer;
     while !pacer.borrow().is_empty() {
         let span = pacer.borrow().span_of(PARCEL).clamp(OFTEN, SELDOM);

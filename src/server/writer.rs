@@ -14,9 +14,9 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::StartError;
 use crate::account::lock;
-use crate::account::log::{BATCHES, Batch, Outlet};
-use crate::account::log_queue::{LogQueue, Losses};
-use crate::config::AccessLog;
+use crate::account::log::{BATCHES, LogBatch, LogSender};
+use crate::account::log_queue::{LogQueue, MissingLines};
+use crate::config::AccessLogTarget;
 
 /// How long an order to open the file anew waits for its result.
 const REOPENING: Duration = Duration::from_secs(2);
@@ -30,29 +30,29 @@ const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 /// A log that is on.
 pub(super) struct AccessLogWriter {
     /// For the workers' journals; the thread ends with the last of them.
-    pub(super) outlet: Outlet,
+    pub(super) outlet: LogSender,
     /// Closed when all is written.
     pub(super) written: Receiver<()>,
     /// There where the log is a file.
-    pub(super) reopener: Option<Reopener>,
+    pub(super) reopener: Option<LogReopener>,
 }
 
 /// Opens the log, where it is on, and starts its thread. Lines that it cannot write are counted in `queue`.
 pub(super) fn open(
-    log: &AccessLog,
+    log: &AccessLogTarget,
     workers: usize,
     queue: Arc<LogQueue>,
 ) -> Result<Option<AccessLogWriter>, StartError> {
     let to = match log {
-        AccessLog::Off => return Ok(None),
-        AccessLog::Stdout => Target::Stdout,
-        AccessLog::File(path) => Target::File(first_file(path)?, path.clone()),
+        AccessLogTarget::Off => return Ok(None),
+        AccessLogTarget::Stdout => LogOutput::Stdout,
+        AccessLogTarget::File(path) => LogOutput::File(first_file(path)?, path.clone()),
     };
     let (to_writer, batches) = sync_channel(BATCHES * workers);
     let asked = Asked::default();
     let reopener = match &to {
-        Target::Stdout => None,
-        Target::File(_, path) => Some(Reopener {
+        LogOutput::Stdout => None,
+        LogOutput::File(_, path) => Some(LogReopener {
             to_writer: to_writer.clone(),
             asked: Arc::clone(&asked),
             path: path.clone(),
@@ -60,7 +60,7 @@ pub(super) fn open(
         }),
     };
     let (done, written) = sync_channel(0);
-    let outlet = Outlet { to_writer, queue: Arc::clone(&queue) };
+    let outlet = LogSender { to_writer, queue: Arc::clone(&queue) };
     Builder::new().name("access-log".to_owned()).spawn(move || {
         write(to, &batches, &asked, &queue);
         tell(&queue.take_untold());
@@ -93,10 +93,10 @@ fn refused(path: &Path) -> impl Fn(io::Error) -> StartError {
 ///
 /// # Errors
 /// Why it could not be opened.
-pub fn check(log: &AccessLog) -> Result<(), StartError> {
+pub fn check(log: &AccessLogTarget) -> Result<(), StartError> {
     match log {
-        AccessLog::File(path) if path.is_symlink() => Err(refused(path)(is_link())),
-        AccessLog::Off | AccessLog::Stdout | AccessLog::File(_) => Ok(()),
+        AccessLogTarget::File(path) if path.is_symlink() => Err(refused(path)(is_link())),
+        AccessLogTarget::Off | AccessLogTarget::Stdout | AccessLogTarget::File(_) => Ok(()),
     }
 }
 
@@ -106,13 +106,13 @@ fn is_link() -> io::Error {
     )
 }
 
-enum Target {
+enum LogOutput {
     Stdout,
     /// None as long as it could not be opened.
     File(Option<File>, PathBuf),
 }
 
-impl Write for Target {
+impl Write for LogOutput {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         match self {
             Self::Stdout => io::stdout().write(text),
@@ -129,7 +129,7 @@ impl Write for Target {
     }
 }
 
-impl Target {
+impl LogOutput {
     /// Opens the file anew; where that fails, the one that is open stays.
     fn reopen(&mut self) -> io::Result<()> {
         if let Self::File(file, path) = self {
@@ -161,15 +161,15 @@ type Asked = Arc<Mutex<Option<SyncSender<io::Result<()>>>>>;
 
 /// Has the access log's file opened anew, after it was renamed.
 #[derive(Debug)]
-pub(super) struct Reopener {
-    to_writer: SyncSender<Batch>,
+pub(super) struct LogReopener {
+    to_writer: SyncSender<LogBatch>,
     asked: Asked,
     path: PathBuf,
     /// The result of an order that the writer has not carried out yet, as where its disk stands still: one is enough.
     awaited: Mutex<Option<Receiver<io::Result<()>>>>,
 }
 
-impl Reopener {
+impl LogReopener {
     /// Opens the file anew, and says in the process log what came of it.
     ///
     /// # Errors
@@ -190,7 +190,7 @@ impl Reopener {
         let answers = awaited.take().unwrap_or_else(|| {
             let (answer, answers) = sync_channel(1);
             *lock(&self.asked) = Some(answer);
-            match self.to_writer.try_send(Batch::default()) {
+            match self.to_writer.try_send(LogBatch::default()) {
                 // The writer looks after each batch.
                 Ok(()) | Err(TrySendError::Full(_)) => {}
                 Err(TrySendError::Disconnected(_)) => drop(lock(&self.asked).take()),
@@ -216,7 +216,7 @@ impl Reopener {
     }
 }
 
-fn write(mut to: Target, batches: &Receiver<Batch>, asked: &Asked, queue: &LogQueue) {
+fn write(mut to: LogOutput, batches: &Receiver<LogBatch>, asked: &Asked, queue: &LogQueue) {
     let mut failing = false;
     for batch in batches {
         if !batch.text.is_empty() {
@@ -230,7 +230,7 @@ fn write(mut to: Target, batches: &Receiver<Batch>, asked: &Asked, queue: &LogQu
     }
 }
 
-fn write_lines(to: &mut Target, batch: &Batch, queue: &LogQueue, failing: &mut bool) {
+fn write_lines(to: &mut LogOutput, batch: &LogBatch, queue: &LogQueue, failing: &mut bool) {
     let written = to.write_all(&batch.text).and_then(|()| to.flush());
     match &written {
         Ok(()) => *failing = false,
@@ -253,7 +253,7 @@ pub(super) async fn tell_losses(queue: Arc<LogQueue>) {
     }
 }
 
-fn tell(losses: &Losses) {
+fn tell(losses: &MissingLines) {
     if losses.dropped.iter().any(|lines| *lines > 0) {
         let [sessions, rejections, strays] = losses.dropped;
         tracing::warn!(
@@ -300,7 +300,7 @@ mod tests {
         let (target, path) = (dir.path().join("target"), dir.path().join("access.log"));
         std::fs::write(&target, "precious").unwrap();
         symlink(&target, &path).unwrap();
-        let log = AccessLog::File(path.clone());
+        let log = AccessLogTarget::File(path.clone());
         let refused = check(&log).unwrap_err().to_string();
         assert!(refused.contains("a symbolic link, which is not followed"), "{refused}");
         let writer = open(&log, 1, Arc::new(LogQueue::new(0))).unwrap().unwrap();
@@ -310,7 +310,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         reopener.reopen().unwrap();
         assert!(path.is_file() && !path.is_symlink());
-        assert!(check(&AccessLog::File(target)).is_ok() && check(&AccessLog::Stdout).is_ok());
+        assert!(check(&AccessLogTarget::File(target)).is_ok() && check(&AccessLogTarget::Stdout).is_ok());
         // A folder that is a link is followed: systemd makes /var/log/vestibule one.
         symlink(dir.path(), dir.path().join("folder")).unwrap();
         assert!(open_file(&dir.path().join("folder/other.log")).is_ok());
@@ -331,12 +331,12 @@ mod tests {
     fn file_is_opened_anew_and_a_failure_keeps_the_one_that_is_open() {
         let dir = tempfile::tempdir().unwrap();
         let (path, old) = (dir.path().join("access.log"), dir.path().join("access.log.1"));
-        let log = AccessLog::File(path.clone());
+        let log = AccessLogTarget::File(path.clone());
         let queue = Arc::new(LogQueue::new(0));
         let AccessLogWriter { outlet, written, reopener } = open(&log, 1, queue).unwrap().unwrap();
         let reopener = reopener.unwrap();
         let write = |text: &str| {
-            let mut batch = Batch::default();
+            let mut batch = LogBatch::default();
             batch.text.extend_from_slice(text.as_bytes());
             outlet.to_writer.send(batch).unwrap();
         };
@@ -373,7 +373,7 @@ mod tests {
         let (to_writer, batches) = sync_channel(1);
         drop(batches);
         let (asked, path) = (Asked::default(), "access.log".into());
-        let reopener = Reopener { to_writer, asked, path, awaited: Mutex::default() };
+        let reopener = LogReopener { to_writer, asked, path, awaited: Mutex::default() };
         assert!(reopener.reopen().unwrap_err().contains("has ended"));
     }
 }

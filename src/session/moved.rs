@@ -13,27 +13,27 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::OwnedPermit;
 use tokio::sync::oneshot;
 
-use super::{Story, Worker};
-use crate::account::log::Marks;
-use crate::account::meter::Meter;
-use crate::account::{EachWay, Labels};
+use super::{LogContext, SessionWorker};
+use crate::account::log::LogFlags;
+use crate::account::meter::SessionMetrics;
+use crate::account::{Labels, PerDirection};
 use crate::addr::{ClientAddr, PeerAddr};
-use crate::admission::quota::{Kept, Permit, Revocation};
+use crate::admission::quota::{ReservedSlots, RevokePolicy, SessionPermit};
 use crate::clock::wheel::Tick;
-use crate::clock::{self, Birth};
-use crate::forward::moved::{Record, Still};
-use crate::forward::pace::Lent;
-use crate::forward::{Patience, Relay, Stop};
-use crate::id::{Claim, SessionId};
-use crate::life::{Cut, Life};
-use crate::outcome::{At, Outcome, Why};
-use crate::pool::Picked;
-use crate::state::{Live, Snapshot};
-use crate::takeover::{Answer, Kind, Leaving, Parcel, Refused};
+use crate::clock::{self, StartTime};
+use crate::forward::moved::{FrozenRelay, RelayRecord};
+use crate::forward::pace::WorkerResources;
+use crate::forward::{IdleTimeouts, Relay, RelayStop};
+use crate::id::{EndpointClaim, SessionId};
+use crate::life::{Cancelled, SessionContext};
+use crate::outcome::{EndedAt, Outcome, Reason};
+use crate::pool::PickedBackend;
+use crate::state::{LiveState, Snapshot};
+use crate::takeover::{PendingTransfer, Transfer, TransferError, TransferKind, TransferReply};
 
 /// What is told of a session.
 #[derive(Debug, Serialize, Deserialize)]
-struct Told {
+struct SessionTransferRecord {
     listener: String,
     tenant: String,
     pool: String,
@@ -46,28 +46,28 @@ struct Told {
     connect_us: Option<u32>,
     /// What happens to it where its tenant is not there any more. An older process does not say it.
     #[serde(default)]
-    revocation: Revocation,
+    revocation: RevokePolicy,
     queued_us: u32,
-    would_reject: Option<Why>,
+    would_reject: Option<Reason>,
     would_delay: bool,
-    bytes: EachWay<u64>,
+    bytes: PerDirection<u64>,
     /// Since it was accepted.
     age_us: u64,
-    relay: Record,
+    relay: RelayRecord,
 }
 
 /// A session that has come from another process and can be carried on.
 #[derive(Debug)]
-pub struct Moved {
-    told: Told,
-    still: Still,
+pub struct TransferredSession {
+    told: SessionTransferRecord,
+    still: FrozenRelay,
     /// Held until it has its own place.
-    kept: Option<Arc<Kept>>,
+    kept: Option<Arc<ReservedSlots>>,
 }
 
-impl Story<'_> {
+impl LogContext<'_> {
     /// Counts the local port that its connection to the backend has already.
-    pub(super) fn adopt_port(&mut self, moved: &Moved, live: &Live) {
+    pub(super) fn adopt_port(&mut self, moved: &TransferredSession, live: &LiveState) {
         let is_ours = |own: &IpAddr| self.pool.is_some_and(|pool| pool.sources.contains(own));
         let source = moved.still.backend_source().filter(is_ours);
         let space = live.ports.space(source, moved.told.backend);
@@ -76,9 +76,9 @@ impl Story<'_> {
     }
 }
 
-impl Moved {
+impl TransferredSession {
     /// Its place may be among these.
-    pub fn has_place_in(&mut self, kept: &Arc<Kept>) {
+    pub fn has_place_in(&mut self, kept: &Arc<ReservedSlots>) {
         self.kept = Some(Arc::clone(kept));
     }
 
@@ -87,14 +87,14 @@ impl Moved {
     }
 
     /// What is told of it at its end, as far as its tenant and its pool are here.
-    pub(super) fn story<'a>(&self, snapshot: &'a Snapshot, labels: &Labels) -> Story<'a> {
+    pub(super) fn story<'a>(&self, snapshot: &'a Snapshot, labels: &Labels) -> LogContext<'a> {
         let told = &self.told;
         let [listener, tenant, pool] =
             [&told.listener, &told.tenant, &told.pool].map(|name| labels.intern(name));
-        let endpoint = Claim::from_tlv(told.endpoint.as_ref().map(String::as_bytes));
+        let endpoint = EndpointClaim::from_tlv(told.endpoint.as_ref().map(String::as_bytes));
         let place = snapshot.known_place(&tenant, endpoint, &listener);
         let mut pools = snapshot.pools.iter().map(Arc::as_ref);
-        Story {
+        LogContext {
             peer: PeerAddr(told.peer),
             client: told.client.map(ClientAddr),
             endpoint,
@@ -104,12 +104,12 @@ impl Moved {
             port: None,
             attempts: told.attempts,
             connect_us: told.connect_us,
-            marks: Marks { queued_us: told.queued_us, ..Marks::default() },
+            marks: LogFlags { queued_us: told.queued_us, ..LogFlags::default() },
         }
     }
 
     /// Its place among its tenant's sessions, whatever the limits say. A tenant that is gone has no limits.
-    pub(super) fn adopt(&mut self, story: &Story<'_>, live: &Live) -> Permit {
+    pub(super) fn adopt(&mut self, story: &LogContext<'_>, live: &LiveState) -> SessionPermit {
         let gone = || {
             let quota = live.quotas.find(&live.labels.intern(&self.told.tenant));
             quota.set_revocation(self.told.revocation);
@@ -122,29 +122,29 @@ impl Moved {
     }
 
     /// Its place at its backend, where the pool has that.
-    pub(super) fn pick(&self, story: &Story<'_>) -> Option<Picked> {
+    pub(super) fn pick(&self, story: &LogContext<'_>) -> Option<PickedBackend> {
         story.pool?.adopt(self.told.backend, story.tenant_number())
     }
 
     /// Its life, from its accept on.
-    pub(super) fn life(&self, worker: &Worker) -> Life {
+    pub(super) fn life(&self, worker: &SessionWorker) -> SessionContext {
         let (told, labels) = (&self.told, &worker.live.labels);
         let names = [&told.listener, &told.tenant, &told.pool].map(|name| labels.intern(name));
         let backend = labels.intern(&told.backend.to_string());
         let [listener, tenant, pool] = &names;
         let ledger = Rc::clone(&worker.local.ledger);
-        let mut meter = Meter::taken_over(ledger, [listener, tenant, pool, &backend], told.bytes);
+        let mut meter = SessionMetrics::taken_over(ledger, [listener, tenant, pool, &backend], told.bytes);
         meter.would_delay = told.would_delay;
-        let started = Birth::before(clock::now(), Duration::from_micros(told.age_us));
-        Life::begun(Rc::clone(&worker.local), meter, started)
+        let started = StartTime::before(clock::now(), Duration::from_micros(told.age_us));
+        SessionContext::begun(Rc::clone(&worker.local), meter, started)
     }
 
     /// Goes on with its bytes.
     pub(super) fn resume<'a>(
         self,
-        patience: &'a Patience,
-        lent: Lent<'a>,
-        life: &'a mut Life,
+        patience: &'a IdleTimeouts,
+        lent: WorkerResources<'a>,
+        life: &'a mut SessionContext,
     ) -> io::Result<Relay<'a>> {
         self.still.resume(patience, lent, life)
     }
@@ -155,26 +155,26 @@ impl Moved {
 ///
 /// # Errors
 /// Why it cannot be carried on here.
-pub fn decode(parcel: Parcel) -> Result<Box<Moved>, Refused> {
-    let (told, tail) = parcel.read::<Told>(Kind::Session)?;
+pub fn decode(parcel: Transfer) -> Result<Box<TransferredSession>, TransferError> {
+    let (told, tail) = parcel.read::<SessionTransferRecord>(TransferKind::Session)?;
     let tail = tail.to_vec();
-    let still = Still::new(told.relay, &tail, parcel.fds)?;
-    Ok(Box::new(Moved { told, still, kept: None }))
+    let still = FrozenRelay::new(told.relay, &tail, parcel.fds)?;
+    Ok(Box::new(TransferredSession { told, still, kept: None }))
 }
 
 fn pack(
     relay: &mut Relay<'_>,
-    story: &Story<'_>,
-    permit: &Permit,
+    story: &LogContext<'_>,
+    permit: &SessionPermit,
     session: SessionId,
-) -> Result<Parcel, Refused> {
-    let (record, tail, fds) = relay.pack().map_err(|_| Refused::Shortage)?;
+) -> Result<Transfer, TransferError> {
+    let (record, tail, fds) = relay.pack().map_err(|_| TransferError::Shortage)?;
     let life = relay.life();
     let [listener, tenant, pool] = life.meter.labels().map(|label| label.name().to_owned());
     let Some(backend) = story.backend().map(|backend| backend.0) else {
-        return Err(Refused::Malformed("it has no backend".to_owned()));
+        return Err(TransferError::Malformed("it has no backend".to_owned()));
     };
-    let told = Told {
+    let told = SessionTransferRecord {
         listener,
         tenant,
         pool,
@@ -193,13 +193,13 @@ fn pack(
         age_us: u64::try_from(life.started.age(clock::now()).as_micros()).unwrap_or(u64::MAX),
         relay: record,
     };
-    Parcel::pack(Kind::Session, &told, &tail, fds)
+    Transfer::pack(TransferKind::Session, &told, &tail, fds)
 }
 
 /// What came first while a session waited for its turn to leave.
-enum First {
+enum FirstEvent {
     /// Its turn.
-    Turn(OwnedPermit<Leaving>),
+    Turn(OwnedPermit<PendingTransfer>),
     /// Its end.
     End(Outcome),
     /// Sessions are visited again.
@@ -211,22 +211,22 @@ enum First {
 /// Has a session leave for the other process; `Some` is its end here, and with `None` it goes on as if nothing had
 /// happened. Until it is its turn it forwards; from then to the answer nothing is read, written or said of it here.
 pub(super) async fn depart(
-    worker: &Worker,
+    worker: &SessionWorker,
     relay: &mut Relay<'_>,
-    story: &Story<'_>,
-    permit: &Permit,
+    story: &LogContext<'_>,
+    permit: &SessionPermit,
     session: SessionId,
 ) -> Option<Outcome> {
     let turn = loop {
         match first(worker, relay).await {
-            First::Turn(turn) => break turn,
-            First::End(outcome) => return Some(outcome),
-            First::Again => {
+            FirstEvent::Turn(turn) => break turn,
+            FirstEvent::End(outcome) => return Some(outcome),
+            FirstEvent::Again => {
                 if let Some(outcome) = worker.check(relay, story, permit) {
                     return Some(outcome);
                 }
             }
-            First::Nobody => return None,
+            FirstEvent::Nobody => return None,
         }
     };
     relay.stand_still();
@@ -235,16 +235,16 @@ pub(super) async fn depart(
         return None;
     };
     let (answer, answered) = oneshot::channel();
-    turn.send(Leaving { parcel, answer });
+    turn.send(PendingTransfer { parcel, answer });
     match hear(relay.life(), answered).await {
-        Ok(Answer::Taken) => {
+        Ok(TransferReply::Taken) => {
             // It lives, and counts: who says only now who it is does not get its place, unless nobody leaves any more.
             if let Some(tenant) = story.tenant.filter(|_| worker.departures.borrow().is_some()) {
                 tenant.quota.keep_session();
             }
-            Some(Outcome::reject(At::Forward, Why::Moved))
+            Some(Outcome::reject(EndedAt::Forward, Reason::Moved))
         }
-        Ok(Answer::Stays) => {
+        Ok(TransferReply::Stays) => {
             relay.go_on();
             None
         }
@@ -253,19 +253,19 @@ pub(super) async fn depart(
     }
 }
 
-async fn first(worker: &Worker, relay: &mut Relay<'_>) -> First {
-    let Some(departures) = worker.departures.borrow().clone() else { return First::Nobody };
+async fn first(worker: &SessionWorker, relay: &mut Relay<'_>) -> FirstEvent {
+    let Some(departures) = worker.departures.borrow().clone() else { return FirstEvent::Nobody };
     let mut turn = pin!(departures.reserve_owned());
     poll_fn(|context| {
         if !worker.local.is_moving() {
-            return Poll::Ready(First::Nobody);
+            return Poll::Ready(FirstEvent::Nobody);
         }
         if let Poll::Ready(turn) = turn.as_mut().poll(context) {
-            return Poll::Ready(turn.map_or(First::Nobody, First::Turn));
+            return Poll::Ready(turn.map_or(FirstEvent::Nobody, FirstEvent::Turn));
         }
         match Pin::new(&mut *relay).poll(context) {
-            Poll::Ready(Stop::Ended(outcome)) => Poll::Ready(First::End(outcome)),
-            Poll::Ready(Stop::Visit) => Poll::Ready(First::Again),
+            Poll::Ready(RelayStop::Ended(outcome)) => Poll::Ready(FirstEvent::End(outcome)),
+            Poll::Ready(RelayStop::Visit) => Poll::Ready(FirstEvent::Again),
             Poll::Pending => Poll::Pending,
         }
     })
@@ -273,12 +273,15 @@ async fn first(worker: &Worker, relay: &mut Relay<'_>) -> First {
 }
 
 /// Waits for the answer, as long as the process is not over.
-async fn hear(life: &mut Life, mut answered: oneshot::Receiver<Answer>) -> Result<Answer, Outcome> {
+async fn hear(
+    life: &mut SessionContext,
+    mut answered: oneshot::Receiver<TransferReply>,
+) -> Result<TransferReply, Outcome> {
     loop {
         match life.watch(&mut answered).await {
-            Ok(answer) => return Ok(answer.unwrap_or(Answer::Stays)),
-            Err(Cut::Expired) => life.wake_at(Tick::NEVER),
-            Err(Cut::Drained) => return Err(Outcome::reject(At::Forward, Why::Drained)),
+            Ok(answer) => return Ok(answer.unwrap_or(TransferReply::Stays)),
+            Err(Cancelled::Expired) => life.wake_at(Tick::NEVER),
+            Err(Cancelled::Drained) => return Err(Outcome::reject(EndedAt::Forward, Reason::Drained)),
         }
     }
 }

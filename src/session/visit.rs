@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::{Story, Worker};
-use crate::admission::quota::Permit;
+use super::{LogContext, SessionWorker};
+use crate::admission::quota::SessionPermit;
 use crate::clock::Moment;
 use crate::forward::Relay;
 use crate::outcome::Outcome;
@@ -11,7 +11,7 @@ use crate::outcome::Outcome;
 /// The least time from one visit of all sessions because of reloads to the next.
 const VISIT_INTERVAL: Duration = Duration::from_millis(250);
 
-impl Worker {
+impl SessionWorker {
     /// Lets go of a snapshot that is no more in force. Whether sessions are to be visited, because a reload may have taken
     /// their endpoint away from their tenant; at most once in `VISIT_INTERVAL`, however many reloads there are.
     pub fn renew(&self, now: Moment) -> bool {
@@ -25,7 +25,12 @@ impl Worker {
     }
 
     /// Checks whether a session's endpoint still belongs to its tenant; its end, where it does not.
-    pub(super) fn check(&self, relay: &mut Relay<'_>, story: &Story<'_>, permit: &Permit) -> Option<Outcome> {
+    pub(super) fn check(
+        &self,
+        relay: &mut Relay<'_>,
+        story: &LogContext<'_>,
+        permit: &SessionPermit,
+    ) -> Option<Outcome> {
         let [listener, tenant, _] = relay.life().meter.labels();
         let is_admitted = self.snapshot.borrow_mut().load().admits(listener, story.endpoint, tenant);
         let grace = permit.quota().revocation().grace().filter(|_| !is_admitted);

@@ -6,7 +6,7 @@ use crate::config::Config;
 
 /// How many there are of what a configuration has and the one before had not, and the other way around.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Count {
+pub struct ChangeCount {
     /// They are new.
     pub added: usize,
     /// They are there no more.
@@ -17,28 +17,28 @@ pub struct Count {
 
 /// What differs between two configurations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Changes {
+pub struct ConfigChanges {
     /// Listeners, by name.
-    pub listeners: Count,
+    pub listeners: ChangeCount,
     /// Pools, by name.
-    pub pools: Count,
+    pub pools: ChangeCount,
     /// Tenants, by name.
-    pub tenants: Count,
+    pub tenants: ChangeCount,
 }
 
-impl Changes {
+impl ConfigChanges {
     /// Compares them.
     #[must_use]
     pub fn between(before: &Config, after: &Config) -> Self {
         Self {
-            listeners: Count::between(&before.listeners, &after.listeners, |listener| &listener.name),
-            pools: Count::between(&before.pools, &after.pools, |pool| &pool.name),
-            tenants: Count::between(&before.tenants, &after.tenants, |tenant| &tenant.name),
+            listeners: ChangeCount::between(&before.listeners, &after.listeners, |listener| &listener.name),
+            pools: ChangeCount::between(&before.pools, &after.pools, |pool| &pool.name),
+            tenants: ChangeCount::between(&before.tenants, &after.tenants, |tenant| &tenant.name),
         }
     }
 }
 
-impl Count {
+impl ChangeCount {
     fn between<T: PartialEq>(before: &[T], after: &[T], name: impl Fn(&T) -> &String) -> Self {
         let mut count = Self::default();
         // Most stand where they stood, and are found without a table.
@@ -73,8 +73,8 @@ mod tests {
         };
         let before = all(&[("a", 1), ("b", 1), ("c", 1), ("d", 1)]);
         let after = all(&[("a", 2), ("c", 1), ("e", 1), ("d", 2), ("f", 1)]);
-        let count = Count::between(&before, &after, |(name, _)| name);
-        assert_eq!(count, Count { added: 2, removed: 1, changed: 2 });
-        assert_eq!(Count::between(&before, &before, |(name, _)| name), Count::default());
+        let count = ChangeCount::between(&before, &after, |(name, _)| name);
+        assert_eq!(count, ChangeCount { added: 2, removed: 1, changed: 2 });
+        assert_eq!(ChangeCount::between(&before, &before, |(name, _)| name), ChangeCount::default());
     }
 }

@@ -8,7 +8,7 @@ use crate::clock::Moment;
 /// A step of the way from serving to the end: a closed set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub enum Phase {
+pub enum DrainPhase {
     /// Nobody has asked for the end.
     Serving,
     /// The health check says 503, and connections are still accepted.
@@ -17,7 +17,7 @@ pub enum Phase {
     Closing,
 }
 
-impl Phase {
+impl DrainPhase {
     /// All of them, in order.
     pub const ALL: [Self; 3] = [Self::Serving, Self::Notice, Self::Closing];
 
@@ -34,38 +34,38 @@ impl Phase {
 
 /// The way to the end.
 #[derive(Debug, Default)]
-pub struct Draining {
+pub struct DrainState {
     phase: AtomicU8,
     /// When it began, and when it is over at the latest, in nanoseconds.
     since: AtomicU64,
     deadline: AtomicU64,
 }
 
-impl Draining {
+impl DrainState {
     /// The notice begins; what is left after `deadline` is ended.
     pub fn begin(&self, now: Moment, deadline: Duration) {
         self.since.store(now.as_nanos(), Ordering::Release);
         self.deadline.store((now + deadline).as_nanos(), Ordering::Release);
-        self.phase.store(Phase::Notice as u8, Ordering::Release);
+        self.phase.store(DrainPhase::Notice as u8, Ordering::Release);
     }
 
     /// The listening sockets close.
     pub fn close(&self) {
-        self.phase.store(Phase::Closing as u8, Ordering::Release);
+        self.phase.store(DrainPhase::Closing as u8, Ordering::Release);
     }
 
     /// How far it has come.
     #[must_use]
-    pub fn phase(&self) -> Phase {
+    pub fn phase(&self) -> DrainPhase {
         let phase = self.phase.load(Ordering::Acquire);
-        Phase::ALL.into_iter().rfind(|known| *known as u8 <= phase).unwrap_or(Phase::Serving)
+        DrainPhase::ALL.into_iter().rfind(|known| *known as u8 <= phase).unwrap_or(DrainPhase::Serving)
     }
 
     /// How long it has been going on, and how long it may go on yet; `None` before it begins.
     #[must_use]
     pub fn time(&self, now: Moment) -> Option<(Duration, Duration)> {
         let moment = |nanos: &AtomicU64| Moment::from_nanos(nanos.load(Ordering::Acquire));
-        let begun = self.phase() > Phase::Serving;
+        let begun = self.phase() > DrainPhase::Serving;
         begun.then(|| (now.since(moment(&self.since)), moment(&self.deadline).since(now)))
     }
 }
@@ -77,13 +77,13 @@ mod tests {
     #[test]
     fn it_goes_forward_and_tells_its_time() {
         let (draining, at) =
-            (Draining::default(), |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000));
-        assert_eq!((draining.phase(), draining.time(at(9))), (Phase::Serving, None));
+            (DrainState::default(), |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000));
+        assert_eq!((draining.phase(), draining.time(at(9))), (DrainPhase::Serving, None));
         draining.begin(at(10), Duration::from_secs(300));
         let seconds = |moment| draining.time(moment).map(|(took, left)| (took.as_secs(), left.as_secs()));
-        assert_eq!((draining.phase(), seconds(at(15))), (Phase::Notice, Some((5, 295))));
+        assert_eq!((draining.phase(), seconds(at(15))), (DrainPhase::Notice, Some((5, 295))));
         draining.close();
-        assert_eq!((draining.phase(), seconds(at(400))), (Phase::Closing, Some((390, 0))));
-        assert_eq!(Phase::ALL.map(Phase::word), ["serving", "notice", "closing"]);
+        assert_eq!((draining.phase(), seconds(at(400))), (DrainPhase::Closing, Some((390, 0))));
+        assert_eq!(DrainPhase::ALL.map(DrainPhase::word), ["serving", "notice", "closing"]);
     }
 }

@@ -8,10 +8,10 @@ use std::time::Duration;
 use crate::account::Label;
 use crate::account::log_queue::LineClass;
 use crate::admission::quota::{LINES_BURST, Quota};
-use crate::admission::rate::Rate;
+use crate::admission::rate::RateLimiter;
 use crate::clock::Moment;
 use crate::config;
-use crate::outcome::{At, By, Outcome, Why};
+use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::tenant::Tenant;
 
 /// Tenants that one telling names; of the others it says how many there are.
@@ -19,38 +19,39 @@ const NAMED: usize = 20;
 
 /// What a worker has left out of the access log and not told yet.
 #[derive(Debug, Default)]
-pub struct Rejections {
+pub struct RejectionLog {
     untold: RefCell<Vec<(Label, Arc<Quota>)>>,
 }
 
 /// The lines of one listener that tell of connections and datagrams whose tenant is not known: for each reason a few at
 /// once, then so many in a second, over all workers. A flood of them is free to send, and must not fill the disk.
 #[derive(Debug)]
-pub struct StrayLines(Box<[Bucket]>);
+pub struct StrayLogLimit(Box<[LogBucket]>);
 
 #[derive(Debug, Default)]
-struct Bucket {
-    rate: Rate,
+struct LogBucket {
+    rate: RateLimiter,
     left_out: AtomicU64,
 }
 
 /// As for the rejections of a tenant.
-const STRAY_LINES: config::Rate = config::Rate { interval: Duration::from_millis(100), burst: LINES_BURST };
+const STRAY_LINES: config::RateLimit =
+    config::RateLimit { interval: Duration::from_millis(100), burst: LINES_BURST };
 
-impl Default for StrayLines {
+impl Default for StrayLogLimit {
     fn default() -> Self {
         let bucket = |_| {
-            let bucket = Bucket::default();
+            let bucket = LogBucket::default();
             bucket.rate.set(Some(STRAY_LINES));
             bucket
         };
-        Self(Why::ALL.iter().map(bucket).collect())
+        Self(Reason::ALL.iter().map(bucket).collect())
     }
 }
 
-impl StrayLines {
+impl StrayLogLimit {
     /// Whether one more has a line now, and how many had none before it.
-    fn line(&self, why: Why, now: Moment) -> Option<u64> {
+    fn line(&self, why: Reason, now: Moment) -> Option<u64> {
         let bucket = self.0.get(why as usize)?;
         if bucket.rate.admit(now) {
             return Some(bucket.left_out.swap(0, Ordering::AcqRel));
@@ -62,14 +63,14 @@ impl StrayLines {
 
 /// The line of an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Line {
+pub struct LogLine {
     /// What it tells of.
     pub class: LineClass,
     /// How many of its kind had none before it.
     pub left_out: u64,
 }
 
-impl Rejections {
+impl RejectionLog {
     /// The line of an end, which each has, but for a tenant's rejections, and a listener's strays, beyond so many in a
     /// second.
     ///
@@ -79,20 +80,20 @@ impl Rejections {
         &self,
         outcome: Outcome,
         tenant: Option<&Tenant>,
-        strays: Option<&StrayLines>,
+        strays: Option<&StrayLogLimit>,
         now: Moment,
-    ) -> Result<Line, LineClass> {
+    ) -> Result<LogLine, LineClass> {
         // A session of another process may have a tenant that is unknown here, and is no stray.
-        let is_early = outcome.at <= At::Tenant;
+        let is_early = outcome.at <= EndedAt::Tenant;
         match (tenant, strays) {
             (None, Some(strays)) if is_early => {
                 let class = LineClass::Stray;
-                strays.line(outcome.why, now).map(|left_out| Line { class, left_out }).ok_or(class)
+                strays.line(outcome.why, now).map(|left_out| LogLine { class, left_out }).ok_or(class)
             }
-            (Some(tenant), _) if outcome.by == By::Proxy && outcome.at == At::Tenant => {
+            (Some(tenant), _) if outcome.by == EndedBy::Proxy && outcome.at == EndedAt::Tenant => {
                 let class = LineClass::Rejection;
                 match tenant.quota.has_line(now) {
-                    Ok(()) => Ok(Line { class, left_out: tenant.quota.take_left_out() }),
+                    Ok(()) => Ok(LogLine { class, left_out: tenant.quota.take_left_out() }),
                     Err(is_first) => {
                         if is_first {
                             let untold = (tenant.label.clone(), Arc::clone(&tenant.quota));
@@ -102,7 +103,7 @@ impl Rejections {
                     }
                 }
             }
-            _ => Ok(Line { class: LineClass::Session, left_out: 0 }),
+            _ => Ok(LogLine { class: LineClass::Session, left_out: 0 }),
         }
     }
 
@@ -142,15 +143,15 @@ mod tests {
     const START: Moment = Moment::from_nanos(0);
     const LATER: Moment = Moment::from_nanos(100_000_000);
 
-    fn line(class: LineClass, left_out: u64) -> Line {
-        Line { class, left_out }
+    fn line(class: LineClass, left_out: u64) -> LogLine {
+        LogLine { class, left_out }
     }
 
     #[test]
     fn a_flood_has_a_few_lines_and_the_rest_is_told_once() {
-        let (rejections, acme) = (Rejections::default(), tenant());
-        let rejected = Outcome::reject(At::Tenant, Why::SessionRate);
-        let ask = |now| rejections.line(rejected, Some(&acme), Some(&StrayLines::default()), now);
+        let (rejections, acme) = (RejectionLog::default(), tenant());
+        let rejected = Outcome::reject(EndedAt::Tenant, Reason::SessionRate);
+        let ask = |now| rejections.line(rejected, Some(&acme), Some(&StrayLogLimit::default()), now);
         let lines = (0..100).filter(|_| ask(START) == Ok(line(LineClass::Rejection, 0))).count();
         assert_eq!(u64::try_from(lines).unwrap(), LINES_BURST);
         assert_eq!(rejections.untold.borrow().len(), 1, "noted once");
@@ -161,15 +162,15 @@ mod tests {
 
     #[test]
     fn a_flood_of_strays_has_a_few_lines_for_each_reason_and_listener() {
-        let rejections = Rejections::default();
-        let [web, dns] = [(); 2].map(|()| StrayLines::default());
+        let rejections = RejectionLog::default();
+        let [web, dns] = [(); 2].map(|()| StrayLogLimit::default());
         let ask = |strays, at, why, now| rejections.line(Outcome::reject(at, why), None, Some(strays), now);
         for (at, why) in [
-            (At::Accept, Why::Shed),
-            (At::Accept, Why::UntrustedSource),
-            (At::Header, Why::PendingLimit),
-            (At::Header, Why::NoSignature),
-            (At::Tenant, Why::UnknownEndpoint),
+            (EndedAt::Accept, Reason::Shed),
+            (EndedAt::Accept, Reason::UntrustedSource),
+            (EndedAt::Header, Reason::PendingLimit),
+            (EndedAt::Header, Reason::NoSignature),
+            (EndedAt::Tenant, Reason::UnknownEndpoint),
         ] {
             for strays in [&web, &dns] {
                 let lines =
@@ -183,15 +184,15 @@ mod tests {
 
     #[test]
     fn every_other_end_has_its_line() {
-        let (rejections, acme, strays) = (Rejections::default(), tenant(), StrayLines::default());
-        let done = Outcome::new(By::Client, At::Forward, Why::Done);
-        let shed = Outcome::reject(At::Pool, Why::NoBackend);
+        let (rejections, acme, strays) = (RejectionLog::default(), tenant(), StrayLogLimit::default());
+        let done = Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done);
+        let shed = Outcome::reject(EndedAt::Pool, Reason::NoBackend);
         for (outcome, tenant) in [(done, Some(&acme)), (shed, Some(&acme)), (done, None)] {
             let is_line =
                 |_| rejections.line(outcome, tenant, Some(&strays), START) == Ok(line(LineClass::Session, 0));
             assert!((0..100).all(is_line), "{outcome}");
         }
-        let left = Outcome::reject(At::Tenant, Why::UnknownEndpoint);
+        let left = Outcome::reject(EndedAt::Tenant, Reason::UnknownEndpoint);
         assert_eq!(rejections.line(left, None, None, START), Ok(line(LineClass::Session, 0)));
     }
 }

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
-use super::rows::Rows;
+use super::rows::ListenerRows;
 use super::sharing;
-use super::{Changes, Count, Live, Snapshot};
+use super::{ChangeCount, ConfigChanges, LiveState, Snapshot};
 use crate::account::lock;
 use crate::clock;
 use crate::clock::Moment;
@@ -17,8 +17,8 @@ use crate::pool::{Answers, Pool};
 
 /// What goes from one reload to the next, and how often there was one.
 #[derive(Debug)]
-pub struct Reloads {
-    lasting: Mutex<Lasting>,
+pub struct ReloadHistory {
+    lasting: Mutex<PersistentNames>,
     done: AtomicU64,
     refused: AtomicU64,
     successful: AtomicBool,
@@ -28,19 +28,19 @@ pub struct Reloads {
 
 /// What is found again by name.
 #[derive(Debug)]
-struct Lasting {
-    rows: Rows,
+struct PersistentNames {
+    rows: ListenerRows,
     /// Pools that are configured no more, as long as a session has one: it may come back.
     removed: HashMap<String, Weak<Pool>>,
 }
 
 /// The tables that a reload must not change, and that differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Frozen(Vec<&'static str>);
+pub struct RestartNeeded(Vec<&'static str>);
 
-impl std::error::Error for Frozen {}
+impl std::error::Error for RestartNeeded {}
 
-impl std::fmt::Display for Frozen {
+impl std::fmt::Display for RestartNeeded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut messages = self.messages();
         messages.next().into_iter().try_for_each(|first| f.write_str(&first))?;
@@ -48,7 +48,7 @@ impl std::fmt::Display for Frozen {
     }
 }
 
-impl Frozen {
+impl RestartNeeded {
     /// Finds every table that differs and must not.
     pub(super) fn judge(present: &Config, config: &Config) -> Result<(), Self> {
         let Config { process, admin, health, log, dns, .. } = present;
@@ -82,12 +82,12 @@ impl Frozen {
 
 /// The turn of one reload: what it would put in force, before it does so.
 #[derive(Debug)]
-pub struct Turn<'a> {
-    live: &'a Live,
-    lasting: MutexGuard<'a, Lasting>,
+pub struct PendingReload<'a> {
+    live: &'a LiveState,
+    lasting: MutexGuard<'a, PersistentNames>,
 }
 
-impl Turn<'_> {
+impl PendingReload<'_> {
     /// The places that these listeners will have.
     #[must_use]
     pub fn places(&self, config: &Config) -> Vec<u32> {
@@ -104,17 +104,17 @@ impl Turn<'_> {
         bound: Vec<Vec<SocketAddr>>,
         answers: &Answers,
         now: Moment,
-    ) -> Changes {
+    ) -> ConfigChanges {
         let Self { live, lasting } = &mut self;
         let (present, before) = (live.config.load_full(), live.snapshot.load_full());
-        let changes = Changes::between(&present, config);
+        let changes = ConfigChanges::between(&present, config);
         lasting.rows.set(&config.listeners);
         // Places of pools and tenants follow their order; those of listeners stay. Snapshots that sessions hold for long share
         // what is large.
         let same_tenants =
             names(&present.tenants, |tenant| &tenant.name).eq(names(&config.tenants, |tenant| &tenant.name));
         let same_pools = names(&present.pools, |pool| &pool.name).eq(names(&config.pools, |pool| &pool.name));
-        let is_same = changes.tenants == Count::default() && same_tenants && same_pools;
+        let is_same = changes.tenants == ChangeCount::default() && same_tenants && same_pools;
         let directory = is_same.then(|| Arc::clone(&before.directory));
         let bare = Snapshot::new(config, &live.labels, &live.quotas, &lasting.rows, directory);
         // Last of all, for from here on the old pools' sessions reach the new ones.
@@ -133,11 +133,11 @@ impl Turn<'_> {
     }
 }
 
-impl Lasting {
+impl PersistentNames {
     /// The pools of a configuration: those that are as they were, the heirs of those that are not, and new ones.
     fn pools(
         &mut self,
-        live: &Live,
+        live: &LiveState,
         present: &Config,
         before: &Snapshot,
         config: &Config,
@@ -167,10 +167,10 @@ impl Lasting {
     }
 }
 
-impl Reloads {
-    pub(super) fn new(rows: Rows) -> Self {
+impl ReloadHistory {
+    pub(super) fn new(rows: ListenerRows) -> Self {
         Self {
-            lasting: Mutex::new(Lasting { rows, removed: HashMap::new() }),
+            lasting: Mutex::new(PersistentNames { rows, removed: HashMap::new() }),
             done: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             successful: AtomicBool::new(true),
@@ -178,8 +178,8 @@ impl Reloads {
         }
     }
 
-    pub(super) fn turn<'a>(&'a self, live: &'a Live) -> Turn<'a> {
-        Turn { live, lasting: lock(&self.lasting) }
+    pub(super) fn turn<'a>(&'a self, live: &'a LiveState) -> PendingReload<'a> {
+        PendingReload { live, lasting: lock(&self.lasting) }
     }
 
     pub(super) fn accept(&self) {
@@ -261,7 +261,7 @@ mod tests {
 
     fn frozen(first: &str, next: &str) -> Vec<&'static str> {
         let [first, next] = [first, next].map(|text| Config::parse("test.toml", text).unwrap());
-        Frozen::judge(&first, &next).err().map_or_else(Vec::new, |Frozen(tables)| tables)
+        RestartNeeded::judge(&first, &next).err().map_or_else(Vec::new, |RestartNeeded(tables)| tables)
     }
 
     #[test]
@@ -279,7 +279,7 @@ mod tests {
             all = all.replace(before, after);
         }
         assert_eq!(frozen(TEXT, &all), changes.map(|(.., table)| table));
-        let told = Frozen(vec!["[process]", "[dns]"]).to_string();
+        let told = RestartNeeded(vec!["[process]", "[dns]"]).to_string();
         let told: Vec<_> = told.lines().map(|line| line.split_once(':').unwrap().0).collect();
         assert_eq!(told, ["[process]", "[dns]"]);
     }

@@ -2,24 +2,24 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Changes, Count, Snapshot};
+use super::{ChangeCount, ConfigChanges, Snapshot};
 use crate::account::Label;
-use crate::config::{Config, Fallback, Identity, Tenant};
-use crate::id::Claim;
-use crate::tenant::Rules;
+use crate::config::{Config, Fallback, ListenerIdentity, TenantConfig};
+use crate::id::EndpointClaim;
+use crate::tenant::TenantRules;
 
 impl Snapshot {
     /// Whether what a session or a flow of this listener claims still leads to this tenant, and the tenant is enabled.
     #[must_use]
-    pub fn admits(&self, listener: &Label, claim: Claim, tenant: &Label) -> bool {
+    pub fn admits(&self, listener: &Label, claim: EndpointClaim, tenant: &Label) -> bool {
         let rules = self.listeners.iter().find(|own| own.label.serial() == listener.serial());
         let found = match (rules, claim) {
             (Some(rules), _) => self.directory.find(claim, rules.tenants).ok(),
             // A successor may not have the listener: the endpoint has to be the tenant's all the same.
-            (None, Claim::Id(_)) => {
-                self.directory.find(claim, Rules::ByEndpoint { absent: None, unknown: None }).ok()
+            (None, EndpointClaim::Id(_)) => {
+                self.directory.find(claim, TenantRules::ByEndpoint { absent: None, unknown: None }).ok()
             }
-            (None, Claim::Absent | Claim::Malformed) => {
+            (None, EndpointClaim::Absent | EndpointClaim::Malformed) => {
                 self.directory.tenants().iter().find(|own| own.label.serial() == tenant.serial())
             }
         };
@@ -27,23 +27,25 @@ impl Snapshot {
     }
 }
 
-impl Changes {
+impl ConfigChanges {
     /// Whether the change between these configurations may take an endpoint away from the tenant of a live session or
     /// flow. A tenant or an endpoint that is only added takes nothing away, unless a listener gives unknown endpoints to a
     /// tenant.
     #[must_use]
     pub fn takes_away(&self, before: &Config, after: &Config) -> bool {
-        if self.listeners != Count::default() {
+        if self.listeners != ChangeCount::default() {
             return true;
         }
-        if self.tenants == Count::default() {
+        if self.tenants == ChangeCount::default() {
             return false;
         }
         let has_fallback = after.listeners.iter().any(|listener| {
-            let Identity::Header { on_unknown_endpoint, .. } = &listener.identity else { return false };
+            let ListenerIdentity::Header { on_unknown_endpoint, .. } = &listener.identity else {
+                return false;
+            };
             *on_unknown_endpoint != Fallback::Reject
         });
-        let is_lost = |before: &Tenant, after: Option<&Tenant>| {
+        let is_lost = |before: &TenantConfig, after: Option<&TenantConfig>| {
             after.is_none_or(|after| {
                 loses(before, after) || has_fallback && before.endpoints != after.endpoints
             })
@@ -64,7 +66,7 @@ impl Changes {
 }
 
 /// Whether the tenant is disabled, has lost an endpoint, or treats its revoked sessions in another way.
-fn loses(before: &Tenant, after: &Tenant) -> bool {
+fn loses(before: &TenantConfig, after: &TenantConfig) -> bool {
     let lost = || {
         let kept: HashSet<_> = after.endpoints.iter().collect();
         before.endpoints.iter().any(|endpoint| !kept.contains(endpoint))
@@ -99,7 +101,7 @@ mod tests {
         assert!(text.contains(from), "{from}");
         let [before, after] =
             [text, &text.replacen(from, to, 1)].map(|text| Config::parse("test.toml", text).unwrap());
-        Changes::between(&before, &after).takes_away(&before, &after)
+        ConfigChanges::between(&before, &after).takes_away(&before, &after)
     }
 
     #[test]

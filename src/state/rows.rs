@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::admission::pending::Places;
-use crate::config::{self, Identity, Protocol};
-use crate::state::rejections::StrayLines;
+use crate::admission::pending::PendingSlots;
+use crate::config::{self, ListenerIdentity, Protocol};
+use crate::state::rejections::StrayLogLimit;
 
 /// Every listener that there ever was, by place.
 #[derive(Debug, Default)]
-pub(super) struct Rows {
-    all: Vec<Row>,
+pub(super) struct ListenerRows {
+    all: Vec<ListenerRow>,
     places: HashMap<String, u32>,
     /// Places for sessions without a whole header that the process has, for all listeners together.
     most_pending: usize,
@@ -18,23 +18,23 @@ pub(super) struct Rows {
 
 /// One listener.
 #[derive(Debug)]
-pub(super) struct Row {
+pub(super) struct ListenerRow {
     /// As it was last configured.
-    pub(super) listener: config::Listener,
+    pub(super) listener: config::ListenerConfig,
     /// Sessions without a whole header.
-    pub(super) pending: Arc<Places>,
+    pub(super) pending: Arc<PendingSlots>,
     /// Its lines of the access log that tell of connections without a tenant.
-    pub(super) strays: Arc<StrayLines>,
+    pub(super) strays: Arc<StrayLogLimit>,
     /// Whether it is configured no more: what the kernel had accepted for it is served still, as its rules say.
     pub(super) is_retired: bool,
 }
 
 /// Whether sessions of a listener may wait for their headers.
-fn has_pending(listener: &config::Listener) -> bool {
-    listener.protocol == Protocol::Tcp && matches!(listener.identity, Identity::Header { .. })
+fn has_pending(listener: &config::ListenerConfig) -> bool {
+    listener.protocol == Protocol::Tcp && matches!(listener.identity, ListenerIdentity::Header { .. })
 }
 
-impl Rows {
+impl ListenerRows {
     /// None yet, of a process with so many places for sessions without a whole header.
     pub(super) fn new(most_pending: usize) -> Self {
         Self { most_pending, ..Self::default() }
@@ -50,12 +50,12 @@ impl Rows {
     }
 
     /// Puts these listeners in force, and retires all others.
-    pub(super) fn set(&mut self, listeners: &[config::Listener]) {
+    pub(super) fn set(&mut self, listeners: &[config::ListenerConfig]) {
         self.all.iter_mut().for_each(|row| row.is_retired = true);
         let asked = listeners.iter().filter(|listener| has_pending(listener));
         let asked = asked.map(|listener| listener.max_pending as u128).sum::<u128>();
         // Where listeners ask for more than the process has, each gets its part.
-        let limit = |listener: &config::Listener| {
+        let limit = |listener: &config::ListenerConfig| {
             let part = listener.max_pending as u128 * self.most_pending as u128 / asked.max(1);
             listener.max_pending.min(usize::try_from(part).unwrap_or(usize::MAX))
         };
@@ -67,8 +67,8 @@ impl Rows {
                 row.is_retired = false;
                 row.listener = listener.clone();
             } else {
-                let pending = Places::new(limit);
-                self.all.push(Row {
+                let pending = PendingSlots::new(limit);
+                self.all.push(ListenerRow {
                     listener: listener.clone(),
                     pending,
                     strays: Arc::default(),
@@ -79,7 +79,7 @@ impl Rows {
         }
     }
 
-    pub(super) fn all(&self) -> &[Row] {
+    pub(super) fn all(&self) -> &[ListenerRow] {
         &self.all
     }
 

@@ -1,7 +1,7 @@
 //! Which pools several tenants may use: none of them may have all the room of such a pool's backends.
 
 use super::Snapshot;
-use crate::tenant::Rules;
+use crate::tenant::TenantRules;
 
 /// Tells each pool of a snapshot whether several enabled tenants may use it, by their routes, their pools and the listeners'.
 pub(super) fn tell(snapshot: &Snapshot) {
@@ -20,8 +20,8 @@ pub(super) fn tell(snapshot: &Snapshot) {
         }
         for (listener, listener_place) in &listeners {
             let reaches = match listener.tenants {
-                Rules::Fixed(only) => only == place,
-                Rules::ByEndpoint { absent, unknown } => {
+                TenantRules::Fixed(only) => only == place,
+                TenantRules::ByEndpoint { absent, unknown } => {
                     has_endpoint || absent == Some(place) || unknown == Some(place)
                 }
             };
@@ -41,13 +41,13 @@ pub(super) fn tell(snapshot: &Snapshot) {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::{Live, Most};
+    use super::super::{LiveState, ProcessLimits};
     use crate::config::Config;
-    use crate::pool::{Pool, Tried};
+    use crate::pool::{Pool, TriedBackends};
 
     /// Whether a second session of one tenant gets the second of two places: only where others may not use the pool.
     fn is_shared(pool: &Pool) -> bool {
-        let pick = || pool.pick_for(9, 0, 0, &mut Tried::default());
+        let pick = || pool.pick_for(9, 0, 0, &mut TriedBackends::default());
         let _held = pick().unwrap();
         pick().is_err()
     }
@@ -80,7 +80,7 @@ mod tests {
             tenants.concat(),
         ];
         let config = Arc::new(Config::parse("test.toml", &text.concat()).unwrap());
-        let live = Live::of(config, 1, Most { sessions: 10, pending: 10, pipes: 0 });
+        let live = LiveState::of(config, 1, ProcessLimits { sessions: 10, pending: 10, pipes: 0 });
         let snapshot = live.snapshot.load_full();
         let shared = snapshot.pools.iter().filter(|pool| is_shared(pool));
         let shared: Vec<_> = shared.map(|pool| pool.label.name().to_owned()).collect();

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use super::Live;
+use super::LiveState;
 use crate::account::lock;
-use crate::account::meter::{Configured, WorkerCells};
+use crate::account::meter::{ConfiguredLabels, WorkerCounters};
 use crate::pool::Pool;
 
 /// What tells whether there may be something to fold: it differs from the last time.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Traces {
+pub(super) struct FoldTrigger {
     reloads: u64,
     /// Where each pool's backends lie in memory: they are moved where one comes or goes.
     rosters: Vec<usize>,
@@ -18,7 +18,7 @@ pub(super) struct Traces {
     folded: u64,
 }
 
-impl Live {
+impl LiveState {
     /// Forgets the quotas and the names of what is gone.
     pub fn forget_unused(&self) {
         self.quotas.forget_unused();
@@ -30,8 +30,9 @@ impl Live {
     /// milliseconds.
     pub fn sweep(&self) {
         let snapshot = self.snapshot.load_full();
-        let sum = |count: fn(&WorkerCells) -> u64| self.shards.iter().map(|shard| count(&shard.worker)).sum();
-        let now = Traces {
+        let sum =
+            |count: fn(&WorkerCounters) -> u64| self.shards.iter().map(|shard| count(&shard.worker)).sum();
+        let now = FoldTrigger {
             reloads: self.reloads.done(),
             rosters: snapshot.pools.iter().map(|pool| Arc::as_ptr(&pool.roster()).addr()).collect(),
             made: sum(|worker| worker.cells_made.value()),
@@ -57,7 +58,7 @@ impl Live {
         let turn = self.configured.load().turn() + 1;
         let numbers = [listeners, tenants, pools].map(Vec::into_iter);
         let backends = snapshot.pools.iter().flat_map(backends);
-        self.configured.store(Arc::new(Configured::new(&self.labels, turn, numbers, backends)));
+        self.configured.store(Arc::new(ConfiguredLabels::new(&self.labels, turn, numbers, backends)));
         *last = now;
     }
 }

@@ -4,13 +4,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Takeovers that this process was part of, on either side.
 #[derive(Debug, Default)]
-pub struct Takeovers {
+pub struct TakeoverCounters {
     done: AtomicU64,
     failed: AtomicU64,
     receiving: AtomicBool,
 }
 
-impl Takeovers {
+impl TakeoverCounters {
     /// Whether another process's sessions may still come.
     #[must_use]
     pub fn is_receiving(&self) -> bool {

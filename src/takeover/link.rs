@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::message::Message;
+use super::message::LinkMessage;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -31,9 +31,9 @@ const PREFIX: usize = 8;
 
 /// What came in one frame.
 #[derive(Debug)]
-pub struct Frame {
+pub struct LinkFrame {
     /// What is said.
-    pub message: Message,
+    pub message: LinkMessage,
     /// What it is said of, where that is a parcel's record.
     pub tail: Vec<u8>,
     /// In the message's order.
@@ -42,13 +42,13 @@ pub struct Frame {
 
 /// One end of the link. Reading and writing block; many may write, and one reads.
 #[derive(Debug)]
-pub struct Link {
+pub struct HandoverLink {
     stream: UnixStream,
     /// Held while a frame is written: what the socket does not take at once must not be parted by another's.
     writing: Mutex<()>,
 }
 
-impl Link {
+impl HandoverLink {
     /// Takes over a connected socket; each wait for the other side takes `patience` at most.
     ///
     /// # Errors
@@ -85,7 +85,7 @@ impl Link {
     ///
     /// # Errors
     /// Where the other side has gone, or does not hear in time.
-    pub fn send(&self, message: &Message, tail: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    pub fn send(&self, message: &LinkMessage, tail: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let head = serde_json::to_vec(message)?;
         if head.len() > MOST_HEAD || tail.len() > MOST_TAIL || fds.len() > MOST_FDS {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a message beyond its bound"));
@@ -116,7 +116,7 @@ impl Link {
     ///
     /// # Errors
     /// Where it says nothing in time, or something that is no message.
-    pub fn receive(&self) -> io::Result<Option<Frame>> {
+    pub fn receive(&self) -> io::Result<Option<LinkFrame>> {
         let mut prefix = [0; PREFIX];
         let mut fds = Vec::new();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
@@ -140,7 +140,7 @@ impl Link {
         let both = u64::from_be_bytes(prefix);
         let head = self.read(both >> 32, MOST_HEAD)?;
         let tail = self.read(both & u64::from(u32::MAX), MOST_TAIL)?;
-        Ok(Some(Frame { message: serde_json::from_slice(&head)?, tail, fds }))
+        Ok(Some(LinkFrame { message: serde_json::from_slice(&head)?, tail, fds }))
     }
 
     fn read(&self, len: u64, most: usize) -> io::Result<Vec<u8>> {
@@ -152,7 +152,7 @@ impl Link {
     }
 }
 
-impl AsFd for Link {
+impl AsFd for HandoverLink {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
@@ -167,9 +167,9 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
-    fn pair() -> (Link, Link) {
+    fn pair() -> (HandoverLink, HandoverLink) {
         let (one, other) = UnixStream::pair().unwrap();
-        (Link::new(one, PATIENCE).unwrap(), Link::new(other, PATIENCE).unwrap())
+        (HandoverLink::new(one, PATIENCE).unwrap(), HandoverLink::new(other, PATIENCE).unwrap())
     }
 
     /// A file that says which one it is.
@@ -197,14 +197,14 @@ mod tests {
                         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
                         let tail = vec![sender; usize::from(round) * 3_000];
                         let id = u32::from(sender) << 8 | u32::from(round);
-                        one.send(&Message::Parcel { id }, &tail, &fds).unwrap();
+                        one.send(&LinkMessage::Parcel { id }, &tail, &fds).unwrap();
                     }
                 });
             }
             let mut next = [0; 4];
             for _ in 0..200 {
                 let frame = other.receive().unwrap().unwrap();
-                let Message::Parcel { id } = frame.message else { panic!("{:?}", frame.message) };
+                let LinkMessage::Parcel { id } = frame.message else { panic!("{:?}", frame.message) };
                 let (sender, id) = (u8::try_from(id >> 8).unwrap(), id & 0xff);
                 assert_eq!(std::mem::replace(&mut next[usize::from(sender)], id + 1), id);
                 assert_eq!(frame.tail.len(), id as usize * 3_000);
@@ -220,20 +220,20 @@ mod tests {
         let (one, other) = pair();
         let file = marked(7);
         let fds = [file.as_fd(); MOST_FDS];
-        one.send(&Message::Ready, &[], &fds).unwrap();
+        one.send(&LinkMessage::Ready, &[], &fds).unwrap();
         let frame = other.receive().unwrap().unwrap();
-        assert_eq!((frame.message, frame.fds.len()), (Message::Ready, MOST_FDS));
-        assert!(one.send(&Message::Ready, &[], &[file.as_fd(); MOST_FDS + 1]).is_err());
-        assert!(one.send(&Message::Ready, &vec![0; MOST_TAIL + 1], &[]).is_err());
+        assert_eq!((frame.message, frame.fds.len()), (LinkMessage::Ready, MOST_FDS));
+        assert!(one.send(&LinkMessage::Ready, &[], &[file.as_fd(); MOST_FDS + 1]).is_err());
+        assert!(one.send(&LinkMessage::Ready, &vec![0; MOST_TAIL + 1], &[]).is_err());
     }
 
     #[test]
     fn what_was_said_before_the_end_is_heard_and_nothing_after_it() {
         let (one, other) = pair();
-        one.send(&Message::Taken { id: 1 }, &[], &[]).unwrap();
+        one.send(&LinkMessage::Taken { id: 1 }, &[], &[]).unwrap();
         other.stop_hearing();
-        assert!(one.send(&Message::Taken { id: 2 }, &[], &[]).is_err(), "the other side is told");
-        assert_eq!(other.receive().unwrap().unwrap().message, Message::Taken { id: 1 });
+        assert!(one.send(&LinkMessage::Taken { id: 2 }, &[], &[]).is_err(), "the other side is told");
+        assert_eq!(other.receive().unwrap().unwrap().message, LinkMessage::Taken { id: 1 });
         assert!(other.receive().unwrap().is_none());
     }
 
@@ -243,7 +243,7 @@ mod tests {
             let (one, other) = UnixStream::pair().unwrap();
             (&one).write_all(bytes).unwrap();
             drop(one);
-            assert!(Link::new(other, PATIENCE).unwrap().receive().is_err(), "{bytes:?}");
+            assert!(HandoverLink::new(other, PATIENCE).unwrap().receive().is_err(), "{bytes:?}");
         }
     }
 }

@@ -11,7 +11,7 @@ pub const VERSION: u32 = 1;
 
 /// One message; who says it stands in front.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Message {
+pub enum LinkMessage {
     /// New: who it is.
     Hello {
         /// [`VERSION`].
@@ -25,7 +25,7 @@ pub enum Message {
         why: String,
     },
     /// Old: some of its sockets; the descriptors are in the same order.
-    Sockets(Vec<Offered>),
+    Sockets(Vec<OfferedSocket>),
     /// Old: these were all.
     AllSockets {
         /// The version of the program.
@@ -63,16 +63,16 @@ pub enum Message {
 
 /// A socket that is handed on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Offered {
+pub struct OfferedSocket {
     /// What it is for.
-    pub role: Role,
+    pub role: SocketRole,
     /// Where it is bound; `None` for a path.
     pub bound: Option<SocketAddr>,
 }
 
 /// What a socket is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Role {
+pub enum SocketRole {
     /// A listener's, of one worker.
     Listener {
         /// The listener's name.

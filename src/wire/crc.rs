@@ -9,14 +9,14 @@ const SHORT: usize = 128;
 /// A copy of a short header. The processor's instruction takes eight bytes at a time where they are aligned, and
 /// one where they are not.
 #[repr(align(8))]
-struct Aligned([u8; SHORT]);
+struct AlignedHeader([u8; SHORT]);
 
 /// Computes the checksum of `header` whose checksum field starts at `at`.
 ///
 /// A field that would run over the end counts as cut off there; callers have checked that it does not.
 #[inline]
 pub(super) fn checksum(header: &[u8], at: usize) -> u32 {
-    let mut copy = Aligned([0; SHORT]);
+    let mut copy = AlignedHeader([0; SHORT]);
     match copy.0.get_mut(..header.len()) {
         Some(bytes) => {
             bytes.copy_from_slice(header);

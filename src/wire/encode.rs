@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use super::header::{Command, Family, Header, Transport};
+use super::family::AddressFamily;
+use super::header::{Header, HeaderCommand, Transport};
 use super::{FIXED_LEN, MAX_LEN, SIGNATURE, crc, kind};
 use crate::addr::{ClientAddr, DestinationAddr};
 
@@ -12,16 +13,16 @@ const TLV_HEAD: usize = 3;
 /// The header would be longer than [`MAX_LEN`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a PROXY header may have {MAX_LEN} bytes")]
-pub struct TooLong;
+pub struct HeaderTooLong;
 
 /// Writes one header: addresses, TLVs, padding, and last of all its checksum.
 #[derive(Clone, Debug)]
-pub struct Builder {
+pub struct HeaderBuilder {
     bytes: Vec<u8>,
     crc_at: Option<usize>,
 }
 
-impl Builder {
+impl HeaderBuilder {
     /// A header that speaks for nobody: a health check.
     #[must_use]
     pub fn local() -> Self {
@@ -72,17 +73,17 @@ impl Builder {
     /// Appends a TLV.
     ///
     /// # Errors
-    /// [`TooLong`] where the header would outgrow its bound.
-    pub fn tlv(mut self, kind: u8, value: &[u8]) -> Result<Self, TooLong> {
+    /// [`HeaderTooLong`] where the header would outgrow its bound.
+    pub fn tlv(mut self, kind: u8, value: &[u8]) -> Result<Self, HeaderTooLong> {
         self.push(kind, value)?;
         Ok(self)
     }
 
-    fn push(&mut self, kind: u8, value: &[u8]) -> Result<(), TooLong> {
+    fn push(&mut self, kind: u8, value: &[u8]) -> Result<(), HeaderTooLong> {
         if self.bytes.len() + TLV_HEAD + value.len() > MAX_LEN {
-            return Err(TooLong);
+            return Err(HeaderTooLong);
         }
-        let len = u16::try_from(value.len()).map_err(|_| TooLong)?;
+        let len = u16::try_from(value.len()).map_err(|_| HeaderTooLong)?;
         self.bytes.push(kind);
         self.bytes.extend(len.to_be_bytes());
         self.bytes.extend(value);
@@ -92,8 +93,8 @@ impl Builder {
     /// Appends the VPC endpoint's ID as AWS writes it.
     ///
     /// # Errors
-    /// [`TooLong`] where the header would outgrow its bound.
-    pub fn endpoint(self, id: &str) -> Result<Self, TooLong> {
+    /// [`HeaderTooLong`] where the header would outgrow its bound.
+    pub fn endpoint(self, id: &str) -> Result<Self, HeaderTooLong> {
         let mut value = Vec::with_capacity(1 + id.len());
         value.push(kind::AWS_VPCE_ID);
         value.extend(id.as_bytes());
@@ -103,13 +104,13 @@ impl Builder {
     /// Appends room for the checksum; a second call changes nothing.
     ///
     /// # Errors
-    /// [`TooLong`] where the header would outgrow its bound.
-    pub fn crc(mut self) -> Result<Self, TooLong> {
+    /// [`HeaderTooLong`] where the header would outgrow its bound.
+    pub fn crc(mut self) -> Result<Self, HeaderTooLong> {
         self.reserve_crc()?;
         Ok(self)
     }
 
-    fn reserve_crc(&mut self) -> Result<(), TooLong> {
+    fn reserve_crc(&mut self) -> Result<(), HeaderTooLong> {
         if self.crc_at.is_none() {
             self.push(kind::CRC32C, &[0; crc::LEN])?;
             self.crc_at = Some(self.bytes.len() - crc::LEN);
@@ -120,12 +121,12 @@ impl Builder {
     /// Pads with one NOOP TLV up to `len` bytes. A header that is already that long stays as it is.
     ///
     /// # Errors
-    /// [`TooLong`] where `len` is over the bound, or leaves 1 or 2 bytes: less than a TLV takes.
-    pub fn pad_to(self, len: usize) -> Result<Self, TooLong> {
+    /// [`HeaderTooLong`] where `len` is over the bound, or leaves 1 or 2 bytes: less than a TLV takes.
+    pub fn pad_to(self, len: usize) -> Result<Self, HeaderTooLong> {
         match len.saturating_sub(self.bytes.len()) {
             0 => Ok(self),
             room => {
-                let padding = vec![0; room.checked_sub(TLV_HEAD).ok_or(TooLong)?];
+                let padding = vec![0; room.checked_sub(TLV_HEAD).ok_or(HeaderTooLong)?];
                 self.tlv(kind::NOOP, &padding)
             }
         }
@@ -157,35 +158,35 @@ fn seal(header: &mut [u8], crc_at: Option<usize>) {
 /// computed anew. A header without a checksum gets one where there is room.
 #[must_use]
 pub fn reseal(header: &Header<'_>) -> Vec<u8> {
-    let mut again = Builder { bytes: header.bytes.to_vec(), crc_at: header.crc_at() };
-    let skipped = header.parts.family == Family::Unspecified && header.tlvs().as_bytes().is_empty();
-    if header.command() == Command::Local || skipped {
+    let mut again = HeaderBuilder { bytes: header.bytes.to_vec(), crc_at: header.crc_at() };
+    let skipped = header.parts.family == AddressFamily::Unspecified && header.tlvs().as_bytes().is_empty();
+    if header.command() == HeaderCommand::Local || skipped {
         // What stood there was skipped, and is not ours to repeat.
         again.bytes.truncate(FIXED_LEN);
     }
     // No room for a checksum is no reason to refuse a header that came without one.
-    let (Ok(()) | Err(TooLong)) = again.reserve_crc();
+    let (Ok(()) | Err(HeaderTooLong)) = again.reserve_crc();
     again.build()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Addresses, Malformed, Parsed, Rules, parse};
+    use super::super::{Addresses, MalformedHeader, ParsedHeader, ParserRules, parse};
     use super::*;
 
-    const STREAM: Rules = Rules { transport: Transport::Stream, verify_crc: true };
+    const STREAM: ParserRules = ParserRules { transport: Transport::Stream, verify_crc: true };
 
     fn addresses(client: &str, destination: &str) -> (ClientAddr, DestinationAddr) {
         (ClientAddr(client.parse().unwrap()), DestinationAddr(destination.parse().unwrap()))
     }
 
-    fn read(bytes: &[u8], rules: Rules) -> Header<'_> {
+    fn read(bytes: &[u8], rules: ParserRules) -> Header<'_> {
         match parse(bytes, rules) {
-            Parsed::Done(header, len) => {
+            ParsedHeader::Done(header, len) => {
                 assert_eq!(len, bytes.len());
                 header
             }
-            other @ (Parsed::Partial(_) | Parsed::Malformed(_)) => panic!("{other:?}"),
+            other @ (ParsedHeader::Partial(_) | ParsedHeader::Malformed(_)) => panic!("{other:?}"),
         }
     }
 
@@ -198,16 +199,16 @@ mod tests {
         ] {
             for transport in [Transport::Stream, Transport::Datagram] {
                 let (client, destination) = addresses(client, destination);
-                let bytes = Builder::proxy(transport, client, destination)
+                let bytes = HeaderBuilder::proxy(transport, client, destination)
                     .crc()
                     .and_then(|builder| builder.endpoint("vpce-08d2bf15fac5001c9"))
-                    .and_then(Builder::crc)
+                    .and_then(HeaderBuilder::crc)
                     .and_then(|builder| builder.pad_to(100))
                     .unwrap()
                     .build();
                 assert_eq!(bytes.len(), 100);
-                let header = read(&bytes, Rules { transport, verify_crc: true });
-                assert_eq!(header.command(), Command::Proxy);
+                let header = read(&bytes, ParserRules { transport, verify_crc: true });
+                assert_eq!(header.command(), HeaderCommand::Proxy);
                 assert_eq!(header.client(), Some(client));
                 assert_eq!(header.endpoint(), Some(&b"vpce-08d2bf15fac5001c9"[..]));
                 assert_eq!(header.tlvs().map(|tlv| tlv.kind).collect::<Vec<_>>(), [3, 0xEA, 4]);
@@ -219,20 +220,20 @@ mod tests {
     #[test]
     fn an_ipv4_address_beside_an_ipv6_one_is_mapped() {
         let (client, destination) = addresses("[fd00::1]:1", "10.0.0.1:2");
-        let bytes = Builder::proxy(Transport::Stream, client, destination).build();
+        let bytes = HeaderBuilder::proxy(Transport::Stream, client, destination).build();
         let expected = addresses("[fd00::1]:1", "[::ffff:10.0.0.1]:2").1;
         assert_eq!(read(&bytes, STREAM).addresses(), Addresses::Ip { client, destination: expected });
         // A client so written is the IPv4 client; the address block stays as it is.
         let (client, destination) = addresses("10.0.0.1:2", "[fd00::1]:1");
-        let bytes = Builder::proxy(Transport::Stream, client, destination).build();
+        let bytes = HeaderBuilder::proxy(Transport::Stream, client, destination).build();
         assert_eq!(read(&bytes, STREAM).client(), Some(client));
         assert_eq!(read(&bytes, STREAM).as_bytes(), bytes);
     }
 
     #[test]
     fn a_header_for_nobody_has_no_client() {
-        assert_eq!(read(&Builder::local().build(), STREAM).command(), Command::Local);
-        let bytes = Builder::unspecified().endpoint("x").unwrap().build();
+        assert_eq!(read(&HeaderBuilder::local().build(), STREAM).command(), HeaderCommand::Local);
+        let bytes = HeaderBuilder::unspecified().endpoint("x").unwrap().build();
         let header = read(&bytes, STREAM);
         assert_eq!((header.client(), header.endpoint()), (None, Some(&b"x"[..])));
     }
@@ -240,45 +241,46 @@ mod tests {
     #[test]
     fn the_bound_holds_to_the_byte() {
         let room = MAX_LEN - FIXED_LEN - TLV_HEAD;
-        let longest = Builder::local().tlv(kind::NOOP, &vec![0; room]).unwrap();
+        let longest = HeaderBuilder::local().tlv(kind::NOOP, &vec![0; room]).unwrap();
         assert_eq!(longest.clone().build().len(), MAX_LEN);
-        assert_eq!(longest.clone().tlv(kind::NOOP, &[]).err(), Some(TooLong));
-        assert_eq!(longest.crc().err(), Some(TooLong));
-        assert_eq!(Builder::local().tlv(kind::NOOP, &vec![0; room + 1]).err(), Some(TooLong));
-        assert_eq!(Builder::local().endpoint(&"x".repeat(room)).err(), Some(TooLong));
+        assert_eq!(longest.clone().tlv(kind::NOOP, &[]).err(), Some(HeaderTooLong));
+        assert_eq!(longest.crc().err(), Some(HeaderTooLong));
+        assert_eq!(HeaderBuilder::local().tlv(kind::NOOP, &vec![0; room + 1]).err(), Some(HeaderTooLong));
+        assert_eq!(HeaderBuilder::local().endpoint(&"x".repeat(room)).err(), Some(HeaderTooLong));
     }
 
     #[test]
     fn padding_needs_room_for_a_tlv() {
-        assert_eq!(Builder::local().pad_to(15).unwrap().build().len(), 16);
-        assert_eq!(Builder::local().pad_to(16).unwrap().build().len(), 16);
-        assert_eq!(Builder::local().pad_to(17).err(), Some(TooLong));
-        assert_eq!(Builder::local().pad_to(18).err(), Some(TooLong));
-        assert_eq!(Builder::local().pad_to(19).unwrap().build().len(), 19);
-        assert_eq!(Builder::local().pad_to(MAX_LEN).unwrap().build().len(), MAX_LEN);
-        assert_eq!(Builder::local().pad_to(MAX_LEN + 1).err(), Some(TooLong));
+        assert_eq!(HeaderBuilder::local().pad_to(15).unwrap().build().len(), 16);
+        assert_eq!(HeaderBuilder::local().pad_to(16).unwrap().build().len(), 16);
+        assert_eq!(HeaderBuilder::local().pad_to(17).err(), Some(HeaderTooLong));
+        assert_eq!(HeaderBuilder::local().pad_to(18).err(), Some(HeaderTooLong));
+        assert_eq!(HeaderBuilder::local().pad_to(19).unwrap().build().len(), 19);
+        assert_eq!(HeaderBuilder::local().pad_to(MAX_LEN).unwrap().build().len(), MAX_LEN);
+        assert_eq!(HeaderBuilder::local().pad_to(MAX_LEN + 1).err(), Some(HeaderTooLong));
     }
 
     #[test]
     fn a_header_passed_on_keeps_its_tlvs_and_gets_a_right_checksum() {
         let (client, destination) = addresses("10.1.2.3:40000", "10.1.2.9:443");
-        let mut wrong = Builder::proxy(Transport::Stream, client, destination)
+        let mut wrong = HeaderBuilder::proxy(Transport::Stream, client, destination)
             .tlv(kind::UNIQUE_ID, b"abc")
-            .and_then(Builder::crc)
+            .and_then(HeaderBuilder::crc)
             .and_then(|builder| builder.pad_to(60))
             .unwrap()
             .build();
         let right = wrong.clone();
         wrong[38] ^= 1;
-        assert_eq!(parse(&wrong, STREAM), Parsed::Malformed(Malformed::CrcMismatch));
-        let header = read(&wrong, Rules { verify_crc: false, ..STREAM });
+        assert_eq!(parse(&wrong, STREAM), ParsedHeader::Malformed(MalformedHeader::CrcMismatch));
+        let header = read(&wrong, ParserRules { verify_crc: false, ..STREAM });
         assert_eq!(reseal(&header), right);
     }
 
     #[test]
     fn a_header_without_a_checksum_gets_one_where_there_is_room() {
         let (client, destination) = addresses("10.1.2.3:40000", "10.1.2.9:443");
-        let plain = Builder::proxy(Transport::Stream, client, destination).endpoint("vpce-1a2b3c4d").unwrap();
+        let plain =
+            HeaderBuilder::proxy(Transport::Stream, client, destination).endpoint("vpce-1a2b3c4d").unwrap();
         let resealed = reseal(&read(&plain.clone().build(), STREAM));
         let again = read(&resealed, STREAM);
         assert!(again.crc_at().is_some());
@@ -288,7 +290,7 @@ mod tests {
         assert_eq!(reseal(&read(&full, STREAM)), full);
 
         let room = TLV_HEAD + crc::LEN;
-        let client = Builder::unspecified();
+        let client = HeaderBuilder::unspecified();
         let fits = client.clone().pad_to(MAX_LEN - room).unwrap().build();
         assert_eq!(reseal(&read(&fits, STREAM)).len(), MAX_LEN);
         let one_more = client.pad_to(MAX_LEN - room + 1).unwrap().build();
@@ -297,15 +299,15 @@ mod tests {
 
     #[test]
     fn what_was_skipped_is_not_repeated() {
-        let mut junk = Builder::unspecified().build();
+        let mut junk = HeaderBuilder::unspecified().build();
         junk.extend([9, 9]);
         junk[15] = 2;
         let resealed = reseal(&read(&junk, STREAM));
         assert_eq!(resealed.len(), FIXED_LEN + TLV_HEAD + crc::LEN);
         assert_eq!(read(&resealed, STREAM).client(), None);
 
-        let local = Builder::local().pad_to(100).unwrap().build();
+        let local = HeaderBuilder::local().pad_to(100).unwrap().build();
         let resealed = reseal(&read(&local, STREAM));
-        assert_eq!(resealed, Builder::local().crc().unwrap().build());
+        assert_eq!(resealed, HeaderBuilder::local().crc().unwrap().build());
     }
 }

@@ -2,19 +2,20 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use super::family::AddressFamily;
 use super::{FIXED_LEN, MAX_LEN, SIGNATURE, crc, kind, nlb, tlv, tlv::Tlvs};
 use crate::addr::{ClientAddr, DestinationAddr};
-use crate::outcome::Why;
+use crate::outcome::Reason;
 
 /// What was found at the start of the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parsed<'a> {
+pub enum ParsedHeader<'a> {
     /// The start of a header; it cannot end before the input holds this many bytes.
     Partial(usize),
     /// A header and its length; what follows it is payload.
     Done(Header<'a>, usize),
     /// No header, and more input would not make it one.
-    Malformed(Malformed),
+    Malformed(MalformedHeader),
 }
 
 /// A well-formed header, borrowed from the input: where its parts stand. The parts are read when they are asked for.
@@ -22,14 +23,14 @@ pub enum Parsed<'a> {
 pub struct Header<'a> {
     /// The whole header.
     pub(super) bytes: &'a [u8],
-    pub(super) parts: Parts,
+    pub(super) parts: HeaderParts,
 }
 
 /// Where the parts of a header stand, counted from its first byte. A header has at most [`MAX_LEN`] bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Parts {
-    pub(super) command: Command,
-    pub(super) family: Family,
+pub(super) struct HeaderParts {
+    pub(super) command: HeaderCommand,
+    pub(super) family: AddressFamily,
     pub(super) tlvs_at: u16,
     /// The value of the first AWS TLV that names an endpoint, which every other one repeats; a length of [`ABSENT`] where
     /// there is none.
@@ -44,7 +45,7 @@ pub(super) const ABSENT: u16 = u16::MAX;
 
 /// Whom the header speaks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
+pub enum HeaderCommand {
     /// The sender itself: a health check. No client, no payload to forward.
     Local,
     /// A client.
@@ -78,7 +79,7 @@ pub enum Addresses {
 
 /// What the parser insists on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rules {
+pub struct ParserRules {
     /// The transport that a client's header has to name.
     pub transport: Transport,
     /// Whether a CRC32C TLV has to match. It never has to be there.
@@ -88,7 +89,7 @@ pub struct Rules {
 /// Why it is no header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "`Why` describes each")]
-pub enum Malformed {
+pub enum MalformedHeader {
     NoSignature,
     BadVersion,
     BadCommand,
@@ -102,51 +103,31 @@ pub enum Malformed {
     AmbiguousEndpoint,
 }
 
-impl From<Malformed> for Why {
-    fn from(reason: Malformed) -> Self {
+impl From<MalformedHeader> for Reason {
+    fn from(reason: MalformedHeader) -> Self {
         match reason {
-            Malformed::NoSignature => Self::NoSignature,
-            Malformed::BadVersion => Self::BadVersion,
-            Malformed::BadCommand => Self::BadCommand,
-            Malformed::BadFamily => Self::BadFamily,
-            Malformed::WrongTransport => Self::WrongTransport,
-            Malformed::TooLong => Self::HeaderTooLong,
-            Malformed::ShortAddress => Self::ShortAddress,
-            Malformed::TlvOverrun => Self::TlvOverrun,
-            Malformed::BadCrcTlv => Self::BadCrcTlv,
-            Malformed::CrcMismatch => Self::CrcMismatch,
-            Malformed::AmbiguousEndpoint => Self::AmbiguousEndpoint,
-        }
-    }
-}
-
-/// The family and transport byte, as far as section 2.2 lists it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Family {
-    Unspecified,
-    Inet,
-    Inet6,
-    Unix,
-}
-
-impl Family {
-    fn address_len(self) -> usize {
-        match self {
-            Self::Unspecified => 0,
-            Self::Inet => 12,
-            Self::Inet6 => 36,
-            Self::Unix => 216,
+            MalformedHeader::NoSignature => Self::NoSignature,
+            MalformedHeader::BadVersion => Self::BadVersion,
+            MalformedHeader::BadCommand => Self::BadCommand,
+            MalformedHeader::BadFamily => Self::BadFamily,
+            MalformedHeader::WrongTransport => Self::WrongTransport,
+            MalformedHeader::TooLong => Self::HeaderTooLong,
+            MalformedHeader::ShortAddress => Self::ShortAddress,
+            MalformedHeader::TlvOverrun => Self::TlvOverrun,
+            MalformedHeader::BadCrcTlv => Self::BadCrcTlv,
+            MalformedHeader::CrcMismatch => Self::CrcMismatch,
+            MalformedHeader::AmbiguousEndpoint => Self::AmbiguousEndpoint,
         }
     }
 }
 
 /// Reads one header at the start of `input`. Work is linear in the header's length, and nothing is allocated.
 ///
-/// A header in pieces is [`Parsed::Partial`] as long as it may still become one: the caller bounds the time,
+/// A header in pieces is [`ParsedHeader::Partial`] as long as it may still become one: the caller bounds the time,
 /// [`MAX_LEN`] bounds the bytes.
 #[inline]
 #[must_use]
-pub fn parse(input: &[u8], rules: Rules) -> Parsed<'_> {
+pub fn parse(input: &[u8], rules: ParserRules) -> ParsedHeader<'_> {
     if let Some(parsed) = nlb::parse(input, rules) {
         return parsed;
     }
@@ -155,100 +136,105 @@ pub fn parse(input: &[u8], rules: Rules) -> Parsed<'_> {
 
 /// Whatever the specification allows.
 #[inline(never)]
-fn any_layout(input: &[u8], rules: Rules) -> Parsed<'_> {
+fn any_layout(input: &[u8], rules: ParserRules) -> ParsedHeader<'_> {
     let Some(fixed) = input.first_chunk::<FIXED_LEN>() else { return start(input) };
     let (command, family, len) = match fixed_part(fixed, rules.transport) {
         Ok(parts) => parts,
-        Err(reason) => return Parsed::Malformed(reason),
+        Err(reason) => return ParsedHeader::Malformed(reason),
     };
-    let Some(bytes) = input.get(..len) else { return Parsed::Partial(len) };
+    let Some(bytes) = input.get(..len) else { return ParsedHeader::Partial(len) };
     let parsed = match command {
-        Command::Local => Ok(Header { bytes, parts: Parts::without_content(bytes, Command::Local) }),
-        Command::Proxy if family == Family::Unspecified => unspecified(bytes, rules),
-        Command::Proxy => proxied(bytes, family, rules),
+        HeaderCommand::Local => {
+            Ok(Header { bytes, parts: HeaderParts::without_content(bytes, HeaderCommand::Local) })
+        }
+        HeaderCommand::Proxy if family == AddressFamily::Unspecified => unspecified(bytes, rules),
+        HeaderCommand::Proxy => proxied(bytes, family, rules),
     };
     match parsed {
-        Ok(header) => Parsed::Done(header, len),
-        Err(reason) => Parsed::Malformed(reason),
+        Ok(header) => ParsedHeader::Done(header, len),
+        Err(reason) => ParsedHeader::Malformed(reason),
     }
 }
 
 /// Fewer bytes than the fixed part: wrong already, or too early to tell.
 #[cold]
-fn start(input: &[u8]) -> Parsed<'static> {
+fn start(input: &[u8]) -> ParsedHeader<'static> {
     let known = input.len().min(SIGNATURE.len());
     if input.get(..known) != SIGNATURE.get(..known) {
-        return Parsed::Malformed(Malformed::NoSignature);
+        return ParsedHeader::Malformed(MalformedHeader::NoSignature);
     }
     match input.get(SIGNATURE.len()).map(|byte| version_and_command(*byte)) {
-        Some(Err(reason)) => Parsed::Malformed(reason),
-        Some(Ok(_)) | None => Parsed::Partial(FIXED_LEN),
+        Some(Err(reason)) => ParsedHeader::Malformed(reason),
+        Some(Ok(_)) | None => ParsedHeader::Partial(FIXED_LEN),
     }
 }
 
-fn version_and_command(byte: u8) -> Result<Command, Malformed> {
+fn version_and_command(byte: u8) -> Result<HeaderCommand, MalformedHeader> {
     match (byte >> 4, byte & 0x0F) {
-        (2, 0) => Ok(Command::Local),
-        (2, 1) => Ok(Command::Proxy),
-        (2, _) => Err(Malformed::BadCommand),
-        _ => Err(Malformed::BadVersion),
+        (2, 0) => Ok(HeaderCommand::Local),
+        (2, 1) => Ok(HeaderCommand::Proxy),
+        (2, _) => Err(MalformedHeader::BadCommand),
+        _ => Err(MalformedHeader::BadVersion),
     }
 }
 
 /// Command, family and the length of the whole header.
 #[inline]
-fn fixed_part(fixed: &[u8; FIXED_LEN], transport: Transport) -> Result<(Command, Family, usize), Malformed> {
+fn fixed_part(
+    fixed: &[u8; FIXED_LEN],
+    transport: Transport,
+) -> Result<(HeaderCommand, AddressFamily, usize), MalformedHeader> {
     let [signature @ .., version, family, high, low] = fixed;
     if *signature != SIGNATURE {
-        return Err(Malformed::NoSignature);
+        return Err(MalformedHeader::NoSignature);
     }
     let command = version_and_command(*version)?;
     let len = FIXED_LEN + usize::from(u16::from_be_bytes([*high, *low]));
     // LOCAL: the receiver must ignore the family and skip the rest (section 2.2).
     let family = match command {
-        Command::Local => Family::Unspecified,
-        Command::Proxy => known_family(*family, transport)?,
+        HeaderCommand::Local => AddressFamily::Unspecified,
+        HeaderCommand::Proxy => known_family(*family, transport)?,
     };
     if len > MAX_LEN {
-        return Err(Malformed::TooLong);
+        return Err(MalformedHeader::TooLong);
     }
     if len < FIXED_LEN + family.address_len() {
-        return Err(Malformed::ShortAddress);
+        return Err(MalformedHeader::ShortAddress);
     }
     Ok((command, family, len))
 }
 
 /// The seven values that section 2.2 lists; the others must be refused.
 #[inline]
-fn known_family(byte: u8, transport: Transport) -> Result<Family, Malformed> {
+fn known_family(byte: u8, transport: Transport) -> Result<AddressFamily, MalformedHeader> {
     let (family, named) = match byte {
-        0x00 => return Ok(Family::Unspecified),
-        0x11 => (Family::Inet, Transport::Stream),
-        0x12 => (Family::Inet, Transport::Datagram),
-        0x21 => (Family::Inet6, Transport::Stream),
-        0x22 => (Family::Inet6, Transport::Datagram),
-        0x31 => (Family::Unix, Transport::Stream),
-        0x32 => (Family::Unix, Transport::Datagram),
-        _ => return Err(Malformed::BadFamily),
+        0x00 => return Ok(AddressFamily::Unspecified),
+        0x11 => (AddressFamily::Inet, Transport::Stream),
+        0x12 => (AddressFamily::Inet, Transport::Datagram),
+        0x21 => (AddressFamily::Inet6, Transport::Stream),
+        0x22 => (AddressFamily::Inet6, Transport::Datagram),
+        0x31 => (AddressFamily::Unix, Transport::Stream),
+        0x32 => (AddressFamily::Unix, Transport::Datagram),
+        _ => return Err(MalformedHeader::BadFamily),
     };
-    if named == transport { Ok(family) } else { Err(Malformed::WrongTransport) }
+    if named == transport { Ok(family) } else { Err(MalformedHeader::WrongTransport) }
 }
 
 /// UNSPEC has no address block by the layout, but senders exist that leave something there, and the receiver
 /// has to skip it. So TLVs are read where they are well-formed, and otherwise there are none.
-fn unspecified(bytes: &[u8], rules: Rules) -> Result<Header<'_>, Malformed> {
-    match proxied(bytes, Family::Unspecified, rules) {
-        Err(Malformed::TlvOverrun) => {
-            Ok(Header { bytes, parts: Parts::without_content(bytes, Command::Proxy) })
+fn unspecified(bytes: &[u8], rules: ParserRules) -> Result<Header<'_>, MalformedHeader> {
+    match proxied(bytes, AddressFamily::Unspecified, rules) {
+        Err(MalformedHeader::TlvOverrun) => {
+            Ok(Header { bytes, parts: HeaderParts::without_content(bytes, HeaderCommand::Proxy) })
         }
         parsed => parsed,
     }
 }
 
-fn proxied(bytes: &[u8], family: Family, rules: Rules) -> Result<Header<'_>, Malformed> {
+fn proxied(bytes: &[u8], family: AddressFamily, rules: ParserRules) -> Result<Header<'_>, MalformedHeader> {
     let tlvs_at = place(FIXED_LEN + family.address_len());
-    let empty = Parts {
-        command: Command::Proxy,
+    let empty = HeaderParts {
+        command: HeaderCommand::Proxy,
         family,
         tlvs_at,
         endpoint_at: 0,
@@ -260,7 +246,7 @@ fn proxied(bytes: &[u8], family: Family, rules: Rules) -> Result<Header<'_>, Mal
         && let Some((stated, at)) = header.checksum()
         && crc::checksum(bytes, at) != stated
     {
-        return Err(Malformed::CrcMismatch);
+        return Err(MalformedHeader::CrcMismatch);
     }
     Ok(header)
 }
@@ -282,9 +268,9 @@ fn ip<const N: usize>(block: &[u8], address: impl Fn([u8; N]) -> IpAddr) -> Opti
 
 /// Walks all TLVs once: their lengths must add up, the checksum may stand once, and all endpoints are one. Two that differ are
 /// refused after everything else, because bytes that are not TLVs at all may look like an endpoint.
-fn scan(bytes: &[u8], mut parts: Parts) -> Result<Parts, Malformed> {
+fn scan(bytes: &[u8], mut parts: HeaderParts) -> Result<HeaderParts, MalformedHeader> {
     let mut is_ambiguous = false;
-    let mut rest = bytes.get(usize::from(parts.tlvs_at)..).ok_or(Malformed::ShortAddress)?;
+    let mut rest = bytes.get(usize::from(parts.tlvs_at)..).ok_or(MalformedHeader::ShortAddress)?;
     while let Some((tlv, next)) = tlv::split(rest)? {
         rest = next;
         let value_at = bytes.len() - rest.len() - tlv.value.len();
@@ -295,14 +281,14 @@ fn scan(bytes: &[u8], mut parts: Parts) -> Result<Parts, Malformed> {
             },
             (kind::CRC32C, value) => {
                 if value.len() != crc::LEN || parts.crc_at != ABSENT {
-                    return Err(Malformed::BadCrcTlv);
+                    return Err(MalformedHeader::BadCrcTlv);
                 }
                 parts.crc_at = place(value_at);
             }
             _ => {}
         }
     }
-    if is_ambiguous { Err(Malformed::AmbiguousEndpoint) } else { Ok(parts) }
+    if is_ambiguous { Err(MalformedHeader::AmbiguousEndpoint) } else { Ok(parts) }
 }
 
 /// A place in a header, which has at most [`MAX_LEN`] bytes.
@@ -311,12 +297,12 @@ pub(super) const fn place(at: usize) -> u16 {
     at as u16
 }
 
-impl Parts {
+impl HeaderParts {
     /// Those of a header whose content is skipped.
-    fn without_content(bytes: &[u8], command: Command) -> Self {
+    fn without_content(bytes: &[u8], command: HeaderCommand) -> Self {
         Self {
             command,
-            family: Family::Unspecified,
+            family: AddressFamily::Unspecified,
             tlvs_at: place(bytes.len()),
             endpoint_at: 0,
             endpoint_len: ABSENT,
@@ -345,7 +331,7 @@ impl<'a> Header<'a> {
     /// Whether it speaks for a client.
     #[inline]
     #[must_use]
-    pub fn command(&self) -> Command {
+    pub fn command(&self) -> HeaderCommand {
         self.parts.command
     }
 
@@ -379,10 +365,10 @@ impl<'a> Header<'a> {
     pub fn addresses(&self) -> Addresses {
         let block = self.bytes.get(FIXED_LEN..).unwrap_or_default();
         let addresses = match self.parts.family {
-            Family::Unspecified => None,
-            Family::Unix => Some(Addresses::Unix),
-            Family::Inet => ip::<4>(block, |bytes| Ipv4Addr::from(bytes).into()),
-            Family::Inet6 => ip::<16>(block, |bytes| Ipv6Addr::from(bytes).into()),
+            AddressFamily::Unspecified => None,
+            AddressFamily::Unix => Some(Addresses::Unix),
+            AddressFamily::Inet => ip::<4>(block, |bytes| Ipv4Addr::from(bytes).into()),
+            AddressFamily::Inet6 => ip::<16>(block, |bytes| Ipv6Addr::from(bytes).into()),
         };
         addresses.unwrap_or(Addresses::Unspecified)
     }
@@ -392,7 +378,7 @@ impl<'a> Header<'a> {
     #[must_use]
     pub fn client(&self) -> Option<ClientAddr> {
         let block = self.bytes.get(FIXED_LEN..)?;
-        if self.parts.family == Family::Inet {
+        if self.parts.family == AddressFamily::Inet {
             let [a, b, c, d, _, _, _, _, high, low] = *block.first_chunk()?;
             let port = u16::from_be_bytes([high, low]);
             return Some(ClientAddr(SocketAddr::from(([a, b, c, d], port))));
@@ -408,12 +394,12 @@ impl<'a> Header<'a> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Builder;
+    use super::super::HeaderBuilder;
     use super::*;
 
-    const BOTH: [Rules; 2] = [
-        Rules { transport: Transport::Stream, verify_crc: true },
-        Rules { transport: Transport::Stream, verify_crc: false },
+    const BOTH: [ParserRules; 2] = [
+        ParserRules { transport: Transport::Stream, verify_crc: true },
+        ParserRules { transport: Transport::Stream, verify_crc: false },
     ];
 
     /// What a Network Load Balancer writes for PrivateLink, and the payload behind it.
@@ -421,7 +407,7 @@ mod tests {
         let [client, destination] = ips;
         let client = ClientAddr((client, ports[0]).into());
         let destination = DestinationAddr((destination, ports[1]).into());
-        let mut bytes = Builder::proxy(Transport::Stream, client, destination)
+        let mut bytes = HeaderBuilder::proxy(Transport::Stream, client, destination)
             .crc()
             .and_then(|builder| builder.endpoint(id))
             .and_then(|builder| builder.pad_to(100))
@@ -431,7 +417,7 @@ mod tests {
         bytes
     }
 
-    fn is_fast(bytes: &[u8], rules: Rules) -> bool {
+    fn is_fast(bytes: &[u8], rules: ParserRules) -> bool {
         match nlb::parse(bytes, rules) {
             Some(parsed) => {
                 assert_eq!(parsed, any_layout(bytes, rules));
@@ -449,7 +435,7 @@ mod tests {
         for rules in BOTH {
             assert!(is_fast(&nlb, rules) && is_fast(&nlb[..100], rules));
             assert!(!is_fast(&nlb[..99], rules));
-            assert!(!is_fast(&nlb, Rules { transport: Transport::Datagram, ..rules }));
+            assert!(!is_fast(&nlb, ParserRules { transport: Transport::Datagram, ..rules }));
         }
         let short = privatelink([[0; 4]; 2], [0; 2], "vpce-1a2b3c4d", b"");
         assert!(!is_fast(&short, BOTH[0]));

@@ -3,7 +3,10 @@
 //! Every capture that was ever published has it: 100 bytes, CRC32C first, then the endpoint's ID, then zero padding.
 //! It is documented nowhere, so anything else goes to the general parser, and the tests hold the two to one result.
 
-use super::header::{Command, Family, Header, Malformed, Parsed, Parts, Rules, Transport, place};
+use super::family::AddressFamily;
+use super::header::{
+    Header, HeaderCommand, HeaderParts, MalformedHeader, ParsedHeader, ParserRules, Transport, place,
+};
 use super::{FIXED_LEN, SIGNATURE, crc};
 
 /// The length of the header.
@@ -26,7 +29,7 @@ const FIXED: [u8; FIXED_LEN] = {
 
 /// Reads a header of exactly this layout; `None` for every other.
 #[inline]
-pub(super) fn parse(input: &[u8], rules: Rules) -> Option<Parsed<'_>> {
+pub(super) fn parse(input: &[u8], rules: ParserRules) -> Option<ParsedHeader<'_>> {
     let bytes: &[u8; LEN] = input.first_chunk()?;
     let stated = [bytes[CRC], bytes[CRC + 1], bytes[CRC + 2], bytes[CRC + 3]];
     let is_nlb = bytes[..FIXED_LEN] == FIXED
@@ -38,17 +41,17 @@ pub(super) fn parse(input: &[u8], rules: Rules) -> Option<Parsed<'_>> {
         return None;
     }
     if rules.verify_crc && checksum(bytes) != u32::from_be_bytes(stated) {
-        return Some(Parsed::Malformed(Malformed::CrcMismatch));
+        return Some(ParsedHeader::Malformed(MalformedHeader::CrcMismatch));
     }
-    let parts = Parts {
-        command: Command::Proxy,
-        family: Family::Inet,
+    let parts = HeaderParts {
+        command: HeaderCommand::Proxy,
+        family: AddressFamily::Inet,
         tlvs_at: place(TLVS),
         endpoint_at: place(ID),
         endpoint_len: place(PADDING - ID),
         crc_at: place(CRC),
     };
-    Some(Parsed::Done(Header { bytes, parts }, LEN))
+    Some(ParsedHeader::Done(Header { bytes, parts }, LEN))
 }
 
 /// The checksum of such a header. Its signature was summed up by the compiler; what remains is eleven whole words,
@@ -63,9 +66,9 @@ fn checksum(bytes: &[u8; LEN]) -> u32 {
     const OTHERS: u64 = !(0xFFFF_FFFF << (8 * ((CRC - START) % 8)));
 
     #[repr(align(8))]
-    struct Aligned([u8; LEN - START]);
+    struct AlignedTail([u8; LEN - START]);
 
-    let mut rest = Aligned([0; LEN - START]);
+    let mut rest = AlignedTail([0; LEN - START]);
     let words = rest.0.as_chunks_mut::<8>().0.iter_mut().zip(bytes[START..].as_chunks::<8>().0);
     for (place, (to, from)) in words.enumerate() {
         let mask = if place == CRC_WORD { OTHERS } else { u64::MAX };

@@ -1,6 +1,6 @@
 //! Type, length, value: what a header carries beside the addresses.
 
-use super::header::Malformed;
+use super::header::MalformedHeader;
 
 /// One TLV of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,14 +42,14 @@ impl<'a> Iterator for Tlvs<'a> {
 /// Takes the first TLV off `bytes`; `None` at their end.
 ///
 /// # Errors
-/// [`Malformed::TlvOverrun`] where type and length are cut off, or the value is.
+/// [`MalformedHeader::TlvOverrun`] where type and length are cut off, or the value is.
 #[inline]
-pub(super) fn split(bytes: &[u8]) -> Result<Option<(Tlv<'_>, &[u8])>, Malformed> {
+pub(super) fn split(bytes: &[u8]) -> Result<Option<(Tlv<'_>, &[u8])>, MalformedHeader> {
     let Some((&[kind, high, low], rest)) = bytes.split_first_chunk() else {
-        return if bytes.is_empty() { Ok(None) } else { Err(Malformed::TlvOverrun) };
+        return if bytes.is_empty() { Ok(None) } else { Err(MalformedHeader::TlvOverrun) };
     };
     let len = usize::from(u16::from_be_bytes([high, low]));
-    let (value, rest) = rest.split_at_checked(len).ok_or(Malformed::TlvOverrun)?;
+    let (value, rest) = rest.split_at_checked(len).ok_or(MalformedHeader::TlvOverrun)?;
     Ok(Some((Tlv { kind, value }, rest)))
 }
 
@@ -69,7 +69,7 @@ mod tests {
     #[test]
     fn what_is_cut_off_is_an_overrun() {
         for bytes in [&[4][..], &[4, 0], &[4, 0, 1], &[4, 1, 0, 0]] {
-            assert_eq!(split(bytes), Err(Malformed::TlvOverrun));
+            assert_eq!(split(bytes), Err(MalformedHeader::TlvOverrun));
             assert_eq!(Tlvs::new(bytes).next(), None);
         }
     }

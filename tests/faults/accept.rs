@@ -6,15 +6,15 @@ use rustix::io::Errno;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use vestibule::fault::{Call, Fault};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::fault::{InjectedFault, Syscall};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Conf, Proxy, end_of, exchange, header};
 use super::raw::Raw;
 use super::{Bystander, alone, inject, next};
 
 /// One worker, so that every session is the panicking one's neighbour, and there is one queue of connections.
-async fn proxy(acme: &Backend) -> Proxy {
+async fn proxy(acme: &TestBackend) -> Proxy {
     Conf { acme: vec![acme.address()], workers: 1, ..Conf::default() }.start().await
 }
 
@@ -25,16 +25,16 @@ async fn is_served(proxy: &Proxy) {
 #[tokio::test]
 async fn accepting_pauses_at_each_shortage_and_goes_on() {
     let _kernel = alone().await;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     for errno in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
         let proxy = proxy(&acme).await;
         let mut bystander = Bystander::of(&proxy).await;
-        let short = next(Call::Accept, errno, 2);
+        let short = next(Syscall::Accept, errno, 2);
         let waiting = proxy.open(ACME, b"waits").await;
         proxy.metric("vestibule_accept_errors_total", &[("class", "shortage")]).is_at_least(1).await;
         bystander.lives().await;
         assert_eq!(exchange(waiting).await.unwrap(), b"waits");
-        assert_eq!(short.count(Call::Accept), 2);
+        assert_eq!(short.count(Syscall::Accept), 2);
         proxy.metric("vestibule_accept_errors_total", &[("class", "shortage")]).is(2).await;
         proxy.metric("vestibule_accept_errors_total", &[("class", "fatal")]).is(0).await;
         proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
@@ -45,14 +45,14 @@ async fn accepting_pauses_at_each_shortage_and_goes_on() {
 #[tokio::test]
 async fn who_has_gone_in_the_queue_keeps_nobody_from_being_accepted() {
     let _kernel = alone().await;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let bystander = Bystander::of(&proxy).await;
     let peers =
         [Errno::CONNABORTED, Errno::PROTO, Errno::PERM, Errno::HOSTUNREACH, Errno::TIMEDOUT, Errno::INTR];
-    let gone = inject(Fault::new(Call::Accept, &peers).at_most(20));
+    let gone = inject(InjectedFault::new(Syscall::Accept, &peers).at_most(20));
     is_served(&proxy).await;
-    assert_eq!(gone.count(Call::Accept), 20);
+    assert_eq!(gone.count(Syscall::Accept), 20);
     proxy.metric("vestibule_accept_errors_total", &[("class", "peer")]).is(20).await;
     proxy.metric("vestibule_accept_errors_total", &[("class", "shortage")]).is(0).await;
     drop(gone);
@@ -67,10 +67,10 @@ async fn a_full_queue_keeps_clients_waiting_and_loses_none() {
     if backlog.trim().parse::<u32>().unwrap() > 8192 {
         return eprintln!("SKIPPED: this system's queues take more than a test wants to fill");
     }
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut bystander = Bystander::of(&proxy).await;
-    let short = inject(Fault::new(Call::Accept, &[Errno::MFILE]));
+    let short = inject(InjectedFault::new(Syscall::Accept, &[Errno::MFILE]));
     let address = proxy.address("web");
     // One that has gone keeps its place in the queue.
     let mut queued = 0;
@@ -94,10 +94,12 @@ async fn a_full_queue_keeps_clients_waiting_and_loses_none() {
 #[tokio::test]
 async fn a_shortage_at_the_header_is_not_the_clients_fault() {
     let _kernel = alone().await;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
-    for (call, errno) in
-        [(Call::Receive, Errno::NOMEM), (Call::Register, Errno::NOMEM), (Call::Register, Errno::NOSPC)]
-    {
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
+    for (call, errno) in [
+        (Syscall::Receive, Errno::NOMEM),
+        (Syscall::Register, Errno::NOMEM),
+        (Syscall::Register, Errno::NOSPC),
+    ] {
         let proxy = proxy(&acme).await;
         let bystander = Bystander::of(&proxy).await;
         let short = next(call, errno, 1);
@@ -119,11 +121,11 @@ async fn a_panic_in_a_session_ends_that_session_alone() {
     let bystander = Bystander::of(&proxy).await;
     let (mut neighbour, mut behind) = raw.session(&proxy).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
-    let bug = next(Call::Panic, Errno::INVAL, 1);
+    let bug = next(Syscall::Panic, Errno::INVAL, 1);
     client.write_all(b"unlucky").await.unwrap();
     end_of(&mut client).await.unwrap_err();
     end_of(&mut backend).await.unwrap_err();
-    assert_eq!(bug.count(Call::Panic), 1);
+    assert_eq!(bug.count(Syscall::Panic), 1);
     let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "internal")];
     proxy.ended(&labels).is(1).await;
     drop(bug);

@@ -3,21 +3,21 @@
 use std::net::SocketAddr;
 
 use rustix::io::Errno;
-use vestibule::fault::{Call, Fault};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::fault::{InjectedFault, Syscall};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Conf, Proxy, exchange, is_reset};
 use super::{Bystander, alone, inject, next};
 
 /// Two echoing backends that a single failure would eject.
-async fn pair() -> [Backend; 2] {
-    let start = async |name| Backend::start(name, Temper::Echo).await.unwrap();
+async fn pair() -> [TestBackend; 2] {
+    let start = async |name| TestBackend::start(name, BackendBehavior::Echo).await.unwrap();
     [start("acme-1").await, start("acme-2").await]
 }
 
-async fn proxy(acme: &[Backend], pool: &str) -> Proxy {
+async fn proxy(acme: &[TestBackend], pool: &str) -> Proxy {
     let health = "kind = \"none\"\n[pool.ejection]\nconsecutive-failures = 1\nmax-percent = 50".to_owned();
-    let acme: Vec<SocketAddr> = acme.iter().map(Backend::address).collect();
+    let acme: Vec<SocketAddr> = acme.iter().map(TestBackend::address).collect();
     Conf { acme, pool: pool.to_owned(), health, ..Conf::default() }.start().await
 }
 
@@ -37,7 +37,7 @@ async fn ejected(proxy: &Proxy, count: u32) {
 async fn without_a_local_port_the_next_source_address_is_tried() {
     let _kernel = alone().await;
     let acme = pair().await;
-    for call in [Call::Bind, Call::Connect] {
+    for call in [Syscall::Bind, Syscall::Connect] {
         let proxy = proxy(&acme, "attempts = 1\nsource-addresses = [\"127.0.0.8\", \"127.0.0.9\"]").await;
         let bystander = Bystander::of(&proxy).await;
         let none = next(call, Errno::ADDRNOTAVAIL, 1);
@@ -56,15 +56,15 @@ async fn without_a_local_port_to_one_backend_the_next_is_tried_and_none_is_blame
     let acme = pair().await;
     let proxy = proxy(&acme, "attempts = 2").await;
     let bystander = Bystander::of(&proxy).await;
-    let none = next(Call::Connect, Errno::ADDRNOTAVAIL, 1);
+    let none = next(Syscall::Connect, Errno::ADDRNOTAVAIL, 1);
     is_served(&proxy).await;
     connects(&proxy, "no_local_port", 1).await;
     connects(&proxy, "done", 1).await;
     drop(none);
     // Towards no backend at all: the client learns it.
-    let none = next(Call::Connect, Errno::ADDRNOTAVAIL, 2);
+    let none = next(Syscall::Connect, Errno::ADDRNOTAVAIL, 2);
     is_reset(&mut proxy.open(ACME, b"lost").await).await;
-    assert_eq!(none.count(Call::Connect), 2);
+    assert_eq!(none.count(Syscall::Connect), 2);
     proxy
         .ended(&[("tenant", "acme"), ("by", "proxy"), ("at", "connect"), ("why", "no_local_port")])
         .is(1)
@@ -79,8 +79,8 @@ async fn a_shortage_on_the_way_to_a_backend_is_nobodys_fault_and_passes() {
     let _kernel = alone().await;
     let acme = pair().await;
     for (call, errnos) in [
-        (Call::Socket, &[Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM][..]),
-        (Call::Connect, &[Errno::NOBUFS, Errno::NOMEM]),
+        (Syscall::Socket, &[Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM][..]),
+        (Syscall::Connect, &[Errno::NOBUFS, Errno::NOMEM]),
     ] {
         for errno in errnos {
             let proxy = proxy(&acme, "attempts = 1").await;
@@ -114,14 +114,14 @@ async fn a_backend_that_cannot_be_reached_is_blamed_and_the_next_is_tried() {
     ] {
         let proxy = proxy(&acme, "attempts = 2").await;
         let bystander = Bystander::of(&proxy).await;
-        let unreachable = next(Call::Connect, errno, 1);
+        let unreachable = next(Syscall::Connect, errno, 1);
         is_served(&proxy).await;
-        assert_eq!(unreachable.count(Call::Connect), 1);
+        assert_eq!(unreachable.count(Syscall::Connect), 1);
         connects(&proxy, why, 1).await;
         connects(&proxy, "done", 1).await;
         ejected(&proxy, 1).await;
         drop(unreachable);
-        let unreachable = next(Call::Connect, errno, 2);
+        let unreachable = next(Syscall::Connect, errno, 2);
         is_reset(&mut proxy.open(ACME, b"lost").await).await;
         drop(unreachable);
         proxy.ended(&[("tenant", "acme"), ("by", by), ("at", "connect"), ("why", why)]).is(1).await;
@@ -136,7 +136,7 @@ async fn a_client_socket_that_no_poll_takes_ends_its_session_alone() {
     let acme = pair().await;
     let proxy = proxy(&acme, "attempts = 1").await;
     let mut bystander = Bystander::of(&proxy).await;
-    let full = inject(Fault::new(Call::Register, &[Errno::NOSPC, Errno::NOMEM]));
+    let full = inject(InjectedFault::new(Syscall::Register, &[Errno::NOSPC, Errno::NOMEM]));
     for _ in 0..3 {
         let mut client = proxy.connect().await;
         // Its header may come before or after it is looked at.

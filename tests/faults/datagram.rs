@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use tokio::net::UdpSocket;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use vestibule::fault::{Call, Fault};
+use vestibule::fault::{InjectedFault, Syscall};
 use vestibule::lab::nlb;
 
 use super::harness::{ACME, Conf, LIMIT, Proxy, eventually, http_get};
@@ -100,7 +100,7 @@ async fn a_datagram_that_cannot_be_sent_is_dropped_and_counted_and_its_flow_goes
     ] {
         let world = World::start().await;
         world.ask(ONE, b"before").await;
-        let short = next(Call::SendDatagram, errno, 1);
+        let short = next(Syscall::SendDatagram, errno, 1);
         world.send(ONE, b"lost").await;
         world.dropped("to_backend", why, 1).await;
         drop(short);
@@ -117,9 +117,9 @@ async fn a_listener_that_cannot_receive_pauses_and_goes_on() {
     let _kernel = alone().await;
     for errno in [Errno::NOMEM, Errno::NOBUFS] {
         let world = World::start().await;
-        let short = next(Call::ReceiveDatagram, errno, 2);
+        let short = next(Syscall::ReceiveDatagram, errno, 2);
         world.ask(ONE, b"late").await;
-        assert_eq!(short.count(Call::ReceiveDatagram), 2);
+        assert_eq!(short.count(Syscall::ReceiveDatagram), 2);
         let labels = [("listener", "dns"), ("class", "shortage")];
         world.proxy.metric("vestibule_accept_errors_total", &labels).is(2).await;
         drop(short);
@@ -132,11 +132,11 @@ async fn a_listener_that_cannot_receive_pauses_and_goes_on() {
 async fn a_flow_without_a_socket_begins_with_the_next_datagram() {
     let _kernel = alone().await;
     for (call, errno, why) in [
-        (Call::Socket, Errno::MFILE, "shortage"),
-        (Call::Socket, Errno::NOBUFS, "shortage"),
-        (Call::Register, Errno::NOMEM, "shortage"),
-        (Call::Register, Errno::NOSPC, "shortage"),
-        (Call::Connect, Errno::ADDRNOTAVAIL, "no_local_port"),
+        (Syscall::Socket, Errno::MFILE, "shortage"),
+        (Syscall::Socket, Errno::NOBUFS, "shortage"),
+        (Syscall::Register, Errno::NOMEM, "shortage"),
+        (Syscall::Register, Errno::NOSPC, "shortage"),
+        (Syscall::Connect, Errno::ADDRNOTAVAIL, "no_local_port"),
     ] {
         let world = World::start().await;
         let short = next(call, errno, 1);
@@ -163,7 +163,7 @@ async fn an_answer_that_cannot_be_received_ends_its_flow_alone() {
     world.ask(ONE, b"before").await;
     world.ask(OTHER, b"before").await;
     // The first call takes the question, the second the answer.
-    let short = inject(Fault::new(Call::ReceiveDatagram, &[Errno::NOMEM]).after(1).at_most(1));
+    let short = inject(InjectedFault::new(Syscall::ReceiveDatagram, &[Errno::NOMEM]).after(1).at_most(1));
     world.send(ONE, b"lost").await;
     world.proxy.ended(&[("listener", "dns"), ("at", "forward"), ("why", "shortage")]).is(1).await;
     drop(short);
@@ -179,7 +179,7 @@ async fn a_panic_in_a_flow_ends_that_flow_alone() {
     let world = World::start().await;
     world.ask(ONE, b"before").await;
     world.ask(OTHER, b"before").await;
-    let bug = next(Call::Panic, Errno::INVAL, 1);
+    let bug = next(Syscall::Panic, Errno::INVAL, 1);
     world.send(ONE, b"lost").await;
     let labels =
         [("listener", "dns"), ("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "internal")];

@@ -2,7 +2,7 @@
 
 use rustix::io::Errno;
 use tokio::io::AsyncWriteExt;
-use vestibule::fault::{Call, Fault, Injection};
+use vestibule::fault::{InjectedFault, Injection, Syscall};
 
 use super::harness::{Conf, Proxy, end_of, is_reset, read};
 use super::raw::{Bytes, Raw, receive_all, send_all};
@@ -46,7 +46,7 @@ async fn copies_meanwhile(faults: Injection) {
 async fn a_splice_from_a_socket_that_is_refused_is_a_copy() {
     let _kernel = alone().await;
     for errno in [Errno::INVAL, Errno::NOMEM, Errno::PERM] {
-        copies_meanwhile(inject(Fault::new(Call::SpliceIn, &[errno]))).await;
+        copies_meanwhile(inject(InjectedFault::new(Syscall::SpliceIn, &[errno]))).await;
     }
 }
 
@@ -54,7 +54,7 @@ async fn a_splice_from_a_socket_that_is_refused_is_a_copy() {
 async fn a_splice_to_a_socket_that_is_refused_loses_nothing_of_what_the_pipe_holds() {
     let _kernel = alone().await;
     for errno in [Errno::INVAL, Errno::NOMEM, Errno::NOBUFS] {
-        copies_meanwhile(inject(Fault::new(Call::SpliceOut, &[errno]))).await;
+        copies_meanwhile(inject(InjectedFault::new(Syscall::SpliceOut, &[errno]))).await;
     }
 }
 
@@ -62,8 +62,8 @@ async fn a_splice_to_a_socket_that_is_refused_loses_nothing_of_what_the_pipe_hol
 async fn splices_that_fail_now_and_then_lose_nothing() {
     let _kernel = alone().await;
     let now_and_then =
-        |call| Fault::new(call, &[Errno::INVAL, Errno::NOMEM, Errno::INTR]).per_million(200_000);
-    let faults = [now_and_then(Call::SpliceIn), now_and_then(Call::SpliceOut)];
+        |call| InjectedFault::new(call, &[Errno::INVAL, Errno::NOMEM, Errno::INTR]).per_million(200_000);
+    let faults = [now_and_then(Syscall::SpliceIn), now_and_then(Syscall::SpliceOut)];
     copies_meanwhile(Injection::new(SEED, faults)).await;
 }
 
@@ -71,7 +71,7 @@ async fn splices_that_fail_now_and_then_lose_nothing() {
 async fn a_pipe_that_cannot_be_made_is_a_copy() {
     let _kernel = alone().await;
     for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
-        copies_meanwhile(inject(Fault::new(Call::Pipe, &[errno]))).await;
+        copies_meanwhile(inject(InjectedFault::new(Syscall::Pipe, &[errno]))).await;
     }
 }
 
@@ -82,9 +82,9 @@ async fn a_pipe_that_cannot_grow_is_used_as_it_is() {
     let proxy = raw.proxy(Conf::default()).await;
     let bystander = Bystander::of(&proxy).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
-    let small = inject(Fault::new(Call::PipeSize, &[Errno::PERM]));
+    let small = inject(InjectedFault::new(Syscall::PipeSize, &[Errno::PERM]));
     tokio::join!(send_all(&mut backend, 9, 16 * MIB), receive_all(&mut client, 9, 16 * MIB));
-    assert!(small.count(Call::PipeSize) > 0 && spliced(&proxy).await > 0.0);
+    assert!(small.count(Syscall::PipeSize) > 0 && spliced(&proxy).await > 0.0);
     drop((client, backend, small));
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
     bystander.outlives(proxy).await;
@@ -95,10 +95,10 @@ async fn a_write_or_read_that_meets_a_shortage_resets_its_session_and_says_why()
     let _kernel = alone().await;
     for (call, errno, by_client) in [
         // What the client sends cannot be read, or cannot be written to the backend.
-        (Call::Receive, Errno::NOMEM, "client"),
-        (Call::Receive, Errno::NOBUFS, "client"),
-        (Call::Send, Errno::NOMEM, "backend"),
-        (Call::Send, Errno::NOBUFS, "backend"),
+        (Syscall::Receive, Errno::NOMEM, "client"),
+        (Syscall::Receive, Errno::NOBUFS, "client"),
+        (Syscall::Send, Errno::NOMEM, "backend"),
+        (Syscall::Send, Errno::NOBUFS, "backend"),
     ] {
         let raw = Raw::bind().await;
         let proxy = raw.proxy(Conf::default()).await;
@@ -129,7 +129,7 @@ async fn a_connection_that_broke_resets_the_other_and_says_whose_it_was() {
         let proxy = raw.proxy(Conf::default()).await;
         let bystander = Bystander::of(&proxy).await;
         let (mut client, mut backend) = raw.session(&proxy).await;
-        let broken = next(Call::Receive, errno, 1);
+        let broken = next(Syscall::Receive, errno, 1);
         client.write_all(b"lost").await.unwrap();
         end_of(&mut client).await.unwrap_err();
         is_reset(&mut backend).await;
@@ -148,9 +148,10 @@ async fn an_answer_that_was_sent_before_a_write_failed_arrives_and_then_the_rese
         let proxy = raw.proxy(Conf::default()).await;
         let bystander = Bystander::of(&proxy).await;
         let (mut client, mut backend) = raw.session(&proxy).await;
-        let broken = next(Call::Send, errno, 1);
+        let broken = next(Syscall::Send, errno, 1);
         client.write_all(b"lost").await.unwrap();
-        super::harness::eventually("the fault", async || (broken.count(Call::Send) == 1).then_some(())).await;
+        super::harness::eventually("the fault", async || (broken.count(Syscall::Send) == 1).then_some(()))
+            .await;
         backend.write_all(b"answer").await.unwrap();
         assert_eq!(read(&mut client, 6).await, b"answer");
         drop(backend);
@@ -169,7 +170,7 @@ async fn bytes_that_were_lost_are_told_by_a_reset_however_long_nothing_follows()
     let proxy = raw.proxy(conf).await;
     let bystander = Bystander::of(&proxy).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
-    let broken = next(Call::Send, Errno::PIPE, 1);
+    let broken = next(Syscall::Send, Errno::PIPE, 1);
     client.write_all(b"lost").await.unwrap();
     // The backend says nothing, and does not end.
     is_reset(&mut client).await;

@@ -3,8 +3,8 @@
 use rustix::io::Errno;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
-use vestibule::fault::{Call, Fault, Injection};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::fault::{InjectedFault, Injection, Syscall};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
 
 use super::harness::{ACME, Conf, LIMIT, Proxy, end_of, eventually, exchange, http};
@@ -13,14 +13,14 @@ use super::{Bystander, SEED, alone};
 const STOPPED: &str = "vestibule_listener_sockets_stopped";
 
 /// One listening socket, so that nothing is accepted while it is broken.
-async fn proxy(acme: &Backend, more: &str) -> Proxy {
+async fn proxy(acme: &TestBackend, more: &str) -> Proxy {
     Conf { acme: vec![acme.address()], workers: 1, more: more.to_owned(), ..Conf::default() }.start().await
 }
 
 /// The next such call breaks its socket, and none can be opened again.
-fn broken(call: Call) -> Injection {
-    let breaks = Fault::new(call, &[Errno::INVAL]).at_most(1);
-    Injection::new(SEED, [breaks, Fault::new(Call::Listen, &[Errno::ADDRINUSE])])
+fn broken(call: Syscall) -> Injection {
+    let breaks = InjectedFault::new(call, &[Errno::INVAL]).at_most(1);
+    Injection::new(SEED, [breaks, InjectedFault::new(Syscall::Listen, &[Errno::ADDRINUSE])])
 }
 
 async fn health(proxy: &Proxy, status: &str, word: &str) {
@@ -34,10 +34,10 @@ async fn health(proxy: &Proxy, status: &str, word: &str) {
 #[tokio::test]
 async fn listening_socket_that_broke_is_told_to_the_load_balancer_until_it_is_open_again() {
     let _kernel = alone().await;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "").await;
     let mut bystander = Bystander::of(&proxy).await;
-    let faults = broken(Call::Accept);
+    let faults = broken(Syscall::Accept);
     let waiting = TcpStream::connect(proxy.address("web")).await;
     proxy.metric("vestibule_accept_errors_total", &[("class", "fatal")]).is(1).await;
     proxy.metric(STOPPED, &[]).is(1).await;
@@ -48,7 +48,7 @@ async fn listening_socket_that_broke_is_told_to_the_load_balancer_until_it_is_op
     }
     bystander.lives().await;
     // It is tried more than once.
-    eventually("attempts", async || (faults.count(Call::Listen) > 1).then_some(())).await;
+    eventually("attempts", async || (faults.count(Syscall::Listen) > 1).then_some(())).await;
     drop(faults);
     proxy.metric(STOPPED, &[]).is(0).await;
     health(&proxy, "200", "ok").await;
@@ -59,10 +59,10 @@ async fn listening_socket_that_broke_is_told_to_the_load_balancer_until_it_is_op
 #[tokio::test]
 async fn reload_that_gives_up_the_address_of_a_broken_socket_ends_the_alarm() {
     let _kernel = alone().await;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let mut proxy = proxy(&acme, "").await;
     let mut bystander = Bystander::of(&proxy).await;
-    let faults = broken(Call::Accept);
+    let faults = broken(Syscall::Accept);
     drop(TcpStream::connect(proxy.address("web")).await);
     proxy.metric(STOPPED, &[]).is(1).await;
     health(&proxy, "503", "listener_stopped").await;
@@ -96,7 +96,7 @@ async fn udp_socket_that_broke_is_opened_again_and_its_flows_go_on() {
          pool = \"echo\"\n[[pool]]\nname = \"echo\"\nbackends = [\"{echo}\"]\n[pool.health]\nkind = \"none\"\n\
          [[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"echo\""
     );
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = Conf {
         acme: vec![acme.address()],
         workers: 1,
@@ -117,7 +117,7 @@ async fn udp_socket_that_broke_is_opened_again_and_its_flows_go_on() {
         matches!(heard, Ok(Ok(count)) if &room[..count] == text).then_some(())
     };
     eventually("an answer", async || ask(b"before").await).await;
-    let faults = broken(Call::ReceiveDatagram);
+    let faults = broken(Syscall::ReceiveDatagram);
     client.send(&[&header, &b"breaks"[..]].concat()).await.unwrap();
     proxy.metric(STOPPED, &[]).is(1).await;
     proxy.metric("vestibule_accept_errors_total", &[("listener", "dns"), ("class", "fatal")]).is(1).await;

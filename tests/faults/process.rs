@@ -3,8 +3,8 @@
 use std::process::Command;
 
 use rustix::io::Errno;
-use vestibule::fault::{Call, Fault};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::fault::{InjectedFault, Syscall};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::server::failure::STATUS;
 
 use super::harness::{Conf, LIMIT};
@@ -17,14 +17,14 @@ const PART: &str = "VESTIBULE_TEST_PANICS";
 async fn panic_in_a_workers_timers_or_the_control_thread_ends_the_process_with_a_message() {
     let _kernel = alone().await;
     let call = match std::env::var_os(PART) {
-        Some(part) if part == "worker" => Call::WorkerPanic,
-        Some(_) => Call::ControlPanic,
+        Some(part) if part == "worker" => Syscall::WorkerPanic,
+        Some(_) => Syscall::ControlPanic,
         None => return ends().await,
     };
     tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
     let acme = vec![([127, 0, 0, 1], 9).into()];
     let _proxy = Conf { acme, ..Conf::default() }.start().await;
-    let _bug = inject(Fault::new(call, &[Errno::INVAL]).at_most(1));
+    let _bug = inject(InjectedFault::new(call, &[Errno::INVAL]).at_most(1));
     tokio::time::sleep(LIMIT).await;
 }
 
@@ -46,9 +46,9 @@ async fn ends() {
 #[tokio::test]
 async fn worker_without_a_runtime_is_a_failed_start() {
     let _kernel = alone().await;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = || Conf { acme: vec![acme.address()], ..Conf::default() };
-    let short = inject(Fault::new(Call::WorkerStart, &[Errno::MFILE]).after(1).at_most(1));
+    let short = inject(InjectedFault::new(Syscall::WorkerStart, &[Errno::MFILE]).after(1).at_most(1));
     let error = conf().try_start().await.err().expect("no start");
     assert!(error.to_string().starts_with("a worker thread could not be started: "), "{error}");
     drop(short);

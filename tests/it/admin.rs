@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use vestibule::account::names::{self, Kind};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::account::names::{self, MetricKind};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::outcome::Outcome;
 
 use super::dns::Names;
@@ -19,7 +19,7 @@ use super::harness::{
 use super::raw::{Held, Raw};
 use super::sessions::{ROUND_ROBIN, usable, with};
 
-async fn proxy(acme: &Backend) -> Proxy {
+async fn proxy(acme: &TestBackend) -> Proxy {
     Conf { acme: vec![acme.address()], ..Conf::default() }.start().await
 }
 
@@ -113,7 +113,7 @@ fn buckets_add_up(name: &str, family: &Family) {
 
 #[tokio::test]
 async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let limits =
         "mode = \"observe\"\nsessions = 5\nsession-rate = \"1/h\"\nto-backend = \"1GiB/s\"\nflows = 5\ndatagram-rate = \"1/h\"".to_owned();
     let names = Names::start().await;
@@ -150,9 +150,9 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
     for metric in names::ALL {
         let family = families.get(metric.name).unwrap_or_else(|| panic!("no {}", metric.name));
         let kind = match metric.kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram => "histogram",
         };
         assert_eq!(family.kind, kind, "{}", metric.name);
         assert!(!family.samples.is_empty(), "{}", metric.name);
@@ -162,7 +162,7 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
                 sample.labels.keys().map(String::as_str).filter(|name| *name != "le").collect();
             assert_eq!(labels, expected, "{}", sample.name);
         }
-        if metric.kind == Kind::Histogram {
+        if metric.kind == MetricKind::Histogram {
             buckets_add_up(metric.name, family);
         }
     }
@@ -176,7 +176,7 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
 
 #[tokio::test]
 async fn outcomes_in_metrics_are_of_the_closed_set() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     exchange(proxy.open(ACME, b"").await).await.unwrap();
     is_reset(&mut proxy.open(STRANGER, b"").await).await;
@@ -210,7 +210,7 @@ async fn carried(proxy: &Proxy) -> TcpStream {
 
 #[tokio::test]
 async fn the_status_says_what_the_process_is_doing() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf =
         Conf { acme: vec![acme.address()], process: "max-sessions = 77".to_owned(), ..Conf::default() };
     let proxy = conf.start().await;
@@ -339,7 +339,7 @@ fn is_balanced(page: &str) {
 
 #[tokio::test]
 async fn the_page_for_people_has_the_tenants_and_is_whole() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     is_balanced(&http_get(proxy.server().admin(), "/").await);
     let session = carried(&proxy).await;
@@ -363,7 +363,7 @@ async fn the_page_for_people_has_the_tenants_and_is_whole() {
 
 #[tokio::test]
 async fn the_pages_are_there_to_be_read_only() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let (head, _) = http(proxy.server().admin(), "/nothing", b"").await;
     assert!(head.starts_with("HTTP/1.1 404 "), "{head}");
@@ -377,7 +377,7 @@ async fn the_pages_are_there_to_be_read_only() {
 
 #[tokio::test]
 async fn address_is_answered_by_known_hosts_only() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let ask = async |path: &str, host: &str| {
         let mut stream = connect(proxy.server().admin()).await;

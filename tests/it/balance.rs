@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use vestibule::lab::backend::Backend;
+use vestibule::lab::backend::TestBackend;
 
 use super::harness::{ACME, Conf, Proxy, read};
 use super::raw::Held;
@@ -145,10 +145,10 @@ async fn when_none_of_the_preferred_zone_can_be_used_the_others_are() {
 }
 
 /// Of three backends, the probes let one be used.
-async fn one_of_three(panic_threshold: u32) -> (Proxy, [Backend; 3]) {
+async fn one_of_three(panic_threshold: u32) -> (Proxy, [TestBackend; 3]) {
     let all = [greeting("sick-1").await, greeting("sick-2").await, greeting("well-1").await];
     let conf = Conf {
-        acme: all.iter().map(Backend::address).collect(),
+        acme: all.iter().map(TestBackend::address).collect(),
         pool: format!("{ROUND_ROBIN}\npanic-threshold = {panic_threshold}"),
         health: "kind = \"exchange\"\nexpect = \"well\"\nmatch = \"prefix\"".to_owned(),
         ..Conf::default()

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use tokio::io::AsyncWriteExt;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::wire::SIGNATURE;
 
 use super::harness::{Conf, Proxy, read};
@@ -34,26 +34,30 @@ async fn says(address: SocketAddr, health: &str, word: &str) {
 async fn each_verdict_has_its_word() {
     let quick = "interval = \"300ms\"\ntimeout = \"300ms\"\n";
     for (temper, health, word) in [
-        (Temper::BlackHole, "kind = \"tcp\"", "passed"),
-        (Temper::Http, "kind = \"http\"\npath = \"/up?x=1\"\nhost = \"db.internal\"", "passed"),
-        (Temper::Http, "kind = \"http\"\nexpect-status = [\"204\", \"200-201\"]", "passed"),
-        (Temper::Http, "kind = \"http\"\nexpect-status = [\"500-599\"]", "unexpected_status"),
-        (Temper::Greeting, "kind = \"http\"", "answer_malformed"),
-        (Temper::Echo, &format!("{EXCHANGE}\"hex:494e47\"\nsend = \"hex:50494e470d0a\""), "passed"),
-        (Temper::Echo, &format!("{EXCHANGE}\"ING\"\nsend = \"PING\"\nmatch = \"contains\""), "passed"),
+        (BackendBehavior::BlackHole, "kind = \"tcp\"", "passed"),
+        (BackendBehavior::Http, "kind = \"http\"\npath = \"/up?x=1\"\nhost = \"db.internal\"", "passed"),
+        (BackendBehavior::Http, "kind = \"http\"\nexpect-status = [\"204\", \"200-201\"]", "passed"),
+        (BackendBehavior::Http, "kind = \"http\"\nexpect-status = [\"500-599\"]", "unexpected_status"),
+        (BackendBehavior::Greeting, "kind = \"http\"", "answer_malformed"),
+        (BackendBehavior::Echo, &format!("{EXCHANGE}\"hex:494e47\"\nsend = \"hex:50494e470d0a\""), "passed"),
         (
-            Temper::Echo,
+            BackendBehavior::Echo,
+            &format!("{EXCHANGE}\"ING\"\nsend = \"PING\"\nmatch = \"contains\""),
+            "passed",
+        ),
+        (
+            BackendBehavior::Echo,
             &format!("{EXCHANGE}\"ING\"\nsend = \"PING\"\nmatch = \"prefix\""),
             "unexpected_answer",
         ),
-        (Temper::Greeting, &format!("{EXCHANGE}\"acme\"\nmatch = \"prefix\""), "passed"),
-        (Temper::HalfClosing, &format!("{EXCHANGE}\"bye\\nbye\"\nmatch = \"prefix\""), "closed"),
-        (Temper::HalfClosing, &format!("{EXCHANGE}\"hello\""), "unexpected_answer"),
-        (Temper::Reset, &format!("{EXCHANGE}\"hello\""), "reset"),
-        (Temper::Mute, &format!("{quick}{EXCHANGE}\"hello\""), "answer_timeout"),
-        (Temper::Source(1 << 24), &format!("{EXCHANGE}\"vestibule\""), "answer_too_long"),
+        (BackendBehavior::Greeting, &format!("{EXCHANGE}\"acme\"\nmatch = \"prefix\""), "passed"),
+        (BackendBehavior::HalfClosing, &format!("{EXCHANGE}\"bye\\nbye\"\nmatch = \"prefix\""), "closed"),
+        (BackendBehavior::HalfClosing, &format!("{EXCHANGE}\"hello\""), "unexpected_answer"),
+        (BackendBehavior::Reset, &format!("{EXCHANGE}\"hello\""), "reset"),
+        (BackendBehavior::Mute, &format!("{quick}{EXCHANGE}\"hello\""), "answer_timeout"),
+        (BackendBehavior::Source(1 << 24), &format!("{EXCHANGE}\"vestibule\""), "answer_too_long"),
     ] {
-        let backend = Backend::start("acme-1", temper).await.unwrap();
+        let backend = TestBackend::start("acme-1", temper).await.unwrap();
         says(backend.address(), health, word).await;
     }
     let refusing = Held::bind();
@@ -96,7 +100,8 @@ async fn a_header_comes_before_the_question_where_that_is_wanted() {
 
 #[tokio::test]
 async fn another_port_may_be_probed_than_that_of_the_traffic() {
-    let (served, probed) = (greeting("acme-1").await, Backend::start("up", Temper::Http).await.unwrap());
+    let (served, probed) =
+        (greeting("acme-1").await, TestBackend::start("up", BackendBehavior::Http).await.unwrap());
     let health = format!("kind = \"http\"\nport = {}", probed.address().port());
     let proxy = start(served.address(), &health).await;
     is(&proxy, "vestibule_backend_healthy", served.address(), 1).await;

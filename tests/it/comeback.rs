@@ -5,12 +5,12 @@ use std::cell::RefCell;
 use super::harness::{Conf, Proxy, eventually};
 use super::raw::Held;
 use super::sessions::{ROUND_ROBIN, greeting, greeting_at, is, shares, usable};
-use vestibule::lab::backend::Backend;
+use vestibule::lab::backend::TestBackend;
 
 const QUICK: &str = "interval = \"100ms\"\ntimeout = \"100ms\"\nrise = 1\nfall = 1";
 
 /// A pool of two that takes so long for a slow start.
-async fn proxy(held: &Held, good: &Backend, slow_start: &str) -> Proxy {
+async fn proxy(held: &Held, good: &TestBackend, slow_start: &str) -> Proxy {
     let acme = vec![good.address(), held.address()];
     let pool = format!("{ROUND_ROBIN}\nslow-start = \"{slow_start}\"");
     Conf { acme, pool, health: QUICK.to_owned(), ..Conf::default() }.start().await

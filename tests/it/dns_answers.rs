@@ -7,11 +7,11 @@ use std::time::Duration;
 use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RecordType;
 use tokio::net::TcpListener;
-use vestibule::account::lookup::Lookup;
-use vestibule::config::{Dns, Target};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::account::lookup::LookupResult;
+use vestibule::config::{BackendTarget, DnsConfig};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::resolve::Resolver;
-use vestibule::resolve::answer::Memory;
+use vestibule::resolve::answer::LastAnswers;
 
 use super::dns::{Edns, Names, Reply, alias};
 use super::harness::{ACME, Conf, end_of};
@@ -20,17 +20,17 @@ const HOST: &str = "db.example.com.";
 const OTHER: &str = "other.example.com.";
 const SERVICE: &str = "_http._tcp.app.example.com";
 
-fn host(name: &str) -> Target {
-    Target::Host { name: name.to_owned(), port: 80 }
+fn host(name: &str) -> BackendTarget {
+    BackendTarget::Host { name: name.to_owned(), port: 80 }
 }
 
-fn service() -> Target {
-    Target::Service(SERVICE.to_owned())
+fn service() -> BackendTarget {
+    BackendTarget::Service(SERVICE.to_owned())
 }
 
 /// One that asks this server, with these networks in `allow-answers`, for a process that listens at these addresses.
 fn resolver(names: &Names, timeout: Duration, allowed: &[&str], own: &[SocketAddr]) -> Arc<Resolver> {
-    let config = Dns {
+    let config = DnsConfig {
         servers: vec![names.address()],
         timeout,
         min_ttl: Duration::from_secs(1),
@@ -44,8 +44,11 @@ fn resolver(names: &Names, timeout: Duration, allowed: &[&str], own: &[SocketAdd
 const LONG: Duration = Duration::from_secs(10);
 
 /// The addresses found, or how the lookup ended; and the addresses refused.
-async fn look_up(resolver: &Arc<Resolver>, target: &Target) -> (Result<Vec<String>, Lookup>, Vec<String>) {
-    let mut memory = Memory::default();
+async fn look_up(
+    resolver: &Arc<Resolver>,
+    target: &BackendTarget,
+) -> (Result<Vec<String>, LookupResult>, Vec<String>) {
+    let mut memory = LastAnswers::default();
     let answer = resolver.look_up(target, &mut memory).await;
     let found = answer.map(|answer| answer.found.iter().map(|one| one.address.to_string()).collect());
     (found, memory.refused.iter().map(ToString::to_string).collect())
@@ -74,7 +77,7 @@ async fn server_that_refuses_edns_is_asked_without_it_and_that_is_remembered() {
         for kind in [RecordType::A, RecordType::AAAA] {
             names.say(OTHER, kind, Reply::Code(code));
         }
-        assert_eq!(look_up(&resolver, &host(OTHER)).await.0, Err(Lookup::ServerFailure));
+        assert_eq!(look_up(&resolver, &host(OTHER)).await.0, Err(LookupResult::ServerFailure));
     }
 }
 
@@ -121,7 +124,7 @@ async fn truncated_answer_that_stalls_over_tcp_does_not_delay_other_names() {
         assert_eq!(look_up(&resolver, &host("small.example.com.")).await.0, Ok(addresses(&["10.0.1.1:80"])));
         assert_eq!(look_up(&resolver, &host(OTHER)).await.0.unwrap().len(), 64, "by TCP");
     }
-    assert_eq!(stalled.await.unwrap().0, Err(Lookup::Timeout));
+    assert_eq!(stalled.await.unwrap().0, Err(LookupResult::Timeout));
 }
 
 #[tokio::test]
@@ -132,7 +135,10 @@ async fn special_addresses_in_answers_are_refused_and_the_others_are_used() {
     for special in ["127.0.0.1", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254", "0.0.0.0", "224.0.0.1"]
     {
         names.host(HOST, 60, &[special]);
-        assert_eq!(look_up(&strict, &host(HOST)).await, (Err(Lookup::AddressRefused), addresses(&[special])));
+        assert_eq!(
+            look_up(&strict, &host(HOST)).await,
+            (Err(LookupResult::AddressRefused), addresses(&[special]))
+        );
         names.host(HOST, 60, &[special, "10.0.0.1", "fd00::1"]);
         let found = addresses(&["10.0.0.1:80", "[fd00::1]:80"]);
         assert_eq!(look_up(&strict, &host(HOST)).await, (Ok(found), addresses(&[special])));
@@ -151,14 +157,14 @@ async fn service_and_alias_cannot_lead_to_localhost_and_a_configured_localhost_c
     let refused = addresses(&["127.0.0.1", "::1"]);
     assert_eq!(look_up(&strict, &service()).await, (Ok(addresses(&["10.0.0.1:80"])), refused.clone()));
     names.service(SERVICE, 60, &[(0, 0, 9900, "app.localhost.")]);
-    assert_eq!(look_up(&strict, &service()).await, (Err(Lookup::AddressRefused), refused));
+    assert_eq!(look_up(&strict, &service()).await, (Err(LookupResult::AddressRefused), refused));
     names.host("app.localhost.", 60, &["127.0.0.1"]);
     for kind in [RecordType::A, RecordType::AAAA] {
         names.say(OTHER, kind, Reply::Records(vec![alias(OTHER, 60, "app.localhost.")]));
     }
     assert_eq!(
         look_up(&strict, &host(OTHER)).await,
-        (Err(Lookup::AddressRefused), addresses(&["127.0.0.1"]))
+        (Err(LookupResult::AddressRefused), addresses(&["127.0.0.1"]))
     );
     let found = addresses(&["127.0.0.1:80", "[::1]:80"]);
     assert_eq!(look_up(&strict, &host("app.localhost")).await, (Ok(found), Vec::new()));
@@ -174,7 +180,10 @@ async fn own_addresses_in_answers_are_refused_though_their_network_is_allowed() 
     let found = addresses(&["127.0.0.1:9901"]);
     assert_eq!(look_up(&lenient, &service()).await, (Ok(found), addresses(&["127.0.0.1"])));
     names.service(SERVICE, 60, &[(0, 0, 9900, HOST), (0, 0, 8080, HOST)]);
-    assert_eq!(look_up(&lenient, &service()).await, (Err(Lookup::AddressRefused), addresses(&["127.0.0.1"])));
+    assert_eq!(
+        look_up(&lenient, &service()).await,
+        (Err(LookupResult::AddressRefused), addresses(&["127.0.0.1"]))
+    );
 }
 
 #[tokio::test]
@@ -183,7 +192,7 @@ async fn answer_that_names_this_machine_leads_no_session_there() {
     let victim = TcpListener::bind("127.0.0.1:0").await.unwrap();
     names.service(SERVICE, 60, &[(0, 0, victim.local_addr().unwrap().port(), HOST)]);
     names.host(HOST, 60, &["127.0.0.1"]);
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let more = format!(
         "[[pool]]\nname = \"named\"\nbackends = [\"{SERVICE}\"]\n[pool.health]\nkind = \"none\"\n\
          [dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"",

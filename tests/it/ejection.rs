@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Conf, Proxy, eventually, is_reset};
 use super::raw::Held;
@@ -110,7 +110,7 @@ async fn a_success_between_failures_starts_the_count_anew() {
 #[tokio::test]
 async fn resets_of_one_tenant_alone_eject_nobody_whom_others_need_and_those_of_two_do() {
     let good = greeting("acme-1").await;
-    let resetting = Backend::start("acme-2", Temper::ResetAfter(5)).await.unwrap();
+    let resetting = TestBackend::start("acme-2", BackendBehavior::ResetAfter(5)).await.unwrap();
     let acme = vec![good.address(), resetting.address()];
     let conf = conf(acme, "", "base-time = \"10m\"");
     let proxy = Conf { more: umbrella(), ..conf }.start().await;
@@ -143,7 +143,7 @@ async fn resets_of_one_tenant_alone_eject_nobody_whom_others_need_and_those_of_t
 #[tokio::test]
 async fn in_a_pool_of_one_tenant_its_own_resets_are_enough() {
     let good = greeting("acme-1").await;
-    let resetting = Backend::start("acme-2", Temper::ResetAfter(5)).await.unwrap();
+    let resetting = TestBackend::start("acme-2", BackendBehavior::ResetAfter(5)).await.unwrap();
     let proxy = conf(vec![resetting.address(), good.address()], "", "base-time = \"10m\"").start().await;
     for count in 1..=3 {
         is_reset_for(&proxy, ACME).await;
@@ -164,7 +164,8 @@ async fn in_a_pool_of_one_tenant_its_own_resets_are_enough() {
 async fn no_more_are_out_at_once_than_may_be() {
     let refusing = [Held::bind(), Held::bind()];
     let good = [greeting("acme-1").await, greeting("acme-2").await];
-    let acme: Vec<_> = refusing.iter().map(Held::address).chain(good.iter().map(Backend::address)).collect();
+    let acme: Vec<_> =
+        refusing.iter().map(Held::address).chain(good.iter().map(TestBackend::address)).collect();
     let proxy = conf(acme, "", "base-time = \"10m\"\nmax-percent = 49").start().await;
     for _ in 0..40 {
         assert!(asked(&proxy).await.starts_with("acme-"));

@@ -8,7 +8,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use vestibule::takeover::Leaving;
+use vestibule::takeover::PendingTransfer;
 
 use super::harness::{LIMIT, Proxy};
 use super::raw::Bytes;
@@ -118,7 +118,7 @@ async fn receive(mut from: OwnedReadHalf, seed: u64) -> u64 {
 }
 
 /// Moves everything that forwards from one proxy to another, until nothing is left; `look` sees each parcel.
-pub async fn move_all(from: &Proxy, to: &Proxy, mut look: impl FnMut(&Leaving)) {
+pub async fn move_all(from: &Proxy, to: &Proxy, mut look: impl FnMut(&PendingTransfer)) {
     let mut leaving = from.server().start_moving().await;
     let ferry = async {
         while let Some(parcel) = leaving.recv().await {

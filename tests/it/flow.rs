@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use vestibule::addr::{ClientAddr, DestinationAddr};
 use vestibule::lab::nlb;
-use vestibule::wire::{Builder, Transport};
+use vestibule::wire::{HeaderBuilder, Transport};
 
 use super::harness::{ACME, Conf, LIMIT, Proxy, STRANGER, eventually};
 
@@ -269,7 +269,7 @@ async fn what_leads_to_no_flow_is_counted_by_its_reason() {
     let mut stream = nlb::header(CLIENT.parse().unwrap(), "10.0.0.1:53".parse().unwrap(), Some(ACME));
     stream.extend(b"payload");
     let (client, destination) = (CLIENT.parse().unwrap(), "10.0.0.1:53".parse().unwrap());
-    let two = Builder::proxy(Transport::Datagram, ClientAddr(client), DestinationAddr(destination));
+    let two = HeaderBuilder::proxy(Transport::Datagram, ClientAddr(client), DestinationAddr(destination));
     let two = two.endpoint(ACME).unwrap().endpoint(STRANGER).unwrap().build();
     for (bytes, at, why) in [
         (two, "header", "ambiguous_endpoint"),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Conf, GLOBEX, Proxy, end_of, exchange, is_reset, read};
 use super::raw::{Bytes, Raw, receive_all, send_all};
@@ -56,7 +56,7 @@ async fn a_backend_that_ends_first_still_gets_all_the_clients_bytes() {
 
 #[tokio::test]
 async fn a_backend_that_says_goodbye_at_once_hears_the_client_out() {
-    let backend = Backend::start("acme-1", Temper::HalfClosing).await.unwrap();
+    let backend = TestBackend::start("acme-1", BackendBehavior::HalfClosing).await.unwrap();
     let proxy = Conf { acme: vec![backend.address()], ..Conf::default() }.start().await;
     let mut client = proxy.open(ACME, b"first").await;
     assert_eq!(read(&mut client, 4).await, b"bye\n");
@@ -171,7 +171,7 @@ async fn a_client_that_has_ended_its_half_and_then_resets_is_a_reset_too() {
 
 #[tokio::test]
 async fn a_reset_by_the_backend_is_a_reset_at_the_client() {
-    let backend = Backend::start("acme-1", Temper::ResetAfter(5)).await.unwrap();
+    let backend = TestBackend::start("acme-1", BackendBehavior::ResetAfter(5)).await.unwrap();
     let proxy = Conf { acme: vec![backend.address()], ..Conf::default() }.start().await;
     let mut client = proxy.open(ACME, b"hell").await;
     client.write_all(b"o").await.unwrap();
@@ -183,7 +183,7 @@ async fn a_reset_by_the_backend_is_a_reset_at_the_client() {
 
 #[tokio::test]
 async fn a_backend_that_resets_at_once_is_a_reset_at_the_client() {
-    let backend = Backend::start("acme-1", Temper::Reset).await.unwrap();
+    let backend = TestBackend::start("acme-1", BackendBehavior::Reset).await.unwrap();
     let conf = Conf { acme: vec![backend.address()], ..Conf::default() };
     let proxy = Conf { pool: "attempts = 1".to_owned(), ..conf }.start().await;
     for _ in 0..20 {
@@ -225,7 +225,7 @@ async fn an_answer_before_a_reset_arrives_and_then_the_reset() {
 
 #[tokio::test]
 async fn counts_are_exact_to_the_byte() {
-    let backend = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let backend = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let proxy = Conf { acme: vec![backend.address()], ..Conf::default() }.start().await;
     let (mut total, mut sessions) = (0, 0);
     for size in [0, 1, 2, 16_383, 16_384, 16_385, 65_535, 65_537, 131_073, 262_143, 1_000_003] {
@@ -281,7 +281,7 @@ async fn sessions_are_reset_when_the_process_ends() {
 
 #[tokio::test]
 async fn a_client_that_resets_while_its_bytes_are_stuck_is_noticed_long_before_the_idle_timeout() {
-    let acme = Backend::start("acme-1", Temper::BlackHole).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::BlackHole).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let stream = proxy.open(ACME, b"").await;
     let chunk = vec![7; 1 << 20];

@@ -15,10 +15,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 use vestibule::config::Config;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
 use vestibule::server::{ReloadError, Server, StartError};
-use vestibule::state::Changes;
+use vestibule::state::ConfigChanges;
 
 #[path = "began.rs"]
 mod began;
@@ -171,7 +171,7 @@ state = "disabled"
     pub async fn try_start(self) -> Result<Proxy, StartError> {
         let dir = TempDir::new().unwrap();
         let log = dir.path().join("access.log");
-        let globex = Backend::start("globex-1", Temper::Echo).await.unwrap();
+        let globex = TestBackend::start("globex-1", BackendBehavior::Echo).await.unwrap();
         let text = self.text(globex.address(), log.to_str().unwrap());
         let config = Config::parse("test.toml", &text).unwrap_or_else(|faults| panic!("{faults}\n{text}"));
         let (server, known) = (Some(Server::start(&config)?), Mutex::default());
@@ -187,7 +187,7 @@ pub struct Proxy {
     dir: TempDir,
     /// Every name that it has had.
     known: Mutex<scrape::Known>,
-    _globex: Backend,
+    _globex: TestBackend,
 }
 
 impl Proxy {
@@ -196,12 +196,12 @@ impl Proxy {
     }
 
     /// Puts another configuration in force: the present one with `to` in place of `from`.
-    pub fn reload(&mut self, from: &str, to: &str) -> Result<Changes, ReloadError> {
+    pub fn reload(&mut self, from: &str, to: &str) -> Result<ConfigChanges, ReloadError> {
         self.reload_all(&[(from, to)])
     }
 
     /// The same with several changes at once.
-    pub fn reload_all(&mut self, changes: &[(&str, &str)]) -> Result<Changes, ReloadError> {
+    pub fn reload_all(&mut self, changes: &[(&str, &str)]) -> Result<ConfigChanges, ReloadError> {
         let mut text = self.text.clone();
         for (from, to) in changes {
             assert_eq!(text.matches(from).count(), 1, "{from}\n{text}");

@@ -1,19 +1,19 @@
 //! The header: whole and in pieces, with payload and without, and never more than one.
 
 use tokio::io::AsyncWriteExt;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
-use vestibule::wire::{Builder, MAX_LEN};
+use vestibule::wire::{HeaderBuilder, MAX_LEN};
 
 use super::harness::{ACME, Conf, GLOBEX, Proxy, are_read, exchange, header};
 
-async fn proxy(acme: &Backend) -> Proxy {
+async fn proxy(acme: &TestBackend) -> Proxy {
     Conf { acme: vec![acme.address()], ..Conf::default() }.start().await
 }
 
 #[tokio::test]
 async fn a_header_in_two_pieces_is_read_wherever_it_is_cut() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let proxy = proxy(&acme).await;
     let tenant = |cut: usize| if cut.is_multiple_of(2) { (GLOBEX, "") } else { (ACME, "acme-1\n") };
     let mut sessions = Vec::new();
@@ -42,7 +42,7 @@ async fn a_header_in_two_pieces_is_read_wherever_it_is_cut() {
 
 #[tokio::test]
 async fn a_header_that_comes_byte_by_byte_is_read() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut stream = proxy.connect().await;
     for (place, byte) in [&header(ACME)[..], b"payload"].concat().into_iter().enumerate() {
@@ -60,7 +60,7 @@ async fn a_header_that_comes_byte_by_byte_is_read() {
 
 #[tokio::test]
 async fn payload_may_come_with_the_header_after_it_or_never() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let with = proxy.open(ACME, b"in the same segment").await;
     assert_eq!(exchange(with).await.unwrap(), b"in the same segment");
@@ -98,7 +98,7 @@ async fn payload_may_come_with_the_header_after_it_or_never() {
 
 #[tokio::test]
 async fn exactly_one_header_is_taken_and_a_second_is_payload() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let proxy = proxy(&acme).await;
     let forged = [&header(GLOBEX)[..], b"let me in"].concat();
     let expected = [b"acme-1\n", &forged[..]].concat();
@@ -124,10 +124,10 @@ async fn exactly_one_header_is_taken_and_a_second_is_payload() {
 
 #[tokio::test]
 async fn a_client_has_the_address_that_its_header_says_and_may_have_none() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let v6 = nlb::header("[fd00::7]:40000".parse().unwrap(), "[fd00::1]:80".parse().unwrap(), Some(ACME));
-    let unspecified = Builder::unspecified().endpoint(ACME).unwrap().build();
+    let unspecified = HeaderBuilder::unspecified().endpoint(ACME).unwrap().build();
     for bytes in [v6, unspecified] {
         let answer = exchange(proxy.send(&[&bytes[..], b"payload"].concat()).await).await.unwrap();
         assert_eq!(answer, b"payload");
@@ -142,9 +142,9 @@ async fn a_client_has_the_address_that_its_header_says_and_may_have_none() {
 
 #[tokio::test]
 async fn the_longest_header_is_read_in_pieces_too() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
-    let longest = Builder::unspecified().endpoint(ACME).unwrap().crc().unwrap();
+    let longest = HeaderBuilder::unspecified().endpoint(ACME).unwrap().crc().unwrap();
     let longest = longest.pad_to(MAX_LEN).unwrap().build();
     assert_eq!(longest.len(), 4096);
     let mut stream = proxy.connect().await;

@@ -7,10 +7,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use vestibule::clock;
 use vestibule::config::Config;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
 use vestibule::pool::Answers;
-use vestibule::state::{Live, Most, NotReady};
+use vestibule::state::{LiveState, NotReady, ProcessLimits};
 
 use super::harness::{
     ACME, Conf, Metric, Proxy, are_read, closed_port, connect, connect_from, end_of, eventually, exchange,
@@ -19,11 +19,11 @@ use super::harness::{
 
 const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nhost: target\r\nuser-agent: ELB-HealthChecker/2.0\r\n\r\n";
 /// Room of a process that carries no session.
-const MOST: Most = Most { sessions: 10, pending: 10, pipes: 0 };
+const MOST: ProcessLimits = ProcessLimits { sessions: 10, pending: 10, pipes: 0 };
 /// Connections at once; one more takes the place of the one that was silent for longest.
 const AT_ONCE: usize = 128;
 
-async fn proxy(acme: &Backend) -> Proxy {
+async fn proxy(acme: &TestBackend) -> Proxy {
     Conf { acme: vec![acme.address()], ..Conf::default() }.start().await
 }
 
@@ -52,7 +52,7 @@ async fn answer(mut stream: TcpStream) -> String {
 
 #[tokio::test]
 async fn a_check_is_answered_behind_any_header_and_behind_none() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut wrong_crc = header(ACME);
     wrong_crc[31] ^= 1;
@@ -70,7 +70,7 @@ async fn a_check_is_answered_behind_any_header_and_behind_none() {
 
 #[tokio::test]
 async fn a_check_may_come_in_pieces() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     for before in [nlb::health_check_header(), header(ACME)] {
         let whole = [&before[..], REQUEST].concat();
@@ -90,7 +90,7 @@ async fn a_check_may_come_in_pieces() {
 
 #[tokio::test]
 async fn a_connection_is_for_one_check() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut stream = connect(proxy.server().health()).await;
     stream.write_all(REQUEST).await.unwrap();
@@ -102,7 +102,7 @@ async fn a_connection_is_for_one_check() {
 
 #[tokio::test]
 async fn only_the_path_of_the_check_is_there() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     for (path, expected) in [
         ("/healthz", 200),
@@ -127,7 +127,7 @@ async fn only_the_path_of_the_check_is_there() {
 
 #[tokio::test]
 async fn without_a_usable_backend_it_says_so_until_there_is_one() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (_kept, address) = closed_port(0).unwrap();
     let health =
         format!("interval = \"100ms\"\ntimeout = \"100ms\"\nrise = 1\nfall = 1\nport = {}", address.port());
@@ -162,7 +162,7 @@ async fn without_a_usable_backend_it_says_so_until_there_is_one() {
 
 #[tokio::test]
 async fn one_usable_pool_is_enough() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (_probed, address) = closed_port(0).unwrap();
     let health = format!("interval = \"100ms\"\ntimeout = \"100ms\"\nfall = 1\nport = {}", address.port());
     let proxy = Conf { acme: vec![acme.address()], health, ..Conf::default() }.start().await;
@@ -185,7 +185,7 @@ fn full_port() -> (TcpListener, std::net::TcpStream, SocketAddr) {
 
 #[tokio::test]
 async fn before_the_first_round_of_probes_it_says_starting() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (full, _waiting, address) = full_port();
     let health = format!("interval = \"60s\"\ntimeout = \"60s\"\nport = {}", address.port());
     let proxy = Conf { acme: vec![acme.address()], health, ..Conf::default() }.start().await;
@@ -213,7 +213,7 @@ fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
         );
         Arc::new(Config::parse("test.toml", &text).unwrap())
     };
-    let live = Live::of(config("\"127.0.0.1:1\", \"127.0.0.1:2\"", "interval = \"5s\""), 1, MOST);
+    let live = LiveState::of(config("\"127.0.0.1:1\", \"127.0.0.1:2\"", "interval = \"5s\""), 1, MOST);
     assert_eq!(live.readiness(), Err(NotReady::Starting));
     // No probe task runs yet, and none will know of the backends of before.
     let next = config("\"127.0.0.1:3\"", "kind = \"none\"");
@@ -229,7 +229,7 @@ fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
 
 #[tokio::test]
 async fn a_draining_process_says_so_and_carries_what_comes() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
     proxy.metric("vestibule_draining", &[]).is(0).await;
@@ -260,7 +260,7 @@ fn is_open(stream: &TcpStream) -> bool {
 
 #[tokio::test]
 async fn half_a_request_and_silence_keeps_nobody_waiting() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     // A machine so busy that the silent are given up meanwhile says nothing of who waits for whom.
     for attempt in 1.. {
@@ -276,7 +276,7 @@ async fn half_a_request_and_silence_keeps_nobody_waiting() {
 
 #[tokio::test]
 async fn silence_gives_its_place_back_after_a_time() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut silent = half_asked(&proxy, AT_ONCE).await;
     assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
@@ -296,7 +296,7 @@ fn ended<'a>(proxy: &'a Proxy, labels: &'a [(&'a str, &'a str)]) -> Metric<'a> {
 #[tokio::test]
 async fn check_is_answered_while_2000_connections_want_all_places() {
     const MANY: usize = 2000;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     // Silent ones, and such as have sent one byte, half a request, or a header without a request.
     for bytes in [vec![], b"G".to_vec(), REQUEST[..10].to_vec(), nlb::health_check_header()] {
@@ -323,7 +323,7 @@ async fn check_is_answered_while_2000_connections_want_all_places() {
 
 #[tokio::test]
 async fn silent_and_half_checks_are_ended_by_their_own_limits() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut silent = connect(proxy.server().health()).await;
     let mut half = half_asked(&proxy, 1).await;
@@ -340,7 +340,7 @@ async fn silent_and_half_checks_are_ended_by_their_own_limits() {
 
 #[tokio::test]
 async fn strangers_take_no_place_of_trusted_networks() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let check_keys = "trusted-sources = [\"127.0.0.2\"]".to_owned();
     let proxy = Conf { acme: vec![acme.address()], check: check_keys, ..Conf::default() }.start().await;
     // A machine so busy that the first is given up meanwhile says nothing of places.

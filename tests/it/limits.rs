@@ -2,7 +2,7 @@
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{
     ACME, Conf, GLOBEX, INITECH, Proxy, end_of, eventually, exchange, header, is_reset, read,
@@ -10,8 +10,8 @@ use super::harness::{
 use super::process::{Serve, World};
 
 /// A proxy in which acme has these limits, and its backend.
-async fn limited(limits: &str, process: &str) -> (Backend, Proxy) {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+async fn limited(limits: &str, process: &str) -> (TestBackend, Proxy) {
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (limits, process) = (limits.to_owned(), process.to_owned());
     let proxy = Conf { acme: vec![acme.address()], limits, process, ..Conf::default() }.start().await;
     (acme, proxy)

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use socket2::Socket;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
 
 use super::harness::{
@@ -14,7 +14,7 @@ use super::harness::{
     read,
 };
 
-fn conf(acme: &Backend) -> Conf {
+fn conf(acme: &TestBackend) -> Conf {
     Conf { acme: vec![acme.address()], ..Conf::default() }
 }
 
@@ -27,7 +27,7 @@ async fn is_served(address: SocketAddr) {
 
 #[tokio::test]
 async fn listeners_accept_on_all_their_addresses_in_both_families() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf {
         listener: r#"bind = ["127.0.0.1:0", "127.0.0.2:0", "[::1]:0"]
             trusted-sources = ["127.0.0.0/8", "::1"]"#
@@ -74,7 +74,7 @@ fn ports_in_a_row(count: u16) -> (u16, Vec<Socket>) {
 
 #[tokio::test]
 async fn a_range_of_ports_is_bound_from_its_first_to_its_last() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (first, _kept) = ports_in_a_row(5);
     let listener =
         format!("bind = \"127.0.0.1:{}-{}\"\ntrusted-sources = [\"127.0.0.0/8\"]", first + 1, first + 3);
@@ -94,7 +94,7 @@ async fn a_range_of_ports_is_bound_from_its_first_to_its_last() {
 
 #[tokio::test]
 async fn a_header_counts_from_trusted_sources_only() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let listener =
         "bind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1/32\", \"127.0.0.4/31\"]".to_owned();
     let proxy = Conf { listener, ..conf(&acme) }.start().await;
@@ -129,7 +129,7 @@ async fn a_header_counts_from_trusted_sources_only() {
 
 #[tokio::test]
 async fn without_headers_the_tenant_is_fixed_and_the_server_may_speak_first() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let more = r#"[[listener]]
         name = "raw"
         bind = "127.0.0.1:0"
@@ -175,7 +175,7 @@ async fn without_headers_the_tenant_is_fixed_and_the_server_may_speak_first() {
 
 #[tokio::test]
 async fn a_client_that_sends_nothing_is_no_pending_session_without_headers() {
-    let acme = Backend::start("acme-1", Temper::Mute).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Mute).await.unwrap();
     let more = "[[listener]]\nname = \"raw\"\nbind = \"127.0.0.1:0\"\nproxy-protocol = \"off\"\n\
                 tenant = \"acme\"\nmax-pending = 1";
     let conf = Conf { more: more.to_owned(), timeouts: "header = \"1s\"".to_owned(), ..conf(&acme) };
@@ -200,7 +200,7 @@ async fn a_client_that_sends_nothing_is_no_pending_session_without_headers() {
 
 #[tokio::test]
 async fn headers_of_both_families_are_taken_on_either() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let listener =
         "bind = [\"127.0.0.1:0\", \"[::1]:0\"]\ntrusted-sources = [\"127.0.0.1\", \"::1\"]".to_owned();
     let proxy = Conf { listener, ..conf(&acme) }.start().await;

@@ -5,28 +5,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::load::schedule::Skew;
-use vestibule::lab::load::{self, Mode, Plan, Progress, Report, Work};
+use vestibule::lab::load::{self, LoadMode, LoadPlan, LoadProgress, LoadReport, LoadWork};
 
 use super::harness::{ACME, Conf, Proxy};
 
 /// Another endpoint of acme's.
 const SECOND: &str = "vpce-0acce0000acce0001";
 
-pub async fn run(plan: Plan) -> Report {
+pub async fn run(plan: LoadPlan) -> LoadReport {
     let ended = tokio::task::spawn_blocking(move || {
         let runtime =
             Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).unwrap();
-        runtime.block_on(load::run(plan, Arc::new(Progress::default()))).unwrap()
+        runtime.block_on(load::run(plan, Arc::new(LoadProgress::default()))).unwrap()
     });
     ended.await.unwrap()
 }
 
 /// acme's first endpoint leads to the pool `acme`, its second by another tenant to `other`.
-async fn proxy() -> (Proxy, [Backend; 2]) {
-    let acme = Backend::start("acme", Temper::Load).await.unwrap();
-    let other = Backend::start("other", Temper::Load).await.unwrap();
+async fn proxy() -> (Proxy, [TestBackend; 2]) {
+    let acme = TestBackend::start("acme", BackendBehavior::Load).await.unwrap();
+    let other = TestBackend::start("other", BackendBehavior::Load).await.unwrap();
     let more = format!(
         "[[pool]]\nname = \"other\"\nbackends = [\"{}\"]\nhealth = {{ kind = \"none\" }}\n\
          [[tenant]]\nname = \"other\"\nendpoints = [\"{SECOND}\"]\npool = \"other\"\n",
@@ -37,14 +37,14 @@ async fn proxy() -> (Proxy, [Backend; 2]) {
 }
 
 /// Two endpoints of two tenants, over TCP.
-fn plan(proxy: &Proxy, mode: Mode) -> Plan {
+fn plan(proxy: &Proxy, mode: LoadMode) -> LoadPlan {
     let endpoints = vec![(ACME.to_owned(), "acme".to_owned()), (SECOND.to_owned(), "other".to_owned())];
-    Plan { endpoints, ..acme_alone(proxy.address("web"), Work::Sessions(mode)) }
+    LoadPlan { endpoints, ..acme_alone(proxy.address("web"), LoadWork::Sessions(mode)) }
 }
 
 /// A short load of acme's first endpoint.
-pub fn acme_alone(target: SocketAddr, work: Work) -> Plan {
-    Plan {
+pub fn acme_alone(target: SocketAddr, work: LoadWork) -> LoadPlan {
+    LoadPlan {
         clients: 1,
         target,
         endpoints: vec![(ACME.to_owned(), "acme".to_owned())],
@@ -63,7 +63,7 @@ pub fn acme_alone(target: SocketAddr, work: Work) -> Plan {
 #[tokio::test]
 async fn every_session_reaches_its_own_pool_in_every_mode() {
     let (proxy, backends) = proxy().await;
-    for mode in [Mode::Connect, Mode::RoundTrip, Mode::ToClient, Mode::ToBackend] {
+    for mode in [LoadMode::Connect, LoadMode::RoundTrip, LoadMode::ToClient, LoadMode::ToBackend] {
         let report = run(plan(&proxy, mode)).await;
         assert!(report.is_fine(), "{mode:?}: {report:?}");
         assert_eq!((report.failed(), report.not_sent), (0, 0), "{mode:?}");
@@ -77,7 +77,7 @@ async fn every_session_reaches_its_own_pool_in_every_mode() {
 #[tokio::test]
 async fn a_session_of_the_wrong_pool_is_counted() {
     let (proxy, _backends) = proxy().await;
-    let mut plan = plan(&proxy, Mode::Connect);
+    let mut plan = plan(&proxy, LoadMode::Connect);
     plan.endpoints[0].1 = "other".to_owned();
     let report = run(plan).await;
     assert!(report.misrouted > 0 && report.misrouted < report.operations, "{report:?}");
@@ -88,7 +88,7 @@ async fn a_session_of_the_wrong_pool_is_counted() {
 #[tokio::test]
 async fn an_open_loop_keeps_its_rate_through_noise() {
     let (proxy, _backends) = proxy().await;
-    let report = run(Plan { rate: Some(500.0), noise: 30, ..plan(&proxy, Mode::Connect) }).await;
+    let report = run(LoadPlan { rate: Some(500.0), noise: 30, ..plan(&proxy, LoadMode::Connect) }).await;
     // 150 are due in the time that is measured, and a busy machine may end some after it.
     assert!((1..=150).contains(&report.operations), "{report:?}");
     assert_eq!((report.misrouted, report.failed()), (0, 0), "{report:?}");
@@ -106,7 +106,8 @@ async fn intervals_add_up_to_the_whole() {
     let (proxy, _backends) = proxy().await;
     let interval = Some(Duration::from_millis(120));
     let report =
-        run(Plan { interval, warmup: Duration::from_millis(50), ..plan(&proxy, Mode::RoundTrip) }).await;
+        run(LoadPlan { interval, warmup: Duration::from_millis(50), ..plan(&proxy, LoadMode::RoundTrip) })
+            .await;
     // Of 300 ms, the last is 60 ms.
     assert_eq!(report.intervals.len(), 3, "{report:?}");
     let operations: Vec<_> = report.intervals.iter().map(|interval| interval.operations).collect();
@@ -128,7 +129,7 @@ async fn failures_belong_to_the_interval_that_they_fall_into() {
     // Nobody answers any more; each connection is reset, or closed without an answer.
     drop(backends);
     let interval = Some(Duration::from_millis(100));
-    let report = run(Plan { interval, ..plan(&proxy, Mode::Connect) }).await;
+    let report = run(LoadPlan { interval, ..plan(&proxy, LoadMode::Connect) }).await;
     assert_eq!((report.operations, report.intervals.len()), (0, 3), "{report:?}");
     let failed: u64 = report.intervals.iter().map(|interval| interval.failed).sum();
     // What fails after the last has ended belongs to none.
@@ -138,7 +139,7 @@ async fn failures_belong_to_the_interval_that_they_fall_into() {
 
 #[tokio::test]
 async fn intervals_are_shown_as_text_and_as_json() {
-    let backend = Backend::start("acme", Temper::Load).await.unwrap();
+    let backend = TestBackend::start("acme", BackendBehavior::Load).await.unwrap();
     let load = async |more: &[&str]| {
         let mut command = std::process::Command::new(super::process::PROGRAM);
         command.args(["load", "--target", &backend.address().to_string(), "--sessions", "2"]);

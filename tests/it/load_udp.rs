@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use tokio::net::UdpSocket;
 use tokio::task::JoinHandle;
-use vestibule::lab::backend::{Datagrams, Manner};
-use vestibule::lab::load::{self, FRONT, Plan, Work};
+use vestibule::lab::backend::{DatagramBackend, DatagramBehavior};
+use vestibule::lab::load::{self, FRONT, LoadPlan, LoadWork};
 
 use super::flow::{HOOLI, finish, others_are_unharmed, soon, world};
 use super::harness::{ACME, Conf};
 use super::load::{acme_alone, run};
 
 /// Flows with a window of `at_once`, to `target`.
-fn flows(target: SocketAddr, at_once: usize, timeout: Duration) -> Plan {
-    Plan { clients: 4, ..acme_alone(target, Work::Flows { window: at_once, timeout }) }
+fn flows(target: SocketAddr, at_once: usize, timeout: Duration) -> LoadPlan {
+    LoadPlan { clients: 4, ..acme_alone(target, LoadWork::Flows { window: at_once, timeout }) }
 }
 
 /// Longer than any test.
@@ -22,7 +22,7 @@ const PATIENT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn datagrams_reach_their_own_pool_at_any_window_size_and_pace() {
-    let acme = Datagrams::start("acme", Manner::Echo).await.unwrap();
+    let acme = DatagramBackend::start("acme", DatagramBehavior::Echo).await.unwrap();
     // Longer than a busy machine keeps a flow waiting.
     let idle = |conf: &mut Conf| conf.timeouts += "flow-idle = \"2s\"\n";
     let (proxy, _hooli) = world(&[acme.address()], |conf, _| idle(conf)).await;
@@ -31,11 +31,11 @@ async fn datagrams_reach_their_own_pool_at_any_window_size_and_pace() {
     for (sessions, at_once, size, rate) in
         [(8, 1, FRONT, None), (8, 1, 64, Some(2_000.0)), (8, 16, 1_200, None), (1, 1, 60_000, None)]
     {
-        let plan = Plan { sessions, size, rate, ..flows(proxy.address("dns"), at_once, PATIENT) };
+        let plan = LoadPlan { sessions, size, rate, ..flows(proxy.address("dns"), at_once, PATIENT) };
         let report = run(plan).await;
         assert!(report.is_fine(), "{report:?}");
         assert_eq!((report.failed(), report.not_sent), (0, 0), "{report:?}");
-        assert_eq!(report.datagrams, load::Datagrams::default(), "{report:?}");
+        assert_eq!(report.datagrams, load::DatagramReport::default(), "{report:?}");
         assert_eq!(report.bytes, report.operations * size as u64);
         operations += report.operations;
     }
@@ -53,14 +53,14 @@ async fn datagrams_reach_their_own_pool_at_any_window_size_and_pace() {
 
 #[tokio::test]
 async fn a_flow_that_another_pool_answers_is_seen() {
-    let acme = Datagrams::start("acme", Manner::Echo).await.unwrap();
+    let acme = DatagramBackend::start("acme", DatagramBehavior::Echo).await.unwrap();
     let (proxy, _hooli) = world(&[acme.address()], |conf, _| soon(conf)).await;
     let endpoints = vec![(ACME.to_owned(), "hooli".to_owned())];
-    let report = run(Plan { endpoints, ..flows(proxy.address("dns"), 1, PATIENT) }).await;
+    let report = run(LoadPlan { endpoints, ..flows(proxy.address("dns"), 1, PATIENT) }).await;
     assert!(!report.is_fine() && report.misrouted == report.operations, "{report:?}");
     // hooli's backend does not speak the generator's language.
     let endpoints = vec![(HOOLI.to_owned(), "hooli".to_owned())];
-    let plan = Plan { endpoints, ..flows(proxy.address("dns"), 1, Duration::from_millis(100)) };
+    let plan = LoadPlan { endpoints, ..flows(proxy.address("dns"), 1, Duration::from_millis(100)) };
     let report = run(plan).await;
     assert!(report.operations == 0 && report.failed() > 0, "{report:?}");
     finish(proxy).await;
@@ -95,8 +95,8 @@ async fn whimsical(
 }
 
 /// One flow without a header, to somebody who only echoes.
-fn alone(target: SocketAddr, at_once: usize, timeout: Duration) -> Plan {
-    Plan { endpoints: Vec::new(), sessions: 1, ..flows(target, at_once, timeout) }
+fn alone(target: SocketAddr, at_once: usize, timeout: Duration) -> LoadPlan {
+    LoadPlan { endpoints: Vec::new(), sessions: 1, ..flows(target, at_once, timeout) }
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use vestibule::lab::backend::Backend;
+use vestibule::lab::backend::TestBackend;
 
 use super::harness::{ACME, Conf, Proxy};
 use super::raw::Held;
@@ -11,15 +11,15 @@ use super::sessions::{asked_of, greeting, greeting_at, is, usable};
 /// Where each of some clients, or endpoints, comes to.
 type Places = BTreeMap<String, String>;
 
-fn conf(balance: &str, backends: &[Backend]) -> Conf {
+fn conf(balance: &str, backends: &[TestBackend]) -> Conf {
     Conf {
-        acme: backends.iter().map(Backend::address).collect(),
+        acme: backends.iter().map(TestBackend::address).collect(),
         pool: format!("balance = \"{balance}\""),
         ..Conf::default()
     }
 }
 
-async fn three() -> [Backend; 3] {
+async fn three() -> [TestBackend; 3] {
     [greeting("acme-1").await, greeting("acme-2").await, greeting("acme-3").await]
 }
 

@@ -1,7 +1,7 @@
 //! What is no header, what speaks for nobody, and what ends too early.
 
 use tokio::io::AsyncWriteExt;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
 use vestibule::wire::SIGNATURE;
 
@@ -92,7 +92,7 @@ fn well_formed() -> Vec<Vec<u8>> {
 
 #[tokio::test]
 async fn what_is_no_header_is_reset_counted_and_logged_once() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     for (why, examples) in malformed() {
         for bytes in &examples {
@@ -120,7 +120,7 @@ async fn what_is_no_header_is_reset_counted_and_logged_once() {
 
 #[tokio::test]
 async fn the_neighbour_within_each_bound_is_read() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], ..Conf::default() };
     let listener = format!("{}\non-no-endpoint = \"tenant:acme\"", conf.listener);
     let proxy = Conf { listener, ..conf }.start().await;
@@ -135,7 +135,7 @@ async fn the_neighbour_within_each_bound_is_read() {
 
 #[tokio::test]
 async fn a_wrong_checksum_is_taken_where_nobody_asks_for_a_right_one() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], ..Conf::default() };
     let listener = format!("{}\nverify-crc = false", conf.listener);
     let proxy = Conf { listener, ..conf }.start().await;
@@ -154,7 +154,7 @@ async fn a_wrong_checksum_is_taken_where_nobody_asks_for_a_right_one() {
 
 #[tokio::test]
 async fn health_checks_of_the_load_balancer_are_counted_and_not_logged() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let local = nlb::health_check_header();
     let with_request = [&local[..], b"GET /healthz HTTP/1.1\r\n\r\n"].concat();
@@ -177,7 +177,7 @@ async fn health_checks_of_the_load_balancer_are_counted_and_not_logged() {
 
 #[tokio::test]
 async fn connections_without_a_byte_are_counted_and_not_logged() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     drop(proxy.connect().await);
     let resetting = proxy.connect().await;
@@ -204,7 +204,7 @@ async fn connections_without_a_byte_are_counted_and_not_logged() {
 
 #[tokio::test]
 async fn a_connection_that_ends_in_its_header_is_told_from_one_without_a_byte() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let whole = header(ACME);
     for len in [1, 12, 15, 16, 99] {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Began, Conf, GLOBEX, eventually};
 use super::raw::{Bytes, Raw, ping_pong};
@@ -129,7 +129,7 @@ async fn echoed(mut client: TcpStream, seed: u64, total: u64) {
 
 #[tokio::test]
 async fn of_five_hundred_sessions_none_gets_anothers_bytes() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     // Fewer pipes than sessions: they go from one to the next.
     let conf = Conf { acme: vec![acme.address()], ..Conf::default() };
     let proxy = Conf { process: "pipe-memory = \"2MiB\"".to_owned(), ..conf }.start().await;

@@ -4,7 +4,7 @@ use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use vestibule::takeover::{Answer, Leaving};
+use vestibule::takeover::{PendingTransfer, TransferReply};
 
 use super::ferry::{Habit, Living, move_all, refuse};
 use super::harness::{ACME, Conf, LIMIT, Proxy, are_read, end_of, eventually, is_reset, read};
@@ -21,7 +21,7 @@ async fn two(raw: &Raw, conf: fn() -> Conf) -> [Proxy; 2] {
 }
 
 /// What is told in a parcel.
-fn told(leaving: &Leaving) -> Value {
+fn told(leaving: &PendingTransfer) -> Value {
     let line = leaving.parcel.record.split(|byte| *byte == b'\n').next().unwrap();
     serde_json::from_slice::<Value>(line).unwrap()["told"].take()
 }
@@ -207,7 +207,7 @@ async fn a_record_that_is_not_known_stays_where_it_is() {
     let [one, other] = two(&raw, Conf::default).await;
     let (mut client, mut backend) = raw.session(&one).await;
     alive(&mut client, &mut backend).await;
-    let changes: [fn(&mut Leaving); 4] = [
+    let changes: [fn(&mut PendingTransfer); 4] = [
         |leaving| {
             let text = String::from_utf8(leaving.parcel.record.clone()).unwrap();
             leaving.parcel.record = text.replacen("\"version\":1", "\"version\":2", 1).into_bytes();
@@ -357,14 +357,14 @@ async fn a_process_that_ends_takes_nothing_with_it_that_is_elsewhere() {
     alive(&mut client, &mut backend).await;
     let mut leaving = one.server().start_moving().await;
     let (first, second) = (leaving.recv().await.unwrap(), leaving.recv().await.unwrap());
-    let client_port = |leaving: &Leaving| told(leaving)["peer"].as_str().unwrap().to_owned();
+    let client_port = |leaving: &PendingTransfer| told(leaving)["peer"].as_str().unwrap().to_owned();
     let is_first = client_port(&first) == client.local_addr().unwrap().to_string();
     let (goes, unanswered) = if is_first { (first, second) } else { (second, first) };
     // One is taken, and of the other nobody says anything before the process is over.
     other.server().take_over(goes).await;
     one.metric(ENDED, &MOVED).is(1).await;
     one.end().await;
-    assert_eq!(unanswered.answer.send(Answer::Taken), Err(Answer::Taken));
+    assert_eq!(unanswered.answer.send(TransferReply::Taken), Err(TransferReply::Taken));
     drop(unanswered.parcel);
     // It is not reset: somebody else might have held it.
     assert_eq!(end_of(&mut stays).await.unwrap(), 0);

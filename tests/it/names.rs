@@ -9,10 +9,10 @@ use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RecordType;
 use tokio::task::JoinHandle;
 use vestibule::account::Labels;
-use vestibule::config::{self, Balance, Target};
+use vestibule::config::{self, BackendTarget, Balance};
 use vestibule::pool::Pool;
-use vestibule::resolve::answer::{Answer, Memory};
-use vestibule::resolve::{self, Lookup, Lookups, Resolver};
+use vestibule::resolve::answer::{LastAnswers, NameResolution};
+use vestibule::resolve::{self, LookupCounters, LookupResult, Resolver};
 
 use super::dns::{Names, Reply, address, alias};
 use super::harness::{Began, eventually};
@@ -21,25 +21,26 @@ const HOST: &str = "db.example.com.";
 const SERVICE: &str = "_db._tcp.example.com.";
 const NO_TIME: Duration = Duration::from_millis(20);
 
-fn host(name: &str) -> Target {
-    Target::Host { name: name.to_owned(), port: 5432 }
+fn host(name: &str) -> BackendTarget {
+    BackendTarget::Host { name: name.to_owned(), port: 5432 }
 }
 
 /// Asks these servers; answers hold for 10 to 20 ms.
 fn resolver(servers: &[SocketAddr], timeout: Duration) -> Arc<Resolver> {
     let (servers, allow_answers) = (servers.to_vec(), Vec::new());
-    let config = config::Dns { servers, timeout, min_ttl: NO_TIME / 2, max_ttl: NO_TIME, allow_answers };
+    let config =
+        config::DnsConfig { servers, timeout, min_ttl: NO_TIME / 2, max_ttl: NO_TIME, allow_answers };
     Arc::new(Resolver::new(&config, Box::new(Vec::new)).unwrap())
 }
 
 /// One lookup, by one that asks only this server and does not wait long.
-async fn look_up(names: &Names, target: &Target) -> Result<Answer, Lookup> {
+async fn look_up(names: &Names, target: &BackendTarget) -> Result<NameResolution, LookupResult> {
     let resolver = resolver(&[names.address()], Duration::from_secs(5));
-    resolver.look_up(target, &mut Memory::default()).await
+    resolver.look_up(target, &mut LastAnswers::default()).await
 }
 
 /// The addresses of an answer, with their weights, and a mark for backups.
-fn shown(answer: &Answer) -> Vec<String> {
+fn shown(answer: &NameResolution) -> Vec<String> {
     let shown = answer.found.iter().map(|resolved| {
         let weight = resolved.weight.map_or_else(String::new, |weight| format!(" {weight}"));
         format!("{}{weight}{}", resolved.address, if resolved.is_backup { " backup" } else { "" })
@@ -47,9 +48,10 @@ fn shown(answer: &Answer) -> Vec<String> {
     shown.collect()
 }
 
-fn pool(target: Target) -> config::Pool {
-    let backend = config::Backend { target, weight: 100, zone: None, max_sessions: None, backup: false };
-    config::Pool {
+fn pool(target: BackendTarget) -> config::PoolConfig {
+    let backend =
+        config::BackendConfig { target, weight: 100, zone: None, max_sessions: None, backup: false };
+    config::PoolConfig {
         name: "acme".to_owned(),
         balance: Balance::RoundRobin,
         backends: vec![backend],
@@ -59,10 +61,10 @@ fn pool(target: Target) -> config::Pool {
         retry_budget: 0,
         slow_start: Duration::ZERO,
         source_addresses: Vec::new(),
-        queue: config::Queue { length: 0, timeout: Duration::ZERO },
+        queue: config::QueueConfig { length: 0, timeout: Duration::ZERO },
         panic_threshold: 0,
         health: None,
-        ejection: config::Ejection {
+        ejection: config::EjectionConfig {
             consecutive_failures: 0,
             base_time: Duration::from_secs(1),
             max_percent: 0,
@@ -73,7 +75,7 @@ fn pool(target: Target) -> config::Pool {
 /// A pool with one name, which is looked up as long as this lives.
 struct Kept {
     pool: Arc<Pool>,
-    lookups: Arc<Lookups>,
+    lookups: Arc<LookupCounters>,
     /// What was called: the address of each new backend, and `first`.
     calls: Arc<Mutex<Vec<String>>>,
     task: JoinHandle<()>,
@@ -86,7 +88,7 @@ impl Drop for Kept {
 }
 
 impl Kept {
-    fn start(resolver: Arc<Resolver>, target: Target) -> Self {
+    fn start(resolver: Arc<Resolver>, target: BackendTarget) -> Self {
         let labels = Labels::default();
         let pool = Arc::new(Pool::new(&pool(target), &labels));
         let lookups = Arc::clone(pool.lookups().next().unwrap());
@@ -116,12 +118,12 @@ impl Kept {
         eventually(&what, async || (self.backends() == expected).then_some(())).await;
     }
 
-    fn count(&self, lookup: Lookup) -> u64 {
+    fn count(&self, lookup: LookupResult) -> u64 {
         self.lookups.counts().find(|(other, _)| *other == lookup).unwrap().1
     }
 
     /// Waits for one lookup more that ends so.
-    async fn ends(&self, lookup: Lookup) {
+    async fn ends(&self, lookup: LookupResult) {
         let before = self.count(lookup);
         eventually(lookup.word(), async || (self.count(lookup) > before).then_some(())).await;
     }
@@ -170,7 +172,7 @@ async fn a_host_is_all_its_addresses_and_the_first_lookup_is_told_after_its_back
     names.host(HOST, 60, &["10.0.0.2", "10.0.0.1", "fd00::1"]);
     let kept = Kept::start(resolver(&[names.address()], Duration::from_secs(5)), host("DB.example.com"));
     kept.has(&["10.0.0.1:5432", "10.0.0.2:5432", "[fd00::1]:5432"]).await;
-    kept.ends(Lookup::Found).await;
+    kept.ends(LookupResult::Found).await;
     let calls = kept.calls.lock().unwrap().clone();
     assert_eq!(calls, ["10.0.0.1:5432", "10.0.0.2:5432", "[fd00::1]:5432", "first"]);
     assert_eq!(kept.pool.usable(), 3);
@@ -196,11 +198,11 @@ async fn another_answer_makes_other_backends() {
 async fn no_answer_and_an_empty_one_keep_the_last_good() {
     let (log, _guard) = Log::start();
     let faults = [
-        (Reply::Code(ResponseCode::NXDomain), Lookup::NoSuchName),
-        (Reply::Code(ResponseCode::ServFail), Lookup::ServerFailure),
-        (Reply::Code(ResponseCode::Refused), Lookup::Refused),
-        (Reply::Records(Vec::new()), Lookup::NoAddress),
-        (Reply::Bytes(b"\x81\x80\x00".to_vec()), Lookup::Malformed),
+        (Reply::Code(ResponseCode::NXDomain), LookupResult::NoSuchName),
+        (Reply::Code(ResponseCode::ServFail), LookupResult::ServerFailure),
+        (Reply::Code(ResponseCode::Refused), LookupResult::Refused),
+        (Reply::Records(Vec::new()), LookupResult::NoAddress),
+        (Reply::Bytes(b"\x81\x80\x00".to_vec()), LookupResult::Malformed),
     ];
     let names = Names::start().await;
     let mut all = Vec::new();
@@ -238,7 +240,7 @@ async fn the_first_lookup_is_told_though_it_failed() {
     let kept = Kept::start(resolver(&[names.address()], Duration::from_secs(5)), host(HOST));
     let first = async || kept.calls.lock().unwrap().first().cloned();
     assert_eq!(eventually("first", first).await, "first");
-    assert_eq!((kept.count(Lookup::NoSuchName), kept.pool.usable()), (1, 0));
+    assert_eq!((kept.count(LookupResult::NoSuchName), kept.pool.usable()), (1, 0));
     names.host(HOST, 0, &["10.0.0.1"]);
     kept.has(&["10.0.0.1:5432"]).await;
 }
@@ -259,7 +261,7 @@ async fn one_family_is_enough_and_the_other_is_what_it_was() {
     kept.has(&["10.0.0.2:5432", "[fd00::1]:5432"]).await;
     names.say(HOST, RecordType::AAAA, Reply::Records(Vec::new()));
     kept.has(&["10.0.0.2:5432"]).await;
-    assert_eq!(kept.count(Lookup::ServerFailure), 0);
+    assert_eq!(kept.count(LookupResult::ServerFailure), 0);
 }
 
 #[tokio::test]
@@ -273,13 +275,13 @@ async fn a_service_has_priorities_and_weights() {
     names.host("a.example.com.", 50, &["10.0.0.1"]);
     names.host("b.example.com.", 40, &["fd00::2"]);
     names.host("c.example.com.", 70, &["10.0.0.3"]);
-    let answer = look_up(&names, &Target::Service(SERVICE.to_owned())).await.unwrap();
+    let answer = look_up(&names, &BackendTarget::Service(SERVICE.to_owned())).await.unwrap();
     assert_eq!(shown(&answer), ["10.0.0.1:82 1", "[fd00::2]:83 1000", "10.0.0.3:81 9 backup"]);
     assert_eq!(answer.ttl, Duration::from_secs(40));
 
     let kept = Kept::start(
         resolver(&[names.address()], Duration::from_secs(5)),
-        Target::Service(SERVICE.trim_end_matches('.').to_owned()),
+        BackendTarget::Service(SERVICE.trim_end_matches('.').to_owned()),
     );
     kept.has(&["10.0.0.1:82", "10.0.0.3:81", "[fd00::2]:83"]).await;
     // The backup is not used as long as another is.
@@ -293,18 +295,18 @@ async fn a_service_has_priorities_and_weights() {
     kept.has(&["10.0.0.1:82", "[fd00::2]:83"]).await;
 
     names.service(SERVICE, 60, &[(0, 0, 0, ".")]);
-    kept.ends(Lookup::NoAddress).await;
+    kept.ends(LookupResult::NoAddress).await;
     assert_eq!(kept.backends().len(), 2);
 }
 
 #[tokio::test]
 async fn a_service_whose_hosts_all_fail_fails() {
     let names = Names::start().await;
-    let target = Target::Service(SERVICE.to_owned());
+    let target = BackendTarget::Service(SERVICE.to_owned());
     names.service(SERVICE, 60, &[(1, 1, 80, "a.example.com."), (1, 1, 80, "b.example.com.")]);
-    assert_eq!(look_up(&names, &target).await, Err(Lookup::NoAddress));
+    assert_eq!(look_up(&names, &target).await, Err(LookupResult::NoAddress));
     names.say("b.example.com.", RecordType::A, Reply::Code(ResponseCode::Refused));
-    assert_eq!(look_up(&names, &target).await, Err(Lookup::Refused));
+    assert_eq!(look_up(&names, &target).await, Err(LookupResult::Refused));
     names.host("a.example.com.", 60, &["10.0.0.1"]);
     assert_eq!(shown(&look_up(&names, &target).await.unwrap()), ["10.0.0.1:80 1"]);
 }
@@ -322,7 +324,7 @@ async fn aliases_are_followed_whoever_follows_them() {
 
     names.say("_a._tcp.x.", RecordType::SRV, Reply::Records(vec![alias("_a._tcp.x.", 60, SERVICE)]));
     names.service(SERVICE, 60, &[(1, 1, 80, HOST)]);
-    let answer = look_up(&names, &Target::Service("_a._tcp.x".to_owned())).await.unwrap();
+    let answer = look_up(&names, &BackendTarget::Service("_a._tcp.x".to_owned())).await.unwrap();
     assert_eq!(answer.found.len(), 2);
 
     for kind in [RecordType::A, RecordType::AAAA] {
@@ -341,7 +343,7 @@ async fn silence_ends_in_time() {
     let limit = Duration::from_millis(300);
     let began = Began::now();
     let silent = resolver(&[names.address()], limit);
-    assert_eq!(silent.look_up(&host(HOST), &mut Memory::default()).await, Err(Lookup::Timeout));
+    assert_eq!(silent.look_up(&host(HOST), &mut LastAnswers::default()).await, Err(LookupResult::Timeout));
     began.lasted(limit);
 }
 
@@ -355,7 +357,7 @@ async fn a_server_that_is_silent_or_fails_is_passed_over() {
         }
         let resolver = resolver(&[silent.address(), good.address()], Duration::from_secs(4));
         for _ in 0..3 {
-            let answer = resolver.look_up(&host(HOST), &mut Memory::default()).await.unwrap();
+            let answer = resolver.look_up(&host(HOST), &mut LastAnswers::default()).await.unwrap();
             assert_eq!(shown(&answer), ["10.0.0.1:5432"], "{reply:?}");
         }
     }
@@ -378,8 +380,8 @@ async fn more_addresses_than_are_used_are_cut_the_same_way_each_time() {
     assert!(before.contains(&"10.0.0.63:5432".to_owned()), "{before:?}");
     ips.reverse();
     say(&ips);
-    kept.ends(Lookup::Found).await;
-    kept.ends(Lookup::Found).await;
+    kept.ends(LookupResult::Found).await;
+    kept.ends(LookupResult::Found).await;
     assert_eq!(kept.backends(), before);
     assert_eq!(kept.calls.lock().unwrap().len(), 65);
     assert_eq!(log.lines("a name has more addresses than are used").len(), 1);
@@ -394,7 +396,7 @@ async fn more_services_than_are_used_are_left_out() {
     for (n, host) in hosts.iter().enumerate() {
         names.host(host, 60, &[&format!("10.0.0.{n}")]);
     }
-    let answer = look_up(&names, &Target::Service(SERVICE.to_owned())).await.unwrap();
+    let answer = look_up(&names, &BackendTarget::Service(SERVICE.to_owned())).await.unwrap();
     assert_eq!((answer.found.len(), answer.left_out), (64, 6));
     // The lightest are.
     assert_eq!(shown(&answer)[0], "10.0.0.6:80 106");
@@ -419,11 +421,11 @@ async fn garbage_is_no_answer_and_does_no_harm() {
         for kind in [RecordType::A, RecordType::AAAA, RecordType::SRV] {
             names.say(HOST, kind, Reply::Bytes(bytes.clone()));
         }
-        for target in [host(HOST), Target::Service(HOST.to_owned())] {
-            let result = resolver.look_up(&target, &mut Memory::default()).await;
+        for target in [host(HOST), BackendTarget::Service(HOST.to_owned())] {
+            let result = resolver.look_up(&target, &mut LastAnswers::default()).await;
             assert!(result.is_err_and(|lookup| !lookup.is_answer()), "{bytes:?}");
         }
     }
     names.host(HOST, 60, &["10.0.0.1"]);
-    assert!(resolver.look_up(&host(HOST), &mut Memory::default()).await.is_ok());
+    assert!(resolver.look_up(&host(HOST), &mut LastAnswers::default()).await.is_ok());
 }

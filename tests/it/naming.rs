@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RecordType;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::dns::{Names, Reply};
 use super::harness::{Conf, Proxy, eventually, http};
@@ -28,11 +28,11 @@ fn conf(names: &Names, backend: &str, health: &str) -> Conf {
 }
 
 /// Two backends with one port, at 127.0.0.1 and 127.0.0.2.
-async fn pair() -> (Backend, Backend) {
+async fn pair() -> (TestBackend, TestBackend) {
     loop {
         let one = greeting("acme-1").await;
         let other = SocketAddr::from(([127, 0, 0, 2], one.address().port()));
-        if let Ok(other) = Backend::start_at(other, "acme-2", Temper::Greeting).await {
+        if let Ok(other) = TestBackend::start_at(other, "acme-2", BackendBehavior::Greeting).await {
             return (one, other);
         }
     }
@@ -137,7 +137,7 @@ async fn the_process_is_starting_until_the_first_answer() {
 async fn a_service_gives_ports_weights_and_backups() {
     let names = Names::start().await;
     let all = [greeting("light").await, greeting("heavy").await, greeting("backup").await];
-    let port = |backend: &Backend| backend.address().port();
+    let port = |backend: &TestBackend| backend.address().port();
     let rows = [
         (10, 10, port(&all[0]), "one.example.com."),
         (10, 30, port(&all[1]), "one.example.com."),

@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use socket2::{Domain, Socket, Type};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{
     ACME, Conf, GLOBEX, Proxy, are_read, connect, end_of, exchange, header, is_reset, read,
 };
 
-async fn proxy(acme: &Backend, timeouts: &str, listener: &str) -> Proxy {
+async fn proxy(acme: &TestBackend, timeouts: &str, listener: &str) -> Proxy {
     let conf = Conf { acme: vec![acme.address()], timeouts: timeouts.to_owned(), ..Conf::default() };
     let listener = format!("{}\n{listener}", conf.listener);
     Conf { listener, ..conf }.start().await
@@ -19,7 +19,7 @@ async fn proxy(acme: &Backend, timeouts: &str, listener: &str) -> Proxy {
 
 #[tokio::test]
 async fn a_header_has_its_time_and_a_session_beyond_it_does_not() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "header = \"1s\"", "").await;
     let mut in_time = proxy.open(ACME, b"in time").await;
     assert_eq!(read(&mut in_time, 7).await, b"in time");
@@ -44,7 +44,7 @@ async fn a_header_has_its_time_and_a_session_beyond_it_does_not() {
 
 #[tokio::test]
 async fn newcomer_gets_the_place_of_the_longest_silent_session_where_all_are_taken() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     // Of a single place the time does not shrink.
     let proxy = proxy(&acme, "", "max-pending = 1").await;
     let pending = proxy.metric("vestibule_sessions_pending", &[("listener", "web")]);
@@ -80,7 +80,7 @@ async fn newcomer_gets_the_place_of_the_longest_silent_session_where_all_are_tak
 #[tokio::test]
 async fn silent_flood_keeps_no_client_out_whose_header_comes_later() {
     const ROUNDS: usize = 20;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "", "max-pending = 64").await;
     let mut silent = Vec::new();
     for _ in 0..ROUNDS {
@@ -102,7 +102,7 @@ async fn silent_flood_keeps_no_client_out_whose_header_comes_later() {
 
 #[tokio::test]
 async fn headers_have_less_time_while_many_are_awaited() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "header = \"1h\"", "max-pending = 2").await;
     let mut partial = proxy.send(&header(ACME)[..50]).await;
     are_read([&partial]).await;
@@ -119,7 +119,7 @@ async fn headers_have_less_time_while_many_are_awaited() {
 
 #[tokio::test]
 async fn each_listener_has_pending_sessions_of_its_own() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], ..Conf::default() };
     let more = format!("[[listener]]\nname = \"tight\"\n{}\nmax-pending = 1", conf.listener);
     let proxy = Conf { more, ..conf }.start().await;
@@ -150,7 +150,7 @@ fn open_at_once(address: SocketAddr, bytes: &[u8]) -> TcpStream {
 
 #[tokio::test]
 async fn session_whose_header_is_there_at_once_takes_no_place() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "", "max-pending = 1").await;
     let bytes = [&header(ACME)[..], b"at once"].concat();
     let mut displaced = 0;
@@ -177,7 +177,7 @@ async fn session_whose_header_is_there_at_once_takes_no_place() {
 
 #[tokio::test]
 async fn silent_connections_take_no_session_of_a_tenant() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], process: "max-sessions = 3".to_owned(), ..Conf::default() };
     let proxy = conf.start().await;
     let mut silent = Vec::new();

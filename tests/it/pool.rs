@@ -1,7 +1,7 @@
 //! Which backend a session goes to, what happens when it cannot, and what probes say.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vestibule::lab::backend::Backend;
+use vestibule::lab::backend::TestBackend;
 
 use super::harness::{ACME, Began, Conf, Proxy, eventually, header, http_get, read};
 use super::process::sum;
@@ -11,7 +11,7 @@ use super::sessions::{ROUND_ROBIN, asked, connects, greeting, is_turned_away, us
 #[tokio::test]
 async fn round_robin_gives_each_its_share_to_the_session() {
     let backends = [greeting("acme-1").await, greeting("acme-2").await, greeting("acme-3").await];
-    let acme = backends.iter().map(Backend::address).collect();
+    let acme = backends.iter().map(TestBackend::address).collect();
     let proxy = Conf { acme, pool: ROUND_ROBIN.to_owned(), ..Conf::default() }.start().await;
     let mut last = String::new();
     for _ in 0..30 {
@@ -30,7 +30,7 @@ async fn round_robin_gives_each_its_share_to_the_session() {
 #[tokio::test]
 async fn p2c_prefers_the_backend_with_fewer_sessions() {
     let backends = [greeting("acme-1").await, greeting("acme-2").await];
-    let acme = backends.iter().map(Backend::address).collect();
+    let acme = backends.iter().map(TestBackend::address).collect();
     let proxy = Conf { acme, ..Conf::default() }.start().await;
     let mut held = proxy.open(ACME, b"").await;
     let busy = String::from_utf8(read(&mut held, 7).await).unwrap();

@@ -9,7 +9,7 @@ use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::flow::{self, Balancer, Echo, HOOLI, datagram, world};
 use super::harness::{
@@ -83,7 +83,7 @@ async fn use_up(proxy: &Proxy) -> usize {
     panic!("the ports do not run out");
 }
 
-async fn pool_of(acme: &Backend, pool: &str) -> Proxy {
+async fn pool_of(acme: &TestBackend, pool: &str) -> Proxy {
     Conf { acme: vec![acme.address()], pool: pool.to_owned(), ..Conf::default() }.start().await
 }
 
@@ -100,7 +100,7 @@ async fn ports_in_time_wait_run_out_for_their_backend_alone() {
     if !has_few_ports("ports_in_time_wait_run_out_for_their_backend_alone", "40000 40127") {
         return;
     }
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = pool_of(&acme, "").await;
     let served = use_up(&proxy).await;
     assert!((80..=101).contains(&served), "{served} of 128 ports");
@@ -127,7 +127,7 @@ async fn ports_of_live_sessions_run_out_for_their_backend_alone_and_come_back() 
     if !has_few_ports("ports_of_live_sessions_run_out_for_their_backend_alone_and_come_back", "40000 40063") {
         return;
     }
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = pool_of(&acme, "").await;
     let mut held = Vec::new();
     let last = loop {
@@ -167,7 +167,7 @@ async fn tenant_that_uses_up_the_ports_of_a_shared_backend_leaves_some_to_others
     ) {
         return;
     }
-    let shared = Backend::start("shared-1", Temper::Echo).await.unwrap();
+    let shared = TestBackend::start("shared-1", BackendBehavior::Echo).await.unwrap();
     // Another pool with the same backend: its ports are the same.
     let more = format!(
         "[[pool]]\nname = \"shared\"\nbackends = [\"{}\"]\n[pool.health]\nkind = \"none\"\n\

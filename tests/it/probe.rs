@@ -9,16 +9,18 @@ use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
-use vestibule::account::{Labels, Verdict};
+use vestibule::account::{Labels, ProbeResult};
 use vestibule::addr::BackendAddr;
-use vestibule::admission::ports::Ports;
+use vestibule::admission::ports::LocalPorts;
 use vestibule::clock;
-use vestibule::config::{self, Ask, Balance, Ejection, Probe, Protocol, Queue, Target};
+use vestibule::config::{
+    self, BackendTarget, Balance, EjectionConfig, ProbeCheck, ProbeConfig, Protocol, QueueConfig,
+};
 use vestibule::pool::backend::Backend;
-use vestibule::pool::health::State;
-use vestibule::pool::{Pool, Resolved};
+use vestibule::pool::health::HealthState;
+use vestibule::pool::{Pool, ResolvedAddress};
 use vestibule::probe::ask::ask;
-use vestibule::probe::{Lanes, Turn, run};
+use vestibule::probe::{ProbeSlots, ProbeStagger, run};
 use vestibule::wire::SIGNATURE;
 
 /// Probes at once.
@@ -27,21 +29,21 @@ const AT_ONCE: usize = 64;
 use super::harness::{Began, LIMIT, closed_port, connect, eventually, in_hex, is_reset, open_port};
 
 /// A probe with all the time of the test.
-fn probe(ask: Ask) -> Probe {
+fn probe(ask: ProbeCheck) -> ProbeConfig {
     let (interval, timeout) = (LIMIT, LIMIT);
-    Probe { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask }
+    ProbeConfig { interval, timeout, rise: 1, fall: 1, port: None, send_proxy: false, ask }
 }
 
-fn get() -> Ask {
-    Ask::Http { path: "/up".to_owned(), host: None, expect_status: vec![200..=299] }
+fn get() -> ProbeCheck {
+    ProbeCheck::Http { path: "/up".to_owned(), host: None, expect_status: vec![200..=299] }
 }
 
-fn banner(expect: &str) -> Ask {
-    Ask::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: expect.into(), prefix: true }
+fn banner(expect: &str) -> ProbeCheck {
+    ProbeCheck::Exchange { protocol: Protocol::Tcp, send: Vec::new(), expect: expect.into(), prefix: true }
 }
 
-fn ping() -> Ask {
-    Ask::Exchange {
+fn ping() -> ProbeCheck {
+    ProbeCheck::Exchange {
         protocol: Protocol::Tcp,
         send: b"PING\r\n".to_vec(),
         expect: b"PONG".to_vec(),
@@ -49,18 +51,18 @@ fn ping() -> Ask {
     }
 }
 
-fn lanes_of_one() -> (Arc<Lanes>, Arc<Ports>) {
-    (Arc::new(Lanes::new(1)), Arc::default())
+fn lanes_of_one() -> (Arc<ProbeSlots>, Arc<LocalPorts>) {
+    (Arc::new(ProbeSlots::new(1)), Arc::default())
 }
 
-async fn ask_at(address: SocketAddr, probe: &Probe) -> Verdict {
-    timeout(LIMIT * 2, ask(BackendAddr(address), (&[], &Ports::default()), probe))
+async fn ask_at(address: SocketAddr, probe: &ProbeConfig) -> ProbeResult {
+    timeout(LIMIT * 2, ask(BackendAddr(address), (&[], &LocalPorts::default()), probe))
         .await
         .expect("a probe has its own limit")
 }
 
 /// What a probe says of a server that does this, and what became of that.
-async fn probed<T>(probe: &Probe, serve: impl AsyncFnOnce(TcpStream) -> T) -> (Verdict, T) {
+async fn probed<T>(probe: &ProbeConfig, serve: impl AsyncFnOnce(TcpStream) -> T) -> (ProbeResult, T) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let served = async {
@@ -81,10 +83,10 @@ async fn question(stream: &mut TcpStream, end: &[u8]) -> Vec<u8> {
 }
 
 /// The verdict where a server reads the question and says this; the probe's side is reset, whatever it was.
-async fn answered(ask: Ask, answer: &[u8]) -> Verdict {
+async fn answered(ask: ProbeCheck, answer: &[u8]) -> ProbeResult {
     let end: &[u8] = match ask {
-        Ask::Http { .. } => b"\r\n\r\n",
-        Ask::Connect | Ask::Exchange { .. } => b"\r\n",
+        ProbeCheck::Http { .. } => b"\r\n\r\n",
+        ProbeCheck::Connect | ProbeCheck::Exchange { .. } => b"\r\n",
     };
     let serve = async |mut stream: TcpStream| {
         question(&mut stream, end).await;
@@ -111,8 +113,8 @@ async fn flood(stream: &mut TcpStream, bytes: &[u8]) -> io::ErrorKind {
 #[tokio::test]
 async fn nobody_listens() {
     let (_socket, address) = closed_port(0).unwrap();
-    for ask in [Ask::Connect, get(), ping()] {
-        assert_eq!(ask_at(address, &probe(ask)).await, Verdict::ConnectRefused);
+    for ask in [ProbeCheck::Connect, get(), ping()] {
+        assert_eq!(ask_at(address, &probe(ask)).await, ProbeResult::ConnectRefused);
     }
 }
 
@@ -134,10 +136,10 @@ async fn nobody_accepts() {
     let _first = connect(address).await;
     eventually("a full backlog", async || rows(1, "0A")[0].contains(":00000001").then_some(())).await;
     let limit = Duration::from_millis(300);
-    for ask in [Ask::Connect, get()] {
+    for ask in [ProbeCheck::Connect, get()] {
         let began = Began::now();
-        let verdict = ask_at(address, &Probe { timeout: limit, ..probe(ask) }).await;
-        assert_eq!(verdict, Verdict::ConnectTimeout);
+        let verdict = ask_at(address, &ProbeConfig { timeout: limit, ..probe(ask) }).await;
+        assert_eq!(verdict, ProbeResult::ConnectTimeout);
         began.lasted(limit);
         assert_eq!(rows(2, "02"), [""; 0], "none is left that still connects");
     }
@@ -145,8 +147,8 @@ async fn nobody_accepts() {
 
 #[tokio::test]
 async fn a_connection_is_all_that_is_asked_for() {
-    let (verdict, mut stream) = probed(&probe(Ask::Connect), async |stream| stream).await;
-    assert_eq!(verdict, Verdict::Passed);
+    let (verdict, mut stream) = probed(&probe(ProbeCheck::Connect), async |stream| stream).await;
+    assert_eq!(verdict, ProbeResult::Passed);
     is_reset(&mut stream).await;
 }
 
@@ -156,8 +158,8 @@ async fn silence_is_over_in_time() {
         let limit = Duration::from_millis(300);
         let began = Began::now();
         let serve = async |stream: TcpStream| stream;
-        let (verdict, mut stream) = probed(&Probe { timeout: limit, ..probe(ask) }, serve).await;
-        assert_eq!(verdict, Verdict::AnswerTimeout);
+        let (verdict, mut stream) = probed(&ProbeConfig { timeout: limit, ..probe(ask) }, serve).await;
+        assert_eq!(verdict, ProbeResult::AnswerTimeout);
         began.lasted(limit);
         let mut bytes = Vec::new();
         let end = timeout(LIMIT, stream.read_to_end(&mut bytes)).await.unwrap();
@@ -180,8 +182,8 @@ async fn one_time_is_for_all_of_it() {
             }
         }
     };
-    let (verdict, ()) = probed(&Probe { timeout: limit, ..probe(get()) }, serve).await;
-    assert_eq!(verdict, Verdict::AnswerTimeout);
+    let (verdict, ()) = probed(&ProbeConfig { timeout: limit, ..probe(get()) }, serve).await;
+    assert_eq!(verdict, ProbeResult::AnswerTimeout);
 }
 
 #[tokio::test]
@@ -197,7 +199,7 @@ async fn an_answer_without_an_end_is_not_read_to_its_end() {
             flood(&mut stream, more).await
         };
         let (verdict, end) = probed(&probe(ask), serve).await;
-        assert_eq!(verdict, Verdict::AnswerTooLong);
+        assert_eq!(verdict, ProbeResult::AnswerTooLong);
         assert!(matches!(end, io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe), "{end:?}");
     }
 }
@@ -205,27 +207,27 @@ async fn an_answer_without_an_end_is_not_read_to_its_end() {
 #[tokio::test]
 async fn an_answer_says_what_it_says() {
     for (answer, expected) in [
-        (&b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..], Verdict::Passed),
-        (b"HTTP/1.0 204 No Content\r\n\r\n", Verdict::Passed),
-        (b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", Verdict::Passed),
-        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", Verdict::UnexpectedStatus),
+        (&b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..], ProbeResult::Passed),
+        (b"HTTP/1.0 204 No Content\r\n\r\n", ProbeResult::Passed),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", ProbeResult::Passed),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", ProbeResult::UnexpectedStatus),
         (
             b"HTTP/1.1 400 Bad Request\r\n\r\nThe plain HTTP request was sent to HTTPS port",
-            Verdict::UnexpectedStatus,
+            ProbeResult::UnexpectedStatus,
         ),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", Verdict::AnswerMalformed),
-        (b"\x15\x03\x01\0\x02\x02\x46", Verdict::AnswerTls),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", ProbeResult::AnswerMalformed),
+        (b"\x15\x03\x01\0\x02\x02\x46", ProbeResult::AnswerTls),
     ] {
         assert_eq!(answered(get(), answer).await, expected, "{}", String::from_utf8_lossy(answer));
     }
-    assert_eq!(answered(ping(), b"+PONG\r\n").await, Verdict::Passed);
-    let whole = Ask::Exchange {
+    assert_eq!(answered(ping(), b"+PONG\r\n").await, ProbeResult::Passed);
+    let whole = ProbeCheck::Exchange {
         protocol: Protocol::Tcp,
         send: b"PING\r\n".to_vec(),
         expect: b"PONG".to_vec(),
         prefix: true,
     };
-    assert_eq!(answered(whole, b"-LOADING\r\n").await, Verdict::UnexpectedAnswer);
+    assert_eq!(answered(whole, b"-LOADING\r\n").await, ProbeResult::UnexpectedAnswer);
 }
 
 #[tokio::test]
@@ -238,18 +240,18 @@ async fn a_server_may_speak_first_and_in_pieces() {
         stream
     };
     let (verdict, _stream) = probed(&probe(banner("220 ")), serve).await;
-    assert_eq!(verdict, Verdict::Passed);
+    assert_eq!(verdict, ProbeResult::Passed);
 }
 
 #[tokio::test]
 async fn a_reset_and_an_end_are_told_apart() {
     for (ask, end, said, expected) in [
-        (get(), &b"\r\n\r\n"[..], &b""[..], Verdict::Closed),
-        (get(), b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n", Verdict::Closed),
-        (ping(), b"\r\n", b"", Verdict::Closed),
-        (ping(), b"\r\n", b"-ERR", Verdict::UnexpectedAnswer),
-        (banner("220 "), b"", b"", Verdict::Closed),
-        (banner("220 "), b"", b"22", Verdict::Closed),
+        (get(), &b"\r\n\r\n"[..], &b""[..], ProbeResult::Closed),
+        (get(), b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n", ProbeResult::Closed),
+        (ping(), b"\r\n", b"", ProbeResult::Closed),
+        (ping(), b"\r\n", b"-ERR", ProbeResult::UnexpectedAnswer),
+        (banner("220 "), b"", b"", ProbeResult::Closed),
+        (banner("220 "), b"", b"22", ProbeResult::Closed),
     ] {
         for is_reset in [false, true] {
             let serve = async |mut stream: TcpStream| {
@@ -262,7 +264,7 @@ async fn a_reset_and_an_end_are_told_apart() {
                 }
             };
             let (verdict, ()) = probed(&probe(ask.clone()), serve).await;
-            let expected = if is_reset { Verdict::Reset } else { expected };
+            let expected = if is_reset { ProbeResult::Reset } else { expected };
             assert_eq!(verdict, expected, "{}", String::from_utf8_lossy(said));
         }
     }
@@ -271,7 +273,7 @@ async fn a_reset_and_an_end_are_told_apart() {
 #[tokio::test]
 async fn a_header_comes_first_and_is_nobodys() {
     let local = [&SIGNATURE[..], &[0x20, 0, 0, 0]].concat();
-    for (ask, rest) in [(Ask::Connect, ""), (ping(), "PING\r\n"), (get(), "GET /up HTTP/1.1\r\n")] {
+    for (ask, rest) in [(ProbeCheck::Connect, ""), (ping(), "PING\r\n"), (get(), "GET /up HTTP/1.1\r\n")] {
         let serve = async |mut stream: TcpStream| {
             let mut header = [0; 16];
             timeout(LIMIT, stream.read_exact(&mut header)).await.unwrap().unwrap();
@@ -280,8 +282,8 @@ async fn a_header_comes_first_and_is_nobodys() {
             stream.write_all(b"HTTP/1.1 200 PONG\r\n\r\n").await.unwrap_or_default();
             (header, String::from_utf8(start).unwrap())
         };
-        let (verdict, (header, start)) = probed(&Probe { send_proxy: true, ..probe(ask) }, serve).await;
-        assert_eq!(verdict, Verdict::Passed);
+        let (verdict, (header, start)) = probed(&ProbeConfig { send_proxy: true, ..probe(ask) }, serve).await;
+        assert_eq!(verdict, ProbeResult::Passed);
         assert_eq!((&header[..], &start[..]), (&local[..], rest));
     }
 }
@@ -291,7 +293,7 @@ async fn another_port_is_asked_by_its_own_name() {
     let listener = TcpListener::bind("[::1]:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let traffic = "[::1]:1".parse().unwrap();
-    let probe = Probe { port: Some(port), ..probe(get()) };
+    let probe = ProbeConfig { port: Some(port), ..probe(get()) };
     let served = async {
         let (mut stream, _) = listener.accept().await.unwrap();
         let question = question(&mut stream, b"\r\n\r\n").await;
@@ -299,7 +301,7 @@ async fn another_port_is_asked_by_its_own_name() {
         String::from_utf8(question).unwrap()
     };
     let (verdict, question) = tokio::join!(ask_at(traffic, &probe), served);
-    assert_eq!(verdict, Verdict::Passed);
+    assert_eq!(verdict, ProbeResult::Passed);
     assert!(question.contains(&format!("\r\nHost: [::1]:{port}\r\n")), "{question}");
 }
 
@@ -309,23 +311,27 @@ async fn sources_are_tried_in_turn_while_only_ports_are_at_fault() {
     let address = BackendAddr(listener.local_addr().unwrap());
     // An address that is not this machine's (RFC 5737) has no ports here.
     let [foreign, own] = [[192, 0, 2, 1], [127, 0, 0, 7]].map(|ip| IpAddr::V4(Ipv4Addr::from(ip)));
-    let probe = probe(Ask::Connect);
-    assert_eq!(ask(address, (&[foreign], &Ports::default()), &probe).await, Verdict::NoLocalPort);
-    assert_eq!(ask(address, (&[foreign, own], &Ports::default()), &probe).await, Verdict::Passed);
+    let probe = probe(ProbeCheck::Connect);
+    assert_eq!(ask(address, (&[foreign], &LocalPorts::default()), &probe).await, ProbeResult::NoLocalPort);
+    assert_eq!(ask(address, (&[foreign, own], &LocalPorts::default()), &probe).await, ProbeResult::Passed);
     let (_, from) = listener.accept().await.unwrap();
     assert_eq!(from.ip(), own);
 }
 
 /// A pool of one name, and the backends that it leads to.
-fn pool(probe: Probe, source_addresses: Vec<IpAddr>, found: &[SocketAddr]) -> (Arc<Pool>, Vec<Arc<Backend>>) {
-    let named = config::Backend {
-        target: Target::Host { name: "backend.test".to_owned(), port: 1 },
+fn pool(
+    probe: ProbeConfig,
+    source_addresses: Vec<IpAddr>,
+    found: &[SocketAddr],
+) -> (Arc<Pool>, Vec<Arc<Backend>>) {
+    let named = config::BackendConfig {
+        target: BackendTarget::Host { name: "backend.test".to_owned(), port: 1 },
         weight: 1,
         zone: None,
         max_sessions: None,
         backup: false,
     };
-    let config = config::Pool {
+    let config = config::PoolConfig {
         name: "probed".to_owned(),
         balance: Balance::RoundRobin,
         backends: vec![named; found.len().max(1)],
@@ -335,40 +341,41 @@ fn pool(probe: Probe, source_addresses: Vec<IpAddr>, found: &[SocketAddr]) -> (A
         retry_budget: 0,
         slow_start: Duration::ZERO,
         source_addresses,
-        queue: Queue { length: 0, timeout: LIMIT },
+        queue: QueueConfig { length: 0, timeout: LIMIT },
         panic_threshold: 0,
         health: Some(probe),
-        ejection: Ejection { consecutive_failures: 0, base_time: LIMIT, max_percent: 0 },
+        ejection: EjectionConfig { consecutive_failures: 0, base_time: LIMIT, max_percent: 0 },
     };
     let labels = Labels::default();
     let pool = Arc::new(Pool::new(&config, &labels));
     let mut backends = Vec::new();
     for (place, address) in found.iter().enumerate() {
-        let resolved = [Resolved { address: *address, weight: None, is_backup: false }];
+        let resolved = [ResolvedAddress { address: *address, weight: None, is_backup: false }];
         backends.extend(pool.resolve(place, &resolved, &labels, clock::now()).0);
     }
     assert_eq!(backends.len(), found.len());
     (pool, backends)
 }
 
-fn count(backend: &Backend, verdict: Verdict) -> u64 {
+fn count(backend: &Backend, verdict: ProbeResult) -> u64 {
     backend.probes().find(|(other, _)| *other == verdict).map_or(0, |(_, count)| count)
 }
 
 #[tokio::test]
 async fn a_backend_is_probed_until_it_is_gone() {
     let (_socket, address) = closed_port(0).unwrap();
-    let probe = Probe { interval: Duration::from_millis(20), ..probe(Ask::Connect) };
+    let probe = ProbeConfig { interval: Duration::from_millis(20), ..probe(ProbeCheck::Connect) };
     let (pool, backends) = pool(probe, Vec::new(), &[address]);
     let backend = Arc::clone(&backends[0]);
-    let turn = Turn { place: 0, of: 1 };
+    let turn = ProbeStagger { place: 0, of: 1 };
     let running = tokio::spawn(run(Arc::clone(&pool), Arc::clone(&backend), turn, lanes_of_one()));
-    for state in [State::Unhealthy, State::Healthy, State::Unhealthy, State::Healthy] {
-        let listener = (state == State::Healthy).then(|| open_port(address));
+    for state in [HealthState::Unhealthy, HealthState::Healthy, HealthState::Unhealthy, HealthState::Healthy]
+    {
+        let listener = (state == HealthState::Healthy).then(|| open_port(address));
         eventually(state.word(), async || (backend.state() == state).then_some(())).await;
         drop(listener);
     }
-    assert!(count(&backend, Verdict::Passed) >= 2 && count(&backend, Verdict::ConnectRefused) >= 2);
+    assert!(count(&backend, ProbeResult::Passed) >= 2 && count(&backend, ProbeResult::ConnectRefused) >= 2);
     pool.resolve(0, &[], &Labels::default(), clock::now());
     timeout(LIMIT, running).await.expect("an end, as the backend is gone").unwrap();
 }
@@ -376,9 +383,9 @@ async fn a_backend_is_probed_until_it_is_gone() {
 #[tokio::test]
 async fn who_is_gone_before_its_first_probe_is_not_waited_for() {
     let (_socket, address) = closed_port(0).unwrap();
-    let (pool, backends) = pool(probe(Ask::Connect), Vec::new(), &[address]);
+    let (pool, backends) = pool(probe(ProbeCheck::Connect), Vec::new(), &[address]);
     pool.resolve(0, &[], &Labels::default(), clock::now());
-    let turn = Turn { place: 0, of: 1 };
+    let turn = ProbeStagger { place: 0, of: 1 };
     let running = run(Arc::clone(&pool), Arc::clone(&backends[0]), turn, lanes_of_one());
     timeout(LIMIT, running).await.unwrap();
     assert!(backends[0].awaits_first_probe() && pool.backends().is_empty());
@@ -389,13 +396,13 @@ async fn who_is_gone_before_its_first_probe_is_not_waited_for() {
 async fn a_probe_that_could_not_be_sent_says_nothing_of_its_backend() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let foreign = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
-    let probe = Probe { interval: Duration::from_millis(20), ..probe(Ask::Connect) };
+    let probe = ProbeConfig { interval: Duration::from_millis(20), ..probe(ProbeCheck::Connect) };
     let (pool, backends) = pool(probe, vec![foreign], &[listener.local_addr().unwrap()]);
-    let turn = Turn { place: 0, of: 1 };
+    let turn = ProbeStagger { place: 0, of: 1 };
     let running = tokio::spawn(run(pool, Arc::clone(&backends[0]), turn, lanes_of_one()));
-    let many = async || (count(&backends[0], Verdict::NoLocalPort) >= 5).then_some(());
+    let many = async || (count(&backends[0], ProbeResult::NoLocalPort) >= 5).then_some(());
     eventually("probes that cannot be sent", many).await;
-    assert_eq!(backends[0].state(), State::Unknown);
+    assert_eq!(backends[0].state(), HealthState::Unknown);
     running.abort();
 }
 
@@ -406,9 +413,9 @@ async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others(
     let port = listener.local_addr().unwrap().port();
     let addresses = (1..).take(AT_ONCE + MORE).map(|last| SocketAddr::from(([127, 0, 1, last], port)));
     let (pool, backends) = pool(probe(ping()), Vec::new(), &addresses.collect::<Vec<_>>());
-    let lanes = Arc::new(Lanes::new(AT_ONCE));
+    let lanes = Arc::new(ProbeSlots::new(AT_ONCE));
     for (place, backend) in backends.iter().enumerate() {
-        let turn = Turn { place, of: backends.len() };
+        let turn = ProbeStagger { place, of: backends.len() };
         tokio::spawn(run(Arc::clone(&pool), Arc::clone(backend), turn, (Arc::clone(&lanes), Arc::default())));
     }
     let accept = async || timeout(LIMIT, listener.accept()).await.unwrap().unwrap().0;
@@ -425,7 +432,7 @@ async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others(
     for _ in 0..MORE {
         accept().await.write_all(b"PONG").await.unwrap();
     }
-    let healthy = || backends.iter().filter(|backend| backend.state() == State::Healthy).count();
+    let healthy = || backends.iter().filter(|backend| backend.state() == HealthState::Healthy).count();
     eventually("all to be healthy", async || (healthy() == backends.len()).then_some(())).await;
     let quick = backends.iter().filter(|backend| Duration::from_micros(backend.probe_us().into()) < pause);
     let quick = quick.count();
@@ -433,13 +440,16 @@ async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others(
 }
 
 /// A question by datagram.
-fn knock(send_proxy: bool) -> Probe {
+fn knock(send_proxy: bool) -> ProbeConfig {
     let (send, expect) = (b"PING".to_vec(), b"PONG".to_vec());
-    Probe { send_proxy, ..probe(Ask::Exchange { protocol: Protocol::Udp, send, expect, prefix: true }) }
+    ProbeConfig {
+        send_proxy,
+        ..probe(ProbeCheck::Exchange { protocol: Protocol::Udp, send, expect, prefix: true })
+    }
 }
 
 /// What a probe by datagram says of a server that answers like this, and what was asked.
-async fn knocked(probe: &Probe, answer: Option<&[u8]>) -> (Verdict, Vec<u8>) {
+async fn knocked(probe: &ProbeConfig, answer: Option<&[u8]>) -> (ProbeResult, Vec<u8>) {
     let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let answered = async {
         let mut room = [0; 2048];
@@ -454,24 +464,24 @@ async fn knocked(probe: &Probe, answer: Option<&[u8]>) -> (Verdict, Vec<u8>) {
 
 #[tokio::test]
 async fn a_datagram_is_answered_by_one_and_the_first_decides() {
-    assert_eq!(knocked(&knock(false), Some(b"PONG and more")).await, (Verdict::Passed, b"PING".to_vec()));
+    assert_eq!(knocked(&knock(false), Some(b"PONG and more")).await, (ProbeResult::Passed, b"PING".to_vec()));
     for wrong in [&b"PO"[..], b"", b"NO"] {
         let (verdict, _) = knocked(&knock(false), Some(wrong)).await;
         assert_eq!(verdict.is_success(), Some(false), "{wrong:?}: {verdict:?}");
         assert!(
-            !matches!(verdict, Verdict::AnswerTimeout | Verdict::ConnectRefused),
+            !matches!(verdict, ProbeResult::AnswerTimeout | ProbeResult::ConnectRefused),
             "{wrong:?}: {verdict:?}"
         );
     }
     let (verdict, asked) = knocked(&knock(true), Some(b"PONG")).await;
     let local = [&SIGNATURE[..], &[0x20, 0, 0, 0], b"PING"].concat();
-    assert_eq!((verdict, asked), (Verdict::Passed, local));
+    assert_eq!((verdict, asked), (ProbeResult::Passed, local));
 }
 
 #[tokio::test]
 async fn who_says_nothing_to_a_datagram_is_late_and_who_is_not_there_refuses() {
-    let short = Probe { timeout: Duration::from_millis(100), ..knock(false) };
-    assert_eq!(knocked(&short, None).await.0, Verdict::AnswerTimeout);
+    let short = ProbeConfig { timeout: Duration::from_millis(100), ..knock(false) };
+    assert_eq!(knocked(&short, None).await.0, ProbeResult::AnswerTimeout);
     let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    assert_eq!(ask_at(gone, &knock(false)).await, Verdict::ConnectRefused);
+    assert_eq!(ask_at(gone, &knock(false)).await, ProbeResult::ConnectRefused);
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{
     ACME, GLOBEX, STRANGER, connect, end_of, eventually, exchange, header, http, http_get, is_reset, read,
@@ -60,19 +60,19 @@ impl Written {
 
 /// acme's and globex's tables with an echo of each, behind what is said of the process.
 pub struct World {
-    pub acme: Backend,
-    pub globex: Backend,
+    pub acme: TestBackend,
+    pub globex: TestBackend,
 }
 
 impl World {
     pub async fn new() -> Self {
-        let echo = async |name| Backend::start(name, Temper::Echo).await.unwrap();
+        let echo = async |name| TestBackend::start(name, BackendBehavior::Echo).await.unwrap();
         Self { acme: echo("acme-1").await, globex: echo("globex-1").await }
     }
 
     /// `head` starts in `[process]`.
     pub fn config(&self, head: &str) -> Written {
-        let pool = |name, backend: &Backend, endpoint| {
+        let pool = |name, backend: &TestBackend, endpoint| {
             format!(
                 "[[pool]]\nname = \"{name}\"\nbackends = [\"{}\"]\n[pool.health]\nkind = \"none\"\n\
                  [[tenant]]\nname = \"{name}\"\nendpoints = [\"{endpoint}\"]\npool = \"{name}\"\n",

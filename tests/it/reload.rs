@@ -6,15 +6,15 @@ mod pools;
 use rustix::process::Signal;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{
     ACME, Conf, GLOBEX, Proxy, STRANGER, eventually, exchange, is_reset, read, still_lives,
 };
 use super::process::{Serve, World};
 
-async fn start(limits: &str) -> (Backend, Proxy) {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+async fn start(limits: &str) -> (TestBackend, Proxy) {
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy =
         Conf { acme: vec![acme.address()], limits: limits.to_owned(), ..Conf::default() }.start().await;
     (acme, proxy)

@@ -2,7 +2,7 @@
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::ferry::move_all;
 use super::harness::{ACME, Conf, Proxy, STRANGER, eventually, exchange, is_reset, read, still_lives};
@@ -27,8 +27,8 @@ const CHANGES: [&[(&str, &str)]; 3] = [
 ];
 
 /// A proxy whose tenant acme has these keys.
-async fn start(keys: &str) -> (Backend, Proxy) {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+async fn start(keys: &str) -> (TestBackend, Proxy) {
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let mut proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     if !keys.is_empty() {
         proxy.reload("labels = { plan = \"gold\" }", keys).unwrap();
@@ -120,7 +120,7 @@ async fn session_of_a_fallback_or_fixed_tenant_ends_when_the_listener_gives_it_t
         ("on-unknown-endpoint = \"tenant:acme\"", "on-unknown-endpoint = \"reject\""),
         ("proxy-protocol = \"off\"\ntenant = \"acme\"", "proxy-protocol = \"off\"\ntenant = \"globex\""),
     ] {
-        let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+        let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
         let conf =
             Conf { acme: vec![acme.address()], listener: format!("{listener}{before}"), ..Conf::default() };
         let mut proxy = conf.start().await;

@@ -3,19 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use vestibule::account::admin_connections::{Ended, Endpoint};
-use vestibule::account::lookup::Lookup;
-use vestibule::account::loss::Loss;
-use vestibule::account::meter::Connect;
-use vestibule::account::names::{self, Kind, Metric};
-use vestibule::account::{Direction, Verdict};
+use vestibule::account::admin_connections::{AdminConnectionEnd, AdminEndpoint};
+use vestibule::account::lookup::LookupResult;
+use vestibule::account::loss::DatagramDrop;
+use vestibule::account::meter::ConnectResult;
+use vestibule::account::names::{self, Metric, MetricKind};
+use vestibule::account::{Direction, ProbeResult};
 use vestibule::admission::quota::Quota;
 use vestibule::config::Config;
-use vestibule::outcome::{Outcome, Why};
-use vestibule::pool::cause::Cause;
-use vestibule::pool::standing::Ground;
-use vestibule::state::Live;
-use vestibule::state::draining::Phase;
+use vestibule::outcome::{Outcome, Reason};
+use vestibule::pool::cause::ChangeCause;
+use vestibule::pool::standing::SelectionTier;
+use vestibule::state::LiveState;
+use vestibule::state::draining::DrainPhase;
 
 /// Labels whose values are names of the configuration under test.
 const NAMES: [&str; 5] = ["listener", "tenant", "pool", "backend", "name"];
@@ -37,7 +37,7 @@ impl Known {
     }
 
     /// Adds what is in force: the configuration, the backends that it has now, and the DNS names.
-    pub fn live(&mut self, live: &Live) {
+    pub fn live(&mut self, live: &LiveState) {
         self.config(&live.config.load());
         for pool in &live.snapshot.load().pools {
             self.0.extend(pool.names().map(|name| ("name", name.to_string())));
@@ -65,25 +65,29 @@ fn values(metric: &str, label: &str) -> Option<BTreeSet<String>> {
         ("by", _) => outcomes(|outcome| outcome.by.word()),
         ("at", _) => outcomes(|outcome| outcome.at.word()),
         ("why", "vestibule_sessions_ended_total") => outcomes(|outcome| outcome.why.word()),
-        ("why", "vestibule_datagrams_dropped_total") => Loss::ALL.map(Loss::word).into(),
-        ("why", "vestibule_datagrams_would_drop_total") => Loss::LIMITS.map(Loss::word).into(),
+        ("why", "vestibule_datagrams_dropped_total") => DatagramDrop::ALL.map(DatagramDrop::word).into(),
+        ("why", "vestibule_datagrams_would_drop_total") => {
+            DatagramDrop::LIMITS.map(DatagramDrop::word).into()
+        }
         ("why", "vestibule_tenant_rejected_total" | "vestibule_tenant_would_reject_total") => {
-            Quota::default().rejected().map(|(why, _): (Why, _)| why.word()).collect()
+            Quota::default().rejected().map(|(why, _): (Reason, _)| why.word()).collect()
         }
         ("why", "vestibule_backend_last_change_timestamp_seconds") => causes(),
         ("direction", _) => Direction::ALL.map(Direction::word).into(),
         ("mode", _) => vec!["copy", "splice"],
         ("class", "vestibule_accept_errors_total") => vec!["peer", "shortage", "fatal"],
         ("class", _) => vec!["session", "rejection", "stray"],
-        ("stage", _) => Phase::ALL.map(Phase::word).into(),
+        ("stage", _) => DrainPhase::ALL.map(DrainPhase::word).into(),
         ("ground", _) => grounds(),
         ("result", "vestibule_takeovers_total") => vec!["done", "failed"],
         ("result", "vestibule_pool_retries_total") => vec!["made", "refused"],
-        ("result", "vestibule_backend_connects_total") => Connect::ALL.map(Connect::word).into(),
-        ("result", "vestibule_backend_probes_total") => Verdict::ALL.map(Verdict::word).into(),
-        ("result", "vestibule_name_lookups_total") => Lookup::ALL.map(Lookup::word).into(),
-        ("endpoint", _) => Endpoint::ALL.map(Endpoint::word).into(),
-        ("result", "vestibule_admin_connections_total") => Ended::ALL.map(Ended::word).into(),
+        ("result", "vestibule_backend_connects_total") => ConnectResult::ALL.map(ConnectResult::word).into(),
+        ("result", "vestibule_backend_probes_total") => ProbeResult::ALL.map(ProbeResult::word).into(),
+        ("result", "vestibule_name_lookups_total") => LookupResult::ALL.map(LookupResult::word).into(),
+        ("endpoint", _) => AdminEndpoint::ALL.map(AdminEndpoint::word).into(),
+        ("result", "vestibule_admin_connections_total") => {
+            AdminConnectionEnd::ALL.map(AdminConnectionEnd::word).into()
+        }
         ("protocol", _) => vec!["tcp", "udp"],
         ("state", _) => vec!["live", "waiting"],
         ("version", _) => vec![env!("CARGO_PKG_VERSION")],
@@ -95,21 +99,21 @@ fn values(metric: &str, label: &str) -> Option<BTreeSet<String>> {
 
 fn causes() -> Vec<&'static str> {
     let own = [
-        Cause::Start,
-        Cause::Reload,
-        Cause::ConnectFailures,
-        Cause::Resets,
-        Cause::EjectionOver,
-        Cause::Resolved,
-        Cause::NotResolved,
-        Cause::Ordered,
+        ChangeCause::Start,
+        ChangeCause::Reload,
+        ChangeCause::ConnectFailures,
+        ChangeCause::Resets,
+        ChangeCause::EjectionOver,
+        ChangeCause::Resolved,
+        ChangeCause::NotResolved,
+        ChangeCause::Ordered,
     ];
-    own.into_iter().chain(Verdict::ALL.map(Cause::Probe)).map(Cause::word).collect()
+    own.into_iter().chain(ProbeResult::ALL.map(ChangeCause::Probe)).map(ChangeCause::word).collect()
 }
 
 fn grounds() -> Vec<&'static str> {
-    use Ground::{Backup, Ejected, Healthy, Nobody, Panic, Unknown};
-    [Healthy, Backup, Unknown, Ejected, Panic, Nobody].map(Ground::word).into()
+    use SelectionTier::{Backup, Ejected, Healthy, Nobody, Panic, Unknown};
+    [Healthy, Backup, Unknown, Ejected, Panic, Nobody].map(SelectionTier::word).into()
 }
 
 /// The labels of every metric of which neither [`NAMES`] nor [`values`] says what values they have.
@@ -151,14 +155,14 @@ pub fn sum(page: &str, name: &str, labels: &[(&str, &str)], known: &Known) -> f6
 /// The metric of this name, and the label that its series of this name have besides its own.
 fn metric(name: &str) -> Option<(&'static Metric, Option<&'static str>)> {
     let find = |name: &str| names::ALL.iter().find(|metric| metric.name == name);
-    let part = |end| find(name.strip_suffix(end)?).filter(|metric| metric.kind == Kind::Histogram);
+    let part = |end| find(name.strip_suffix(end)?).filter(|metric| metric.kind == MetricKind::Histogram);
     if let Some(metric) = part("_count").or_else(|| part("_sum")) {
         return Some((metric, None));
     }
     if let Some(metric) = part("_bucket") {
         return Some((metric, Some("le")));
     }
-    find(name).filter(|metric| metric.kind != Kind::Histogram).map(|metric| (metric, None))
+    find(name).filter(|metric| metric.kind != MetricKind::Histogram).map(|metric| (metric, None))
 }
 
 /// A value of a closed set is in it, and so is what the page shows. A name is in the configuration, or was, or some row has

@@ -7,7 +7,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use vestibule::addr::{ClientAddr, DestinationAddr};
-use vestibule::wire::{self, Addresses, Builder, Command, Parsed, Rules, Transport, kind};
+use vestibule::wire::{
+    self, Addresses, HeaderBuilder, HeaderCommand, ParsedHeader, ParserRules, Transport, kind,
+};
 
 use super::harness::{ACME, Conf, LIMIT, Proxy, connect, header, is_reset, read};
 use super::raw::{Raw, receive_all, send_all};
@@ -30,8 +32,8 @@ async fn one_read(backend: &mut TcpStream) -> Vec<u8> {
 
 /// Takes the header off; it has a checksum, and that is right. Two parsers agree on where it ends and what is in it.
 fn parsed(bytes: &[u8]) -> (wire::Header<'_>, &[u8]) {
-    let Parsed::Done(header, len) =
-        wire::parse(bytes, Rules { transport: Transport::Stream, verify_crc: true })
+    let ParsedHeader::Done(header, len) =
+        wire::parse(bytes, ParserRules { transport: Transport::Stream, verify_crc: true })
     else {
         panic!("no header: {bytes:x?}")
     };
@@ -90,7 +92,7 @@ async fn the_header_arrives_as_it_came_in_one_segment_with_the_payload() {
     let (told, rest) = parsed(&bytes);
     assert_eq!(
         (told.command(), told.client(), rest),
-        (Command::Proxy, Some(addresses(CLIENT, CLIENT).0), &b"hello"[..])
+        (HeaderCommand::Proxy, Some(addresses(CLIENT, CLIENT).0), &b"hello"[..])
     );
     assert_eq!(
         (told.endpoint(), kinds(&told)),
@@ -159,7 +161,7 @@ async fn tlvs_keep_their_order_and_strange_ones_their_bytes() {
     let proxy = raw.proxy(conf("")).await;
     let (from, to) = addresses("[2001:db8::1]:1234", "[2001:db8::2]:443");
     let strange = [0xE0, 0x05, 0xEA, 0x03, 0x04, 0xEF, 0x05];
-    let mut builder = Builder::proxy(Transport::Stream, from, to);
+    let mut builder = HeaderBuilder::proxy(Transport::Stream, from, to);
     for kind in strange {
         builder = match kind {
             kind::AWS => builder.endpoint(ACME),
@@ -211,7 +213,7 @@ async fn a_header_without_a_checksum_gets_one() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
     let (from, to) = addresses(CLIENT, "10.0.0.5:8080");
-    let sent = Builder::proxy(Transport::Stream, from, to).endpoint(ACME).unwrap().build();
+    let sent = HeaderBuilder::proxy(Transport::Stream, from, to).endpoint(ACME).unwrap().build();
     let client = open(&proxy, &sent).await;
     let mut backend = raw.accept().await;
     let bytes = one_read(&mut backend).await;
@@ -225,14 +227,14 @@ async fn a_header_without_a_checksum_gets_one() {
 async fn a_client_without_an_address_stays_without_one() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
-    let sent = Builder::unspecified().crc().and_then(|builder| builder.endpoint(ACME)).unwrap().build();
+    let sent = HeaderBuilder::unspecified().crc().and_then(|builder| builder.endpoint(ACME)).unwrap().build();
     let client = open(&proxy, &[&sent[..], b"hello"].concat()).await;
     let mut backend = raw.accept().await;
     let bytes = one_read(&mut backend).await;
     let (told, rest) = parsed(&bytes);
     assert_eq!(
         (told.command(), told.addresses(), rest),
-        (Command::Proxy, Addresses::Unspecified, &b"hello"[..])
+        (HeaderCommand::Proxy, Addresses::Unspecified, &b"hello"[..])
     );
     assert_eq!((told.as_bytes(), told.endpoint()), (&sent[..], Some(ACME.as_bytes())));
     let line = async || proxy.log().into_iter().find(|line| line["tenant"] == "acme");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Proxy, exchange, header, header_of, is_reset};
 
@@ -18,13 +18,13 @@ pub fn umbrella() -> String {
 }
 
 /// A backend that says its name.
-pub async fn greeting(name: &str) -> Backend {
-    Backend::start(name, Temper::Greeting).await.unwrap()
+pub async fn greeting(name: &str) -> TestBackend {
+    TestBackend::start(name, BackendBehavior::Greeting).await.unwrap()
 }
 
 /// The same, at an address.
-pub async fn greeting_at(address: SocketAddr, name: &str) -> Backend {
-    Backend::start_at(address, name, Temper::Greeting).await.unwrap()
+pub async fn greeting_at(address: SocketAddr, name: &str) -> TestBackend {
+    TestBackend::start_at(address, name, BackendBehavior::Greeting).await.unwrap()
 }
 
 /// A backend as the configuration has it, with more keys.

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Conf, GLOBEX, LIMIT, Proxy, exchange, is_reset, read};
 
@@ -43,7 +43,7 @@ async fn as_many_as_it_gets(proxy: &Proxy, endpoint: &str) -> Vec<TcpStream> {
 
 #[tokio::test]
 async fn the_last_session_is_taken_and_the_next_is_shed() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let more = format!("[[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"acme\"\n");
     let process = "max-sessions = 3".to_owned();
     let proxy = Conf { acme: vec![acme.address()], process, more, ..Conf::default() }.start().await;
@@ -77,7 +77,7 @@ async fn the_last_session_is_taken_and_the_next_is_shed() {
 
 #[tokio::test]
 async fn two_tenants_at_their_most_and_silence_leave_room_for_a_third() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let more = format!("[[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"acme\"\n");
     let process = "max-sessions = 64".to_owned();
     let proxy = Conf { acme: vec![acme.address()], process, more, ..Conf::default() }.start().await;
@@ -107,7 +107,7 @@ async fn two_tenants_at_their_most_and_silence_leave_room_for_a_third() {
 
 #[tokio::test]
 async fn workers_share_what_comes_and_hand_over_what_is_too_much() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let mut sessions = [Vec::new(), Vec::new()];
     let mut before = of_workers(&proxy).await;
@@ -148,7 +148,7 @@ async fn workers_share_what_comes_and_hand_over_what_is_too_much() {
 
 #[tokio::test]
 async fn many_sessions_at_once_are_on_both_workers() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let mut sessions = Vec::new();
     for _ in 0..200 {

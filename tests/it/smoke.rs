@@ -1,12 +1,12 @@
 //! The whole path once: two tenants, one client address, two backends, metrics and log.
 
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Conf, GLOBEX, eventually, exchange};
 
 #[tokio::test]
 async fn equal_client_addresses_reach_their_own_tenants_backends() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let answer = exchange(proxy.open(ACME, b"hello").await).await.unwrap();
     assert_eq!(answer, b"acme-1\nhello");

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 
 use super::harness::{ACME, Conf, Proxy, exchange, read};
 use super::raw::{Bytes, Raw, ping_pong, receive_all, send_all};
@@ -48,7 +48,7 @@ async fn a_gibibyte_to_the_backend_goes_through_pipes_and_is_whole() {
 
 #[tokio::test]
 async fn the_labs_source_and_sink_agree_with_what_arrives() {
-    let source = Backend::start("acme-1", Temper::Source(3_000_001)).await.unwrap();
+    let source = TestBackend::start("acme-1", BackendBehavior::Source(3_000_001)).await.unwrap();
     let proxy = Conf { acme: vec![source.address()], ..Conf::default() }.start().await;
     let answer = exchange(proxy.open(ACME, b"").await).await.unwrap();
     let mut expected = vec![0; 3_000_001];
@@ -56,7 +56,7 @@ async fn the_labs_source_and_sink_agree_with_what_arrives() {
     assert!(answer == expected);
     proxy.finish().await;
 
-    let sink = Backend::start("acme-1", Temper::Sink).await.unwrap();
+    let sink = TestBackend::start("acme-1", BackendBehavior::Sink).await.unwrap();
     let proxy = Conf { acme: vec![sink.address()], ..Conf::default() }.start().await;
     let mut client = proxy.open(ACME, b"").await;
     client.write_all(&expected).await.unwrap();
@@ -282,7 +282,7 @@ async fn what_follows_an_urgent_byte_is_not_lost() {
 
 #[tokio::test]
 async fn a_session_that_grows_quiet_after_bulk_copies_again() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let mut stream = proxy.open(ACME, b"").await;
     let (mut reader, mut writer) = stream.split();

@@ -13,8 +13,8 @@ use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
-use vestibule::takeover::link::{Frame, Link};
-use vestibule::takeover::message::{Message, Offered, Role, VERSION};
+use vestibule::takeover::link::{HandoverLink, LinkFrame};
+use vestibule::takeover::message::{LinkMessage, OfferedSocket, SocketRole, VERSION};
 
 use super::harness::{ACME, LIMIT, connect, eventually, exchange, header, is_reset, read, still_lives};
 use super::process::{Serve, World, Written};
@@ -165,12 +165,12 @@ async fn nobody_to_take_over_from_is_said() {
 
 /// A successor that is the test itself.
 pub struct Heir {
-    link: Link,
-    sockets: Vec<Offered>,
+    link: HandoverLink,
+    sockets: Vec<OfferedSocket>,
 }
 
 /// Asks for the link as a successor does.
-fn ask(control: &Path) -> Link {
+fn ask(control: &Path) -> HandoverLink {
     let mut stream = UnixStream::connect(control).unwrap();
     let request =
         "POST /takeover HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: vestibule-takeover\r\n\r\n";
@@ -182,15 +182,15 @@ fn ask(control: &Path) -> Link {
         answer.push(byte[0]);
     }
     assert!(answer.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&answer));
-    Link::new(stream, LIMIT).unwrap()
+    HandoverLink::new(stream, LIMIT).unwrap()
 }
 
-fn next(link: &Link) -> Frame {
+fn next(link: &HandoverLink) -> LinkFrame {
     link.receive().unwrap().expect("the old process says something")
 }
 
-fn hello(link: &Link, version: u32) {
-    link.send(&Message::Hello { version, program: "test".to_owned() }, &[], &[]).unwrap();
+fn hello(link: &HandoverLink, version: u32) {
+    link.send(&LinkMessage::Hello { version, program: "test".to_owned() }, &[], &[]).unwrap();
 }
 
 impl Heir {
@@ -202,39 +202,39 @@ impl Heir {
         loop {
             let frame = next(&link);
             match frame.message {
-                Message::Sockets(offered) => {
+                LinkMessage::Sockets(offered) => {
                     assert_eq!(offered.len(), frame.fds.len());
                     sockets.extend(offered);
                 }
-                Message::AllSockets { .. } => return Self { link, sockets },
-                Message::Hello { .. }
-                | Message::Refused { .. }
-                | Message::Ready
-                | Message::Stopped
-                | Message::Parcel { .. }
-                | Message::FlowsSent
-                | Message::Taken { .. }
-                | Message::Stays { .. }
-                | Message::Done => panic!("{:?}", frame.message),
+                LinkMessage::AllSockets { .. } => return Self { link, sockets },
+                LinkMessage::Hello { .. }
+                | LinkMessage::Refused { .. }
+                | LinkMessage::Ready
+                | LinkMessage::Stopped
+                | LinkMessage::Parcel { .. }
+                | LinkMessage::FlowsSent
+                | LinkMessage::Taken { .. }
+                | LinkMessage::Stays { .. }
+                | LinkMessage::Done => panic!("{:?}", frame.message),
             }
         }
     }
 
     /// The next session, with its number. That all flows have come may be said before it: there are none.
-    fn parcel(&self) -> (u32, Frame) {
+    fn parcel(&self) -> (u32, LinkFrame) {
         loop {
             let frame = next(&self.link);
-            if let Message::Parcel { id } = frame.message {
+            if let LinkMessage::Parcel { id } = frame.message {
                 return (id, frame);
             }
-            assert_eq!(frame.message, Message::FlowsSent);
+            assert_eq!(frame.message, LinkMessage::FlowsSent);
         }
     }
 
     /// Says that it could serve.
     pub fn ready(&self) {
-        self.link.send(&Message::Ready, &[], &[]).unwrap();
-        assert_eq!(next(&self.link).message, Message::Stopped);
+        self.link.send(&LinkMessage::Ready, &[], &[]).unwrap();
+        assert_eq!(next(&self.link).message, LinkMessage::Stopped);
     }
 }
 
@@ -243,14 +243,15 @@ async fn the_heir_is_shown_every_socket() {
     let Before { config: _config, control, mut old, _world } = Before::start().await;
     let at = control.clone();
     let sockets = spawn_blocking(move || Heir::ask(&at).sockets).await.unwrap();
-    let listeners = sockets
-        .iter()
-        .filter(|offered| matches!(&offered.role, Role::Listener { name, udp: false, .. } if name == "web"));
+    let listeners = sockets.iter().filter(
+        |offered| matches!(&offered.role, SocketRole::Listener { name, udp: false, .. } if name == "web"),
+    );
     assert_eq!(listeners.count(), 2, "one of each worker");
-    let count = |is_it: fn(&Role) -> bool| sockets.iter().filter(|offered| is_it(&offered.role)).count();
-    assert_eq!(count(|role| matches!(role, Role::Admin { .. })), 1);
-    assert_eq!(count(|role| matches!(role, Role::Health { .. })), 1);
-    assert_eq!(count(|role| matches!(role, Role::Control { has_file: true, .. })), 1);
+    let count =
+        |is_it: fn(&SocketRole) -> bool| sockets.iter().filter(|offered| is_it(&offered.role)).count();
+    assert_eq!(count(|role| matches!(role, SocketRole::Admin { .. })), 1);
+    assert_eq!(count(|role| matches!(role, SocketRole::Health { .. })), 1);
+    assert_eq!(count(|role| matches!(role, SocketRole::Control { has_file: true, .. })), 1);
     // It has gone without a word.
     old.says("the takeover failed; this process goes on").await;
     old.serves().await;
@@ -267,7 +268,7 @@ async fn a_version_that_is_not_known_is_refused() {
         hello(&link, VERSION + 1);
         next(&link).message
     });
-    let Message::Refused { why } = said.await.unwrap() else { panic!("it is not refused") };
+    let LinkMessage::Refused { why } = said.await.unwrap() else { panic!("it is not refused") };
     assert!(why.contains("restart instead"), "{why}");
     old.serves().await;
     old.has("vestibule_takeovers_total", &[("result", "failed")], 1).await;
@@ -327,7 +328,7 @@ async fn a_successor_that_is_killed_takes_along_what_it_had_taken_and_no_more() 
         let heir = Heir::ask(&at);
         heir.ready();
         let (id, _) = heir.parcel();
-        heir.link.send(&Message::Taken { id }, &[], &[]).unwrap();
+        heir.link.send(&LinkMessage::Taken { id }, &[], &[]).unwrap();
     });
     taken.await.unwrap();
     old.says("the takeover failed; this process goes on").await;
@@ -367,7 +368,7 @@ fn door(config: &Written) -> TcpListener {
 }
 
 /// An old process, of this number, that the test plays until its successor is ready.
-fn play(listening: &UnixListener, door: &TcpListener, path: &Path, pid: i32) -> Link {
+fn play(listening: &UnixListener, door: &TcpListener, path: &Path, pid: i32) -> HandoverLink {
     let (mut stream, _) = listening.accept().unwrap();
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
@@ -376,15 +377,16 @@ fn play(listening: &UnixListener, door: &TcpListener, path: &Path, pid: i32) -> 
         request.push(byte[0]);
     }
     stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").unwrap();
-    let link = Link::new(stream, LIMIT).unwrap();
-    assert!(matches!(next(&link).message, Message::Hello { .. }));
+    let link = HandoverLink::new(stream, LIMIT).unwrap();
+    assert!(matches!(next(&link).message, LinkMessage::Hello { .. }));
     let configured = door.local_addr().unwrap();
-    let role = Role::Listener { name: "web".to_owned(), udp: false, configured };
-    let own = Role::Control { path: path.to_owned(), has_file: true };
-    let offered = vec![Offered { role, bound: Some(configured) }, Offered { role: own, bound: None }];
-    link.send(&Message::Sockets(offered), &[], &[door.as_fd(), listening.as_fd()]).unwrap();
-    link.send(&Message::AllSockets { program: "test".to_owned(), pid }, &[], &[]).unwrap();
-    assert_eq!(next(&link).message, Message::Ready);
+    let role = SocketRole::Listener { name: "web".to_owned(), udp: false, configured };
+    let own = SocketRole::Control { path: path.to_owned(), has_file: true };
+    let offered =
+        vec![OfferedSocket { role, bound: Some(configured) }, OfferedSocket { role: own, bound: None }];
+    link.send(&LinkMessage::Sockets(offered), &[], &[door.as_fd(), listening.as_fd()]).unwrap();
+    link.send(&LinkMessage::AllSockets { program: "test".to_owned(), pid }, &[], &[]).unwrap();
+    assert_eq!(next(&link).message, LinkMessage::Ready);
     link
 }
 

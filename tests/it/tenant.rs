@@ -5,18 +5,18 @@ use std::fmt::Write;
 
 use tokio::io::AsyncWriteExt;
 use vestibule::addr::{ClientAddr, DestinationAddr};
-use vestibule::lab::backend::{Backend, Temper};
+use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
-use vestibule::wire::{Builder, Transport};
+use vestibule::wire::{HeaderBuilder, Transport};
 
 use super::harness::{
     ACME, Conf, GLOBEX, INITECH, Proxy, STRANGER, connect, exchange, header, http_get, is_reset,
 };
 
 /// The start of a header of the same client as ever.
-fn builder() -> Builder {
+fn builder() -> HeaderBuilder {
     let (client, destination) = ("10.100.0.10:40000".parse().unwrap(), "10.0.0.5:8080".parse().unwrap());
-    Builder::proxy(Transport::Stream, ClientAddr(client), DestinationAddr(destination))
+    HeaderBuilder::proxy(Transport::Stream, ClientAddr(client), DestinationAddr(destination))
 }
 
 /// A header with these TLVs.
@@ -62,12 +62,12 @@ fn lenient() -> String {
 
 #[tokio::test]
 async fn the_pool_is_the_routes_then_the_tenants_then_the_listeners() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let names = ["by-route", "by-tenant", "by-listener"];
     let mut backends = Vec::new();
     let mut more = String::new();
     for name in names {
-        let backend = Backend::start(name, Temper::Greeting).await.unwrap();
+        let backend = TestBackend::start(name, BackendBehavior::Greeting).await.unwrap();
         let address = backend.address();
         write!(
             more,
@@ -124,7 +124,7 @@ async fn the_pool_is_the_routes_then_the_tenants_then_the_listeners() {
 
 #[tokio::test]
 async fn strangers_are_rejected_unless_a_tenant_takes_them_in() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], more: lenient(), ..Conf::default() };
     let proxy = conf.start().await;
     for listener in ["web", "half"] {
@@ -162,7 +162,7 @@ async fn strangers_are_rejected_unless_a_tenant_takes_them_in() {
 
 #[tokio::test]
 async fn a_disabled_tenant_is_rejected_by_name() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     is_reset(&mut proxy.open(INITECH, b"payload").await).await;
     let disabled = [("tenant", "initech"), ("by", "proxy"), ("at", "tenant"), ("why", "tenant_disabled")];
@@ -178,7 +178,7 @@ async fn a_disabled_tenant_is_rejected_by_name() {
 
 #[tokio::test]
 async fn what_is_no_endpoint_id_is_an_unknown_endpoint_and_what_is_empty_is_none() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], more: lenient(), ..Conf::default() };
     let proxy = conf.start().await;
     let mut other_case = ACME.to_uppercase();
@@ -226,7 +226,7 @@ async fn what_is_no_endpoint_id_is_an_unknown_endpoint_and_what_is_empty_is_none
 
 #[tokio::test]
 async fn header_with_two_different_endpoints_is_refused() {
-    let acme = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let (own, other) = (named(ACME), named(GLOBEX));
     let acmes: [&[(u8, &[u8])]; 3] = [
@@ -256,7 +256,7 @@ async fn header_with_two_different_endpoints_is_refused() {
 
 #[tokio::test]
 async fn labels_of_the_tenant_are_in_the_log_and_no_others() {
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let more = "[[tenant]]\nname = \"labelled\"\nendpoints = [\"vpce-00000001\"]\npool = \"acme\"\nstate = \"disabled\"\n\
                 labels = { plan = \"free\", \"a \\\"b\\\"\" = \"ü\\n\" }";
     let conf = Conf { acme: vec![acme.address()], more: more.to_owned(), ..Conf::default() };
@@ -274,7 +274,7 @@ async fn labels_of_the_tenant_are_in_the_log_and_no_others() {
 #[tokio::test]
 async fn among_10_000_tenants_each_endpoint_leads_to_its_own() {
     const TENANTS: u64 = 10_000;
-    let acme = Backend::start("acme-1", Temper::Echo).await.unwrap();
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     // Neighbours differ in one digit, and every other has an ID of the short form.
     let endpoint = |tenant: u64| {
         if tenant.is_multiple_of(2) { format!("vpce-{tenant:08x}") } else { format!("vpce-{tenant:017x}") }

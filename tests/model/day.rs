@@ -5,12 +5,12 @@ use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vestibule::account::{Labels, Verdict};
+use vestibule::account::{Labels, ProbeResult};
 use vestibule::clock::Moment;
 use vestibule::config::{Balance, Config};
-use vestibule::lab::day::{Act, Event, script};
+use vestibule::lab::day::{DayAction, DayEvent, script};
 use vestibule::pool::backend::Backend;
-use vestibule::pool::{Failed, Picked, Pool, Tried, pick};
+use vestibule::pool::{PickedBackend, Pool, SessionFailure, TriedBackends, pick};
 
 const HOSTS: usize = 20;
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -37,9 +37,9 @@ enum What {
 
 struct Session {
     key: u64,
-    tried: Tried,
+    tried: TriedBackends,
     attempts: u32,
-    picked: Option<Picked>,
+    picked: Option<PickedBackend>,
     up: bool,
 }
 
@@ -47,9 +47,9 @@ struct World {
     length: Duration,
     pool: Pool,
     backends: Vec<Arc<Backend>>,
-    script: Vec<Event>,
+    script: Vec<DayEvent>,
     /// What each host suffers, and since when.
-    down: Vec<Option<(Act, Duration)>>,
+    down: Vec<Option<(DayAction, Duration)>>,
     due: BinaryHeap<Reverse<(Duration, u64, What)>>,
     count: u64,
     sessions: HashMap<u64, Session>,
@@ -74,7 +74,7 @@ fn pool(balance: Balance) -> Pool {
         INTERVAL.as_secs(),
     );
     let config = Config::parse("the day", &text).unwrap();
-    let config = vestibule::config::Pool { balance, ..config.pools[0].clone() };
+    let config = vestibule::config::PoolConfig { balance, ..config.pools[0].clone() };
     Pool::new(&config, &Labels::default())
 }
 
@@ -127,8 +127,8 @@ impl World {
         match what {
             What::Script(place) => {
                 let event = self.script[place];
-                self.down[event.host] = (event.act != Act::Return).then_some((event.act, at));
-                if event.act != Act::Return {
+                self.down[event.host] = (event.act != DayAction::Return).then_some((event.act, at));
+                if event.act != DayAction::Return {
                     let limit = INTERVAL * FALL + Duration::from_secs(1);
                     self.at(at + limit, What::Gone(event.host, at.as_nanos()));
                 }
@@ -143,7 +143,7 @@ impl World {
             What::Probe(host) => {
                 let answer = match self.down[host] {
                     None => (Duration::from_micros(200), true),
-                    Some((Act::Kill, _)) => (Duration::from_micros(100), false),
+                    Some((DayAction::Kill, _)) => (Duration::from_micros(100), false),
                     Some(_) => (SILENCE, false),
                 };
                 self.at(at + answer.0, What::Probed(host, answer.1));
@@ -152,7 +152,7 @@ impl World {
                 self.at(at + Duration::from_millis(jitter), What::Probe(host));
             }
             What::Probed(host, passed) => {
-                let verdict = if passed { Verdict::Passed } else { Verdict::AnswerTimeout };
+                let verdict = if passed { ProbeResult::Passed } else { ProbeResult::AnswerTimeout };
                 self.pool.observe(&self.backends[host], verdict, Duration::from_millis(1), now);
             }
             What::Tend => {
@@ -164,7 +164,8 @@ impl World {
                 self.at(at + Duration::from_secs(1) / rate, What::Arrive);
                 self.pool.arrived(1);
                 let key = pick::hash(&self.rolls.u32(..1_000_000).to_be_bytes());
-                let session = Session { key, tried: Tried::default(), attempts: 0, picked: None, up: false };
+                let session =
+                    Session { key, tried: TriedBackends::default(), attempts: 0, picked: None, up: false };
                 self.count += 1;
                 self.dial(self.count, session, at);
             }
@@ -178,7 +179,7 @@ impl World {
                     let span = Duration::from_millis(self.rolls.u64(1..40));
                     self.at(at + span, What::End(number));
                 } else {
-                    self.pool.failed(picked, Failed::Connect, now);
+                    self.pool.failed(picked, SessionFailure::Connect, now);
                     self.dial(number, session, at);
                 }
             }
@@ -201,7 +202,7 @@ impl World {
         let Some(picked) = picked else { return self.failed.push(at) };
         let took = match self.down[picked.slot() as usize] {
             None => Duration::from_micros(200),
-            Some((Act::Kill, _)) => Duration::from_micros(100),
+            Some((DayAction::Kill, _)) => Duration::from_micros(100),
             Some(_) => SILENCE,
         };
         session.up = self.down[picked.slot() as usize].is_none();

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use vestibule::addr::{ClientAddr, PeerAddr};
-use vestibule::flow::table::{Command, FlowId, Path, Stray, Table, Who};
-use vestibule::id::Claim;
+use vestibule::flow::table::{DatagramAction, FlowClient, FlowId, FlowPath, FlowTable, StrayDatagram};
+use vestibule::id::EndpointClaim;
 
 use super::*;
 
@@ -41,15 +41,18 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-fn path(number: u8) -> Path {
+fn path(number: u8) -> FlowPath {
     // Sockets, addresses that were asked, and senders: each tells paths apart.
     let local = (!number.is_multiple_of(3)).then_some(IpAddr::V4(Ipv4Addr::new(127, 0, 0, number % 3)));
-    Path { socket: u16::from(number / 3), local, peer: PeerAddr(([10, 0, 0, 1], 4_000).into()) }
+    FlowPath { socket: u16::from(number / 3), local, peer: PeerAddr(([10, 0, 0, 1], 4_000).into()) }
 }
 
-fn who(number: u8) -> Who {
-    let endpoint = Claim::from_tlv(Some(format!("vpce-{:08x}", number / 2).as_bytes()));
-    Who { client: Some(ClientAddr(([10, 100, 0, 10], 5_000 + u16::from(number % 2)).into())), endpoint }
+fn who(number: u8) -> FlowClient {
+    let endpoint = EndpointClaim::from_tlv(Some(format!("vpce-{:08x}", number / 2).as_bytes()));
+    FlowClient {
+        client: Some(ClientAddr(([10, 100, 0, 10], 5_000 + u16::from(number % 2)).into())),
+        endpoint,
+    }
 }
 
 fn ms(ms: u32) -> Duration {
@@ -60,8 +63,8 @@ fn ms(ms: u32) -> Duration {
 #[derive(Clone, Debug)]
 struct Known {
     id: FlowId,
-    path: Path,
-    who: Who,
+    path: FlowPath,
+    who: FlowClient,
     tenant: u32,
     value: u64,
     last: Moment,
@@ -77,15 +80,15 @@ struct Naive {
 }
 
 impl Naive {
-    fn hear(&self, path: Path, who: Option<Who>) -> Command {
+    fn hear(&self, path: FlowPath, who: Option<FlowClient>) -> DatagramAction {
         let of = |flow: &&Known| flow.path == path && who.is_none_or(|who| who == flow.who);
         let found: Vec<_> = self.flows.iter().filter(of).collect();
         match (found.as_slice(), who) {
-            ([flow], None) if flow.is_shared => Command::Drop(Stray::Ambiguous),
-            ([flow], _) => Command::ToBackend(flow.id),
-            ([], Some(_)) => Command::Open,
-            ([], None) => Command::Drop(Stray::NoHeader),
-            (_, _) => Command::Drop(Stray::Ambiguous),
+            ([flow], None) if flow.is_shared => DatagramAction::Drop(StrayDatagram::Ambiguous),
+            ([flow], _) => DatagramAction::ToBackend(flow.id),
+            ([], Some(_)) => DatagramAction::Open,
+            ([], None) => DatagramAction::Drop(StrayDatagram::NoHeader),
+            (_, _) => DatagramAction::Drop(StrayDatagram::Ambiguous),
         }
     }
 
@@ -120,7 +123,7 @@ impl Naive {
 proptest! {
     #[test]
     fn the_table_does_what_a_search_through_a_list_would(acts in prop::collection::vec(act(), 1..200)) {
-        let (mut table, mut naive) = (Table::new(IDLE), Naive { flows: Vec::new(), idle: IDLE, changed: Moment::from_nanos(0) });
+        let (mut table, mut naive) = (FlowTable::new(IDLE), Naive { flows: Vec::new(), idle: IDLE, changed: Moment::from_nanos(0) });
         let (mut now, mut next) = (Moment::from_nanos(0), 0_u64);
         for act in acts {
             match act {
@@ -129,7 +132,7 @@ proptest! {
                     let command = table.hear(path, who, now);
                     prop_assert_eq!(command, naive.hear(path, who));
                     match (command, who) {
-                        (Command::Open, Some(who)) => {
+                        (DatagramAction::Open, Some(who)) => {
                             next += 1;
                             let tenant = u32::from(speaker.unwrap() % 3);
                             let id = table.open(path, who, tenant, next, now);
@@ -138,7 +141,7 @@ proptest! {
                             others.for_each(|flow| flow.is_shared = true);
                             naive.flows.push(Known { id, path, who, tenant, value: next, last: now, is_shared });
                         }
-                        (Command::ToBackend(id), _) => {
+                        (DatagramAction::ToBackend(id), _) => {
                             naive.flows.iter_mut().filter(|flow| flow.id == id).for_each(|flow| flow.last = now);
                         }
                         _ => {}
@@ -201,9 +204,9 @@ proptest! {
 }
 
 /// A table of so many flows that began at the start.
-fn filled(flows: u16) -> (Table<u64>, Vec<FlowId>) {
-    let mut table = Table::new(IDLE);
-    let path = |port| Path { socket: 0, local: None, peer: PeerAddr(([10, 0, 0, 1], port).into()) };
+fn filled(flows: u16) -> (FlowTable<u64>, Vec<FlowId>) {
+    let mut table = FlowTable::new(IDLE);
+    let path = |port| FlowPath { socket: 0, local: None, peer: PeerAddr(([10, 0, 0, 1], port).into()) };
     let ids = (0..flows).map(|port| table.open(path(port), who(0), 0, port.into(), START)).collect();
     (table, ids)
 }
@@ -244,7 +247,7 @@ enum Sent {
 /// jumps. Every value tells whose flow it is.
 fn simulate(seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut table: Table<usize> = Table::new(IDLE);
+    let mut table: FlowTable<usize> = FlowTable::new(IDLE);
     let (mut now, mut way, mut answered) = (Moment::from_nanos(1 << 50), Vec::new(), 0);
     // Four consumers share a sender; the fifth has one of its own, and sends its header once.
     let consumers: Vec<_> = (0..5_u8).map(|number| (path(number / 4), who(2 * (number % 4)))).collect();
@@ -263,10 +266,10 @@ fn simulate(seed: u64) {
             Sent::Question { consumer, has_header } => {
                 let (path, who) = consumers[consumer];
                 let id = match table.hear(path, has_header.then_some(who), now) {
-                    Command::ToBackend(id) => id,
-                    Command::Open => table.open(path, who, 0, consumer, now),
-                    Command::Drop(Stray::NoHeader) => continue,
-                    Command::Drop(Stray::Ambiguous) => {
+                    DatagramAction::ToBackend(id) => id,
+                    DatagramAction::Open => table.open(path, who, 0, consumer, now),
+                    DatagramAction::Drop(StrayDatagram::NoHeader) => continue,
+                    DatagramAction::Drop(StrayDatagram::Ambiguous) => {
                         unreachable!("each sender without headers has one flow")
                     }
                 };
@@ -299,7 +302,7 @@ fn simulate(seed: u64) {
     // One speaks, so that the table sees where the clock stands now. Whoever its jumps have put into the future is seen
     // there within a round of the wheel, and then has its time.
     let ((path, who), end) = (consumers[4], now + ROUND + IDLE + LATE);
-    if table.hear(path, Some(who), now) == Command::Open {
+    if table.hear(path, Some(who), now) == DatagramAction::Open {
         table.open(path, who, 0, 4, now);
     }
     while let Some(deadline) = table.deadline() {

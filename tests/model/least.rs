@@ -2,7 +2,7 @@
 
 use vestibule::config::Balance;
 use vestibule::pool::least::Tournament;
-use vestibule::pool::{Pool, Tried};
+use vestibule::pool::{Pool, TriedBackends};
 
 use super::pool::{config, place};
 use super::*;
@@ -89,12 +89,12 @@ proptest! {
         for end in ends {
             match end {
                 Some(which) if !held.is_empty() => {
-                    let ended: vestibule::pool::Picked = held.swap_remove(which.index(held.len()));
+                    let ended: vestibule::pool::PickedBackend = held.swap_remove(which.index(held.len()));
                     all[place(&ended)].0 -= 1;
                 }
                 Some(_) => {}
                 None => {
-                    let picked = pool.pick(0, 0, &mut Tried::default()).ok();
+                    let picked = pool.pick(0, 0, &mut TriedBackends::default()).ok();
                     check(picked.as_ref().map(|picked| place(picked)), &all, unit)?;
                     // Where nobody has a weight, nobody is picked.
                     if let Some(picked) = picked {
@@ -175,7 +175,7 @@ fn with_real_threads_the_loads_are_even_and_the_last_word_is_true() {
             scope.spawn(move || {
                 let mut held = Vec::new();
                 for turn in 0..20_000_usize {
-                    held.push(pool.pick(0, 0, &mut Tried::default()).unwrap());
+                    held.push(pool.pick(0, 0, &mut TriedBackends::default()).unwrap());
                     if held.len() > 250 {
                         drop(held.swap_remove((turn * 7 + seed) % held.len()));
                     }
@@ -189,13 +189,13 @@ fn with_real_threads_the_loads_are_even_and_the_last_word_is_true() {
     let all: Vec<_> =
         pool.roster().backends().iter().map(|backend| (backend.load(), backend.weight())).collect();
     assert_eq!(held.len(), all.iter().map(|(load, _)| *load as usize).sum::<usize>());
-    let picked = pool.pick(0, 0, &mut Tried::default()).ok();
+    let picked = pool.pick(0, 0, &mut TriedBackends::default()).ok();
     check(picked.as_ref().map(|picked| place(picked)), &all, Some(100 * 64)).unwrap();
     drop(picked);
     drop(held);
     assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
     // With all at rest, each is won once nobody else has less.
-    let picked: Vec<_> = (0..10).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    let picked: Vec<_> = (0..10).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
     let loads: Vec<_> = pool.roster().backends().iter().map(|backend| backend.load()).collect();
     assert_eq!((picked.len(), loads), (10, vec![1, 2, 3, 4]));
 }

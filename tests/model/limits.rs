@@ -2,11 +2,11 @@
 
 use std::sync::atomic::AtomicU64;
 
-use vestibule::admission::quota::{FlowPermit, Permit, Quota, Quotas};
-use vestibule::admission::rate::Rate;
+use vestibule::admission::quota::{FlowPermit, Quota, Quotas, SessionPermit};
+use vestibule::admission::rate::RateLimiter;
 use vestibule::clock::Moment;
-use vestibule::config::{Limits, Mode};
-use vestibule::share::Reserve;
+use vestibule::config::{LimitMode, TenantLimits};
+use vestibule::share::ShareReserve;
 
 use super::*;
 
@@ -56,8 +56,8 @@ proptest! {
         burst in 1..20_u64,
         waits in prop::collection::vec(prop_oneof![3 => Just(0_u64), 3 => 0..1500_u64, 1 => 0..30_000_u64], 1..120),
     ) {
-        let rate = Rate::default();
-        rate.set(Some(config::Rate { interval: Duration::from_nanos(interval), burst }));
+        let rate = RateLimiter::default();
+        rate.set(Some(config::RateLimit { interval: Duration::from_nanos(interval), burst }));
         // Tokens in parts of an interval; full at first, as after a silence.
         let (mut level, mut now) = (burst * interval, 0);
         let mut admitted = Vec::new();
@@ -107,7 +107,7 @@ fn grab(tenants: usize) -> impl Strategy<Value = Grab> {
 }
 
 /// A place of the process and one of a tenant.
-type Held = (vestibule::admission::slots::Permit, Result<Permit, FlowPermit>);
+type Held = (vestibule::admission::slots::SlotPermit, Result<SessionPermit, FlowPermit>);
 
 proptest! {
     /// Whatever other tenants have taken, and in which order: a tenant that holds few sessions and flows gets another one,
@@ -121,7 +121,7 @@ proptest! {
         let quotas = Quotas::new(Arc::clone(&slots));
         let tenants: Vec<_> = (0..15).map(|tenant| quotas.find(&labels.intern(&format!("{tenant}")))).collect();
         let mut held: Vec<Vec<Held>> = tenants.iter().map(|_| Vec::new()).collect();
-        let reserve = Reserve::of(process);
+        let reserve = ShareReserve::of(process);
         prop_assert!(process < 1024 || reserve.last / reserve.few >= 64);
         let take = |tenant: usize, flows: bool| -> Option<Held> {
             let slot = slots.take()?;
@@ -162,15 +162,15 @@ enum Deed {
     /// One of the tenants asks, so long after the last deed.
     Admit(usize, u64),
     Drop(Index),
-    Set(usize, Limits),
+    Set(usize, TenantLimits),
 }
 
-fn limits() -> impl Strategy<Value = Limits> {
+fn limits() -> impl Strategy<Value = TenantLimits> {
     let rate = (1..50_u64, 1..6_u64)
-        .prop_map(|(ms, burst)| config::Rate { interval: Duration::from_millis(ms), burst });
-    let mode = prop::sample::select(vec![Mode::Enforce, Mode::Enforce, Mode::Observe]);
+        .prop_map(|(ms, burst)| config::RateLimit { interval: Duration::from_millis(ms), burst });
+    let mode = prop::sample::select(vec![LimitMode::Enforce, LimitMode::Enforce, LimitMode::Observe]);
     (mode, prop::option::of(1..8_usize), prop::option::of(rate)).prop_map(|(mode, sessions, session_rate)| {
-        Limits { mode, sessions, session_rate, ..Limits::default() }
+        TenantLimits { mode, sessions, session_rate, ..TenantLimits::default() }
     })
 }
 
@@ -185,7 +185,7 @@ fn deed() -> impl Strategy<Value = Deed> {
 /// One tenant, in plain numbers.
 #[derive(Clone, Copy, Default)]
 struct Plain {
-    limits: Limits,
+    limits: TenantLimits,
     held: usize,
     /// Nanoseconds until the bucket is full again, at the last deed.
     owed: u64,
@@ -198,7 +198,7 @@ struct Plain {
 impl Plain {
     /// Whether it is admitted, and whether that is only because it observes.
     fn admit(&mut self, room: bool) -> (bool, bool) {
-        let observes = self.limits.mode == Mode::Observe;
+        let observes = self.limits.mode == LimitMode::Observe;
         let mut beyond = self.limits.sessions.is_some_and(|limit| self.held >= limit);
         if beyond && !observes || !room {
             self.rejected += 1;
@@ -279,8 +279,8 @@ const THREADS: usize = 4;
 #[test]
 fn threads_get_the_burst_and_not_one_more() {
     for burst in [1, 7, 1000] {
-        let rate = Rate::default();
-        rate.set(Some(config::Rate { interval: Duration::from_secs(3600), burst }));
+        let rate = RateLimiter::default();
+        rate.set(Some(config::RateLimit { interval: Duration::from_secs(3600), burst }));
         let admitted = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..THREADS {
@@ -297,8 +297,8 @@ fn threads_get_the_burst_and_not_one_more() {
 #[test]
 fn threads_with_a_common_clock_get_the_rate_exactly() {
     const STEPS: u64 = 200_000;
-    let rate = Rate::default();
-    rate.set(Some(config::Rate { interval: Duration::from_nanos(10), burst: 100 }));
+    let rate = RateLimiter::default();
+    rate.set(Some(config::RateLimit { interval: Duration::from_nanos(10), burst: 100 }));
     let (clock, admitted) = (AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
@@ -327,14 +327,17 @@ fn threads_leave_nothing_behind_while_limits_move() {
     let held: Vec<_> = tenants.iter().map(|_| AtomicUsize::new(0)).collect();
     let most = |tenant: usize| tenant + 3;
     for (tenant, quota) in tenants.iter().enumerate() {
-        quota.set(&Limits { sessions: Some(most(tenant)), ..Limits::default() }, Moment::default());
+        quota.set(
+            &TenantLimits { sessions: Some(most(tenant)), ..TenantLimits::default() },
+            Moment::default(),
+        );
     }
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
             let (tenants, held, slots) = (&tenants, &held, &slots);
             scope.spawn(move || {
                 let mut random = fastrand::Rng::with_seed(thread as u64);
-                let mut own: Vec<(usize, Permit)> = Vec::new();
+                let mut own: Vec<(usize, SessionPermit)> = Vec::new();
                 for _ in 0..20_000 {
                     let tenant = random.usize(..2);
                     if random.bool()
@@ -345,7 +348,8 @@ fn threads_leave_nothing_behind_while_limits_move() {
                         drop(permit);
                     } else if random.u8(..) < 8 {
                         let sessions = Some(random.usize(1..=most(tenant)));
-                        tenants[tenant].set(&Limits { sessions, ..Limits::default() }, Moment::default());
+                        tenants[tenant]
+                            .set(&TenantLimits { sessions, ..TenantLimits::default() }, Moment::default());
                     } else if let Some(_slot) = slots.take()
                         && let Ok(permit) = tenants[tenant].admit(Moment::default())
                     {

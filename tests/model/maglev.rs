@@ -1,6 +1,6 @@
 //! The Maglev table against counting: shares by weight, and no key moves that need not.
 
-use vestibule::pool::maglev::{Entry, Table};
+use vestibule::pool::maglev::{MaglevEntry, MaglevTable};
 
 use super::*;
 
@@ -18,7 +18,7 @@ fn weight() -> impl Strategy<Value = u32> {
 }
 
 /// Whose each place is.
-fn places(table: &Table) -> Vec<Option<usize>> {
+fn places(table: &MaglevTable) -> Vec<Option<usize>> {
     (0..SIZE).map(|place| table.find(place).map(usize::from)).collect()
 }
 
@@ -28,14 +28,17 @@ fn shares(places: &[Option<usize>], count: usize) -> Vec<u64> {
     shares
 }
 
-fn entries(wholes: &[(u64, u32)], weights: &[u32]) -> Vec<Entry> {
-    let entry =
-        |((name, whole), weight): (&(u64, u32), &u32)| Entry { name: *name, whole: *whole, weight: *weight };
+fn entries(wholes: &[(u64, u32)], weights: &[u32]) -> Vec<MaglevEntry> {
+    let entry = |((name, whole), weight): (&(u64, u32), &u32)| MaglevEntry {
+        name: *name,
+        whole: *whole,
+        weight: *weight,
+    };
     wholes.iter().zip(weights).map(entry).collect()
 }
 
-fn check_shares(entries: &[Entry]) -> Result<Vec<Option<usize>>, TestCaseError> {
-    let places = places(&Table::new(entries));
+fn check_shares(entries: &[MaglevEntry]) -> Result<Vec<Option<usize>>, TestCaseError> {
+    let places = places(&MaglevTable::new(entries));
     let total: u64 = entries.iter().map(|entry| u64::from(entry.weight)).sum();
     prop_assert!(places.iter().all(|place| place.is_some() == (total > 0)));
     for (share, entry) in shares(&places, entries.len()).into_iter().zip(entries) {

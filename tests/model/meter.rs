@@ -2,9 +2,9 @@
 
 use std::rc::Rc;
 
-use vestibule::account::meter::{Connect, Ledger, Meter, Shard};
-use vestibule::account::{Direction, EachWay, Label};
-use vestibule::outcome::{At, By, Outcome};
+use vestibule::account::meter::{ConnectResult, CounterShard, SessionMetrics, WorkerMetrics};
+use vestibule::account::{Direction, Label, PerDirection};
+use vestibule::outcome::{EndedAt, EndedBy, Outcome};
 
 use super::*;
 
@@ -13,7 +13,7 @@ enum Act {
     Accept(usize),
     /// The tenant and perhaps the pool.
     Assign(Index, usize, Option<usize>),
-    Tried(Index, usize, Connect),
+    Tried(Index, usize, ConnectResult),
     Forwarded(Index, Direction, u32, bool),
     End(Index, Outcome),
     Drop(Index),
@@ -25,7 +25,7 @@ fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
         4 => (0..2_usize).prop_map(Act::Accept),
         3 => (which(), 0..3_usize, prop::option::of(0..2_usize)).prop_map(|(which, tenant, pool)| Act::Assign(which, tenant, pool)),
-        4 => (which(), 0..3_usize, prop::sample::select(Connect::ALL.to_vec()))
+        4 => (which(), 0..3_usize, prop::sample::select(ConnectResult::ALL.to_vec()))
             .prop_map(|(which, backend, result)| Act::Tried(which, backend, result)),
         4 => (which(), direction, any::<u32>(), any::<bool>())
             .prop_map(|(which, direction, bytes, spliced)| Act::Forwarded(which, direction, bytes, spliced)),
@@ -38,11 +38,11 @@ fn act() -> impl Strategy<Value = Act> {
 type Route = [String; 3];
 
 struct Life {
-    meter: Meter,
+    meter: SessionMetrics,
     route: Route,
     backend: Option<(String, String)>,
-    at: At,
-    bytes: EachWay<u64>,
+    at: EndedAt,
+    bytes: PerDirection<u64>,
 }
 
 /// What ought to have been counted.
@@ -70,15 +70,15 @@ fn sum<K: Ord>(pairs: impl IntoIterator<Item = (K, u64)>) -> BTreeMap<K, u64> {
     sums
 }
 
-fn counted(shard: &Shard) -> Sums {
+fn counted(shard: &CounterShard) -> Sums {
     let (routes, backends, listeners) = (shard.routes(), shard.backends(), shard.listeners());
-    let route = |cells: &vestibule::account::meter::RouteCells| {
+    let route = |cells: &vestibule::account::meter::RouteCounters| {
         [&cells.listener, &cells.tenant, &cells.pool].map(|label| label.name().to_owned())
     };
-    let backend = |cells: &vestibule::account::meter::BackendCells| {
+    let backend = |cells: &vestibule::account::meter::BackendCounters| {
         (cells.pool.name().to_owned(), cells.backend.name().to_owned())
     };
-    let both = |values: EachWay<u64>| Direction::ALL.map(|way| (way.word(), *values.way(way)));
+    let both = |values: PerDirection<u64>| Direction::ALL.map(|way| (way.word(), *values.way(way)));
     let worker = &shard.worker;
     Sums {
         accepted: listeners.iter().map(|cells| cells.accepted.value()).sum(),
@@ -94,8 +94,9 @@ fn counted(shard: &Shard) -> Sums {
         })),
         connects: sum(backends.iter().flat_map(|cells| {
             let (pool, name) = backend(cells);
-            let count =
-                move |(result, count): (Connect, u64)| ((pool.clone(), name.clone(), result.word()), count);
+            let count = move |(result, count): (ConnectResult, u64)| {
+                ((pool.clone(), name.clone(), result.word()), count)
+            };
             cells.connects().map(count).collect::<Vec<_>>()
         })),
         backend_active: sum(backends.iter().map(|cells| (backend(cells), cells.active.value()))),
@@ -143,8 +144,8 @@ impl Sums {
 }
 
 struct World {
-    shard: Arc<Shard>,
-    ledger: Rc<Ledger>,
+    shard: Arc<CounterShard>,
+    ledger: Rc<WorkerMetrics>,
     labels: Labels,
     lives: Vec<Life>,
     sums: Sums,
@@ -159,12 +160,12 @@ impl World {
         match act {
             Act::Accept(listener) => {
                 let listener = self.label("listener", listener);
-                let meter = Meter::new(Rc::clone(&self.ledger), &listener);
+                let meter = SessionMetrics::new(Rc::clone(&self.ledger), &listener);
                 let route = [listener.name().to_owned(), String::new(), String::new()];
                 self.sums.accepted += 1;
                 self.sums.begin(&route);
-                let bytes = EachWay::default();
-                self.lives.push(Life { meter, route, backend: None, at: At::Header, bytes });
+                let bytes = PerDirection::default();
+                self.lives.push(Life { meter, route, backend: None, at: EndedAt::Header, bytes });
             }
             _ if self.lives.is_empty() => {}
             Act::Assign(which, tenant, pool) => {
@@ -188,9 +189,9 @@ impl World {
                 }
                 life.meter.tried(&backend, result);
                 let key = (life.route[2].clone(), backend.name().to_owned());
-                life.at = At::Connect;
-                if result == Connect::Done {
-                    life.at = At::Forward;
+                life.at = EndedAt::Connect;
+                if result == ConnectResult::Done {
+                    life.at = EndedAt::Forward;
                     life.backend = Some(key.clone());
                     *self.sums.backend_active.entry(key.clone()).or_default() += 1;
                 }
@@ -210,7 +211,7 @@ impl World {
             }
             Act::Drop(which) => {
                 let life = self.take(which);
-                self.sums.end(&life, Outcome::new(By::Proxy, life.at, Why::Drained));
+                self.sums.end(&life, Outcome::new(EndedBy::Proxy, life.at, Reason::Drained));
             }
         }
     }
@@ -238,15 +239,15 @@ impl World {
 proptest! {
     #[test]
     fn every_session_is_counted_once_and_nothing_is_left(acts in prop::collection::vec(act(), 0..60)) {
-        let (shard, labels) = (Arc::new(Shard::default()), Labels::default());
-        let ledger = Ledger::new(Arc::clone(&shard), labels.intern(""));
+        let (shard, labels) = (Arc::new(CounterShard::default()), Labels::default());
+        let ledger = WorkerMetrics::new(Arc::clone(&shard), labels.intern(""));
         let mut world = World { shard, ledger, labels, lives: Vec::new(), sums: Sums::default() };
         for act in acts {
             world.act(act);
             world.check()?;
         }
         while let Some(life) = world.lives.pop() {
-            world.sums.end(&life, Outcome::new(By::Proxy, life.at, Why::Drained));
+            world.sums.end(&life, Outcome::new(EndedBy::Proxy, life.at, Reason::Drained));
         }
         world.check()?;
         let sums = counted(&world.shard);

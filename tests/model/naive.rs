@@ -1,6 +1,6 @@
 //! The naive model of a pool: what was said of each backend, and who may be picked for that.
 
-use vestibule::pool::health::{Rules, State};
+use vestibule::pool::health::{HealthRules, HealthState};
 
 use super::pool::believed;
 use super::*;
@@ -27,14 +27,14 @@ pub(super) struct One {
 }
 
 pub(super) struct Model {
-    pub(super) config: config::Pool,
+    pub(super) config: config::PoolConfig,
     pub(super) all: Vec<One>,
     pub(super) now: u64,
     pub(super) tenants: Vec<u32>,
 }
 
 impl Model {
-    pub(super) fn new(config: &config::Pool) -> Self {
+    pub(super) fn new(config: &config::PoolConfig) -> Self {
         let one = One {
             results: Vec::new(),
             not_connected: 0,
@@ -50,15 +50,15 @@ impl Model {
         Self { config: config.clone(), all, now: 0, tenants: Vec::new() }
     }
 
-    pub(super) fn state(&self, place: usize) -> State {
+    pub(super) fn state(&self, place: usize) -> HealthState {
         match &self.config.health {
             None => {
-                let (rules, start) = (Rules { rise: 1, fall: 1 }, State::Healthy);
+                let (rules, start) = (HealthRules { rise: 1, fall: 1 }, HealthState::Healthy);
                 believed(rules, start, &self.all[place].results)
             }
             Some(probe) => {
-                let rules = Rules { rise: probe.rise, fall: probe.fall };
-                believed(rules, State::Unknown, &self.all[place].results)
+                let rules = HealthRules { rise: probe.rise, fall: probe.fall };
+                believed(rules, HealthState::Unknown, &self.all[place].results)
             }
         }
     }
@@ -93,8 +93,8 @@ impl Model {
                 self.config.backends[*place].weight > 0 && self.config.backends[*place].backup == backups
             })
         };
-        let is_sound = |place: &usize| self.state(*place) != State::Unhealthy && !self.is_out(*place);
-        let is_good = |place: &usize| self.state(*place) == State::Healthy && !self.is_out(*place);
+        let is_sound = |place: &usize| self.state(*place) != HealthState::Unhealthy && !self.is_out(*place);
+        let is_good = |place: &usize| self.state(*place) == HealthState::Healthy && !self.is_out(*place);
         let sound = of(false).filter(is_sound).count();
         let wanted = self.config.panic_threshold as usize * of(false).count();
         sound * 100 < wanted && (sound > 0 || !of(true).any(|place| is_good(&place)))
@@ -108,13 +108,13 @@ impl Model {
             return backends.iter().map(|it| if it.backup { 0 } else { it.weight * PARTS }).collect();
         }
         let rank = |place: usize| match (self.state(place), self.is_out(place), backends[place].backup) {
-            (State::Unhealthy, ..) => None,
-            (State::Healthy, false, false) => Some(0),
-            (State::Healthy, false, true) => Some(1),
-            (State::Unknown, false, false) => Some(2),
-            (State::Unknown, false, true) => Some(3),
-            (State::Healthy | State::Unknown, true, false) => Some(4),
-            (State::Healthy | State::Unknown, true, true) => Some(5),
+            (HealthState::Unhealthy, ..) => None,
+            (HealthState::Healthy, false, false) => Some(0),
+            (HealthState::Healthy, false, true) => Some(1),
+            (HealthState::Unknown, false, false) => Some(2),
+            (HealthState::Unknown, false, true) => Some(3),
+            (HealthState::Healthy | HealthState::Unknown, true, false) => Some(4),
+            (HealthState::Healthy | HealthState::Unknown, true, true) => Some(5),
         };
         let with_weight = |place: usize| backends[place].weight > 0;
         let best = places().filter(|place| with_weight(*place)).filter_map(rank).min();
@@ -170,7 +170,7 @@ impl Model {
         let before = self.state(place);
         self.all[place].results.push(success);
         let after = self.state(place);
-        if (before, after) == (State::Unhealthy, State::Healthy) {
+        if (before, after) == (HealthState::Unhealthy, HealthState::Healthy) {
             let span = u64::try_from(self.config.slow_start.as_millis()).unwrap();
             self.all[place].back = (span > 0).then_some((self.now, span));
         }
@@ -196,7 +196,10 @@ impl Model {
     pub(super) fn spare(&self) -> Vec<usize> {
         let is_good = |place: &usize| {
             let own = &self.config.backends[*place];
-            self.state(*place) == State::Healthy && !self.is_out(*place) && own.weight > 0 && !own.backup
+            self.state(*place) == HealthState::Healthy
+                && !self.is_out(*place)
+                && own.weight > 0
+                && !own.backup
         };
         if self.is_panic() { Vec::new() } else { (0..self.all.len()).filter(is_good).collect() }
     }

@@ -1,12 +1,12 @@
 //! Bandwidth against plain sums: random sessions on two workers, whose ticks come when they like.
 
 use vestibule::account::Direction;
-use vestibule::admission::budget::Budget;
-use vestibule::admission::pacer::Pacer;
-use vestibule::admission::purse::{Desk, Grant, Purse};
+use vestibule::admission::budget::BandwidthBudget;
+use vestibule::admission::pacer::BandwidthQueue;
+use vestibule::admission::purse::{BandwidthContext, DirectionLimiter, ReadGrant};
 use vestibule::admission::quota::Quota;
 use vestibule::clock::Moment;
-use vestibule::config::Bandwidth;
+use vestibule::config::BandwidthLimit;
 
 use super::*;
 
@@ -39,7 +39,7 @@ fn appetite() -> impl Strategy<Value = Appetite> {
 struct Session {
     worker: usize,
     appetite: Appetite,
-    purse: Purse,
+    purse: DirectionLimiter,
     /// Bytes that are there to be read.
     ready: u64,
     since: u64,
@@ -51,7 +51,7 @@ struct Session {
 
 struct World {
     quota: Arc<Quota>,
-    pacers: [Pacer; 2],
+    pacers: [BandwidthQueue; 2],
     /// When each worker's ticks come: how many milliseconds after the fiftieth.
     phases: [u64; 2],
     ticks: [u32; 2],
@@ -66,11 +66,11 @@ const READS: usize = 32;
 impl World {
     fn new(rate: u64, burst: u64, phases: [u64; 2], sessions: &[(usize, Appetite)]) -> Self {
         let quota = Arc::new(Quota::default());
-        quota.budget(WAY).set(Some(Bandwidth { bytes_per_second: rate, burst }), at_ms(0));
+        quota.budget(WAY).set(Some(BandwidthLimit { bytes_per_second: rate, burst }), at_ms(0));
         let session = |(worker, appetite): &(usize, Appetite)| Session {
             worker: *worker,
             appetite: *appetite,
-            purse: Purse::default(),
+            purse: DirectionLimiter::default(),
             ready: 0,
             since: 0,
             read: 0,
@@ -81,7 +81,7 @@ impl World {
         Self { quota, pacers: Default::default(), phases, ticks: [1; 2], sessions, read: Vec::new() }
     }
 
-    fn budget(&self) -> &Budget {
+    fn budget(&self) -> &BandwidthBudget {
         self.quota.budget(WAY)
     }
 
@@ -124,10 +124,10 @@ impl World {
 
 impl Session {
     /// Reads as long as there is something and it may; how much.
-    fn turn(&mut self, quota: &Arc<Quota>, pacer: &mut Pacer, tick: Tick, ms: u64) -> u64 {
+    fn turn(&mut self, quota: &Arc<Quota>, pacer: &mut BandwidthQueue, tick: Tick, ms: u64) -> u64 {
         let mut read = 0;
         for _ in 0..READS {
-            let mut desk = Desk { quota, pacer, direction: WAY };
+            let mut desk = BandwidthContext { quota, pacer, direction: WAY };
             if self.ready == 0 && !self.purse.is_waiting(desk.pacer) {
                 self.purse.leave(desk.pacer, at_ms(ms));
                 return read;
@@ -135,7 +135,7 @@ impl Session {
             let Some(grant) = self.purse.ask(&mut desk, 64 * 1024, &self.waker, tick, at_ms(ms)) else {
                 return read;
             };
-            assert!(matches!(grant, Grant::Taken(_) | Grant::Queued(_)), "{grant:?}");
+            assert!(matches!(grant, ReadGrant::Taken(_) | ReadGrant::Queued(_)), "{grant:?}");
             let count = (grant.most() as u64).min(self.ready);
             assert!(grant.most() > 0 && grant.most() <= 64 * 1024);
             self.purse.settle(&mut desk, grant, count, at_ms(ms));
@@ -212,7 +212,7 @@ proptest! {
         for session in &mut world.sessions {
             session.purse.leave(&mut world.pacers[session.worker], at_ms(4000));
         }
-        prop_assert!(world.pacers.iter().all(Pacer::is_empty));
+        prop_assert!(world.pacers.iter().all(BandwidthQueue::is_empty));
         prop_assert_eq!(world.budget().waiting(), 0);
         let full = world.budget().take(u64::MAX >> 24, 1, at_ms(4000 + 1200));
         prop_assert!(full >= bucket - bucket / 1000 - 1 && full <= bucket + 1, "{full} of {bucket}");

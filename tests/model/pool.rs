@@ -4,16 +4,18 @@ use std::collections::{BTreeSet, VecDeque};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use vestibule::account::Verdict;
+use vestibule::account::ProbeResult;
 use vestibule::clock::Moment;
-use vestibule::config::{Ask, Backend, Balance, Ejection, Probe, Queue, Target};
+use vestibule::config::{
+    BackendConfig, BackendTarget, Balance, EjectionConfig, ProbeCheck, ProbeConfig, QueueConfig,
+};
 use vestibule::pool::ejection;
-use vestibule::pool::health::{FULL, Health, Rules, State, ramp};
-use vestibule::pool::pick::{self, Shares};
-use vestibule::pool::queue::Place;
-use vestibule::pool::retry::Budget;
-use vestibule::pool::{Nobody, Picked, Pool, Tried};
-use vestibule::share::Reserve;
+use vestibule::pool::health::{FULL, HealthRules, HealthState, ProbeHealth, ramp};
+use vestibule::pool::pick::{self, WeightTable};
+use vestibule::pool::queue::QueuePlace;
+use vestibule::pool::retry::RetryBudget;
+use vestibule::pool::{PickError, PickedBackend, Pool, TriedBackends};
+use vestibule::share::ShareReserve;
 
 use super::*;
 
@@ -24,15 +26,15 @@ pub(super) fn at(milliseconds: u64) -> Moment {
 }
 
 /// A pool of backends on ports from 1000 on, of these weights.
-pub(super) fn config(balance: Balance, weights: &[u32]) -> config::Pool {
-    let backend = |(port, weight): (u16, &u32)| Backend {
-        target: Target::Address(([10, 0, 0, 1], port).into()),
+pub(super) fn config(balance: Balance, weights: &[u32]) -> config::PoolConfig {
+    let backend = |(port, weight): (u16, &u32)| BackendConfig {
+        target: BackendTarget::Address(([10, 0, 0, 1], port).into()),
         weight: *weight,
         zone: None,
         max_sessions: None,
         backup: false,
     };
-    config::Pool {
+    config::PoolConfig {
         name: "shared".to_owned(),
         balance,
         backends: (1000..).zip(weights).map(backend).collect(),
@@ -42,20 +44,28 @@ pub(super) fn config(balance: Balance, weights: &[u32]) -> config::Pool {
         retry_budget: 20,
         slow_start: Duration::ZERO,
         source_addresses: Vec::new(),
-        queue: Queue { length: 0, timeout: SECOND },
+        queue: QueueConfig { length: 0, timeout: SECOND },
         panic_threshold: 0,
         health: None,
-        ejection: Ejection { consecutive_failures: 0, base_time: SECOND, max_percent: 0 },
+        ejection: EjectionConfig { consecutive_failures: 0, base_time: SECOND, max_percent: 0 },
     }
 }
 
 /// A probe that changes what is believed after so many results.
-pub(super) fn probe(rise: u32, fall: u32) -> Probe {
-    Probe { interval: SECOND, timeout: SECOND, rise, fall, port: None, send_proxy: false, ask: Ask::Connect }
+pub(super) fn probe(rise: u32, fall: u32) -> ProbeConfig {
+    ProbeConfig {
+        interval: SECOND,
+        timeout: SECOND,
+        rise,
+        fall,
+        port: None,
+        send_proxy: false,
+        ask: ProbeCheck::Connect,
+    }
 }
 
-pub(super) fn verdict(success: bool) -> Verdict {
-    if success { Verdict::Passed } else { Verdict::ConnectRefused }
+pub(super) fn verdict(success: bool) -> ProbeResult {
+    if success { ProbeResult::Passed } else { ProbeResult::ConnectRefused }
 }
 
 /// The place of a backend in the configuration.
@@ -64,7 +74,7 @@ pub(super) fn place(backend: &vestibule::pool::backend::Backend) -> usize {
 }
 
 /// What a place in the line has been given, where it has.
-pub(super) fn given(place: &mut Place) -> Option<Picked> {
+pub(super) fn given(place: &mut QueuePlace) -> Option<PickedBackend> {
     match Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(picked) => Some(picked),
         Poll::Pending => None,
@@ -74,7 +84,7 @@ pub(super) fn given(place: &mut Place) -> Option<Picked> {
 // Health.
 
 /// What to believe after these results: the first decides, then so many equal ones at the end.
-pub(super) fn believed(rules: Rules, start: State, results: &[bool]) -> State {
+pub(super) fn believed(rules: HealthRules, start: HealthState, results: &[bool]) -> HealthState {
     let mut state = start;
     for seen in 1..=results.len() {
         let seen = &results[..seen];
@@ -83,11 +93,11 @@ pub(super) fn believed(rules: Rules, start: State, results: &[bool]) -> State {
             tail == count as usize
         };
         state = match state {
-            State::Unknown if seen[0] => State::Healthy,
-            State::Unknown => State::Unhealthy,
-            State::Healthy if ends_with(false, rules.fall) => State::Unhealthy,
-            State::Unhealthy if ends_with(true, rules.rise) => State::Healthy,
-            same @ (State::Healthy | State::Unhealthy) => same,
+            HealthState::Unknown if seen[0] => HealthState::Healthy,
+            HealthState::Unknown => HealthState::Unhealthy,
+            HealthState::Healthy if ends_with(false, rules.fall) => HealthState::Unhealthy,
+            HealthState::Unhealthy if ends_with(true, rules.rise) => HealthState::Healthy,
+            same @ (HealthState::Healthy | HealthState::Unhealthy) => same,
         };
     }
     state
@@ -98,11 +108,11 @@ proptest! {
     fn health_is_what_the_last_results_say(
         rise in 1..6_u32,
         fall in 1..6_u32,
-        start in prop::sample::select(vec![State::Unknown, State::Healthy, State::Unhealthy]),
+        start in prop::sample::select(vec![HealthState::Unknown, HealthState::Healthy, HealthState::Unhealthy]),
         results in prop::collection::vec(prop_oneof![3 => Just(true), 2 => Just(false)], 0..60),
     ) {
-        let rules = Rules { rise, fall };
-        let mut health = Health::new(rules, start);
+        let rules = HealthRules { rise, fall };
+        let mut health = ProbeHealth::new(rules, start);
         for seen in 0..results.len() {
             let before = believed(rules, start, &results[..seen]);
             let after = believed(rules, start, &results[..=seen]);
@@ -141,8 +151,8 @@ proptest! {
         base in prop_oneof![1..60_u64, Just(700)],
         turns in prop::collection::vec((0..400_u64, 0..700_u64), 1..30),
     ) {
-        let rules = ejection::Rules { consecutive_failures: 1, base: Duration::from_secs(base), max_percent: 50 };
-        let mut ejection = ejection::Ejection::default();
+        let rules = ejection::EjectionRules { consecutive_failures: 1, base: Duration::from_secs(base), max_percent: 50 };
+        let mut ejection = ejection::EjectionState::default();
         // Seconds; how many ejections count; since when it is in.
         let (mut now, mut counted, mut since) = (0_u64, 0_u32, 0);
         for (good, early) in turns {
@@ -168,7 +178,7 @@ proptest! {
 
     #[test]
     fn some_may_be_out_but_never_more_than_the_percent_and_never_all(backends in 0..300_usize, percent in 0..=100_u32) {
-        let rules = ejection::Rules { consecutive_failures: 1, base: SECOND, max_percent: percent };
+        let rules = ejection::EjectionRules { consecutive_failures: 1, base: SECOND, max_percent: percent };
         let allowed = |out: &usize| {
             let share = out * 100 <= backends * percent as usize;
             *out == 0 || *out < backends && (share || *out == 1 && percent > 0)
@@ -200,7 +210,7 @@ proptest! {
         percent in 0..=100_u32,
         spends in prop::collection::vec(spend(), 0..60),
     ) {
-        let budget = Budget::new(percent);
+        let budget = RetryBudget::new(percent);
         let (mut now, mut retries, mut sessions) = (0, 0_u64, 0_u64);
         // The same since each moment: there never is more saved than 1,000 and what one session brings.
         let mut windows = vec![(0, 0, 0, 100)];
@@ -263,9 +273,9 @@ proptest! {
         config.queue.length = length;
         let pool = Pool::new(&config, &Labels::default());
         let room = rooms.iter().sum::<u32>() as usize;
-        let mut held: Vec<_> = (0..room).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+        let mut held: Vec<_> = (0..room).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
         // Who joined, in turn, with whether it has been given a backend by the model; the first are.
-        let mut line: VecDeque<(Place, bool)> = VecDeque::new();
+        let mut line: VecDeque<(QueuePlace, bool)> = VecDeque::new();
         for turn in turns {
             match turn {
                 Turn::Join => {
@@ -344,21 +354,21 @@ proptest! {
         config.queue.length = 8;
         let pool = Pool::new(&config, &Labels::default());
         pool.set_shared(true);
-        let reserve = Reserve::of(rooms.iter().sum::<u32>() as usize);
-        let mut held: Vec<(u32, Picked)> = Vec::new();
-        let mut line: Vec<(u32, Place)> = Vec::new();
+        let reserve = ShareReserve::of(rooms.iter().sum::<u32>() as usize);
+        let mut held: Vec<(u32, PickedBackend)> = Vec::new();
+        let mut line: Vec<(u32, QueuePlace)> = Vec::new();
         for turn in (0..greedy).map(|_| Take::Session(0)).chain(turns) {
             match turn {
-                Take::Session(tenant) => match pool.pick_for(tenant, 0, 0, &mut Tried::default()) {
+                Take::Session(tenant) => match pool.pick_for(tenant, 0, 0, &mut TriedBackends::default()) {
                     Ok(picked) => held.push((tenant, picked)),
-                    Err(Nobody::Share | Nobody::Free) => {
+                    Err(PickError::Share | PickError::Free) => {
                         line.extend(pool.wait(tenant).map(|place| (tenant, place)));
                     }
-                    Err(Nobody::Usable) => prop_assert!(false, "every backend is used"),
+                    Err(PickError::Usable) => prop_assert!(false, "every backend is used"),
                 },
                 Take::Move(which) if !held.is_empty() => {
                     let (tenant, _) = held.swap_remove(which.index(held.len()));
-                    let again = pool.pick_again(tenant, 0, 0, &mut Tried::default());
+                    let again = pool.pick_again(tenant, 0, 0, &mut TriedBackends::default());
                     held.extend(again.map(|picked| (tenant, picked)));
                 }
                 Take::End(which) if !held.is_empty() => drop(held.swap_remove(which.index(held.len()))),
@@ -380,7 +390,7 @@ proptest! {
                 prop_assert_eq!(pool.held(*tenant), *own);
             }
             if holders.len() < reserve.last / reserve.few {
-                let newcomer = pool.pick_for(99, 0, 0, &mut Tried::default());
+                let newcomer = pool.pick_for(99, 0, 0, &mut TriedBackends::default());
                 prop_assert!(newcomer.is_ok(), "{} places taken by {} tenants", load, holders.len());
             }
         }
@@ -396,7 +406,7 @@ proptest! {
     #[test]
     fn round_robin_is_even_from_wherever_it_starts(count in 1..30_usize, skipped in 0..50_u16, rounds in 1..10_usize) {
         let pool = Pool::new(&config(Balance::RoundRobin, &vec![7; count]), &Labels::default());
-        let next = || place(&pool.pick(0, 0, &mut Tried::default()).unwrap());
+        let next = || place(&pool.pick(0, 0, &mut TriedBackends::default()).unwrap());
         for _ in 0..skipped {
             next();
         }
@@ -411,7 +421,7 @@ proptest! {
         weights in prop::collection::vec(1..1_000_u32, 2..20),
         skipped in 0..100_000_usize,
     ) {
-        let shares = Shares::new(&weights);
+        let shares = WeightTable::new(&weights);
         let total = f64::from(weights.iter().sum::<u32>());
         let mut counts = vec![0_u32; weights.len()];
         for turn in 0..1_000_u16 {
@@ -444,7 +454,7 @@ proptest! {
         };
         let looks = AtomicUsize::new(0);
         let weights: Vec<_> = places.iter().map(|(weight, _)| *weight).collect();
-        let picked = pick::p2c(roll, &Shares::new(&weights), |place| {
+        let picked = pick::p2c(roll, &WeightTable::new(&weights), |place| {
             looks.fetch_add(1, Ordering::Relaxed);
             places[place].1
         });

@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use vestibule::admission::ports::{EVERY_BACKEND, Port, Ports, Range, Reuse, Space};
+use vestibule::admission::ports::{
+    EVERY_BACKEND, LocalPort, LocalPortRange, LocalPorts, PortSpace, TimeWaitReuse,
+};
 
 use super::*;
 
@@ -99,11 +101,11 @@ impl Naive {
             || (free >= last && held < free)
     }
 
-    fn add(&mut self, place: usize, port: &Port, is: Use) {
+    fn add(&mut self, place: usize, port: &LocalPort, is: Use) {
         self.known.push(Known { place, tenant: port.tenant(), number: port.number(), is });
     }
 
-    fn refused(&mut self, place: usize, port: Port, is_udp: bool) {
+    fn refused(&mut self, place: usize, port: LocalPort, is_udp: bool) {
         if is_udp {
             self.barred[place] = self.tick + 1;
         } else {
@@ -122,10 +124,10 @@ impl Naive {
 /// Ports, and where they are in the naive list: a port that is live is there as long.
 struct Held {
     place: usize,
-    port: Port,
+    port: LocalPort,
 }
 
-fn forget(naive: &mut Naive, place: usize, port: &Port) {
+fn forget(naive: &mut Naive, place: usize, port: &LocalPort) {
     let is_it = |known: &Known| {
         known.is == Use::Live
             && (known.place, known.tenant, known.number) == (place, port.tenant(), port.number())
@@ -137,17 +139,17 @@ fn forget(naive: &mut Naive, place: usize, port: &Port) {
 /// Takes a port where the rule says so, and one that nothing else uses.
 fn take(
     naive: &Naive,
-    space: &Arc<Space>,
+    space: &Arc<PortSpace>,
     (tenant, place): (u32, usize),
     is_udp: bool,
-) -> Result<Option<Port>, TestCaseError> {
+) -> Result<Option<LocalPort>, TestCaseError> {
     let port = space.take(tenant);
     let is_asked = !is_udp || naive.tick >= naive.barred[place];
     prop_assert_eq!(port.is_some(), is_asked && naive.allows(place, tenant));
     // However much others hold, a tenant without a port gets one as long as one is free.
     let is_free = naive.used(place).len() < naive.limit;
     prop_assert!(port.is_some() || !is_asked || !is_free || naive.held(place, tenant) > 0);
-    if let Some(number) = port.as_ref().and_then(Port::number) {
+    if let Some(number) = port.as_ref().and_then(LocalPort::number) {
         prop_assert!((1_000..1_000 + COUNT).contains(&usize::from(number)));
         prop_assert!(naive.used(place).iter().all(|known| known.number != Some(number)), "{}", number);
     }
@@ -156,8 +158,8 @@ fn take(
 
 /// Does it all, to the account and to the list.
 fn run(
-    ports: &Ports,
-    spaces: impl Fn(usize) -> Arc<Space>,
+    ports: &LocalPorts,
+    spaces: impl Fn(usize) -> Arc<PortSpace>,
     mut naive: Naive,
     is_udp: bool,
     acts: Vec<Act>,
@@ -230,8 +232,8 @@ fn run(
     Ok(())
 }
 
-fn range() -> Range {
-    Range::new(1_000, 999 + u16::try_from(COUNT).unwrap(), |_| false)
+fn range() -> LocalPortRange {
+    LocalPortRange::new(1_000, 999 + u16::try_from(COUNT).unwrap(), |_| false)
 }
 
 fn naive(limit: usize, waits: [u64; 3]) -> Naive {
@@ -241,7 +243,7 @@ fn naive(limit: usize, waits: [u64; 3]) -> Naive {
 proptest! {
     #[test]
     fn tcp_ports_are_counted_by_backend_and_tenant_through_time_wait(acts in prop::collection::vec(act(), 1..300)) {
-        let ports = Ports::new(range(), Reuse::Loopback);
+        let ports = LocalPorts::new(range(), TimeWaitReuse::Loopback);
         let source = "10.0.0.9".parse::<IpAddr>().unwrap();
         let pairs: [(_, SocketAddr); 3] = [
             (None, "10.0.0.1:80".parse().unwrap()),
@@ -254,7 +256,7 @@ proptest! {
 
     #[test]
     fn udp_ports_are_counted_by_source_address_and_tenant(acts in prop::collection::vec(act(), 1..300)) {
-        let ports = Ports::udp(range());
+        let ports = LocalPorts::udp(range());
         let sources = [None, Some("10.0.0.9".parse::<IpAddr>().unwrap()), Some("fd00::9".parse().unwrap())];
         let space = |place: usize| ports.space(sources[place], EVERY_BACKEND);
         run(&ports, space, naive(COUNT - 1, [0; 3]), true, acts)?;

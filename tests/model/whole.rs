@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 
 use vestibule::clock::Moment;
-use vestibule::config::{Balance, Ejection};
-use vestibule::pool::health::State;
-use vestibule::pool::queue::Place;
-use vestibule::pool::{Failed, Nobody, Picked, Pool, Tried};
+use vestibule::config::{Balance, EjectionConfig};
+use vestibule::pool::health::HealthState;
+use vestibule::pool::queue::QueuePlace;
+use vestibule::pool::{PickError, PickedBackend, Pool, SessionFailure, TriedBackends};
 
 use super::naive::Model;
 use super::pool::{at, config, given, place, probe, verdict};
@@ -50,7 +50,7 @@ fn act() -> impl Strategy<Value = (Act, u64)> {
 }
 
 /// A pool's configuration, apart from its algorithm.
-fn rules() -> impl Strategy<Value = config::Pool> {
+fn rules() -> impl Strategy<Value = config::PoolConfig> {
     let weight = prop_oneof![1 => Just(0_u32), 4 => Just(100), 2 => 1..=1_000_u32];
     let zone = prop::sample::select(vec![None, Some("a".to_owned()), Some("b".to_owned())]);
     let backend = (weight, prop::bool::weighted(0.2), prop::option::weighted(0.4, 1..9_u32), zone);
@@ -74,8 +74,11 @@ fn rules() -> impl Strategy<Value = config::Pool> {
                 config.queue.length = length;
                 config.health = health.map(|(rise, fall)| probe(rise, fall));
                 let (consecutive_failures, base, max_percent) = ejection;
-                config.ejection =
-                    Ejection { consecutive_failures, base_time: Duration::from_secs(base), max_percent };
+                config.ejection = EjectionConfig {
+                    consecutive_failures,
+                    base_time: Duration::from_secs(base),
+                    max_percent,
+                };
                 config
             },
         )
@@ -85,8 +88,8 @@ fn rules() -> impl Strategy<Value = config::Pool> {
 struct Run {
     pool: Pool,
     model: Model,
-    held: Vec<Picked>,
-    line: VecDeque<Place>,
+    held: Vec<PickedBackend>,
+    line: VecDeque<QueuePlace>,
     /// Who may be picked for a first attempt, as of when the pool was tended.
     used: Vec<usize>,
     /// Who might have been since, whenever the roster was made: until the pool is tended again, it may be any of these.
@@ -123,7 +126,7 @@ impl Run {
                 for _ in 0..times {
                     let (place, backend) = self.backend(which);
                     self.model.all[place].not_connected += 1;
-                    let change = self.pool.failed(&backend, Failed::Connect, self.now());
+                    let change = self.pool.failed(&backend, SessionFailure::Connect, self.now());
                     let count = self.model.all[place].not_connected;
                     self.ejected(place, change.and_then(|change| change.out_for), count)?;
                 }
@@ -132,7 +135,7 @@ impl Run {
                 for _ in 0..times {
                     let (place, backend) = self.backend(which);
                     let count = self.model.reset(place, tenant);
-                    let change = self.pool.failed(&backend, Failed::Reset { tenant }, self.now());
+                    let change = self.pool.failed(&backend, SessionFailure::Reset { tenant }, self.now());
                     self.ejected(place, change.and_then(|change| change.out_for), count)?;
                 }
             }
@@ -192,8 +195,8 @@ impl Run {
     }
 
     fn session(&mut self, key: u64, rolls: &[u64]) -> Result<(), TestCaseError> {
-        let (mut tried, mut places) = (Tried::default(), Vec::new());
-        let mut last: Option<Picked> = None;
+        let (mut tried, mut places) = (TriedBackends::default(), Vec::new());
+        let mut last: Option<PickedBackend> = None;
         for roll in rolls {
             // The attempt before is over when the next is made.
             if let Some(over) = last.take() {
@@ -206,7 +209,7 @@ impl Run {
             let others: Vec<_> = (0..self.model.all.len())
                 .filter(left)
                 .filter(|place| self.model.config.backends[*place].weight > 0)
-                .filter(|place| self.model.state(*place) != State::Unhealthy)
+                .filter(|place| self.model.state(*place) != HealthState::Unhealthy)
                 .collect();
             let mut allowed = if first.is_empty() { others } else { first };
             if self.used.iter().all(|place| places.contains(place))
@@ -236,7 +239,7 @@ impl Run {
                     let waits = places.is_empty() && !self.line.is_empty() && !self.used.is_empty();
                     let free = allowed.iter().chain(&spare).filter(|place| has_room(place)).count();
                     prop_assert!(waits || free == 0, "{:?} with room in {:?}", why, allowed);
-                    prop_assert_eq!(why == Nobody::Usable, allowed.is_empty() && !waits);
+                    prop_assert_eq!(why == PickError::Usable, allowed.is_empty() && !waits);
                     break;
                 }
                 Err(_) => break,
@@ -346,7 +349,7 @@ impl Run {
     }
 }
 
-fn run(balance: Balance, mut config: config::Pool, acts: Vec<(Act, u64)>) -> Result<(), TestCaseError> {
+fn run(balance: Balance, mut config: config::PoolConfig, acts: Vec<(Act, u64)>) -> Result<(), TestCaseError> {
     config.balance = balance;
     let pool = Pool::new(&config, &Labels::default());
     let model = Model::new(&config);
@@ -415,7 +418,7 @@ proptest! {
         let mut config = config(Balance::P2c, &[100, 100]);
         (config.backends[1].zone, config.prefer_zone) = (Some("a".to_owned()), Some("a".to_owned()));
         config.queue.length = 1;
-        config.ejection = Ejection { consecutive_failures: 1, base_time: Duration::from_secs(1), max_percent: 10 };
+        config.ejection = EjectionConfig { consecutive_failures: 1, base_time: Duration::from_secs(1), max_percent: 10 };
         let acts = [(Act::NotConnected(first, 1), 1_000), (Act::Probe(first, false), 0), (Act::Wait, 0)];
         for balance in [Balance::RoundRobin, Balance::LeastSessions, Balance::P2c, Balance::Maglev] {
             run(balance, config.clone(), acts.to_vec())?;

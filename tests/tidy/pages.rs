@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use vestibule::account::names::{self, Kind};
+use vestibule::account::names::{self, MetricKind};
 use vestibule::config::Config;
-use vestibule::outcome::Why;
+use vestibule::outcome::Reason;
 
 use super::{FLOORS, none, sources};
 
@@ -56,9 +56,9 @@ fn documents_have_no_forbidden_words() {
 #[test]
 fn metrics_of_the_program_and_of_its_page_are_the_same() {
     let kind = |kind| match kind {
-        Kind::Counter => "counter",
-        Kind::Gauge => "gauge",
-        Kind::Histogram => "histogram",
+        MetricKind::Counter => "counter",
+        MetricKind::Gauge => "gauge",
+        MetricKind::Histogram => "histogram",
     };
     let row = |metric: &names::Metric| {
         let labels = if metric.labels.is_empty() { "-".to_owned() } else { metric.labels.join(", ") };
@@ -76,7 +76,7 @@ fn reasons_of_the_program_and_of_its_page_are_the_same() {
         |row: &String| row.trim_end_matches(" |").rsplit_once(" | ").map(|(row, _)| format!("{row} |"));
     let written: Vec<_> = written.iter().filter_map(without_last).collect();
     let known: Vec<_> =
-        Why::ALL.iter().map(|why| format!("| `{}` | {} |", why.word(), why.meaning())).collect();
+        Reason::ALL.iter().map(|why| format!("| `{}` | {} |", why.word(), why.meaning())).collect();
     same("docs/observability.md", &known, &written);
 }
 

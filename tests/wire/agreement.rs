@@ -15,8 +15,8 @@ type Plain = (u8, Vec<u8>);
 /// Client and destination.
 type Pair = (SocketAddr, SocketAddr);
 
-fn rules(transport: Transport) -> Rules {
-    Rules { transport, verify_crc: true }
+fn rules(transport: Transport) -> ParserRules {
+    ParserRules { transport, verify_crc: true }
 }
 
 fn ours(input: &[u8], transport: Transport) -> (Option<Pair>, Vec<Plain>) {
@@ -100,7 +100,7 @@ fn endpoint_tlvs() -> impl Strategy<Value = Vec<Plain>> {
 
 /// Our encoder's header with these TLVs, and with a checksum at `crc`, where there is one.
 fn built((client, destination): Pair, transport: Transport, tlvs: &[Plain], crc: Option<usize>) -> Vec<u8> {
-    let mut builder = Builder::proxy(transport, ClientAddr(client), DestinationAddr(destination));
+    let mut builder = HeaderBuilder::proxy(transport, ClientAddr(client), DestinationAddr(destination));
     for (place, (kind, value)) in tlvs.iter().enumerate() {
         if crc == Some(place) {
             builder = builder.crc().unwrap();
@@ -122,7 +122,7 @@ fn both_crates_read_the_same_addresses_in_every_vector() {
     // In a LOCAL header they look for addresses, which are not there.
     for vector in vectors().iter().filter(|vector| !vector.is_local() && !vector.is_refused()) {
         let (input, transport) = (vector.whole(), vector.rules().transport);
-        let header = done(&input, Rules { transport, verify_crc: false });
+        let header = done(&input, ParserRules { transport, verify_crc: false });
         let pair = match header.addresses() {
             Addresses::Ip { client, destination } => Some((client.0, destination.0)),
             other @ (Addresses::Unspecified | Addresses::Unix) => panic!("{other:?}"),
@@ -145,8 +145,8 @@ fn a_right_header_passed_on_is_the_same_header() {
 #[test]
 fn headers_for_nobody_are_read_by_both_crates() {
     for (input, command) in [
-        (Builder::local().build(), ProxyCommand::Local),
-        (Builder::unspecified().tlv(kind::NOOP, &[0; 9]).unwrap().build(), ProxyCommand::Proxy),
+        (HeaderBuilder::local().build(), ProxyCommand::Local),
+        (HeaderBuilder::unspecified().tlv(kind::NOOP, &[0; 9]).unwrap().build(), ProxyCommand::Proxy),
     ] {
         let read = proxy_protocol::parse(&mut &input[..]).unwrap();
         let addresses = ProxyAddresses::Unspec;
@@ -188,13 +188,13 @@ proptest! {
         let mut ids: Vec<_> = found.iter().filter(|tlv| names_endpoint(tlv)).map(|(_, value)| &value[1..]).collect();
         ids.dedup();
         match parse(&input, rules(transport)) {
-            Parsed::Done(header, len) => {
+            ParsedHeader::Done(header, len) => {
                 prop_assert_eq!(len, input.len());
                 prop_assert!(ids.len() < 2, "{:?}", ids);
                 prop_assert_eq!(header.endpoint(), ids.first().copied());
             }
-            refused @ (Parsed::Malformed(_) | Parsed::Partial(_)) => {
-                prop_assert_eq!(refused, Parsed::Malformed(Malformed::AmbiguousEndpoint));
+            refused @ (ParsedHeader::Malformed(_) | ParsedHeader::Partial(_)) => {
+                prop_assert_eq!(refused, ParsedHeader::Malformed(MalformedHeader::AmbiguousEndpoint));
                 prop_assert!(ids.len() > 1, "{:?}", ids);
             }
         }
@@ -257,7 +257,7 @@ proptest! {
             let at = if pair.0.is_ipv4() { 16 + 12 } else { 16 + 36 } + before + 3;
             input[at..at + 4].copy_from_slice(&spoiled.to_be_bytes());
         }
-        let again = reseal(&done(&input, Rules { transport, verify_crc: false }));
+        let again = reseal(&done(&input, ParserRules { transport, verify_crc: false }));
         let (read, read_tlvs) = ours(&again, transport);
         prop_assert_eq!(read, Some(pair));
         prop_assert_eq!(read_tlvs.iter().filter(|(kind, _)| *kind == kind::CRC32C).count(), 1);

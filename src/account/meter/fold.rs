@@ -7,10 +7,10 @@ use std::collections::HashSet;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex};
 
-use super::super::cells::FlowCells;
-use super::{BackendCells, Index, Ledger, ListenerCells, PoolCells, RouteCells};
-use crate::account::{Cell64, loss::Loss};
-use crate::account::{Direction, EachWay, Label, Labels, lock};
+use super::super::cells::FlowCounters;
+use super::{BackendCounters, Index, ListenerCounters, PoolCounters, RouteCounters, WorkerMetrics};
+use crate::account::{Counter64, loss::DatagramDrop};
+use crate::account::{Direction, Label, Labels, PerDirection, lock};
 
 /// The name of what is gone, in the labels of metrics.
 pub const REMOVED: &str = "(removed)";
@@ -20,9 +20,9 @@ const SLICE: usize = 4096;
 
 /// Numbers of labels.
 #[derive(Debug, Default)]
-struct Numbers(Vec<u64>);
+struct LabelNumbers(Vec<u64>);
 
-impl Numbers {
+impl LabelNumbers {
     fn of(numbers: impl Iterator<Item = u32>) -> Self {
         let mut set = Self::default();
         for number in numbers {
@@ -43,18 +43,18 @@ impl Numbers {
 /// What is configured, by the numbers of labels. A number that is another name's by now does no harm: a cell is folded
 /// early, or one pass later.
 #[derive(Debug)]
-pub struct Configured {
+pub struct ConfiguredLabels {
     /// Which pass over the cells it is for.
     turn: u64,
     removed: Label,
-    listeners: Numbers,
-    tenants: Numbers,
-    pools: Numbers,
+    listeners: LabelNumbers,
+    tenants: LabelNumbers,
+    pools: LabelNumbers,
     /// By pool and backend.
     backends: HashSet<(u32, u32)>,
 }
 
-impl Configured {
+impl ConfiguredLabels {
     /// What no pass is made for.
     #[must_use]
     pub fn none(labels: &Labels) -> Self {
@@ -72,9 +72,9 @@ impl Configured {
         Self {
             turn,
             removed: labels.intern(REMOVED),
-            listeners: Numbers::of(listeners),
-            tenants: Numbers::of(tenants),
-            pools: Numbers::of(pools),
+            listeners: LabelNumbers::of(listeners),
+            tenants: LabelNumbers::of(tenants),
+            pools: LabelNumbers::of(pools),
             backends: backends.collect(),
         }
     }
@@ -86,7 +86,7 @@ impl Configured {
     }
 
     /// The label, or the one of what is gone. The empty name, of what is not known yet, is never gone.
-    fn keep(&self, set: &Numbers, label: &Label) -> Label {
+    fn keep(&self, set: &LabelNumbers, label: &Label) -> Label {
         let stays = label.name().is_empty() || set.has(label.serial());
         if stays { label.clone() } else { self.removed.clone() }
     }
@@ -99,39 +99,39 @@ trait Fold: Sized {
     fn key(&self) -> Self::Key;
 
     /// Empty cells of the aggregate that these belong to; their own key where nothing that they are named after is gone.
-    fn aggregate(&self, configured: &Configured) -> Self;
+    fn aggregate(&self, configured: &ConfiguredLabels) -> Self;
 
     /// Whether something that they are named after is gone.
-    fn is_gone(&self, configured: &Configured) -> bool;
+    fn is_gone(&self, configured: &ConfiguredLabels) -> bool;
 
     fn add(&self, other: &Self);
 }
 
-fn add(to: &Cell64, from: &Cell64) {
+fn add(to: &Counter64, from: &Counter64) {
     to.add(from.value());
 }
 
-fn add_each_way(to: &EachWay<Cell64>, from: &EachWay<Cell64>) {
+fn add_each_way(to: &PerDirection<Counter64>, from: &PerDirection<Counter64>) {
     for way in Direction::ALL {
         add(to.way(way), from.way(way));
     }
 }
 
-impl Fold for RouteCells {
+impl Fold for RouteCounters {
     type Key = (u32, u32, u32);
 
     fn key(&self) -> Self::Key {
         (self.listener.serial(), self.tenant.serial(), self.pool.serial())
     }
 
-    fn is_gone(&self, configured: &Configured) -> bool {
-        let stays = |set: &Numbers, label: &Label| set.has(label.serial()) || label.name().is_empty();
+    fn is_gone(&self, configured: &ConfiguredLabels) -> bool {
+        let stays = |set: &LabelNumbers, label: &Label| set.has(label.serial()) || label.name().is_empty();
         !(stays(&configured.tenants, &self.tenant)
             && stays(&configured.pools, &self.pool)
             && stays(&configured.listeners, &self.listener))
     }
 
-    fn aggregate(&self, configured: &Configured) -> Self {
+    fn aggregate(&self, configured: &ConfiguredLabels) -> Self {
         Self::new(
             configured.keep(&configured.listeners, &self.listener),
             configured.keep(&configured.tenants, &self.tenant),
@@ -144,9 +144,9 @@ impl Fold for RouteCells {
         add_each_way(&self.bytes, &other.bytes);
         other.ended.counts().for_each(|(place, count)| self.ended.add(place, count));
         let Some(theirs) = other.flows.get() else { return };
-        let own = self.flows.get_or_init(|| Box::new(FlowCells::default()));
+        let own = self.flows.get_or_init(|| Box::new(FlowCounters::default()));
         add_each_way(&own.datagrams, &theirs.datagrams);
-        for loss in Loss::ALL {
+        for loss in DatagramDrop::ALL {
             let pairs = [own.lost.get(loss as usize), theirs.lost.get(loss as usize)];
             if let [Some(own), Some(theirs)] = pairs {
                 add_each_way(own, theirs);
@@ -156,18 +156,18 @@ impl Fold for RouteCells {
     }
 }
 
-impl Fold for ListenerCells {
+impl Fold for ListenerCounters {
     type Key = u32;
 
     fn key(&self) -> Self::Key {
         self.listener.serial()
     }
 
-    fn is_gone(&self, configured: &Configured) -> bool {
+    fn is_gone(&self, configured: &ConfiguredLabels) -> bool {
         !configured.listeners.has(self.listener.serial())
     }
 
-    fn aggregate(&self, configured: &Configured) -> Self {
+    fn aggregate(&self, configured: &ConfiguredLabels) -> Self {
         Self::new(configured.keep(&configured.listeners, &self.listener))
     }
 
@@ -183,24 +183,24 @@ impl Fold for ListenerCells {
             add(own, theirs);
         }
         if let Some(theirs) = other.overflowed.get() {
-            add_each_way(self.overflowed.get_or_init(EachWay::default), theirs);
+            add_each_way(self.overflowed.get_or_init(PerDirection::default), theirs);
         }
         self.duration.add(&other.duration);
     }
 }
 
-impl Fold for BackendCells {
+impl Fold for BackendCounters {
     type Key = (u32, u32);
 
     fn key(&self) -> Self::Key {
         (self.pool.serial(), self.backend.serial())
     }
 
-    fn is_gone(&self, configured: &Configured) -> bool {
+    fn is_gone(&self, configured: &ConfiguredLabels) -> bool {
         !configured.backends.contains(&self.key())
     }
 
-    fn aggregate(&self, configured: &Configured) -> Self {
+    fn aggregate(&self, configured: &ConfiguredLabels) -> Self {
         Self::new(configured.keep(&configured.pools, &self.pool), configured.removed.clone())
     }
 
@@ -211,18 +211,18 @@ impl Fold for BackendCells {
     }
 }
 
-impl Fold for PoolCells {
+impl Fold for PoolCounters {
     type Key = u32;
 
     fn key(&self) -> Self::Key {
         self.pool.serial()
     }
 
-    fn is_gone(&self, configured: &Configured) -> bool {
+    fn is_gone(&self, configured: &ConfiguredLabels) -> bool {
         !self.pool.name().is_empty() && !configured.pools.has(self.pool.serial())
     }
 
-    fn aggregate(&self, configured: &Configured) -> Self {
+    fn aggregate(&self, configured: &ConfiguredLabels) -> Self {
         Self::new(configured.keep(&configured.pools, &self.pool))
     }
 
@@ -233,7 +233,7 @@ impl Fold for PoolCells {
 
 /// What a slice of a pass has done.
 #[derive(Debug, Default)]
-struct Done {
+struct FoldedSlice {
     /// Where the next slice begins; none after the last.
     next: Option<usize>,
     folded: u64,
@@ -246,10 +246,10 @@ fn fold<C: Fold>(
     published: &Mutex<Vec<Arc<C>>>,
     from: usize,
     slice: usize,
-    configured: &Configured,
-) -> Done {
+    configured: &ConfiguredLabels,
+) -> FoldedSlice {
     let (mut index, mut cells) = (index.borrow_mut(), lock(published));
-    let (mut at, mut done) = (from, Done::default());
+    let (mut at, mut done) = (from, FoldedSlice::default());
     for _ in 0..slice {
         let Some(own) = cells.get(at) else { break };
         let into = own.is_gone(configured).then(|| own.aggregate(configured));
@@ -285,14 +285,14 @@ fn fold<C: Fold>(
     done
 }
 
-impl Ledger {
+impl WorkerMetrics {
     /// Goes on with the pass over all cells that is due, where one is: to be called once in each tick, by the worker.
-    pub fn fold(&self, configured: &Configured) {
+    pub fn fold(&self, configured: &ConfiguredLabels) {
         if self.folding.turn.get() == configured.turn {
             return;
         }
         let (worker, folding) = (&self.shard.worker, &self.folding);
-        let count = |done: &Done| {
+        let count = |done: &FoldedSlice| {
             worker.cells_folded.add(done.folded);
             folding.busy.set(folding.busy.get() + done.busy);
         };
@@ -319,27 +319,27 @@ mod tests {
     use std::rc::Rc;
     use std::time::Duration;
 
-    use super::super::{Connect, Meter, Shard};
+    use super::super::{ConnectResult, CounterShard, SessionMetrics};
     use super::*;
-    use crate::outcome::{At, By, Outcome, Why};
+    use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 
     struct World {
         labels: Labels,
-        shard: Arc<Shard>,
-        ledger: Rc<Ledger>,
+        shard: Arc<CounterShard>,
+        ledger: Rc<WorkerMetrics>,
     }
 
     impl World {
         fn new() -> Self {
-            let (labels, shard) = (Labels::default(), Arc::new(Shard::default()));
-            let ledger = Ledger::new(Arc::clone(&shard), labels.intern(""));
+            let (labels, shard) = (Labels::default(), Arc::new(CounterShard::default()));
+            let ledger = WorkerMetrics::new(Arc::clone(&shard), labels.intern(""));
             Self { labels, shard, ledger }
         }
 
-        fn session(&self, listener: &str, tenant: &str, pool: &str) -> Meter {
-            let mut meter = Meter::new(Rc::clone(&self.ledger), &self.labels.intern(listener));
+        fn session(&self, listener: &str, tenant: &str, pool: &str) -> SessionMetrics {
+            let mut meter = SessionMetrics::new(Rc::clone(&self.ledger), &self.labels.intern(listener));
             meter.assign(&self.labels.intern(tenant), Some(&self.labels.intern(pool)));
-            meter.tried(&self.labels.intern("10.0.0.1:80"), Connect::Done);
+            meter.tried(&self.labels.intern("10.0.0.1:80"), ConnectResult::Done);
             meter.connected(Duration::from_millis(1));
             meter.forwarded(Direction::ToClient, 10, false);
             meter
@@ -353,7 +353,7 @@ mod tests {
             let backend = self.labels.intern("10.0.0.1:80").serial();
             let backends = numbers(pools).map(|pool| (pool, backend));
             let all = [numbers(listeners), numbers(tenants), numbers(pools)];
-            let configured = Configured::new(&self.labels, turn, all, backends);
+            let configured = ConfiguredLabels::new(&self.labels, turn, all, backends);
             while self.ledger.folding.turn.get() != turn {
                 self.ledger.fold(&configured);
             }
@@ -361,7 +361,7 @@ mod tests {
 
         /// Bytes of each route.
         fn routes(&self) -> Vec<(String, u64)> {
-            let name = |route: &RouteCells| {
+            let name = |route: &RouteCounters| {
                 [&route.listener, &route.tenant, &route.pool].map(|label| label.name().to_owned()).join("/")
             };
             let routes = self.shard.routes();
@@ -372,7 +372,7 @@ mod tests {
         }
     }
 
-    const DONE: Outcome = Outcome::new(By::Client, At::Forward, Why::Done);
+    const DONE: Outcome = Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done);
 
     fn rows(rows: &[(&str, u64)]) -> Vec<(String, u64)> {
         rows.iter().map(|(name, bytes)| ((*name).to_owned(), *bytes)).collect()
@@ -422,7 +422,7 @@ mod tests {
             listeners.iter().map(|cells| (cells.listener.name(), cells.accepted.value())).collect();
         assert_eq!(listeners, [("web", 2), (REMOVED, 1)]);
         let (backends, pools) = (world.shard.backends(), world.shard.pools());
-        let of = |cells: &BackendCells| (cells.pool.name().to_owned(), cells.bytes.to_client.value());
+        let of = |cells: &BackendCounters| (cells.pool.name().to_owned(), cells.bytes.to_client.value());
         let backends: Vec<_> = backends.iter().map(|cells| of(cells)).collect();
         assert_eq!(backends, [("app".to_owned(), 20), (REMOVED.to_owned(), 10)]);
         assert_eq!(pools.iter().map(|cells| cells.connect_time.times().count()).sum::<u64>(), 3);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 /// When the kernel reuses a port in TIME_WAIT, as `net.ipv4.tcp_tw_reuse` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reuse {
+pub enum TimeWaitReuse {
     /// 0: not before its 60 seconds are over.
     Never,
     /// 1: after a second.
@@ -16,9 +16,9 @@ pub enum Reuse {
 /// The local ports that there are, in the order in which they are used first: every second one, then the rest. The kernel
 /// does the same (`__inet_hash_connect`), so that `bind()` without a port finds some that are free.
 #[derive(Clone, Debug)]
-pub struct Range(pub(super) Arc<[u16]>);
+pub struct LocalPortRange(pub(super) Arc<[u16]>);
 
-impl Range {
+impl LocalPortRange {
     /// The ports from `low` to `high` that are not reserved.
     #[must_use]
     pub fn new(low: u16, high: u16, is_reserved: impl Fn(u16) -> bool) -> Self {
@@ -47,7 +47,7 @@ impl Range {
     }
 }
 
-impl Default for Range {
+impl Default for LocalPortRange {
     /// The kernel's own default.
     fn default() -> Self {
         Self::new(32_768, 60_999, |_| false)

@@ -14,43 +14,43 @@ fn backend(text: &str) -> SocketAddr {
 }
 
 /// So many ports, from 1,000 on.
-fn ports(count: u16, reuse: Reuse) -> Ports {
-    Ports::new(Range::new(1_000, 1_000 + count - 1, |_| false), reuse)
+fn ports(count: u16, reuse: TimeWaitReuse) -> LocalPorts {
+    LocalPorts::new(LocalPortRange::new(1_000, 1_000 + count - 1, |_| false), reuse)
 }
 
-fn at(ports: &Ports, seconds: u64) {
+fn at(ports: &LocalPorts, seconds: u64) {
     ports.advance(Moment::from_nanos(0) + Duration::from_secs(seconds));
 }
 
-fn space(ports: &Ports) -> Arc<Space> {
+fn space(ports: &LocalPorts) -> Arc<PortSpace> {
     ports.space(None, backend("10.0.0.1:80"))
 }
 
 /// All that a tenant gets.
-fn take_all(space: &Arc<Space>, tenant: u32) -> Vec<Port> {
+fn take_all(space: &Arc<PortSpace>, tenant: u32) -> Vec<LocalPort> {
     std::iter::from_fn(|| space.take(tenant)).collect()
 }
 
-fn finish(mut port: Port) {
+fn finish(mut port: LocalPort) {
     port.will_wait();
 }
 
 #[test]
 fn range_leaves_out_reserved_ports_and_uses_every_second_one_first() {
-    let range = Range::new(10, 17, |port| port == 12 || port == 13);
+    let range = LocalPortRange::new(10, 17, |port| port == 12 || port == 13);
     assert_eq!(*range.0, [10, 14, 16, 11, 15, 17]);
     assert!(range.contains(17) && !range.contains(12) && !range.is_empty());
-    assert_eq!((Range::new(0, 1, |_| false).len(), Range::default().len()), (1, 28_232));
-    assert_eq!(Range::new(65_534, 65_535, |_| false).len(), 2);
-    assert!(Range::new(9, 8, |_| false).is_empty());
+    assert_eq!((LocalPortRange::new(0, 1, |_| false).len(), LocalPortRange::default().len()), (1, 28_232));
+    assert_eq!(LocalPortRange::new(65_534, 65_535, |_| false).len(), 2);
+    assert!(LocalPortRange::new(9, 8, |_| false).is_empty());
 }
 
 #[test]
 fn one_tenant_alone_gets_four_fifths_and_no_port_twice() {
-    let ports = ports(100, Reuse::Never);
+    let ports = ports(100, TimeWaitReuse::Never);
     let mut held = take_all(&space(&ports), TENANT);
     assert_eq!(held.len(), ALONE);
-    let mut numbers: Vec<_> = held.iter().filter_map(Port::number).collect();
+    let mut numbers: Vec<_> = held.iter().filter_map(LocalPort::number).collect();
     assert!(numbers.iter().take(50).all(|number| number % 2 == 0), "{numbers:?}");
     numbers.sort_unstable();
     numbers.dedup();
@@ -62,7 +62,7 @@ fn one_tenant_alone_gets_four_fifths_and_no_port_twice() {
 
 #[test]
 fn ports_are_per_backend_and_source_address() {
-    let ports = ports(100, Reuse::Never);
+    let ports = ports(100, TimeWaitReuse::Never);
     let _held = take_all(&space(&ports), TENANT);
     let source = Some("10.0.0.9".parse().unwrap());
     for (source, address) in [(None, "10.0.0.2:80"), (None, "10.0.0.1:81"), (source, "10.0.0.1:80")] {
@@ -73,12 +73,12 @@ fn ports_are_per_backend_and_source_address() {
 #[test]
 fn port_in_time_wait_counts_for_its_tenant_until_it_is_over() {
     for (reuse, address, seconds) in [
-        (Reuse::Never, "10.0.0.1:80", 60),
-        (Reuse::Loopback, "10.0.0.1:80", 60),
-        (Reuse::Never, "127.0.0.1:80", 60),
-        (Reuse::Loopback, "127.0.0.1:80", 2),
-        (Reuse::Loopback, "[::1]:80", 2),
-        (Reuse::Always, "10.0.0.1:80", 2),
+        (TimeWaitReuse::Never, "10.0.0.1:80", 60),
+        (TimeWaitReuse::Loopback, "10.0.0.1:80", 60),
+        (TimeWaitReuse::Never, "127.0.0.1:80", 60),
+        (TimeWaitReuse::Loopback, "127.0.0.1:80", 2),
+        (TimeWaitReuse::Loopback, "[::1]:80", 2),
+        (TimeWaitReuse::Always, "10.0.0.1:80", 2),
     ] {
         let ports = ports(100, reuse);
         let space = ports.space(None, backend(address));
@@ -95,7 +95,7 @@ fn port_in_time_wait_counts_for_its_tenant_until_it_is_over() {
 
 #[test]
 fn port_that_is_free_for_longest_comes_first_and_a_fresh_one_before_it() {
-    let ports = ports(4, Reuse::Never);
+    let ports = ports(4, TimeWaitReuse::Never);
     let space = space(&ports);
     let number = || space.take(TENANT).and_then(|port| port.number()).unwrap();
     let first_four = [number(), number(), number(), number()];
@@ -107,14 +107,14 @@ fn port_that_is_free_for_longest_comes_first_and_a_fresh_one_before_it() {
 
 #[test]
 fn port_equal_to_that_of_the_backend_is_never_chosen() {
-    let ports = ports(100, Reuse::Never);
+    let ports = ports(100, TimeWaitReuse::Never);
     let held = take_all(&ports.space(None, backend("127.0.0.1:1050")), TENANT);
     assert!(held.len() >= ALONE - 1 && held.iter().all(|port| port.number() != Some(1_050)));
 }
 
 #[test]
 fn refused_port_is_not_tried_again_for_a_minute() {
-    let ports = ports(4, Reuse::Always);
+    let ports = ports(4, TimeWaitReuse::Always);
     let space = space(&ports);
     let refused = space.take(TENANT).unwrap();
     let number = refused.number();
@@ -131,7 +131,7 @@ fn refused_port_is_not_tried_again_for_a_minute() {
 
 #[test]
 fn kernel_that_chooses_is_asked_for_less_than_half_and_not_again_at_once_after_a_failure() {
-    let ports = ports(100, Reuse::Never);
+    let ports = ports(100, TimeWaitReuse::Never);
     ports.leave_choice_to_kernel();
     let space = space(&ports);
     assert_eq!((ports.limit(), space.usage().limit), (37, 37));
@@ -146,7 +146,7 @@ fn kernel_that_chooses_is_asked_for_less_than_half_and_not_again_at_once_after_a
 
 #[test]
 fn connection_of_another_process_is_counted_and_its_port_is_not_given_out_afterwards() {
-    let ports = ports(100, Reuse::Never);
+    let ports = ports(100, TimeWaitReuse::Never);
     let space = space(&ports);
     let adopted = space.adopt(TENANT);
     assert_eq!((adopted.number(), space.usage().live), (None, 1));
@@ -158,7 +158,7 @@ fn connection_of_another_process_is_counted_and_its_port_is_not_given_out_afterw
 
 #[test]
 fn tenants_with_few_ports_get_one_whatever_the_greedy_hold() {
-    let ports = ports(10_000, Reuse::Never);
+    let ports = ports(10_000, TimeWaitReuse::Never);
     let space = space(&ports);
     let greedy: Vec<_> = (0..20).map(|tenant| take_all(&space, tenant)).collect();
     assert!(greedy.iter().all(|held| !held.is_empty()));
@@ -167,7 +167,7 @@ fn tenants_with_few_ports_get_one_whatever_the_greedy_hold() {
 
 #[test]
 fn nothing_is_kept_for_a_backend_that_is_idle() {
-    let ports = ports(100, Reuse::Never);
+    let ports = ports(100, TimeWaitReuse::Never);
     take_all(&space(&ports), TENANT).into_iter().for_each(finish);
     let known = || ports.usage().len();
     let sweep = |second| (0..SHARDS).for_each(|_| at(&ports, second));
@@ -189,7 +189,7 @@ fn nothing_is_kept_for_a_backend_that_is_idle() {
 
 #[test]
 fn memory_of_a_burst_is_given_back() {
-    let ports = ports(60_000, Reuse::Never);
+    let ports = ports(60_000, TimeWaitReuse::Never);
     let space = space(&ports);
     let held = take_all(&space, TENANT);
     let busy = space.take(2);
@@ -201,13 +201,13 @@ fn memory_of_a_burst_is_given_back() {
     drop(busy);
 }
 
-fn udp(ports: &Ports) -> Arc<Space> {
+fn udp(ports: &LocalPorts) -> Arc<PortSpace> {
     ports.space(None, EVERY_BACKEND)
 }
 
 #[test]
 fn udp_ports_are_the_whole_range_of_each_source_address_but_a_few() {
-    let ports = Ports::udp(Range::new(1_000, 1_099, |_| false));
+    let ports = LocalPorts::udp(LocalPortRange::new(1_000, 1_099, |_| false));
     assert_eq!((ports.limit(), udp(&ports).usage().limit), (98, 98));
     let held = take_all(&udp(&ports), TENANT);
     assert!((70..80).contains(&held.len()), "{}", held.len());
@@ -222,7 +222,7 @@ fn udp_ports_are_the_whole_range_of_each_source_address_but_a_few() {
 
 #[test]
 fn flow_that_moves_gets_a_port_beyond_its_share_of_the_same_source_address_alone() {
-    let ports = Ports::udp(Range::new(1_000, 1_099, |_| false));
+    let ports = LocalPorts::udp(LocalPortRange::new(1_000, 1_099, |_| false));
     let (space, other) = (udp(&ports), ports.space(Some("10.0.0.9".parse().unwrap()), EVERY_BACKEND));
     let mut held = take_all(&space, TENANT);
     let full = take_all(&other, TENANT);
@@ -239,7 +239,7 @@ fn flow_that_moves_gets_a_port_beyond_its_share_of_the_same_source_address_alone
 
 #[test]
 fn kernel_that_finds_no_udp_port_is_asked_again_once_one_is_given_back() {
-    let ports = Ports::udp(Range::new(1_000, 1_099, |_| false));
+    let ports = LocalPorts::udp(LocalPortRange::new(1_000, 1_099, |_| false));
     let held = udp(&ports).take(TENANT).unwrap();
     udp(&ports).take(2).unwrap().refused();
     assert!(udp(&ports).take(2).is_none() && udp(&ports).exchange(&held).is_none());

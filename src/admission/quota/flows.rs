@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Quota, Slots, add};
 use crate::account::Direction;
 use crate::clock::Moment;
-use crate::outcome::Why;
+use crate::outcome::Reason;
 
 impl Quota {
     /// Admits one more flow. Where there is no room `make_room` is asked to end a silent one, and tells whether it did: one of
@@ -14,11 +14,14 @@ impl Quota {
     ///
     /// # Errors
     /// Why not; nothing is held then.
-    pub fn admit_flow(self: &Arc<Self>, mut make_room: impl FnMut(Room) -> bool) -> Result<FlowPermit, Why> {
+    pub fn admit_flow(
+        self: &Arc<Self>,
+        mut make_room: impl FnMut(EvictionScope) -> bool,
+    ) -> Result<FlowPermit, Reason> {
         let mut replaces = false;
         let entered = match self.flows.enter() {
             Err(held) if !self.is_observing() && self.may_have(held.saturating_sub(1)) => {
-                replaces = make_room(Room::OfTenant);
+                replaces = make_room(EvictionScope::OfTenant);
                 self.flows.enter()
             }
             entered => entered,
@@ -26,19 +29,20 @@ impl Quota {
         let (held, beyond) = match entered {
             Ok(held) => (held, false),
             Err(_) if self.is_observing() => (self.flows.enter_anyway(), true),
-            Err(_) => return Err(self.reject(Why::FlowLimit)),
+            Err(_) => return Err(self.reject(Reason::FlowLimit)),
         };
         if held == 0 {
             self.share.iter().for_each(|share| share.join());
         }
         let permit = FlowPermit { quota: Arc::clone(self), beyond };
-        let fits =
-            replaces || self.has_share(held) || (self.has_equal_share(held) && make_room(Room::OfProcess));
+        let fits = replaces
+            || self.has_share(held)
+            || (self.has_equal_share(held) && make_room(EvictionScope::OfProcess));
         if !fits {
-            return Err(self.reject(Why::Shed));
+            return Err(self.reject(Reason::Shed));
         }
         if beyond {
-            add(&self.would_reject, Why::FlowLimit);
+            add(&self.would_reject, Reason::FlowLimit);
         }
         Ok(permit)
     }
@@ -67,17 +71,17 @@ impl Quota {
     }
 
     /// Whether one datagram of so many bytes may pass now. It does not wait: who has to go is dropped, and has taken nothing.
-    pub fn pass(&self, direction: Direction, bytes: u64, now: Moment) -> Passage {
+    pub fn pass(&self, direction: Direction, bytes: u64, now: Moment) -> DatagramVerdict {
         let budget = self.budget(direction);
         let excess = if !budget.take_whole(bytes, now) {
-            Excess::Bandwidth
+            ExceededLimit::Bandwidth
         } else if !self.datagrams.admit(now) {
             budget.give_back(bytes);
-            Excess::Rate
+            ExceededLimit::Rate
         } else {
-            return Passage::Free;
+            return DatagramVerdict::Free;
         };
-        if self.is_observing() { Passage::Observed(excess) } else { Passage::Dropped(excess) }
+        if self.is_observing() { DatagramVerdict::Observed(excess) } else { DatagramVerdict::Dropped(excess) }
     }
 
     /// Flows now.
@@ -95,7 +99,7 @@ impl Quota {
 
 /// Whose silent flow may end for a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Room {
+pub enum EvictionScope {
     /// The tenant's own.
     OfTenant,
     /// Any tenant's.
@@ -104,18 +108,18 @@ pub enum Room {
 
 /// What becomes of a datagram by its tenant's limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Passage {
+pub enum DatagramVerdict {
     /// It passes.
     Free,
     /// It passes, and would not, were the limits not only observed.
-    Observed(Excess),
+    Observed(ExceededLimit),
     /// It is dropped.
-    Dropped(Excess),
+    Dropped(ExceededLimit),
 }
 
 /// Which limit a datagram is beyond.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Excess {
+pub enum ExceededLimit {
     /// `datagram-rate`.
     Rate,
     /// `to-backend` or `to-client`.
@@ -138,8 +142,8 @@ impl FlowPermit {
 
     /// Why it would have been rejected, were the limits not only observed.
     #[must_use]
-    pub fn would_reject(&self) -> Option<Why> {
-        self.beyond.then_some(Why::FlowLimit)
+    pub fn would_reject(&self) -> Option<Reason> {
+        self.beyond.then_some(Reason::FlowLimit)
     }
 }
 
@@ -153,17 +157,17 @@ impl Drop for FlowPermit {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Share;
+    use super::super::SessionShare;
     use super::super::tests::{START, at_ms, counts, quota, rate};
     use super::*;
-    use crate::config::{self, Limits, Mode};
+    use crate::config::{self, LimitMode, TenantLimits};
 
     #[test]
     fn the_last_flow_is_admitted_and_the_next_is_not() {
-        let quota = quota(Limits { flows: Some(2), ..Limits::default() });
+        let quota = quota(TenantLimits { flows: Some(2), ..TenantLimits::default() });
         let first = quota.admit_flow(|_| false).unwrap();
         let second = quota.admit_flow(|_| false).unwrap();
-        assert_eq!(quota.admit_flow(|_| false).unwrap_err(), Why::FlowLimit);
+        assert_eq!(quota.admit_flow(|_| false).unwrap_err(), Reason::FlowLimit);
         let mut second = Some(second);
         let third = quota.admit_flow(|_| second.take().is_some()).unwrap();
         assert_eq!(third.would_reject(), None);
@@ -174,8 +178,11 @@ mod tests {
             (quota.flows(), quota.flows_limit(), quota.admit_flow(|_| false).is_ok()),
             (1, Some(2), true)
         );
-        quota.set(&Limits { mode: Mode::Observe, flows: Some(1), ..Limits::default() }, START);
-        assert_eq!(quota.admit_flow(|_| false).unwrap().would_reject(), Some(Why::FlowLimit));
+        quota.set(
+            &TenantLimits { mode: LimitMode::Observe, flows: Some(1), ..TenantLimits::default() },
+            START,
+        );
+        assert_eq!(quota.admit_flow(|_| false).unwrap().would_reject(), Some(Reason::FlowLimit));
         assert_eq!(
             (counts(quota.rejected()), counts(quota.would_reject())),
             (vec![0, 0, 1, 0, 0], vec![0, 0, 1])
@@ -185,7 +192,7 @@ mod tests {
     #[test]
     fn silent_flow_of_another_tenant_ends_for_one_below_its_equal_share() {
         let slots = Slots::new(12);
-        let share = Share::new(Arc::clone(&slots));
+        let share = SessionShare::new(Arc::clone(&slots));
         let [acme, globex] = [0; 2].map(|_| Quota::new(Arc::clone(&share)));
         let mut greedy: Vec<_> =
             (0..9).map(|_| (slots.take().unwrap(), acme.admit_flow(|_| false).unwrap())).collect();
@@ -201,50 +208,60 @@ mod tests {
         own.push((slot, globex.admit_flow(&mut end_one)));
         assert!(own.iter().all(|(_, flow)| flow.is_ok()));
         let slot = slots.take().unwrap();
-        assert_eq!(acme.admit_flow(&mut end_one).unwrap_err(), Why::Shed, "it holds more than its share");
+        assert_eq!(acme.admit_flow(&mut end_one).unwrap_err(), Reason::Shed, "it holds more than its share");
         drop(slot);
         // At its own limit a tenant ends one of its own, and no other.
-        globex.set(&Limits { flows: Some(2), ..Limits::default() }, START);
-        assert_eq!(globex.admit_flow(|room| room == Room::OfProcess).unwrap_err(), Why::FlowLimit);
+        globex.set(&TenantLimits { flows: Some(2), ..TenantLimits::default() }, START);
+        assert_eq!(
+            globex.admit_flow(|room| room == EvictionScope::OfProcess).unwrap_err(),
+            Reason::FlowLimit
+        );
         let third = globex.admit_flow(|room| {
-            assert_eq!(room, Room::OfTenant);
+            assert_eq!(room, EvictionScope::OfTenant);
             own.pop().is_some()
         });
         assert!(third.is_ok());
-        assert_eq!((asked, greedy.len()), (vec![Room::OfProcess], 8));
+        assert_eq!((asked, greedy.len()), (vec![EvictionScope::OfProcess], 8));
     }
 
     #[test]
     fn the_last_datagram_passes_and_the_next_takes_nothing() {
-        let bandwidth = |bytes_per_second, burst| Some(config::Bandwidth { bytes_per_second, burst });
-        let limits = Limits {
+        let bandwidth = |bytes_per_second, burst| Some(config::BandwidthLimit { bytes_per_second, burst });
+        let limits = TenantLimits {
             datagram_rate: Some(rate(100, 3)),
             to_backend: bandwidth(100_000, 1_000),
-            ..Limits::default()
+            ..TenantLimits::default()
         };
         let quota = quota(limits);
         let pass = |direction, bytes, now| quota.pass(direction, bytes, now);
         let (there, back) = (Direction::ToBackend, Direction::ToClient);
         // What two ticks bring is kept, however small the burst.
-        assert_eq!(pass(there, 9_000, START), Passage::Free);
-        assert_eq!(pass(there, 1_001, START), Passage::Dropped(Excess::Bandwidth));
-        assert_eq!(pass(there, 1_000, START), Passage::Free);
-        assert_eq!(pass(back, 60_000, START), Passage::Free, "the other way has no bandwidth");
+        assert_eq!(pass(there, 9_000, START), DatagramVerdict::Free);
+        assert_eq!(pass(there, 1_001, START), DatagramVerdict::Dropped(ExceededLimit::Bandwidth));
+        assert_eq!(pass(there, 1_000, START), DatagramVerdict::Free);
+        assert_eq!(pass(back, 60_000, START), DatagramVerdict::Free, "the other way has no bandwidth");
         for _ in 0..10 {
-            assert_eq!(pass(back, 1, START), Passage::Dropped(Excess::Rate));
+            assert_eq!(pass(back, 1, START), DatagramVerdict::Dropped(ExceededLimit::Rate));
         }
-        assert_eq!(pass(back, 1, at_ms(100)), Passage::Free);
-        assert_eq!(pass(there, 10_000, at_ms(200)), Passage::Free, "those that were dropped took nothing");
-        quota.set(&Limits { mode: Mode::Observe, ..limits }, at_ms(200));
-        assert_eq!(pass(there, 1, at_ms(200)), Passage::Observed(Excess::Bandwidth));
+        assert_eq!(pass(back, 1, at_ms(100)), DatagramVerdict::Free);
+        assert_eq!(
+            pass(there, 10_000, at_ms(200)),
+            DatagramVerdict::Free,
+            "those that were dropped took nothing"
+        );
+        quota.set(&TenantLimits { mode: LimitMode::Observe, ..limits }, at_ms(200));
+        assert_eq!(pass(there, 1, at_ms(200)), DatagramVerdict::Observed(ExceededLimit::Bandwidth));
     }
 
     #[test]
     fn a_datagram_longer_than_the_burst_passes_where_nothing_was_taken() {
-        let bandwidth = Some(config::Bandwidth { bytes_per_second: 10_000, burst: 1_000 });
-        let quota = quota(Limits { to_client: bandwidth, ..Limits::default() });
+        let bandwidth = Some(config::BandwidthLimit { bytes_per_second: 10_000, burst: 1_000 });
+        let quota = quota(TenantLimits { to_client: bandwidth, ..TenantLimits::default() });
         let pass = |now| quota.pass(Direction::ToClient, 20_000, now);
-        assert_eq!((pass(START), pass(at_ms(1_999))), (Passage::Free, Passage::Dropped(Excess::Bandwidth)));
-        assert_eq!(pass(at_ms(2_000)), Passage::Free);
+        assert_eq!(
+            (pass(START), pass(at_ms(1_999))),
+            (DatagramVerdict::Free, DatagramVerdict::Dropped(ExceededLimit::Bandwidth))
+        );
+        assert_eq!(pass(at_ms(2_000)), DatagramVerdict::Free);
     }
 }

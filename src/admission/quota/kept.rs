@@ -8,7 +8,7 @@ use super::{Quota, Quotas, Slots, lock};
 
 /// What a process holds of its limits, as it tells its successor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holding {
+pub struct HeldSlots {
     /// Sessions and flows of the process.
     pub all: usize,
     /// Each tenant that has any: its name, its sessions, its flows.
@@ -17,12 +17,12 @@ pub struct Holding {
 
 /// Places for those that are to come; what nobody came for is given back with the last of those who hold this.
 #[derive(Debug)]
-pub struct Kept {
+pub struct ReservedSlots {
     slots: Arc<Slots>,
     quotas: Vec<Arc<Quota>>,
 }
 
-impl Kept {
+impl ReservedSlots {
     /// Keeps so many of the process's slots, and of each tenant so many sessions and flows.
     pub fn new(slots: &Arc<Slots>, all: usize, tenants: Vec<(Arc<Quota>, usize, usize)>) -> Arc<Self> {
         slots.keep(all);
@@ -35,7 +35,7 @@ impl Kept {
     }
 }
 
-impl Drop for Kept {
+impl Drop for ReservedSlots {
     fn drop(&mut self) {
         self.slots.keep_none();
         self.quotas.iter().for_each(|quota| quota.keep_none());
@@ -76,26 +76,26 @@ impl Quotas {
 mod tests {
     use super::super::tests::{START, quota};
     use super::*;
-    use crate::config::Limits;
-    use crate::outcome::Why;
+    use crate::config::TenantLimits;
+    use crate::outcome::Reason;
 
     #[test]
     fn places_are_for_those_who_come_and_what_is_left_is_given_back() {
         let slots = Slots::new(10);
-        let quota = quota(Limits { sessions: Some(2), flows: Some(1), ..Limits::default() });
+        let quota = quota(TenantLimits { sessions: Some(2), flows: Some(1), ..TenantLimits::default() });
         let holders = || quota.share.as_ref().unwrap().holders();
-        let kept = Kept::new(&slots, 4, vec![(Arc::clone(&quota), 2, 1)]);
+        let kept = ReservedSlots::new(&slots, 4, vec![(Arc::clone(&quota), 2, 1)]);
         assert_eq!((slots.used(), slots.present(), quota.sessions(), quota.flows()), (4, 0, 0, 0));
-        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
-        assert_eq!(quota.admit_flow(|_| false).unwrap_err(), Why::FlowLimit);
+        assert_eq!(quota.admit(START).unwrap_err(), Reason::SessionLimit);
+        assert_eq!(quota.admit_flow(|_| false).unwrap_err(), Reason::FlowLimit);
         assert_eq!(holders(), 2, "one for its sessions, one for its flows");
         let came = (slots.take_anyway(), quota.adopt(None));
         assert_eq!((slots.used(), slots.present(), quota.sessions(), holders()), (4, 1, 1, 2));
-        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        assert_eq!(quota.admit(START).unwrap_err(), Reason::SessionLimit);
         drop(kept);
         assert_eq!((slots.used(), quota.sessions(), holders()), (1, 1, 1));
         let new = quota.admit(START).unwrap();
-        assert_eq!(quota.admit(START).unwrap_err(), Why::SessionLimit);
+        assert_eq!(quota.admit(START).unwrap_err(), Reason::SessionLimit);
         drop((came, new));
         assert_eq!((slots.used(), quota.sessions(), quota.flows(), holders()), (0, 0, 0, 0));
     }

@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use tokio::time::sleep;
 
 use crate::clock;
-use crate::lab::nlb::group::{Description, Standing};
+use crate::lab::nlb::group::{TargetDescription, TargetHealth};
 use crate::lab::vpc::Network;
 use crate::lab::world::{ADMIN, HEALTH, PORT};
 
@@ -33,7 +33,7 @@ pub(super) async fn curl(network: &Network, words: &[&str]) -> io::Result<Output
 
 /// What a backend's nginx answers.
 #[derive(Debug, Deserialize)]
-pub(super) struct Answer {
+pub(super) struct NginxAnswer {
     /// Who it is.
     pub(super) backend: String,
     /// Whom it takes for the client.
@@ -43,9 +43,9 @@ pub(super) struct Answer {
 }
 
 /// A proxy's status page.
-pub(super) struct Status(Value);
+pub(super) struct ProxyStatus(Value);
 
-impl Status {
+impl ProxyStatus {
     /// Asks a proxy, from the provider's network.
     pub(super) async fn of(provider: &Network, proxy: Ipv4Addr) -> io::Result<Self> {
         let output = curl(provider, &[&format!("http://{proxy}:{ADMIN}/status")]).await?;
@@ -97,16 +97,16 @@ pub(super) async fn health(nlb: &Network, proxy: Ipv4Addr) -> io::Result<String>
 }
 
 /// What the load balancer thinks of its targets.
-pub(super) struct Targets(Vec<Description>);
+pub(super) struct TargetStates(Vec<TargetDescription>);
 
-impl Targets {
+impl TargetStates {
     /// Asks the load balancer.
     pub(super) async fn of(orders: &Path) -> io::Result<Self> {
         Ok(Self(serde_json::from_str(&tell(orders, "GET /targets").await?)?))
     }
 
     /// What it thinks of a proxy.
-    pub(super) fn standing(&self, proxy: Ipv4Addr) -> Option<Standing> {
+    pub(super) fn standing(&self, proxy: Ipv4Addr) -> Option<TargetHealth> {
         self.of_proxy(proxy).map(|target| target.state)
     }
 
@@ -115,7 +115,7 @@ impl Targets {
         self.of_proxy(proxy).map_or(0, |target| target.flows)
     }
 
-    fn of_proxy(&self, proxy: Ipv4Addr) -> Option<&Description> {
+    fn of_proxy(&self, proxy: Ipv4Addr) -> Option<&TargetDescription> {
         self.0.iter().find(|target| target.address == SocketAddr::from((proxy, PORT)))
     }
 }

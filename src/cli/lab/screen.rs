@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use crate::clock::{self, Moment};
 use crate::lab::vpc::run::network_name;
-use crate::lab::world::{ADMIN, CIDR, CLIENT, ENDPOINT, NLB, PORT, PROXIES, RULES, TENANTS, World};
+use crate::lab::world::{ADMIN, CIDR, CLIENT, ENDPOINT, LabWorld, NLB, PORT, PROXIES, RULES, TENANTS};
 
 /// Lines of a log that are shown where something went wrong.
 const LOG_LINES: usize = 5;
@@ -36,7 +36,7 @@ impl Screen {
     }
 
     /// Who is where.
-    pub(super) fn picture(&self, world: &World) {
+    pub(super) fn picture(&self, world: &LabWorld) {
         let title =
             format!("vestibule lab {}: three networks on one machine, all of them {CIDR}", world.name());
         println!("{}\n", self.paint(BOLD, &title));
@@ -107,7 +107,7 @@ impl Screen {
     }
 
     /// The ends of all logs.
-    pub(super) fn logs(&self, world: &World) {
+    pub(super) fn logs(&self, world: &LabWorld) {
         let backends = TENANTS.into_iter().flat_map(|tenant| tenant.backends).map(|(name, _)| name);
         for name in PROXIES.into_iter().map(|(name, _)| name).chain(backends).chain(["nlb"]) {
             let log = fs::read_to_string(world.log(name)).unwrap_or_default();
@@ -119,7 +119,7 @@ impl Screen {
     }
 
     /// How to look around in a world that is kept.
-    pub(super) fn ways_in(&self, world: &mut World) {
+    pub(super) fn ways_in(&self, world: &mut LabWorld) {
         let run = world.name().to_owned();
         let enter = |network: &str| format!("ip netns exec {} bash", network_name(&run, network));
         let program = std::env::args().next().unwrap_or_else(|| "vestibule".to_owned());

@@ -5,25 +5,25 @@ use std::net::Ipv4Addr;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::ask::{Answer, Status, Targets, curl, health, order, until};
+use super::ask::{NginxAnswer, ProxyStatus, TargetStates, curl, health, order, until};
 use super::screen::{Screen, note};
-use super::traffic::{CALLERS, Traffic};
-use crate::lab::nlb::group::Standing;
+use super::traffic::{CALLERS, ConsumerTraffic};
+use crate::lab::nlb::group::TargetHealth;
 use crate::lab::vpc::Network;
-use crate::lab::world::{CLIENT, ENDPOINT, HTTP, PORT, PROXIES, TENANTS, World};
+use crate::lab::world::{CLIENT, ENDPOINT, HTTP, LabWorld, PORT, PROXIES, TENANTS};
 
 /// The curls' ports in both consumers' networks: not even by these can the consumers be told apart.
 const PORTS: std::ops::RangeInclusive<u16> = 40_001..=40_004;
 /// Requests that count as traffic.
 const SOME: u64 = 20;
 
-pub(super) struct Story<'w> {
-    world: &'w mut World,
+pub(super) struct Walkthrough<'w> {
+    world: &'w mut LabWorld,
     screen: &'w mut Screen,
 }
 
-impl<'w> Story<'w> {
-    pub(super) fn new(world: &'w mut World, screen: &'w mut Screen) -> Self {
+impl<'w> Walkthrough<'w> {
+    pub(super) fn new(world: &'w mut LabWorld, screen: &'w mut Screen) -> Self {
         Self { world, screen }
     }
 
@@ -39,7 +39,7 @@ impl<'w> Story<'w> {
         self.come_up(&provider).await?;
         self.curl_from_each(&consumers).await?;
         self.pass_by(&provider).await?;
-        let traffic = Traffic::start(&consumers)?;
+        let traffic = ConsumerTraffic::start(&consumers)?;
         self.drain(&provider, &traffic).await?;
         self.come_back(&traffic).await?;
         self.deregister(&traffic).await?;
@@ -57,8 +57,9 @@ impl<'w> Story<'w> {
                 if let Some(ended) = world.ended() {
                     return Ok(Some(Some(ended)));
                 }
-                let healthy = Targets::of(&orders).await?.standing(address) == Some(Standing::Healthy);
-                Ok((healthy && Status::of(provider, address).await?.all_healthy()).then_some(None))
+                let healthy =
+                    TargetStates::of(&orders).await?.standing(address) == Some(TargetHealth::Healthy);
+                Ok((healthy && ProxyStatus::of(provider, address).await?.all_healthy()).then_some(None))
             })
             .await?;
             if let Some(ended) = ended {
@@ -84,7 +85,7 @@ impl<'w> Story<'w> {
             for (network, tenant) in consumers.iter().zip(TENANTS) {
                 let url = format!("http://{ENDPOINT}:{HTTP}/");
                 let output = curl(network, &["--local-port", &port.to_string(), &url]).await?;
-                let Ok(answer) = serde_json::from_slice::<Answer>(&output.stdout) else {
+                let Ok(answer) = serde_json::from_slice::<NginxAnswer>(&output.stdout) else {
                     note(&format!("{:<10}no answer, curl ended with {}", tenant.name, output.status));
                     right = false;
                     continue;
@@ -108,7 +109,7 @@ impl<'w> Story<'w> {
         let output = curl(provider, &[&format!("http://{address}:{PORT}/")]).await?;
         note(&format!("# curl http://{address}:{PORT}/      in the provider's network: no answer"));
         let counted = until("untrusted_source", async || {
-            let status = Status::of(provider, address).await?;
+            let status = ProxyStatus::of(provider, address).await?;
             Ok(Some(status.unidentified("untrusted_source")).filter(|count| *count > 0))
         })
         .await?;
@@ -121,14 +122,14 @@ impl<'w> Story<'w> {
         Ok(())
     }
 
-    async fn drain(&mut self, provider: &Network, traffic: &Traffic) -> io::Result<()> {
+    async fn drain(&mut self, provider: &Network, traffic: &ConsumerTraffic) -> io::Result<()> {
         let [(name, address), (other, at_other)] = PROXIES;
         self.screen.step(&format!("{name} drains, under load"));
         let orders = self.world.orders();
         let nlb = self.world.network("nlb")?;
         self.busy(traffic).await?;
         let downloads = traffic.download().await?;
-        let sessions = Status::of(provider, address).await?.sessions();
+        let sessions = ProxyStatus::of(provider, address).await?.sessions();
         let child = self.world.child(name).ok_or(io::ErrorKind::NotFound)?;
         kill_process(Pid::from_child(child), Signal::TERM)?;
         self.screen
@@ -139,8 +140,8 @@ impl<'w> Story<'w> {
         .await?;
         self.screen.event(&format!("its health check says {said}; it still accepts what the NLB sends"));
         let (sent, sent_other) = until("the NLB's verdict", async || {
-            let targets = Targets::of(&orders).await?;
-            let out = targets.standing(address) == Some(Standing::Unhealthy);
+            let targets = TargetStates::of(&orders).await?;
+            let out = targets.standing(address) == Some(TargetHealth::Unhealthy);
             Ok(out.then(|| (targets.flows(address), targets.flows(at_other))))
         })
         .await?;
@@ -152,7 +153,7 @@ impl<'w> Story<'w> {
         .await?;
         self.screen.event(&format!("{name} has had no session left, and ended: {status}"));
         let ends = downloads.end().await;
-        let targets = Targets::of(&orders).await?;
+        let targets = TargetStates::of(&orders).await?;
         let whole = ends.iter().flatten().filter(|end| end.whole).count();
         let through = ends.iter().flatten().filter(|end| end.proxy == Some(address)).count();
         self.screen.claim(
@@ -171,43 +172,43 @@ impl<'w> Story<'w> {
         Ok(())
     }
 
-    async fn come_back(&mut self, traffic: &Traffic) -> io::Result<()> {
+    async fn come_back(&mut self, traffic: &ConsumerTraffic) -> io::Result<()> {
         let [(name, address), _] = PROXIES;
         self.screen.step(&format!("{name} comes back, as after an upgrade"));
         let orders = self.world.orders();
         self.world.start_proxy(name)?;
         self.screen.event("it is started; its health check says 503 until its backends are probed");
         let sent = until("the NLB's verdict", async || {
-            let targets = Targets::of(&orders).await?;
-            Ok((targets.standing(address) == Some(Standing::Healthy)).then(|| targets.flows(address)))
+            let targets = TargetStates::of(&orders).await?;
+            Ok((targets.standing(address) == Some(TargetHealth::Healthy)).then(|| targets.flows(address)))
         })
         .await?;
         self.screen.event("the NLB has heard yes twice: it gets its share of new connections again");
         until("traffic over the new proxy", async || {
-            Ok((Targets::of(&orders).await?.flows(address) >= sent + SOME).then_some(()))
+            Ok((TargetStates::of(&orders).await?.flows(address) >= sent + SOME).then_some(()))
         })
         .await?;
         self.none_failed(traffic);
         Ok(())
     }
 
-    async fn deregister(&mut self, traffic: &Traffic) -> io::Result<()> {
+    async fn deregister(&mut self, traffic: &ConsumerTraffic) -> io::Result<()> {
         let [_, (name, address)] = PROXIES;
         self.screen.step(&format!("{name} is deregistered, and registered again"));
         let orders = self.world.orders();
         order(&orders, "deregister", address).await?;
-        let sent = Targets::of(&orders).await?.flows(address);
+        let sent = TargetStates::of(&orders).await?.flows(address);
         self.busy(traffic).await?;
-        let targets = Targets::of(&orders).await?;
+        let targets = TargetStates::of(&orders).await?;
         self.screen.event("the NLB calls it draining: it keeps its flows, and gets no new ones");
         self.screen.claim(
-            targets.standing(address) == Some(Standing::Draining) && targets.flows(address) == sent,
+            targets.standing(address) == Some(TargetHealth::Draining) && targets.flows(address) == sent,
             &format!("The NLB sent {name} nothing more, though its health is good."),
         );
         order(&orders, "register", address).await?;
         until("the NLB's verdict", async || {
-            let targets = Targets::of(&orders).await?;
-            let healthy = targets.standing(address) == Some(Standing::Healthy);
+            let targets = TargetStates::of(&orders).await?;
+            let healthy = targets.standing(address) == Some(TargetHealth::Healthy);
             Ok((healthy && targets.flows(address) >= SOME).then_some(()))
         })
         .await?;
@@ -216,7 +217,7 @@ impl<'w> Story<'w> {
         Ok(())
     }
 
-    async fn lose_a_backend(&mut self, provider: &Network, traffic: &Traffic) -> io::Result<()> {
+    async fn lose_a_backend(&mut self, provider: &Network, traffic: &ConsumerTraffic) -> io::Result<()> {
         let [tenant, neighbour] = TENANTS;
         let [(name, address), _] = tenant.backends;
         let address = format!("{address}:{HTTP}");
@@ -230,7 +231,7 @@ impl<'w> Story<'w> {
             .event(&format!("kill -9 of {name}'s nginx; sessions that find it refused try the pool's other"));
         for (proxy, at) in PROXIES {
             let state = until("a proxy's verdict", async || {
-                let status = Status::of(provider, at).await?;
+                let status = ProxyStatus::of(provider, at).await?;
                 Ok(status.backend(&address).filter(|state| *state != "healthy").map(str::to_owned))
             })
             .await?;
@@ -243,7 +244,7 @@ impl<'w> Story<'w> {
         self.world.start_backend(name)?;
         for (_, at) in PROXIES {
             until("a backend that is back", async || {
-                Ok((Status::of(provider, at).await?.backend(&address) == Some("healthy")).then_some(()))
+                Ok((ProxyStatus::of(provider, at).await?.backend(&address) == Some("healthy")).then_some(()))
             })
             .await?;
         }
@@ -265,7 +266,7 @@ impl<'w> Story<'w> {
         Ok(())
     }
 
-    async fn sum_up(&mut self, traffic: Traffic) -> io::Result<()> {
+    async fn sum_up(&mut self, traffic: ConsumerTraffic) -> io::Result<()> {
         self.screen.step("In sum");
         let reports = traffic.reports();
         traffic.end().await?;
@@ -296,7 +297,7 @@ impl<'w> Story<'w> {
     }
 
     /// Waits until every tenant has had some more answers.
-    async fn busy(&self, traffic: &Traffic) -> io::Result<()> {
+    async fn busy(&self, traffic: &ConsumerTraffic) -> io::Result<()> {
         let answered = || traffic.reports().iter().map(|report| report.answered).collect::<Vec<_>>();
         let before = answered();
         until("traffic", async || {
@@ -306,7 +307,7 @@ impl<'w> Story<'w> {
         .await
     }
 
-    fn none_failed(&mut self, traffic: &Traffic) {
+    fn none_failed(&mut self, traffic: &ConsumerTraffic) {
         let answered: u64 = traffic.reports().iter().map(|report| report.answered).sum();
         let failed: u64 = traffic.failures().iter().sum();
         self.screen.claim(failed == 0, &format!("{answered} requests so far, and {failed} failed."));
@@ -317,7 +318,7 @@ impl<'w> Story<'w> {
 async fn retries(provider: &Network, pool: &str) -> io::Result<u64> {
     let mut sum = 0;
     for (_, address) in PROXIES {
-        sum += Status::of(provider, address).await?.retries(pool);
+        sum += ProxyStatus::of(provider, address).await?.retries(pool);
     }
     Ok(sum)
 }

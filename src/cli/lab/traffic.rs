@@ -12,7 +12,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::lab::load::consumer::{Asks, Load, Report};
+use crate::lab::load::consumer::{ConsumerLoad, ConsumerReport, ConsumerRequest};
 use crate::lab::vpc::Network;
 use crate::lab::world::{DOWNLOAD, ENDPOINT, HTTP, LEN, TENANTS};
 
@@ -33,21 +33,26 @@ pub(super) struct Download {
 }
 
 /// All consumers, until they are told to stop, or this is dropped.
-pub(super) struct Traffic {
-    loads: Vec<Arc<Load>>,
+pub(super) struct ConsumerTraffic {
+    loads: Vec<Arc<ConsumerLoad>>,
     stop: watch::Sender<bool>,
     threads: Vec<JoinHandle<io::Result<()>>>,
-    orders: Vec<mpsc::Sender<Order>>,
+    orders: Vec<mpsc::Sender<DownloadRequest>>,
 }
 
-impl Traffic {
+impl ConsumerTraffic {
     /// Starts them: `networks` are those of the tenants, in their order.
     pub(super) fn start(networks: &[Network]) -> io::Result<Self> {
         let stop = watch::Sender::new(false);
         let (mut loads, mut threads, mut orders) = (Vec::new(), Vec::new(), Vec::new());
         for (network, tenant) in networks.iter().zip(TENANTS) {
             let address = (ENDPOINT, HTTP).into();
-            let load = Arc::new(Load::new(address, Asks::Http, &format!("{}-", tenant.name), PAUSE));
+            let load = Arc::new(ConsumerLoad::new(
+                address,
+                ConsumerRequest::Http,
+                &format!("{}-", tenant.name),
+                PAUSE,
+            ));
             loads.push(Arc::clone(&load));
             let (network, stopped) = (network.clone(), stop.subscribe());
             let (order, ordered) = mpsc::channel(1);
@@ -63,7 +68,7 @@ impl Traffic {
     }
 
     /// What the consumers have seen so far, in the order of the tenants.
-    pub(super) fn reports(&self) -> Vec<Report> {
+    pub(super) fn reports(&self) -> Vec<ConsumerReport> {
         self.loads.iter().map(|load| load.report()).collect()
     }
 
@@ -78,7 +83,7 @@ impl Traffic {
         let (begun, mut beginnings) = mpsc::channel(count);
         let (ended, endings) = mpsc::channel(count);
         for orders in &self.orders {
-            let order = Order { begun: begun.clone(), ended: ended.clone() };
+            let order = DownloadRequest { begun: begun.clone(), ended: ended.clone() };
             orders.send(order).await.map_err(io::Error::other)?;
         }
         drop(begun);
@@ -99,7 +104,7 @@ impl Traffic {
 }
 
 /// The order to download.
-struct Order {
+struct DownloadRequest {
     /// Told by each download that has its first bytes, or will have none.
     begun: mpsc::Sender<()>,
     ended: mpsc::Sender<io::Result<Download>>,
@@ -120,7 +125,11 @@ impl Downloads {
 }
 
 /// One consumer, inside its network.
-async fn consume(load: Arc<Load>, mut stopped: watch::Receiver<bool>, mut orders: mpsc::Receiver<Order>) {
+async fn consume(
+    load: Arc<ConsumerLoad>,
+    mut stopped: watch::Receiver<bool>,
+    mut orders: mpsc::Receiver<DownloadRequest>,
+) {
     let mut tasks = JoinSet::new();
     for _ in 0..CALLERS {
         let (load, stopped) = (Arc::clone(&load), stopped.clone());
@@ -133,7 +142,8 @@ async fn consume(load: Arc<Load>, mut stopped: watch::Receiver<bool>, mut orders
             _ = stopped.wait_for(|stop| *stop) => break,
         };
         for port in PORTS {
-            let Order { begun, ended } = Order { begun: order.begun.clone(), ended: order.ended.clone() };
+            let DownloadRequest { begun, ended } =
+                DownloadRequest { begun: order.begun.clone(), ended: order.ended.clone() };
             tasks.spawn(async move {
                 let end = download(port, begun).await;
                 // Nobody waits for it where the story is over.

@@ -6,9 +6,9 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 
-use super::ModeName;
+use super::LoadModeName;
 use crate::cli::plot;
-use crate::lab::load::{Datagrams, Report};
+use crate::lab::load::{DatagramReport, LoadReport};
 
 /// Percentiles that are shown; those of an interval stand in one line.
 const PERCENTILES: [f64; 7] = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99];
@@ -20,7 +20,7 @@ fn per_second(count: u64, took: Duration) -> f64 {
     count / took.as_secs_f64().max(f64::MIN_POSITIVE)
 }
 
-pub(super) fn as_text(report: &Report, mode: ModeName, interval: Option<Duration>) -> String {
+pub(super) fn as_text(report: &LoadReport, mode: LoadModeName, interval: Option<Duration>) -> String {
     let mut text = format!(
         "{:.0} operations/s, {:.1} MiB/s over {:.1} s; {} failed, {} misrouted, {} not sent, {} noise\n",
         per_second(report.operations, report.took),
@@ -34,8 +34,8 @@ pub(super) fn as_text(report: &Report, mode: ModeName, interval: Option<Duration
     for (failure, count) in &report.failures {
         writeln!(text, "  failed, {}: {count}", failure.word()).unwrap_or_default();
     }
-    if matches!(mode, ModeName::Udp) {
-        let Datagrams { lost, late, reordered, duplicates } = report.datagrams;
+    if matches!(mode, LoadModeName::Udp) {
+        let DatagramReport { lost, late, reordered, duplicates } = report.datagrams;
         writeln!(
             text,
             "datagrams without an answer {lost}, answered late {late}, reordered {reordered}, twice {duplicates}"
@@ -43,7 +43,7 @@ pub(super) fn as_text(report: &Report, mode: ModeName, interval: Option<Duration
         .unwrap_or_default();
     }
     // How long one read or write of many takes says nothing.
-    let is_bulk = matches!(mode, ModeName::ToClient | ModeName::ToBackend);
+    let is_bulk = matches!(mode, LoadModeName::ToClient | LoadModeName::ToBackend);
     if !is_bulk && report.operations > 0 {
         text.push_str("\nlatency\n");
         for percentile in PERCENTILES {
@@ -60,7 +60,7 @@ pub(super) fn as_text(report: &Report, mode: ModeName, interval: Option<Duration
 }
 
 /// A line for each interval.
-fn table(report: &Report, interval: Duration, is_bulk: bool) -> String {
+fn table(report: &LoadReport, interval: Duration, is_bulk: bool) -> String {
     let heads = OF_INTERVALS.map(|percentile| format!("p{percentile}"));
     let heads = ["from", "operations", "MiB/s", "failed"].into_iter().map(str::to_owned).chain(heads);
     let heads = heads.chain(["max".to_owned()]).map(|head| format!("{head:>10}"));
@@ -100,7 +100,7 @@ fn percentiles<T: hdrhistogram::Counter>(latency: &Histogram<T>) -> Map<String, 
         .collect()
 }
 
-pub(super) fn as_json(report: &Report, interval: Option<Duration>) -> serde_json::Value {
+pub(super) fn as_json(report: &LoadReport, interval: Option<Duration>) -> serde_json::Value {
     let intervals = starts(interval.unwrap_or_default()).zip(&report.intervals).map(|(from, interval)| {
         json!({
             "from_seconds": from.as_secs_f64(),

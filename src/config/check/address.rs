@@ -3,24 +3,24 @@
 use std::net::SocketAddr;
 
 use crate::config::Protocol;
-use crate::config::error::Fault;
-use crate::config::section::{Field, Head};
-use crate::config::unit::Ports;
-use crate::config::written::Written;
+use crate::config::error::ConfigError;
+use crate::config::section::{ParsedField, TableHead};
+use crate::config::unit::BindPorts;
+use crate::config::written::RawConfig;
 
 use super::build::{ADMIN_BIND, HEALTH_BIND};
 
 /// Ports that something binds.
-struct Claim<'w> {
-    ports: Ports,
+struct BindClaim<'w> {
+    ports: BindPorts,
     /// Who binds it, and at which byte that was written; none for a default.
-    written: Option<(&'w Head, usize)>,
+    written: Option<(&'w TableHead, usize)>,
     /// `admin` or `health`, where it is the default of one.
     default: &'static str,
     protocol: Protocol,
 }
 
-impl Claim<'_> {
+impl BindClaim<'_> {
     fn overlaps(&self, other: &Self) -> bool {
         let (ours, theirs) = (self.ports.first, other.ports.first);
         // An IPv6 socket takes IPv6 alone, so [::] leaves 0.0.0.0 free.
@@ -49,19 +49,19 @@ fn same_ip(ours: SocketAddr, theirs: SocketAddr) -> bool {
 }
 
 /// As it is written in a bind.
-fn spelled(ports: &Ports) -> String {
+fn spelled(ports: &BindPorts) -> String {
     if ports.count() == 1 { ports.first.to_string() } else { format!("{}-{}", ports.first, ports.last) }
 }
 
 /// No listener takes what another one, the admin pages or the health endpoint take.
-pub(super) fn listener_addresses_do_not_overlap(written: &Written, faults: &mut Vec<Fault>) {
+pub(super) fn listener_addresses_do_not_overlap(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let mut claims = claims(written);
     // Port 0 is the system's choice, and the system chooses a free one.
     claims.retain(|claim| claim.ports.first.port() != 0);
     let order: Vec<_> = claims.into_iter().enumerate().collect();
     let mut by_port: Vec<_> = order.iter().collect();
     by_port.sort_by_key(|(_, claim)| claim.ports.first.port());
-    let mut open: Vec<&(usize, Claim<'_>)> = Vec::new();
+    let mut open: Vec<&(usize, BindClaim<'_>)> = Vec::new();
     let mut pairs = Vec::new();
     for next in by_port {
         open.retain(|earlier| earlier.1.ports.last >= next.1.ports.first.port());
@@ -82,7 +82,7 @@ pub(super) fn listener_addresses_do_not_overlap(written: &Written, faults: &mut 
     }
 }
 
-fn claims(written: &Written) -> Vec<Claim<'_>> {
+fn claims(written: &RawConfig) -> Vec<BindClaim<'_>> {
     let mut claims = Vec::new();
     let (admin, health) = (&written.admin, &written.health);
     claims.extend(single("admin", admin.head.as_ref(), &admin.bind, ADMIN_BIND));
@@ -94,7 +94,7 @@ fn claims(written: &Written) -> Vec<Claim<'_>> {
         let Some(protocol) = listener.protocol.effective(&Protocol::Tcp).copied() else { continue };
         for ports in listener.bind.given().map(|list| list.items.as_slice()).unwrap_or_default() {
             let at = Some((&listener.head, ports.span().start));
-            claims.push(Claim { ports: *ports.get_ref(), written: at, default: "", protocol });
+            claims.push(BindClaim { ports: *ports.get_ref(), written: at, default: "", protocol });
         }
     }
     claims
@@ -102,14 +102,14 @@ fn claims(written: &Written) -> Vec<Claim<'_>> {
 
 fn single<'w>(
     name: &'static str,
-    head: Option<&'w Head>,
-    bind: &'w Field<SocketAddr>,
+    head: Option<&'w TableHead>,
+    bind: &'w ParsedField<SocketAddr>,
     default: SocketAddr,
-) -> Option<Claim<'w>> {
+) -> Option<BindClaim<'w>> {
     let first = *bind.effective(&default)?;
     let written = bind.spanned().and_then(|bind| Some((head?, bind.span().start)));
-    Some(Claim {
-        ports: Ports { first, last: first.port() },
+    Some(BindClaim {
+        ports: BindPorts { first, last: first.port() },
         written,
         default: name,
         protocol: Protocol::Tcp,
@@ -122,7 +122,7 @@ mod tests {
     use crate::config::unit::ports;
 
     fn overlap(ours: &str, theirs: &str) -> bool {
-        let claim = |text| Claim {
+        let claim = |text| BindClaim {
             ports: ports(text).unwrap(),
             written: None,
             default: "admin",
@@ -153,15 +153,19 @@ mod tests {
 
     #[test]
     fn a_port_has_room_for_each_protocol() {
-        let claim =
-            |protocol| Claim { ports: ports("127.0.0.1:53").unwrap(), written: None, default: "", protocol };
+        let claim = |protocol| BindClaim {
+            ports: ports("127.0.0.1:53").unwrap(),
+            written: None,
+            default: "",
+            protocol,
+        };
         assert!(!claim(Protocol::Tcp).overlaps(&claim(Protocol::Udp)));
         assert!(claim(Protocol::Udp).overlaps(&claim(Protocol::Udp)));
     }
 
     #[test]
     fn a_default_is_named_as_one() {
-        let claim = Claim {
+        let claim = BindClaim {
             ports: ports("127.0.0.1:9900").unwrap(),
             written: None,
             default: "admin",

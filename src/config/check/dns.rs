@@ -1,14 +1,14 @@
 //! The rules of looking names up.
 
-use crate::config::error::Fault;
-use crate::config::section::Head;
-use crate::config::written::{Dns, Written};
+use crate::config::error::ConfigError;
+use crate::config::section::TableHead;
+use crate::config::written::{RawConfig, RawDns};
 
 use super::build::{MAX_TTL, MIN_TTL};
 use super::{no_time, told};
 
 /// Every rule.
-pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let dns = &written.dns;
     let Some(head) = &dns.head else { return };
     looking_up_takes_time(head, dns, faults);
@@ -16,13 +16,13 @@ pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
 }
 
 /// An answer that counts for no time at all would be asked for without end.
-fn looking_up_takes_time(head: &Head, dns: &Dns, faults: &mut Vec<Fault>) {
+fn looking_up_takes_time(head: &TableHead, dns: &RawDns, faults: &mut Vec<ConfigError>) {
     for (key, time) in [("timeout", &dns.timeout), ("min-ttl", &dns.min_ttl), ("max-ttl", &dns.max_ttl)] {
         faults.extend(no_time(time).map(|(offset, message)| head.fault_at(offset, key, message)));
     }
 }
 
-fn the_least_time_to_live_is_at_most_the_most(head: &Head, dns: &Dns) -> Option<Fault> {
+fn the_least_time_to_live_is_at_most_the_most(head: &TableHead, dns: &RawDns) -> Option<ConfigError> {
     let (min, max) = (*dns.min_ttl.effective(&MIN_TTL)?, *dns.max_ttl.effective(&MAX_TTL)?);
     if min <= max || max.is_zero() {
         return None;

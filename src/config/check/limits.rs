@@ -4,17 +4,17 @@ use std::time::Duration;
 
 use toml::Spanned;
 
-use crate::config::error::Fault;
-use crate::config::section::{Field, Head};
-use crate::config::value::{Count, Interval, PerSecond, Size};
-use crate::config::written::{self, Written};
-use crate::config::{Bandwidth, Limits, Mode, Rate};
+use crate::config::error::ConfigError;
+use crate::config::section::{ParsedField, TableHead};
+use crate::config::value::{ByteSize, BytesPerSecond, Count, RateInterval};
+use crate::config::written::{self, RawConfig};
+use crate::config::{BandwidthLimit, LimitMode, RateLimit, TenantLimits};
 
 /// Every rule, for the defaults and for every tenant.
-pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let defaults = &written.tenant_defaults.limits;
     if let Some(head) = &written.defaults {
-        judge(head, defaults, &written::Limits::default(), faults);
+        judge(head, defaults, &written::RawLimits::default(), faults);
     }
     for tenant in &written.tenants {
         judge(&tenant.head, &tenant.limits, defaults, faults);
@@ -22,7 +22,12 @@ pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
 }
 
 /// Judges what a table says itself; what it takes from the defaults is judged there.
-fn judge(head: &Head, own: &written::Limits, defaults: &written::Limits, faults: &mut Vec<Fault>) {
+fn judge(
+    head: &TableHead,
+    own: &written::RawLimits,
+    defaults: &written::RawLimits,
+    faults: &mut Vec<ConfigError>,
+) {
     let mut fault = |key: &str, offset: usize, message: String| {
         faults.push(head.fault_at(offset, &format!("limits.{key}"), message));
     };
@@ -54,16 +59,16 @@ fn without(rate: &str, burst: &dyn std::fmt::Display) -> String {
 
 fn wrong_burst(
     key: &str,
-    rate: &Field<PerSecond>,
-    burst: &Spanned<Size>,
-    default: &Field<PerSecond>,
+    rate: &ParsedField<BytesPerSecond>,
+    burst: &Spanned<ByteSize>,
+    default: &ParsedField<BytesPerSecond>,
 ) -> Option<String> {
     let burst = burst.get_ref().0;
     match own_or(rate, default) {
-        Field::Absent => Some(without(key, &format_args!("{burst}B"))),
-        Field::Faulty => None,
-        Field::Given(rate) if (1..=rate.get_ref().0).contains(&burst) => None,
-        Field::Given(rate) => {
+        ParsedField::Absent => Some(without(key, &format_args!("{burst}B"))),
+        ParsedField::Faulty => None,
+        ParsedField::Given(rate) if (1..=rate.get_ref().0).contains(&burst) => None,
+        ParsedField::Given(rate) => {
             let most = rate.get_ref().0;
             Some(format!("must be from 1B to {most}B, a second's worth of {key}, found {burst}B"))
         }
@@ -71,16 +76,16 @@ fn wrong_burst(
 }
 
 /// What holds: what a table sets itself, else the default.
-pub(super) fn own_or<'f, T>(own: &'f Field<T>, default: &'f Field<T>) -> &'f Field<T> {
+pub(super) fn own_or<'f, T>(own: &'f ParsedField<T>, default: &'f ParsedField<T>) -> &'f ParsedField<T> {
     if own.is_absent() { default } else { own }
 }
 
 /// What holds for a tenant: each key that it does not set is the default's. A burst goes with its rate: who sets a
 /// rate does not take the burst that was meant for another.
-pub(super) fn effective(own: &written::Limits, defaults: &written::Limits) -> Limits {
+pub(super) fn effective(own: &written::RawLimits, defaults: &written::RawLimits) -> TenantLimits {
     let sessions = own_or(&own.sessions, &defaults.sessions);
-    Limits {
-        mode: own_or(&own.mode, &defaults.mode).given().copied().unwrap_or(Mode::Enforce),
+    TenantLimits {
+        mode: own_or(&own.mode, &defaults.mode).given().copied().unwrap_or(LimitMode::Enforce),
         sessions: sessions.given().map(|sessions| sessions.0),
         session_rate: rate(
             (&own.session_rate, &own.session_burst),
@@ -107,29 +112,29 @@ pub(super) fn effective(own: &written::Limits, defaults: &written::Limits) -> Li
 
 /// The rate and burst that hold.
 fn pair<'f, R, B>(
-    own: (&'f Field<R>, &'f Field<B>),
-    default: (&'f Field<R>, &'f Field<B>),
+    own: (&'f ParsedField<R>, &'f ParsedField<B>),
+    default: (&'f ParsedField<R>, &'f ParsedField<B>),
 ) -> Option<(&'f R, Option<&'f B>)> {
     let burst = if own.0.is_absent() { own_or(own.1, default.1) } else { own.1 };
     Some((own_or(own.0, default.0).given()?, burst.given()))
 }
 
-type Pace<'f> = (&'f Field<Interval>, &'f Field<Count<1>>);
+type Pace<'f> = (&'f ParsedField<RateInterval>, &'f ParsedField<Count<1>>);
 
 /// A rate with its burst; by default that is what comes in during `worth`, and at least one.
-fn rate(own: Pace<'_>, defaults: Pace<'_>, worth: Duration) -> Option<Rate> {
-    let (Interval(interval), burst) = pair(own, defaults)?;
+fn rate(own: Pace<'_>, defaults: Pace<'_>, worth: Duration) -> Option<RateLimit> {
+    let (RateInterval(interval), burst) = pair(own, defaults)?;
     let default = u64::try_from(worth.as_nanos() / interval.as_nanos().max(1)).unwrap_or(u64::MAX).max(1);
-    Some(Rate { interval: *interval, burst: burst.map_or(default, |burst| burst.0) })
+    Some(RateLimit { interval: *interval, burst: burst.map_or(default, |burst| burst.0) })
 }
 
 /// The least that a burst is by default: a read of a few segments, however slow the rate.
 const LEAST_BURST: u64 = 16 * 1024;
 
-type Way<'f> = (&'f Field<PerSecond>, &'f Field<Size>);
+type Way<'f> = (&'f ParsedField<BytesPerSecond>, &'f ParsedField<ByteSize>);
 
-fn bandwidth(own: Way<'_>, defaults: Way<'_>) -> Option<Bandwidth> {
-    let (PerSecond(rate), burst) = pair(own, defaults)?;
+fn bandwidth(own: Way<'_>, defaults: Way<'_>) -> Option<BandwidthLimit> {
+    let (BytesPerSecond(rate), burst) = pair(own, defaults)?;
     let default = (rate / 10).max(LEAST_BURST).min(*rate);
-    Some(Bandwidth { bytes_per_second: *rate, burst: burst.map_or(default, |burst| burst.0) })
+    Some(BandwidthLimit { bytes_per_second: *rate, burst: burst.map_or(default, |burst| burst.0) })
 }

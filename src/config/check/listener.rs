@@ -1,24 +1,24 @@
 //! The rules of a listener.
 
-use crate::config::error::Fault;
+use crate::config::error::ConfigError;
 use crate::config::section::quoted;
-use crate::config::value::ProxyProtocol;
-use crate::config::written::{Listener, Written};
+use crate::config::value::ProxyProtocolMode;
+use crate::config::written::{RawConfig, RawListener};
 use crate::config::{BareDatagrams, Fallback, Protocol};
 
 /// Every rule, for every listener.
-pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     for listener in &written.listeners {
         faults.extend(a_listener_binds_something(listener));
         faults.extend(a_listener_binds_at_most_1024_ports(listener));
         faults.extend(no_datagram_is_pending(listener));
         faults.extend(bare_datagrams_are_of_udp(listener));
-        match listener.proxy_protocol.effective(&ProxyProtocol::Require) {
-            Some(ProxyProtocol::Require) => {
+        match listener.proxy_protocol.effective(&ProxyProtocolMode::Require) {
+            Some(ProxyProtocolMode::Require) => {
                 faults.extend(headers_count_from_trusted_sources_only(listener));
                 faults.extend(a_header_says_whose_traffic_it_is(listener));
             }
-            Some(ProxyProtocol::Off) => {
+            Some(ProxyProtocolMode::Off) => {
                 faults.extend(without_headers_the_tenant_is_named(listener));
                 rules_of_headers_stand_with_headers_only(listener, faults);
             }
@@ -27,13 +27,13 @@ pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
     }
 }
 
-fn a_listener_binds_something(listener: &Listener) -> Option<Fault> {
+fn a_listener_binds_something(listener: &RawListener) -> Option<ConfigError> {
     let bind = listener.bind.spanned().filter(|bind| bind.get_ref().is_empty())?;
     let message = "must hold at least one address, such as \"0.0.0.0:8080\", found an empty list";
     Some(listener.head.fault_at(bind.span().start, "bind", message.to_owned()))
 }
 
-fn no_datagram_is_pending(listener: &Listener) -> Option<Fault> {
+fn no_datagram_is_pending(listener: &RawListener) -> Option<ConfigError> {
     listener.protocol.given().filter(|protocol| **protocol == Protocol::Udp)?;
     let (offset, found) = listener.max_pending.said(|count| count.0.to_string())?;
     let message = format!(
@@ -42,7 +42,7 @@ fn no_datagram_is_pending(listener: &Listener) -> Option<Fault> {
     Some(listener.head.fault_at(offset, "max-pending", message))
 }
 
-fn bare_datagrams_are_of_udp(listener: &Listener) -> Option<Fault> {
+fn bare_datagrams_are_of_udp(listener: &RawListener) -> Option<ConfigError> {
     listener.protocol.effective(&Protocol::Tcp).filter(|protocol| **protocol == Protocol::Tcp)?;
     let (offset, found) = listener.bare_datagrams.said(bare)?;
     let default = if listener.protocol.is_absent() { " (the default)" } else { "" };
@@ -63,7 +63,7 @@ fn bare(bare: &BareDatagrams) -> String {
 /// How many ports a listener may bind: each takes a socket for each worker.
 const MOST_PORTS: usize = 1024;
 
-fn a_listener_binds_at_most_1024_ports(listener: &Listener) -> Option<Fault> {
+fn a_listener_binds_at_most_1024_ports(listener: &RawListener) -> Option<ConfigError> {
     let bind = listener.bind.spanned()?;
     let ports: usize = bind.get_ref().items.iter().map(|ports| ports.get_ref().count()).sum();
     (ports > MOST_PORTS).then(|| {
@@ -74,7 +74,7 @@ fn a_listener_binds_at_most_1024_ports(listener: &Listener) -> Option<Fault> {
 
 const REMEDY: &str = "name the load balancer's private networks, such as [\"10.0.0.0/16\"]";
 
-fn headers_count_from_trusted_sources_only(listener: &Listener) -> Option<Fault> {
+fn headers_count_from_trusted_sources_only(listener: &RawListener) -> Option<ConfigError> {
     let key = "trusted-sources";
     if listener.trusted_sources.is_absent() {
         let default = if listener.proxy_protocol.is_absent() { " (the default)" } else { "" };
@@ -86,7 +86,7 @@ fn headers_count_from_trusted_sources_only(listener: &Listener) -> Option<Fault>
     Some(listener.head.fault_at(trusted.span().start, key, message))
 }
 
-fn a_header_says_whose_traffic_it_is(listener: &Listener) -> Option<Fault> {
+fn a_header_says_whose_traffic_it_is(listener: &RawListener) -> Option<ConfigError> {
     let tenant = listener.tenant.spanned()?;
     let found = quoted(tenant.get_ref());
     let message = format!(
@@ -96,7 +96,7 @@ fn a_header_says_whose_traffic_it_is(listener: &Listener) -> Option<Fault> {
     Some(listener.head.fault_at(tenant.span().start, "tenant", message))
 }
 
-fn without_headers_the_tenant_is_named(listener: &Listener) -> Option<Fault> {
+fn without_headers_the_tenant_is_named(listener: &RawListener) -> Option<ConfigError> {
     listener.tenant.is_absent().then(|| {
         let message = "must be present where proxy-protocol = \"off\", because nothing else says whose traffic it is, \
                        found none";
@@ -104,7 +104,7 @@ fn without_headers_the_tenant_is_named(listener: &Listener) -> Option<Fault> {
     })
 }
 
-fn rules_of_headers_stand_with_headers_only(listener: &Listener, faults: &mut Vec<Fault>) {
+fn rules_of_headers_stand_with_headers_only(listener: &RawListener, faults: &mut Vec<ConfigError>) {
     let keys = [
         ("verify-crc", listener.verify_crc.said(bool::to_string)),
         ("on-no-endpoint", listener.on_no_endpoint.said(fallback)),

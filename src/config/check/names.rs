@@ -5,15 +5,15 @@ use std::collections::HashMap;
 
 use toml::Spanned;
 
-use crate::config::error::Fault;
-use crate::config::section::{Field, Head, quoted};
+use crate::config::error::ConfigError;
+use crate::config::section::{ParsedField, TableHead, quoted};
 use crate::config::suggest;
-use crate::config::value::Name;
+use crate::config::value::TableName;
 
 /// The tables of one kind, by their names.
-pub(super) struct Names<'w> {
+pub(super) struct NameIndex<'w> {
     kind: &'static str,
-    by_name: HashMap<&'w str, (&'w Head, usize), foldhash::fast::RandomState>,
+    by_name: HashMap<&'w str, (&'w TableHead, usize), foldhash::fast::RandomState>,
     /// Whether every table has a name; where one has none, an unknown name may well be its own.
     complete: bool,
     /// How many more names may be compared to find a close one: 100,000 faults must not take minutes.
@@ -23,14 +23,19 @@ pub(super) struct Names<'w> {
 /// How many names are compared in all before suggestions end.
 const LOOKS: usize = 1_000_000;
 
-impl<'w> Names<'w> {
+impl<'w> NameIndex<'w> {
     /// No names yet, of a kind such as `pool`.
     pub(super) fn new(kind: &'static str) -> Self {
         Self { kind, by_name: HashMap::default(), complete: true, looks: Cell::new(LOOKS) }
     }
 
     /// Adds a table. A name that stands twice is a fault of the second.
-    pub(super) fn add(&mut self, head: &'w Head, name: &Field<Name>, faults: &mut Vec<Fault>) {
+    pub(super) fn add(
+        &mut self,
+        head: &'w TableHead,
+        name: &ParsedField<TableName>,
+        faults: &mut Vec<ConfigError>,
+    ) {
         let Some(written) = head.name() else {
             self.complete = false;
             return;
@@ -53,10 +58,10 @@ impl<'w> Names<'w> {
     /// Records a fault where a key names what is not there.
     pub(super) fn require(
         &self,
-        head: &Head,
+        head: &TableHead,
         key: &str,
         name: Option<&Spanned<String>>,
-        faults: &mut Vec<Fault>,
+        faults: &mut Vec<ConfigError>,
     ) {
         let Some(name) = name else { return };
         let wanted = name.get_ref().as_str();
@@ -86,22 +91,22 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::config::error::Source;
+    use crate::config::error::SourceText;
     use toml::de::DeTable;
 
-    fn head(name: &str) -> Head {
+    fn head(name: &str) -> TableHead {
         let text = format!("name = \"{name}\"");
         let table = DeTable::parse(&text).unwrap().into_inner();
-        Head::named("pool", 1, &Arc::new(Source::new("a.toml".into(), 0, "")), 0, &table)
+        TableHead::named("pool", 1, &Arc::new(SourceText::new("a.toml".into(), 0, "")), 0, &table)
     }
 
     #[test]
     fn suggestions_end_when_they_have_cost_enough() {
         let (first, second) = (head("shared"), head("other"));
-        let mut names = Names::new("pool");
+        let mut names = NameIndex::new("pool");
         let mut faults = Vec::new();
         for head in [&first, &second] {
-            names.add(head, &Field::Absent, &mut faults);
+            names.add(head, &ParsedField::Absent, &mut faults);
         }
         names.looks.set(3);
         for _ in 0..2 {

@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use crate::config::error::Fault;
-use crate::config::section::{Field, quoted};
-use crate::config::value::{Name, PreferZone};
-use crate::config::written::{Backend, Pool, Written};
-use crate::config::{Target, suggest};
+use crate::config::error::ConfigError;
+use crate::config::section::{ParsedField, quoted};
+use crate::config::value::{PreferZone, TableName};
+use crate::config::written::{RawBackend, RawConfig, RawPool};
+use crate::config::{BackendTarget, suggest};
 
 use super::{no_time, probe};
 
@@ -15,7 +15,7 @@ const MOST_ADDRESSES: usize = 32_000;
 const MOST_NAMES: usize = 256;
 
 /// Every rule, for every pool.
-pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     for pool in &written.pools {
         faults.extend(a_pool_has_a_backend(pool));
         faults.extend(no_pool_has_more_than_can_be_told_apart(pool));
@@ -28,17 +28,17 @@ pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
     }
 }
 
-fn a_pool_has_a_backend(pool: &Pool) -> Option<Fault> {
+fn a_pool_has_a_backend(pool: &RawPool) -> Option<ConfigError> {
     let backends = pool.backends.spanned().filter(|backends| backends.get_ref().is_empty())?;
     let message = "must hold at least one backend, such as \"10.0.1.10:80\", found an empty list";
     Some(pool.head.fault_at(backends.span().start, "backends", message.to_owned()))
 }
 
 /// Backends are numbered in 16 bits, and each name has 128 numbers for its addresses to come and go.
-fn no_pool_has_more_than_can_be_told_apart(pool: &Pool) -> Option<Fault> {
+fn no_pool_has_more_than_can_be_told_apart(pool: &RawPool) -> Option<ConfigError> {
     let list = pool.backends.spanned()?;
     let targets = || pool.backends().filter_map(|backend| backend.address.given());
-    let addresses = targets().filter(|target| matches!(target, Target::Address(_))).count();
+    let addresses = targets().filter(|target| matches!(target, BackendTarget::Address(_))).count();
     let names = targets().count() - addresses;
     let message = format!(
         "must hold at most {MOST_ADDRESSES} addresses and {MOST_NAMES} names, found {addresses} and {names}; give a tenant or \
@@ -48,8 +48,8 @@ fn no_pool_has_more_than_can_be_told_apart(pool: &Pool) -> Option<Fault> {
     (addresses > MOST_ADDRESSES || names > MOST_NAMES).then(fault)
 }
 
-fn no_backend_stands_twice(pool: &Pool, faults: &mut Vec<Fault>) {
-    let mut first: HashMap<&Target, usize> = HashMap::new();
+fn no_backend_stands_twice(pool: &RawPool, faults: &mut Vec<ConfigError>) {
+    let mut first: HashMap<&BackendTarget, usize> = HashMap::new();
     for address in pool.backends().filter_map(|backend| backend.address.spanned()) {
         let (target, offset) = (address.get_ref(), address.span().start);
         let place = *first.entry(target).or_insert(offset);
@@ -61,15 +61,16 @@ fn no_backend_stands_twice(pool: &Pool, faults: &mut Vec<Fault>) {
     }
 }
 
-fn source_addresses_can_reach_a_backend(pool: &Pool, faults: &mut Vec<Fault>) {
+fn source_addresses_can_reach_a_backend(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     let Some(sources) = pool.source_addresses.given() else { return };
     // Where a backend could not be read, or there is none at all, that is a fault already.
-    let targets: Option<Vec<&Target>> = pool.backends().map(|backend| backend.address.given()).collect();
+    let targets: Option<Vec<&BackendTarget>> =
+        pool.backends().map(|backend| backend.address.given()).collect();
     let Some(targets) = targets.filter(|targets| !targets.is_empty()) else { return };
     // A name may have addresses of both families, and others tomorrow.
-    let may_be = |target: &Target, ipv4: bool| match target {
-        Target::Address(address) => address.is_ipv4() == ipv4,
-        Target::Host { .. } | Target::Service(_) => true,
+    let may_be = |target: &BackendTarget, ipv4: bool| match target {
+        BackendTarget::Address(address) => address.is_ipv4() == ipv4,
+        BackendTarget::Host { .. } | BackendTarget::Service(_) => true,
     };
     for source in &sources.items {
         let address = source.get_ref();
@@ -84,17 +85,17 @@ fn source_addresses_can_reach_a_backend(pool: &Pool, faults: &mut Vec<Fault>) {
 }
 
 /// The values of a key of the backends; none where one of them is a fault already, or there is no backend at all.
-fn of_each<T>(pool: &Pool, key: fn(&Backend) -> &Field<T>) -> Option<Vec<&T>> {
-    let faulty = |field: &&Field<T>| matches!(field, Field::Faulty);
-    let fields: Vec<&Field<T>> = pool.backends().map(key).collect();
+fn of_each<T>(pool: &RawPool, key: fn(&RawBackend) -> &ParsedField<T>) -> Option<Vec<&T>> {
+    let faulty = |field: &&ParsedField<T>| matches!(field, ParsedField::Faulty);
+    let fields: Vec<&ParsedField<T>> = pool.backends().map(key).collect();
     let readable = !fields.is_empty() && !fields.iter().any(faulty);
-    readable.then(|| fields.into_iter().filter_map(Field::given).collect())
+    readable.then(|| fields.into_iter().filter_map(ParsedField::given).collect())
 }
 
-fn the_preferred_zone_has_a_backend(pool: &Pool) -> Option<Fault> {
+fn the_preferred_zone_has_a_backend(pool: &RawPool) -> Option<ConfigError> {
     let prefer = pool.prefer_zone.spanned()?;
     let PreferZone(Some(wanted)) = prefer.get_ref() else { return None };
-    let zones: Vec<&Name> = of_each(pool, |backend| &backend.zone)?;
+    let zones: Vec<&TableName> = of_each(pool, |backend| &backend.zone)?;
     if zones.iter().any(|zone| zone.0 == *wanted) {
         return None;
     }
@@ -107,14 +108,14 @@ fn the_preferred_zone_has_a_backend(pool: &Pool) -> Option<Fault> {
     Some(pool.head.fault_at(prefer.span().start, "prefer-zone", message))
 }
 
-fn waiting_and_ejection_take_time(pool: &Pool, faults: &mut Vec<Fault>) {
+fn waiting_and_ejection_take_time(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     let keys = [("queue.timeout", &pool.queue.timeout), ("ejection.base-time", &pool.ejection.base_time)];
     for (key, time) in keys {
         faults.extend(no_time(time).map(|(offset, message)| pool.head.fault_at(offset, key, message)));
     }
 }
 
-fn who_waits_waits_for_a_backend_that_was_full(pool: &Pool) -> Option<Fault> {
+fn who_waits_waits_for_a_backend_that_was_full(pool: &RawPool) -> Option<ConfigError> {
     let length = pool.queue.length.spanned().filter(|length| length.get_ref().0 > 0)?;
     let most = of_each(pool, |backend| &backend.max_sessions)?;
     if !most.is_empty() {

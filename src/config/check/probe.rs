@@ -4,16 +4,16 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use crate::config::Protocol;
-use crate::config::error::Fault;
+use crate::config::error::ConfigError;
 use crate::config::section::quoted;
 use crate::config::value::{Count, ProbeKind};
-use crate::config::written::{Listener, Pool, Written};
+use crate::config::written::{RawConfig, RawListener, RawPool};
 
 use super::build::{PROBE_INTERVAL, PROBE_TIMEOUT};
 use super::{no_time, told};
 
 /// Every rule, for one pool.
-pub(super) fn rules(pool: &Pool, faults: &mut Vec<Fault>) {
+pub(super) fn rules(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     probes_take_time(pool, faults);
     faults.extend(a_probe_ends_before_the_next(pool));
     without_probes_nothing_is_said_of_them(pool, faults);
@@ -22,14 +22,14 @@ pub(super) fn rules(pool: &Pool, faults: &mut Vec<Fault>) {
     faults.extend(some_status_is_good(pool));
 }
 
-fn probes_take_time(pool: &Pool, faults: &mut Vec<Fault>) {
+fn probes_take_time(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     for (key, time) in [("health.interval", &pool.health.interval), ("health.timeout", &pool.health.timeout)]
     {
         faults.extend(no_time(time).map(|(offset, message)| pool.head.fault_at(offset, key, message)));
     }
 }
 
-fn a_probe_ends_before_the_next(pool: &Pool) -> Option<Fault> {
+fn a_probe_ends_before_the_next(pool: &RawPool) -> Option<ConfigError> {
     let probe = &pool.health;
     let interval = *probe.interval.effective(&PROBE_INTERVAL)?;
     let timeout = *probe.timeout.effective(&PROBE_TIMEOUT)?;
@@ -48,7 +48,7 @@ fn a_probe_ends_before_the_next(pool: &Pool) -> Option<Fault> {
     Some(pool.head.fault_at(at, key, message))
 }
 
-fn without_probes_nothing_is_said_of_them(pool: &Pool, faults: &mut Vec<Fault>) {
+fn without_probes_nothing_is_said_of_them(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     let probe = &pool.health;
     if probe.kind.given() != Some(&ProbeKind::None) {
         return;
@@ -71,7 +71,7 @@ fn without_probes_nothing_is_said_of_them(pool: &Pool, faults: &mut Vec<Fault>) 
     }
 }
 
-fn nothing_is_said_of_another_kind(pool: &Pool, faults: &mut Vec<Fault>) {
+fn nothing_is_said_of_another_kind(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     use ProbeKind::{Exchange, Http};
     let probe = &pool.health;
     let Some(kind) = probe.kind.effective(&ProbeKind::Tcp) else { return };
@@ -104,7 +104,7 @@ fn spoken(protocol: Protocol) -> &'static str {
 }
 
 /// Where nothing but datagrams comes to a pool, nobody may accept connections at its ports.
-pub(super) fn a_probe_asks_where_somebody_listens(written: &Written, faults: &mut Vec<Fault>) {
+pub(super) fn a_probe_asks_where_somebody_listens(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let (by_udp, by_tcp) = (reached(written, Protocol::Udp), reached(written, Protocol::Tcp));
     for pool in &written.pools {
         let Some(name) = pool.name.given().map(|name| name.0.as_str()) else { continue };
@@ -130,8 +130,8 @@ pub(super) fn a_probe_asks_where_somebody_listens(written: &Written, faults: &mu
 }
 
 /// The names of the pools that a listener of this protocol may lead to.
-fn reached(written: &Written, protocol: Protocol) -> HashSet<&str> {
-    let is_it = |listener: &&Listener| listener.protocol.effective(&Protocol::Tcp) == Some(&protocol);
+fn reached(written: &RawConfig, protocol: Protocol) -> HashSet<&str> {
+    let is_it = |listener: &&RawListener| listener.protocol.effective(&Protocol::Tcp) == Some(&protocol);
     let listeners: Vec<_> = written.listeners.iter().filter(is_it).collect();
     if listeners.is_empty() {
         return HashSet::new();
@@ -153,7 +153,7 @@ fn counted(bytes: &[u8]) -> String {
     format!("a text of {} bytes", bytes.len())
 }
 
-fn an_exchange_expects_something(pool: &Pool) -> Option<Fault> {
+fn an_exchange_expects_something(pool: &RawPool) -> Option<ConfigError> {
     let probe = &pool.health;
     let kind = probe.kind.spanned().filter(|kind| *kind.get_ref() == ProbeKind::Exchange)?;
     let message = "must be present where kind = \"exchange\", such as expect = \"PONG\", found none";
@@ -161,7 +161,7 @@ fn an_exchange_expects_something(pool: &Pool) -> Option<Fault> {
     probe.expect.is_absent().then_some(fault)
 }
 
-fn some_status_is_good(pool: &Pool) -> Option<Fault> {
+fn some_status_is_good(pool: &RawPool) -> Option<ConfigError> {
     // Of another kind, it is a fault already that there is a list.
     let statuses = pool.health.expect_status.spanned().filter(|statuses| statuses.get_ref().is_empty())?;
     pool.health.kind.given().filter(|kind| **kind == ProbeKind::Http)?;

@@ -5,18 +5,18 @@ use std::time::Duration;
 
 use super::limits::own_or;
 use crate::config::OnRevoke;
-use crate::config::error::Fault;
-use crate::config::section::{Field, Head};
-use crate::config::value::ProxyProtocol;
-use crate::config::written::{Listener, Revoke, Tenant, Written};
+use crate::config::error::ConfigError;
+use crate::config::section::{ParsedField, TableHead};
+use crate::config::value::ProxyProtocolMode;
+use crate::config::written::{RawConfig, RawListener, RawRevoke, RawTenant};
 use crate::id::EndpointId;
 
 /// Every rule, for every tenant.
-pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
+pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     an_endpoint_belongs_to_one_tenant(written, faults);
     every_tenant_has_a_pool_on_every_listener(written, faults);
     if let Some(head) = &written.defaults {
-        a_revoke_grace_is_used(head, &written.tenant_defaults.revoke, &Revoke::default(), faults);
+        a_revoke_grace_is_used(head, &written.tenant_defaults.revoke, &RawRevoke::default(), faults);
     }
     for tenant in &written.tenants {
         a_revoke_grace_is_used(&tenant.head, &tenant.revoke, &written.tenant_defaults.revoke, faults);
@@ -27,12 +27,17 @@ pub(super) fn rules(written: &Written, faults: &mut Vec<Fault>) {
 const LONGEST_GRACE: Duration = Duration::from_secs(3600);
 
 /// What holds for a tenant.
-pub(super) fn on_revoke(own: &Revoke, defaults: &Revoke) -> OnRevoke {
+pub(super) fn on_revoke(own: &RawRevoke, defaults: &RawRevoke) -> OnRevoke {
     own_or(&own.on_revoke, &defaults.on_revoke).given().copied().unwrap_or_default()
 }
 
 /// A grace has an end, and stands where sessions end.
-fn a_revoke_grace_is_used(head: &Head, own: &Revoke, defaults: &Revoke, faults: &mut Vec<Fault>) {
+fn a_revoke_grace_is_used(
+    head: &TableHead,
+    own: &RawRevoke,
+    defaults: &RawRevoke,
+    faults: &mut Vec<ConfigError>,
+) {
     let Some(grace) = own.grace.spanned() else { return };
     let (offset, grace) = (grace.span().start, *grace.get_ref());
     let message = if grace > LONGEST_GRACE {
@@ -45,8 +50,9 @@ fn a_revoke_grace_is_used(head: &Head, own: &Revoke, defaults: &Revoke, faults: 
     faults.push(head.fault_at(offset, "revoke-grace", message));
 }
 
-fn an_endpoint_belongs_to_one_tenant(written: &Written, faults: &mut Vec<Fault>) {
-    let mut owners: HashMap<EndpointId, (&Head, usize), foldhash::fast::RandomState> = HashMap::default();
+fn an_endpoint_belongs_to_one_tenant(written: &RawConfig, faults: &mut Vec<ConfigError>) {
+    let mut owners: HashMap<EndpointId, (&TableHead, usize), foldhash::fast::RandomState> =
+        HashMap::default();
     for tenant in &written.tenants {
         for endpoint in tenant.endpoints.given().map(|list| list.items.as_slice()).unwrap_or_default() {
             let (id, offset) = (*endpoint.get_ref(), endpoint.span().start);
@@ -65,7 +71,7 @@ fn an_endpoint_belongs_to_one_tenant(written: &Written, faults: &mut Vec<Fault>)
 const NAMED: usize = 3;
 
 /// A session needs a pool: that of the tenant's route, of the tenant or of the listener.
-fn every_tenant_has_a_pool_on_every_listener(written: &Written, faults: &mut Vec<Fault>) {
+fn every_tenant_has_a_pool_on_every_listener(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let bare: Vec<_> = written.listeners.iter().filter(|listener| listener.pool.is_absent()).collect();
     if bare.is_empty() {
         return;
@@ -88,28 +94,28 @@ fn every_tenant_has_a_pool_on_every_listener(written: &Written, faults: &mut Vec
     }
 }
 
-fn place(listener: &Listener) -> String {
+fn place(listener: &RawListener) -> String {
     format!("{} ({})", listener.head.title(), listener.head.place(listener.head.offset()))
 }
 
 /// Whether a listener can carry a tenant's traffic; where that is a fault already, it is not judged.
-fn arrives(tenant: &Tenant, listener: &Listener) -> bool {
-    match listener.proxy_protocol.effective(&ProxyProtocol::Require) {
-        Some(ProxyProtocol::Require) => true,
-        Some(ProxyProtocol::Off) => {
+fn arrives(tenant: &RawTenant, listener: &RawListener) -> bool {
+    match listener.proxy_protocol.effective(&ProxyProtocolMode::Require) {
+        Some(ProxyProtocolMode::Require) => true,
+        Some(ProxyProtocolMode::Off) => {
             listener.tenant.given().is_some_and(|name| tenant.head.name() == Some(name))
         }
         None => false,
     }
 }
 
-fn routed(tenant: &Tenant, listener: &Listener) -> bool {
+fn routed(tenant: &RawTenant, listener: &RawListener) -> bool {
     match (&tenant.routes, listener.head.name()) {
-        (Field::Given(routes), Some(name)) => {
+        (ParsedField::Given(routes), Some(name)) => {
             routes.get_ref().iter().any(|(route, _)| route.get_ref() == name)
         }
-        (Field::Absent, Some(_)) => false,
+        (ParsedField::Absent, Some(_)) => false,
         // A route or a name that could not be read may well be the missing one.
-        (Field::Faulty, _) | (_, None) => true,
+        (ParsedField::Faulty, _) | (_, None) => true,
     }
 }

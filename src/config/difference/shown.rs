@@ -6,15 +6,15 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::Key;
-use crate::config::{Bandwidth, Limits, Mode, Rate};
+use super::KeyChange;
+use crate::config::{BandwidthLimit, LimitMode, RateLimit, TenantLimits};
 
 /// Steps on the way to a value that are names of variants and no keys of a file.
 const NO_KEYS: [&str; 7] = ["identity", "Header", "Fixed", "ask", "Http", "Exchange", "file"];
 
 /// The keys of a table that are different. They are found in whatever the table serialises to, so that no new key can
 /// be forgotten here.
-pub(super) fn keys<T: Serialize>(before: &T, after: &T) -> Vec<Key> {
+pub(super) fn keys<T: Serialize>(before: &T, after: &T) -> Vec<KeyChange> {
     let [mut old, new] = [before, after].map(|table| {
         let mut flat = BTreeMap::new();
         flatten(String::new(), &serde_json::to_value(table).unwrap_or_default(), &mut flat);
@@ -24,10 +24,14 @@ pub(super) fn keys<T: Serialize>(before: &T, after: &T) -> Vec<Key> {
     for (key, to) in new {
         let from = old.remove(&key);
         if from.as_ref() != Some(&to) {
-            differing.push(Key { key, from: Some(from.unwrap_or_else(none)), to: Some(to) });
+            differing.push(KeyChange { key, from: Some(from.unwrap_or_else(none)), to: Some(to) });
         }
     }
-    differing.extend(old.into_iter().map(|(key, from)| Key { key, from: Some(from), to: Some(none()) }));
+    differing.extend(old.into_iter().map(|(key, from)| KeyChange {
+        key,
+        from: Some(from),
+        to: Some(none()),
+    }));
     differing.sort_by(|a, b| a.key.cmp(&b.key));
     differing
 }
@@ -80,23 +84,23 @@ fn duration(duration: Duration) -> String {
 }
 
 /// The limits that are different.
-pub(super) fn limits(before: &Limits, after: &Limits) -> Vec<Key> {
+pub(super) fn limits(before: &TenantLimits, after: &TenantLimits) -> Vec<KeyChange> {
     let (old, new) = (texts(before), texts(after));
     let differing = old.into_iter().zip(new).filter(|((_, from), (_, to))| from != to);
     differing
         .map(|((key, from), (_, to))| {
             let said = |side: Option<String>| Some(side.unwrap_or_else(none));
-            Key { key: key.to_owned(), from: said(from), to: said(to) }
+            KeyChange { key: key.to_owned(), from: said(from), to: said(to) }
         })
         .collect()
 }
 
 /// Each limit in words.
-fn texts(limits: &Limits) -> [(&'static str, Option<String>); 7] {
-    let Limits { mode, sessions, session_rate, to_backend, to_client, flows, datagram_rate } = limits;
+fn texts(limits: &TenantLimits) -> [(&'static str, Option<String>); 7] {
+    let TenantLimits { mode, sessions, session_rate, to_backend, to_client, flows, datagram_rate } = limits;
     let mode = match mode {
-        Mode::Enforce => "enforce",
-        Mode::Observe => "observe",
+        LimitMode::Enforce => "enforce",
+        LimitMode::Observe => "observe",
     };
     [
         ("mode", Some(mode.to_owned())),
@@ -109,7 +113,7 @@ fn texts(limits: &Limits) -> [(&'static str, Option<String>); 7] {
     ]
 }
 
-fn rate(rate: Rate) -> String {
+fn rate(rate: RateLimit) -> String {
     let nanos = rate.interval.as_nanos().max(1);
     let second = Duration::from_secs(1).as_nanos();
     let each = if nanos <= second {
@@ -121,7 +125,7 @@ fn rate(rate: Rate) -> String {
     format!("{each} (burst {})", rate.burst)
 }
 
-fn bandwidth(bandwidth: Bandwidth) -> String {
+fn bandwidth(bandwidth: BandwidthLimit) -> String {
     format!("{}/s (burst {})", size(bandwidth.bytes_per_second), size(bandwidth.burst))
 }
 
@@ -142,7 +146,7 @@ mod tests {
             [0, 1023, 1024, 1 << 20, 50 << 20, 1 << 30].map(size),
             ["0B", "1023B", "1KiB", "1MiB", "50MiB", "1GiB"]
         );
-        let every = |interval| rate(Rate { interval, burst: 4 });
+        let every = |interval| rate(RateLimit { interval, burst: 4 });
         assert_eq!(every(Duration::from_millis(5)), "200/s (burst 4)");
         assert_eq!(every(Duration::from_nanos(333_333_333)), "3/s (burst 4)");
         assert_eq!(every(Duration::from_mins(1)), "one in 1m (burst 4)");

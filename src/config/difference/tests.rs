@@ -38,19 +38,19 @@ fn parse(text: &str) -> Config {
     Config::parse("test.toml", text).unwrap_or_else(|faults| panic!("{faults}"))
 }
 
-fn in_force() -> InForce {
-    let route = |listener: &str, tenant: &str, pool: &str, now| RouteUse {
+fn in_force() -> ActiveConfig {
+    let route = |listener: &str, tenant: &str, pool: &str, now| RouteUsage {
         listener: listener.to_owned(),
         tenant: tenant.to_owned(),
         pool: pool.to_owned(),
         now,
     };
-    let backend = |pool: &str, backend: &str, now| BackendUse {
+    let backend = |pool: &str, backend: &str, now| BackendUsage {
         pool: pool.to_owned(),
         backend: backend.to_owned(),
         now,
     };
-    InForce {
+    ActiveConfig {
         version: "1".to_owned(),
         config: parse(TEXT),
         routes: vec![
@@ -71,7 +71,7 @@ fn changed(pairs: &[(&str, &str)]) -> (Vec<String>, String) {
         assert!(text.contains(from), "{from}");
         text = text.replacen(from, to, 1);
     }
-    let difference = Difference::between(&in_force(), &parse(&text));
+    let difference = ConfigDiff::between(&in_force(), &parse(&text));
     (difference.changes.iter().map(ToString::to_string).collect(), difference.now.to_string())
 }
 
@@ -113,7 +113,7 @@ fn tables_that_need_a_restart_are_refused_and_others_are_not() {
     let timeouts = "[timeouts]\nhalf-close = \"61s\"\nflow-idle = \"3m\"\n[process]";
     one("[process]", timeouts, line, "125 sessions and 7 flows");
     for (from, to, refused) in [("workers = 2", "workers = 3", true), ("\"200/s\"", "\"100/s\"", false)] {
-        let difference = Difference::between(&in_force(), &parse(&TEXT.replace(from, to)));
+        let difference = ConfigDiff::between(&in_force(), &parse(&TEXT.replace(from, to)));
         assert_eq!((difference.is_refused(), difference.is_empty()), (refused, false));
     }
 }
@@ -198,7 +198,7 @@ fn sessions_that_a_reload_would_end_are_counted() {
     let ends = |from: &str, to: &str| {
         let text = TEXT.replacen(from, to, 1);
         assert_ne!(text, TEXT);
-        Difference::between(&in_force(), &parse(&text)).ends.to_string()
+        ConfigDiff::between(&in_force(), &parse(&text)).ends.to_string()
     };
     let all = "120 sessions and 7 flows";
     assert_eq!(ends("vpce-08d2bf15fac5001c9", "vpce-0a000000000000001"), all);
@@ -223,9 +223,9 @@ fn sessions_that_a_reload_would_end_are_counted() {
 fn what_is_in_force_travels_as_json_and_stays_the_same() {
     let sent = in_force();
     let text = serde_json::to_string(&sent).unwrap();
-    let read: InForce = serde_json::from_str(&text).unwrap();
+    let read: ActiveConfig = serde_json::from_str(&text).unwrap();
     assert_eq!((&read.config, &read.routes), (&sent.config, &sent.routes));
-    assert!(Difference::between(&read, &sent.config).is_empty());
+    assert!(ConfigDiff::between(&read, &sent.config).is_empty());
 }
 
 #[test]

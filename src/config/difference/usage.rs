@@ -6,13 +6,13 @@ use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Change, InForce, Kind, What};
-use crate::config::{Config, OnRevoke, Tenant};
+use super::{ActiveConfig, ChangeKind, ChangedObject, ConfigChange};
+use crate::config::{Config, OnRevoke, TenantConfig};
 
 /// Sessions or flows of a listener, a tenant and a pool now. Before a session's tenant is known, the two are empty.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
-pub struct RouteUse {
+pub struct RouteUsage {
     pub listener: String,
     pub tenant: String,
     pub pool: String,
@@ -22,7 +22,7 @@ pub struct RouteUse {
 /// Sessions and flows of a backend now.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
-pub struct BackendUse {
+pub struct BackendUsage {
     pub pool: String,
     pub backend: String,
     pub now: u64,
@@ -31,12 +31,12 @@ pub struct BackendUse {
 /// So many of each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
-pub struct Use {
+pub struct LiveCount {
     pub sessions: u64,
     pub flows: u64,
 }
 
-impl Use {
+impl LiveCount {
     /// Whether there is none of either.
     #[must_use]
     pub fn is_nothing(self) -> bool {
@@ -44,14 +44,14 @@ impl Use {
     }
 }
 
-impl AddAssign for Use {
+impl AddAssign for LiveCount {
     fn add_assign(&mut self, other: Self) {
         self.sessions += other.sessions;
         self.flows += other.flows;
     }
 }
 
-impl fmt::Display for Use {
+impl fmt::Display for LiveCount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counted = |count: u64, noun: &str| {
             if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
@@ -66,37 +66,37 @@ impl fmt::Display for Use {
 }
 
 /// All of it, added up.
-pub(super) struct Uses<'n> {
-    routes: Vec<(&'n RouteUse, Use)>,
-    listeners: HashMap<&'n str, Use>,
-    pools: HashMap<&'n str, Use>,
-    tenants: HashMap<&'n str, Use>,
+pub(super) struct LiveCounts<'n> {
+    routes: Vec<(&'n RouteUsage, LiveCount)>,
+    listeners: HashMap<&'n str, LiveCount>,
+    pools: HashMap<&'n str, LiveCount>,
+    tenants: HashMap<&'n str, LiveCount>,
     /// Of each tenant at each listener.
-    doors: HashMap<(&'n str, &'n str), Use>,
+    doors: HashMap<(&'n str, &'n str), LiveCount>,
     backends: HashMap<(&'n str, &'n str), u64>,
     /// Pools whose sessions are flows: a backend's row does not tell.
     flows: HashSet<&'n str>,
 }
 
-impl<'n> Uses<'n> {
-    pub(super) fn of(now: &'n InForce) -> Self {
+impl<'n> LiveCounts<'n> {
+    pub(super) fn of(now: &'n ActiveConfig) -> Self {
         let udp = now.config.listeners.iter().filter(|listener| listener.has_flows());
         let udp: HashSet<&str> = udp.map(|listener| listener.name.as_str()).collect();
         let routes = now.routes.iter().map(|route| {
             let flows = udp.contains(route.listener.as_str());
             let (sessions, flows) = if flows { (0, route.now) } else { (route.now, 0) };
-            (route, Use { sessions, flows })
+            (route, LiveCount { sessions, flows })
         });
         let routes: Vec<_> = routes.collect();
-        let sum = |key: fn(&'n RouteUse) -> &'n str| {
-            let mut sums: HashMap<&'n str, Use> = HashMap::new();
+        let sum = |key: fn(&'n RouteUsage) -> &'n str| {
+            let mut sums: HashMap<&'n str, LiveCount> = HashMap::new();
             for (route, now) in &routes {
                 *sums.entry(key(route)).or_default() += *now;
             }
             sums
         };
         let pools = sum(|route| &route.pool);
-        let mut doors: HashMap<_, Use> = HashMap::new();
+        let mut doors: HashMap<_, LiveCount> = HashMap::new();
         for (route, now) in &routes {
             *doors.entry((route.tenant.as_str(), route.listener.as_str())).or_default() += *now;
         }
@@ -115,49 +115,50 @@ impl<'n> Uses<'n> {
         }
     }
 
-    pub(super) fn all(&self) -> Use {
-        let mut all = Use::default();
+    pub(super) fn all(&self) -> LiveCount {
+        let mut all = LiveCount::default();
         self.routes.iter().for_each(|(_, now)| all += *now);
         all
     }
 
-    pub(super) fn listener(&self, name: &str) -> Use {
+    pub(super) fn listener(&self, name: &str) -> LiveCount {
         self.listeners.get(name).copied().unwrap_or_default()
     }
 
-    pub(super) fn pool(&self, name: &str) -> Use {
+    pub(super) fn pool(&self, name: &str) -> LiveCount {
         self.pools.get(name).copied().unwrap_or_default()
     }
 
-    pub(super) fn tenant(&self, name: &str) -> Use {
+    pub(super) fn tenant(&self, name: &str) -> LiveCount {
         self.tenants.get(name).copied().unwrap_or_default()
     }
 
-    pub(super) fn tenant_at(&self, tenant: &str, listener: &str) -> Use {
+    pub(super) fn tenant_at(&self, tenant: &str, listener: &str) -> LiveCount {
         self.doors.get(&(tenant, listener)).copied().unwrap_or_default()
     }
 
-    pub(super) fn backend(&self, pool: &str, backend: &str) -> Use {
+    pub(super) fn backend(&self, pool: &str, backend: &str) -> LiveCount {
         let now = self.backends.get(&(pool, backend)).copied().unwrap_or_default();
         let (sessions, flows) = if self.flows.contains(pool) { (0, now) } else { (now, 0) };
-        Use { sessions, flows }
+        LiveCount { sessions, flows }
     }
 
     /// How many would end at most, because a tenant is removed or disabled, an endpoint is taken from it, or a listener
     /// gives its traffic to another tenant. Where only some of a tenant's endpoints go, all of its sessions count: a row of
     /// a route does not say which endpoint.
-    pub(super) fn revoked(&self, now: &Config, next: &Config) -> Use {
-        let after: HashMap<&str, &Tenant> =
+    pub(super) fn revoked(&self, now: &Config, next: &Config) -> LiveCount {
+        let after: HashMap<&str, &TenantConfig> =
             next.tenants.iter().map(|tenant| (tenant.name.as_str(), tenant)).collect();
-        let ends = |tenant: &Tenant| tenant.on_revoke == OnRevoke::End;
-        let loses = |before: &Tenant| match after.get(before.name.as_str()) {
+        let ends = |tenant: &TenantConfig| tenant.on_revoke == OnRevoke::End;
+        let loses = |before: &TenantConfig| match after.get(before.name.as_str()) {
             None => true,
             Some(after) => {
                 let kept: HashSet<_> = after.endpoints.iter().collect();
                 before.enabled && !after.enabled || before.endpoints.iter().any(|own| !kept.contains(own))
             }
         };
-        let last = |before: &'_ Tenant| ends(after.get(before.name.as_str()).copied().unwrap_or(before));
+        let last =
+            |before: &'_ TenantConfig| ends(after.get(before.name.as_str()).copied().unwrap_or(before));
         let ending = || now.tenants.iter().filter(|before| last(before));
         let ending_tenants: HashSet<&str> = ending().map(|tenant| tenant.name.as_str()).collect();
         let deprived: HashSet<&str> =
@@ -167,7 +168,7 @@ impl<'n> Uses<'n> {
             after.is_some_and(|after| after.identity.tenants() != before.identity.tenants())
         });
         let listeners: HashSet<&str> = listeners.map(|listener| listener.name.as_str()).collect();
-        let mut sum = Use::default();
+        let mut sum = LiveCount::default();
         for (route, now) in &self.routes {
             let is_of_listener = listeners.contains(route.listener.as_str());
             let tenant = route.tenant.as_str();
@@ -180,30 +181,34 @@ impl<'n> Uses<'n> {
 
     /// What any of these changes concerns, each session once. Of a changed backend its whole pool, for a row of a route
     /// does not say which backend.
-    pub(super) fn concerned(&self, changes: &[Change]) -> Use {
+    pub(super) fn concerned(&self, changes: &[ConfigChange]) -> LiveCount {
         let (mut names, mut doors) = (HashSet::new(), HashSet::new());
         let mut everybody = false;
         for change in changes.iter().filter(|change| !change.now.is_nothing()) {
             let name = change.name.as_str();
             let moves = || change.keys.iter().filter(|key| key.from.is_some() && key.to.is_some());
             match (change.what, &change.pool) {
-                (What::Table, _) => everybody = true,
-                (What::Backend, Some(pool)) => drop(names.insert((What::Pool, pool.as_str()))),
-                (What::Tenant, _) if change.kind == Kind::Moved && moves().count() == change.keys.len() => {
+                (ChangedObject::Table, _) => everybody = true,
+                (ChangedObject::Backend, Some(pool)) => {
+                    names.insert((ChangedObject::Pool, pool.as_str()));
+                }
+                (ChangedObject::Tenant, _)
+                    if change.kind == ChangeKind::Moved && moves().count() == change.keys.len() =>
+                {
                     doors.extend(moves().map(|key| (name, key.key.as_str())));
                 }
                 (what, _) => drop(names.insert((what, name))),
             }
         }
-        let is_concerned = |route: &RouteUse| {
+        let is_concerned = |route: &RouteUsage| {
             let (listener, tenant) = (route.listener.as_str(), route.tenant.as_str());
             everybody
-                || names.contains(&(What::Listener, listener))
-                || names.contains(&(What::Pool, route.pool.as_str()))
-                || names.contains(&(What::Tenant, tenant))
+                || names.contains(&(ChangedObject::Listener, listener))
+                || names.contains(&(ChangedObject::Pool, route.pool.as_str()))
+                || names.contains(&(ChangedObject::Tenant, tenant))
                 || doors.contains(&(tenant, listener))
         };
-        let mut sum = Use::default();
+        let mut sum = LiveCount::default();
         self.routes.iter().filter(|(route, _)| is_concerned(route)).for_each(|(_, now)| sum += *now);
         sum
     }

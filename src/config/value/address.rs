@@ -8,7 +8,7 @@ use toml::de::DeValue;
 
 use super::{must_be, text};
 use crate::config::section::{FromToml, quoted};
-use crate::config::unit::{self, Ports};
+use crate::config::unit::{self, BindPorts};
 
 /// The length of the prefix that all IPv4-mapped addresses share.
 const MAPPED_PREFIX: u8 = 96;
@@ -27,7 +27,7 @@ fn mapped(found: &str, as_ipv4: &str) -> String {
     format!("must be no IPv4-mapped IPv6 address, found {}: write {}", quoted(found), quoted(as_ipv4))
 }
 
-impl FromToml for Ports {
+impl FromToml for BindPorts {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| must_be(unit::PORTS, value))?;
         let ports = unit::ports(text)
@@ -114,7 +114,7 @@ impl FromToml for HostName {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Target;
+    use crate::config::BackendTarget;
 
     fn read<T: FromToml>(text: &str) -> Result<T, String> {
         T::from_toml(DeValue::parse(text).unwrap().get_ref())
@@ -161,8 +161,8 @@ mod tests {
                 format!("must be no IPv4-mapped IPv6 address, found \"{found}\": write \"{instead}\"");
             assert_eq!(message, expected);
         }
-        refused::<Ports>("[::ffff:127.0.0.1]:8099", "127.0.0.1:8099");
-        refused::<Ports>("[::ffff:7f00:1]:8000-8003", "127.0.0.1:8000-8003");
+        refused::<BindPorts>("[::ffff:127.0.0.1]:8099", "127.0.0.1:8099");
+        refused::<BindPorts>("[::ffff:7f00:1]:8000-8003", "127.0.0.1:8000-8003");
         refused::<SocketAddr>("[::ffff:127.0.0.1]:9900", "127.0.0.1:9900");
         refused::<Nameserver>("::ffff:10.0.0.2", "10.0.0.2:53");
         refused::<Nameserver>("[::ffff:10.0.0.2]:5353", "10.0.0.2:5353");
@@ -170,7 +170,7 @@ mod tests {
         refused::<IpNet>("::ffff:10.0.0.0/104", "10.0.0.0/8");
         refused::<IpNet>("::ffff:10.0.0.1", "10.0.0.1/32");
         refused::<IpNet>("::ffff:0:0/96", "0.0.0.0/0");
-        refused::<Target>("[::ffff:10.0.1.10]:80", "10.0.1.10:80");
+        refused::<BackendTarget>("[::ffff:10.0.1.10]:80", "10.0.1.10:80");
     }
 
     #[test]

@@ -6,11 +6,11 @@ use std::ops::RangeInclusive;
 use toml::de::DeValue;
 
 use super::address::not_mapped;
-use super::{Name, must_be, text, word};
+use super::{TableName, must_be, text, word};
 use crate::config::section::{FromToml, quoted};
-use crate::config::{Balance, Target, target};
+use crate::config::{BackendTarget, Balance, target};
 
-impl FromToml for Target {
+impl FromToml for BackendTarget {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| must_be(target::TARGET, value))?;
         let target = target::target(text)
@@ -54,7 +54,7 @@ impl FromToml for PreferZone {
         if value.as_str() == Some("") {
             return Ok(Self(None));
         }
-        match Name::from_toml(value) {
+        match TableName::from_toml(value) {
             Ok(zone) => Ok(Self(Some(zone.0))),
             Err(_) => Err(must_be("the name of a zone that a backend has, or \"\" for none", value)),
         }
@@ -144,9 +144,9 @@ fn status(digits: &str) -> Option<u16> {
 
 /// Bytes that a probe sends or expects, at least so many: a text, or hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::config) struct Bytes<const LEAST: usize>(pub(in crate::config) Vec<u8>);
+pub(in crate::config) struct ProbeBytes<const LEAST: usize>(pub(in crate::config) Vec<u8>);
 
-impl<const LEAST: usize> FromToml for Bytes<LEAST> {
+impl<const LEAST: usize> FromToml for ProbeBytes<LEAST> {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         /// A probe holds so much at once.
         const MOST: usize = 4096;
@@ -171,12 +171,12 @@ fn unhex(digits: &str) -> Option<Vec<u8>> {
 
 /// Where in an answer the expected bytes must stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::config) enum Match {
+pub(in crate::config) enum MatchKind {
     Contains,
     Prefix,
 }
 
-impl Match {
+impl MatchKind {
     /// As it is written.
     pub(in crate::config) fn word(self) -> &'static str {
         match self {
@@ -186,7 +186,7 @@ impl Match {
     }
 }
 
-impl FromToml for Match {
+impl FromToml for MatchKind {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         word(value, &[Self::Contains, Self::Prefix].map(|way| (way.word(), way)))
     }
@@ -206,10 +206,10 @@ mod tests {
 
     #[test]
     fn a_target_says_what_is_wrong_with_it() {
-        assert_eq!(read("\"[::1]:80\""), Ok(Target::Address("[::1]:80".parse().unwrap())));
-        let wrong = refused::<Target>("\"10.0.0.1:0\"");
+        assert_eq!(read("\"[::1]:80\""), Ok(BackendTarget::Address("[::1]:80".parse().unwrap())));
+        let wrong = refused::<BackendTarget>("\"10.0.0.1:0\"");
         assert!(wrong.ends_with(", found \"10.0.0.1:0\", whose port is none from 1 to 65535"), "{wrong}");
-        let wrong = refused::<Target>("80");
+        let wrong = refused::<BackendTarget>("80");
         assert!(wrong.starts_with("must be an address and a port, such as") && wrong.ends_with(", found 80"));
     }
 
@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn bytes_are_a_text_or_hexadecimal() {
-        let bytes = |bytes: &[u8]| Ok(Bytes::<0>(bytes.to_vec()));
+        let bytes = |bytes: &[u8]| Ok(ProbeBytes::<0>(bytes.to_vec()));
         for (text, expected) in [
             ("\"\"", bytes(b"")),
             ("\"PING\\r\\n\"", bytes(b"PING\r\n")),
@@ -305,7 +305,7 @@ mod tests {
             assert_eq!(read(text), expected, "{text}");
         }
         for text in ["\"hex:0\"", "\"hex:0g\"", "\"hex:0a 0b\"", "\"hex:\u{e9}\"", "\"hex:+1\"", "5"] {
-            assert!(refused::<Bytes<0>>(text).starts_with("must be a text, or \"hex:\""), "{text}");
+            assert!(refused::<ProbeBytes<0>>(text).starts_with("must be a text, or \"hex:\""), "{text}");
         }
     }
 
@@ -316,18 +316,21 @@ mod tests {
             format!("\"{}\"", "a".repeat(4096)),
             format!("\"hex:{}\"", "0a".repeat(4096)),
         ] {
-            assert!(read::<Bytes<1>>(&text).is_ok());
+            assert!(read::<ProbeBytes<1>>(&text).is_ok());
         }
-        assert_eq!(refused::<Bytes<1>>("\"\""), "must be 1 to 4096 bytes long, found 0");
+        assert_eq!(refused::<ProbeBytes<1>>("\"\""), "must be 1 to 4096 bytes long, found 0");
         for text in [format!("\"{}\"", "a".repeat(4097)), format!("\"hex:{}\"", "0a".repeat(4097))] {
-            assert_eq!(refused::<Bytes<0>>(&text), "must be 0 to 4096 bytes long, found 4097");
+            assert_eq!(refused::<ProbeBytes<0>>(&text), "must be 0 to 4096 bytes long, found 4097");
         }
     }
 
     #[test]
     fn an_answer_is_matched_in_one_of_two_ways() {
-        assert_eq!(read("\"contains\""), Ok(Match::Contains));
-        assert_eq!(read("\"prefix\""), Ok(Match::Prefix));
-        assert_eq!(refused::<Match>("\"suffix\""), "must be \"contains\" or \"prefix\", found \"suffix\"");
+        assert_eq!(read("\"contains\""), Ok(MatchKind::Contains));
+        assert_eq!(read("\"prefix\""), Ok(MatchKind::Prefix));
+        assert_eq!(
+            refused::<MatchKind>("\"suffix\""),
+            "must be \"contains\" or \"prefix\", found \"suffix\""
+        );
     }
 }

@@ -7,34 +7,39 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::config::error::Fault;
-use crate::config::section::{Field, Head, List, Section, into_table};
+use crate::config::error::ConfigError;
+use crate::config::section::{ParsedField, ParsedList, Section, TableHead, into_table};
 use crate::config::value::{
-    Bytes, Count, HostHeader, Match, Name, PathAndQuery, PreferZone, ProbeKind, SendProxy, Whole,
+    BoundedInt, Count, HostHeader, MatchKind, PathAndQuery, PreferZone, ProbeBytes, ProbeKind, SendProxy,
+    TableName,
 };
-use crate::config::{Balance, Protocol, Target};
+use crate::config::{BackendTarget, Balance, Protocol};
 
 /// `[[pool]]`
 #[derive(Debug)]
-pub(in crate::config) struct Pool {
-    pub(in crate::config) head: Head,
-    pub(in crate::config) name: Field<Name>,
-    pub(in crate::config) balance: Field<Balance>,
-    pub(in crate::config) backends: Field<List<Backend>>,
-    pub(in crate::config) prefer_zone: Field<PreferZone>,
-    pub(in crate::config) send_proxy: Field<SendProxy>,
-    pub(in crate::config) attempts: Field<Whole<1, 100>>,
-    pub(in crate::config) retry_budget: Field<Whole<0, 100>>,
-    pub(in crate::config) slow_start: Field<Duration>,
-    pub(in crate::config) source_addresses: Field<List<IpAddr>>,
-    pub(in crate::config) queue: Queue,
-    pub(in crate::config) panic_threshold: Field<Whole<0, 100>>,
-    pub(in crate::config) health: Probe,
-    pub(in crate::config) ejection: Ejection,
+pub(in crate::config) struct RawPool {
+    pub(in crate::config) head: TableHead,
+    pub(in crate::config) name: ParsedField<TableName>,
+    pub(in crate::config) balance: ParsedField<Balance>,
+    pub(in crate::config) backends: ParsedField<ParsedList<RawBackend>>,
+    pub(in crate::config) prefer_zone: ParsedField<PreferZone>,
+    pub(in crate::config) send_proxy: ParsedField<SendProxy>,
+    pub(in crate::config) attempts: ParsedField<BoundedInt<1, 100>>,
+    pub(in crate::config) retry_budget: ParsedField<BoundedInt<0, 100>>,
+    pub(in crate::config) slow_start: ParsedField<Duration>,
+    pub(in crate::config) source_addresses: ParsedField<ParsedList<IpAddr>>,
+    pub(in crate::config) queue: RawQueue,
+    pub(in crate::config) panic_threshold: ParsedField<BoundedInt<0, 100>>,
+    pub(in crate::config) health: RawProbe,
+    pub(in crate::config) ejection: RawEjection,
 }
 
-impl Pool {
-    pub(in crate::config) fn read(head: Head, table: DeTable<'_>, faults: &mut Vec<Fault>) -> Self {
+impl RawPool {
+    pub(in crate::config) fn read(
+        head: TableHead,
+        table: DeTable<'_>,
+        faults: &mut Vec<ConfigError>,
+    ) -> Self {
         let mut section = Section::open(&head, table, faults);
         let (name, balance) = (section.require("name", "\"shared\""), section.take("balance"));
         let backends = backends(&mut section);
@@ -43,16 +48,16 @@ impl Pool {
         let (slow_start, panic_threshold) = (section.take("slow-start"), section.take("panic-threshold"));
         let source_addresses = section.take_list("source-addresses");
         let queue = match section.take_table("queue") {
-            Field::Given(table) => Queue::read(section.nested("queue.", table)),
-            Field::Absent | Field::Faulty => Queue::default(),
+            ParsedField::Given(table) => RawQueue::read(section.nested("queue.", table)),
+            ParsedField::Absent | ParsedField::Faulty => RawQueue::default(),
         };
         let health = match section.take_table("health") {
-            Field::Given(table) => Probe::read(section.nested("health.", table)),
-            Field::Absent | Field::Faulty => Probe::default(),
+            ParsedField::Given(table) => RawProbe::read(section.nested("health.", table)),
+            ParsedField::Absent | ParsedField::Faulty => RawProbe::default(),
         };
         let ejection = match section.take_table("ejection") {
-            Field::Given(table) => Ejection::read(section.nested("ejection.", table)),
-            Field::Absent | Field::Faulty => Ejection::default(),
+            ParsedField::Given(table) => RawEjection::read(section.nested("ejection.", table)),
+            ParsedField::Absent | ParsedField::Faulty => RawEjection::default(),
         };
         section.finish();
         Self {
@@ -74,41 +79,41 @@ impl Pool {
     }
 
     /// The backends that were written, whether or not their keys could be read.
-    pub(in crate::config) fn backends(&self) -> impl Iterator<Item = &Backend> {
+    pub(in crate::config) fn backends(&self) -> impl Iterator<Item = &RawBackend> {
         self.backends.given().into_iter().flat_map(|list| &list.items).map(Spanned::get_ref)
     }
 }
 
 /// Reads the list of backends, in which a text is short for a table with nothing but an address.
-fn backends(section: &mut Section<'_, '_>) -> Field<List<Backend>> {
+fn backends(section: &mut Section<'_, '_>) -> ParsedField<ParsedList<RawBackend>> {
     const KEY: &str = "backends";
     let example = "[\"10.0.1.10:80\"]";
     let value = match section.take_raw(KEY) {
-        Field::Given(value) => value,
-        Field::Faulty => return Field::Faulty,
-        Field::Absent => {
+        ParsedField::Given(value) => value,
+        ParsedField::Faulty => return ParsedField::Faulty,
+        ParsedField::Absent => {
             section.missing(KEY, example);
-            return Field::Faulty;
+            return ParsedField::Faulty;
         }
     };
     let span = value.span();
-    let Some(values) = section.array(KEY, value) else { return Field::Faulty };
-    let items = values.into_iter().map(|value| Backend::read(section, value)).collect();
-    Field::Given(Spanned::new(span, List { items, complete: true }))
+    let Some(values) = section.array(KEY, value) else { return ParsedField::Faulty };
+    let items = values.into_iter().map(|value| RawBackend::read(section, value)).collect();
+    ParsedField::Given(Spanned::new(span, ParsedList { items, complete: true }))
 }
 
 /// One of a pool's `backends`
 #[derive(Debug)]
-pub(in crate::config) struct Backend {
+pub(in crate::config) struct RawBackend {
     /// It must be there: where it is not given, that is a fault already.
-    pub(in crate::config) address: Field<Target>,
-    pub(in crate::config) weight: Field<Whole<0, 1000>>,
-    pub(in crate::config) zone: Field<Name>,
-    pub(in crate::config) max_sessions: Field<Count<1>>,
-    pub(in crate::config) backup: Field<bool>,
+    pub(in crate::config) address: ParsedField<BackendTarget>,
+    pub(in crate::config) weight: ParsedField<BoundedInt<0, 1000>>,
+    pub(in crate::config) zone: ParsedField<TableName>,
+    pub(in crate::config) max_sessions: ParsedField<Count<1>>,
+    pub(in crate::config) backup: ParsedField<bool>,
 }
 
-impl Backend {
+impl RawBackend {
     fn read<'i>(pool: &mut Section<'i, '_>, value: Spanned<DeValue<'i>>) -> Spanned<Self> {
         /// The key that a text stands for.
         const ADDRESS: &str = "address";
@@ -133,12 +138,12 @@ impl Backend {
 
 /// A pool's `queue`
 #[derive(Debug, Default)]
-pub(in crate::config) struct Queue {
-    pub(in crate::config) length: Field<Whole<0, 100_000>>,
-    pub(in crate::config) timeout: Field<Duration>,
+pub(in crate::config) struct RawQueue {
+    pub(in crate::config) length: ParsedField<BoundedInt<0, 100_000>>,
+    pub(in crate::config) timeout: ParsedField<Duration>,
 }
 
-impl Queue {
+impl RawQueue {
     fn read(mut section: Section<'_, '_>) -> Self {
         let read = Self { length: section.take("length"), timeout: section.take("timeout") };
         section.finish();
@@ -148,25 +153,25 @@ impl Queue {
 
 /// `[pool.health]`
 #[derive(Debug, Default)]
-pub(in crate::config) struct Probe {
-    pub(in crate::config) kind: Field<ProbeKind>,
-    pub(in crate::config) interval: Field<Duration>,
-    pub(in crate::config) timeout: Field<Duration>,
-    pub(in crate::config) rise: Field<Count<1>>,
-    pub(in crate::config) fall: Field<Count<1>>,
-    pub(in crate::config) port: Field<Whole<1, 65_535>>,
-    pub(in crate::config) send_proxy: Field<bool>,
-    pub(in crate::config) path: Field<PathAndQuery>,
-    pub(in crate::config) host: Field<HostHeader>,
-    pub(in crate::config) expect_status: Field<List<RangeInclusive<u16>>>,
-    pub(in crate::config) protocol: Field<Protocol>,
-    pub(in crate::config) send: Field<Bytes<0>>,
-    pub(in crate::config) expect: Field<Bytes<1>>,
+pub(in crate::config) struct RawProbe {
+    pub(in crate::config) kind: ParsedField<ProbeKind>,
+    pub(in crate::config) interval: ParsedField<Duration>,
+    pub(in crate::config) timeout: ParsedField<Duration>,
+    pub(in crate::config) rise: ParsedField<Count<1>>,
+    pub(in crate::config) fall: ParsedField<Count<1>>,
+    pub(in crate::config) port: ParsedField<BoundedInt<1, 65_535>>,
+    pub(in crate::config) send_proxy: ParsedField<bool>,
+    pub(in crate::config) path: ParsedField<PathAndQuery>,
+    pub(in crate::config) host: ParsedField<HostHeader>,
+    pub(in crate::config) expect_status: ParsedField<ParsedList<RangeInclusive<u16>>>,
+    pub(in crate::config) protocol: ParsedField<Protocol>,
+    pub(in crate::config) send: ParsedField<ProbeBytes<0>>,
+    pub(in crate::config) expect: ParsedField<ProbeBytes<1>>,
     /// `match`
-    pub(in crate::config) matching: Field<Match>,
+    pub(in crate::config) matching: ParsedField<MatchKind>,
 }
 
-impl Probe {
+impl RawProbe {
     fn read(mut section: Section<'_, '_>) -> Self {
         let read = Self {
             kind: section.take("kind"),
@@ -191,13 +196,13 @@ impl Probe {
 
 /// `[pool.ejection]`
 #[derive(Debug, Default)]
-pub(in crate::config) struct Ejection {
-    pub(in crate::config) consecutive_failures: Field<Whole<0, 1000>>,
-    pub(in crate::config) base_time: Field<Duration>,
-    pub(in crate::config) max_percent: Field<Whole<0, 100>>,
+pub(in crate::config) struct RawEjection {
+    pub(in crate::config) consecutive_failures: ParsedField<BoundedInt<0, 1000>>,
+    pub(in crate::config) base_time: ParsedField<Duration>,
+    pub(in crate::config) max_percent: ParsedField<BoundedInt<0, 100>>,
 }
 
-impl Ejection {
+impl RawEjection {
     fn read(mut section: Section<'_, '_>) -> Self {
         let read = Self {
             consecutive_failures: section.take("consecutive-failures"),

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::slab::{Kind, List, NIL, Slab};
+use super::slab::{FlowList, FlowSlab, ListKind, NIL};
 use crate::clock::Moment;
 use crate::clock::wheel::Tick;
 
@@ -15,22 +15,22 @@ const BUCKETS: u32 = 4096;
 const LOOKED_AT: usize = 32;
 
 #[derive(Debug)]
-pub(super) struct Queue {
-    buckets: Vec<List>,
+pub(super) struct IdleQueue {
+    buckets: Vec<FlowList>,
     /// A bit for each bucket that has a flow.
     filled: [u64; BUCKETS as usize / 64],
     /// The tick whose bucket is looked at next.
     tick: u64,
-    tenants: HashMap<u32, List, foldhash::fast::FixedState>,
+    tenants: HashMap<u32, FlowList, foldhash::fast::FixedState>,
     /// How many flows each tenant has, and the tenant: the last one is the one that has most. Only an opening and an end
     /// change it, no datagram does.
     ranks: BTreeSet<(u32, u32)>,
 }
 
-impl Default for Queue {
+impl Default for IdleQueue {
     fn default() -> Self {
         Self {
-            buckets: vec![List::EMPTY; BUCKETS as usize],
+            buckets: vec![FlowList::EMPTY; BUCKETS as usize],
             filled: [0; BUCKETS as usize / 64],
             tick: 0,
             tenants: HashMap::default(),
@@ -57,7 +57,7 @@ fn bucket(tick: u64) -> u32 {
     (tick % u64::from(BUCKETS)) as u32
 }
 
-impl Queue {
+impl IdleQueue {
     pub(super) fn of_tenant(&self, tenant: u32) -> usize {
         self.tenants.get(&tenant).map_or(0, |list| list.len as usize)
     }
@@ -68,14 +68,14 @@ impl Queue {
     }
 
     /// Takes in a new flow that is due then.
-    pub(super) fn add<F>(&mut self, slab: &mut Slab<F>, slot: u32, due: Moment) {
+    pub(super) fn add<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
         let Some(tenant) = slab.at(slot).map(|flow| flow.tenant) else { return };
         if self.tenants.is_empty() {
             // Nobody was here, and the wheel stood still meanwhile.
             self.tick = slab.at(slot).map_or(0, |flow| tick(flow.last));
         }
-        let list = self.tenants.entry(tenant).or_insert(List::EMPTY);
-        slab.push(list, Kind::Tenant, slot);
+        let list = self.tenants.entry(tenant).or_insert(FlowList::EMPTY);
+        slab.push(list, ListKind::Tenant, slot);
         let len = list.len;
         self.ranks.remove(&(len - 1, tenant));
         self.ranks.insert((len, tenant));
@@ -83,12 +83,12 @@ impl Queue {
     }
 
     /// Takes a flow out.
-    pub(super) fn remove<F>(&mut self, slab: &mut Slab<F>, slot: u32) {
+    pub(super) fn remove<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32) {
         let Some((tenant, bucket)) = slab.at(slot).map(|flow| (flow.tenant, flow.bucket)) else { return };
         self.take_down(slab, slot, bucket);
         if let Some(list) = self.tenants.get_mut(&tenant) {
             self.ranks.remove(&(list.len, tenant));
-            slab.unlink(list, Kind::Tenant, slot);
+            slab.unlink(list, ListKind::Tenant, slot);
             if list.len == 0 {
                 self.tenants.remove(&tenant);
             } else {
@@ -98,11 +98,11 @@ impl Queue {
     }
 
     /// Hangs a flow where it is looked at when it is due: in a tick after that, and not in the one that is under way.
-    fn hang<F>(&mut self, slab: &mut Slab<F>, slot: u32, due: Moment) {
+    fn hang<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
         let at = (tick(due) + 1).clamp(self.tick + 1, self.tick + u64::from(BUCKETS) - 1);
         let place = bucket(at);
         if let Some(list) = self.buckets.get_mut(place as usize) {
-            slab.push(list, Kind::Due, slot);
+            slab.push(list, ListKind::Due, slot);
         }
         if let Some(flow) = slab.at_mut(slot) {
             flow.bucket = place;
@@ -110,9 +110,9 @@ impl Queue {
         self.mark(place, true);
     }
 
-    fn take_down<F>(&mut self, slab: &mut Slab<F>, slot: u32, place: u32) {
+    fn take_down<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, place: u32) {
         let Some(list) = self.buckets.get_mut(place as usize) else { return };
-        slab.unlink(list, Kind::Due, slot);
+        slab.unlink(list, ListKind::Due, slot);
         if list.len == 0 {
             self.mark(place, false);
         }
@@ -126,14 +126,14 @@ impl Queue {
     }
 
     /// Has a flow looked at when it is due.
-    pub(super) fn put_off<F>(&mut self, slab: &mut Slab<F>, slot: u32, due: Moment) {
+    pub(super) fn put_off<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
         let Some(place) = slab.at(slot).map(|flow| flow.bucket) else { return };
         self.take_down(slab, slot, place);
         self.hang(slab, slot, due);
     }
 
     /// The next flow that is to be looked at; `None` where there is none up to now. It stays where it is.
-    pub(super) fn next_due<F>(&mut self, slab: &mut Slab<F>, now: Moment) -> Option<u32> {
+    pub(super) fn next_due<F>(&mut self, slab: &mut FlowSlab<F>, now: Moment) -> Option<u32> {
         self.rewind(now);
         let now = tick(now);
         // Who has not been looked at for more than a round looks at each once.
@@ -184,7 +184,12 @@ impl Queue {
 
     /// Of a tenant's flows the one that was idle longest, among the first of its list. Those that were looked at go to the
     /// list's end, so that the next look is at others.
-    pub(super) fn longest_idle<F>(&mut self, slab: &mut Slab<F>, tenant: u32, now: Moment) -> Option<u32> {
+    pub(super) fn longest_idle<F>(
+        &mut self,
+        slab: &mut FlowSlab<F>,
+        tenant: u32,
+        now: Moment,
+    ) -> Option<u32> {
         let list = self.tenants.get_mut(&tenant)?;
         let mut longest = None;
         for _ in 0..LOOKED_AT.min(list.len as usize) {
@@ -193,8 +198,8 @@ impl Queue {
             if longest.is_none_or(|(_, longest)| idle > longest) {
                 longest = Some((slot, idle));
             }
-            slab.unlink(list, Kind::Tenant, slot);
-            slab.push(list, Kind::Tenant, slot);
+            slab.unlink(list, ListKind::Tenant, slot);
+            slab.push(list, ListKind::Tenant, slot);
         }
         longest.map(|(slot, _)| slot)
     }

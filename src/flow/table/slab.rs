@@ -1,6 +1,6 @@
 //! Where flows lie: in chunks, so that none ever moves, and found by number.
 
-use super::{Path, Who};
+use super::{FlowClient, FlowPath};
 use crate::clock::Moment;
 
 /// Flows of a chunk, as a power of two.
@@ -42,7 +42,7 @@ pub(super) const NIL: u32 = u32::MAX;
 
 /// The lists that every flow is in.
 #[derive(Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum ListKind {
     /// Those whose idleness is looked at together.
     Due,
     /// Those of one tenant.
@@ -53,28 +53,28 @@ pub(super) enum Kind {
 
 /// The flows before and after one.
 #[derive(Clone, Copy, Debug)]
-struct Link {
+struct ListLink {
     before: u32,
     after: u32,
 }
 
 /// The ends of a list.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct List {
+pub(super) struct FlowList {
     pub(super) head: u32,
     tail: u32,
     pub(super) len: u32,
 }
 
-impl List {
+impl FlowList {
     pub(super) const EMPTY: Self = Self { head: NIL, tail: NIL, len: 0 };
 }
 
 /// One flow, or the place where one was.
 #[derive(Debug)]
-pub(super) struct Slot<F> {
-    pub(super) path: Path,
-    pub(super) who: Who,
+pub(super) struct FlowSlot<F> {
+    pub(super) path: FlowPath,
+    pub(super) who: FlowClient,
     pub(super) last: Moment,
     pub(super) tenant: u32,
     pub(super) generation: u32,
@@ -82,13 +82,13 @@ pub(super) struct Slot<F> {
     pub(super) shares_path: bool,
     /// Where it hangs on the wheel.
     pub(super) bucket: u32,
-    links: [Link; 3],
+    links: [ListLink; 3],
     pub(super) flow: Option<F>,
 }
 
-impl<F> Slot<F> {
-    pub(super) fn new(path: Path, who: Who, tenant: u32, flow: F, now: Moment) -> Self {
-        let links = [Link { before: NIL, after: NIL }; 3];
+impl<F> FlowSlot<F> {
+    pub(super) fn new(path: FlowPath, who: FlowClient, tenant: u32, flow: F, now: Moment) -> Self {
+        let links = [ListLink { before: NIL, after: NIL }; 3];
         Self {
             path,
             who,
@@ -104,38 +104,38 @@ impl<F> Slot<F> {
 }
 
 #[derive(Debug)]
-pub(super) struct Slab<F> {
-    chunks: Vec<Vec<Slot<F>>>,
+pub(super) struct FlowSlab<F> {
+    chunks: Vec<Vec<FlowSlot<F>>>,
     free: Vec<u32>,
 }
 
-impl<F> Default for Slab<F> {
+impl<F> Default for FlowSlab<F> {
     fn default() -> Self {
         Self { chunks: Vec::new(), free: Vec::new() }
     }
 }
 
-impl<F> Slab<F> {
-    fn slot(&self, slot: u32) -> Option<&Slot<F>> {
+impl<F> FlowSlab<F> {
+    fn slot(&self, slot: u32) -> Option<&FlowSlot<F>> {
         self.chunks.get((slot >> CHUNK_BITS) as usize)?.get((slot & ((1 << CHUNK_BITS) - 1)) as usize)
     }
 
-    fn slot_mut(&mut self, slot: u32) -> Option<&mut Slot<F>> {
+    fn slot_mut(&mut self, slot: u32) -> Option<&mut FlowSlot<F>> {
         self.chunks.get_mut((slot >> CHUNK_BITS) as usize)?.get_mut((slot & ((1 << CHUNK_BITS) - 1)) as usize)
     }
 
     /// A flow that is there.
-    pub(super) fn at(&self, slot: u32) -> Option<&Slot<F>> {
+    pub(super) fn at(&self, slot: u32) -> Option<&FlowSlot<F>> {
         self.slot(slot).filter(|slot| slot.flow.is_some())
     }
 
     /// A flow that is there, to be changed.
-    pub(super) fn at_mut(&mut self, slot: u32) -> Option<&mut Slot<F>> {
+    pub(super) fn at_mut(&mut self, slot: u32) -> Option<&mut FlowSlot<F>> {
         self.slot_mut(slot).filter(|slot| slot.flow.is_some())
     }
 
     /// The flow of this name.
-    pub(super) fn find(&mut self, id: FlowId) -> Option<&mut Slot<F>> {
+    pub(super) fn find(&mut self, id: FlowId) -> Option<&mut FlowSlot<F>> {
         self.at_mut(id.slot()).filter(|slot| u64::from(slot.generation) == id.generation())
     }
 
@@ -152,12 +152,12 @@ impl<F> Slab<F> {
     }
 
     /// Puts a flow in; its number and generation.
-    pub(super) fn insert(&mut self, flow: Slot<F>) -> (u32, u32) {
+    pub(super) fn insert(&mut self, flow: FlowSlot<F>) -> (u32, u32) {
         if let Some(number) = self.free.pop()
             && let Some(slot) = self.slot_mut(number)
         {
             let generation = slot.generation;
-            *slot = Slot { generation, ..flow };
+            *slot = FlowSlot { generation, ..flow };
             return (number, generation);
         }
         if self.chunks.last().is_none_or(|chunk| chunk.len() >> CHUNK_BITS > 0) {
@@ -178,26 +178,26 @@ impl<F> Slab<F> {
         Some(flow)
     }
 
-    fn link(&mut self, slot: u32, kind: Kind) -> Option<&mut Link> {
+    fn link(&mut self, slot: u32, kind: ListKind) -> Option<&mut ListLink> {
         self.slot_mut(slot)?.links.get_mut(kind as usize)
     }
 
     /// The flow behind one.
-    pub(super) fn after(&self, slot: u32, kind: Kind) -> u32 {
+    pub(super) fn after(&self, slot: u32, kind: ListKind) -> u32 {
         self.slot(slot).and_then(|slot| slot.links.get(kind as usize)).map_or(NIL, |link| link.after)
     }
 
-    fn before(&self, slot: u32, kind: Kind) -> u32 {
+    fn before(&self, slot: u32, kind: ListKind) -> u32 {
         self.slot(slot).and_then(|slot| slot.links.get(kind as usize)).map_or(NIL, |link| link.before)
     }
 
-    fn set(&mut self, slot: u32, kind: Kind, before: u32, after: u32) {
+    fn set(&mut self, slot: u32, kind: ListKind, before: u32, after: u32) {
         if let Some(link) = self.link(slot, kind) {
-            *link = Link { before, after };
+            *link = ListLink { before, after };
         }
     }
 
-    fn join(&mut self, before: u32, after: u32, kind: Kind) {
+    fn join(&mut self, before: u32, after: u32, kind: ListKind) {
         if let Some(link) = self.link(before, kind) {
             link.after = after;
         }
@@ -207,7 +207,7 @@ impl<F> Slab<F> {
     }
 
     /// Puts a flow at a list's end.
-    pub(super) fn push(&mut self, list: &mut List, kind: Kind, slot: u32) {
+    pub(super) fn push(&mut self, list: &mut FlowList, kind: ListKind, slot: u32) {
         self.set(slot, kind, list.tail, NIL);
         self.join(list.tail, slot, kind);
         if list.head == NIL {
@@ -218,7 +218,7 @@ impl<F> Slab<F> {
     }
 
     /// Takes a flow out of a list.
-    pub(super) fn unlink(&mut self, list: &mut List, kind: Kind, slot: u32) {
+    pub(super) fn unlink(&mut self, list: &mut FlowList, kind: ListKind, slot: u32) {
         let (before, after) = (self.before(slot, kind), self.after(slot, kind));
         self.join(before, after, kind);
         if list.head == slot {
@@ -233,15 +233,15 @@ impl<F> Slab<F> {
 
     /// Puts a flow behind the first of its path.
     pub(super) fn hang(&mut self, first: u32, slot: u32) {
-        let second = self.after(first, Kind::Path);
-        self.set(slot, Kind::Path, first, second);
-        self.join(slot, second, Kind::Path);
-        self.join(first, slot, Kind::Path);
+        let second = self.after(first, ListKind::Path);
+        self.set(slot, ListKind::Path, first, second);
+        self.join(slot, second, ListKind::Path);
+        self.join(first, slot, ListKind::Path);
     }
 
     /// Takes a flow out of those of its path.
     pub(super) fn unhang(&mut self, slot: u32) {
-        let (before, after) = (self.before(slot, Kind::Path), self.after(slot, Kind::Path));
-        self.join(before, after, Kind::Path);
+        let (before, after) = (self.before(slot, ListKind::Path), self.after(slot, ListKind::Path));
+        self.join(before, after, ListKind::Path);
     }
 }

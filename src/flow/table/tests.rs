@@ -2,27 +2,27 @@
 
 use super::*;
 
-fn path(port: u16) -> Path {
-    Path { socket: 0, local: None, peer: PeerAddr(([10, 0, 0, 1], port).into()) }
+fn path(port: u16) -> FlowPath {
+    FlowPath { socket: 0, local: None, peer: PeerAddr(([10, 0, 0, 1], port).into()) }
 }
 
-fn who(number: u8) -> Who {
-    let endpoint = Claim::from_tlv(Some(format!("vpce-{number:08x}").as_bytes()));
-    Who { client: Some(ClientAddr(([10, 100, 0, 10], 40_000).into())), endpoint }
+fn who(number: u8) -> FlowClient {
+    let endpoint = EndpointClaim::from_tlv(Some(format!("vpce-{number:08x}").as_bytes()));
+    FlowClient { client: Some(ClientAddr(([10, 100, 0, 10], 40_000).into())), endpoint }
 }
 
 fn at(seconds: u64) -> Moment {
     Moment::from_nanos(seconds * 1_000_000_000)
 }
 
-fn expired(table: &mut Table<u32>, now: Moment) -> Vec<u32> {
+fn expired(table: &mut FlowTable<u32>, now: Moment) -> Vec<u32> {
     let mut all = Vec::new();
     table.expire(now, 1_000, |_, _, flow| all.push(flow));
     all
 }
 
-fn table(flows: u16) -> (Table<u32>, Vec<FlowId>) {
-    let mut table = Table::new(Duration::from_secs(120));
+fn table(flows: u16) -> (FlowTable<u32>, Vec<FlowId>) {
+    let mut table = FlowTable::new(Duration::from_secs(120));
     let open = |number| table.open(path(number), who(1), 7, u32::from(number), at(0));
     let ids = (0..flows).map(open).collect();
     (table, ids)
@@ -31,25 +31,33 @@ fn table(flows: u16) -> (Table<u32>, Vec<FlowId>) {
 #[test]
 fn one_address_behind_two_endpoints_is_two_flows() {
     let (mut table, _) = table(0);
-    assert_eq!(table.hear(path(1), Some(who(1)), at(0)), Command::Open);
+    assert_eq!(table.hear(path(1), Some(who(1)), at(0)), DatagramAction::Open);
     let one = table.open(path(1), who(1), 1, 1, at(0));
-    assert_eq!(table.hear(path(1), None, at(0)), Command::ToBackend(one));
-    assert_eq!(table.hear(path(1), Some(who(2)), at(0)), Command::Open);
+    assert_eq!(table.hear(path(1), None, at(0)), DatagramAction::ToBackend(one));
+    assert_eq!(table.hear(path(1), Some(who(2)), at(0)), DatagramAction::Open);
     let two = table.open(path(1), who(2), 2, 2, at(0));
-    assert_eq!(table.hear(path(1), Some(who(1)), at(0)), Command::ToBackend(one));
-    assert_eq!(table.hear(path(1), Some(who(2)), at(0)), Command::ToBackend(two));
-    assert_eq!(table.hear(path(1), None, at(0)), Command::Drop(Stray::Ambiguous));
-    assert_eq!(table.hear(path(2), None, at(0)), Command::Drop(Stray::NoHeader));
+    assert_eq!(table.hear(path(1), Some(who(1)), at(0)), DatagramAction::ToBackend(one));
+    assert_eq!(table.hear(path(1), Some(who(2)), at(0)), DatagramAction::ToBackend(two));
+    assert_eq!(table.hear(path(1), None, at(0)), DatagramAction::Drop(StrayDatagram::Ambiguous));
+    assert_eq!(table.hear(path(2), None, at(0)), DatagramAction::Drop(StrayDatagram::NoHeader));
     assert_eq!(table.close(one), Some((path(1), who(1), 1)));
-    assert_eq!(table.hear(path(1), None, at(0)), Command::Drop(Stray::Ambiguous), "it may be of the first");
+    assert_eq!(
+        table.hear(path(1), None, at(0)),
+        DatagramAction::Drop(StrayDatagram::Ambiguous),
+        "it may be of the first"
+    );
     assert!(table.shares_path(two));
     assert_eq!((table.close(one), table.answer(one, at(0))), (None, None));
     assert_eq!(table.answer(two, at(0)), Some((path(1), who(2), &mut 2)));
     table.close(two).unwrap();
     let one = table.open(path(1), who(1), 1, 1, at(0));
-    assert_eq!(table.hear(path(1), None, at(0)), Command::ToBackend(one), "nothing is left of the others");
+    assert_eq!(
+        table.hear(path(1), None, at(0)),
+        DatagramAction::ToBackend(one),
+        "nothing is left of the others"
+    );
     table.set_shares_path(one);
-    assert_eq!(table.hear(path(1), None, at(0)), Command::Drop(Stray::Ambiguous));
+    assert_eq!(table.hear(path(1), None, at(0)), DatagramAction::Drop(StrayDatagram::Ambiguous));
 }
 
 #[test]
@@ -97,19 +105,19 @@ fn a_clock_that_goes_back_lets_nobody_live_for_ever() {
 
 #[test]
 fn a_deadline_goes_back_with_the_clock() {
-    let hear: fn(&mut Table<u32>, FlowId) = |table, id| {
-        assert_eq!(table.hear(path(0), Some(who(1)), at(10)), Command::ToBackend(id));
+    let hear: fn(&mut FlowTable<u32>, FlowId) = |table, id| {
+        assert_eq!(table.hear(path(0), Some(who(1)), at(10)), DatagramAction::ToBackend(id));
     };
-    let answer: fn(&mut Table<u32>, FlowId) = |table, id| assert!(table.answer(id, at(10)).is_some());
-    let open: fn(&mut Table<u32>, FlowId) = |table, _| {
+    let answer: fn(&mut FlowTable<u32>, FlowId) = |table, id| assert!(table.answer(id, at(10)).is_some());
+    let open: fn(&mut FlowTable<u32>, FlowId) = |table, _| {
         table.open(path(1), who(1), 7, 1, at(10));
     };
-    let open_the_only_one: fn(&mut Table<u32>, FlowId) = |table, id| {
+    let open_the_only_one: fn(&mut FlowTable<u32>, FlowId) = |table, id| {
         table.close(id).unwrap();
         table.open(path(1), who(1), 7, 1, at(10));
     };
     for act in [hear, answer, open, open_the_only_one] {
-        let mut table = Table::new(Duration::from_secs(120));
+        let mut table = FlowTable::new(Duration::from_secs(120));
         let id = table.open(path(0), who(1), 7, 0, at(1_000_000));
         act(&mut table, id);
         // A round of the wheel, and the time that it then has.
@@ -127,7 +135,7 @@ fn a_deadline_goes_back_with_the_clock() {
 fn who_has_most_is_known_whoever_else_there_is() {
     let (mut table, ids) = table(10);
     let mut port = 10;
-    let mut open = |table: &mut Table<u32>, tenant| {
+    let mut open = |table: &mut FlowTable<u32>, tenant| {
         port += 1;
         table.open(path(port), who(1), tenant, tenant, at(0));
     };
@@ -173,7 +181,8 @@ fn the_longest_idle_of_a_tenant_gives_way_and_nobody_who_spoke_just_now() {
     }
     let other = table.open(path(99), who(3), 8, 99, at(1));
     let idle = Duration::from_secs(35);
-    let evict = |table: &mut Table<u32>, tenant| table.evict(tenant, idle, at(60)).map(|(_, _, flow)| flow);
+    let evict =
+        |table: &mut FlowTable<u32>, tenant| table.evict(tenant, idle, at(60)).map(|(_, _, flow)| flow);
     assert_eq!((evict(&mut table, Some(7)), evict(&mut table, None)), (Some(1), Some(3)));
     assert_eq!((evict(&mut table, Some(7)), evict(&mut table, Some(9))), (None, None));
     assert_eq!(table.close(other).map(|(_, _, flow)| flow), Some(99));

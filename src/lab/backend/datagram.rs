@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::introduction;
-use super::load::{HEAD, Request, Tag};
-use crate::id::Claim;
-use crate::lab::datagram::{Port, Room};
+use super::load::{HEAD, LoadRequest, SessionTag};
+use crate::id::EndpointClaim;
+use crate::lab::datagram::{DatagramPort, ReceiveBuffer};
 use crate::lab::{ANYWHERE, Tasks};
-use crate::wire::{self, Parsed, Rules, Transport};
+use crate::wire::{self, ParsedHeader, ParserRules, Transport};
 
 /// How a backend answers a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Manner {
-    /// Sends it back; one that begins with [`Request::Echo`] with the backend's [`Tag`] there.
+pub enum DatagramBehavior {
+    /// Sends it back; one that begins with [`LoadRequest::Echo`] with the backend's [`SessionTag`] there.
     Echo,
     /// Says as JSON who it is and, where a PROXY header came first, who asks: what [`Http`](super::Temper::Http) says.
     Introduction,
@@ -24,7 +24,7 @@ pub enum Manner {
 
 /// A backend for datagrams.
 #[derive(Debug)]
-pub struct Datagrams {
+pub struct DatagramBackend {
     name: Arc<str>,
     address: SocketAddr,
     count: Arc<AtomicU64>,
@@ -32,12 +32,12 @@ pub struct Datagrams {
     _tasks: Tasks,
 }
 
-impl Datagrams {
+impl DatagramBackend {
     /// Starts one at a port of loopback that the system chooses.
     ///
     /// # Errors
     /// Where loopback has no port left.
-    pub async fn start(name: &str, manner: Manner) -> io::Result<Self> {
+    pub async fn start(name: &str, manner: DatagramBehavior) -> io::Result<Self> {
         Self::start_at(ANYWHERE, name, manner).await
     }
 
@@ -45,21 +45,21 @@ impl Datagrams {
     ///
     /// # Errors
     /// Where the address cannot be bound.
-    pub async fn start_at(address: SocketAddr, name: &str, manner: Manner) -> io::Result<Self> {
-        let port = Port::bind(address).await?;
+    pub async fn start_at(address: SocketAddr, name: &str, manner: DatagramBehavior) -> io::Result<Self> {
+        let port = DatagramPort::bind(address).await?;
         let address = port.local_addr()?;
         let name: Arc<str> = name.into();
         let count = Arc::new(AtomicU64::new(0));
         let mut tasks = Tasks::new();
         let (own_name, own_count) = (Arc::clone(&name), Arc::clone(&count));
         tasks.spawn(async move {
-            let mut room = Room::default();
+            let mut room = ReceiveBuffer::default();
             while port.readable().await.is_ok() {
                 // An answer to somebody who has gone comes back as an error, and says nothing of this socket.
                 port.receive(&mut room, |from, bytes, each| {
                     let count = match manner {
-                        Manner::Echo => echo(&port, Tag::new(&own_name), from, bytes, each),
-                        Manner::Introduction => introduce(&port, &own_name, from, bytes, each),
+                        DatagramBehavior::Echo => echo(&port, SessionTag::new(&own_name), from, bytes, each),
+                        DatagramBehavior::Introduction => introduce(&port, &own_name, from, bytes, each),
                     };
                     own_count.fetch_add(count, Ordering::Relaxed);
                 })
@@ -89,11 +89,13 @@ impl Datagrams {
 }
 
 /// Sends back a run of datagrams; how many they were.
-fn echo(port: &Port, tag: Tag, from: SocketAddr, bytes: &mut [u8], each: usize) -> u64 {
+fn echo(port: &DatagramPort, tag: SessionTag, from: SocketAddr, bytes: &mut [u8], each: usize) -> u64 {
     let mut count = 0;
     for datagram in bytes.chunks_mut(each) {
         count += 1;
-        if let Some(head) = datagram.first_chunk_mut::<HEAD>().filter(|head| **head == Request::Echo.head()) {
+        if let Some(head) =
+            datagram.first_chunk_mut::<HEAD>().filter(|head| **head == LoadRequest::Echo.head())
+        {
             *head = *tag.as_bytes();
         }
     }
@@ -103,17 +105,19 @@ fn echo(port: &Port, tag: Tag, from: SocketAddr, bytes: &mut [u8], each: usize) 
 }
 
 /// Answers each of a run of datagrams; how many they were.
-fn introduce(port: &Port, name: &str, from: SocketAddr, bytes: &[u8], each: usize) -> u64 {
-    let rules = Rules { transport: Transport::Datagram, verify_crc: true };
+fn introduce(port: &DatagramPort, name: &str, from: SocketAddr, bytes: &[u8], each: usize) -> u64 {
+    let rules = ParserRules { transport: Transport::Datagram, verify_crc: true };
     // One of no bytes is one.
     let count = bytes.len().div_ceil(each).max(1);
     for place in 0..count {
         let rest = bytes.get(place * each..).unwrap_or_default();
         let answer = match wire::parse(rest.get(..each).unwrap_or(rest), rules) {
-            Parsed::Done(header, _) => {
-                introduction(name, header.client(), Claim::from_tlv(header.endpoint()))
+            ParsedHeader::Done(header, _) => {
+                introduction(name, header.client(), EndpointClaim::from_tlv(header.endpoint()))
             }
-            Parsed::Partial(_) | Parsed::Malformed(_) => introduction(name, None, Claim::Absent),
+            ParsedHeader::Partial(_) | ParsedHeader::Malformed(_) => {
+                introduction(name, None, EndpointClaim::Absent)
+            }
         };
         port.send(from, answer.as_bytes(), answer.len()).map(|_| ()).unwrap_or_default();
     }
@@ -131,11 +135,11 @@ mod tests {
 
     #[tokio::test]
     async fn it_sends_back_each_datagram_under_its_name_where_that_is_asked() {
-        let backend = Datagrams::start("acme", Manner::Echo).await.unwrap();
-        let port = Port::connect(backend.address()).await.unwrap();
-        let question = [&Request::Echo.head()[..], b"one"].concat();
-        let tagged = [&Tag::new("acme").as_bytes()[..], b"one"].concat();
-        let mut room = Room::default();
+        let backend = DatagramBackend::start("acme", DatagramBehavior::Echo).await.unwrap();
+        let port = DatagramPort::connect(backend.address()).await.unwrap();
+        let question = [&LoadRequest::Echo.head()[..], b"one"].concat();
+        let tagged = [&SessionTag::new("acme").as_bytes()[..], b"one"].concat();
+        let mut room = ReceiveBuffer::default();
         for (sent, each, expected) in [
             (b"plain".to_vec(), 5, vec![b"plain".to_vec()]),
             (Vec::new(), 1, vec![Vec::new()]),
@@ -165,11 +169,11 @@ mod tests {
 
     #[tokio::test]
     async fn it_says_who_it_is_and_who_asks() {
-        let backend = Datagrams::start("acme-1", Manner::Introduction).await.unwrap();
-        let port = Port::connect(backend.address()).await.unwrap();
+        let backend = DatagramBackend::start("acme-1", DatagramBehavior::Introduction).await.unwrap();
+        let port = DatagramPort::connect(backend.address()).await.unwrap();
         let (client, endpoint) = ("10.100.0.10:40000".parse().unwrap(), "vpce-08d2bf15fac5001c9");
         let header = crate::lab::nlb::datagram_header(client, backend.address(), Some(endpoint));
-        let mut room = Room::default();
+        let mut room = ReceiveBuffer::default();
         for (question, expected) in [
             (&b"who?"[..], serde_json::json!({ "backend": "acme-1", "client": null, "endpoint": null })),
             (b"", serde_json::json!({ "backend": "acme-1", "client": null, "endpoint": null })),

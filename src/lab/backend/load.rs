@@ -13,7 +13,7 @@ pub const HEAD: usize = 16;
 
 /// What a session asks of its backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
+pub enum LoadRequest {
     /// Everything back.
     Echo,
     /// Bytes without end.
@@ -24,9 +24,9 @@ pub enum Request {
 
 /// A backend's name, cut or padded with zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tag([u8; HEAD]);
+pub struct SessionTag([u8; HEAD]);
 
-impl Request {
+impl LoadRequest {
     /// The request as it is sent.
     #[must_use]
     pub const fn head(self) -> [u8; HEAD] {
@@ -42,7 +42,7 @@ impl Request {
     }
 }
 
-impl Tag {
+impl SessionTag {
     /// The tag of a name.
     #[must_use]
     pub fn new(name: &str) -> Self {
@@ -78,14 +78,14 @@ pub(super) async fn serve(mut stream: TcpStream, name: &str) -> io::Result<()> {
         }
     }
     let Some(head) = buffer.first_chunk_mut() else { return Ok(()) };
-    let request = Request::read(*head).ok_or(io::ErrorKind::InvalidData)?;
-    *head = *Tag::new(name).as_bytes();
-    if request == Request::Echo {
+    let request = LoadRequest::read(*head).ok_or(io::ErrorKind::InvalidData)?;
+    *head = *SessionTag::new(name).as_bytes();
+    if request == LoadRequest::Echo {
         return echo(&mut stream, buffer, count).await;
     }
     stream.write_all(head).await?;
     buffer.resize(LARGE, 0);
-    if request == Request::Sink {
+    if request == LoadRequest::Sink {
         while stream.read(&mut buffer).await? > 0 {}
         return Ok(());
     }
@@ -112,15 +112,15 @@ mod tests {
 
     #[test]
     fn requests_are_told_apart() {
-        for request in [Request::Echo, Request::Source, Request::Sink] {
-            assert_eq!(Request::read(request.head()), Some(request));
+        for request in [LoadRequest::Echo, LoadRequest::Source, LoadRequest::Sink] {
+            assert_eq!(LoadRequest::read(request.head()), Some(request));
         }
-        assert_eq!(Request::read([0; HEAD]), None);
+        assert_eq!(LoadRequest::read([0; HEAD]), None);
     }
 
     #[test]
     fn a_long_name_is_cut_and_a_short_one_padded() {
-        assert_eq!(Tag::new("acme").as_bytes(), b"acme\0\0\0\0\0\0\0\0\0\0\0\0");
-        assert_eq!(Tag::new("a-name-of-twenty-one").as_bytes(), b"a-name-of-twenty");
+        assert_eq!(SessionTag::new("acme").as_bytes(), b"acme\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(SessionTag::new("a-name-of-twenty-one").as_bytes(), b"a-name-of-twenty");
     }
 }

@@ -12,9 +12,9 @@ use crate::clock::{self, Moment};
 
 /// A timer of the kernel's: `timerfd_create(2)`.
 #[derive(Debug)]
-pub(super) struct Alarm(AsyncFd<OwnedFd>);
+pub(super) struct TimerFd(AsyncFd<OwnedFd>);
 
-impl Alarm {
+impl TimerFd {
     pub(super) fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?;
@@ -59,7 +59,7 @@ mod tests {
 
     #[tokio::test]
     async fn it_wakes_at_its_time_and_never_early() {
-        let alarm = Alarm::new().unwrap();
+        let alarm = TimerFd::new().unwrap();
         for micros in [0, 50, 3_000] {
             let due = clock::now() + Duration::from_micros(micros);
             alarm.wait_until(due).await.unwrap();

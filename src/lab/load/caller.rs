@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use super::Plan;
-use super::schedule::Shares;
+use super::LoadPlan;
+use super::schedule::SkewedShares;
 
 /// The first client is 10.100.0.10; after 10.255.255.255 comes 10.0.0.0.
 const FIRST_CLIENT: u32 = u32::from_be_bytes([0, 100, 0, 10]);
@@ -16,14 +16,14 @@ pub const MOST_CLIENTS: u32 = 1 << 24;
 pub(super) type Write = fn(SocketAddr, SocketAddr, Option<&str>) -> Vec<u8>;
 
 /// Draws endpoints and clients as a plan asks.
-pub(super) struct Callers {
-    plan: Rc<Plan>,
-    shares: Rc<Shares>,
+pub(super) struct ClientAddresses {
+    plan: Rc<LoadPlan>,
+    shares: Rc<SkewedShares>,
     count: u16,
 }
 
-impl Callers {
-    pub(super) fn new(plan: &Rc<Plan>, shares: &Rc<Shares>) -> Self {
+impl ClientAddresses {
+    pub(super) fn new(plan: &Rc<LoadPlan>, shares: &Rc<SkewedShares>) -> Self {
         Self { plan: Rc::clone(plan), shares: Rc::clone(shares), count: 0 }
     }
 

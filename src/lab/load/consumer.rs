@@ -12,7 +12,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use crate::account::latency::Times;
+use crate::account::latency::LatencyHistogram;
 use crate::account::lock;
 use crate::clock;
 use crate::lab::toward;
@@ -22,7 +22,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// What a load has seen so far.
 #[derive(Clone, Debug, Default)]
-pub struct Report {
+pub struct ConsumerReport {
     /// Requests that were answered by the right pool.
     pub answered: u64,
     /// Requests that got no answer, or one that could not be read.
@@ -30,14 +30,14 @@ pub struct Report {
     /// Requests that a backend of another pool answered.
     pub misrouted: u64,
     /// What each backend has answered.
-    pub backends: BTreeMap<String, Answers>,
+    pub backends: BTreeMap<String, AnswerCounts>,
     /// From connect to the end of the answer.
-    pub times: Times,
+    pub times: LatencyHistogram,
 }
 
 /// What one backend has answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Answers {
+pub struct AnswerCounts {
     /// How often.
     pub count: u64,
     /// The clients that it saw, as the header tells, at most 16 of them.
@@ -49,7 +49,7 @@ const CLIENTS: usize = 16;
 
 /// How it is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asks {
+pub enum ConsumerRequest {
     /// An HTTP request over a connection of its own.
     Http,
     /// A datagram. Every so often another port asks, and so another flow.
@@ -58,32 +58,32 @@ pub enum Asks {
 
 /// One consumer's load.
 #[derive(Debug)]
-pub struct Load {
+pub struct ConsumerLoad {
     target: SocketAddr,
-    asks: Asks,
+    asks: ConsumerRequest,
     /// What the names of the right pool's backends start with.
     expected: String,
     pause: Duration,
-    report: Mutex<Report>,
+    report: Mutex<ConsumerReport>,
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct ConsumerAnswer {
     backend: String,
     client: Option<SocketAddr>,
 }
 
-impl Load {
+impl ConsumerLoad {
     /// A load on `target`, whose answers should come from backends whose names start with `expected`; `pause` lies
     /// between an answer and the next request.
     #[must_use]
-    pub fn new(target: SocketAddr, asks: Asks, expected: &str, pause: Duration) -> Self {
+    pub fn new(target: SocketAddr, asks: ConsumerRequest, expected: &str, pause: Duration) -> Self {
         Self { target, asks, expected: expected.to_owned(), pause, report: Mutex::default() }
     }
 
     /// What it has seen so far.
     #[must_use]
-    pub fn report(&self) -> Report {
+    pub fn report(&self) -> ConsumerReport {
         lock(&self.report).clone()
     }
 
@@ -94,8 +94,8 @@ impl Load {
             let start = clock::now();
             let answer = async {
                 match self.asks {
-                    Asks::Http => request(self.target).await,
-                    Asks::Datagram => ask(self.target, &mut flow).await,
+                    ConsumerRequest::Http => request(self.target).await,
+                    ConsumerRequest::Datagram => ask(self.target, &mut flow).await,
                 }
             };
             let answer = timeout(LIMIT, answer).await;
@@ -105,7 +105,7 @@ impl Load {
         }
     }
 
-    fn note(&self, answer: io::Result<Answer>, took: Duration) {
+    fn note(&self, answer: io::Result<ConsumerAnswer>, took: Duration) {
         let mut report = lock(&self.report);
         match answer {
             Ok(answer) => {
@@ -127,7 +127,7 @@ impl Load {
 }
 
 /// One HTTP request over a connection of its own; who answered.
-async fn request(target: SocketAddr) -> io::Result<Answer> {
+async fn request(target: SocketAddr) -> io::Result<ConsumerAnswer> {
     let mut stream = TcpStream::connect(target).await?;
     stream.write_all(b"GET / HTTP/1.1\r\nhost: lab\r\nconnection: close\r\n\r\n").await?;
     let mut answer = Vec::new();
@@ -139,7 +139,7 @@ async fn request(target: SocketAddr) -> io::Result<Answer> {
 const OF_A_FLOW: u32 = 100;
 
 /// One datagram over the flow, or over another where that has asked enough; who answered.
-async fn ask(target: SocketAddr, flow: &mut Option<(UdpSocket, u32)>) -> io::Result<Answer> {
+async fn ask(target: SocketAddr, flow: &mut Option<(UdpSocket, u32)>) -> io::Result<ConsumerAnswer> {
     let (socket, left) = if let Some(flow) = flow.take().filter(|(_, left)| *left > 0) {
         flow
     } else {
@@ -157,7 +157,7 @@ async fn ask(target: SocketAddr, flow: &mut Option<(UdpSocket, u32)>) -> io::Res
 }
 
 /// Who answered: the lab's backends say so in a JSON body.
-fn read(answer: &[u8]) -> Option<Answer> {
+fn read(answer: &[u8]) -> Option<ConsumerAnswer> {
     let text = std::str::from_utf8(answer).ok()?;
     let (head, body) = text.split_once("\r\n\r\n")?;
     if !head.starts_with("HTTP/1.1 200 ") {
@@ -169,7 +169,7 @@ fn read(answer: &[u8]) -> Option<Answer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lab::backend::{Backend, Datagrams, Manner, Temper};
+    use crate::lab::backend::{BackendBehavior, DatagramBackend, DatagramBehavior, TestBackend};
 
     #[test]
     fn only_a_whole_answer_counts() {
@@ -188,10 +188,15 @@ mod tests {
 
     #[tokio::test]
     async fn answers_are_told_apart() {
-        let backend = Backend::start("acme-1", Temper::Http).await.unwrap();
-        let right = Load::new(backend.address(), Asks::Http, "acme-", Duration::ZERO);
-        let wrong = Load::new(backend.address(), Asks::Http, "globex-", Duration::ZERO);
-        let dead = Load::new(Backend::refusing().await.unwrap(), Asks::Http, "acme-", Duration::ZERO);
+        let backend = TestBackend::start("acme-1", BackendBehavior::Http).await.unwrap();
+        let right = ConsumerLoad::new(backend.address(), ConsumerRequest::Http, "acme-", Duration::ZERO);
+        let wrong = ConsumerLoad::new(backend.address(), ConsumerRequest::Http, "globex-", Duration::ZERO);
+        let dead = ConsumerLoad::new(
+            TestBackend::refusing().await.unwrap(),
+            ConsumerRequest::Http,
+            "acme-",
+            Duration::ZERO,
+        );
         let (stop, stopped) = watch::channel(false);
         let until = async {
             while right.report().answered < 3 || wrong.report().misrouted < 3 || dead.report().failed < 3 {
@@ -202,7 +207,7 @@ mod tests {
         tokio::join!(right.run(stopped.clone()), wrong.run(stopped.clone()), dead.run(stopped), until);
         let report = right.report();
         assert_eq!((report.failed, report.misrouted), (0, 0));
-        let answers = Answers { count: report.answered, clients: BTreeSet::new() };
+        let answers = AnswerCounts { count: report.answered, clients: BTreeSet::new() };
         assert_eq!(report.backends, BTreeMap::from([("acme-1".to_owned(), answers)]));
         assert_eq!(report.times.count(), report.answered);
         assert_eq!((wrong.report().answered, dead.report().answered), (0, 0));
@@ -210,8 +215,8 @@ mod tests {
 
     #[tokio::test]
     async fn datagrams_are_asked_over_flow_after_flow() {
-        let backend = Datagrams::start("acme-1", Manner::Introduction).await.unwrap();
-        let load = Load::new(backend.address(), Asks::Datagram, "acme-", Duration::ZERO);
+        let backend = DatagramBackend::start("acme-1", DatagramBehavior::Introduction).await.unwrap();
+        let load = ConsumerLoad::new(backend.address(), ConsumerRequest::Datagram, "acme-", Duration::ZERO);
         let (stop, stopped) = watch::channel(false);
         let until = async {
             while load.report().answered < u64::from(OF_A_FLOW) * 2 + 1 {

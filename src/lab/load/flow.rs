@@ -10,12 +10,12 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::caller::Callers;
-use super::questions::{Answer, Questions};
-use super::{Begin, Failure, Notes, Plan, Window};
+use super::caller::ClientAddresses;
+use super::questions::{DatagramRequests, RequestAnswer};
+use super::{Begin, LoadFailure, LoadNotes, LoadPlan, LoadWindow};
 use crate::clock::{self, Moment};
-use crate::lab::backend::load::{HEAD, Request, Tag};
-use crate::lab::datagram::{Port, Room};
+use crate::lab::backend::load::{HEAD, LoadRequest, SessionTag};
+use crate::lab::datagram::{DatagramPort, ReceiveBuffer};
 use crate::lab::nlb;
 
 /// The bytes of a question before those of the flow's own: the request, and its number.
@@ -24,14 +24,14 @@ pub const FRONT: usize = HEAD + size_of::<u64>();
 /// In a timeout, it is looked so often whether something has passed it.
 const LOOKS: u32 = 4;
 
-pub(super) struct Flow {
+pub(super) struct LoadFlow {
     target: SocketAddr,
-    window: Window,
+    window: LoadWindow,
     /// In an open loop: when each question is due.
     orders: Option<mpsc::Receiver<Moment>>,
-    notes: Notes,
-    port: Port,
-    questions: Questions,
+    notes: LoadNotes,
+    port: DatagramPort,
+    questions: DatagramRequests,
     /// Questions that may be open at once.
     at_once: usize,
     /// What goes in front of each question.
@@ -46,13 +46,13 @@ pub(super) struct Flow {
     ended: bool,
 }
 
-impl Flow {
+impl LoadFlow {
     pub(super) fn new(
-        plan: &Plan,
-        port: Port,
+        plan: &LoadPlan,
+        port: DatagramPort,
         at_once: usize,
-        questions: Questions,
-        mut callers: Callers,
+        questions: DatagramRequests,
+        mut callers: ClientAddresses,
         (window, orders, notes): Begin,
     ) -> io::Result<Self> {
         let mut rolls = fastrand::Rng::new();
@@ -77,7 +77,7 @@ impl Flow {
     }
 
     /// Asks until the end, and takes what comes into a room that all flows share.
-    pub(super) async fn run(mut self, room: Rc<RefCell<Room>>) {
+    pub(super) async fn run(mut self, room: Rc<RefCell<ReceiveBuffer>>) {
         let mut looks = interval((self.questions.timeout() / LOOKS).max(Duration::from_millis(1)));
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -141,7 +141,7 @@ impl Flow {
         self.out.clear();
         for (number, _) in (self.questions.next()..).zip(&self.dues) {
             self.out.extend_from_slice(&self.header);
-            self.out.extend_from_slice(&Request::Echo.head());
+            self.out.extend_from_slice(&LoadRequest::Echo.head());
             self.out.extend_from_slice(&number.to_be_bytes());
             self.out.extend_from_slice(&self.body);
         }
@@ -162,7 +162,7 @@ impl Flow {
         !self.dues.is_empty()
     }
 
-    fn hear(&mut self, room: &mut Room) {
+    fn hear(&mut self, room: &mut ReceiveBuffer) {
         let Self { port, questions, notes, pool, body, window, .. } = self;
         let received = port.receive(room, |_, bytes, each| {
             for answer in bytes.chunks(each) {
@@ -175,27 +175,34 @@ impl Flow {
 }
 
 /// Takes down one answer.
-fn check(answer: &[u8], questions: &mut Questions, notes: &Notes, pool: &str, body: &[u8], window: Window) {
+fn check(
+    answer: &[u8],
+    questions: &mut DatagramRequests,
+    notes: &LoadNotes,
+    pool: &str,
+    body: &[u8],
+    window: LoadWindow,
+) {
     let parts = answer.split_first_chunk::<HEAD>().and_then(|(tag, rest)| {
         let (number, rest) = rest.split_first_chunk()?;
         Some((tag, u64::from_be_bytes(*number), rest))
     });
-    let Some((tag, number, rest)) = parts else { return notes.failed(Failure::Wrong) };
-    if !pool.is_empty() && Tag::new(pool).as_bytes() != tag {
+    let Some((tag, number, rest)) = parts else { return notes.failed(LoadFailure::Wrong) };
+    if !pool.is_empty() && SessionTag::new(pool).as_bytes() != tag {
         notes.misrouted();
     }
     if rest != body {
-        return notes.failed(Failure::Wrong);
+        return notes.failed(LoadFailure::Wrong);
     }
     match questions.answer(number) {
-        Answer::First(due, is_reordered) => {
+        RequestAnswer::First(due, is_reordered) => {
             let counts = is_reordered && due >= window.measured;
             notes.datagrams(|datagrams| datagrams.reordered += u64::from(counts));
             notes.succeeded(due, answer.len() as u64, window);
         }
-        Answer::Again => notes.datagrams(|datagrams| datagrams.duplicates += 1),
-        Answer::Late => notes.datagrams(|datagrams| datagrams.late += 1),
-        Answer::Unasked => notes.failed(Failure::Wrong),
+        RequestAnswer::Again => notes.datagrams(|datagrams| datagrams.duplicates += 1),
+        RequestAnswer::Late => notes.datagrams(|datagrams| datagrams.late += 1),
+        RequestAnswer::Unasked => notes.failed(LoadFailure::Wrong),
     }
 }
 
@@ -212,21 +219,21 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::lab::load::Report;
+    use crate::lab::load::LoadReport;
 
     #[test]
     fn answers_are_checked_and_counted() {
         let now = clock::now();
-        let window = Window { measured: now, end: now + Duration::from_secs(1) };
-        let notes = Notes {
-            report: Rc::new(RefCell::new(Report::new())),
+        let window = LoadWindow { measured: now, end: now + Duration::from_secs(1) };
+        let notes = LoadNotes {
+            report: Rc::new(RefCell::new(LoadReport::new())),
             progress: Arc::default(),
             measured: clock::now(),
             interval: None,
         };
-        let mut questions = Questions::new(Duration::from_secs(1));
+        let mut questions = DatagramRequests::new(Duration::from_secs(1));
         let answer = |tag: &str, number: u64, body: &[u8]| {
-            [&Tag::new(tag).as_bytes()[..], &number.to_be_bytes(), body].concat()
+            [&SessionTag::new(tag).as_bytes()[..], &number.to_be_bytes(), body].concat()
         };
         (0..4).for_each(|_| questions.ask(now, now));
         for bytes in [
@@ -242,7 +249,7 @@ mod tests {
         }
         let report = notes.report.borrow();
         assert_eq!((report.operations, report.misrouted), (3, 1));
-        assert_eq!(report.failures[&Failure::Wrong], 3);
+        assert_eq!(report.failures[&LoadFailure::Wrong], 3);
         assert_eq!((report.datagrams.reordered, report.datagrams.duplicates), (1, 1));
         assert_eq!(report.bytes, 3 * (FRONT as u64 + 3));
     }

@@ -10,10 +10,10 @@ const REMEMBERED: usize = 1024;
 
 /// The numbered questions of one flow.
 #[derive(Debug)]
-pub struct Questions {
+pub struct DatagramRequests {
     /// When an answer no longer counts.
     timeout: Duration,
-    all: VecDeque<Question>,
+    all: VecDeque<DatagramRequest>,
     /// The number of the first that is remembered.
     first: u64,
     /// All before it are closed.
@@ -24,14 +24,14 @@ pub struct Questions {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Question {
+struct DatagramRequest {
     due: Moment,
     sent: Moment,
-    fate: Fate,
+    fate: RequestFate,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+enum RequestFate {
     Open,
     Answered,
     Lost,
@@ -39,7 +39,7 @@ enum Fate {
 
 /// What an answer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum RequestAnswer {
     /// The first to its question, which was due then; whether a later question was answered before.
     First(Moment, bool),
     /// One more to a question that has its answer.
@@ -50,7 +50,7 @@ pub enum Answer {
     Unasked,
 }
 
-impl Questions {
+impl DatagramRequests {
     /// None yet. An answer after `timeout` is late.
     #[must_use]
     pub fn new(timeout: Duration) -> Self {
@@ -77,7 +77,7 @@ impl Questions {
 
     /// The next question has been sent; it was due then.
     pub fn ask(&mut self, due: Moment, now: Moment) {
-        self.all.push_back(Question { due, sent: now, fate: Fate::Open });
+        self.all.push_back(DatagramRequest { due, sent: now, fate: RequestFate::Open });
         self.open += 1;
         while self.first < self.oldest && self.all.len() > self.open + REMEMBERED {
             self.all.pop_front();
@@ -86,19 +86,19 @@ impl Questions {
     }
 
     /// An answer to the question of this number has come.
-    pub fn answer(&mut self, number: u64) -> Answer {
-        let Some(place) = number.checked_sub(self.first) else { return Answer::Late };
+    pub fn answer(&mut self, number: u64) -> RequestAnswer {
+        let Some(place) = number.checked_sub(self.first) else { return RequestAnswer::Late };
         let question = usize::try_from(place).ok().and_then(|place| self.all.get_mut(place));
-        let Some(question) = question else { return Answer::Unasked };
+        let Some(question) = question else { return RequestAnswer::Unasked };
         match question.fate {
-            Fate::Answered => Answer::Again,
-            Fate::Lost => Answer::Late,
-            Fate::Open => {
-                question.fate = Fate::Answered;
+            RequestFate::Answered => RequestAnswer::Again,
+            RequestFate::Lost => RequestAnswer::Late,
+            RequestFate::Open => {
+                question.fate = RequestFate::Answered;
                 self.open -= 1;
                 let is_reordered = self.highest.is_some_and(|highest| highest > number);
                 self.highest = self.highest.max(Some(number));
-                Answer::First(question.due, is_reordered)
+                RequestAnswer::First(question.due, is_reordered)
             }
         }
     }
@@ -108,11 +108,11 @@ impl Questions {
         while let Some(place) = usize::try_from(self.oldest - self.first).ok()
             && let Some(question) = self.all.get_mut(place)
         {
-            if question.fate == Fate::Open {
+            if question.fate == RequestFate::Open {
                 if now < question.sent + self.timeout {
                     return;
                 }
-                question.fate = Fate::Lost;
+                question.fate = RequestFate::Lost;
                 self.open -= 1;
                 lost(question.due);
             }
@@ -131,29 +131,29 @@ mod tests {
 
     #[test]
     fn each_answer_is_told_apart() {
-        let mut questions = Questions::new(Duration::from_millis(100));
+        let mut questions = DatagramRequests::new(Duration::from_millis(100));
         for number in 0..4 {
             assert_eq!(questions.next(), number);
             questions.ask(at(number), at(number + 10));
         }
-        assert_eq!(questions.answer(1), Answer::First(at(1), false));
-        assert_eq!(questions.answer(0), Answer::First(at(0), true));
-        assert_eq!(questions.answer(0), Answer::Again);
-        assert_eq!(questions.answer(4), Answer::Unasked);
-        assert_eq!(questions.answer(u64::MAX), Answer::Unasked);
+        assert_eq!(questions.answer(1), RequestAnswer::First(at(1), false));
+        assert_eq!(questions.answer(0), RequestAnswer::First(at(0), true));
+        assert_eq!(questions.answer(0), RequestAnswer::Again);
+        assert_eq!(questions.answer(4), RequestAnswer::Unasked);
+        assert_eq!(questions.answer(u64::MAX), RequestAnswer::Unasked);
         assert_eq!(questions.open(), 2);
         let mut lost = Vec::new();
         questions.expire(at(111), |due| lost.push(due));
         assert!(lost.is_empty());
         questions.expire(at(112), |due| lost.push(due));
         assert_eq!((lost, questions.open()), (vec![at(2)], 1));
-        assert_eq!(questions.answer(2), Answer::Late);
-        assert_eq!(questions.answer(3), Answer::First(at(3), false));
+        assert_eq!(questions.answer(2), RequestAnswer::Late);
+        assert_eq!(questions.answer(3), RequestAnswer::First(at(3), false));
     }
 
     #[test]
     fn what_is_remembered_is_bounded_and_what_is_open_is_kept() {
-        let mut questions = Questions::new(Duration::from_secs(1));
+        let mut questions = DatagramRequests::new(Duration::from_secs(1));
         questions.ask(at(0), at(0));
         for number in 1..5_000 {
             questions.ask(at(0), at(0));
@@ -162,12 +162,12 @@ mod tests {
         }
         // The first is open, and keeps those after it.
         assert_eq!((questions.open(), questions.all.len()), (1, 5_000));
-        assert_eq!(questions.answer(0), Answer::First(at(0), true));
+        assert_eq!(questions.answer(0), RequestAnswer::First(at(0), true));
         questions.expire(at(1), |_| panic!("nothing is open"));
         questions.ask(at(2), at(2));
         assert_eq!(questions.all.len(), REMEMBERED + 1);
-        assert_eq!(questions.answer(0), Answer::Late);
-        assert_eq!(questions.answer(4_999), Answer::Again);
-        assert_eq!(questions.answer(5_000), Answer::First(at(2), false));
+        assert_eq!(questions.answer(0), RequestAnswer::Late);
+        assert_eq!(questions.answer(4_999), RequestAnswer::Again);
+        assert_eq!(questions.answer(5_000), RequestAnswer::First(at(2), false));
     }
 }

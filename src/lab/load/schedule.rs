@@ -29,12 +29,12 @@ impl std::str::FromStr for Skew {
 
 /// Draws endpoints by their share.
 #[derive(Clone, Debug)]
-pub struct Shares {
+pub struct SkewedShares {
     /// The sum of the shares up to and with each endpoint; the last is the sum of all.
     sums: Vec<f64>,
 }
 
-impl Shares {
+impl SkewedShares {
     /// The shares of `count` endpoints, at least one.
     #[must_use]
     pub fn new(skew: Skew, count: usize) -> Self {
@@ -63,13 +63,13 @@ impl Shares {
 /// Latency counts from these moments, so that a stall is not hidden by the requests that it kept back (no coordinated
 /// omission).
 #[derive(Clone, Debug)]
-pub struct Pace {
+pub struct LoadPace {
     start: Moment,
     rate: f64,
     count: u32,
 }
 
-impl Pace {
+impl LoadPace {
     /// `rate` operations a second from `start` on.
     #[must_use]
     pub fn new(start: Moment, rate: f64) -> Self {
@@ -77,7 +77,7 @@ impl Pace {
     }
 }
 
-impl Iterator for Pace {
+impl Iterator for LoadPace {
     type Item = Moment;
 
     fn next(&mut self) -> Option<Moment> {
@@ -102,23 +102,23 @@ mod tests {
 
     #[test]
     fn shares_add_up() {
-        let uniform = Shares::new(Skew::Uniform, 4);
+        let uniform = SkewedShares::new(Skew::Uniform, 4);
         let drawn: Vec<_> = [0.0, 0.24, 0.25, 0.5, 0.99].map(|roll| uniform.draw(roll)).to_vec();
         assert_eq!(drawn, [0, 0, 1, 2, 3]);
-        let zipf = Shares::new(Skew::Zipf(1.0), 3);
+        let zipf = SkewedShares::new(Skew::Zipf(1.0), 3);
         // 1, 1/2, 1/3: shares of 6/11, 3/11, 2/11.
         let drawn: Vec<_> = [0.0, 0.54, 0.55, 0.81, 0.82, 1.0].map(|roll| zipf.draw(roll)).to_vec();
         assert_eq!(drawn, [0, 0, 1, 1, 2, 2]);
-        assert_eq!(Shares::new(Skew::Uniform, 0).draw(0.9), 0);
+        assert_eq!(SkewedShares::new(Skew::Uniform, 0).draw(0.9), 0);
     }
 
     #[test]
     fn the_pace_does_not_drift() {
         let start = Moment::from_nanos(1_000);
-        let mut pace = Pace::new(start, 3_000.0);
+        let mut pace = LoadPace::new(start, 3_000.0);
         assert_eq!(pace.next(), Some(start));
         assert_eq!(pace.nth(2_998).map(|due| due.since(start).as_micros()), Some(999_666));
         assert_eq!(pace.next(), Some(start + Duration::from_secs(1)));
-        assert_eq!(Pace::new(start, f64::MIN_POSITIVE).nth(1), None);
+        assert_eq!(LoadPace::new(start, f64::MIN_POSITIVE).nth(1), None);
     }
 }

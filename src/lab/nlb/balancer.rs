@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::super::{Tasks, accept, reap};
-use super::group::{Description, Group, Rules};
+use super::group::{TargetDescription, TargetGroup, TargetGroupRules};
 use super::{header, health_check_header};
 use crate::account::lock;
 use crate::clock::{self, Moment};
@@ -34,17 +34,17 @@ const ANSWER: u64 = 1024;
 /// A load balancer. Its flows end with it.
 #[derive(Clone, Debug)]
 pub struct Balancer {
-    rules: Rules,
+    rules: TargetGroupRules,
     /// Where targets' health is asked: the path, and the port.
     health: (u16, Arc<str>),
-    group: Arc<Mutex<Group>>,
+    group: Arc<Mutex<TargetGroup>>,
 }
 
 impl Balancer {
     /// A load balancer for these targets, whose health is asked at `path` of another port.
     #[must_use]
-    pub fn new(rules: Rules, targets: &[SocketAddr], health: u16, path: &str) -> Self {
-        let mut group = Group::new(rules);
+    pub fn new(rules: TargetGroupRules, targets: &[SocketAddr], health: u16, path: &str) -> Self {
+        let mut group = TargetGroup::new(rules);
         for target in targets {
             group.register(*target);
         }
@@ -53,7 +53,7 @@ impl Balancer {
 
     /// What is thought of the targets.
     #[must_use]
-    pub fn describe(&self) -> Vec<Description> {
+    pub fn describe(&self) -> Vec<TargetDescription> {
         lock(&self.group).describe()
     }
 
@@ -235,8 +235,8 @@ async fn ask(health: SocketAddr, path: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lab::backend::{Backend, Temper};
-    use crate::lab::nlb::group::Standing;
+    use crate::lab::backend::{BackendBehavior, TestBackend};
+    use crate::lab::nlb::group::TargetHealth;
     use crate::lab::{ANYWHERE, listen};
 
     const ENDPOINT: &str = "vpce-0acce0000acce0000";
@@ -244,8 +244,8 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(20);
 
     /// A consumer's connection to an echo by way of a load balancer, once the first bytes are back.
-    async fn connected(rules: Rules, tasks: &mut Tasks) -> (Balancer, Backend, TcpStream) {
-        let backend = Backend::start("acme-1", Temper::Greeting).await.unwrap();
+    async fn connected(rules: TargetGroupRules, tasks: &mut Tasks) -> (Balancer, TestBackend, TcpStream) {
+        let backend = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
         let balancer = Balancer::new(rules, &[backend.address()], 1, "/");
         let (socket, address) = listen(ANYWHERE).await.unwrap();
         tasks.spawn(balancer.clone().serve(socket, ENDPOINT.to_owned()));
@@ -267,7 +267,7 @@ mod tests {
     #[tokio::test]
     async fn a_flow_ends_as_its_sides_end_it() {
         let mut tasks = Tasks::new();
-        let (balancer, _backend, mut stream) = connected(Rules::default(), &mut tasks).await;
+        let (balancer, _backend, mut stream) = connected(TargetGroupRules::default(), &mut tasks).await;
         stream.shutdown().await.unwrap();
         assert_eq!(ends(&mut stream).await, io::ErrorKind::UnexpectedEof);
         while balancer.describe()[0].open > 0 {
@@ -277,7 +277,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_silent_flow_is_forgotten_in_silence_and_the_next_byte_meets_a_reset() {
-        let rules = Rules { idle: Duration::from_millis(50), ..Rules::default() };
+        let rules = TargetGroupRules { idle: Duration::from_millis(50), ..TargetGroupRules::default() };
         let mut tasks = Tasks::new();
         let (_balancer, _backend, mut stream) = connected(rules, &mut tasks).await;
         // Both timers are one runtime's: the first has fired when the second does.
@@ -289,7 +289,7 @@ mod tests {
     #[tokio::test]
     async fn the_flows_of_a_target_that_becomes_unhealthy_are_reset() {
         let mut tasks = Tasks::new();
-        let (balancer, backend, mut stream) = connected(Rules::default(), &mut tasks).await;
+        let (balancer, backend, mut stream) = connected(TargetGroupRules::default(), &mut tasks).await;
         for _ in 0..2 {
             lock(&balancer.group).note(backend.address(), Err("503".to_owned()));
         }
@@ -298,8 +298,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_target_that_is_not_there_is_a_reset() {
-        let target = Backend::refusing().await.unwrap();
-        let balancer = Balancer::new(Rules::default(), &[target], 1, "/");
+        let target = TestBackend::refusing().await.unwrap();
+        let balancer = Balancer::new(TargetGroupRules::default(), &[target], 1, "/");
         let (socket, address) = listen(ANYWHERE).await.unwrap();
         let mut tasks = Tasks::new();
         tasks.spawn(balancer.serve(socket, ENDPOINT.to_owned()));
@@ -310,12 +310,12 @@ mod tests {
     #[tokio::test]
     async fn checks_have_a_local_header_and_take_out_and_bring_back() {
         let (health, address) = listen(ANYWHERE).await.unwrap();
-        let rules = Rules { interval: Duration::from_millis(1), ..Rules::default() };
+        let rules = TargetGroupRules { interval: Duration::from_millis(1), ..TargetGroupRules::default() };
         let balancer = Balancer::new(rules, &[address], address.port(), "/healthz");
         let mut tasks = Tasks::new();
         tasks.spawn(balancer.clone().check());
         for (status, standing) in
-            [("200", Standing::Healthy), ("503", Standing::Unhealthy), ("204", Standing::Healthy)]
+            [("200", TargetHealth::Healthy), ("503", TargetHealth::Unhealthy), ("204", TargetHealth::Healthy)]
         {
             let answers = async {
                 while balancer.describe()[0].state != standing {

@@ -39,7 +39,7 @@ impl Nlb {
         let (mut addresses, mut counts) = (Vec::new(), Vec::new());
         for endpoint in endpoints {
             let count = Arc::new(AtomicU64::new(0));
-            let door = Door::open(target, endpoint, Arc::clone(&count)).await?;
+            let door = NlbUdpSocket::open(target, endpoint, Arc::clone(&count)).await?;
             addresses.push(door.socket.local_addr()?);
             counts.push(count);
             tasks.spawn(Arc::new(door).serve());
@@ -49,26 +49,26 @@ impl Nlb {
 }
 
 /// An endpoint's address, and the flows of its consumers.
-struct Door {
+struct NlbUdpSocket {
     socket: UdpSocket,
     target: SocketAddr,
     endpoint: VpcEndpoint,
     /// Flows so far.
     count: Arc<AtomicU64>,
-    flows: Mutex<HashMap<SocketAddr, Arc<Flow>>>,
+    flows: Mutex<HashMap<SocketAddr, Arc<NlbFlow>>>,
     idle: Duration,
     most: usize,
 }
 
 /// What goes between one consumer and the target.
-struct Flow {
+struct NlbFlow {
     socket: UdpSocket,
     header: Vec<u8>,
     /// When its last datagram came, from either side.
     last: AtomicU64,
 }
 
-impl Flow {
+impl NlbFlow {
     fn hear(&self) {
         self.last.store(clock::now().as_nanos(), Ordering::Relaxed);
     }
@@ -78,7 +78,7 @@ impl Flow {
     }
 }
 
-impl Door {
+impl NlbUdpSocket {
     async fn open(target: SocketAddr, endpoint: VpcEndpoint, count: Arc<AtomicU64>) -> io::Result<Self> {
         let socket = UdpSocket::bind(ANYWHERE).await?;
         SockRef::from(&socket).set_recv_buffer_size(QUEUE)?;
@@ -114,7 +114,7 @@ impl Door {
     }
 
     /// Takes the answers of one flow back to its consumer, until it is idle.
-    async fn answer(self: Arc<Self>, consumer: SocketAddr, flow: Arc<Flow>) {
+    async fn answer(self: Arc<Self>, consumer: SocketAddr, flow: Arc<NlbFlow>) {
         let mut room = vec![0; ROOM];
         while let Some(left) = self.left(consumer, &flow) {
             // Errors: nobody listens at the target; the flow goes on. And at the end of the time all is looked at anew.
@@ -126,7 +126,7 @@ impl Door {
     }
 
     /// How long the flow may still be silent. One that has been silent for too long goes.
-    fn left(&self, consumer: SocketAddr, flow: &Flow) -> Option<Duration> {
+    fn left(&self, consumer: SocketAddr, flow: &NlbFlow) -> Option<Duration> {
         let mut flows = self.flows();
         let left = self.idle.checked_sub(flow.silence()).filter(|left| !left.is_zero());
         if left.is_none() {
@@ -136,7 +136,7 @@ impl Door {
     }
 
     /// The consumer's flow, which has just been heard.
-    fn known(&self, consumer: SocketAddr) -> Option<Arc<Flow>> {
+    fn known(&self, consumer: SocketAddr) -> Option<Arc<NlbFlow>> {
         let flows = self.flows();
         let flow = flows.get(&consumer)?;
         // While it is locked: the flow cannot go in between.
@@ -145,7 +145,7 @@ impl Door {
     }
 
     /// A new flow, where there is a place.
-    async fn begin(&self, consumer: SocketAddr) -> io::Result<Option<Arc<Flow>>> {
+    async fn begin(&self, consumer: SocketAddr) -> io::Result<Option<Arc<NlbFlow>>> {
         if self.flows().len() >= self.most {
             return Ok(None);
         }
@@ -154,12 +154,12 @@ impl Door {
         SockRef::from(&socket).set_recv_buffer_size(QUEUE)?;
         let client = client(self.endpoint.consumers, self.count.fetch_add(1, Ordering::Relaxed));
         let header = datagram_header(client, self.target, Some(&self.endpoint.id));
-        let flow = Arc::new(Flow { socket, header, last: AtomicU64::new(clock::now().as_nanos()) });
+        let flow = Arc::new(NlbFlow { socket, header, last: AtomicU64::new(clock::now().as_nanos()) });
         self.flows().insert(consumer, Arc::clone(&flow));
         Ok(Some(flow))
     }
 
-    fn flows(&self) -> MutexGuard<'_, HashMap<SocketAddr, Arc<Flow>>> {
+    fn flows(&self) -> MutexGuard<'_, HashMap<SocketAddr, Arc<NlbFlow>>> {
         self.flows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -167,7 +167,7 @@ impl Door {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{self, Parsed, Rules, Transport};
+    use crate::wire::{self, ParsedHeader, ParserRules, Transport};
 
     const LIMIT: Duration = Duration::from_secs(20);
 
@@ -193,8 +193,10 @@ mod tests {
     async fn arrived(target: &UdpSocket) -> (SocketAddr, String, Vec<u8>, SocketAddr) {
         let mut room = vec![0; ROOM];
         let (len, from) = timeout(LIMIT, target.recv_from(&mut room)).await.expect("a datagram").unwrap();
-        let rules = Rules { transport: Transport::Datagram, verify_crc: true };
-        let Parsed::Done(header, header_len) = wire::parse(&room[..len], rules) else { panic!("no header") };
+        let rules = ParserRules { transport: Transport::Datagram, verify_crc: true };
+        let ParsedHeader::Done(header, header_len) = wire::parse(&room[..len], rules) else {
+            panic!("no header")
+        };
         let endpoint = String::from_utf8(header.endpoint().unwrap().to_vec()).unwrap();
         (header.client().unwrap().0, endpoint, room[header_len..len].to_vec(), from)
     }
@@ -264,9 +266,10 @@ mod tests {
     }
 
     /// A door with other bounds, whose tasks end with the set.
-    async fn door(target: &UdpSocket, idle: Duration, most: usize) -> (Arc<Door>, SocketAddr, Tasks) {
-        let opened = Door::open(target.local_addr().unwrap(), endpoint("vpce-0aa"), Arc::default()).await;
-        let door = Arc::new(Door { idle, most, ..opened.unwrap() });
+    async fn door(target: &UdpSocket, idle: Duration, most: usize) -> (Arc<NlbUdpSocket>, SocketAddr, Tasks) {
+        let opened =
+            NlbUdpSocket::open(target.local_addr().unwrap(), endpoint("vpce-0aa"), Arc::default()).await;
+        let door = Arc::new(NlbUdpSocket { idle, most, ..opened.unwrap() });
         let mut tasks = Tasks::new();
         tasks.spawn(Arc::clone(&door).serve());
         let address = door.socket.local_addr().unwrap();

@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 /// What the group is set to. The defaults are those of an NLB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rules {
+pub struct TargetGroupRules {
     /// From one health check of a target to its next.
     pub interval: Duration,
     /// What one check may take.
@@ -29,7 +29,7 @@ pub struct Rules {
     pub reset_deregistered: bool,
 }
 
-impl Default for Rules {
+impl Default for TargetGroupRules {
     fn default() -> Self {
         Self {
             interval: Duration::from_secs(30),
@@ -47,7 +47,7 @@ impl Default for Rules {
 /// What the load balancer thinks of a target, in its own words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Standing {
+pub enum TargetHealth {
     /// No check has ended yet.
     Initial,
     /// It gets flows.
@@ -60,11 +60,11 @@ pub enum Standing {
 
 /// One target, as the load balancer tells of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Description {
+pub struct TargetDescription {
     /// Where flows go.
     pub address: SocketAddr,
     /// What is thought of it.
-    pub state: Standing,
+    pub state: TargetHealth,
     /// What its last check said.
     pub reason: String,
     /// Flows that it was given so far.
@@ -75,9 +75,9 @@ pub struct Description {
 
 /// One target.
 #[derive(Debug)]
-struct Target {
+struct GroupTarget {
     address: SocketAddr,
-    standing: Standing,
+    standing: TargetHealth,
     reason: String,
     /// Checks in a row that contradict the standing.
     streak: u32,
@@ -91,38 +91,39 @@ pub type Chosen = (SocketAddr, watch::Receiver<bool>);
 
 /// The targets of a listener.
 #[derive(Debug)]
-pub struct Group {
-    rules: Rules,
-    targets: Vec<Target>,
+pub struct TargetGroup {
+    rules: TargetGroupRules,
+    targets: Vec<GroupTarget>,
 }
 
-impl Group {
+impl TargetGroup {
     /// A group without targets.
     #[must_use]
-    pub fn new(rules: Rules) -> Self {
+    pub fn new(rules: TargetGroupRules) -> Self {
         Self { rules, targets: Vec::new() }
     }
 
     /// Takes a target in, as a new one where it was draining.
     pub fn register(&mut self, address: SocketAddr) {
-        self.targets.retain(|target| target.address != address || target.standing != Standing::Draining);
+        self.targets.retain(|target| target.address != address || target.standing != TargetHealth::Draining);
         if self.find(address).is_none() {
-            let (standing, reason) = (Standing::Initial, "registered".to_owned());
+            let (standing, reason) = (TargetHealth::Initial, "registered".to_owned());
             let reset = watch::Sender::new(false);
-            self.targets.push(Target { address, standing, reason, streak: 0, flows: 0, reset });
+            self.targets.push(GroupTarget { address, standing, reason, streak: 0, flows: 0, reset });
         }
     }
 
     /// Gives a target no new flows. Whether there is one.
     pub fn deregister(&mut self, address: SocketAddr) -> bool {
         let Some(target) = self.find(address) else { return false };
-        (target.standing, target.reason) = (Standing::Draining, "deregistered".to_owned());
+        (target.standing, target.reason) = (TargetHealth::Draining, "deregistered".to_owned());
         true
     }
 
     /// The end of the deregistration delay: the target is forgotten, where it was not registered again meanwhile.
     pub fn forget(&mut self, address: SocketAddr) {
-        let over = |target: &Target| target.address == address && target.standing == Standing::Draining;
+        let over =
+            |target: &GroupTarget| target.address == address && target.standing == TargetHealth::Draining;
         for target in self.targets.iter().filter(|target| over(target) && self.rules.reset_deregistered) {
             target.reset.send_replace(true);
         }
@@ -138,11 +139,11 @@ impl Group {
             Err(reason) => (false, reason),
         };
         let (contradicts, needed) = match target.standing {
-            Standing::Draining => return,
+            TargetHealth::Draining => return,
             // A new target is in with its first check; only one that was out has to pass several.
-            Standing::Initial => (true, if passed { 1 } else { rules.unhealthy }),
-            Standing::Healthy => (!passed, rules.unhealthy),
-            Standing::Unhealthy => (passed, rules.healthy),
+            TargetHealth::Initial => (true, if passed { 1 } else { rules.unhealthy }),
+            TargetHealth::Healthy => (!passed, rules.unhealthy),
+            TargetHealth::Unhealthy => (passed, rules.healthy),
         };
         target.reason = reason;
         target.streak = if contradicts { target.streak + 1 } else { 0 };
@@ -150,7 +151,7 @@ impl Group {
             return;
         }
         target.streak = 0;
-        target.standing = if passed { Standing::Healthy } else { Standing::Unhealthy };
+        target.standing = if passed { TargetHealth::Healthy } else { TargetHealth::Unhealthy };
         if !passed && rules.reset_unhealthy {
             // Later flows, where all targets are unhealthy, are not meant.
             target.reset.send_replace(true);
@@ -161,11 +162,11 @@ impl Group {
     /// The target of a flow: the same for the same flow as long as the same targets are healthy. Where none is, all
     /// are used, as an NLB fails open.
     pub fn choose(&mut self, flow: &[u8]) -> Option<Chosen> {
-        let any_healthy = self.targets.iter().any(|target| target.standing == Standing::Healthy);
-        let usable = |target: &&mut Target| match target.standing {
-            Standing::Healthy => true,
-            Standing::Initial | Standing::Unhealthy => !any_healthy,
-            Standing::Draining => false,
+        let any_healthy = self.targets.iter().any(|target| target.standing == TargetHealth::Healthy);
+        let usable = |target: &&mut GroupTarget| match target.standing {
+            TargetHealth::Healthy => true,
+            TargetHealth::Initial | TargetHealth::Unhealthy => !any_healthy,
+            TargetHealth::Draining => false,
         };
         let mut usable: Vec<_> = self.targets.iter_mut().filter(usable).collect();
         let count = u64::try_from(usable.len()).ok().filter(|count| *count > 0)?;
@@ -179,14 +180,14 @@ impl Group {
     pub fn checked(&self) -> impl Iterator<Item = SocketAddr> {
         self.targets
             .iter()
-            .filter(|target| target.standing != Standing::Draining)
+            .filter(|target| target.standing != TargetHealth::Draining)
             .map(|target| target.address)
     }
 
     /// What an operator is told.
     #[must_use]
-    pub fn describe(&self) -> Vec<Description> {
-        let describe = |target: &Target| Description {
+    pub fn describe(&self) -> Vec<TargetDescription> {
+        let describe = |target: &GroupTarget| TargetDescription {
             address: target.address,
             state: target.standing,
             reason: target.reason.clone(),
@@ -196,7 +197,7 @@ impl Group {
         self.targets.iter().map(describe).collect()
     }
 
-    fn find(&mut self, address: SocketAddr) -> Option<&mut Target> {
+    fn find(&mut self, address: SocketAddr) -> Option<&mut GroupTarget> {
         self.targets.iter_mut().find(|target| target.address == address)
     }
 }
@@ -209,8 +210,8 @@ mod tests {
         ([10, 100, 2, host], 8080).into()
     }
 
-    fn group(rules: Rules) -> Group {
-        let mut group = Group::new(rules);
+    fn group(rules: TargetGroupRules) -> TargetGroup {
+        let mut group = TargetGroup::new(rules);
         for host in [11, 12] {
             group.register(address(host));
             group.note(address(host), says("200"));
@@ -223,12 +224,12 @@ mod tests {
         if status == "200" { Ok(status.to_owned()) } else { Err(status.to_owned()) }
     }
 
-    fn standing(group: &Group, host: u8) -> Option<Standing> {
+    fn standing(group: &TargetGroup, host: u8) -> Option<TargetHealth> {
         group.describe().into_iter().find(|target| target.address == address(host)).map(|target| target.state)
     }
 
     /// Which hosts a hundred flows go to.
-    fn hosts(group: &mut Group) -> Vec<SocketAddr> {
+    fn hosts(group: &mut TargetGroup) -> Vec<SocketAddr> {
         let mut found: Vec<_> =
             (0..100_u8).filter_map(|flow| group.choose(&[flow])).map(|(to, _)| to).collect();
         found.sort_unstable();
@@ -238,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_flow_has_one_target_and_flows_have_all() {
-        let mut group = group(Rules::default());
+        let mut group = group(TargetGroupRules::default());
         assert_eq!(hosts(&mut group), [address(11), address(12)]);
         let first = group.choose(b"a flow").unwrap().0;
         assert!((0..10).all(|_| group.choose(b"a flow").unwrap().0 == first));
@@ -247,17 +248,17 @@ mod tests {
 
     #[test]
     fn two_failed_checks_in_a_row_take_out_and_five_passed_ones_bring_back() {
-        let mut group = group(Rules::default());
+        let mut group = group(TargetGroupRules::default());
         for said in [says("503"), says("200"), says("503")] {
             group.note(address(11), said);
-            assert_eq!(standing(&group, 11), Some(Standing::Healthy));
+            assert_eq!(standing(&group, 11), Some(TargetHealth::Healthy));
         }
         group.note(address(11), says("503"));
-        assert_eq!(standing(&group, 11), Some(Standing::Unhealthy));
+        assert_eq!(standing(&group, 11), Some(TargetHealth::Unhealthy));
         assert_eq!(hosts(&mut group), [address(12)]);
         for _ in 0..4 {
             group.note(address(11), says("200"));
-            assert_eq!(standing(&group, 11), Some(Standing::Unhealthy));
+            assert_eq!(standing(&group, 11), Some(TargetHealth::Unhealthy));
         }
         group.note(address(11), says("200"));
         assert_eq!(hosts(&mut group), [address(11), address(12)]);
@@ -265,17 +266,18 @@ mod tests {
 
     #[test]
     fn where_all_are_unhealthy_all_are_used() {
-        let mut group = group(Rules { unhealthy: 1, ..Rules::default() });
+        let mut group = group(TargetGroupRules { unhealthy: 1, ..TargetGroupRules::default() });
         group.note(address(11), says("503"));
         group.note(address(12), says("503"));
         assert_eq!(hosts(&mut group), [address(11), address(12)]);
-        assert!(Group::new(Rules::default()).choose(b"a flow").is_none());
+        assert!(TargetGroup::new(TargetGroupRules::default()).choose(b"a flow").is_none());
     }
 
     #[test]
     fn flows_of_an_unhealthy_target_are_reset_where_the_group_says_so() {
         for reset_unhealthy in [false, true] {
-            let mut group = group(Rules { reset_unhealthy, unhealthy: 1, ..Rules::default() });
+            let mut group =
+                group(TargetGroupRules { reset_unhealthy, unhealthy: 1, ..TargetGroupRules::default() });
             group.deregister(address(12));
             let (_, flow) = group.choose(b"a flow").unwrap();
             assert_eq!(group.describe()[0].open, 1);
@@ -289,14 +291,14 @@ mod tests {
     #[test]
     fn a_target_that_is_deregistered_keeps_its_flows_until_the_delay_is_over() {
         for reset_deregistered in [false, true] {
-            let mut group = group(Rules { reset_deregistered, ..Rules::default() });
+            let mut group = group(TargetGroupRules { reset_deregistered, ..TargetGroupRules::default() });
             let (_, flow) =
                 (0..100_u8).filter_map(|f| group.choose(&[f])).find(|f| f.0 == address(11)).unwrap();
             assert!(group.deregister(address(11)) && !group.deregister(address(13)));
             assert_eq!(hosts(&mut group), [address(12)]);
             assert_eq!(group.checked().collect::<Vec<_>>(), [address(12)]);
             group.note(address(11), says("200"));
-            assert_eq!(standing(&group, 11), Some(Standing::Draining));
+            assert_eq!(standing(&group, 11), Some(TargetHealth::Draining));
             assert!(!*flow.borrow());
             group.forget(address(11));
             assert_eq!((standing(&group, 11), *flow.borrow()), (None, reset_deregistered));
@@ -305,12 +307,12 @@ mod tests {
 
     #[test]
     fn one_that_is_registered_again_starts_anew() {
-        let mut group = group(Rules::default());
+        let mut group = group(TargetGroupRules::default());
         group.register(address(11));
-        assert_eq!(standing(&group, 11), Some(Standing::Healthy));
+        assert_eq!(standing(&group, 11), Some(TargetHealth::Healthy));
         group.deregister(address(11));
         group.register(address(11));
         group.forget(address(11));
-        assert_eq!(standing(&group, 11), Some(Standing::Initial));
+        assert_eq!(standing(&group, 11), Some(TargetHealth::Initial));
     }
 }

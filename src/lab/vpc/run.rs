@@ -22,7 +22,7 @@ const NAMES: usize = 100;
 
 /// A run: all that it has made is removed with it, unless it is kept.
 #[derive(Debug)]
-pub struct Run {
+pub struct LabRun {
     name: String,
     /// The lock.
     _held: File,
@@ -38,7 +38,7 @@ pub enum Removal {
     InUse,
 }
 
-impl Run {
+impl LabRun {
     /// A new one, with a folder and no networks yet.
     ///
     /// # Errors
@@ -100,7 +100,7 @@ impl Run {
     }
 }
 
-impl Drop for Run {
+impl Drop for LabRun {
     fn drop(&mut self) {
         if !self.kept
             && let Err(error) = remove_all(&self.name)

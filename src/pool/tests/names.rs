@@ -2,16 +2,19 @@
 
 use super::*;
 
-fn named(balance: Balance) -> crate::config::Pool {
+fn named(balance: Balance) -> crate::config::PoolConfig {
     let mut config = config(balance, 1);
-    let name = Target::Host { name: "app.example.com".to_owned(), port: 80 };
-    config.backends.push(crate::config::Backend { target: name, weight: 50, ..target(0) });
+    let name = BackendTarget::Host { name: "app.example.com".to_owned(), port: 80 };
+    config.backends.push(crate::config::BackendConfig { target: name, weight: 50, ..target(0) });
     config
 }
 
-fn found(hosts: &[u8]) -> Vec<Resolved> {
-    let resolved =
-        |host: &u8| Resolved { address: ([10, 0, 9, *host], 80).into(), weight: None, is_backup: false };
+fn found(hosts: &[u8]) -> Vec<ResolvedAddress> {
+    let resolved = |host: &u8| ResolvedAddress {
+        address: ([10, 0, 9, *host], 80).into(),
+        weight: None,
+        is_backup: false,
+    };
     hosts.iter().map(resolved).collect()
 }
 
@@ -23,7 +26,7 @@ fn a_name_leads_to_backends_that_come_and_go() {
     assert_eq!((fresh.len(), changes.len()), (2, 2));
     assert_eq!((changes[0].state, changes[0].why), ("unknown", "resolved"));
     for backend in &fresh {
-        pool.observe(backend, Verdict::Passed, SECOND, at(2_000));
+        pool.observe(backend, ProbeResult::Passed, SECOND, at(2_000));
     }
     pool.tend(at(3_000));
     assert_eq!(pool.usable(), 3);
@@ -31,16 +34,16 @@ fn a_name_leads_to_backends_that_come_and_go() {
     // The same answer changes nothing; another one keeps what it can.
     let (again, changes) = pool.resolve(0, &found(&[2, 1]), &labels, at(4_000));
     assert!(again.is_empty() && changes.is_empty());
-    let held: Vec<_> = (0..8).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap()).collect();
+    let held: Vec<_> = (0..8).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
     let (fresh, changes) = pool.resolve(0, &found(&[2, 3]), &labels, at(5_000));
     assert_eq!((fresh.len(), changes[0].state, changes[0].why), (1, "gone", "not_resolved"));
     assert!(held.iter().any(|picked| picked.is_gone()), "its sessions may finish");
     // What was given back by one that is gone is nobody else's.
     drop(held);
-    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(6_000));
+    pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(6_000));
     pool.tend(at(7_000));
     let ports: std::collections::BTreeSet<_> =
-        (0..60).map(|_| pool.pick(0, 0, &mut Tried::default()).unwrap().address()).collect();
+        (0..60).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap().address()).collect();
     assert_eq!(ports.len(), 3, "{ports:?}");
     assert!(pool.resolve(9, &found(&[1]), &labels, at(8_000)).1.is_empty(), "there is no such name");
 }
@@ -50,7 +53,7 @@ fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
     let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
     let mut answer = found(&[1]);
     let (fresh, _) = pool.resolve(0, &answer, &labels, at(1_000));
-    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(2_000));
+    pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(2_000));
     pool.tend(at(3_000));
     answer[0].weight = Some(7);
     let (_, changes) = pool.resolve(0, &answer, &labels, at(4_000));
@@ -69,7 +72,7 @@ fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
         pool.roster().backends().iter().map(|backend| backend.slot()).collect();
     assert_eq!(slots.len(), 65);
     // An address that stands in the list already is not there twice.
-    let double = [Resolved { address: ([10, 0, 0, 1], 1000).into(), weight: None, is_backup: false }];
+    let double = [ResolvedAddress { address: ([10, 0, 0, 1], 1000).into(), weight: None, is_backup: false }];
     pool.resolve(0, &double, &labels, at(7_000));
     assert_eq!(pool.roster().backends().len(), 1);
 }
@@ -82,7 +85,7 @@ fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its
     let pool = pool(&config);
     pool.resolve(0, &found(&[1]), &labels, at(1_000));
     let held: Vec<_> =
-        std::iter::repeat_with(|| pool.pick(0, 0, &mut Tried::default()).unwrap()).take(6).collect();
+        std::iter::repeat_with(|| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).take(6).collect();
     let of_name = || held.iter().filter(|picked| picked.address().0.port() == 80).count();
     assert_eq!((of_name(), pool.usable()), (2, 2));
     pool.resolve(0, &found(&[]), &labels, at(1_050));
@@ -100,13 +103,13 @@ fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its
 fn an_ordered_weight_counts_whatever_the_name_says() {
     let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
     let (fresh, _) = pool.resolve(0, &found(&[1]), &labels, at(1_000));
-    pool.observe(&fresh[0], Verdict::Passed, SECOND, at(2_000));
+    pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(2_000));
     pool.tend(at(3_000));
     assert_eq!(pool.usable(), 2);
     let address = fresh[0].address();
     let (before, change) = pool.order(address, 0, at(4_000)).unwrap();
     assert_eq!((before, change.why, pool.usable(), fresh[0].weight()), (50, "ordered", 1, 0));
-    let weighed = [Resolved { weight: Some(30), ..found(&[1])[0] }];
+    let weighed = [ResolvedAddress { weight: Some(30), ..found(&[1])[0] }];
     pool.resolve(0, &weighed, &labels, at(5_000));
     pool.tend(at(6_000));
     assert_eq!((pool.usable(), fresh[0].summary().weight), (1, 0));

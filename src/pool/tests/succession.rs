@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn succeed(before: &Arc<Pool>, config: &crate::config::Pool, now: Moment) -> Arc<Pool> {
+fn succeed(before: &Arc<Pool>, config: &crate::config::PoolConfig, now: Moment) -> Arc<Pool> {
     Pool::succeed(Some(before), config, &Labels::default(), &Answers::new(), now)
 }
 
@@ -10,15 +10,15 @@ fn ports(pool: &Pool) -> Vec<u16> {
     pool.roster().used().iter().map(|backend| backend.address().0.port()).collect()
 }
 
-fn one(pool: &Arc<Pool>) -> Picked {
-    pool.pick(0, 0, &mut Tried::default()).unwrap()
+fn one(pool: &Arc<Pool>) -> PickedBackend {
+    pool.pick(0, 0, &mut TriedBackends::default()).unwrap()
 }
 
 #[test]
 fn health_counters_and_ejections_go_on_and_who_is_added_waits_for_its_probe() {
     let before = Arc::new(healthy(&config(Balance::P2c, 3)));
     assert!(probe(&before, 1, false, at(500)).is_none(), "one of two");
-    assert!(fail(&before, 0, Failed::Connect, 3, at(600)).is_some());
+    assert!(fail(&before, 0, SessionFailure::Connect, 3, at(600)).is_some());
     before.arrived(7);
     assert!(before.may_retry(at(600)));
     let mut other = config(Balance::P2c, 4);
@@ -33,9 +33,9 @@ fn health_counters_and_ejections_go_on_and_who_is_added_waits_for_its_probe() {
         .map(|backend| (backend.is_ejected(), backend.state(), backend.summary().changed.1.word()))
         .collect();
     let expected = [
-        (true, State::Healthy, "connect_failures"),
-        (false, State::Healthy, "passed"),
-        (false, State::Unknown, "reload"),
+        (true, HealthState::Healthy, "connect_failures"),
+        (false, HealthState::Healthy, "passed"),
+        (false, HealthState::Unknown, "reload"),
     ];
     assert_eq!(shown, expected);
     assert_eq!((backend(&after, 0).ejections(), backend(&after, 1).weight()), (1, 50 * FULL));
@@ -67,12 +67,12 @@ fn what_comes_to_the_old_one_reaches_the_new_one() {
     assert_eq!((loads(), full != other), (vec![0, 0], true));
     // Failures of old sessions eject in the new one, and so do results of probes that were under way.
     let old = Arc::clone(&before.roster().backends()[0]);
-    assert!((0..3).filter_map(|_| before.failed(&old, Failed::Connect, at(3_000))).count() == 1);
+    assert!((0..3).filter_map(|_| before.failed(&old, SessionFailure::Connect, at(3_000))).count() == 1);
     after.tend(at(3_100));
     assert_eq!(ports(&after), [1001]);
-    assert!(before.observe(&old, Verdict::ConnectRefused, SECOND, at(3_200)).is_none());
-    assert!(before.observe(&old, Verdict::ConnectRefused, SECOND, at(3_300)).is_some());
-    assert_eq!(backend(&after, 0).state(), State::Unhealthy);
+    assert!(before.observe(&old, ProbeResult::ConnectRefused, SECOND, at(3_200)).is_none());
+    assert!(before.observe(&old, ProbeResult::ConnectRefused, SECOND, at(3_300)).is_some());
+    assert_eq!(backend(&after, 0).state(), HealthState::Unhealthy);
     let (pool, heir) = before.follow(&old).unwrap();
     assert!(Arc::ptr_eq(&pool, &after) && Arc::ptr_eq(&heir, &after.roster().backends()[0]));
     assert_eq!(heir.mark(), old.mark());
@@ -96,7 +96,8 @@ fn probes_that_are_switched_off_or_on_leave_nobody_down_or_unknown() {
     let before = Arc::new(healthy(&config(Balance::P2c, 2)));
     (1..3).for_each(|second| drop(probe(&before, 0, false, at(second * 1_000))));
     assert_eq!(ports(&before), [1001]);
-    let off = succeed(&before, &crate::config::Pool { health: None, ..config(Balance::P2c, 2) }, at(3_000));
+    let off =
+        succeed(&before, &crate::config::PoolConfig { health: None, ..config(Balance::P2c, 2) }, at(3_000));
     assert_eq!(ports(&off), [1000, 1001]);
     let on = succeed(&off, &config(Balance::P2c, 2), at(4_000));
     assert_eq!((ports(&on), on.roster().ground().word()), (vec![1000, 1001], "healthy"));
@@ -112,7 +113,7 @@ fn who_waits_in_the_old_ones_line_is_served_by_the_new_one_and_never_by_who_is_r
     let held = one(&before);
     let mut place = before.wait(1).unwrap();
     let mut other = config.clone();
-    other.backends = vec![crate::config::Backend { max_sessions: Some(1), ..target(2000) }];
+    other.backends = vec![crate::config::BackendConfig { max_sessions: Some(1), ..target(2000) }];
     // It is served at once, as the new one has room.
     let after = succeed(&before, &other, at(1_000));
     let picked = given(&mut place).expect("nobody serves it");
@@ -123,7 +124,10 @@ fn who_waits_in_the_old_ones_line_is_served_by_the_new_one_and_never_by_who_is_r
     drop(picked);
     let picked = given(&mut first).expect("nobody serves it");
     // A line that is given up is served to its end.
-    let none = crate::config::Pool { queue: crate::config::Queue { length: 0, timeout: SECOND }, ..other };
+    let none = crate::config::PoolConfig {
+        queue: crate::config::QueueConfig { length: 0, timeout: SECOND },
+        ..other
+    };
     let last = succeed(&after, &none, at(2_000));
     assert!(last.wait(1).is_none() && last.waiting() == 1);
     drop(picked);
@@ -142,7 +146,7 @@ fn an_address_that_comes_back_has_the_sessions_that_it_had() {
     let third = succeed(&second, &both, at(2_000));
     let loads: Vec<_> = third.roster().backends().iter().map(|backend| backend.load()).collect();
     assert_eq!(loads, [2, 2]);
-    assert_eq!(backend(&third, 1).state(), State::Unknown);
+    assert_eq!(backend(&third, 1).state(), HealthState::Unknown);
     assert!(first.follow(&first.roster().backends()[1]).is_some_and(|(pool, _)| Arc::ptr_eq(&pool, &third)));
     assert!(second.follow(&second.roster().backends()[0]).is_some());
     drop(held);
@@ -151,13 +155,14 @@ fn an_address_that_comes_back_has_the_sessions_that_it_had() {
 
 #[test]
 fn names_keep_what_they_led_to_and_new_ones_lead_where_somebody_has_asked() {
-    let host = |name: &str| Target::Host { name: name.to_owned(), port: 80 };
+    let host = |name: &str| BackendTarget::Host { name: name.to_owned(), port: 80 };
     let named = |names: &[&str]| {
-        let backends = names.iter().map(|name| crate::config::Backend { target: host(name), ..target(0) });
-        crate::config::Pool { backends: backends.collect(), ..config(Balance::P2c, 0) }
+        let backends =
+            names.iter().map(|name| crate::config::BackendConfig { target: host(name), ..target(0) });
+        crate::config::PoolConfig { backends: backends.collect(), ..config(Balance::P2c, 0) }
     };
-    let found = |hosts: &[u8]| -> Vec<Resolved> {
-        let resolved = |host: &u8| Resolved {
+    let found = |hosts: &[u8]| -> Vec<ResolvedAddress> {
+        let resolved = |host: &u8| ResolvedAddress {
             address: ([10, 0, 9, *host], 80).into(),
             weight: Some(u32::from(*host)),
             is_backup: false,
@@ -168,12 +173,16 @@ fn names_keep_what_they_led_to_and_new_ones_lead_where_somebody_has_asked() {
     let answers = Answers::from([(host("a"), found(&[1, 2])), (host("b"), found(&[2, 3]))]);
     let first = Pool::succeed(None, &named(&["a"]), &labels, &answers, at(0));
     assert_eq!((first.usable(), first.roster().ground().word()), (2, "healthy"));
-    first.lookups().next().unwrap().count(crate::account::lookup::Lookup::Found);
+    first.lookups().next().unwrap().count(crate::account::lookup::LookupResult::Found);
     let second = Pool::succeed(Some(&first), &named(&["b", "a"]), &labels, &answers, at(1_000));
     let hosts = |pool: &Pool| {
         let roster = pool.roster();
         let shown = roster.backends().iter().map(|backend| {
-            (backend.address().0.to_string(), backend.summary().weight, backend.state() == State::Healthy)
+            (
+                backend.address().0.to_string(),
+                backend.summary().weight,
+                backend.state() == HealthState::Healthy,
+            )
         });
         shown.collect::<Vec<_>>()
     };
@@ -206,7 +215,7 @@ fn a_thousand_generations_leave_no_chain() {
 }
 
 /// Those of the line that have had their turn.
-fn served(places: &mut Vec<Place>) -> Vec<Picked> {
+fn served(places: &mut Vec<QueuePlace>) -> Vec<PickedBackend> {
     let mut all = Vec::new();
     places.retain_mut(|place| given(place).map(|picked| all.push(picked)).is_none());
     all
@@ -216,11 +225,11 @@ fn served(places: &mut Vec<Place>) -> Vec<Picked> {
 fn whatever_is_reloaded_the_load_is_what_is_held_and_nobody_waits_beside_room() {
     let mut random = fastrand::Rng::with_seed(7);
     for balance in ALL {
-        let mut config = crate::config::Pool { health: None, ..config(balance, 6) };
+        let mut config = crate::config::PoolConfig { health: None, ..config(balance, 6) };
         config.queue.length = 4;
         let first = Arc::new(pool(&config));
         let mut pools = [Arc::clone(&first), first];
-        let (mut held, mut places) = (Vec::<Picked>::new(), Vec::new());
+        let (mut held, mut places) = (Vec::<PickedBackend>::new(), Vec::new());
         for step in 0..600 {
             let from = &pools[usize::from(random.bool())];
             match random.u8(..12) {
@@ -234,10 +243,10 @@ fn whatever_is_reloaded_the_load_is_what_is_held_and_nobody_waits_beside_room() 
                     let [_, last] = pools;
                     pools = [Arc::clone(&last), succeed(&last, &next, at(step))];
                 }
-                1..=5 => match from.pick(random.u64(..), random.u64(..), &mut Tried::default()) {
+                1..=5 => match from.pick(random.u64(..), random.u64(..), &mut TriedBackends::default()) {
                     Ok(picked) => held.push(picked),
-                    Err(Nobody::Free) => places.extend(from.wait(random.u32(..2))),
-                    Err(Nobody::Usable | Nobody::Share) => {}
+                    Err(PickError::Free) => places.extend(from.wait(random.u32(..2))),
+                    Err(PickError::Usable | PickError::Share) => {}
                 },
                 6 if !places.is_empty() => drop(places.swap_remove(random.usize(..places.len()))),
                 _ if !held.is_empty() => drop(held.swap_remove(random.usize(..held.len()))),
@@ -259,7 +268,7 @@ fn whatever_is_reloaded_the_load_is_what_is_held_and_nobody_waits_beside_room() 
 
 #[test]
 fn sessions_from_before_a_limit_count_for_their_tenant_and_those_of_other_backends_take_no_room() {
-    let pick = |pool: &Pool, tenant: u32| pool.pick_for(tenant, 0, 0, &mut Tried::default());
+    let pick = |pool: &Pool, tenant: u32| pool.pick_for(tenant, 0, 0, &mut TriedBackends::default());
     let mut limited = config(Balance::RoundRobin, 1);
     let before = Arc::new(healthy(&limited));
     before.set_shared(true);
@@ -268,7 +277,7 @@ fn sessions_from_before_a_limit_count_for_their_tenant_and_those_of_other_backen
     let after = succeed(&before, &limited, at(1_000));
     assert_eq!(after.held(1), 8);
     for pool in [&before, &after] {
-        assert_eq!(pick(pool, 1).unwrap_err(), Nobody::Share);
+        assert_eq!(pick(pool, 1).unwrap_err(), PickError::Share);
         assert!(pick(pool, 2).is_ok());
     }
     held.truncate(6);

@@ -29,8 +29,8 @@ fn srv(ttl: u32, priority: u16, weight: u16, host: &str, port: u16) -> Record {
     record("_s._tcp.x.", ttl, RData::SRV(SRV::new(priority, weight, port, name(host))))
 }
 
-fn said(ips: &[&str], ttl: u32) -> Said<IpAddr> {
-    Said { found: ips.iter().map(|ip| ip.parse().unwrap()).collect(), ttl }
+fn said(ips: &[&str], ttl: u32) -> DnsAnswer<IpAddr> {
+    DnsAnswer { found: ips.iter().map(|ip| ip.parse().unwrap()).collect(), ttl }
 }
 
 /// The services of so many records, on hosts that each have an address of their own: 10.0.0.1 for `h1.`, and so on.
@@ -97,7 +97,7 @@ fn an_address_that_is_also_a_backup_is_none() {
 fn a_service_that_is_not_available_has_no_address() {
     let records = [srv(9, 1, 1, ".", 80), srv(9, 1, 1, "h1.", 0)];
     assert!(services(&name("_s._tcp.x."), &records).found.is_empty());
-    let none = Said { found: Vec::new(), ttl: 1 };
+    let none = DnsAnswer { found: Vec::new(), ttl: 1 };
     assert_eq!(of_service(&none, &BTreeMap::new()), None);
     assert_eq!(of_host(said(&[], 1), 80), None);
 }
@@ -133,27 +133,27 @@ fn the_shortest_life_of_services_and_hosts_counts() {
 
 #[test]
 fn what_failed_is_what_it_was() {
-    let (mut memory, host) = (Memory::default(), name("a."));
+    let (mut memory, host) = (LastAnswers::default(), name("a."));
     let (v4, v6) = (said(&["10.0.0.1"], 9), said(&["fd00::1"], 5));
     let known = memory.settle(&host, [Ok(v4.clone()), Ok(v6)]);
-    assert_eq!((known.addresses, known.lookup), (said(&["10.0.0.1", "fd00::1"], 5), Lookup::Found));
+    assert_eq!((known.addresses, known.lookup), (said(&["10.0.0.1", "fd00::1"], 5), LookupResult::Found));
 
-    let known = memory.settle(&host, [Ok(v4.clone()), Err(Lookup::Timeout)]);
-    assert_eq!((known.addresses, known.lookup), (said(&["10.0.0.1", "fd00::1"], 9), Lookup::Found));
+    let known = memory.settle(&host, [Ok(v4.clone()), Err(LookupResult::Timeout)]);
+    assert_eq!((known.addresses, known.lookup), (said(&["10.0.0.1", "fd00::1"], 9), LookupResult::Found));
 
-    let known = memory.settle(&host, [Err(Lookup::ServerFailure), Err(Lookup::Timeout)]);
-    assert_eq!((known.addresses.found.len(), known.lookup), (2, Lookup::Timeout));
+    let known = memory.settle(&host, [Err(LookupResult::ServerFailure), Err(LookupResult::Timeout)]);
+    assert_eq!((known.addresses.found.len(), known.lookup), (2, LookupResult::Timeout));
 
     // That there is none is an answer.
-    let known = memory.settle(&host, [Ok(v4), Err(Lookup::NoAddress)]);
-    assert_eq!((known.addresses.found.len(), known.lookup), (1, Lookup::Found));
-    let known = memory.settle(&host, [Err(Lookup::NoSuchName), Err(Lookup::NoAddress)]);
-    assert_eq!((known.addresses.found.len(), known.lookup), (0, Lookup::NoAddress));
+    let known = memory.settle(&host, [Ok(v4), Err(LookupResult::NoAddress)]);
+    assert_eq!((known.addresses.found.len(), known.lookup), (1, LookupResult::Found));
+    let known = memory.settle(&host, [Err(LookupResult::NoSuchName), Err(LookupResult::NoAddress)]);
+    assert_eq!((known.addresses.found.len(), known.lookup), (0, LookupResult::NoAddress));
 
-    memory.settle(&host, [Ok(said(&["10.0.0.1"], 9)), Err(Lookup::NoAddress)]);
+    memory.settle(&host, [Ok(said(&["10.0.0.1"], 9)), Err(LookupResult::NoAddress)]);
     memory.keep(&BTreeSet::new());
-    let known = memory.settle(&host, [Err(Lookup::Timeout), Err(Lookup::NoAddress)]);
-    assert_eq!((known.addresses.found.len(), known.lookup), (0, Lookup::Timeout));
+    let known = memory.settle(&host, [Err(LookupResult::Timeout), Err(LookupResult::NoAddress)]);
+    assert_eq!((known.addresses.found.len(), known.lookup), (0, LookupResult::Timeout));
 }
 
 proptest! {
@@ -201,7 +201,7 @@ proptest! {
             })
             .collect();
         fastrand::Rng::with_seed(seed).shuffle(&mut ips);
-        let answer = of_host(Said { found: ips, ttl: 5 }, 80).unwrap();
+        let answer = of_host(DnsAnswer { found: ips, ttl: 5 }, 80).unwrap();
         let most = usize::from(count).min(MOST_ADDRESSES as usize);
         prop_assert_eq!((answer.found.len(), answer.left_out), (most, usize::from(count) - most));
         prop_assert!(answer.found.is_sorted_by_key(|r| r.address));

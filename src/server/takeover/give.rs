@@ -17,19 +17,19 @@ use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::account::lock;
-use crate::admission::quota::Holding;
+use crate::admission::quota::HeldSlots;
 use crate::clock::{self, Moment};
-use crate::server::crew::Crew;
-use crate::server::drain::Stage;
-use crate::server::moving::Movers;
+use crate::server::crew::WorkerLoads;
+use crate::server::drain::DrainStage;
+use crate::server::moving::TransferControl;
 use crate::server::notify;
 use crate::server::reload::Reloader;
 use crate::server::socket::SocketFile;
-use crate::server::team::Team;
-use crate::state::Live;
-use crate::takeover::link::{Link, MOST_FDS, MOST_TAIL};
-use crate::takeover::message::{Message, Offered, Role, VERSION};
-use crate::takeover::{Answer, Leaving};
+use crate::server::team::WorkerCommands;
+use crate::state::LiveState;
+use crate::takeover::link::{HandoverLink, MOST_FDS, MOST_TAIL};
+use crate::takeover::message::{LinkMessage, OfferedSocket, SocketRole, VERSION};
+use crate::takeover::{PendingTransfer, TransferReply};
 use crate::tenant::Tenant;
 
 /// How long the successor may take to be ready: it reads its configuration, looks names up and probes meanwhile.
@@ -46,7 +46,7 @@ const TELL: Duration = Duration::from_secs(2);
 
 /// Why a takeover came to nothing.
 #[derive(Debug, thiserror::Error)]
-enum Failed {
+enum HandoverError {
     #[error("{0}")]
     Refused(String),
     #[error("the successor has gone")]
@@ -62,18 +62,18 @@ enum Failed {
 }
 
 /// All that a process gives away.
-pub(in crate::server) struct Giver {
-    pub(in crate::server) live: Arc<Live>,
-    pub(in crate::server) crew: Arc<Crew>,
-    pub(in crate::server) team: Team,
-    pub(in crate::server) movers: Arc<Movers>,
+pub(in crate::server) struct Handover {
+    pub(in crate::server) live: Arc<LiveState>,
+    pub(in crate::server) crew: Arc<WorkerLoads>,
+    pub(in crate::server) team: WorkerCommands,
+    pub(in crate::server) movers: Arc<TransferControl>,
     /// Knows how addresses are configured.
     pub(in crate::server) reloader: Reloader,
     /// Sockets of the pages.
-    pub(in crate::server) pages: Vec<(Offered, OwnedFd)>,
+    pub(in crate::server) pages: Vec<(OfferedSocket, OwnedFd)>,
     /// Whether the pages are served here.
     pub(in crate::server) serving: watch::Sender<bool>,
-    pub(in crate::server) stage: watch::Sender<Stage>,
+    pub(in crate::server) stage: watch::Sender<DrainStage>,
     /// The file of the admin socket; it is the successor's once everything is.
     pub(in crate::server) file: Option<Arc<SocketFile>>,
     /// One takeover at a time.
@@ -82,16 +82,16 @@ pub(in crate::server) struct Giver {
     pub(in crate::server) tie: Option<String>,
 }
 
-impl fmt::Debug for Giver {
+impl fmt::Debug for Handover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Giver").finish_non_exhaustive()
     }
 }
 
 /// Parcels that wait for their answer, each with the time since when.
-type Pending = Mutex<HashMap<u32, (oneshot::Sender<Answer>, Moment)>>;
+type Pending = Mutex<HashMap<u32, (oneshot::Sender<TransferReply>, Moment)>>;
 
-impl Giver {
+impl Handover {
     /// Whether a successor is being served.
     pub(in crate::server) fn is_busy(&self) -> bool {
         self.busy.load(Ordering::Acquire)
@@ -114,7 +114,7 @@ impl Giver {
                 if let Some(heir) = heir {
                     notify::main_pid(heir);
                 }
-                self.stage.send_replace(Stage::Over);
+                self.stage.send_replace(DrainStage::Over);
             }
             Err(error) => {
                 self.live.takeovers.count(false);
@@ -126,14 +126,14 @@ impl Giver {
         }
     }
 
-    fn give(&self, stream: UnixStream, is_alone: bool, shares_namespace: bool) -> Result<(), Failed> {
+    fn give(&self, stream: UnixStream, is_alone: bool, shares_namespace: bool) -> Result<(), HandoverError> {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-        let link = Link::new(stream, ANSWER)?;
+        let link = HandoverLink::new(stream, ANSWER)?;
         match link.receive()?.map(|frame| frame.message) {
-            Some(Message::Hello { version: VERSION, program }) => {
+            Some(LinkMessage::Hello { version: VERSION, program }) => {
                 tracing::info!(program, "a successor asks for the sockets");
             }
-            Some(Message::Hello { version, program }) => {
+            Some(LinkMessage::Hello { version, program }) => {
                 let own = env!("CARGO_PKG_VERSION");
                 return refuse(
                     &link,
@@ -142,8 +142,8 @@ impl Giver {
                     ),
                 );
             }
-            Some(_) => return Err(Failed::Confused),
-            None => return Err(Failed::Gone),
+            Some(_) => return Err(HandoverError::Confused),
+            None => return Err(HandoverError::Gone),
         }
         if let Some(tie) = self.tie.as_ref().filter(|_| shares_namespace) {
             return refuse(&link, tie.clone());
@@ -161,17 +161,17 @@ impl Giver {
         self.show(&link)?;
         link.set_patience(Some(READY))?;
         match link.receive()?.map(|frame| frame.message) {
-            Some(Message::Ready) => {}
-            Some(_) => return Err(Failed::Confused),
-            None => return Err(Failed::Gone),
+            Some(LinkMessage::Ready) => {}
+            Some(_) => return Err(HandoverError::Confused),
+            None => return Err(HandoverError::Gone),
         }
         // It has read what was in force before. A reload that is under way is over then, or refused.
         let no_reloads = self.reloader.no_reloads();
         if self.live.is_draining() || self.live.reloads.done() != reloads {
-            return Err(Failed::Overtaken);
+            return Err(HandoverError::Overtaken);
         }
-        let stopped = Stopped::new(self, &runtime);
-        link.send(&Message::Stopped, &self.holding()?, &[])?;
+        let stopped = PausedService::new(self, &runtime);
+        link.send(&LinkMessage::Stopped, &self.holding()?, &[])?;
         self.send_away(&link, &runtime)?;
         stopped.stays_so();
         // This process ends.
@@ -188,7 +188,7 @@ impl Giver {
         };
         let mut tenants: Vec<_> = snapshot.directory.tenants().iter().filter_map(held).collect();
         tenants.sort_unstable_by_key(|(_, sessions, flows)| std::cmp::Reverse(sessions + flows));
-        let mut holding = Holding { all: self.live.sessions.present(), tenants };
+        let mut holding = HeldSlots { all: self.live.sessions.present(), tenants };
         loop {
             let told = serde_json::to_vec(&holding)?;
             if told.len() <= MOST_TAIL {
@@ -199,10 +199,10 @@ impl Giver {
     }
 
     /// Shows every listening socket.
-    fn show(&self, link: &Link) -> Result<(), Failed> {
+    fn show(&self, link: &HandoverLink) -> Result<(), HandoverError> {
         let (snapshot, held) = (self.live.snapshot.load_full(), self.reloader.held());
         let configured = |bound: SocketAddr, listener: u32, udp: bool| {
-            let is_it = |held: &&crate::server::listen::Held| {
+            let is_it = |held: &&crate::server::listen::BoundListener| {
                 let door = held.door;
                 door.address == bound && door.listener == listener && door.is_udp() == udp
             };
@@ -211,12 +211,12 @@ impl Giver {
         let mut sockets = Vec::new();
         for (door, socket) in self.team.lend() {
             let Some(listener) = snapshot.listeners.get(door.listener as usize) else { continue };
-            let role = Role::Listener {
+            let role = SocketRole::Listener {
                 name: listener.label.name().to_owned(),
                 udp: door.is_udp(),
                 configured: configured(door.address, door.listener, door.is_udp()),
             };
-            sockets.push((Offered { role, bound: Some(door.address) }, socket));
+            sockets.push((OfferedSocket { role, bound: Some(door.address) }, socket));
         }
         for (offered, socket) in &self.pages {
             sockets.push((offered.clone(), socket.try_clone()?));
@@ -224,16 +224,16 @@ impl Giver {
         for some in sockets.chunks(MOST_FDS) {
             let (offered, fds): (Vec<_>, Vec<_>) =
                 some.iter().map(|(offered, socket)| (offered.clone(), socket.as_fd())).unzip();
-            link.send(&Message::Sockets(offered), &[], &fds)?;
+            link.send(&LinkMessage::Sockets(offered), &[], &fds)?;
         }
         let pid = rustix::process::getpid().as_raw_nonzero().get();
         let program = env!("CARGO_PKG_VERSION").to_owned();
-        link.send(&Message::AllSockets { program, pid }, &[], &[])?;
+        link.send(&LinkMessage::AllSockets { program, pid }, &[], &[])?;
         Ok(())
     }
 
     /// Sends away every session and flow, as each comes to where it can go.
-    fn send_away(&self, link: &Link, runtime: &Runtime) -> Result<(), Failed> {
+    fn send_away(&self, link: &HandoverLink, runtime: &Runtime) -> Result<(), HandoverError> {
         let (pending, gone) = (Pending::default(), AtomicBool::new(false));
         link.set_patience(None)?;
         let (ended, end) = sync_channel(1);
@@ -243,11 +243,11 @@ impl Giver {
             scope.spawn(move || {
                 while flows_left.blocking_recv().is_some() {}
                 // Where it cannot be said, the others will notice.
-                link.send(&Message::FlowsSent, &[], &[]).unwrap_or_default();
+                link.send(&LinkMessage::FlowsSent, &[], &[]).unwrap_or_default();
             });
             scope.spawn(|| hear(link, &pending, &gone, &ended));
             let result = self.watch(&pending, &gone, &end);
-            let result = result.and_then(|()| Ok(link.send(&Message::Done, &[], &[])?));
+            let result = result.and_then(|()| Ok(link.send(&LinkMessage::Done, &[], &[])?));
             // What was answered until now counts, and who had no answer stays. The threads end with their senders.
             if result.is_ok() {
                 link.stop_hearing();
@@ -260,21 +260,21 @@ impl Giver {
     }
 
     /// Looks until nothing is left, or the successor is gone.
-    fn watch(&self, pending: &Pending, gone: &AtomicBool, end: &Receiver<()>) -> Result<(), Failed> {
+    fn watch(&self, pending: &Pending, gone: &AtomicBool, end: &Receiver<()>) -> Result<(), HandoverError> {
         let start = clock::now();
         let deadline = self.live.config.load().drain.deadline;
         let mut told = start;
         loop {
             let ended = end.recv_timeout(LOOK);
             if gone.load(Ordering::Acquire) || !matches!(ended, Err(RecvTimeoutError::Timeout)) {
-                return Err(Failed::Gone);
+                return Err(HandoverError::Gone);
             }
             let (now, left) = (clock::now(), self.crew.total());
             if left == 0 {
                 return Ok(());
             }
             if lock(pending).values().any(|(_, since)| now.since(*since) > ANSWER) {
-                return Err(Failed::Late);
+                return Err(HandoverError::Late);
             }
             if now.since(told) >= TELL {
                 told = now;
@@ -294,15 +294,20 @@ impl Giver {
     }
 }
 
-fn refuse(link: &Link, why: String) -> Result<(), Failed> {
-    link.send(&Message::Refused { why: why.clone() }, &[], &[])?;
-    Err(Failed::Refused(why))
+fn refuse(link: &HandoverLink, why: String) -> Result<(), HandoverError> {
+    link.send(&LinkMessage::Refused { why: why.clone() }, &[], &[])?;
+    Err(HandoverError::Refused(why))
 }
 
 /// Sends parcels.
-fn post(link: &Link, mut leaving: mpsc::Receiver<Leaving>, pending: &Pending, gone: &AtomicBool) {
+fn post(
+    link: &HandoverLink,
+    mut leaving: mpsc::Receiver<PendingTransfer>,
+    pending: &Pending,
+    gone: &AtomicBool,
+) {
     for id in 0.. {
-        let Some(Leaving { parcel, answer }) = leaving.blocking_recv() else { return };
+        let Some(PendingTransfer { parcel, answer }) = leaving.blocking_recv() else { return };
         if gone.load(Ordering::Acquire) {
             // Dropped without an answer: it stays.
             continue;
@@ -310,7 +315,7 @@ fn post(link: &Link, mut leaving: mpsc::Receiver<Leaving>, pending: &Pending, go
         // Known before it is sent: the answer may be faster than we are.
         lock(pending).insert(id, (answer, clock::now()));
         let fds: Vec<_> = parcel.fds.iter().map(AsFd::as_fd).collect();
-        if let Err(error) = link.send(&Message::Parcel { id }, &parcel.record, &fds) {
+        if let Err(error) = link.send(&LinkMessage::Parcel { id }, &parcel.record, &fds) {
             // Not a whole frame has come: it stays.
             lock(pending).remove(&id);
             if !gone.swap(true, Ordering::AcqRel) {
@@ -321,23 +326,23 @@ fn post(link: &Link, mut leaving: mpsc::Receiver<Leaving>, pending: &Pending, go
 }
 
 /// Passes answers on until the link ends; then all that had none stay.
-fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()>) {
+fn hear(link: &HandoverLink, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()>) {
     while let Ok(Some(frame)) = link.receive() {
         let (id, answer) = match frame.message {
-            Message::Taken { id } => (id, Answer::Taken),
-            Message::Stays { id, why } => {
+            LinkMessage::Taken { id } => (id, TransferReply::Taken),
+            LinkMessage::Stays { id, why } => {
                 tracing::warn!(why, "a session stays: the successor cannot carry it");
-                (id, Answer::Stays)
+                (id, TransferReply::Stays)
             }
-            Message::Hello { .. }
-            | Message::Refused { .. }
-            | Message::Sockets(_)
-            | Message::AllSockets { .. }
-            | Message::Ready
-            | Message::Stopped
-            | Message::Parcel { .. }
-            | Message::FlowsSent
-            | Message::Done => break,
+            LinkMessage::Hello { .. }
+            | LinkMessage::Refused { .. }
+            | LinkMessage::Sockets(_)
+            | LinkMessage::AllSockets { .. }
+            | LinkMessage::Ready
+            | LinkMessage::Stopped
+            | LinkMessage::Parcel { .. }
+            | LinkMessage::FlowsSent
+            | LinkMessage::Done => break,
         };
         let waits = lock(pending).remove(&id);
         if waits.is_some_and(|(sender, _)| sender.send(answer).is_err()) {
@@ -351,10 +356,10 @@ fn hear(link: &Link, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()
 
 /// The time in which this process accepts nothing, serves no page and leaves the admin socket's file where it is: it goes
 /// on with all of that, unless everything has gone.
-struct Stopped<'a>(Option<(&'a Giver, &'a Runtime)>);
+struct PausedService<'a>(Option<(&'a Handover, &'a Runtime)>);
 
-impl<'a> Stopped<'a> {
-    fn new(giver: &'a Giver, runtime: &'a Runtime) -> Self {
+impl<'a> PausedService<'a> {
+    fn new(giver: &'a Handover, runtime: &'a Runtime) -> Self {
         giver.serving.send_replace(false);
         giver.team.pause();
         // Also where this process ends meanwhile: the successor is asked there then.
@@ -367,7 +372,7 @@ impl<'a> Stopped<'a> {
     }
 }
 
-impl Drop for Stopped<'_> {
+impl Drop for PausedService<'_> {
     fn drop(&mut self) {
         if let Some((giver, runtime)) = self.0 {
             giver.team.resume();

@@ -13,13 +13,13 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use tokio::runtime::Runtime;
 
-use crate::admission::quota::{Holding, Kept};
-use crate::server::inherit::Inherited;
-use crate::server::moving::Movers;
-use crate::state::Live;
-use crate::takeover::link::{Frame, Link};
-use crate::takeover::message::{Message, Offered, Role, VERSION};
-use crate::takeover::{Answer, Kind, Leaving, Parcel};
+use crate::admission::quota::{HeldSlots, ReservedSlots};
+use crate::server::inherit::InheritedSockets;
+use crate::server::moving::TransferControl;
+use crate::state::LiveState;
+use crate::takeover::link::{HandoverLink, LinkFrame};
+use crate::takeover::message::{LinkMessage, OfferedSocket, SocketRole, VERSION};
+use crate::takeover::{PendingTransfer, Transfer, TransferKind, TransferReply};
 
 /// How long the old process may take to show its sockets, and to stop.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -57,17 +57,17 @@ pub enum TakeoverError {
 
 /// What a successor has been shown, and the link to the old process.
 #[derive(Debug)]
-pub struct Heritage {
-    link: Link,
+pub struct TakeoverOffer {
+    link: HandoverLink,
     /// What is left of the sockets.
-    sockets: Vec<(Offered, OwnedFd)>,
+    sockets: Vec<(OfferedSocket, OwnedFd)>,
     /// Readable once the old process is dead.
     old: OwnedFd,
     /// The version of the old program.
     pub program: String,
 }
 
-impl Heritage {
+impl TakeoverOffer {
     /// Asks the process behind its control socket for all that it has. It goes on until this one is ready.
     ///
     /// # Errors
@@ -77,44 +77,44 @@ impl Heritage {
         let stream = UnixStream::connect(path).map_err(nobody)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         upgrade(&stream)?;
-        let link = Link::new(stream, PATIENCE)?;
+        let link = HandoverLink::new(stream, PATIENCE)?;
         let program = env!("CARGO_PKG_VERSION").to_owned();
-        link.send(&Message::Hello { version: VERSION, program }, &[], &[])?;
+        link.send(&LinkMessage::Hello { version: VERSION, program }, &[], &[])?;
         let mut sockets = Vec::new();
         loop {
             let frame = link.receive()?.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
             match frame.message {
-                Message::Sockets(offered) if offered.len() == frame.fds.len() => {
+                LinkMessage::Sockets(offered) if offered.len() == frame.fds.len() => {
                     sockets.extend(offered.into_iter().zip(frame.fds));
                 }
                 // Some were cut off: this process may not have so many descriptors.
-                Message::Sockets(_) => return Err(io::Error::from(Errno::MFILE).into()),
-                Message::AllSockets { program, pid } => {
+                LinkMessage::Sockets(_) => return Err(io::Error::from(Errno::MFILE).into()),
+                LinkMessage::AllSockets { program, pid } => {
                     let pid =
                         Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                     let old = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
                     return Ok(Self { link, sockets, old, program });
                 }
-                Message::Refused { why } => return Err(TakeoverError::Refused(why)),
-                Message::Hello { .. }
-                | Message::Ready
-                | Message::Stopped
-                | Message::Parcel { .. }
-                | Message::FlowsSent
-                | Message::Taken { .. }
-                | Message::Stays { .. }
-                | Message::Done => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+                LinkMessage::Refused { why } => return Err(TakeoverError::Refused(why)),
+                LinkMessage::Hello { .. }
+                | LinkMessage::Ready
+                | LinkMessage::Stopped
+                | LinkMessage::Parcel { .. }
+                | LinkMessage::FlowsSent
+                | LinkMessage::Taken { .. }
+                | LinkMessage::Stays { .. }
+                | LinkMessage::Done => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
             }
         }
     }
 
     /// What it was shown, for the addresses of its own configuration. What none of them wants is closed with this process's
     /// start.
-    pub(in crate::server) fn inherited(&mut self) -> Inherited {
-        let mut all = Inherited { may_be_more: true, ..Inherited::default() };
-        for (Offered { role, bound }, socket) in std::mem::take(&mut self.sockets) {
+    pub(in crate::server) fn inherited(&mut self) -> InheritedSockets {
+        let mut all = InheritedSockets { may_be_more: true, ..InheritedSockets::default() };
+        for (OfferedSocket { role, bound }, socket) in std::mem::take(&mut self.sockets) {
             match role {
-                Role::Listener { name, udp, configured, .. } => {
+                SocketRole::Listener { name, udp, configured, .. } => {
                     if udp {
                         all.udp.push(socket.into());
                     } else {
@@ -122,15 +122,15 @@ impl Heritage {
                     }
                     all.ports.extend(bound.map(|bound| (name, configured, bound)));
                 }
-                Role::Admin { configured } => {
+                SocketRole::Admin { configured } => {
                     all.tcp.push(socket.into());
                     all.ports.extend(bound.map(|bound| ("admin".to_owned(), configured, bound)));
                 }
-                Role::Health { configured } => {
+                SocketRole::Health { configured } => {
                     all.tcp.push(socket.into());
                     all.ports.extend(bound.map(|bound| ("health".to_owned(), configured, bound)));
                 }
-                Role::Control { has_file, .. } => {
+                SocketRole::Control { has_file, .. } => {
                     all.has_file = has_file;
                     all.unix.push(socket.into());
                 }
@@ -145,12 +145,12 @@ impl Heritage {
     ///
     /// # Errors
     /// The old process does not stop, and goes on.
-    pub(in crate::server) fn ready(self, live: &Live) -> Result<Arrivals, TakeoverError> {
+    pub(in crate::server) fn ready(self, live: &LiveState) -> Result<IncomingTransfers, TakeoverError> {
         let Self { link, old, .. } = self;
-        let said = link.send(&Message::Ready, &[], &[]).and_then(|()| link.receive());
-        let mut holding = Holding::default();
+        let said = link.send(&LinkMessage::Ready, &[], &[]).and_then(|()| link.receive());
+        let mut holding = HeldSlots::default();
         match said {
-            Ok(Some(Frame { message: Message::Stopped, tail, .. })) => holding = told(&tail),
+            Ok(Some(LinkFrame { message: LinkMessage::Stopped, tail, .. })) => holding = told(&tail),
             Ok(Some(_)) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
             Ok(None) | Err(_) if is_dead(&old) => {
                 tracing::warn!("the old process has died; its listening sockets go on here");
@@ -158,30 +158,30 @@ impl Heritage {
             Ok(None) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             Err(error) => return Err(error.into()),
         }
-        Ok(Arrivals { link, old, kept: keep(live, &holding) })
+        Ok(IncomingTransfers { link, old, kept: keep(live, &holding) })
     }
 }
 
 /// What the old process holds of its limits. An older one says nothing of it.
-fn told(tail: &[u8]) -> Holding {
+fn told(tail: &[u8]) -> HeldSlots {
     if tail.is_empty() {
-        return Holding::default();
+        return HeldSlots::default();
     }
     serde_json::from_slice(tail).unwrap_or_else(|error| {
         tracing::warn!(%error, "what the old process holds of its limits is not understood, and not kept free here");
-        Holding::default()
+        HeldSlots::default()
     })
 }
 
 /// Keeps places for what is to come. A tenant that is not here has no limits.
-fn keep(live: &Live, holding: &Holding) -> Arc<Kept> {
+fn keep(live: &LiveState, holding: &HeldSlots) -> Arc<ReservedSlots> {
     let known = |(name, sessions, flows): &(String, usize, usize)| {
         Some((live.quotas.known(&live.labels.intern(name))?, *sessions, *flows))
     };
     // What it says beyond any bound would overflow: nobody has as many.
     let is_sane = |(_, sessions, flows): &&(String, usize, usize)| (*sessions).max(*flows) <= MOST_HELD;
     let tenants = holding.tenants.iter().filter(is_sane).filter_map(known).collect();
-    Kept::new(&live.sessions, holding.all.min(MOST_HELD), tenants)
+    ReservedSlots::new(&live.sessions, holding.all.min(MOST_HELD), tenants)
 }
 
 /// Asks for the link in HTTP's words (RFC 9110, section 7.8), as the control socket speaks nothing else.
@@ -204,15 +204,15 @@ fn upgrade(mut stream: &UnixStream) -> Result<(), TakeoverError> {
 
 /// What comes once the old process has stopped.
 #[derive(Debug)]
-pub(in crate::server) struct Arrivals {
-    link: Link,
+pub(in crate::server) struct IncomingTransfers {
+    link: HandoverLink,
     old: OwnedFd,
     /// The places of those that are to come.
-    kept: Arc<Kept>,
+    kept: Arc<ReservedSlots>,
 }
 
 /// Why nothing comes any more.
-enum End {
+enum TransferEnd {
     /// Everything has come.
     Done,
     /// The old process is dead.
@@ -221,13 +221,13 @@ enum End {
     Lives(String),
 }
 
-impl Arrivals {
+impl IncomingTransfers {
     /// Takes in what comes until the old process has nothing left, or is gone; `Err` where that lives and goes on. Then this one
     /// must not: two would accept at the same sockets.
     ///
     /// # Errors
     /// What is wrong with the link.
-    pub(in crate::server) fn run(self, live: &Live, movers: &Movers) -> Result<(), String> {
+    pub(in crate::server) fn run(self, live: &LiveState, movers: &TransferControl) -> Result<(), String> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().build().map_err(|error| error.to_string())?;
         // What cannot move yet may take its whole time; an old process that dies is noticed all the same.
@@ -236,20 +236,22 @@ impl Arrivals {
         let end = self.take_all(&runtime, movers, &mut moved);
         // Flows that have not come are not to come.
         runtime.block_on(movers.hear_datagrams(true));
-        live.takeovers.count(matches!(end, End::Done));
+        live.takeovers.count(matches!(end, TransferEnd::Done));
         match end {
-            End::Done => tracing::info!(moved, "took over"),
-            End::Dead => tracing::error!(moved, "the old process has died before everything had come"),
-            End::Lives(why) => return Err(why),
+            TransferEnd::Done => tracing::info!(moved, "took over"),
+            TransferEnd::Dead => {
+                tracing::error!(moved, "the old process has died before everything had come");
+            }
+            TransferEnd::Lives(why) => return Err(why),
         }
         Ok(())
     }
 
-    fn take_all(&self, runtime: &Runtime, movers: &Movers, moved: &mut u64) -> End {
+    fn take_all(&self, runtime: &Runtime, movers: &TransferControl, moved: &mut u64) -> TransferEnd {
         loop {
             let fault = match self.link.receive() {
-                Ok(Some(Frame { message: Message::Parcel { id }, tail, fds })) => {
-                    let parcel = Parcel { record: tail, fds };
+                Ok(Some(LinkFrame { message: LinkMessage::Parcel { id }, tail, fds })) => {
+                    let parcel = Transfer { record: tail, fds };
                     match runtime.block_on(self.take_in(id, parcel, movers)) {
                         Ok(taken) => {
                             *moved += u64::from(taken);
@@ -258,16 +260,16 @@ impl Arrivals {
                         Err(error) => error.to_string(),
                     }
                 }
-                Ok(Some(Frame { message: Message::FlowsSent, .. })) => {
+                Ok(Some(LinkFrame { message: LinkMessage::FlowsSent, .. })) => {
                     runtime.block_on(movers.hear_datagrams(true));
                     continue;
                 }
-                Ok(Some(Frame { message: Message::Done, .. })) => return End::Done,
+                Ok(Some(LinkFrame { message: LinkMessage::Done, .. })) => return TransferEnd::Done,
                 Ok(Some(_)) => "it says what is not understood here".to_owned(),
                 Ok(None) => "it has broken off".to_owned(),
                 Err(error) => error.to_string(),
             };
-            return if is_dead(&self.old) { End::Dead } else { End::Lives(fault) };
+            return if is_dead(&self.old) { TransferEnd::Dead } else { TransferEnd::Lives(fault) };
         }
     }
 
@@ -275,18 +277,18 @@ impl Arrivals {
     ///
     /// # Errors
     /// Where the old process could not be told, and lives: it has this one still, and all that follow.
-    async fn take_in(&self, id: u32, parcel: Parcel, movers: &Movers) -> io::Result<bool> {
+    async fn take_in(&self, id: u32, parcel: Transfer, movers: &TransferControl) -> io::Result<bool> {
         let refused = match parcel.kind() {
             // A datagram more or less is nothing new to a flow.
-            Ok(Kind::Flow) => {
+            Ok(TransferKind::Flow) => {
                 let (answer, answered) = tokio::sync::oneshot::channel();
-                movers.take_over(Leaving { parcel, answer }).await;
+                movers.take_over(PendingTransfer { parcel, answer }).await;
                 match answered.await {
-                    Ok(Answer::Taken) => return self.say_taken(id).map(|()| true),
-                    Ok(Answer::Stays) | Err(_) => "the flow cannot be carried here".to_owned(),
+                    Ok(TransferReply::Taken) => return self.say_taken(id).map(|()| true),
+                    Ok(TransferReply::Stays) | Err(_) => "the flow cannot be carried here".to_owned(),
                 }
             }
-            Ok(Kind::Session) => match crate::session::moved::decode(parcel) {
+            Ok(TransferKind::Session) => match crate::session::moved::decode(parcel) {
                 Ok(mut moved) => {
                     moved.has_place_in(&self.kept);
                     // Said before its first byte moves: who has this answer closes its own side, who has none goes on with
@@ -300,13 +302,13 @@ impl Arrivals {
             Err(refused) => refused.to_string(),
         };
         tracing::warn!(why = refused, "a session stays with the old process");
-        self.link.send(&Message::Stays { id, why: refused }, &[], &[])?;
+        self.link.send(&LinkMessage::Stays { id, why: refused }, &[], &[])?;
         Ok(false)
     }
 
     /// It is this process's from here on.
     fn say_taken(&self, id: u32) -> io::Result<()> {
-        match self.link.send(&Message::Taken { id }, &[], &[]) {
+        match self.link.send(&LinkMessage::Taken { id }, &[], &[]) {
             Err(error) if !is_dead(&self.old) => Err(error),
             Ok(()) | Err(_) => Ok(()),
         }

@@ -10,35 +10,35 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{interval, timeout};
-use vestibule::account::meter::Ledger;
+use vestibule::account::meter::WorkerMetrics;
 use vestibule::clock;
 use vestibule::config::Config;
-use vestibule::flow::{Flows, moved};
-use vestibule::life::Local;
-use vestibule::outcome::Why;
-use vestibule::state::{Live, Most};
-use vestibule::takeover::{Answer, Leaving, Refused};
+use vestibule::flow::{FlowWorker, moved};
+use vestibule::life::WorkerLocal;
+use vestibule::outcome::Reason;
+use vestibule::state::{LiveState, ProcessLimits};
+use vestibule::takeover::{PendingTransfer, TransferError, TransferReply};
 
 use super::super::harness::{ACME, GLOBEX, LIMIT, eventually};
 use super::{Balancer, datagram};
 
 /// One worker of one process, with flows alone.
 struct Side {
-    live: Arc<Live>,
-    local: Rc<Local>,
-    flows: Rc<Flows<()>>,
+    live: Arc<LiveState>,
+    local: Rc<WorkerLocal>,
+    flows: Rc<FlowWorker<()>>,
 }
 
 impl Side {
     fn start(text: &str, door: &Bound) -> Self {
-        let live = Live::new(
+        let live = LiveState::new(
             &Config::parse("test.toml", text).unwrap(),
             1,
-            Most { sessions: 10_000, pending: 1_000, pipes: 0 },
+            ProcessLimits { sessions: 10_000, pending: 1_000, pipes: 0 },
         );
-        let ledger = Ledger::new(Arc::clone(&live.shards[0]), live.labels.intern(""));
-        let local = Local::new(ledger, clock::now());
-        let flows = Flows::new(0, &live, Rc::clone(&local), None, Box::new(|| ())).unwrap();
+        let ledger = WorkerMetrics::new(Arc::clone(&live.shards[0]), live.labels.intern(""));
+        let local = WorkerLocal::new(ledger, clock::now());
+        let flows = FlowWorker::new(0, &live, Rc::clone(&local), None, Box::new(|| ())).unwrap();
         let [keeps, answers, ticks, ends] = [(); 4].map(|()| Rc::clone(&flows));
         let door = door.try_clone().unwrap();
         spawn_local(async move {
@@ -56,7 +56,7 @@ impl Side {
         Self { live, local, flows }
     }
 
-    fn ended(&self, why: Why) -> u64 {
+    fn ended(&self, why: Reason) -> u64 {
         let routes = self.live.shards[0].routes();
         let ended = routes.iter().flat_map(|route| route.ended().collect::<Vec<_>>());
         ended.filter(|(outcome, _)| outcome.why == why).map(|(_, count)| count).sum()
@@ -71,13 +71,13 @@ impl Side {
         let active = shard.routes().iter().map(|route| route.active.value()).sum();
         let at_backends = shard.backends().iter().map(|backend| backend.active.value()).sum::<u64>();
         let load = backends.map(|backend| u64::from(backend.load())).sum::<u64>();
-        assert_eq!(self.ended(Why::IdleTimeout), 0, "nobody is idle for so long");
+        assert_eq!(self.ended(Reason::IdleTimeout), 0, "nobody is idle for so long");
         let ports = self.live.udp_ports.usage().iter().map(|usage| usage.live as u64).sum();
         [self.live.sessions.used() as u64, of_tenants as u64, active, at_backends, load, ports]
     }
 
     /// Moves all flows; each answer is `answer`'s.
-    async fn move_to(&self, other: &Self, answer: impl Fn(Leaving)) {
+    async fn move_to(&self, other: &Self, answer: impl Fn(PendingTransfer)) {
         other.flows.pause();
         self.local.start_moving();
         let (departures, mut leaving) = mpsc::channel(8);
@@ -93,9 +93,9 @@ impl Side {
         other.flows.go_on();
     }
 
-    fn take(&self, Leaving { parcel, answer }: Leaving) {
+    fn take(&self, PendingTransfer { parcel, answer }: PendingTransfer) {
         self.flows.take_over(moved::decode(parcel).unwrap()).unwrap();
-        answer.send(Answer::Taken).unwrap();
+        answer.send(TransferReply::Taken).unwrap();
     }
 }
 
@@ -193,7 +193,7 @@ async fn flows_go_there_and_back_while_they_talk_and_nothing_is_lost() {
         for talk in talks {
             timeout(3 * LIMIT, talk).await.expect("every answer").unwrap();
         }
-        assert_eq!((one.ended(Why::Moved), other.ended(Why::Moved)), (500, 500));
+        assert_eq!((one.ended(Reason::Moved), other.ended(Reason::Moved)), (500, 500));
         assert_eq!(one.live.shards[0].listeners()[0].taken_over.value(), 500);
         world.finish();
     };
@@ -215,7 +215,7 @@ async fn an_answer_that_is_under_way_arrives_by_the_other_process() {
         assert!(balancer.answer().await.ends_with(b" slow"));
         // A datagram without a header finds it, too.
         assert!(balancer.ask(b"bare").await.ends_with(b" bare"));
-        assert_eq!(other.ended(Why::NoHeader), 0);
+        assert_eq!(other.ended(Reason::NoHeader), 0);
         world.finish();
     };
     LocalSet::new().run_until(work).await;
@@ -241,7 +241,7 @@ async fn a_flow_that_is_not_taken_goes_on_where_it_is() {
         for talk in running {
             timeout(3 * LIMIT, talk).await.expect("every answer").unwrap();
         }
-        assert_eq!((one.ended(Why::Moved), one.held(), other.held()), (0, [2; 6], [0; 6]));
+        assert_eq!((one.ended(Reason::Moved), one.held(), other.held()), (0, [2; 6], [0; 6]));
         world.finish();
     };
     LocalSet::new().run_until(work).await;
@@ -257,10 +257,10 @@ async fn a_flow_whose_listening_socket_is_not_there_is_refused() {
         let stranger = Side::start(&text("127.0.0.1:9".parse().unwrap()), &elsewhere);
         let balancer = world.balancer().await;
         balancer.ask(&datagram("10.100.0.10:40000", ACME, b"hello")).await;
-        one.move_to(&stranger, |Leaving { parcel, answer }| {
+        one.move_to(&stranger, |PendingTransfer { parcel, answer }| {
             assert_eq!((moved::worker(&parcel), stranger.flows.has_door(&parcel, false)), (Some(0), false));
             let decoded = moved::decode(parcel).unwrap();
-            assert_eq!(stranger.flows.take_over(decoded), Err(Refused::NoDoor));
+            assert_eq!(stranger.flows.take_over(decoded), Err(TransferError::NoDoor));
             drop(answer);
         })
         .await;
@@ -287,7 +287,7 @@ async fn the_older_flow_has_its_place_back_from_one_that_began_meanwhile() {
         assert_ne!(balancer.ask(&question).await, first, "by another port");
         one.move_to(other, |leaving| other.take(leaving)).await;
         assert_eq!(balancer.ask(&question).await, first);
-        assert_eq!((other.ended(Why::Evicted), other.flows.count()), (1, 1));
+        assert_eq!((other.ended(Reason::Evicted), other.flows.count()), (1, 1));
         world.finish();
     };
     LocalSet::new().run_until(work).await;

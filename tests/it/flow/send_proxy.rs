@@ -1,7 +1,7 @@
 //! `send-proxy = "v2"` for datagrams: which header each has towards the backend.
 
 use vestibule::addr::{ClientAddr, DestinationAddr};
-use vestibule::wire::{Builder, Transport};
+use vestibule::wire::{HeaderBuilder, Transport};
 
 use super::super::harness::ACME;
 use super::{Balancer, CLIENT, Echo, FOLLOW, datagram, finish, others_are_unharmed, soon, world};
@@ -42,7 +42,8 @@ async fn send_proxy_gives_each_datagram_its_own_header() {
     let (client, destination) = (CLIENT.parse().unwrap(), "10.0.0.1:53".parse().unwrap());
     // With a unique ID, as other senders than NLB write it, of several lengths; several in one batch.
     let datagrams = (0..20_usize).map(|number| {
-        let builder = Builder::proxy(Transport::Datagram, ClientAddr(client), DestinationAddr(destination));
+        let builder =
+            HeaderBuilder::proxy(Transport::Datagram, ClientAddr(client), DestinationAddr(destination));
         let builder = builder.endpoint(ACME).unwrap();
         let builder = builder.tlv(0x05, format!("id{}", "x".repeat(number % 7)).as_bytes()).unwrap();
         [builder.crc().unwrap().build(), format!("payload {number}").into_bytes()].concat()

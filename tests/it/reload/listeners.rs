@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use tokio::net::{TcpStream, UdpSocket};
 use vestibule::server::ReloadError;
-use vestibule::state::Count;
+use vestibule::state::ChangeCount;
 
 use super::super::flow::{Balancer, Echo, HOOLI, datagram, finish, others_are_unharmed, world};
 use super::super::harness::{connect, end_of, header, http_get};
@@ -34,7 +34,7 @@ async fn a_listener_comes_and_goes_and_its_sessions_stay() {
     let (_acme, mut proxy) = start("sessions = 9").await;
     let extra = with("extra", "\"127.0.0.1:0\"");
     let changes = proxy.reload(BEFORE, &extra).unwrap();
-    assert_eq!(changes.listeners, Count { added: 1, ..Count::default() });
+    assert_eq!(changes.listeners, ChangeCount { added: 1, ..ChangeCount::default() });
     let address = proxy.address("extra");
     let mut session = carried_at(address).await;
     let status = http_get(proxy.server().admin(), "/status").await;
@@ -42,7 +42,7 @@ async fn a_listener_comes_and_goes_and_its_sessions_stay() {
 
     // What the kernel has accepted for it is served, though nobody has taken it in yet.
     let changes = proxy.reload(&extra, BEFORE).unwrap();
-    assert_eq!(changes.listeners, Count { removed: 1, ..Count::default() });
+    assert_eq!(changes.listeners, ChangeCount { removed: 1, ..ChangeCount::default() });
     is_closed(address).await;
     assert!(proxy.server().addresses("extra").is_empty());
     let status = http_get(proxy.server().admin(), "/status").await;
@@ -68,7 +68,7 @@ async fn an_address_that_stays_keeps_its_sockets() {
     let one = "name = \"web\"\nbind = \"127.0.0.1:0\"";
     let two = "name = \"web\"\nbind = [\"127.0.0.2:0\", \"127.0.0.1:0\"]\nmax-pending = 1";
     let changes = proxy.reload(one, two).unwrap();
-    assert_eq!(changes.listeners, Count { changed: 1, ..Count::default() });
+    assert_eq!(changes.listeners, ChangeCount { changed: 1, ..ChangeCount::default() });
     let [second, first] = proxy.server().addresses("web")[..] else { panic!("two addresses") };
     assert_eq!(first, web);
     let on_second = carried_at(second).await;

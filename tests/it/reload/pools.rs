@@ -3,16 +3,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vestibule::state::Count;
+use vestibule::state::ChangeCount;
 
 use super::super::dns::Names;
 use super::super::harness::{closed_port, header, http};
 use super::*;
 
 /// Two backends that say their names.
-async fn greeting(pool: &str) -> (Backend, Backend, Proxy) {
-    let one = Backend::start("one", Temper::Greeting).await.unwrap();
-    let two = Backend::start("two", Temper::Greeting).await.unwrap();
+async fn greeting(pool: &str) -> (TestBackend, TestBackend, Proxy) {
+    let one = TestBackend::start("one", BackendBehavior::Greeting).await.unwrap();
+    let two = TestBackend::start("two", BackendBehavior::Greeting).await.unwrap();
     let conf = Conf { acme: vec![one.address()], pool: pool.to_owned(), ..Conf::default() };
     (one, two, conf.start().await)
 }
@@ -33,7 +33,7 @@ async fn a_backend_in_anothers_place_gets_what_is_new_and_the_other_keeps_what_i
         &format!("backends = [\"{}\"]", one.address()),
         &format!("backends = [\"{}\"]", two.address()),
     );
-    assert_eq!(changes.unwrap().pools, Count { changed: 1, ..Count::default() });
+    assert_eq!(changes.unwrap().pools, ChangeCount { changed: 1, ..ChangeCount::default() });
     for _ in 0..5 {
         let (session, name) = answered(&proxy).await;
         assert_eq!(name, "two");
@@ -52,7 +52,7 @@ async fn a_backend_in_anothers_place_gets_what_is_new_and_the_other_keeps_what_i
 
 #[tokio::test]
 async fn an_ejection_and_what_a_backend_holds_outlive_a_change_of_the_pool() {
-    let one = Backend::start("one", Temper::Greeting).await.unwrap();
+    let one = TestBackend::start("one", BackendBehavior::Greeting).await.unwrap();
     let (_socket, dead) = closed_port(0).unwrap();
     let pool = "balance = \"least-sessions\"\nretry-budget = 100\n\
                 ejection = { consecutive-failures = 3, base-time = \"600s\" }\n";
@@ -89,7 +89,7 @@ async fn an_ejection_and_what_a_backend_holds_outlive_a_change_of_the_pool() {
 
 #[tokio::test]
 async fn health_stays_known_and_probes_of_a_pool_that_goes_end() {
-    let one = Backend::start("one", Temper::Greeting).await.unwrap();
+    let one = TestBackend::start("one", BackendBehavior::Greeting).await.unwrap();
     let health = "kind = \"tcp\"\ninterval = \"50ms\"\ntimeout = \"50ms\"\n";
     let conf = Conf { acme: vec![one.address()], health: health.to_owned(), ..Conf::default() };
     let mut proxy = conf.start().await;
@@ -143,8 +143,8 @@ async fn health_stays_known_and_probes_of_a_pool_that_goes_end() {
 async fn the_first_name_of_all_comes_by_a_reload_and_leads_somewhere_at_once() {
     let names = Names::start().await;
     names.host("app.example.com.", 0, &["127.0.0.1"]);
-    let one = Backend::start("one", Temper::Greeting).await.unwrap();
-    let two = Backend::start("two", Temper::Greeting).await.unwrap();
+    let one = TestBackend::start("one", BackendBehavior::Greeting).await.unwrap();
+    let two = TestBackend::start("two", BackendBehavior::Greeting).await.unwrap();
     let dns = format!(
         "[dns]\nservers = [\"{}\"]\nmin-ttl = \"1s\"\nmax-ttl = \"1s\"\nallow-answers = [\"127.0.0.0/8\"]",
         names.address()

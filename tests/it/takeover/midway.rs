@@ -10,7 +10,7 @@ use rustix::process::{Signal, getpid};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
-use vestibule::takeover::message::Message;
+use vestibule::takeover::message::LinkMessage;
 
 use super::super::harness::{ACME, GLOBEX, connect, eventually, exchange, header, is_reset, still_lives};
 use super::super::process::{Serve, World, Written};
@@ -33,7 +33,7 @@ async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_o
     let (fail, fails) = mpsc::sync_channel(1);
     let played = spawn_blocking(move || {
         let link = play(&listening, &door, &path, getpid().as_raw_nonzero().get());
-        link.send(&Message::Stopped, &[], &[]).unwrap();
+        link.send(&LinkMessage::Stopped, &[], &[]).unwrap();
         fails.recv().unwrap();
         drop(link);
         (listening, door)
@@ -121,9 +121,9 @@ async fn what_is_still_to_come_counts_for_the_limits_and_is_no_session_yet() {
     let played = spawn_blocking(move || {
         let link = play(&listening, &door, &at, getpid().as_raw_nonzero().get());
         let holding = br#"{"all":9,"tenants":[["acme",2,1],["stranger",7,0]]}"#;
-        link.send(&Message::Stopped, holding, &[]).unwrap();
+        link.send(&LinkMessage::Stopped, holding, &[]).unwrap();
         ends.recv().unwrap();
-        link.send(&Message::Done, &[], &[]).unwrap();
+        link.send(&LinkMessage::Done, &[], &[]).unwrap();
     });
     let mut new = Serve::successor(&config, &control).await;
     for _ in 0..3 {
