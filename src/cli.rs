@@ -14,8 +14,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-/// A layer-4 proxy that knows its tenants: the target of an AWS Network Load Balancer on the provider's side of
-/// PrivateLink.
+/// A layer-4 proxy for providers of AWS PrivateLink services: routes, limits and logs by VPC endpoint ID.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 #[command(after_help = "Try it:  vestibule demo --seconds 10")]
@@ -26,46 +25,46 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
-    /// Runs the proxy until it is told to stop
+    /// Runs the proxy
     ///
-    /// SIGTERM or SIGINT drains: the health check says 503, accepting goes on until the load balancer has stopped
-    /// sending, and sessions may end by themselves within the limits of [drain]. A second signal ends it at once.
-    /// SIGHUP reloads, and so does a file that changes where [process] watch is true: tenants and their limits change
-    /// while sessions live; a file with a fault changes nothing.
+    /// SIGTERM or SIGINT drains: the health check answers 503, connections are accepted until the load balancer stops sending,
+    /// and sessions may finish within the times of [drain]. A second signal ends the process at once. SIGHUP reloads the
+    /// configuration, as a changed file does with [process] watch = true; a configuration with errors changes nothing.
+    /// SIGUSR1 reopens the access log.
     ///
-    /// With --takeover, takes the place of a process that runs: gets its listening sockets, then its live sessions and flows,
-    /// and that one ends. Whatever goes wrong before this one could serve, that one goes on. SIGUSR2 has a process start its
-    /// own successor so.
+    /// With --takeover, it takes over the listening sockets, sessions and flows of a running process, which then exits. If this
+    /// fails before the new process serves, the old one continues. SIGUSR2 makes a process start its successor this way.
     #[command(after_help = serve::EXAMPLES)]
     Serve(serve::ServeOptions),
-    /// Checks a configuration and prints every fault in it; or what it would change in a process that runs
+    /// Checks a configuration and reports all errors, or what a reload would change
     ///
-    /// With --against, prints what a reload would change: listeners, pools, backends and tenants that are added, removed,
-    /// moved or limited otherwise, what would be refused, and how many sessions and flows each of it concerns now.
+    /// With --against, prints the listeners, pools, backends and tenants that a reload would add, remove or change, what it would
+    /// refuse, and the number of sessions and flows affected by each change.
     #[command(after_help = check::EXAMPLES)]
     Check(check::CheckOptions),
-    /// Shows the whole thing in one process, with nothing but this binary
+    /// Runs a demonstration in one process, without root or network
     ///
-    /// Starts a load balancer with two VPC endpoints whose consumers have the same addresses, two pools of HTTP
-    /// backends, and the proxy between them; sends traffic, and prints what to curl meanwhile.
+    /// Starts an emulated load balancer with VPC endpoints whose consumers have the same addresses, backends for each tenant, and
+    /// the proxy; sends traffic, and prints addresses to curl. Exit status 1 if a request reached another tenant's backend.
     #[command(after_help = "Example:  vestibule demo --seconds 10")]
     Demo(demo::DemoOptions),
-    /// Shows it in networks of their own: a provider and two consumers, all of them 10.100.0.0/16, on this machine
+    /// Runs the PrivateLink hands-on in network namespaces on this machine
     ///
-    /// Makes network namespaces, an interface endpoint for each consumer, a load balancer with PROXY v2 and health checks,
-    /// two proxies and two nginx for each tenant; curls from both consumers, drains a proxy and kills a backend under load;
-    /// removes it all. Needs root, ip, nginx and curl. Exit status 1 where something shown does not hold.
+    /// Creates networks for a provider and two consumers, all with 10.100.0.0/16, an interface endpoint per consumer, a load
+    /// balancer with PROXY v2 and health checks, two proxies, and two nginx per tenant; drains a proxy and kills a backend
+    /// under load, checks the results, and removes everything. Needs root, ip, nginx and curl. Exit status 1 if a check fails.
     #[command(after_help = lab::EXAMPLES)]
     Lab(lab::LabOptions),
     /// The lab's load balancer, in its own process
     #[command(hide = true)]
     LabNlb(lab::LabNlbOptions),
-    /// Plays the load balancer: many sessions, each with its header, each checked for who answered
+    /// Generates load as the load balancer would, with a PROXY header per session
     ///
-    /// Exit status 1 where a session was answered by another tenant's backend, or nothing was measured.
+    /// Checks which backend answers each session. Exit status 1 if a session reached another tenant's backend, or if nothing was
+    /// measured.
     #[command(after_help = load::EXAMPLES)]
     Load(Box<load::LoadOptions>),
-    /// Serves the sessions of `vestibule load`: echo, source and sink, and says who answers
+    /// Serves the sessions of `vestibule load`: echo, source and sink
     #[command(after_help = "Example:  vestibule backend --listen app=127.0.0.1:9001")]
     Backend(backend::BackendOptions),
 }

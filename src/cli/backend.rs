@@ -8,10 +8,10 @@ use crate::lab::backend::{BackendBehavior, DatagramBackend, DatagramBehavior, Te
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BackendOptions {
-    /// Where to listen, and the name to answer by: the pool's, so that `load` knows who should have answered
+    /// Name (the pool's, which `load` compares) and address to listen on
     #[arg(long, value_name = "NAME=ADDRESS", required_unless_present = "udp", num_args = 1.., value_parser = named)]
     listen: Vec<(String, SocketAddr)>,
-    /// Where to echo datagrams, and the name to answer by
+    /// Name and address on which UDP datagrams are echoed
     #[arg(long, value_name = "NAME=ADDRESS", num_args = 1.., value_parser = named)]
     udp: Vec<(String, SocketAddr)>,
 }

@@ -17,11 +17,10 @@ pub(super) struct CheckOptions {
     /// The configuration file
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Says what a reload would change in a process that runs: http://HOST:PORT of its [admin] bind, or unix:PATH of its
-    /// [admin] socket
+    /// Compare with a running process: http://HOST:PORT ([admin] bind) or unix:PATH ([admin] socket)
     #[arg(long, value_name = "ADMIN")]
     against: Option<AdminTarget>,
-    /// Says it as JSON
+    /// Print the changes as JSON
     #[arg(long, requires = "against")]
     json: bool,
 }
@@ -32,8 +31,7 @@ Examples:
   vestibule check --config config/reference.toml --against http://127.0.0.1:9900
   vestibule check --config config/reference.toml --against unix:/run/vestibule/admin.sock --json
 
-Exit status: 0 where the configuration is fine, 1 where it has faults or a reload would refuse it, 2 where the process
-cannot be asked.";
+Exit status: 0 no errors, 1 the configuration has errors or a reload would refuse it, 2 the process cannot be reached.";
 
 /// The process that runs could not be asked.
 const UNASKED: u8 = 2;

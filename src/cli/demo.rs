@@ -22,7 +22,7 @@ use crate::server::Server;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DemoOptions {
-    /// Stop after so many seconds; without it, at Ctrl-C
+    /// Stop after N seconds; without this option, at Ctrl-C
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: Option<u64>,
 }

@@ -17,16 +17,16 @@ use crate::lab::vpc::run::{self, Removal, network_name};
 use crate::lab::world::{self, LabPrograms, LabWorld};
 
 pub(super) const EXAMPLES: &str = "Examples:
-  sudo vestibule lab           shows it all, and removes it
-  sudo vestibule lab --keep    leaves it running, and says how to look around
-  sudo vestibule lab --down    removes what was kept";
+  sudo vestibule lab           runs all steps, then removes everything
+  sudo vestibule lab --keep    leaves everything running
+  sudo vestibule lab --down    removes it";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct LabOptions {
-    /// Leave everything running at the end, and print how to look around
+    /// Leave everything running, and print how to enter the networks
     #[arg(long)]
     keep: bool,
-    /// Remove what an earlier run has left: the one of this name, or all that no command is using
+    /// Remove a run left behind: the named one, or all that are not in use
     #[arg(long, value_name = "RUN", conflicts_with = "keep", value_parser = run_name)]
     #[expect(clippy::option_option, reason = "the name may be left out, as may the whole")]
     down: Option<Option<String>>,

@@ -34,77 +34,77 @@ pub(super) struct LoadOptions {
     /// The proxy's address
     #[arg(long, value_name = "ADDRESS", value_parser = backend::address)]
     target: SocketAddr,
-    /// Play this VPC endpoint; may be given more than once
+    /// Send this VPC endpoint ID; may be repeated
     #[arg(long, value_name = "ID", num_args = 1.., conflicts_with = "endpoints", value_parser = endpoint)]
     endpoint: Vec<String>,
-    /// Play so many endpoints with made IDs; without this and --endpoint no header is sent
+    /// Send N generated endpoint IDs; without this and --endpoint no header is sent
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     endpoints: Option<u32>,
-    /// The pools of the endpoints, in turn: a session that another pool's backend answers is misrouted
+    /// Expected pools of the endpoints, in turn; a session answered by another pool's backend is misrouted
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     pools: Vec<String>,
-    /// Write the endpoints as tenants of a configuration, and stop
+    /// Write the endpoints as [[tenant]] tables to a file, and exit
     #[arg(long, value_name = "FILE")]
     write_tenants: Option<PathBuf>,
-    /// How often each endpoint is used: uniform, or zipf:EXPONENT
+    /// Distribution of sessions over endpoints: uniform, or zipf:EXPONENT
     #[arg(long, default_value = "uniform")]
     skew: Skew,
-    /// What sessions do
+    /// What each session does
     #[arg(long, value_enum, default_value = "connect")]
     mode: LoadModeName,
-    /// Sessions at once, or flows, each from a port of its own
+    /// Concurrent sessions, or flows with one source port each
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     sessions: u32,
-    /// Bytes of a message, or of one read or write in the bulk modes; at least 16, in udp 24 to 65000, the header not
-    /// counted [default: 64B, in bulk 128KiB]
+    /// Bytes per message, or per read or write in the bulk modes, without the header; at least 16, udp: 24 to 65000 [default:
+    /// 64B, bulk modes 128KiB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     size: Option<usize>,
-    /// Operations a second of all sessions together (open loop; latency counts from when each was due)
+    /// Operations per second of all sessions together (open loop: latency counts from the due time)
     #[arg(long, value_name = "N/s", value_parser = rate)]
     rate: Option<f64>,
-    /// How long is measured
+    /// Duration of the measurement
     #[arg(long, default_value = "10s", value_parser = unit::duration)]
     duration: Duration,
-    /// How long before that is not
+    /// Duration of the load before the measurement
     #[arg(long, default_value = "1s", value_parser = unit::duration)]
     warmup: Duration,
-    /// Report each such span by itself, too; at most 10000 of them
+    /// Also report each interval of this length; at most 10000 intervals
     #[arg(long, value_parser = unit::duration)]
     interval: Option<Duration>,
-    /// How many client addresses are played, at random
+    /// Number of client addresses, used at random
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_CLIENTS)))]
     clients: u32,
-    /// How many connections of a hundred are noise: health checks, empty ones, split headers, unknown endpoints
+    /// Percentage of connections that are health checks, empty, with a split header, or from an unknown endpoint
     #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = percent)]
     noise: u8,
-    /// In udp: datagrams of a flow that wait for their answers at once [default: 1]
+    /// udp: datagrams per flow that wait for an answer at the same time [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     window: Option<u32>,
-    /// In udp: a datagram without an answer for so long is lost [default: 1s]
+    /// udp: a datagram without an answer after this time is lost [default: 1s]
     #[arg(long, value_parser = unit::duration)]
     timeout: Option<Duration>,
-    /// Serve this backend too, in the same process and as long as the load lasts; may be given more than once
+    /// Also run this backend, in the same process; may be repeated
     #[arg(long, value_name = "NAME=ADDRESS", num_args = 1.., value_parser = backend::named)]
     serve: Vec<(String, SocketAddr)>,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
-    /// Draw the distribution of latencies as SVG
+    /// Write the latency distribution as SVG
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum LoadModeName {
-    /// Connect, one message there and back, close
+    /// Connect, one message and its answer, close
     Connect,
-    /// Messages there and back over open connections
+    /// Messages and answers over open connections
     Roundtrip,
-    /// Receive as much as comes
+    /// Receive as much as possible
     ToClient,
-    /// Send as much as goes
+    /// Send as much as possible
     ToBackend,
-    /// Datagrams there and back, each behind a header
+    /// Datagrams and answers, each datagram with a header
     Udp,
 }
 

@@ -24,14 +24,14 @@ use crate::server::{
 
 pub(super) const EXAMPLES: &str = "Examples:\n  \
     vestibule serve --config config/minimal.toml\n  \
-    vestibule serve --config new.toml --takeover /run/vestibule/admin.sock";
+    vestibule serve --config config/minimal.toml --takeover /run/vestibule/admin.sock";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ServeOptions {
     /// The configuration file
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Takes the place of the process whose admin.socket this is
+    /// Take over from the process with this admin socket
     #[arg(long, value_name = "SOCKET")]
     takeover: Option<PathBuf>,
 }
