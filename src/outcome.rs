@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum EndedBy {
-    /// Whoever opened the connection (or the load balancer in its place).
+    /// The client, or the load balancer on its behalf.
     Client,
     /// The backend.
     Backend,
