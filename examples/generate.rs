@@ -1,8 +1,7 @@
-//! Writes the man pages and the shells' completions of the command line into a folder:
+//! Writes the manual pages and shell completions of the command line to a directory:
 //! `cargo run --example generate -- target/generated`.
 //!
-//! It is an example, not a subcommand or a build script: what writes the pages is needed by whoever makes a package, and by
-//! nobody who builds or runs the proxy.
+//! It is an example, not a subcommand or a build script, because only the packaging needs it.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -13,7 +12,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
-/// The configuration's page is the commented reference itself: a test keeps that complete.
+/// vestibule.toml(5) consists of the commented reference; a test keeps it complete.
 const REFERENCE: &str = include_str!("../config/reference.toml");
 
 const SOURCE: &str = concat!("vestibule ", env!("CARGO_PKG_VERSION"));
@@ -39,7 +38,7 @@ fn main() -> io::Result<()> {
     configuration(&pages)
 }
 
-/// The page of a command, with what every command has beside what clap knows of it.
+/// The page of a command: what clap knows, and the sections that all commands share.
 fn page(command: Command, related: &[String], folder: &Path) -> io::Result<()> {
     let examples = command.get_after_help().map(ToString::to_string);
     let has_children = command.has_subcommands();
@@ -62,11 +61,11 @@ fn page(command: Command, related: &[String], folder: &Path) -> io::Result<()> {
     section(
         &mut rest,
         "EXIT STATUS",
-        "0 where all went well, 1 where it did not, and 2 for a command line that is none.",
+        "0 on success, 1 on failure, 2 for an invalid command line. vestibule-serve exits with 70 after an internal error.",
     );
     rest.control("SH", ["FILES"]);
-    entry(&mut rest, "/etc/vestibule/vestibule.toml", "The configuration that the service uses.");
-    entry(&mut rest, "/run/vestibule", "The folder for the admin socket, which the service makes.");
+    entry(&mut rest, "/etc/vestibule/vestibule.toml", "The configuration of the systemd service.");
+    entry(&mut rest, "/run/vestibule", "The directory of the admin socket, created by the service.");
     see_also(&mut rest, related.iter().map(|name| (name.as_str(), "1")).chain([("vestibule.toml", "5")]));
     rest.to_writer(&mut file)?;
     file.flush()
@@ -80,8 +79,8 @@ fn configuration(folder: &Path) -> io::Result<()> {
     section(
         &mut page,
         "DESCRIPTION",
-        "A file in the format TOML. Below is each key with its default and its reason. vestibule check says every fault of \
-         a file at once, with line and remedy.",
+        "A TOML file. Below is each key with its default. vestibule check reports all errors of a file, each with its line. Documents \
+         with examples are in /usr/share/doc/vestibule/docs.",
     );
     page.control("SH", ["KEYS"]);
     as_it_is(&mut page, REFERENCE);

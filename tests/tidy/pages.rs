@@ -85,6 +85,34 @@ fn reasons_of_the_program_and_of_its_page_are_the_same() {
 }
 
 #[test]
+fn fields_of_the_access_log_and_of_its_page_are_the_same() {
+    let mut known = BTreeSet::new();
+    for source in sources(&["src"]).into_iter().filter(|source| source.path.starts_with("src/account")) {
+        // Keys of JSON as they are written: {"time": or ,"session":
+        let code = source.text.split("#[cfg(test)]").next().unwrap_or_default();
+        let keys = code.split(['{', ',']).filter_map(|rest| rest.strip_prefix('"')?.split_once("\":"));
+        known.extend(
+            keys.map(|(key, _)| key.to_owned())
+                .filter(|key| key.chars().all(|c| c.is_ascii_lowercase() || c == '_')),
+        );
+    }
+    assert!(known.len() > 20, "{known:?}");
+    let text = page("docs/observability.md").text;
+    let section = text.split("\n## ").find(|section| section.starts_with("Access log")).unwrap();
+    let table: Vec<_> = section.lines().filter(|line| line.starts_with("| `")).collect();
+    let written: BTreeSet<_> = table.join("\n").split('`').skip(1).step_by(2).map(str::to_owned).collect();
+    let named = table
+        .iter()
+        .filter_map(|row| row.split('|').nth(1))
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2));
+    let unknown =
+        named.filter(|name| !known.contains(*name)).map(|name| format!("the log has no field {name}"));
+    let missing =
+        known.iter().filter(|name| !written.contains(*name)).map(|name| format!("the page lacks {name}"));
+    none(&unknown.chain(missing).collect::<Vec<_>>());
+}
+
+#[test]
 fn every_metric_that_a_document_names_exists() {
     let exists = |name: &str| {
         let parts = ["_bucket", "_sum", "_count"].into_iter().filter_map(|end| name.strip_suffix(end));
