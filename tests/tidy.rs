@@ -8,6 +8,8 @@
     reason = "a test that cannot go on says so by panicking"
 )]
 
+#[path = "tidy/markdown.rs"]
+mod markdown;
 #[path = "tidy/pages.rs"]
 mod pages;
 #[path = "it/scrape.rs"]

@@ -8,6 +8,7 @@ use vestibule::account::names::{self, MetricKind};
 use vestibule::config::Config;
 use vestibule::outcome::Reason;
 
+use super::markdown::{anchors, blocks, commands, rows};
 use super::{FLOORS, collect, none, sources};
 
 /// Lines that the README may have.
@@ -198,7 +199,7 @@ fn collect_keys(prefix: &str, value: &toml::Value, keys: &mut BTreeSet<String>) 
 fn every_configuration_in_a_document_is_valid() {
     let mut faults = Vec::new();
     for page in pages() {
-        for (line, block) in blocks(&page, "toml") {
+        for (line, block) in blocks(&page.text, "toml") {
             let found = block.parse::<toml::Table>().map_err(|error| error.to_string()).and_then(|table| {
                 // The name's folder is where includes are looked for.
                 Config::parse("config/document.toml", &whole(&block, &table))
@@ -241,7 +242,7 @@ fn every_command_in_a_document_can_be_run() {
     let manifest = fs::read_to_string("Cargo.toml").unwrap();
     let (mut faults, mut shown) = (Vec::new(), BTreeSet::new());
     for page in pages().into_iter().filter(|page| !page.path.starts_with("deploy")) {
-        for (line, block) in blocks(&page, "sh") {
+        for (line, block) in blocks(&page.text, "sh") {
             for command in commands(&block) {
                 let words: Vec<_> = command.iter().map(String::as_str).collect();
                 match fault(&words, &manifest, &mut shown) {
@@ -383,22 +384,17 @@ fn every_link_of_a_document_leads_somewhere() {
     none(&faults);
 }
 
-/// The headings of a page as GitHub makes anchors of them.
-fn anchors(text: &str) -> BTreeSet<String> {
-    let headings =
-        text.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
-    let slug = |heading: &str| {
-        let kept = heading.to_lowercase();
-        let kept = kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
-        kept.map(|c| if c == ' ' { '-' } else { c }).collect()
-    };
-    headings.map(slug).collect()
-}
-
 /// Every document.
 fn pages() -> Vec<Page> {
-    let single =
-        ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "deploy/README.md"].map(page);
+    let single = [
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "CHANGELOG.md",
+        "benches/README.md",
+        "deploy/README.md",
+    ]
+    .map(page);
     let deploy = ["container", "debian", "systemd"].map(|name| page(&format!("deploy/{name}/README.md")));
     single.into_iter().chain(deploy).chain(folder("docs", "md")).collect()
 }
@@ -415,67 +411,6 @@ fn folder(path: &str, end: &str) -> Vec<Page> {
     paths.iter().map(|path| page(path.to_str().unwrap())).collect()
 }
 
-/// The rows of the first table below a heading, without its head.
-fn rows(text: &str, heading: &str) -> Vec<String> {
-    let below = text.lines().skip_while(|line| {
-        let own = line.trim_start_matches('#').trim();
-        !line.starts_with('#') || !(own == heading || own.starts_with(&format!("{heading}:")))
-    });
-    let table = below.skip_while(|line| !line.starts_with('|')).take_while(|line| line.starts_with('|'));
-    let rows: Vec<_> = table.skip(2).map(str::to_owned).collect();
-    assert!(!rows.is_empty(), "no table below {heading}");
-    rows
-}
-
-/// The fenced blocks in a language, each with the line that it begins at.
-fn blocks(page: &Page, language: &str) -> Vec<(usize, String)> {
-    let mut blocks = Vec::new();
-    let mut open: Option<(usize, String, bool)> = None;
-    for (number, line) in (1..).zip(page.text.lines()) {
-        // Within a list a block is indented.
-        match (line.trim_start().strip_prefix("```"), &mut open) {
-            (Some(own), None) => open = Some((number + 1, String::new(), own == language)),
-            (Some(_), Some(_)) => {
-                let closed = open.take().filter(|(_, _, is_wanted)| *is_wanted);
-                blocks.extend(closed.map(|(line, text, _)| (line, text)));
-            }
-            (None, Some((_, text, _))) => {
-                text.push_str(line);
-                text.push('\n');
-            }
-            (None, None) => {}
-        }
-    }
-    blocks
-}
-
-/// The commands of a shell's lines, each in words: what is between quotes is one, a pipe begins the next command.
-fn commands(text: &str) -> Vec<Vec<String>> {
-    let mut commands = Vec::new();
-    for line in text.replace("\\\n", " ").lines().filter(|line| !line.trim_start().starts_with('#')) {
-        let (mut words, mut word, mut quote): (Vec<String>, Option<String>, _) = (Vec::new(), None, None);
-        for c in line.chars() {
-            match (c, quote) {
-                (c, Some(open)) if c == open => quote = None,
-                ('\'' | '"', None) => {
-                    quote = Some(c);
-                    word.get_or_insert_default();
-                }
-                ('|', None) => {
-                    words.extend(word.take());
-                    commands.push(std::mem::take(&mut words));
-                }
-                (' ', None) => words.extend(word.take()),
-                (c, _) => word.get_or_insert_default().push(c),
-            }
-        }
-        words.extend(word);
-        commands.push(words);
-    }
-    commands.retain(|words| !words.is_empty());
-    commands
-}
-
 #[track_caller]
 fn same(path: &str, known: &[String], written: &[String]) {
     let missing = known.iter().filter(|row| !written.contains(row)).map(|row| format!("{path}: lacks {row}"));
@@ -484,11 +419,4 @@ fn same(path: &str, known: &[String], written: &[String]) {
         .filter(|row| !known.contains(row))
         .map(|row| format!("{path}: has without reason {row}"));
     none(&missing.chain(unknown).collect::<Vec<_>>());
-}
-
-#[test]
-fn commands_and_anchors_are_read_as_shell_and_github_do() {
-    let read = commands("a 'b c' \\\n  \"d\"|e\n# no\nf");
-    assert_eq!(read, [vec!["a", "b c", "d"], vec!["e"], vec!["f"]]);
-    assert!(anchors("## The header arrives, with `x`: a B").contains("the-header-arrives-with-x-a-b"));
 }
