@@ -8,8 +8,8 @@ use std::task::Waker;
 
 use divan::Bencher;
 use vestibule::account::{Direction, Labels};
-use vestibule::admission::pacer::BandwidthQueue;
-use vestibule::admission::purse::{BandwidthContext, DirectionLimiter};
+use vestibule::admission::bandwidth_queue::BandwidthQueue;
+use vestibule::admission::direction_limiter::{BandwidthContext, DirectionLimiter};
 use vestibule::admission::quota::{Quota, Quotas};
 use vestibule::admission::slots::Slots;
 use vestibule::clock::{self, wheel::Tick};
@@ -80,13 +80,15 @@ fn rejected_by_the_rate(bencher: Bencher) {
 
 /// What each read of a session's bytes asks for, and gives back: half of it, so that the bucket is touched twice.
 fn a_read(bencher: Bencher, limits: TenantLimits) {
-    let (quota, mut pacer, mut purse) =
+    let (quota, mut queue, mut purse) =
         (quota(limits), BandwidthQueue::default(), DirectionLimiter::default());
     bencher.bench_local(move || {
         let now = clock::now();
-        let mut desk = BandwidthContext { quota: &quota, pacer: &mut pacer, direction: Direction::ToClient };
-        let grant = purse.ask(&mut desk, 1 << 20, Waker::noop(), Tick::default(), now).expect("a grant");
-        black_box(purse.settle(&mut desk, grant, 1 << 19, now))
+        let mut context =
+            BandwidthContext { quota: &quota, queue: &mut queue, direction: Direction::ToClient };
+        let grant =
+            purse.request(&mut context, 1 << 20, Waker::noop(), Tick::default(), now).expect("a grant");
+        black_box(purse.settle(&mut context, grant, 1 << 19, now))
     });
 }
 

@@ -96,7 +96,7 @@ fn hear(bencher: Bencher, count: u32) {
     let (mut table, _) = filled(count);
     bencher.bench_local(move || {
         let (path, who) = flow(fastrand::u32(..count));
-        assert!(matches!(table.hear(black_box(path), Some(who), START), DatagramAction::ToBackend(_)));
+        assert!(matches!(table.on_datagram(black_box(path), Some(who), START), DatagramAction::ToBackend(_)));
     });
 }
 

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use divan::{Bencher, black_box};
 use vestibule::id::EndpointClaim;
-use vestibule::wire::{ParsedHeader, ParserRules, Transport, parse};
+use vestibule::proxy_protocol::{ParsedHeader, ParserRules, Transport, parse};
 
 /// The PrivateLink capture of tests/vectors/proxy-v2.tsv, and the payload that came with it.
 fn capture() -> Vec<u8> {

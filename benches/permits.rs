@@ -179,7 +179,7 @@ fn main() {
             barrier.wait();
             for next in nexts {
                 config.tenants = next;
-                let turn = live.turn(&config).expect("nothing but tenants changes");
+                let turn = live.begin_reload(&config).expect("nothing but tenants changes");
                 let changes = turn.put(&Arc::new(config.clone()), Vec::new(), &Answers::new(), clock::now());
                 assert_eq!(changes.pools, ChangeCount::default());
             }

@@ -64,11 +64,11 @@ fn pool(Case(balance, size): Case, kind: Kind) -> Pool {
     text.push_str("]\n");
     let config = Config::parse("the bench's configuration", &text).expect("a configuration");
     let pool = Pool::new(config.pools.first().expect("its pool"), &Labels::default());
-    for (place, backend) in pool.roster().backends().iter().enumerate() {
+    for (place, backend) in pool.candidates().backends().iter().enumerate() {
         let is_down = kind == Kind::HalfUnhealthy && place % 2 == 1;
         observe(&pool, backend, !is_down, Moment::default());
     }
-    pool.tend(Moment::default() + RENEWAL);
+    pool.run_due(Moment::default() + RENEWAL);
     let expected = if kind == Kind::HalfUnhealthy { size.div_ceil(2) } else { size };
     assert_eq!(pool.usable(), usize::from(expected));
     pool
@@ -112,7 +112,7 @@ fn two_threads(bencher: Bencher, case: Case) {
 #[divan::bench(args = cases().filter(|Case(_, size)| *size >= 100))]
 fn roster(bencher: Bencher, case: Case) {
     let pool = pool(case, Kind::Equal);
-    let backend = Arc::clone(pool.roster().backends().first().expect("a backend"));
+    let backend = Arc::clone(pool.candidates().backends().first().expect("a backend"));
     let (mut now, mut is_up) = (Moment::default() + RENEWAL, true);
     bencher.bench_local(|| {
         (now, is_up) = (now + RENEWAL, !is_up);

@@ -73,14 +73,14 @@ struct Work {
 
 fn main() {
     let options = Options::parse();
-    let life = Duration::from_secs(if options.test { 2 } else { options.seconds.max(1) });
+    let session = Duration::from_secs(if options.test { 2 } else { options.seconds.max(1) });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(run(life));
+    runtime.block_on(run(session));
 }
 
-async fn run(life: Duration) {
-    println!("kernel {}, vestibule {}, {} s", stage::kernel(), env!("CARGO_PKG_VERSION"), life.as_secs());
-    let (busy_way, idle_way) = (transport(life, false), transport(life, true));
+async fn run(session: Duration) {
+    println!("kernel {}, vestibule {}, {} s", stage::kernel(), env!("CARGO_PKG_VERSION"), session.as_secs());
+    let (busy_way, idle_way) = (transport(session, false), transport(session, true));
     let backend = Server::start("acme", &busy_way);
     let vestibule = Vestibule::start(&configuration(backend.address)).expect("a proxy");
     let endpoint =
@@ -92,7 +92,7 @@ async fn run(life: Duration) {
     idle.exchange(0, 1).await;
     let busy = Arc::new(Client::connect(&backend, address, &busy_way).await);
     let ids = [busy.connection.stable_id(), idle.connection.stable_id()];
-    let work = work(&busy, life).await;
+    let work = work(&busy, session).await;
 
     assert_eq!([busy.connection.stable_id(), idle.connection.stable_id()], ids);
     for (client, who) in [(&*busy, "the busy connection"), (&idle, "the idle connection")] {
@@ -136,12 +136,12 @@ async fn run(life: Duration) {
 }
 
 /// Streams in their time, for as long as the connection lives.
-async fn work(busy: &Arc<Client>, life: Duration) -> Work {
+async fn work(busy: &Arc<Client>, session: Duration) -> Work {
     let (begun, mut work, mut streams) = (clock::now(), Work::default(), JoinSet::new());
-    let (mut ticks, between) = (tokio::time::interval(PAUSE), BULK_PAUSE.min(life / 2));
+    let (mut ticks, between) = (tokio::time::interval(PAUSE), BULK_PAUSE.min(session / 2));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut bulk_at = begun;
-    while clock::now().since(begun) < life {
+    while clock::now().since(begun) < session {
         ticks.tick().await;
         let mut lens = vec![SHORT];
         if clock::now() >= bulk_at {
@@ -178,8 +178,8 @@ fn note(work: &mut Work, done: Option<Result<(u64, Duration), tokio::task::JoinE
 }
 
 /// How a connection holds itself alive, if it does.
-fn transport(life: Duration, lives_idle: bool) -> Arc<TransportConfig> {
-    let between = life / KEEP_ALIVES;
+fn transport(session: Duration, lives_idle: bool) -> Arc<TransportConfig> {
+    let between = session / KEEP_ALIVES;
     let idle = IdleTimeout::try_from(between * PATIENCE).expect("an idle time");
     let mut config = TransportConfig::default();
     config.max_idle_timeout(Some(idle)).keep_alive_interval(lives_idle.then_some(between));

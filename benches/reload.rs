@@ -110,7 +110,7 @@ fn swap(effort: Effort) -> Value {
         // As one that was just read: what was in force before is freed within the turn.
         let config = &Arc::new(configs[turn % 2].clone());
         let (changes, swap_cpu, swap_wall) = timed(|| {
-            let turn = live.turn(config).expect("nothing that needs a restart");
+            let turn = live.begin_reload(config).expect("nothing that needs a restart");
             turn.put(config, Vec::new(), &Answers::new(), clock::now())
         });
         assert_eq!((changes.tenants.changed, changes.pools.changed), (1, 0));

@@ -3,7 +3,7 @@
 //! `cargo bench --bench splice`, on loopback; `-- --test` runs each once, briefly. One thread writes chunks, one reads,
 //! and the one between them is measured by its own CPU clock. A chunk is sent when the one before it has arrived, so that
 //! its size is what the mover sees; the last row is a stream without pauses. It justifies the sizes and thresholds of
-//! src/life.rs, src/forward.rs and src/forward/pipe.rs, and writes target/splice.json.
+//! `src/session_context.rs`, src/forward.rs and src/forward/pipe.rs, and writes target/splice.json.
 #![allow(
     clippy::expect_used,
     clippy::panic,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vestibule::account::Direction;
-use vestibule::account::meter::{ConnectResult, SessionMetrics, WorkerMetrics};
+use vestibule::account::session_metrics::{ConnectResult, SessionMetrics, WorkerMetrics};
 use vestibule::clock;
 use vestibule::config::Config;
 use vestibule::outcome::{EndedAt, EndedBy, Outcome, Reason};
@@ -45,9 +45,9 @@ fn sessions(live: &LiveState, ledgers: &[Rc<WorkerMetrics>]) {
     for tenant in live.snapshot.load().directory.tenants() {
         for ledger in ledgers {
             let mut meter = SessionMetrics::new(Rc::clone(ledger), &web);
-            meter.assign(&tenant.label, Some(&app));
-            meter.tried(&backend, ConnectResult::Done);
-            meter.forwarded(Direction::ToClient, 1, false);
+            meter.assign_tenant(&tenant.label, Some(&app));
+            meter.count_connect(&backend, ConnectResult::Done);
+            meter.count_bytes(Direction::ToClient, 1, false);
             meter
                 .end(Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done), Duration::from_millis(1));
         }
@@ -78,7 +78,7 @@ fn main() {
     let mut after_first = 0;
     for round in 1..=rounds {
         let next = config(tenants + round * each, each);
-        let turn = live.turn(&next).expect("nothing changes that must not");
+        let turn = live.begin_reload(&next).expect("nothing changes that must not");
         let changes = turn.put(&next, Vec::new(), &Answers::new(), clock::now());
         assert_eq!(changes.tenants.added, each);
         sweep(&live, &ledgers, tenants.max(each));

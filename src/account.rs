@@ -4,19 +4,19 @@
 //! costs a plain addition: no lock, no label, no shared cache line.
 
 pub mod admin_connections;
-mod attempt;
-mod cells;
+mod connect_counters;
+mod counters;
+pub mod dns_counters;
 pub mod latency;
-mod line;
 pub mod log;
+mod log_line;
 pub mod log_queue;
-pub mod lookup;
-pub mod loss;
-pub mod meter;
 pub mod names;
-mod tally;
+pub mod session_metrics;
+mod sparse_counters;
+pub mod udp_drops;
 
-pub use self::attempt::ProbeResult;
+pub use self::connect_counters::ProbeResult;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -143,10 +143,19 @@ impl Direction {
 
     /// The word in log, metrics and documentation.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::ToBackend => "to_backend",
             Self::ToClient => "to_client",
+        }
+    }
+
+    /// The other direction.
+    #[must_use]
+    pub const fn opposite(self) -> Self {
+        match self {
+            Self::ToBackend => Self::ToClient,
+            Self::ToClient => Self::ToBackend,
         }
     }
 }
@@ -170,7 +179,7 @@ impl PerDirection<Counter64> {
 
 impl<T> PerDirection<T> {
     /// The value of one direction.
-    pub fn way(&self, direction: Direction) -> &T {
+    pub fn of(&self, direction: Direction) -> &T {
         match direction {
             Direction::ToBackend => &self.to_backend,
             Direction::ToClient => &self.to_client,
@@ -178,7 +187,7 @@ impl<T> PerDirection<T> {
     }
 
     /// The value of one direction, to be changed.
-    pub fn way_mut(&mut self, direction: Direction) -> &mut T {
+    pub fn of_mut(&mut self, direction: Direction) -> &mut T {
         match direction {
             Direction::ToBackend => &mut self.to_backend,
             Direction::ToClient => &mut self.to_client,
@@ -230,10 +239,10 @@ mod tests {
     fn each_way_has_its_own_value() {
         let mut ways = PerDirection { to_backend: 1, to_client: 2 };
         for way in Direction::ALL {
-            *ways.way_mut(way) += 10;
+            *ways.of_mut(way) += 10;
         }
-        assert_eq!((*ways.way(Direction::ToBackend), *ways.way(Direction::ToClient)), (11, 12));
-        assert_eq!(Direction::ALL.map(Direction::word), ["to_backend", "to_client"]);
+        assert_eq!((*ways.of(Direction::ToBackend), *ways.of(Direction::ToClient)), (11, 12));
+        assert_eq!(Direction::ALL.map(Direction::as_str), ["to_backend", "to_client"]);
     }
 
     #[test]

@@ -1,15 +1,15 @@
 //! The pages: metrics for Prometheus, status and configuration as JSON, and a page for people; and the orders.
 
+mod active_config;
+mod allowed_hosts;
+mod connection_slots;
 pub mod control;
 pub mod health;
-mod hosts;
-mod in_force;
 pub mod metrics;
 mod page;
-mod places;
+mod page_cache;
 mod serve;
 pub mod status;
-mod text;
 
 use std::io;
 use std::net::TcpListener;
@@ -25,11 +25,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::sync::Semaphore;
 
-use self::control::{Control, wrong};
-use self::hosts::AllowedHosts;
+use self::allowed_hosts::AllowedHosts;
+use self::control::{Control, error_response};
+use self::page_cache::CachedPage;
 pub use self::serve::ServingSwitch;
 use self::status::Status;
-use self::text::CachedPage;
 use crate::account::admin_connections::AdminEndpoint;
 use crate::state::LiveState;
 
@@ -46,35 +46,42 @@ pub struct AdminListeners {
     /// Where orders are taken too, and its path.
     pub socket: Option<(UnixListener, PathBuf)>,
     /// Who carries them out.
-    pub orders: Arc<dyn Control>,
+    pub control: Arc<dyn Control>,
     /// When.
-    pub turn: ServingSwitch,
+    pub serving: ServingSwitch,
 }
 
 /// Serves pages and takes orders until its task is dropped.
-pub async fn serve(desks: AdminListeners, live: Arc<LiveState>) {
-    if let Err(error) = open(desks, live).await {
+pub async fn serve(listeners: AdminListeners, live: Arc<LiveState>) {
+    if let Err(error) = open(listeners, live).await {
         tracing::error!(%error, "the admin pages have stopped");
     }
 }
 
-async fn open(desks: AdminListeners, live: Arc<LiveState>) -> io::Result<()> {
+async fn open(listeners: AdminListeners, live: Arc<LiveState>) -> io::Result<()> {
     let pages = PageContext::of(&live);
-    let remedy = remedy(desks.socket.as_ref().map(|(_, path)| path.as_path()));
-    if let Some((socket, _)) = desks.socket {
-        let router = routes(pages.clone()).merge(control::routes(&live, desks.orders));
-        let router = router.fallback(absent);
+    let remedy = remedy(listeners.socket.as_ref().map(|(_, path)| path.as_path()));
+    if let Some((socket, _)) = listeners.socket {
+        let router = routes(pages.clone()).merge(control::routes(&live, listeners.control));
+        let router = router.fallback(not_found);
         let (socket, live) = (tokio::net::UnixListener::from_std(socket)?, Arc::clone(&live));
-        tokio::spawn(serve::serve(socket, AdminEndpoint::AdminSocket, router, desks.turn.clone(), live));
+        tokio::spawn(serve::serve(
+            socket,
+            AdminEndpoint::AdminSocket,
+            router,
+            listeners.serving.clone(),
+            live,
+        ));
     }
-    let hosts = AllowedHosts::new(desks.hosts);
-    let known =
-        move |request: Request, next: Next| hosts::only_known_hosts(Arc::clone(&hosts), request, next);
-    let look_only = move |request: Request, next: Next| look_only(remedy.clone(), request, next);
-    let router = routes(pages).route_layer(middleware::from_fn(known)).fallback(absent);
+    let hosts = AllowedHosts::new(listeners.hosts);
+    let known = move |request: Request, next: Next| {
+        allowed_hosts::only_allowed_hosts(Arc::clone(&hosts), request, next)
+    };
+    let look_only = move |request: Request, next: Next| refuse_changes(remedy.clone(), request, next);
+    let router = routes(pages).route_layer(middleware::from_fn(known)).fallback(not_found);
     let router = router.layer(middleware::from_fn(look_only));
-    let socket = serve::tcp(desks.address, BUFFERS)?;
-    serve::serve(socket, AdminEndpoint::Admin, router, desks.turn, live).await;
+    let socket = serve::tcp(listeners.address, BUFFERS)?;
+    serve::serve(socket, AdminEndpoint::Admin, router, listeners.serving, live).await;
     Ok(())
 }
 
@@ -87,8 +94,8 @@ fn routes(pages: PageContext) -> Router {
         .with_state(pages)
 }
 
-async fn absent(uri: Uri) -> Response {
-    wrong(StatusCode::NOT_FOUND, format!("there is nothing at {}", uri.path()))
+async fn not_found(uri: Uri) -> Response {
+    error_response(StatusCode::NOT_FOUND, format!("there is nothing at {}", uri.path()))
 }
 
 /// What to do who wants to change something at the address that only shows.
@@ -101,11 +108,11 @@ fn remedy(socket: Option<&Path>) -> Arc<str> {
 }
 
 /// Nothing is changed by who comes over the network.
-async fn look_only(remedy: Arc<str>, request: Request, next: Next) -> Response {
+async fn refuse_changes(remedy: Arc<str>, request: Request, next: Next) -> Response {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return next.run(request).await;
     }
-    let mut response = wrong(StatusCode::METHOD_NOT_ALLOWED, &*remedy);
+    let mut response = error_response(StatusCode::METHOD_NOT_ALLOWED, &*remedy);
     response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET,HEAD"));
     response
 }
@@ -124,7 +131,7 @@ async fn status(State(pages): State<PageContext>) -> Response {
 }
 
 async fn config(State(pages): State<PageContext>) -> Response {
-    let make = |live: &Arc<LiveState>| in_force::json(live).map_err(|error| error.to_string());
+    let make = |live: &Arc<LiveState>| active_config::json(live).map_err(|error| error.to_string());
     pages.answer(&pages.texts.config, JSON, make).await
 }
 
@@ -166,7 +173,7 @@ impl PageContext {
         let live = Arc::clone(&self.live);
         match page.text(&self.turn, move || make(&live)).await {
             Some(Ok(text)) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
-            Some(Err(error)) => wrong(StatusCode::INTERNAL_SERVER_ERROR, error),
+            Some(Err(error)) => error_response(StatusCode::INTERNAL_SERVER_ERROR, error),
             None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
         }
     }

@@ -1,11 +1,11 @@
 //! Pure rules of admission: who may come in, and how many bytes may pass.
 
-pub mod budget;
-pub mod pacer;
+pub mod bandwidth;
+pub mod bandwidth_queue;
+pub mod direction_limiter;
 pub mod pending;
 pub mod ports;
-pub mod purse;
 pub mod quota;
-pub mod rate;
-pub mod share;
+pub mod rate_limiter;
+pub mod session_share;
 pub mod slots;

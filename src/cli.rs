@@ -1,6 +1,6 @@
 //! The command line: what was asked for, carried out.
 
-mod ask;
+mod admin_client;
 mod backend;
 mod check;
 mod demo;

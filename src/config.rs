@@ -1,17 +1,17 @@
 //! The configuration as checked: what the rest of the program may rely on.
 
 mod admin;
+mod backend_target;
 mod check;
-pub mod difference;
+pub mod diff;
 mod error;
 mod file;
+mod raw;
 mod section;
 pub mod sources;
 mod suggest;
-mod target;
 pub mod unit;
 mod value;
-mod written;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

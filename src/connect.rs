@@ -16,14 +16,14 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
-use crate::account::meter::ConnectResult;
+use crate::account::session_metrics::ConnectResult;
 use crate::addr::BackendAddr;
 use crate::admission::ports::{LocalPort, LocalPortRange, LocalPorts, PortSpace, TimeWaitReuse};
 use crate::clock;
 use crate::clock::wheel::TickSpan;
 use crate::fault::{self, Syscall};
-use crate::life::{Cancelled, SessionContext};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
+use crate::session_context::{Cancelled, SessionContext};
 
 /// Why there is no connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,22 +110,22 @@ pub fn dial<'a>(
     opening: ConnectPurpose,
     client: &'a TcpStream,
     limit: TickSpan,
-    life: &'a mut SessionContext,
+    session: &'a mut SessionContext,
 ) -> impl Future<Output = Result<(TcpStream, LocalPort), ConnectError>> + use<'a> {
     let started = clock::now();
     let socket = start(origin, opening);
-    life.meter.worker().connect_calls.add(nanos(clock::now().since(started)));
+    session.metrics.worker().connect_calls.add(nanos(clock::now().since(started)));
     async move {
         let failed = |error: io::Error| ConnectError::Backend(classify(&error));
         let (socket, port) = socket.map_err(failed)?;
-        life.wake_at(life.tick().after(limit));
+        session.wake_at(session.tick().after(limit));
         let reset = pin!(client.ready(Interest::ERROR));
         // By the socket's own place for a writer: a future that waits for it would take 100 bytes more of every session's lead.
         let writable = poll_fn(|context| {
             ready!(socket.poll_write_ready(context))?;
             pin!(socket.ready(Interest::WRITABLE)).poll(context)
         });
-        match life.watch(unless_reset(reset, writable)).await {
+        match session.watch(unless_reset(reset, writable)).await {
             Ok(Some(Ok(ready))) => {
                 // A socket that connected is writable and not closed: SO_ERROR need not be asked.
                 if ready.is_write_closed()

@@ -1,17 +1,17 @@
 //! UDP: a shell around the pure flow table. Datagrams of a worker come in here and go out again, and every flow is
 //! accounted for.
 
-mod door;
 mod drops;
+mod entry;
 mod follow;
-mod life;
-pub mod moved;
 mod open;
+mod retirement;
 mod revoke;
-mod run;
 mod search;
+mod send_runs;
 mod socket;
 pub mod table;
+pub mod transfer;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -31,25 +31,25 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-pub use self::door::SocketRetirement;
-use self::life::{Flow, FlowLogs};
+use self::entry::{Flow, FlowLogs};
 use self::open::ClientDatagram;
-use self::run::{SendRuns, Span};
+pub use self::retirement::SocketRetirement;
+use self::send_runs::{SendRuns, Span};
 use self::socket::{BATCH, ROOM, UdpListenSocket};
 use self::table::{FlowId, FlowPath, FlowTable};
 use crate::accept::PAUSE;
 use crate::account::PerDirection;
 use crate::account::log::{AccessLogger, LogSender};
-use crate::account::loss::DatagramDrop;
-use crate::account::meter::ListenerCounters;
+use crate::account::session_metrics::ListenerCounters;
+use crate::account::udp_drops::DatagramDrop;
 use crate::addr::PeerAddr;
 use crate::admission::slots::Slots;
 use crate::clock::{self, Moment};
-use crate::life::WorkerLocal;
 use crate::outcome::{EndedAt, Outcome, Reason};
-use crate::state::rejections::RejectionLog;
+use crate::proxy_protocol::{self, Transport};
+use crate::session_context::WorkerLocal;
+use crate::state::rejection_log::RejectionLog;
 use crate::state::{LiveState, Snapshot};
-use crate::wire::{self, Transport};
 
 /// Flows that are closed for their idleness in one go: a tenth of a millisecond.
 const EXPIRED_AT_ONCE: usize = 32;
@@ -76,10 +76,10 @@ pub struct FlowWorker<A> {
     state: RefCell<FlowWorkerState<A>>,
     /// The sockets of all flows: one event source for the runtime, however many there are.
     poll: Poll,
-    doors: RefCell<Vec<Option<Rc<UdpListenSocket>>>>,
+    sockets: RefCell<Vec<Option<Rc<UdpListenSocket>>>>,
     /// While nobody listens at them; then what comes waits in their sockets.
     paused: Cell<bool>,
-    goes_on: Notify,
+    resumed: Notify,
     /// Once flows may have been idle for long.
     is_due: Notify,
 }
@@ -87,14 +87,14 @@ pub struct FlowWorker<A> {
 struct FlowWorkerState<A> {
     number: u16,
     live: Arc<LiveState>,
-    local: Rc<WorkerLocal>,
+    worker: Rc<WorkerLocal>,
     snapshot: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
     slots: Arc<Slots>,
-    journal: AccessLogger,
+    access_log: AccessLogger,
     rejections: RejectionLog,
     table: FlowTable<Flow<A>>,
-    board: Box<dyn Fn() -> A>,
-    rolls: fastrand::Rng,
+    count_flow: Box<dyn Fn() -> A>,
+    random: fastrand::Rng,
     room: Vec<u8>,
     metas: Vec<RecvMeta>,
     runs: SendRuns,
@@ -124,7 +124,7 @@ impl<A> FlowWorker<A> {
         number: u16,
         live: &Arc<LiveState>,
         local: Rc<WorkerLocal>,
-        journal: Option<LogSender>,
+        access_log: Option<LogSender>,
         board: Box<dyn Fn() -> A>,
     ) -> io::Result<Rc<Self>> {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -136,14 +136,14 @@ impl<A> FlowWorker<A> {
         let state = FlowWorkerState {
             number,
             live: Arc::clone(live),
-            local,
+            worker: local,
             snapshot: Cache::new(Arc::clone(&live.snapshot)),
             slots: Arc::clone(&live.sessions),
-            journal: AccessLogger::new(journal),
+            access_log: AccessLogger::new(access_log),
             rejections: RejectionLog::default(),
             table: FlowTable::new(live.snapshot.load().flow_idle),
-            board,
-            rolls: fastrand::Rng::new(),
+            count_flow: board,
+            random: fastrand::Rng::new(),
             room: vec![0; BATCH * ROOM],
             metas: vec![RecvMeta::default(); BATCH],
             runs: SendRuns::default(),
@@ -157,9 +157,9 @@ impl<A> FlowWorker<A> {
         Ok(Rc::new(Self {
             state: RefCell::new(state),
             poll,
-            doors: RefCell::default(),
+            sockets: RefCell::default(),
             paused: Cell::new(false),
-            goes_on: Notify::new(),
+            resumed: Notify::new(),
             is_due: Notify::new(),
         }))
     }
@@ -171,16 +171,19 @@ impl<A> FlowWorker<A> {
 
     /// A copy of each listening socket, with the place of its listener and its address.
     #[must_use]
-    pub fn lend(&self) -> Vec<(u32, SocketAddr, OwnedFd)> {
-        let doors = self.doors.borrow();
-        let open = doors.iter().flatten().filter(|door| !door.is_closing());
-        open.filter_map(|door| Some((door.listener(), door.address(), door.lend()?))).collect()
+    pub fn clone_sockets(&self) -> Vec<(u32, SocketAddr, OwnedFd)> {
+        let sockets = self.sockets.borrow();
+        let open = sockets.iter().flatten().filter(|listen_socket| !listen_socket.is_closing());
+        open.filter_map(|listen_socket| {
+            Some((listen_socket.listener(), listen_socket.address(), listen_socket.try_clone()?))
+        })
+        .collect()
     }
 
     /// From now on clients are heard again.
-    pub fn go_on(&self) {
+    pub fn resume(&self) {
         self.paused.set(false);
-        self.goes_on.notify_waiters();
+        self.resumed.notify_waiters();
     }
 
     /// How many flows there are.
@@ -197,7 +200,7 @@ impl<A> FlowWorker<A> {
     ///
     /// # Errors
     /// The socket cannot be used at all.
-    pub async fn keep(
+    pub async fn serve_socket(
         &self,
         socket: UdpSocket,
         listener: u32,
@@ -206,46 +209,53 @@ impl<A> FlowWorker<A> {
         if self.reopen(listener, socket.local_addr()?) {
             return Ok(());
         }
-        let mut door = Rc::new(UdpListenSocket::new(socket, listener)?);
-        self.count_drops(&door);
+        let mut listen_socket = Rc::new(UdpListenSocket::new(socket, listener)?);
+        self.count_drops(&listen_socket);
         let place = {
-            let mut doors = self.doors.borrow_mut();
+            let mut sockets = self.sockets.borrow_mut();
             // The place of one that is closed has no flows.
-            let place = doors.iter().position(Option::is_none).unwrap_or(doors.len());
-            if place == doors.len() {
-                doors.push(None);
+            let place = sockets.iter().position(Option::is_none).unwrap_or(sockets.len());
+            if place == sockets.len() {
+                sockets.push(None);
             }
-            doors.get_mut(place).into_iter().for_each(|free| *free = Some(Rc::clone(&door)));
+            sockets.get_mut(place).into_iter().for_each(|free| *free = Some(Rc::clone(&listen_socket)));
             u16::try_from(place).map_err(|_| io::ErrorKind::InvalidInput)?
         };
         let mut short = false;
-        while !door.is_closed() {
+        while !listen_socket.is_closed() {
             // One that closes is nobody else's.
-            let waits = |door: &UdpListenSocket| self.paused.get() && !door.is_closing();
-            while waits(&door) {
-                self.goes_on.notified().await;
+            let waits = |listen_socket: &UdpListenSocket| self.paused.get() && !listen_socket.is_closing();
+            while waits(&listen_socket) {
+                self.resumed.notified().await;
             }
-            match door.hear(|door| if waits(door) { Ok(false) } else { self.hear(door, place) }).await {
+            match listen_socket
+                .readable(|listen_socket| {
+                    if waits(listen_socket) { Ok(false) } else { self.receive_batch(listen_socket, place) }
+                })
+                .await
+            {
                 Ok(()) => short = false,
-                Err(error) if socket::loss(&error) == DatagramDrop::Shortage => {
-                    self.count_error(door.listener(), |cells| cells.errors_shortage.add(1));
+                Err(error) if socket::drop_reason(&error) == DatagramDrop::Shortage => {
+                    self.count_error(listen_socket.listener(), |cells| cells.errors_shortage.add(1));
                     if !std::mem::replace(&mut short, true) {
-                        tracing::warn!(listener = door.listener(), %error, "receiving pauses");
+                        tracing::warn!(listener = listen_socket.listener(), %error, "receiving pauses");
                     }
                     sleep(PAUSE).await;
                 }
                 Err(error) => {
-                    self.count_error(door.listener(), |cells| cells.errors_fatal.add(1));
+                    self.count_error(listen_socket.listener(), |cells| cells.errors_fatal.add(1));
                     // It stays until there is another: its flows answer from it.
-                    let Some(socket) = mend(&error, &|| door.is_closing()).await else { return Ok(()) };
+                    let Some(socket) = mend(&error, &|| listen_socket.is_closing()).await else {
+                        return Ok(());
+                    };
                     // Where that fails, the old one fails again.
-                    if let Ok(fresh) = door.replaced_by(socket) {
-                        door = Rc::new(fresh);
-                        let mut doors = self.doors.borrow_mut();
-                        doors
+                    if let Ok(fresh) = listen_socket.replaced_by(socket) {
+                        listen_socket = Rc::new(fresh);
+                        let mut sockets = self.sockets.borrow_mut();
+                        sockets
                             .get_mut(usize::from(place))
                             .into_iter()
-                            .for_each(|own| *own = Some(Rc::clone(&door)));
+                            .for_each(|own| *own = Some(Rc::clone(&listen_socket)));
                     }
                 }
             }
@@ -255,19 +265,19 @@ impl<A> FlowWorker<A> {
 
     /// Counts what the kernel has dropped at a listening socket since the last time: in another process it may have been
     /// another's, whose counter goes on here.
-    fn count_drops(&self, door: &UdpListenSocket) {
+    fn count_drops(&self, listen_socket: &UdpListenSocket) {
         let mut state = self.state.borrow_mut();
         let snapshot = state.snapshot();
-        if let Some(rules) = snapshot.listeners.get(door.listener() as usize) {
-            let cells = state.local.ledger.listener(&rules.label);
-            cells.overflowed.get_or_init(PerDirection::default).to_backend.add(door.take_drops());
+        if let Some(rules) = snapshot.listeners.get(listen_socket.listener() as usize) {
+            let cells = state.worker.metrics.listener(&rules.label);
+            cells.overflowed.get_or_init(PerDirection::default).to_backend.add(listen_socket.take_drops());
         }
     }
 
     /// Counts what the kernel has dropped at the listening sockets since the last time.
     pub fn count_all_drops(&self) {
-        for door in self.doors.borrow().iter().flatten() {
-            self.count_drops(door);
+        for listen_socket in self.sockets.borrow().iter().flatten() {
+            self.count_drops(listen_socket);
         }
     }
 
@@ -277,25 +287,33 @@ impl<A> FlowWorker<A> {
         let mut state = self.state.borrow_mut();
         let snapshot = state.snapshot();
         if let Some(rules) = snapshot.listeners.get(listener as usize) {
-            add(&state.local.ledger.listener(&rules.label));
+            add(&state.worker.metrics.listener(&rules.label));
         }
     }
 
     /// Takes one batch of datagrams from clients; whether that was all.
-    fn hear(&self, door: &UdpListenSocket, place: u16) -> io::Result<bool> {
+    fn receive_batch(&self, listen_socket: &UdpListenSocket, place: u16) -> io::Result<bool> {
         let mut state = self.state.borrow_mut();
-        let rules = state.header_rules(door.listener());
-        door.header.set(rules.map(|(rules, _)| rules));
-        door.follows_bare.set(rules.is_some_and(|(_, follows_bare)| follows_bare));
+        let rules = state.header_rules(listen_socket.listener());
+        listen_socket.header.set(rules.map(|(rules, _)| rules));
+        listen_socket.follows_bare.set(rules.is_some_and(|(_, follows_bare)| follows_bare));
         let (mut room, mut metas) = (std::mem::take(&mut state.room), std::mem::take(&mut state.metas));
-        let received = door.receive(&mut room, &mut metas);
+        let received = listen_socket.receive(&mut room, &mut metas);
         if let Ok(count) = received {
             let now = clock::now();
-            state.survive(now, |state| {
+            state.catch_panic(now, |state| {
                 for (meta, at) in metas.iter().take(count).zip(0..) {
-                    let path = FlowPath { socket: place, local: door.asked(meta), peer: PeerAddr(meta.addr) };
+                    let path = FlowPath {
+                        socket: place,
+                        local: listen_socket.local_address(meta),
+                        peer: PeerAddr(meta.addr),
+                    };
                     for span in datagrams(at * ROOM, meta.len, meta.stride) {
-                        state.take_in(ClientDatagram { door, path, room: &room, span }, &self.poll, now);
+                        state.take_in(
+                            ClientDatagram { socket: listen_socket, path, room: &room, span },
+                            &self.poll,
+                            now,
+                        );
                     }
                 }
                 state.send_runs(&self.poll, &room, now);
@@ -338,11 +356,11 @@ impl<A> FlowWorker<A> {
 
     /// Gives flows that have something to say their turns, until that is much; those whose turn has not come.
     fn pass_answers<'a>(&self, events: &'a [epoll::Event]) -> &'a [epoll::Event] {
-        let (mut state, doors, now) = (self.state.borrow_mut(), self.doors.borrow(), clock::now());
+        let (mut state, sockets, now) = (self.state.borrow_mut(), self.sockets.borrow(), clock::now());
         let (mut events, mut passed) = (events, 0);
         while let Some((event, rest)) = events.split_first().filter(|_| passed < MUCH) {
-            state.survive(now, |state| {
-                state.pass_answer(FlowId::from_u64(event.data.u64()), &doors, &self.poll, now);
+            state.catch_panic(now, |state| {
+                state.pass_answer(FlowId::from_u64(event.data.u64()), &sockets, &self.poll, now);
             });
             (events, passed) = (rest, passed + state.spans.len());
         }
@@ -372,13 +390,13 @@ impl<A> FlowWorker<A> {
     }
 
     /// Tells what was left out of the access log.
-    pub fn tell(&self) {
-        self.state.borrow().rejections.tell();
+    pub fn report_suppressed(&self) {
+        self.state.borrow().rejections.report_suppressed();
     }
 
     /// Hands the lines of the access log on.
     pub fn flush(&self) {
-        self.state.borrow().journal.flush();
+        self.state.borrow().access_log.flush();
     }
 
     /// From now on no flow begins, and one that has been silent for `idle` is ended.
@@ -395,10 +413,10 @@ impl<A> FlowWorker<A> {
         // Doors may be heard for a while yet.
         state.draining = true;
         let outcome = Outcome::reject(EndedAt::Forward, Reason::Drained);
-        let FlowWorkerState { table, journal, rejections, .. } = &mut *state;
-        let books = FlowLogs { journal, rejections };
-        for (path, who, flow) in table.drain() {
-            flow.end(outcome, path.peer, who, &books, now);
+        let FlowWorkerState { table, access_log, rejections, .. } = &mut *state;
+        let logs = FlowLogs { access_log, rejections };
+        for (path, flow_client, flow) in table.drain() {
+            flow.end(outcome, path.peer, flow_client, &logs, now);
         }
     }
 }
@@ -409,10 +427,11 @@ impl<A> FlowWorkerState<A> {
     }
 
     /// What is asked of a header at a listener, and whether a datagram may come without one; `None` where there is none.
-    fn header_rules(&mut self, listener: u32) -> Option<(wire::ParserRules, bool)> {
+    fn header_rules(&mut self, listener: u32) -> Option<(proxy_protocol::ParserRules, bool)> {
         let listener = self.snapshot.load().listeners.get(listener as usize)?;
         let rules = listener.header.as_ref()?;
-        let rules = wire::ParserRules { transport: Transport::Datagram, verify_crc: rules.verify_crc };
+        let rules =
+            proxy_protocol::ParserRules { transport: Transport::Datagram, verify_crc: rules.verify_crc };
         Some((rules, listener.follows_bare))
     }
 
@@ -431,17 +450,17 @@ impl<A> FlowWorkerState<A> {
 
     /// Ends some that were; whether there may be more.
     fn expire(&mut self, now: Moment) -> bool {
-        let Self { table, journal, rejections, draining, .. } = self;
+        let Self { table, access_log, rejections, draining, .. } = self;
         let why = if *draining { Reason::Drained } else { Reason::IdleTimeout };
-        let books = FlowLogs { journal, rejections };
-        table.expire(now, EXPIRED_AT_ONCE, |path, who, flow| {
-            flow.end(Outcome::reject(EndedAt::Forward, why), path.peer, who, &books, now);
+        let logs = FlowLogs { access_log, rejections };
+        table.expire(now, EXPIRED_AT_ONCE, |path, flow_client, flow| {
+            flow.end(Outcome::reject(EndedAt::Forward, why), path.peer, flow_client, &logs, now);
         });
         self.is_due(now)
     }
 
     /// Does some work. A panic in it ends the flow whose turn it was, and no other; what came in the same batch is lost.
-    fn survive(&mut self, now: Moment, work: impl FnOnce(&mut Self)) {
+    fn catch_panic(&mut self, now: Moment, work: impl FnOnce(&mut Self)) {
         // What it leaves half done is that flow's, which ends, and the batch's, which is thrown away.
         if catch_unwind(AssertUnwindSafe(|| work(self))).is_err() {
             self.runs = SendRuns::default();
@@ -457,9 +476,9 @@ impl<A> FlowWorkerState<A> {
         if !self.revoked.is_empty() {
             self.revoked.remove(&id);
         }
-        if let Some((path, who, flow)) = self.table.close(id) {
-            let books = FlowLogs { journal: &self.journal, rejections: &self.rejections };
-            flow.end(outcome, path.peer, who, &books, now);
+        if let Some((path, flow_client, flow)) = self.table.close(id) {
+            let logs = FlowLogs { access_log: &self.access_log, rejections: &self.rejections };
+            flow.end(outcome, path.peer, flow_client, &logs, now);
         }
     }
 }

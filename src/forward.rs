@@ -3,14 +3,14 @@
 //! Small messages are copied through the worker's scratch buffer, large transfers are spliced through a pipe that
 //! the session borrows. An idle session owns neither.
 
+pub mod bandwidth;
 pub mod buffer;
 mod copy;
-pub mod moved;
-pub mod pace;
+mod direction;
 pub mod pipe;
 mod socket;
 mod splice;
-mod way;
+pub mod transfer;
 
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
@@ -18,15 +18,15 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 
+use self::bandwidth::WorkerResources;
 use self::copy::PendingWrite;
-use self::pace::WorkerResources;
+use self::direction::{DirectionPhase, DirectionState, EndError};
 use self::socket::{keepalive, reason, shut_down};
-use self::way::{DirectionPhase, DirectionState, EndError};
 use crate::account::{Direction, PerDirection};
 use crate::clock::wheel::{Tick, TickSpan};
 use crate::fault;
-use crate::life::{Cancelled, SessionContext};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
+use crate::session_context::{Cancelled, SessionContext};
 
 /// The bytes that one direction may move in one turn; then the worker's other sessions get theirs.
 const TURN: usize = 512 * 1024;
@@ -72,24 +72,25 @@ pub struct IdleTimeouts {
 /// A half-close is passed on when everything before it has been; a reset on one side is a reset on the other.
 pub fn relay<'a>(
     pair: ConnectionPair,
-    patience: &'a IdleTimeouts,
-    lent: WorkerResources<'a>,
-    life: &'a mut SessionContext,
+    timeouts: &'a IdleTimeouts,
+    resources: WorkerResources<'a>,
+    session: &'a mut SessionContext,
 ) -> Relay<'a> {
-    let now = life.tick();
-    let mut ways = PerDirection { to_backend: DirectionState::new(now), to_client: DirectionState::new(now) };
+    let now = session.tick();
+    let mut directions =
+        PerDirection { to_backend: DirectionState::new(now), to_client: DirectionState::new(now) };
     // The client's socket has TCP_NODELAY from the listening socket.
-    ways.to_client.prompt = true;
-    ways.to_backend.spill = PendingWrite::new(pair.first, lent);
+    directions.to_client.prompt = true;
+    directions.to_backend.pending_write = PendingWrite::new(pair.first, resources);
     let both = [&pair.client, &pair.backend];
     for socket in both {
-        buffer::bound_unsent(socket, patience.unsent);
+        buffer::bound_unsent(socket, timeouts.unsent);
     }
     Relay {
         client: pair.client,
         backend: pair.backend,
-        ways,
-        patience,
+        directions,
+        timeouts,
         settles: now.after(SETTLED),
         looks_at: Tick::NEVER,
         first_end: None,
@@ -97,8 +98,8 @@ pub fn relay<'a>(
         ended: false,
         visits: 0,
         revoked_at: Tick::NEVER,
-        lent,
-        life,
+        resources,
+        session,
     }
 }
 
@@ -107,8 +108,8 @@ pub fn relay<'a>(
 pub struct Relay<'a> {
     client: TcpStream,
     backend: TcpStream,
-    ways: PerDirection<DirectionState>,
-    patience: &'a IdleTimeouts,
+    directions: PerDirection<DirectionState>,
+    timeouts: &'a IdleTimeouts,
     /// When the session will have settled, until it has.
     settles: Tick,
     /// When both sockets are asked for an error, while bytes are held.
@@ -122,8 +123,8 @@ pub struct Relay<'a> {
     visits: u32,
     /// While its endpoint is no longer its tenant's: when it ends.
     revoked_at: Tick,
-    lent: WorkerResources<'a>,
-    life: &'a mut SessionContext,
+    resources: WorkerResources<'a>,
+    session: &'a mut SessionContext,
 }
 
 /// What a relay has come to.
@@ -141,7 +142,7 @@ impl Future for Relay<'_> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<RelayStop> {
         let this = &mut *self;
-        let visits = this.life.local().visits();
+        let visits = this.session.worker().visits();
         if visits != this.visits {
             this.visits = visits;
             return Poll::Ready(RelayStop::Visit);
@@ -151,13 +152,13 @@ impl Future for Relay<'_> {
             let mut left = TURN;
             let pumped = this.pump(direction, &mut left, context);
             if let Poll::Ready(Err(broken)) = &pumped
-                && let Some(outcome) = this.broke(direction, broken)
+                && let Some(outcome) = this.on_error(direction, broken)
             {
                 return Poll::Ready(RelayStop::Ended(this.reset(outcome)));
             }
-            this.rest(direction, pumped.is_pending() && left == 0);
+            this.end_turn(direction, pumped.is_pending() && left == 0);
         }
-        if this.ways.to_backend.is_over() && this.ways.to_client.is_over() {
+        if this.directions.to_backend.is_over() && this.directions.to_client.is_over() {
             return Poll::Ready(RelayStop::Ended(this.both_ended()));
         }
         this.poll_time(context).map_or(Poll::Pending, Poll::Ready)
@@ -168,7 +169,7 @@ impl Relay<'_> {
     /// Its endpoint is no longer its tenant's: it ends after this grace, which begins with the first call; its end, where
     /// that is now.
     pub fn revoke(&mut self, grace: Duration) -> Option<Outcome> {
-        let now = self.life.tick();
+        let now = self.session.tick();
         if self.revoked_at == Tick::NEVER && !grace.is_zero() {
             self.revoked_at = now.after(TickSpan::of(grace));
         }
@@ -189,37 +190,35 @@ impl Relay<'_> {
         left: &mut usize,
         context: &mut Context<'_>,
     ) -> Poll<Result<(), EndError>> {
-        let other_over = match direction {
-            Direction::ToBackend => self.ways.to_client.is_over(),
-            Direction::ToClient => self.ways.to_backend.is_over(),
-        };
+        let resources = self.resources;
+        let other_over = self.directions.of(direction.opposite()).is_over();
         let (source, sink) = match direction {
             Direction::ToBackend => (&mut self.client, &mut self.backend),
             Direction::ToClient => (&mut self.backend, &mut self.client),
         };
-        let way = self.ways.way_mut(direction);
+        let state = self.directions.of_mut(direction);
         loop {
             // 1. What is held goes first: nothing is read, and no end passed on, before it has gone.
-            if !way.spill.is_empty() {
-                way.be_prompt(sink, &self.life.meter);
-                let count = ready!(way.spill.poll_write(sink, context)).map_err(EndError::Sink)?;
-                self.life.meter.forwarded(direction, count, false);
-                way.moved = self.life.tick();
+            if !state.pending_write.is_empty() {
+                state.set_nodelay(sink, &self.session.metrics);
+                let count = ready!(state.pending_write.poll_write(sink, context)).map_err(EndError::Sink)?;
+                self.session.metrics.count_bytes(direction, count, false);
+                state.last_progress = self.session.tick();
                 continue;
             }
-            if let Some(pipe) = way.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
+            if let Some(pipe) = state.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
                 let count = match ready!(splice::poll_out(pipe, sink, context)) {
                     Err(error) if splice::is_refused(&error) => {
-                        way.take_out(self.lent, self.life).map_err(EndError::Sink)?;
+                        state.take_out(resources, self.session).map_err(EndError::Sink)?;
                         continue;
                     }
                     count => count.map_err(EndError::Sink)?,
                 };
-                self.life.meter.forwarded(direction, count, true);
-                way.moved = self.life.tick();
+                self.session.metrics.count_bytes(direction, count, true);
+                state.last_progress = self.session.tick();
                 continue;
             }
-            match way.phase {
+            match state.phase {
                 DirectionPhase::Shut | DirectionPhase::Dead => return Poll::Ready(Ok(())),
                 DirectionPhase::Draining => {
                     // When the other direction is over too, the close that follows says the same with a call less.
@@ -227,61 +226,62 @@ impl Relay<'_> {
                         shut_down(sink).map_err(EndError::Sink)?;
                     }
                     self.first_end.get_or_insert(ends(direction).0);
-                    way.shut(self.lent, self.life);
+                    state.shut(resources, self.session);
                     return Poll::Ready(Ok(()));
                 }
                 DirectionPhase::Open => {}
             }
-            way.adapt(self.lent, self.life);
+            state.adapt(resources, self.session);
             if *left == 0 {
                 // Woken only after the worker has looked at its sockets. A plain wake-up would have this session
                 // polled up to 61 times before (tokio's event interval): 30 MiB, and the others wait for all of it.
                 ready!(pin!(tokio::task::yield_now()).poll(context));
                 *left = TURN;
             }
-            let is_short = way.pipe.is_none() && self.lent.is_short(self.life);
-            if way.pipe.is_some() || is_short {
+            let is_short = state.pipe.is_none() && resources.is_short(self.session);
+            if state.pipe.is_some() || is_short {
                 // A pipe is not filled for a sink that takes nothing: it would only be held. A copy finds out by its
                 // write, which takes everything nearly always, and asks no socket before.
                 ready!(sink.poll_write_ready(context)).map_err(EndError::Sink)?;
             }
             // 2. What comes next, and no more than the tenant's bandwidth has for it.
-            let want = way.appetite(sink, self.patience.unsent, is_short);
-            let grant = self.lent.poll_grant(direction, &mut way.purse, want, source, self.life, context);
+            let want = state.read_size(sink, self.timeouts.unsent, is_short);
+            let grant =
+                resources.poll_grant(direction, &mut state.limiter, want, source, self.session, context);
             let grant = ready!(grant).map_err(EndError::Source)?;
-            let parts = self.life.parts();
-            let read =
-                way.bring(direction, (source, sink), grant.most().min(want), self.lent, parts, context);
-            self.life.meter.would_delay |= self.lent.settle(direction, &mut way.purse, grant, &read);
+            let parts = self.session.parts();
+            let most = grant.most().min(want);
+            let read = state.read_once(direction, (source, sink), most, resources, parts, context);
+            self.session.metrics.would_delay |= resources.settle(direction, &mut state.limiter, grant, &read);
             let count = ready!(read)?;
-            if count == 0 && way.pipe.is_some() {
+            if count == 0 && state.pipe.is_some() {
                 // The end, or an urgent byte before it: the kernel's splice stops there and says 0. Or it was refused.
                 // A read knows the one, passes the other, and needs no splice.
-                way.copy_on(self.lent, self.life);
+                state.stop_splicing(resources, self.session);
                 continue;
             }
             *left = left.saturating_sub(count);
             if count == 0 {
-                way.phase = DirectionPhase::Draining;
+                state.phase = DirectionPhase::Draining;
             } else {
-                way.moved = self.life.tick();
-                way.note(count);
+                state.last_progress = self.session.tick();
+                state.note_read(count);
             }
         }
     }
 
     /// At the end of a direction's turn: it leaves the queue for bandwidth, unless it waits there or `goes_on`.
-    fn rest(&mut self, direction: Direction, goes_on: bool) {
-        let way = self.ways.way_mut(direction);
-        let held = way.held();
-        if self.lent.rest(direction, &mut way.purse, held, goes_on) {
+    fn end_turn(&mut self, direction: Direction, goes_on: bool) {
+        let state = self.directions.of_mut(direction);
+        let held = state.held();
+        if self.resources.end_turn(direction, &mut state.limiter, held, goes_on) {
             // What it waited was not its silence.
-            way.moved = self.life.tick();
+            state.last_progress = self.session.tick();
         }
     }
 
     /// One end of a direction failed. An outcome, unless the other direction may still hold an answer.
-    fn broke(&mut self, direction: Direction, broken: &EndError) -> Option<Outcome> {
+    fn on_error(&mut self, direction: Direction, broken: &EndError) -> Option<Outcome> {
         let (source, sink) = ends(direction);
         match broken {
             // A source fails only when nothing of it is held, and a broken connection sends nothing more.
@@ -297,10 +297,10 @@ impl Relay<'_> {
                     // The connection stands, and its other end may wait for what it will never get.
                     return Some(Outcome::new(sink, EndedAt::Forward, why));
                 }
-                let way = self.ways.way_mut(direction);
-                way.phase = DirectionPhase::Dead;
-                way.spill = PendingWrite::default();
-                self.lent.give_back(way.pipe.take(), self.life);
+                let state = self.directions.of_mut(direction);
+                state.phase = DirectionPhase::Dead;
+                state.pending_write = PendingWrite::default();
+                self.resources.give_back(state.pipe.take(), self.session);
                 self.broken.get_or_insert((sink, why));
                 None
             }
@@ -318,24 +318,27 @@ impl Relay<'_> {
 
     /// Looks at the time: gives back pipes that rest, and ends a session that was silent for too long.
     fn poll_time(&mut self, context: &Context<'_>) -> Option<RelayStop> {
-        let (patience, why) = if self.first_end.is_some() || self.broken.is_some() {
-            (self.patience.half_close, Reason::HalfCloseTimeout)
+        let (timeouts, why) = if self.first_end.is_some() || self.broken.is_some() {
+            (self.timeouts.half_close, Reason::HalfCloseTimeout)
         } else {
-            (self.patience.idle, Reason::IdleTimeout)
+            (self.timeouts.idle, Reason::IdleTimeout)
         };
         loop {
-            let now = self.life.tick();
+            let now = self.session.tick();
             // Who waits for bandwidth is silent through no fault of its own.
-            let moved =
-                if self.waits() { now } else { self.ways.to_backend.moved.max(self.ways.to_client.moved) };
-            let allowed = self.life.idle(patience);
+            let moved = if self.waits() {
+                now
+            } else {
+                self.directions.to_backend.last_progress.max(self.directions.to_client.last_progress)
+            };
+            let allowed = self.session.idle(timeouts);
             let deadline = moved.after(allowed);
             if deadline <= now {
                 if let Some((by, why)) = self.broken {
                     // What was lost is why it ends, and whose bytes they were has to learn it.
                     return Some(RelayStop::Ended(self.reset(Outcome::new(by, EndedAt::Forward, why))));
                 }
-                let why = if allowed < patience { Reason::Drained } else { why };
+                let why = if allowed < timeouts { Reason::Drained } else { why };
                 return Some(RelayStop::Ended(self.expire(Outcome::reject(EndedAt::Forward, why))));
             }
             if let Some(outcome) = self.look_for_resets(now).or_else(|| self.stalled(now)) {
@@ -344,10 +347,10 @@ impl Relay<'_> {
             if self.revoked_at <= now {
                 return Some(RelayStop::Visit);
             }
-            let next = deadline.min(self.settle(now)).min(self.rest_pipes(now)).min(self.looks_at);
+            let next = deadline.min(self.settle(now)).min(self.release_idle_pipes(now)).min(self.looks_at);
             let next = next.min(self.revoked_at);
-            self.life.wake_at(next);
-            match self.life.poll_cut(context) {
+            self.session.wake_at(next);
+            match self.session.poll_cancelled(context) {
                 None => return None,
                 // It may be in the middle of an answer, and a plain end would say that this was all of it.
                 Some(Cancelled::Drained) => {
@@ -361,13 +364,13 @@ impl Relay<'_> {
 
     /// Whether a direction waits for its tenant's bandwidth.
     fn waits(&self) -> bool {
-        self.ways.to_backend.purse.has_joined() || self.ways.to_client.purse.has_joined()
+        self.directions.to_backend.limiter.has_joined() || self.directions.to_client.limiter.has_joined()
     }
 
     /// While bytes are held for a sink that takes none, or wait for bandwidth, their source is not read, and its reset
     /// would not be noticed before the session has been silent for too long: so it is asked from time to time.
     fn look_for_resets(&mut self, now: Tick) -> Option<Outcome> {
-        if !self.ways.to_backend.pending() && !self.ways.to_client.pending() && !self.waits() {
+        if !self.directions.to_backend.pending() && !self.directions.to_client.pending() && !self.waits() {
             self.looks_at = Tick::NEVER;
             return None;
         }
@@ -377,8 +380,8 @@ impl Relay<'_> {
             return None;
         }
         self.looks_at = now.after(LOOK);
-        self.ways.to_backend.note_progress(&self.backend, now);
-        self.ways.to_client.note_progress(&self.client, now);
+        self.directions.to_backend.note_progress(&self.backend, now);
+        self.directions.to_client.note_progress(&self.client, now);
         let failed = |socket: &TcpStream| socket.take_error().ok().flatten();
         let (by, error) = match (failed(&self.client), failed(&self.backend)) {
             (Some(error), _) => (EndedBy::Client, error),
@@ -390,9 +393,9 @@ impl Relay<'_> {
 
     /// Its end, where a sink, and the kernel's queue before it, took none of the bytes held for it for too long.
     fn stalled(&self, now: Tick) -> Option<Outcome> {
-        let limit = self.patience.stall?;
-        let is_stalled = |way: &DirectionState| way.pending() && way.moved.after(limit) <= now;
-        let is_any = is_stalled(&self.ways.to_backend) || is_stalled(&self.ways.to_client);
+        let limit = self.timeouts.stall?;
+        let is_stalled = |state: &DirectionState| state.pending() && state.last_progress.after(limit) <= now;
+        let is_any = is_stalled(&self.directions.to_backend) || is_stalled(&self.directions.to_client);
         is_any.then(|| Outcome::reject(EndedAt::Forward, Reason::Stalled))
     }
 
@@ -409,7 +412,7 @@ impl Relay<'_> {
                 // A connection that cannot be asked is found dead by its timeouts.
                 let socket = socket2::SockRef::from(socket);
                 socket.set_tcp_keepalive(&keepalive()).unwrap_or_default();
-                let limit = self.patience.tcp_user_timeout;
+                let limit = self.timeouts.tcp_user_timeout;
                 if !limit.is_zero() {
                     socket.set_tcp_user_timeout(Some(limit)).unwrap_or_default();
                 }
@@ -419,16 +422,16 @@ impl Relay<'_> {
     }
 
     /// Gives back the pipes that nothing goes through; when the next has rested long enough.
-    fn rest_pipes(&mut self, now: Tick) -> Tick {
+    fn release_idle_pipes(&mut self, now: Tick) -> Tick {
         let mut next = Tick::NEVER;
         for direction in Direction::ALL {
-            let way = self.ways.way_mut(direction);
-            let Some(pipe) = &way.pipe else { continue };
-            let rested = way.moved.after(PIPE_REST);
+            let state = self.directions.of_mut(direction);
+            let Some(pipe) = &state.pipe else { continue };
+            let rested = state.last_progress.after(PIPE_REST);
             if rested > now {
                 next = next.min(rested);
             } else if pipe.is_empty() {
-                way.copy_on(self.lent, self.life);
+                state.stop_splicing(self.resources, self.session);
             }
         }
         next
@@ -436,7 +439,7 @@ impl Relay<'_> {
 
     /// Ends a silent session: with a reset where bytes are held that will not arrive.
     fn expire(&mut self, outcome: Outcome) -> Outcome {
-        if self.ways.to_backend.pending() || self.ways.to_client.pending() {
+        if self.directions.to_backend.pending() || self.directions.to_client.pending() {
             return self.reset(outcome);
         }
         self.ended = true;
@@ -462,9 +465,9 @@ impl Drop for Relay<'_> {
             self.reset(Outcome::reject(EndedAt::Forward, Reason::Drained));
         }
         for direction in Direction::ALL {
-            let way = self.ways.way_mut(direction);
-            self.lent.give_back(way.pipe.take(), self.life);
-            self.lent.end(direction, &mut way.purse);
+            let state = self.directions.of_mut(direction);
+            self.resources.give_back(state.pipe.take(), self.session);
+            self.resources.end(direction, &mut state.limiter);
         }
     }
 }

@@ -13,16 +13,16 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::TcpStream;
 
 use crate::account::Counter64;
-use crate::account::meter::ListenerCounters;
+use crate::account::session_metrics::ListenerCounters;
 use crate::addr::{ClientAddr, DestinationAddr, PeerAddr};
 use crate::admission::pending::{PendingSlot, PendingSlots, PendingState};
 use crate::clock;
 use crate::clock::wheel::TickSpan;
 use crate::fault::{self, Syscall};
 use crate::id::EndpointClaim;
-use crate::life::{Cancelled, SessionContext};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
-use crate::wire::{self, HeaderBuilder, HeaderCommand, ParsedHeader};
+use crate::proxy_protocol::{self, HeaderBuilder, HeaderCommand, ParsedHeader};
+use crate::session_context::{Cancelled, SessionContext};
 
 /// The most that is read before a backend is connected: a header, and the start of what follows it.
 pub const FIRST_READ: usize = 16 * 1024;
@@ -39,7 +39,7 @@ pub struct IdentifiedClient {
     /// What was read: the header, then the payload's first bytes.
     first: Vec<u8>,
     header_len: usize,
-    rules: wire::ParserRules,
+    rules: proxy_protocol::ParserRules,
 }
 
 /// A client's socket: registered with the worker only once something has to be waited for, so that a connection
@@ -135,7 +135,10 @@ impl IdentifiedClient {
             endpoint: EndpointClaim::Absent,
             first: Vec::new(),
             header_len: 0,
-            rules: wire::ParserRules { transport: wire::Transport::Stream, verify_crc: false },
+            rules: proxy_protocol::ParserRules {
+                transport: proxy_protocol::Transport::Stream,
+                verify_crc: false,
+            },
         }
     }
 
@@ -161,8 +164,8 @@ impl IdentifiedClient {
     }
 
     fn header(&self) -> Vec<u8> {
-        if let ParsedHeader::Done(header, _) = wire::parse(&self.first, self.rules) {
-            return wire::reseal(&header);
+        if let ParsedHeader::Done(header, _) = proxy_protocol::parse(&self.first, self.rules) {
+            return proxy_protocol::reseal(&header);
         }
         let builder = match (self.address, self.connection.destination()) {
             (Some(client), Some(destination)) => {
@@ -189,13 +192,13 @@ pub struct HeaderRules {
 /// Counts a session as pending as long as it lives.
 struct PendingGuard<'a> {
     gauge: &'a Counter64,
-    place: PendingSlot,
+    slot: PendingSlot,
 }
 
 impl<'a> PendingGuard<'a> {
-    fn enter(places: &Arc<PendingSlots>, cells: &'a ListenerCounters) -> Self {
-        cells.pending.add(1);
-        Self { gauge: &cells.pending, place: places.enter(clock::now()) }
+    fn enter(places: &Arc<PendingSlots>, counters: &'a ListenerCounters) -> Self {
+        counters.pending.add(1);
+        Self { gauge: &counters.pending, slot: places.enter(clock::now()) }
     }
 }
 
@@ -216,14 +219,17 @@ impl Drop for PendingGuard<'_> {
 pub async fn read(
     socket: Fresh,
     rules: &HeaderRules,
-    life: &mut SessionContext,
+    session: &mut SessionContext,
 ) -> Result<IdentifiedClient, Outcome> {
     let mut reading = HeaderReader {
         connection: ClientSocket::Fresh(socket),
         first: Vec::new(),
-        rules: wire::ParserRules { transport: wire::Transport::Stream, verify_crc: rules.verify_crc },
+        rules: proxy_protocol::ParserRules {
+            transport: proxy_protocol::Transport::Stream,
+            verify_crc: rules.verify_crc,
+        },
     };
-    match reading.whole_header(rules, life).await {
+    match reading.whole_header(rules, session).await {
         Ok(found) => Ok(reading.into_client(&found)),
         Err(outcome) => {
             if outcome.by == EndedBy::Proxy && !reading.first.is_empty() {
@@ -238,7 +244,7 @@ pub async fn read(
 struct HeaderReader {
     connection: ClientSocket,
     first: Vec<u8>,
-    rules: wire::ParserRules,
+    rules: proxy_protocol::ParserRules,
 }
 
 /// What a client's header says.
@@ -252,24 +258,24 @@ impl HeaderReader {
     async fn whole_header(
         &mut self,
         rules: &HeaderRules,
-        life: &mut SessionContext,
+        session: &mut SessionContext,
     ) -> Result<HeaderFields, Outcome> {
-        if let Some(found) = self.receive(life)? {
+        if let Some(found) = self.receive(session)? {
             return Ok(found);
         }
-        let cells = life.meter.listener();
-        let pending = PendingGuard::enter(&rules.pending, &cells);
-        life.wake_at(life.tick().after(rules.timeout));
+        let counters = session.metrics.listener();
+        let pending = PendingGuard::enter(&rules.pending, &counters);
+        session.wake_at(session.tick().after(rules.timeout));
         loop {
-            self.readable(&pending.place, life).await?;
-            if let Some(found) = self.receive(life)? {
+            self.readable(&pending.slot, session).await?;
+            if let Some(found) = self.receive(session)? {
                 return Ok(found);
             }
         }
     }
 
     /// Waits until there is more to read, as long as it has its place.
-    async fn readable(&mut self, place: &PendingSlot, life: &SessionContext) -> Result<(), Outcome> {
+    async fn readable(&mut self, place: &PendingSlot, session: &SessionContext) -> Result<(), Outcome> {
         let reject = |why| Outcome::reject(EndedAt::Header, why);
         let socket = self.connection.registered().map_err(|_| reject(Reason::Shortage))?;
         let mut readable = pin!(socket.readable());
@@ -282,7 +288,7 @@ impl HeaderReader {
                 PendingState::Expired => Poll::Ready(Err(reject(Reason::HeaderTimeout))),
             },
         });
-        match life.watch(step).await {
+        match session.watch(step).await {
             Ok(ready) => ready,
             Err(Cancelled::Expired) => Err(Outcome::reject(EndedAt::Header, Reason::HeaderTimeout)),
             Err(Cancelled::Drained) => Err(Outcome::reject(EndedAt::Header, Reason::Drained)),
@@ -290,8 +296,8 @@ impl HeaderReader {
     }
 
     /// Takes what is there; `None` where the header is not whole yet.
-    fn receive(&mut self, life: &SessionContext) -> Result<Option<HeaderFields>, Outcome> {
-        let mut scratch = life.local().scratch.borrow_mut();
+    fn receive(&mut self, session: &SessionContext) -> Result<Option<HeaderFields>, Outcome> {
+        let mut scratch = session.worker().scratch.borrow_mut();
         let room = scratch.get_mut(..FIRST_READ).unwrap_or_default();
         match self.connection.receive(room) {
             Ok(0) => Err(self.ended(Reason::HeaderTruncated)),
@@ -317,7 +323,7 @@ impl HeaderReader {
     }
 
     fn examine(&self) -> Result<Option<HeaderFields>, Outcome> {
-        match wire::parse(&self.first, self.rules) {
+        match proxy_protocol::parse(&self.first, self.rules) {
             ParsedHeader::Partial(_) => Ok(None),
             ParsedHeader::Malformed(reason) => Err(Outcome::reject(EndedAt::Header, reason.into())),
             ParsedHeader::Done(header, _) if header.command() == HeaderCommand::Local => {
@@ -360,10 +366,11 @@ pub struct OptionalHeader {
 /// # Errors
 /// What the socket says.
 pub async fn read_optional(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<OptionalHeader> {
-    let rules = wire::ParserRules { transport: wire::Transport::Stream, verify_crc: false };
+    let rules =
+        proxy_protocol::ParserRules { transport: proxy_protocol::Transport::Stream, verify_crc: false };
     let mut first = Vec::with_capacity(512);
     loop {
-        let whole = match wire::parse(&first, rules) {
+        let whole = match proxy_protocol::parse(&first, rules) {
             ParsedHeader::Done(header, len) => {
                 Some((header.client(), EndpointClaim::from_tlv(header.endpoint()), len))
             }

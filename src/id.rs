@@ -147,7 +147,7 @@ impl EndpointClaim {
 
     /// What [`from_tlv`](Self::from_tlv) reads back as the same claim.
     #[must_use]
-    pub fn told(self) -> Option<String> {
+    pub fn to_record(self) -> Option<String> {
         match self {
             Self::Absent => None,
             Self::Malformed => Some(String::new()),

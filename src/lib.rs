@@ -8,7 +8,7 @@
 //! | step | module | result |
 //! |---|---|---|
 //! | accept a connection | [`accept`] | a socket |
-//! | read the PROXY header | [`header`], with the codec [`wire`] | client and endpoint ID |
+//! | read the PROXY header | [`header`], with the codec [`proxy_protocol`] | client and endpoint ID |
 //! | find the tenant | [`tenant`] | tenant and pool |
 //! | apply its limits | [`admission`] | a permit |
 //! | pick a backend | [`pool`] | a backend |
@@ -22,9 +22,9 @@
 //! - [`config`] reads and checks the configuration; [`state`] holds the running one as a snapshot.
 //! - [`probe`] checks backends, [`resolve`] looks names up.
 //! - [`admin`] serves the pages, the health check and the admin socket; [`cli`] is the command line.
-//! - [`takeover`] moves live sessions to another process.
+//! - [`handover`] moves live sessions to another process.
 //! - [`lab`] emulates load balancer, VPCs and backends for the demo, the load generator and the tests.
-//! - [`id`], [`addr`], [`clock`], [`outcome`], [`share`], [`fault`] and [`life`] are values and rules that the others use.
+//! - [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`] and [`session_context`] are values and rules that the others use.
 //!
 //! A module imports only from modules on lower floors; docs/architecture.md has the table, and `tests/tidy.rs` checks it.
 
@@ -38,21 +38,21 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod connect;
+pub mod fair_share;
 pub mod fault;
 pub mod flow;
 pub mod forward;
+pub mod handover;
 pub mod header;
 pub mod id;
 pub mod lab;
-pub mod life;
 pub mod outcome;
 pub mod pool;
 pub mod probe;
+pub mod proxy_protocol;
 pub mod resolve;
 pub mod server;
 pub mod session;
-pub mod share;
+pub mod session_context;
 pub mod state;
-pub mod takeover;
 pub mod tenant;
-pub mod wire;

@@ -50,7 +50,7 @@ pub struct Outcome {
 impl EndedBy {
     /// The word in log, metrics and documentation.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Client => "client",
             Self::Backend => "backend",
@@ -62,7 +62,7 @@ impl EndedBy {
 impl EndedAt {
     /// The word in log, metrics and documentation.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Accept => "accept",
             Self::Header => "header",
@@ -238,7 +238,7 @@ impl Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} by {} at {}", self.why.word(), self.by.word(), self.at.word())
+        write!(f, "{} by {} at {}", self.why.word(), self.by.as_str(), self.at.as_str())
     }
 }
 
@@ -267,7 +267,10 @@ mod tests {
             assert_eq!(word, format!("\"{}\"", why.word()));
             assert_eq!(serde_json::from_str::<Reason>(&word).unwrap(), *why);
         }
-        assert_eq!(serde_json::to_string(&EndedBy::Proxy).unwrap(), format!("\"{}\"", EndedBy::Proxy.word()));
+        assert_eq!(
+            serde_json::to_string(&EndedBy::Proxy).unwrap(),
+            format!("\"{}\"", EndedBy::Proxy.as_str())
+        );
     }
 
     #[test]

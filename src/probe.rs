@@ -1,7 +1,7 @@
 //! Active health checks: each backend is asked at its interval, by tasks of the control thread.
 
-pub mod answer;
-pub mod ask;
+pub mod exchange;
+pub mod response;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,10 +55,10 @@ pub async fn run(
     (lanes, ports): (Arc<ProbeSlots>, Arc<LocalPorts>),
 ) {
     let Some(probe) = &pool.probe else { return };
-    let mut rhythm = ProbeSchedule::new(probe, turn, clock::now());
+    let mut schedule = ProbeSchedule::new(probe, turn, clock::now());
     let mut warned = None;
     loop {
-        sleep(rhythm.due.since(clock::now())).await;
+        sleep(schedule.due.since(clock::now())).await;
         // A reload may have put others in their place, and keeps on probing in the same rhythm.
         let Some(followed) = pool.follow(&backend) else { break };
         (pool, backend) = followed;
@@ -66,9 +66,9 @@ pub async fn run(
         // Nobody closes it.
         let Ok(lane) = lanes.0.acquire().await else { break };
         let start = clock::now();
-        let verdict = ask::ask(backend.address(), (&pool.sources, &ports), probe).await;
+        let verdict = exchange::ask(backend.address(), (&pool.sources, &ports), probe).await;
         drop(lane);
-        if backend.is_gone() {
+        if backend.is_removed() {
             break;
         }
         let now = clock::now();
@@ -80,7 +80,7 @@ pub async fn run(
             warn(&pool, &backend, verdict);
             warned = Some(now);
         }
-        rhythm.advance(now, Duration::from_nanos(fastrand::u64(0..=rhythm.most_jitter())));
+        schedule.advance(now, Duration::from_nanos(fastrand::u64(0..=schedule.most_jitter())));
     }
 }
 
@@ -92,7 +92,7 @@ fn warn(pool: &Pool, backend: &Backend, verdict: ProbeResult) {
     tracing::warn!(
         pool = pool.label.name(),
         backend = backend.label().name(),
-        reason = verdict.word(),
+        reason = verdict.as_str(),
         "a probe could not be sent"
     );
 }
@@ -146,7 +146,7 @@ mod tests {
     const START: Moment = Moment::from_nanos(1_000_000_000);
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn rhythm(interval: Duration, timeout: Duration, place: usize, of: usize) -> ProbeSchedule {
+    fn schedule(interval: Duration, timeout: Duration, place: usize, of: usize) -> ProbeSchedule {
         let probe = ProbeConfig {
             interval,
             timeout,
@@ -170,7 +170,7 @@ mod tests {
             (5 * SECOND, 5 * SECOND, 10_000, 10_000, 2_500),
             (5 * SECOND, SECOND, 0, 0, 0),
         ] {
-            let due = rhythm(interval, timeout, place, of).due;
+            let due = schedule(interval, timeout, place, of).due;
             assert_eq!(
                 due.since(START).as_millis(),
                 expected_ms,
@@ -182,40 +182,40 @@ mod tests {
     #[test]
     fn the_second_round_is_spread_over_the_whole_interval() {
         for (place, first_ms, second_ms) in [(0, 0, 4_000), (1_000, 2_000, 6_500), (1_999, 3_998, 8_997)] {
-            let mut rhythm = rhythm(5 * SECOND, SECOND, place, 2_000);
-            assert_eq!(rhythm.due.since(START).as_millis(), first_ms);
-            rhythm.advance(rhythm.due, SECOND);
-            assert_eq!(rhythm.due.since(START).as_millis(), second_ms);
+            let mut schedule = schedule(5 * SECOND, SECOND, place, 2_000);
+            assert_eq!(schedule.due.since(START).as_millis(), first_ms);
+            schedule.advance(schedule.due, SECOND);
+            assert_eq!(schedule.due.since(START).as_millis(), second_ms);
         }
     }
 
     #[test]
     fn the_mean_rate_is_kept_however_long_a_probe_takes() {
-        let mut rhythm = ProbeSchedule { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
+        let mut schedule = ProbeSchedule { second: None, ..schedule(SECOND, SECOND, 0, 1) };
         let (mut least, mut most) = (SECOND, SECOND);
         let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..10_000 {
-            let before = rhythm.due;
+            let before = schedule.due;
             let now = before + SECOND.mul_f64(random.f64());
-            rhythm.advance(now, Duration::from_nanos(random.u64(0..=rhythm.most_jitter())));
-            let gap = rhythm.due.since(before);
+            schedule.advance(now, Duration::from_nanos(random.u64(0..=schedule.most_jitter())));
+            let gap = schedule.due.since(before);
             (least, most) = (least.min(gap), most.max(gap));
         }
         let millis = |span: Duration| span.as_secs_f64() * 1e3;
         assert!((900.0..905.0).contains(&millis(least)), "{least:?}");
         assert!((1_095.0..=1_100.0).contains(&millis(most)), "{most:?}");
-        let mean = millis(rhythm.due.since(START)) / 1e4;
+        let mean = millis(schedule.due.since(START)) / 1e4;
         assert!((998.0..1_002.0).contains(&mean), "{mean}");
     }
 
     #[test]
     fn what_was_missed_is_not_made_up_for() {
-        let mut rhythm = ProbeSchedule { second: None, ..rhythm(SECOND, SECOND, 0, 1) };
+        let mut schedule = ProbeSchedule { second: None, ..schedule(SECOND, SECOND, 0, 1) };
         let late = START + 100 * SECOND;
-        rhythm.advance(late, SECOND / 10);
-        assert_eq!(rhythm.due, late);
-        rhythm.advance(late + SECOND * 2, SECOND / 10);
-        assert_eq!(rhythm.due, late + SECOND, "at most one");
+        schedule.advance(late, SECOND / 10);
+        assert_eq!(schedule.due, late);
+        schedule.advance(late + SECOND * 2, SECOND / 10);
+        assert_eq!(schedule.due, late + SECOND, "at most one");
     }
 
     #[test]
@@ -238,7 +238,7 @@ mod tests {
             ask: ProbeCheck::Connect,
         };
         let backend = crate::addr::BackendAddr("127.0.0.1:1".parse().unwrap());
-        let size = size_of_val(&ask::ask(backend, (&[], &LocalPorts::default()), &probe));
+        let size = size_of_val(&exchange::ask(backend, (&[], &LocalPorts::default()), &probe));
         assert!(size < 2_048, "{size} bytes for each backend");
     }
 }

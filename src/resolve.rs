@@ -1,9 +1,9 @@
 //! Names as backends: each is looked up as long as its answers hold, by a task of the control thread.
 
+mod address_filter;
 pub mod answer;
-mod ask;
-mod guard;
-pub mod pace;
+mod query;
+pub mod schedule;
 mod server;
 
 use std::collections::BTreeSet;
@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use tokio::time::sleep;
 
+pub use self::address_filter::Own;
 use self::answer::{LastAnswers, NameResolution};
-pub use self::ask::{NoServers, Resolver};
-pub use self::guard::Own;
-use self::pace::{LookupSchedule, spread};
+pub use self::query::{NoServers, Resolver};
+use self::schedule::{LookupSchedule, spread};
 use crate::account::Labels;
-pub use crate::account::lookup::{LookupCounters, LookupResult};
+pub use crate::account::dns_counters::{LookupCounters, LookupResult};
 use crate::clock;
 use crate::config::BackendTarget;
 use crate::pool::Pool;
@@ -130,7 +130,7 @@ impl ChangeReporter<'_> {
 
     fn failed(&self, lookup: LookupResult, was_failing: bool) {
         if !was_failing {
-            let (pool, name, reason) = (self.pool.label.name(), self.name.as_str(), lookup.word());
+            let (pool, name, reason) = (self.pool.label.name(), self.name.as_str(), lookup.as_str());
             tracing::warn!(pool, name, reason, "a name could not be resolved: its backends stay as they are");
         }
     }

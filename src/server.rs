@@ -1,22 +1,22 @@
 //! The process: sockets, worker threads, the control thread, and the way all of them end.
 
-mod crew;
-mod doors;
+mod admin_socket;
+mod control;
 mod drain;
 pub mod failure;
+pub mod handover;
 pub mod inherit;
-mod limits;
-mod listen;
-mod moving;
+mod listen_sockets;
+pub mod log_writer;
 pub mod notify;
-mod orders;
+mod pool_supervisor;
 mod reload;
-mod socket;
-pub mod takeover;
-mod team;
-mod upkeep;
+mod rlimits;
+mod transfer;
 mod worker;
-pub mod writer;
+mod worker_commands;
+mod worker_loads;
+mod worker_sockets;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -30,27 +30,27 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 
-use self::crew::WorkerLoads;
-use self::doors::ORDERS;
 use self::drain::DrainStage;
 use self::failure::EssentialTask;
+use self::handover::{TakeoverError, TakeoverOffer};
 use self::inherit::InheritedSockets;
-use self::listen::BoundSocket;
-use self::moving::TransferControl;
-use self::takeover::{TakeoverError, TakeoverOffer};
-use self::upkeep::PoolContext;
+use self::listen_sockets::BoundSocket;
+use self::pool_supervisor::PoolContext;
+use self::transfer::TransferControl;
 use self::worker::WorkerSetup;
+use self::worker_loads::WorkerLoads;
+use self::worker_sockets::ORDERS;
 use crate::admin::{self, AdminListeners, ServingSwitch};
 use crate::config::{Config, HealthConfig};
+use crate::handover::PendingTransfer;
 use crate::probe::ProbeSlots;
 use crate::resolve::{NoServers, Resolver};
 use crate::state::{ConfigChanges, ListenerState, LiveState, ProcessLimits};
-use crate::takeover::PendingTransfer;
 
-pub use self::limits::{Capacity, ScarcePorts, scarce_ports};
-pub use self::orders::ProcessControl;
+pub use self::admin_socket::SocketFile;
+pub use self::control::ProcessControl;
 pub use self::reload::{ReloadError, Reloader};
-pub use self::socket::SocketFile;
+pub use self::rlimits::{Capacity, ScarcePorts, scarce_ports};
 
 /// Why the process could not start.
 #[derive(Debug, thiserror::Error)]
@@ -121,17 +121,17 @@ pub struct Server {
     health: SocketAddr,
     stage: watch::Sender<DrainStage>,
     drain: watch::Sender<bool>,
-    movers: Arc<TransferControl>,
+    transfer: Arc<TransferControl>,
     capacity: Capacity,
     threads: Vec<JoinHandle<()>>,
     /// Closed once the access log is written to its end.
     written: Option<Receiver<()>>,
-    orders: Arc<ProcessControl>,
+    control: Arc<ProcessControl>,
     socket: Option<Arc<SocketFile>>,
     /// Whether the pages are served here.
     serving: watch::Sender<bool>,
-    crew: Arc<WorkerLoads>,
-    heritage: Option<TakeoverOffer>,
+    loads: Arc<WorkerLoads>,
+    takeover: Option<TakeoverOffer>,
 }
 
 /// What a server may be started with beside its configuration.
@@ -143,7 +143,7 @@ pub struct StartOptions {
     pub inherited: InheritedSockets,
     /// What another process has; its sockets stand for those above. Nothing is accepted then before
     /// [`take_over`](Server::take_over).
-    pub heritage: Option<TakeoverOffer>,
+    pub takeover: Option<TakeoverOffer>,
 }
 
 /// All sockets that are bound.
@@ -153,20 +153,20 @@ struct BoundSockets {
     control: Option<AdminSocket>,
     /// The file of that one, where this process has to remove it.
     file: Option<SocketFile>,
-    doors: listen::ListenSockets,
+    listeners: listen_sockets::ListenSockets,
 }
 
 impl BoundSockets {
     fn bind(config: &Config, workers: usize, inherited: &mut InheritedSockets) -> Result<Self, StartError> {
-        let admin = listen::page("admin", config.admin.bind, inherited)?;
-        let health = listen::page("health", config.health.bind, inherited)?;
+        let admin = listen_sockets::page("admin", config.admin.bind, inherited)?;
+        let health = listen_sockets::page("health", config.health.bind, inherited)?;
         // After the address of the pages, which no second process of the same configuration gets.
         let (control, file) = admin_socket(config, inherited)?.unzip();
-        listen::try_sources(&config.pools)?;
-        let doors = listen::doors(config, workers, inherited)?;
+        listen_sockets::try_sources(&config.pools)?;
+        let sockets = listen_sockets::bind_all(config, workers, inherited)?;
         let unmatched = inherited.rest();
         if unmatched.is_empty() {
-            Ok(Self { admin, health, control, file: file.flatten(), doors })
+            Ok(Self { admin, health, control, file: file.flatten(), listeners: sockets })
         } else {
             Err(StartError::Unmatched(unmatched))
         }
@@ -190,18 +190,18 @@ impl Server {
     /// # Errors
     /// As there; and where a socket was passed that no address asks for.
     pub fn start_with(config: &Arc<Config>, start: StartOptions) -> Result<Self, StartError> {
-        let StartOptions { source, mut inherited, mut heritage } = start;
-        let tie = takeover::tie(heritage.is_some());
-        if let Some(heritage) = &mut heritage {
-            inherited = heritage.inherited();
+        let StartOptions { source, mut inherited, mut takeover } = start;
+        let obstacle = handover::takeover_obstacle(takeover.is_some());
+        if let Some(takeover) = &mut takeover {
+            inherited = takeover.inherited();
         }
-        let workers = limits::workers(config.process.workers);
+        let workers = rlimits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
-        let capacity = limits::capacity(config, workers, sockets)?;
+        let capacity = rlimits::capacity(config, workers, sockets)?;
         let most =
             ProcessLimits { sessions: capacity.sessions, pending: capacity.pending, pipes: capacity.pipes };
         let live = LiveState::of(Arc::clone(config), workers, most);
-        let BoundSockets { admin, health, control, file, doors } =
+        let BoundSockets { admin, health, control, file, listeners: sockets } =
             BoundSockets::bind(config, workers, &mut inherited)?;
         let resolver = Arc::new(OnceLock::new());
         if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {
@@ -210,15 +210,15 @@ impl Server {
         }
         let (stage, stages) = watch::channel(DrainStage::Serving);
         let (drain, drains) = watch::channel(false);
-        let (serving, turn) = watch::channel(heritage.is_none());
-        let pages = takeover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
+        let (serving, turn) = watch::channel(takeover.is_none());
+        let pages = handover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
         live.pages.set([local_address(&admin)?, local_address(&health)?]).unwrap_or_default();
-        live.bound.store(Arc::new(doors.addresses(config.listeners.len())));
-        let crew = WorkerLoads::new(workers);
-        let (movers, ears) = TransferControl::new(workers, &crew);
+        live.bound.store(Arc::new(sockets.addresses(config.listeners.len())));
+        let loads = WorkerLoads::new(workers);
+        let (transfer, ears) = TransferControl::new(workers, &loads);
         let (to_doors, told): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
         let changed = Arc::new(Notify::new());
-        let reloader = Reloader::new(&live, doors.held, to_doors, &resolver, capacity, &changed);
+        let reloader = Reloader::new(&live, sockets.held, to_doors, &resolver, capacity, &changed);
         let orders =
             Arc::new(ProcessControl::new(Arc::clone(&live), reloader.clone(), source, drain.clone()));
         let mut server = Self {
@@ -228,29 +228,29 @@ impl Server {
             health: local_address(&health)?,
             stage: stage.clone(),
             drain,
-            movers: Arc::new(movers),
+            transfer: Arc::new(transfer),
             capacity,
             threads: Vec::new(),
             written: None,
-            orders: Arc::clone(&orders),
+            control: Arc::clone(&orders),
             socket: file.map(Arc::new),
             serving,
-            crew: Arc::clone(&crew),
-            heritage,
+            loads: Arc::clone(&loads),
+            takeover,
         };
-        server.may_be_taken_over(pages, tie);
+        server.allow_takeover(pages, obstacle);
         let ears = told.into_iter().zip(ears);
-        server.hire(config, doors.sockets, ears, &stages)?;
+        server.start_workers(config, sockets.sockets, ears, &stages)?;
         let control = ControlThread {
-            tools: PoolContext { live, lanes: Arc::new(ProbeSlots::new(capacity.probes)), resolver },
+            pools: PoolContext { live, probe_slots: Arc::new(ProbeSlots::new(capacity.probes)), resolver },
             changed,
-            crew,
-            desks: AdminListeners {
+            loads,
+            admin: AdminListeners {
                 address: admin,
                 hosts: config.admin.hosts.clone(),
                 socket: control,
-                orders,
-                turn: ServingSwitch::new(turn),
+                control: orders,
+                serving: ServingSwitch::new(turn),
             },
             health: (health, config.health.clone()),
             stage,
@@ -261,38 +261,39 @@ impl Server {
     }
 
     /// Opens the access log, and starts a worker for each set of sockets, with the ears that it has for orders.
-    fn hire(
+    fn start_workers(
         &mut self,
         config: &Config,
         sockets: Vec<Vec<(u32, BoundSocket)>>,
         ears: impl Iterator<
-            Item = (mpsc::Receiver<doors::SocketCommand>, mpsc::Receiver<moving::TransferCommand>),
+            Item = (mpsc::Receiver<worker_sockets::SocketCommand>, mpsc::Receiver<transfer::TransferCommand>),
         >,
         stages: &watch::Receiver<DrainStage>,
     ) -> Result<(), StartError> {
         let mut journal = None;
-        if let Some(log) = writer::open(&config.log.access, sockets.len(), Arc::clone(&self.live.log))? {
+        if let Some(log) = log_writer::open(&config.log.access, sockets.len(), Arc::clone(&self.live.log))? {
             self.written = Some(log.written);
-            self.orders.set_access_log(log.reopener);
-            journal = Some(log.outlet);
+            self.control.set_access_log(log.reopener);
+            journal = Some(log.sender);
         }
-        let (posts, boxes): (Vec<_>, Vec<_>) =
+        let (setups, boxes): (Vec<_>, Vec<_>) =
             sockets.iter().map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
-        for (((number, doors), handed_over), (orders, moves)) in (0_u16..).zip(sockets).zip(boxes).zip(ears) {
-            let post = WorkerSetup {
+        for (((number, sockets), handed_over), (orders, moves)) in (0_u16..).zip(sockets).zip(boxes).zip(ears)
+        {
+            let setup = WorkerSetup {
                 number,
                 live: Arc::clone(&self.live),
-                crew: Arc::clone(&self.crew),
-                doors,
-                others: posts.clone(),
+                loads: Arc::clone(&self.loads),
+                sockets,
+                others: setups.clone(),
                 handed_over,
-                orders,
-                moves,
-                accepts: self.heritage.is_none(),
+                commands: orders,
+                transfers: moves,
+                accepts: self.takeover.is_none(),
                 stages: stages.clone(),
-                journal: journal.clone(),
+                access_log: journal.clone(),
             };
-            self.threads.push(worker::spawn(post)?);
+            self.threads.push(worker::spawn(setup)?);
         }
         Ok(())
     }
@@ -340,24 +341,24 @@ impl Server {
 
     /// Who carries out reloads and drains, for those who are told to do so.
     #[must_use]
-    pub fn orders(&self) -> &Arc<ProcessControl> {
-        &self.orders
+    pub fn control(&self) -> &Arc<ProcessControl> {
+        &self.control
     }
 
     /// From now on every session that forwards, and every flow, leaves through what this returns, and ends here once its
     /// answer says that it was taken. Clients' datagrams wait in the listening sockets meanwhile.
-    pub async fn start_moving(&self) -> mpsc::Receiver<PendingTransfer> {
-        self.movers.start().await.0
+    pub async fn start_transfer(&self) -> mpsc::Receiver<PendingTransfer> {
+        self.transfer.start().await.0
     }
 
     /// Whatever has not left stays, and all goes on as before.
-    pub async fn stop_moving(&self) {
-        self.movers.stop(true).await;
+    pub async fn stop_transfer(&self) {
+        self.transfer.stop(true).await;
     }
 
     /// Goes on with a session or flow of another process, and answers that.
-    pub async fn take_over(&self, leaving: PendingTransfer) {
-        self.movers.take_over(leaving).await;
+    pub async fn accept_transfer(&self, leaving: PendingTransfer) {
+        self.transfer.take_over(leaving).await;
     }
 
     /// Starts to drain: notice, quiet, idle, deadline as configured. A second call changes nothing.
@@ -371,7 +372,7 @@ impl Server {
     }
 
     /// What [`end`](Self::end) does, for one who waits in [`join`](Self::join) elsewhere.
-    pub fn ender(&self) -> impl Fn() + use<> {
+    pub fn end_fn(&self) -> impl Fn() + use<> {
         let stage = self.stage.clone();
         move || {
             stage.send_replace(DrainStage::Over);
@@ -390,7 +391,7 @@ impl Server {
             }
         }
         // Its writer ends with the last who may send to it.
-        self.orders.set_access_log(None);
+        self.control.set_access_log(None);
         // A log that nobody reads must not keep the process from ending.
         let written = self.written.take().map(|written| written.recv_timeout(LOG_END));
         if let Some(Err(RecvTimeoutError::Timeout)) = written {
@@ -423,16 +424,16 @@ fn admin_socket(
         let file = if inherited.has_file { SocketFile::of_another(&path) } else { None };
         return Ok(Some(((socket, path), file)));
     }
-    let (socket, file) = socket::open(&path)?;
+    let (socket, file) = admin_socket::open(&path)?;
     Ok(Some(((socket, path), Some(file))))
 }
 
 /// What the control thread runs.
 struct ControlThread {
-    tools: PoolContext,
+    pools: PoolContext,
     changed: Arc<Notify>,
-    crew: Arc<crew::WorkerLoads>,
-    desks: AdminListeners,
+    loads: Arc<worker_loads::WorkerLoads>,
+    admin: AdminListeners,
     health: (TcpListener, HealthConfig),
     stage: watch::Sender<DrainStage>,
     drains: watch::Receiver<bool>,
@@ -451,18 +452,18 @@ impl ControlThread {
 
     /// Pages, probes and lookups, until the process is over.
     async fn run(self) {
-        let live = &self.tools.live;
-        upkeep::start(&self.tools, self.changed);
-        let turn = self.desks.turn.clone();
+        let live = &self.pools.live;
+        pool_supervisor::start(&self.pools, self.changed);
+        let turn = self.admin.serving.clone();
         let stages = self.stage.subscribe();
         let spawn = |what, task: Pin<Box<dyn Future<Output = ()> + Send>>| {
             tokio::spawn(failure::lasting(what, stages.clone(), task));
         };
         let (health, path) = self.health;
-        spawn("the admin pages", Box::pin(admin::serve(self.desks, Arc::clone(live))));
-        tokio::spawn(writer::tell_losses(Arc::clone(&live.log)));
-        spawn("what systemd is told", Box::pin(notify::run(Arc::clone(live), Arc::clone(&self.crew))));
+        spawn("the admin pages", Box::pin(admin::serve(self.admin, Arc::clone(live))));
+        tokio::spawn(log_writer::report_missing_lines(Arc::clone(&live.log)));
+        spawn("what systemd is told", Box::pin(notify::run(Arc::clone(live), Arc::clone(&self.loads))));
         spawn("the health check", Box::pin(admin::health::serve(health, path, Arc::clone(live), turn)));
-        drain::run(live, &self.crew, self.stage, self.drains).await;
+        drain::run(live, &self.loads, self.stage, self.drains).await;
     }
 }

@@ -1,7 +1,7 @@
 //! One TCP life, from accept to its line in the log: the only place that knows the order of the steps.
 
 mod dial;
-pub mod moved;
+pub mod transfer;
 mod visit;
 
 use std::cell::{Cell, RefCell};
@@ -16,28 +16,28 @@ use tokio::sync::mpsc;
 use crate::accept::AcceptedConnection;
 use crate::account::Label;
 use crate::account::log::{AccessLogRecord, AccessLogger, LogFlags};
-use crate::account::meter::SessionMetrics;
+use crate::account::session_metrics::SessionMetrics;
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
-use crate::admission::pacer::BandwidthQueue;
+use crate::admission::bandwidth_queue::BandwidthQueue;
 use crate::admission::ports::{LocalPort, PortSpace};
 use crate::admission::quota::SessionPermit;
 use crate::admission::slots::{self, Slots};
 use crate::clock::{self, Moment};
 use crate::connect::ConnectPurpose;
-use crate::forward::pace::WorkerResources;
+use crate::forward::bandwidth::WorkerResources;
 use crate::forward::pipe::PipeCache;
 use crate::forward::{self, ConnectionPair, RelayStop};
+use crate::handover::PendingTransfer;
 use crate::header::{self, IdentifiedClient};
 use crate::id::{EndpointClaim, SessionId};
-use crate::life::{SessionContext, WorkerLocal};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::pool::{PickedBackend, Pool, SessionFailure, pick};
-use crate::state::rejections::{LogLine, RejectionLog};
+use crate::session_context::{SessionContext, WorkerLocal};
+use crate::state::rejection_log::{LogLine, RejectionLog};
 use crate::state::{ListenerState, LiveState, Snapshot};
-use crate::takeover::PendingTransfer;
 use crate::tenant::Tenant;
 
-use self::moved::TransferredSession;
+use self::transfer::TransferredSession;
 
 /// What a worker lends to its sessions.
 #[derive(Debug)]
@@ -45,13 +45,13 @@ pub struct SessionWorker {
     /// Its number, from 0.
     pub number: u16,
     /// What its sessions share.
-    pub local: Rc<WorkerLocal>,
+    pub shared: Rc<WorkerLocal>,
     /// Its pipes.
     pub pipes: PipeCache,
     /// Its queues for bandwidth.
-    pub pacer: RefCell<BandwidthQueue>,
+    pub bandwidth: RefCell<BandwidthQueue>,
     /// Its end of the access log.
-    pub journal: AccessLogger,
+    pub access_log: AccessLogger,
     /// What it has left out of that.
     pub rejections: RejectionLog,
     /// Where sessions leave for another process, while they do.
@@ -59,7 +59,7 @@ pub struct SessionWorker {
     live: Arc<LiveState>,
     slots: Arc<Slots>,
     snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
-    rolls: RefCell<fastrand::Rng>,
+    random: RefCell<fastrand::Rng>,
     /// The snapshot's number of revocations that sessions were last visited for, and when they may be visited again.
     revocations: Cell<u32>,
     next_visit: Cell<Moment>,
@@ -68,19 +68,19 @@ pub struct SessionWorker {
 impl SessionWorker {
     /// A worker without sessions.
     #[must_use]
-    pub fn new(number: u16, live: &Arc<LiveState>, local: Rc<WorkerLocal>, journal: AccessLogger) -> Self {
+    pub fn new(number: u16, live: &Arc<LiveState>, local: Rc<WorkerLocal>, access_log: AccessLogger) -> Self {
         Self {
             number,
-            local,
+            shared: local,
             pipes: PipeCache::new(Arc::clone(&live.pipes)),
-            pacer: RefCell::default(),
-            journal,
+            bandwidth: RefCell::default(),
+            access_log,
             rejections: RejectionLog::default(),
             departures: RefCell::default(),
             live: Arc::clone(live),
             slots: Arc::clone(&live.sessions),
             snapshot: RefCell::new(Cache::new(Arc::clone(&live.snapshot))),
-            rolls: RefCell::new(fastrand::Rng::new()),
+            random: RefCell::new(fastrand::Rng::new()),
             revocations: Cell::new(live.snapshot.load().revocations),
             next_visit: Cell::default(),
         }
@@ -98,17 +98,17 @@ impl SessionWorker {
     }
 
     /// What a session of this tenant is lent.
-    fn lent<'a>(&'a self, permit: &'a SessionPermit) -> WorkerResources<'a> {
+    fn resources<'a>(&'a self, permit: &'a SessionPermit) -> WorkerResources<'a> {
         WorkerResources {
             pipes: &self.pipes,
             buffers: &self.live.buffers,
-            pacer: &self.pacer,
+            bandwidth: &self.bandwidth,
             quota: permit.quota(),
         }
     }
 
-    fn roll(&self) -> u64 {
-        self.rolls.borrow_mut().u64(..)
+    fn random(&self) -> u64 {
+        self.random.borrow_mut().u64(..)
     }
 }
 
@@ -120,13 +120,13 @@ struct LogContext<'a> {
     tenant: Option<&'a Tenant>,
     pool: Option<&'a Pool>,
     /// The local ports to the backend that was tried last.
-    toward: Option<Arc<PortSpace>>,
+    port_space: Option<Arc<PortSpace>>,
     /// The one that its connection to the backend uses.
     port: Option<LocalPort>,
     attempts: u32,
     /// In microseconds.
     connect_us: Option<u32>,
-    marks: LogFlags,
+    flags: LogFlags,
 }
 
 impl LogContext<'_> {
@@ -137,7 +137,7 @@ impl LogContext<'_> {
 
     /// The backend that was tried last.
     fn backend(&self) -> Option<BackendAddr> {
-        self.toward.as_ref().map(|space| BackendAddr(space.backend()))
+        self.port_space.as_ref().map(|space| BackendAddr(space.backend()))
     }
 
     /// The connection to the backend is closed, or gone to another process: its local port is free, or in TIME_WAIT where
@@ -151,164 +151,164 @@ impl LogContext<'_> {
     }
 }
 
-/// Carries a session from its first byte to its last, and accounts for it once, at the end. `aboard` is held as long.
+/// Carries a session from its first byte to its last, and accounts for it once, at the end. `load` is held as long.
 ///
 /// One future for all of it: each that is awaited within another keeps a place for its arguments, for life.
-pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listener: u32, aboard: impl Sized) {
+pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listener: u32, load: impl Sized) {
     let snapshot = worker.snapshot();
     let Some(rules) = snapshot.listeners.get(listener as usize) else { return };
-    let meter = SessionMetrics::new(Rc::clone(&worker.local.ledger), &rules.label);
-    let session = SessionId::new(worker.number, worker.local.ledger.next_session());
-    let mut life = SessionContext::new(Rc::clone(&worker.local), meter, clock::now());
-    let mut story = LogContext {
+    let metrics = SessionMetrics::new(Rc::clone(&worker.shared.metrics), &rules.label);
+    let id = SessionId::new(worker.number, worker.shared.metrics.next_session());
+    let mut session = SessionContext::new(Rc::clone(&worker.shared), metrics, clock::now());
+    let mut log_context = LogContext {
         peer: accepted.peer,
         client: None,
         endpoint: EndpointClaim::Absent,
         tenant: None,
         pool: None,
-        toward: None,
+        port_space: None,
         port: None,
         attempts: 0,
         connect_us: None,
-        marks: LogFlags::default(),
+        flags: LogFlags::default(),
     };
     let outcome = 'life: {
         let (pair, admitted, picked) = {
             let steps = SessionSteps { worker: &worker, snapshot: &snapshot, listener, rules };
             // What leads to forwarding takes more room than forwarding does, and gives it back.
-            match boxed(steps.lead(accepted, &mut life, &mut story)).await {
+            match boxed(steps.run_steps(accepted, &mut session, &mut log_context)).await {
                 Ok(led) => led,
                 Err(outcome) => break 'life outcome,
             }
         };
-        let lent = worker.lent(&admitted.permit);
-        let mut relay = forward::relay(pair, &snapshot.patience, lent, &mut life);
+        let resources = worker.resources(&admitted.permit);
+        let mut relay = forward::relay(pair, &snapshot.timeouts, resources, &mut session);
         let outcome = loop {
             if let RelayStop::Ended(outcome) = (&mut relay).await {
                 break outcome;
             }
-            if let Some(outcome) = worker.check(&mut relay, &story, &admitted.permit) {
+            if let Some(outcome) = worker.check(&mut relay, &log_context, &admitted.permit) {
                 break outcome;
             }
             // Apart, because few sessions ever leave, and each would keep room for it for its whole life.
-            if worker.local.is_moving()
+            if worker.shared.is_transferring()
                 && let Some(outcome) =
-                    boxed(moved::depart(&worker, &mut relay, &story, &admitted.permit, session)).await
+                    boxed(transfer::depart(&worker, &mut relay, &log_context, &admitted.permit, id)).await
             {
                 break outcome;
             }
         };
         drop(relay);
-        judge(&picked, outcome, &life, &story);
-        story.leave_port(outcome);
+        report_result(&picked, outcome, &session, &log_context);
+        log_context.leave_port(outcome);
         outcome
     };
-    tell(&worker, life, outcome, session, (&story, &snapshot));
-    drop(aboard);
+    account_for(&worker, session, outcome, id, (&log_context, &snapshot));
+    drop(load);
 }
 
 /// Accounts for a session, once.
-fn tell(
+fn account_for(
     worker: &SessionWorker,
-    life: SessionContext,
+    session: SessionContext,
     outcome: Outcome,
-    session: SessionId,
-    (story, snapshot): (&LogContext<'_>, &Snapshot),
+    id: SessionId,
+    (log_context, snapshot): (&LogContext<'_>, &Snapshot),
 ) {
-    if outcome.is_logged() && worker.journal.is_on() {
-        let strays = || snapshot.strays(life.meter.labels()[0]);
-        let strays = if story.tenant.is_none() { strays() } else { None };
-        match worker.rejections.line(outcome, story.tenant, strays, clock::now()) {
-            Ok(entry) => write(worker, &life, outcome, session, story, entry),
-            Err(class) => worker.journal.leave_out(class),
+    if outcome.is_logged() && worker.access_log.is_on() {
+        let strays = || snapshot.strays(session.metrics.labels()[0]);
+        let strays = if log_context.tenant.is_none() { strays() } else { None };
+        match worker.rejections.line(outcome, log_context.tenant, strays, clock::now()) {
+            Ok(entry) => write(worker, &session, outcome, id, log_context, entry),
+            Err(class) => worker.access_log.leave_out(class),
         }
     }
-    let total = life.started.age(clock::now());
-    life.meter.end(outcome, total);
+    let total = session.started.age(clock::now());
+    session.metrics.end(outcome, total);
 }
 
 /// Writes the line of a session's end.
 fn write(
     worker: &SessionWorker,
-    life: &SessionContext,
+    session: &SessionContext,
     outcome: Outcome,
-    session: SessionId,
-    story: &LogContext<'_>,
+    id: SessionId,
+    log_context: &LogContext<'_>,
     entry: LogLine,
 ) {
-    let bytes = life.meter.bytes();
-    let would_delay = life.meter.would_delay;
-    let total = life.started.age(clock::now());
-    let number = life.meter.labels()[1].serial();
+    let bytes = session.metrics.bytes();
+    let would_delay = session.metrics.would_delay;
+    let total = session.started.age(clock::now());
+    let number = session.metrics.labels()[1].serial();
     // By their names here: they need not be in any snapshot.
-    let [listener, tenant, pool] = life.meter.labels().map(Label::name);
+    let [listener, tenant, pool] = session.metrics.labels().map(Label::name);
     let known = |name| Some(name).filter(|name: &&str| !name.is_empty());
     let record = AccessLogRecord {
         time: clock::wall(),
-        session,
+        session: id,
         listener,
         tenant: known(tenant),
-        endpoint: story.endpoint.id(),
-        client: story.client,
-        peer: story.peer,
+        endpoint: log_context.endpoint.id(),
+        client: log_context.client,
+        peer: log_context.peer,
         pool: known(pool),
-        backend: story.backend(),
-        attempts: story.attempts,
+        backend: log_context.backend(),
+        attempts: log_context.attempts,
         bytes,
         datagrams: None,
-        connect_ms: story.connect_us.map(|span| Duration::from_micros(span.into())),
+        connect_ms: log_context.connect_us.map(|span| Duration::from_micros(span.into())),
         total_ms: total,
         outcome,
-        marks: LogFlags {
+        flags: LogFlags {
             would_delay,
             left_out: u32::try_from(entry.left_out).unwrap_or(u32::MAX),
-            ..story.marks
+            ..log_context.flags
         },
-        labels: story.tenant.and_then(|tenant| tenant.labels.as_deref()),
+        labels: log_context.tenant.and_then(|tenant| tenant.labels.as_deref()),
     };
-    worker.journal.write(entry.class, number, &record);
+    worker.access_log.write(entry.class, number, &record);
 }
 
-/// Carries on with a session that another process has begun, from what that has told to its last byte. `aboard` is held as
+/// Carries on with a session that another process has begun, from what that has told to its last byte. `load` is held as
 /// long.
 ///
 /// Where its tenant, pool or backend is not here any more it goes on all the same, and is counted under their names.
 ///
 /// Boxed, so that what was told of it takes no room while it lives.
-pub async fn resume(worker: Rc<SessionWorker>, mut moved: Box<TransferredSession>, aboard: impl Sized) {
-    let (snapshot, session, _slot) = (worker.snapshot(), moved.session(), worker.slots.take_anyway());
-    let mut story = moved.story(&snapshot, &worker.live.labels);
-    let permit = moved.adopt(&story, &worker.live);
-    let picked = moved.pick(&story);
-    story.adopt_port(&moved, &worker.live);
-    let mut life = moved.life(&worker);
-    story.marks.would_reject = permit.would_reject();
+pub async fn resume(worker: Rc<SessionWorker>, mut transfer: Box<TransferredSession>, load: impl Sized) {
+    let (snapshot, id, _slot) = (worker.snapshot(), transfer.session(), worker.slots.take_anyway());
+    let mut log_context = transfer.log_context(&snapshot, &worker.live.labels);
+    let permit = transfer.adopt(&log_context, &worker.live);
+    let picked = transfer.pick(&log_context);
+    log_context.adopt_port(&transfer, &worker.live);
+    let mut session = transfer.session_context(&worker);
+    log_context.flags.would_reject = permit.would_reject();
     let outcome = 'life: {
-        let lent = worker.lent(&permit);
-        let Ok(mut relay) = moved.resume(&snapshot.patience, lent, &mut life) else {
+        let resources = worker.resources(&permit);
+        let Ok(mut relay) = transfer.resume(&snapshot.timeouts, resources, &mut session) else {
             break 'life Outcome::reject(EndedAt::Connect, Reason::Shortage);
         };
         loop {
             if let RelayStop::Ended(outcome) = (&mut relay).await {
                 break outcome;
             }
-            if let Some(outcome) = worker.check(&mut relay, &story, &permit) {
+            if let Some(outcome) = worker.check(&mut relay, &log_context, &permit) {
                 break outcome;
             }
-            if worker.local.is_moving()
+            if worker.shared.is_transferring()
                 && let Some(outcome) =
-                    boxed(moved::depart(&worker, &mut relay, &story, &permit, session)).await
+                    boxed(transfer::depart(&worker, &mut relay, &log_context, &permit, id)).await
             {
                 break outcome;
             }
         }
     };
     if let Some(picked) = &picked {
-        judge(picked, outcome, &life, &story);
+        report_result(picked, outcome, &session, &log_context);
     }
-    story.leave_port(outcome);
-    tell(&worker, life, outcome, session, (&story, &snapshot));
-    drop(aboard);
+    log_context.leave_port(outcome);
+    account_for(&worker, session, outcome, id, (&log_context, &snapshot));
+    drop(load);
 }
 
 /// On the heap, in blocks of 896 bytes, the allocator's size below 1,024.
@@ -333,18 +333,18 @@ struct SessionSteps<'a> {
 
 impl<'a> SessionSteps<'a> {
     /// Every step up to forwarding.
-    async fn lead(
+    async fn run_steps(
         &self,
         accepted: AcceptedConnection,
-        life: &mut SessionContext,
-        story: &mut LogContext<'a>,
+        session: &mut SessionContext,
+        log_context: &mut LogContext<'a>,
     ) -> Result<(ConnectionPair, AdmittedSession, PickedBackend), Outcome> {
-        let (mut client, pool, admitted) = self.enter(accepted, life, story).await?;
+        let (mut client, pool, admitted) = self.prepare(accepted, session, log_context).await?;
         let speaks = pool.send_proxy || client.payload_len() > 0;
         let opening = if speaks { ConnectPurpose::Speaks } else { ConnectPurpose::Listens };
         let key = pool
             .key(|| pick::by_client(client.address), || pick::by_endpoint(client.endpoint, client.address));
-        let dialled = self.dial(pool, key, opening, &mut client.connection, life, story).await;
+        let dialled = self.dial(pool, key, opening, &mut client.connection, session, log_context).await;
         let (backend, load) = dialled.inspect_err(|_| client.connection.reset_on_close())?;
         let (connection, first) = client.into_parts(pool.send_proxy);
         let client =
@@ -353,72 +353,77 @@ impl<'a> SessionSteps<'a> {
     }
 
     /// Every step up to the dial. Apart, so that what these steps need takes no room beside the dial.
-    async fn enter(
+    async fn prepare(
         &self,
         accepted: AcceptedConnection,
-        life: &mut SessionContext,
-        story: &mut LogContext<'a>,
+        session: &mut SessionContext,
+        log_context: &mut LogContext<'a>,
     ) -> Result<(IdentifiedClient, &'a Pool, AdmittedSession), Outcome> {
-        let client = self.hear(accepted, life, story).await?;
-        let heard = self.place(&client, life, story);
+        let client = self.read_header(accepted, session, log_context).await?;
+        let heard = self.admit(&client, session, log_context);
         let (pool, admitted) = heard.inspect_err(|_| client.connection.reset_on_close())?;
-        let lent = self.worker.lent(&admitted.permit);
-        let (payload, idle) = (client.payload_len(), self.snapshot.patience.idle);
-        let paid = lent.pay_first(payload, idle, || client.connection.take_error(), life).await;
+        let resources = self.worker.resources(&admitted.permit);
+        let (payload, idle) = (client.payload_len(), self.snapshot.timeouts.idle);
+        let paid = resources.charge_first(payload, idle, || client.connection.take_error(), session).await;
         paid.inspect_err(|_| client.connection.reset_on_close())?;
         Ok((client, pool, admitted))
     }
 
     /// Who speaks.
-    async fn hear(
+    async fn read_header(
         &self,
         accepted: AcceptedConnection,
-        life: &mut SessionContext,
-        story: &mut LogContext<'a>,
+        session: &mut SessionContext,
+        log_context: &mut LogContext<'a>,
     ) -> Result<IdentifiedClient, Outcome> {
         if !self.rules.trusts(accepted.peer) {
             return Err(Outcome::reject(EndedAt::Accept, Reason::UntrustedSource));
         }
         let client = match &self.rules.header {
-            Some(rules) => header::read(accepted.socket, rules, life).await?,
+            Some(rules) => header::read(accepted.socket, rules, session).await?,
             None => IdentifiedClient::without_header(accepted.socket, accepted.peer),
         };
-        story.client = client.address;
-        story.endpoint = client.endpoint;
+        log_context.client = client.address;
+        log_context.endpoint = client.endpoint;
         Ok(client)
     }
 
     /// Whose traffic it is, where it goes, and whether there is room for it.
-    fn place(
+    fn admit(
         &self,
         client: &IdentifiedClient,
-        life: &mut SessionContext,
-        story: &mut LogContext<'a>,
+        session: &mut SessionContext,
+        log_context: &mut LogContext<'a>,
     ) -> Result<(&'a Pool, AdmittedSession), Outcome> {
         let tenant = self.snapshot.directory.find(client.endpoint, self.rules.tenants)?;
         let pool = tenant.pool_on(self.listener, self.rules.pool);
         let pool = pool.and_then(|place| self.snapshot.pools.get(place as usize)).map(Arc::as_ref);
-        life.meter.assign(&tenant.label, pool.map(|pool| &pool.label));
-        story.tenant = Some(tenant);
-        story.pool = pool;
+        session.metrics.assign_tenant(&tenant.label, pool.map(|pool| &pool.label));
+        log_context.tenant = Some(tenant);
+        log_context.pool = pool;
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         let reject = |why| Outcome::reject(EndedAt::Tenant, why);
         // Before the tenant is asked: without a slot nothing is taken of its rate.
         let slot = self.worker.slots.take().ok_or_else(|| reject(tenant.quota.reject(Reason::Shed)))?;
         let permit = tenant.quota.admit(clock::now()).map_err(reject)?;
-        story.marks.would_reject = permit.would_reject();
+        log_context.flags.would_reject = permit.would_reject();
         Ok((pool, AdmittedSession { permit, _slot: slot }))
     }
 }
 
 /// What a session that was forwarded says of its backend.
-fn judge(picked: &PickedBackend, outcome: Outcome, life: &SessionContext, story: &LogContext<'_>) {
-    if life.meter.bytes().to_client > 0 {
+fn report_result(
+    picked: &PickedBackend,
+    outcome: Outcome,
+    session: &SessionContext,
+    log_context: &LogContext<'_>,
+) {
+    if session.metrics.bytes().to_client > 0 {
         picked.answered();
     } else if outcome.by == EndedBy::Backend && matches!(outcome.why, Reason::Reset | Reason::Unanswered) {
-        let Some(pool) = story.pool else { return };
-        let failed = SessionFailure::Reset { tenant: story.tenant_number() };
+        let Some(pool) = log_context.pool else { return };
+        let failed = SessionFailure::Reset { tenant: log_context.tenant_number() };
         pool.failed(picked, failed, clock::now()).iter().for_each(|change| change.log(pool));
     }
 }
@@ -445,7 +450,7 @@ mod tests {
 
     #[test]
     fn one_that_comes_from_another_process_is_no_larger() {
-        let size = size(|worker, moved: Box<TransferredSession>| resume(worker, moved, ()));
+        let size = size(|worker, transfer: Box<TransferredSession>| resume(worker, transfer, ()));
         assert!(size <= 664, "{size} bytes");
     }
 }

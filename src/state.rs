@@ -13,7 +13,7 @@ use crate::accept;
 use crate::account::admin_connections::AdminConnections;
 use crate::account::log::QUEUE;
 use crate::account::log_queue::LogQueue;
-use crate::account::meter::{ConfiguredLabels, CounterShard};
+use crate::account::session_metrics::{ConfiguredLabels, CounterShard};
 use crate::account::{Label, Labels, lock};
 use crate::addr::PeerAddr;
 use crate::admission::ports::LocalPorts;
@@ -33,21 +33,21 @@ use crate::tenant::{self, Tenant, TenantDirectory};
 
 mod changes;
 pub mod draining;
-pub mod rejections;
+mod fold;
+mod listener_rows;
+pub mod rejection_log;
 mod reload;
 mod revocation;
-mod rows;
-mod sharing;
-mod stopped;
-mod sweep;
+mod shared_pools;
+mod stopped_listeners;
 mod takeovers;
 
 pub use self::changes::{ChangeCount, ConfigChanges};
 use self::draining::{DrainPhase, DrainState};
-use self::rejections::StrayLogLimit;
+use self::listener_rows::ListenerRows;
+use self::rejection_log::StrayLogLimit;
 pub use self::reload::{PendingReload, ReloadHistory, RestartNeeded};
-use self::rows::ListenerRows;
-pub use self::stopped::{StoppedListener, StoppedListeners};
+pub use self::stopped_listeners::{StoppedListener, StoppedListeners};
 pub use self::takeovers::TakeoverCounters;
 
 /// What is in force. It never changes; a new one takes its place.
@@ -62,7 +62,7 @@ pub struct Snapshot {
     /// One attempt at one backend.
     pub connect: TickSpan,
     /// How long a session may be silent.
-    pub patience: IdleTimeouts,
+    pub timeouts: IdleTimeouts,
     /// How long a flow may be silent.
     pub flow_idle: Duration,
     /// How many reloads may have taken an endpoint away from the tenant of a live session or flow: at another number each
@@ -147,7 +147,7 @@ impl Snapshot {
             pools: Vec::new(),
             directory,
             connect: TickSpan::of(config.timeouts.connect),
-            patience: IdleTimeouts {
+            timeouts: IdleTimeouts {
                 idle: TickSpan::of(config.timeouts.idle),
                 half_close: TickSpan::of(config.timeouts.half_close),
                 tcp_user_timeout: config.timeouts.tcp_user_timeout,
@@ -217,7 +217,7 @@ fn places<'a>(names: impl Iterator<Item = &'a String>) -> HashMap<&'a str, u32> 
     names.map(String::as_str).zip(0..).collect()
 }
 
-fn header_rules(row: &rows::ListenerRow, config: &Config) -> Option<header::HeaderRules> {
+fn header_rules(row: &listener_rows::ListenerRow, config: &Config) -> Option<header::HeaderRules> {
     match row.listener.identity {
         ListenerIdentity::Header { verify_crc, .. } => Some(header::HeaderRules {
             verify_crc,
@@ -304,7 +304,7 @@ pub struct LiveState {
     pub draining: DrainState,
     /// What is configured, for the workers to fold the counts of all else.
     pub configured: ArcSwap<ConfiguredLabels>,
-    swept: Mutex<sweep::FoldTrigger>,
+    swept: Mutex<fold::FoldTrigger>,
 }
 
 /// Why the process should get no new traffic.
@@ -323,7 +323,7 @@ pub enum NotReady {
 impl NotReady {
     /// The reason that the health check shows.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Starting => "starting",
             Self::Draining => "draining",
@@ -350,7 +350,7 @@ impl LiveState {
         rows.set(&config.listeners);
         let pools: Vec<_> = config.pools.iter().map(|pool| Arc::new(Pool::new(pool, &labels))).collect();
         let snapshot = Snapshot { pools, ..Snapshot::new(&config, &labels, &quotas, &rows, None) };
-        sharing::tell(&snapshot);
+        shared_pools::update_pools(&snapshot);
         let configured = ArcSwap::from_pointee(ConfiguredLabels::none(&labels));
         let buffers = BufferBudget::new(config.process.buffer_memory);
         let ports = connect::system_ports();
@@ -385,7 +385,7 @@ impl LiveState {
     ///
     /// # Errors
     /// What it must not change.
-    pub fn turn(&self, config: &Config) -> Result<PendingReload<'_>, RestartNeeded> {
+    pub fn begin_reload(&self, config: &Config) -> Result<PendingReload<'_>, RestartNeeded> {
         // One at a time, so that the last one that was asked for is in force.
         let turn = self.reloads.turn(self);
         RestartNeeded::judge(&self.config.load(), config)?;

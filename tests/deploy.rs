@@ -9,8 +9,8 @@ use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use serde_json::Value;
 use vestibule::account::Direction;
-use vestibule::account::meter::ConnectResult;
 use vestibule::account::names::{self, Metric, MetricKind};
+use vestibule::account::session_metrics::ConnectResult;
 use vestibule::outcome::Outcome;
 
 /// Labels that Prometheus itself sets.
@@ -209,12 +209,12 @@ fn is_word(metric: &Metric, label: &str, word: &str) -> bool {
     let outcomes =
         |word_of: fn(&Outcome) -> &'static str| Outcome::ALL.iter().any(|outcome| word_of(outcome) == word);
     match label {
-        "by" => outcomes(|outcome| outcome.by.word()),
-        "at" => outcomes(|outcome| outcome.at.word()),
+        "by" => outcomes(|outcome| outcome.by.as_str()),
+        "at" => outcomes(|outcome| outcome.at.as_str()),
         "why" if *metric == names::ENDED => outcomes(|outcome| outcome.why.word()),
-        "direction" => Direction::ALL.iter().any(|direction| direction.word() == word),
+        "direction" => Direction::ALL.iter().any(|direction| direction.as_str() == word),
         "result" if *metric == names::BACKEND_CONNECTS => {
-            ConnectResult::ALL.iter().any(|result| result.word() == word)
+            ConnectResult::ALL.iter().any(|result| result.as_str() == word)
         }
         "listener" | "tenant" | "pool" | "backend" | "worker" | "name" | "version" => true,
         // Each help lists the words of its labels.

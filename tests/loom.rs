@@ -16,15 +16,15 @@ use std::time::Duration;
 
 use libtest_mimic::{Arguments, Trial};
 use loom::thread::{JoinHandle, spawn};
-use vestibule::{account, clock, config, outcome, share};
+use vestibule::{account, clock, config, fair_share, outcome};
 
 use self::clock::Moment;
 use self::config::{BandwidthLimit, TenantLimits};
 use self::outcome::Reason;
-use self::source::admission::budget::{BandwidthBudget, PARTS};
+use self::source::admission::bandwidth::{BandwidthBudget, PARTS};
 use self::source::admission::quota::{Quota, ReservedSlots, SessionPermit};
-use self::source::admission::rate::RateLimiter;
-use self::source::admission::share::SessionShare;
+use self::source::admission::rate_limiter::RateLimiter;
+use self::source::admission::session_share::SessionShare;
 use self::source::admission::slots::Slots;
 
 mod atomic {
@@ -117,15 +117,15 @@ fn a_lowered_limit_holds_from_then_on() {
 
 fn a_kept_slot_is_taken_or_given_back_once() {
     let slots = Slots::new(1);
-    slots.keep(1);
+    slots.reserve_more(1);
     let late = with(&slots, Slots::take_anyway);
     let new = with(&slots, Slots::take);
-    slots.keep_none();
+    slots.release_reserved();
     let (late, new) = (late.join().unwrap(), new.join().unwrap());
     assert_eq!(slots.used(), 1 + usize::from(new.is_some()));
     assert_eq!(slots.present(), slots.used());
     drop((late, new));
-    assert_eq!((slots.used(), slots.keep_none()), (0, None));
+    assert_eq!((slots.used(), slots.release_reserved()), (0, None));
 }
 
 fn a_burst_is_admitted_and_not_one_more() {
@@ -229,12 +229,12 @@ fn what_is_dealt_has_come_in() {
     let before = budget.join();
     let other = with(&budget, move |budget| {
         let before = budget.join();
-        budget.deal(later);
+        budget.distribute(later);
         budget.leave() - before
     });
-    budget.deal(later);
+    budget.distribute(later);
     let dealt = budget.leave() - before + other.join().unwrap();
-    assert_eq!(budget.waiting(), 0);
+    assert_eq!(budget.waiters(), 0);
     // What is dealt to nobody, or not to be divided, stays; a part of a byte may be lost with each who deals.
     let left = budget.take(ALL, 1, later) * PARTS;
     let income = 100 * PARTS;
@@ -246,7 +246,7 @@ fn what_is_dealt_to_nobody_stays() {
     assert_eq!(budget.take(200, 200, NOW), 200);
     let later = NOW + Duration::from_millis(100);
     let before = budget.join();
-    let other = with(&budget, move |budget| budget.deal(later));
+    let other = with(&budget, move |budget| budget.distribute(later));
     let dealt = budget.leave() - before;
     other.join().unwrap();
     assert!(dealt == 0 || dealt == 100 * PARTS, "all of it, or nothing: {dealt}");

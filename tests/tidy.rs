@@ -21,11 +21,11 @@ use std::process::Command;
 
 /// The modules of each floor, from the ground up: each imports from lower floors only.
 const FLOORS: [&[&str]; 9] = [
-    &["id", "addr", "clock", "outcome", "fault", "atomic", "share"],
-    &["config", "wire", "account"],
-    &["admission", "pool", "life"],
+    &["id", "addr", "clock", "outcome", "fault", "atomic", "fair_share"],
+    &["config", "proxy_protocol", "account"],
+    &["admission", "pool", "session_context"],
     &["accept", "header", "tenant", "connect", "forward"],
-    &["state", "probe", "resolve", "takeover"],
+    &["state", "probe", "resolve", "handover"],
     &["session", "flow"],
     &["admin", "lab"],
     &["server"],

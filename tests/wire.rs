@@ -10,7 +10,7 @@
 use proptest::prelude::*;
 use vestibule::id::EndpointClaim;
 use vestibule::outcome::{EndedAt, Outcome, Reason};
-use vestibule::wire::{
+use vestibule::proxy_protocol::{
     Addresses, FIXED_LEN, Header, HeaderBuilder, HeaderCommand, MAX_LEN, MalformedHeader, ParsedHeader,
     ParserRules, SIGNATURE, Transport, kind, parse, reseal,
 };

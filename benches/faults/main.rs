@@ -340,7 +340,7 @@ async fn nothing_is_held(server: &Server, before: (usize, usize)) {
         let routes = live.shards.iter().flat_map(|shard| shard.routes()).map(|route| route.active.value());
         let pipes = live.shards.iter().map(|shard| shard.worker.pipes.value());
         let snapshot = live.snapshot.load();
-        let loads = snapshot.pools.iter().flat_map(|pool| pool.roster().backends().to_vec());
+        let loads = snapshot.pools.iter().flat_map(|pool| pool.candidates().backends().to_vec());
         let loads = loads.map(|backend| u64::from(backend.load()));
         let of_tenants = snapshot.directory.tenants().iter().map(|tenant| {
             tenant.quota.sessions()

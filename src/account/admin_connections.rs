@@ -19,7 +19,7 @@ impl AdminEndpoint {
 
     /// The word in metrics.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Health => "health",
             Self::Admin => "admin",
@@ -61,7 +61,7 @@ impl AdminConnectionEnd {
 
     /// The word in metrics.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Answered => "answered",
             Self::Closed => "closed",
@@ -125,12 +125,16 @@ mod tests {
         connections.begin(AdminEndpoint::Admin);
         connections.begin(AdminEndpoint::Health);
         connections.end(AdminEndpoint::Health, AdminConnectionEnd::Displaced);
-        let open: Vec<_> = connections.open().map(|(endpoint, count)| (endpoint.word(), count)).collect();
+        let open: Vec<_> = connections.open().map(|(endpoint, count)| (endpoint.as_str(), count)).collect();
         assert_eq!(open, [("health", 0), ("admin", 1), ("admin_socket", 0)]);
         let counted: Vec<_> = connections.ended().filter(|(.., count)| *count > 0).collect();
         assert_eq!(counted, [(AdminEndpoint::Health, AdminConnectionEnd::Displaced, 1)]);
         assert_eq!(
-            AdminConnectionEnd::ALL.map(AdminConnectionEnd::word).into_iter().collect::<BTreeSet<_>>().len(),
+            AdminConnectionEnd::ALL
+                .map(AdminConnectionEnd::as_str)
+                .into_iter()
+                .collect::<BTreeSet<_>>()
+                .len(),
             AdminConnectionEnd::ALL.len()
         );
     }

@@ -7,7 +7,7 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, SystemTime};
 
 use super::PerDirection;
-use super::line::{TimestampFormat, address, decimal, hexadecimal, milliseconds, quote};
+use super::log_line::{TimestampFormat, address, decimal, hexadecimal, milliseconds, quote};
 use super::log_queue::{LineClass, LineReservation, LogQueue};
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::id::{EndpointId, SessionId};
@@ -47,7 +47,7 @@ pub struct AccessLogRecord<'a> {
     /// Who ended it, at which step, why.
     pub outcome: Outcome,
     /// What the tenant's limits have to do with it.
-    pub marks: LogFlags,
+    pub flags: LogFlags,
     /// The tenant's labels.
     pub labels: Option<&'a BTreeMap<String, String>>,
 }
@@ -96,7 +96,7 @@ impl AccessLogRecord<'_> {
         hexadecimal(to, self.session.number(), 16);
         to.extend_from_slice(br#"","listener":"#);
         quote(to, self.listener);
-        self.write_who(to);
+        self.write_client(to);
         to.extend_from_slice(br#","attempts":"#);
         decimal(to, u64::from(self.attempts));
         to.extend_from_slice(br#","bytes":{"to_backend":"#);
@@ -118,21 +118,21 @@ impl AccessLogRecord<'_> {
         to.extend_from_slice(br#","total_ms":"#);
         milliseconds(to, self.total_ms);
         for (key, word) in [
-            (&br#","outcome":{"by":""#[..], self.outcome.by.word()),
-            (br#"","at":""#, self.outcome.at.word()),
+            (&br#","outcome":{"by":""#[..], self.outcome.by.as_str()),
+            (br#"","at":""#, self.outcome.at.as_str()),
             (br#"","why":""#, self.outcome.why.word()),
         ] {
             to.extend_from_slice(key);
             to.extend_from_slice(word.as_bytes());
         }
         to.extend_from_slice(br#""}"#);
-        self.marks.write(to);
+        self.flags.write(to);
         self.write_labels(to);
         to.extend_from_slice(b"}\n");
     }
 
     /// Whose session it was, and where it went.
-    fn write_who(&self, to: &mut Vec<u8>) {
+    fn write_client(&self, to: &mut Vec<u8>) {
         if let Some(tenant) = self.tenant {
             to.extend_from_slice(br#","tenant":"#);
             quote(to, tenant);
@@ -195,10 +195,10 @@ impl LogBatch {
     }
 
     /// Gives back the room that its lines held in the queue; lines that could not be written are counted as dropped.
-    pub fn settle(&self, queue: &LogQueue, is_written: bool) {
+    pub fn release(&self, queue: &LogQueue, is_written: bool) {
         for line in self.lines.iter().copied() {
             if !is_written {
-                queue.lose(line);
+                queue.drop_line(line);
             }
             queue.release(line);
         }
@@ -227,34 +227,34 @@ pub struct LogSender {
 #[derive(Debug)]
 pub struct AccessLogger {
     batch: RefCell<LogBatch>,
-    stamp: RefCell<TimestampFormat>,
+    timestamps: RefCell<TimestampFormat>,
     /// `None` where the log is off.
-    outlet: Option<LogSender>,
+    sender: Option<LogSender>,
 }
 
 impl AccessLogger {
     /// A journal that hands its batches to a writer.
     #[must_use]
     pub fn new(outlet: Option<LogSender>) -> Self {
-        Self { batch: RefCell::default(), stamp: RefCell::default(), outlet }
+        Self { batch: RefCell::default(), timestamps: RefCell::default(), sender: outlet }
     }
 
     /// Whether there is a log.
     #[must_use]
     pub fn is_on(&self) -> bool {
-        self.outlet.is_some()
+        self.sender.is_some()
     }
 
     /// Adds a line of the tenant whose label has this number. Where the queue has no room for it, it is dropped and
     /// counted: a slow disk must not hold up traffic.
     pub fn write(&self, class: LineClass, tenant: u32, record: &AccessLogRecord<'_>) {
-        let Some(outlet) = &self.outlet else { return };
+        let Some(outlet) = &self.sender else { return };
         let mut batch = self.batch.borrow_mut();
         if batch.text.capacity() == 0 {
             batch.text.reserve(FULL + FULL / 8);
         }
         let before = batch.text.len();
-        record.write(&mut batch.text, &mut self.stamp.borrow_mut());
+        record.write(&mut batch.text, &mut self.timestamps.borrow_mut());
         match outlet.queue.admit(class, tenant, batch.text.len() - before) {
             Some(held) => batch.lines.push(held),
             None => batch.text.truncate(before),
@@ -268,12 +268,12 @@ impl AccessLogger {
 
     /// Counts a line that is left out.
     pub fn leave_out(&self, class: LineClass) {
-        self.outlet.iter().for_each(|outlet| outlet.queue.leave_out(class));
+        self.sender.iter().for_each(|outlet| outlet.queue.leave_out(class));
     }
 
     /// Hands what was collected to the writer, where that takes it now.
     pub fn flush(&self) {
-        let Some(outlet) = &self.outlet else { return };
+        let Some(outlet) = &self.sender else { return };
         if self.batch.borrow().lines.is_empty() {
             return;
         }
@@ -282,7 +282,7 @@ impl AccessLogger {
             Ok(()) => {}
             // They go with the next.
             Err(TrySendError::Full(batch)) => *self.batch.borrow_mut() = batch,
-            Err(TrySendError::Disconnected(batch)) => batch.settle(&outlet.queue, false),
+            Err(TrySendError::Disconnected(batch)) => batch.release(&outlet.queue, false),
         }
     }
 }
@@ -291,7 +291,7 @@ impl Drop for AccessLogger {
     fn drop(&mut self) {
         self.flush();
         let rest = std::mem::take(&mut *self.batch.borrow_mut());
-        self.outlet.iter().for_each(|outlet| rest.settle(&outlet.queue, false));
+        self.sender.iter().for_each(|outlet| rest.release(&outlet.queue, false));
     }
 }
 
@@ -319,20 +319,20 @@ mod tests {
             connect_ms: Some(Duration::from_nanos(1_234_567)),
             total_ms: Duration::from_secs(2),
             outcome: Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done),
-            marks: LogFlags::default(),
+            flags: LogFlags::default(),
             labels: Some(labels),
         }
     }
 
     /// A journal with room for so many bytes.
-    fn journal(room: usize) -> (AccessLogger, Receiver<LogBatch>, Arc<LogQueue>) {
+    fn access_log(room: usize) -> (AccessLogger, Receiver<LogBatch>, Arc<LogQueue>) {
         let (to_writer, receiver) = sync_channel(1);
         let queue = Arc::new(LogQueue::new(room));
         (AccessLogger::new(Some(LogSender { to_writer, queue: Arc::clone(&queue) })), receiver, queue)
     }
 
-    fn write(journal: &AccessLogger, record: &AccessLogRecord<'_>) {
-        journal.write(LineClass::Session, 1, record);
+    fn write(access_log: &AccessLogger, record: &AccessLogRecord<'_>) {
+        access_log.write(LineClass::Session, 1, record);
     }
 
     fn received(receiver: &Receiver<LogBatch>) -> Option<LogBatch> {
@@ -342,9 +342,9 @@ mod tests {
     #[test]
     fn a_line_has_all_that_is_known() {
         let labels = BTreeMap::from([("plan".to_owned(), "gold".to_owned())]);
-        let (journal, receiver, _queue) = journal(QUEUE);
-        write(&journal, &record(&labels));
-        journal.flush();
+        let (access_log, receiver, _queue) = access_log(QUEUE);
+        write(&access_log, &record(&labels));
+        access_log.flush();
         let batch = received(&receiver).unwrap();
         assert_eq!(batch.lines(), 1);
         assert_eq!(
@@ -362,9 +362,9 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_left_out() {
-        let (journal, receiver, _queue) = journal(QUEUE);
+        let (access_log, receiver, _queue) = access_log(QUEUE);
         write(
-            &journal,
+            &access_log,
             &AccessLogRecord {
                 tenant: None,
                 endpoint: None,
@@ -377,7 +377,7 @@ mod tests {
                 ..record(&BTreeMap::new())
             },
         );
-        journal.flush();
+        access_log.flush();
         let line = String::from_utf8(received(&receiver).unwrap().text).unwrap();
         for key in [
             "tenant",
@@ -397,16 +397,16 @@ mod tests {
 
     #[test]
     fn what_limits_have_to_do_with_it_is_said_only_where_they_have() {
-        let (journal, receiver, _queue) = journal(QUEUE);
+        let (access_log, receiver, _queue) = access_log(QUEUE);
         let labels = BTreeMap::new();
-        let marks = LogFlags {
+        let flags = LogFlags {
             queued_us: 1_500,
             would_reject: Some(Reason::SessionLimit),
             would_delay: true,
             left_out: 7,
         };
-        write(&journal, &AccessLogRecord { marks, ..record(&labels) });
-        journal.flush();
+        write(&access_log, &AccessLogRecord { flags, ..record(&labels) });
+        access_log.flush();
         let line = String::from_utf8(received(&receiver).unwrap().text).unwrap();
         let expected = r#""queued_ms":1.5,"would_reject":["session_limit"],"would_delay":true,"left_out":7,"labels":{}}"#;
         assert!(line.trim_end().ends_with(expected), "{line}");
@@ -416,56 +416,56 @@ mod tests {
     fn a_full_batch_goes_at_once_and_a_full_queue_drops_and_counts() {
         let labels = BTreeMap::new();
         // Half of it is one tenant's.
-        let (journal, receiver, queue) = journal(8 * FULL);
+        let (access_log, receiver, queue) = access_log(8 * FULL);
         for _ in 0..400 {
-            write(&journal, &record(&labels));
+            write(&access_log, &record(&labels));
         }
-        let dropped = queue.losses().dropped[0];
+        let dropped = queue.missing_lines().dropped[0];
         assert!(dropped > 0);
         let first = received(&receiver).unwrap();
         assert!(first.text.len() >= FULL && first.text.ends_with(b"\n"));
         // The writer takes one at a time: the others have waited in the journal.
-        journal.flush();
+        access_log.flush();
         let rest = received(&receiver).unwrap();
         assert!(rest.text.len() > first.text.len());
         assert_eq!(u64::try_from(first.lines() + rest.lines()).unwrap() + dropped, 400);
-        first.settle(&queue, true);
-        rest.settle(&queue, true);
-        assert_eq!((queue.waiting(), queue.losses().dropped[0]), (0, dropped));
-        journal.flush();
+        first.release(&queue, true);
+        rest.release(&queue, true);
+        assert_eq!((queue.waiting(), queue.missing_lines().dropped[0]), (0, dropped));
+        access_log.flush();
         assert!(received(&receiver).is_none(), "an empty batch is not sent");
     }
 
     #[test]
     fn lines_that_the_writer_has_not_taken_at_the_end_are_counted() {
-        let (journal, receiver, queue) = journal(QUEUE);
+        let (access_log, receiver, queue) = access_log(QUEUE);
         for _ in 0..2 {
-            write(&journal, &record(&BTreeMap::new()));
-            journal.flush();
+            write(&access_log, &record(&BTreeMap::new()));
+            access_log.flush();
         }
-        drop(journal);
-        assert_eq!((received(&receiver).unwrap().lines(), queue.losses().dropped[0]), (1, 1));
+        drop(access_log);
+        assert_eq!((received(&receiver).unwrap().lines(), queue.missing_lines().dropped[0]), (1, 1));
     }
 
     #[test]
     fn lines_for_a_writer_that_has_gone_are_dropped_and_counted() {
-        let (journal, receiver, queue) = journal(QUEUE);
+        let (access_log, receiver, queue) = access_log(QUEUE);
         drop(receiver);
-        write(&journal, &record(&BTreeMap::new()));
-        journal.write(LineClass::Stray, 0, &record(&BTreeMap::new()));
-        journal.leave_out(LineClass::Stray);
-        journal.flush();
-        assert_eq!((queue.losses().dropped, queue.losses().left_out), ([1, 0, 1], [0, 0, 1]));
+        write(&access_log, &record(&BTreeMap::new()));
+        access_log.write(LineClass::Stray, 0, &record(&BTreeMap::new()));
+        access_log.leave_out(LineClass::Stray);
+        access_log.flush();
+        assert_eq!((queue.missing_lines().dropped, queue.missing_lines().left_out), ([1, 0, 1], [0, 0, 1]));
         assert_eq!(queue.waiting(), 0);
     }
 
     #[test]
     fn a_log_that_is_off_costs_nothing() {
-        let journal = AccessLogger::new(None);
-        assert!(!journal.is_on());
-        write(&journal, &record(&BTreeMap::new()));
-        journal.leave_out(LineClass::Stray);
-        journal.flush();
-        assert_eq!(journal.batch.borrow().text.capacity(), 0);
+        let access_log = AccessLogger::new(None);
+        assert!(!access_log.is_on());
+        write(&access_log, &record(&BTreeMap::new()));
+        access_log.leave_out(LineClass::Stray);
+        access_log.flush();
+        assert_eq!(access_log.batch.borrow().text.capacity(), 0);
     }
 }

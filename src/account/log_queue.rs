@@ -26,7 +26,7 @@ impl LineClass {
 
     /// The word in metrics.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Session => "session",
             Self::Rejection => "rejection",
@@ -51,11 +51,11 @@ pub struct LogQueue {
     room: usize,
     waiting: AtomicUsize,
     /// Bytes that wait: by tenant, then of rejections, then of strays.
-    held: Box<[AtomicUsize]>,
+    held_by_tenant: Box<[AtomicUsize]>,
     dropped: [AtomicU64; LineClass::ALL.len()],
     left_out: [AtomicU64; LineClass::ALL.len()],
     /// What the process log has been told of.
-    told: Mutex<MissingLines>,
+    reported: Mutex<MissingLines>,
 }
 
 /// Lines that are missing in the access log, by class.
@@ -81,10 +81,10 @@ impl LogQueue {
         Self {
             room,
             waiting: AtomicUsize::new(0),
-            held: (0..TENANTS + 2).map(|_| AtomicUsize::new(0)).collect(),
+            held_by_tenant: (0..TENANTS + 2).map(|_| AtomicUsize::new(0)).collect(),
             dropped: Default::default(),
             left_out: Default::default(),
-            told: Mutex::default(),
+            reported: Mutex::default(),
         }
     }
 
@@ -97,7 +97,7 @@ impl LogQueue {
             LineClass::Rejection => (TENANTS, free / MINOR),
             LineClass::Stray => (TENANTS + 1, free / MINOR),
         };
-        let held = self.held.get(place)?;
+        let held = self.held_by_tenant.get(place)?;
         // Workers that ask at once may exceed a part by a line each: it is a bound on memory, not a limit to be exact.
         if held.load(Ordering::Relaxed) + bytes > part {
             self.drop_lines(class, 1);
@@ -110,7 +110,7 @@ impl LogQueue {
 
     /// Gives back what a line held.
     pub(super) fn release(&self, line: LineReservation) {
-        if let Some(held) = self.held.get(usize::from(line.place)) {
+        if let Some(held) = self.held_by_tenant.get(usize::from(line.place)) {
             held.fetch_sub(line.bytes as usize, Ordering::Relaxed);
             self.waiting.fetch_sub(line.bytes as usize, Ordering::Relaxed);
         }
@@ -122,7 +122,7 @@ impl LogQueue {
     }
 
     /// Counts a line that waited and could not be written.
-    pub(super) fn lose(&self, line: LineReservation) {
+    pub(super) fn drop_line(&self, line: LineReservation) {
         let class = match usize::from(line.place) {
             TENANTS => LineClass::Rejection,
             place if place > TENANTS => LineClass::Stray,
@@ -144,7 +144,7 @@ impl LogQueue {
 
     /// All lines that are missing since the start.
     #[must_use]
-    pub fn losses(&self) -> MissingLines {
+    pub fn missing_lines(&self) -> MissingLines {
         let values = |counts: &[AtomicU64; LineClass::ALL.len()]| {
             counts.each_ref().map(|count| count.load(Ordering::Relaxed))
         };
@@ -153,9 +153,9 @@ impl LogQueue {
 
     /// The lines that are missing since this was last called.
     #[must_use]
-    pub fn take_untold(&self) -> MissingLines {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = self.losses();
+    pub fn take_unreported(&self) -> MissingLines {
+        let mut told = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.missing_lines();
         let before = std::mem::replace(&mut *told, now);
         let since = |now: Lines, before: Lines| {
             let mut lines = now;
@@ -193,7 +193,7 @@ mod tests {
         assert_eq!(fill(&queue, LineClass::Session, 8).len(), 16);
         assert_eq!(fill(&queue, LineClass::Session, 9).len(), 8);
         assert!(queue.admit(LineClass::Session, 10, LINE).is_some(), "a tenant with one line has room");
-        assert_eq!(queue.losses().dropped, [3, 0, 0]);
+        assert_eq!(queue.missing_lines().dropped, [3, 0, 0]);
     }
 
     #[test]
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(fill(&queue, LineClass::Rejection, 0).len(), 6);
         assert_eq!(fill(&queue, LineClass::Session, 0).len(), 26, "half of what is left");
         assert!(queue.admit(LineClass::Stray, 0, LINE).is_none());
-        assert_eq!(queue.losses().dropped, [1, 1, 2]);
+        assert_eq!(queue.missing_lines().dropped, [1, 1, 2]);
     }
 
     #[test]
@@ -212,11 +212,11 @@ mod tests {
         let held: Vec<_> = LineClass::ALL.iter().filter_map(|class| queue.admit(*class, 3, LINE)).collect();
         assert_eq!((held.len(), queue.waiting()), (3, 3 * LINE));
         for line in held {
-            queue.lose(line);
+            queue.drop_line(line);
             queue.release(line);
         }
-        assert_eq!((queue.waiting(), queue.losses().dropped), (0, [1, 1, 1]));
-        assert!(queue.held.iter().all(|held| held.load(Ordering::Relaxed) == 0));
+        assert_eq!((queue.waiting(), queue.missing_lines().dropped), (0, [1, 1, 1]));
+        assert!(queue.held_by_tenant.iter().all(|held| held.load(Ordering::Relaxed) == 0));
     }
 
     #[test]
@@ -224,14 +224,14 @@ mod tests {
         let queue = LogQueue::new(0);
         assert!(queue.admit(LineClass::Stray, 0, LINE).is_none());
         queue.leave_out(LineClass::Rejection);
-        assert_eq!(queue.take_untold(), MissingLines { dropped: [0, 0, 1], left_out: [0, 1, 0] });
-        assert_eq!(queue.take_untold(), MissingLines::default());
-        assert_eq!(queue.losses().dropped, [0, 0, 1]);
+        assert_eq!(queue.take_unreported(), MissingLines { dropped: [0, 0, 1], left_out: [0, 1, 0] });
+        assert_eq!(queue.take_unreported(), MissingLines::default());
+        assert_eq!(queue.missing_lines().dropped, [0, 0, 1]);
     }
 
     #[test]
     fn classes_have_their_place_and_their_word() {
         assert!(LineClass::ALL.iter().enumerate().all(|(place, class)| *class as usize == place));
-        assert_eq!(LineClass::ALL.map(LineClass::word), ["session", "rejection", "stray"]);
+        assert_eq!(LineClass::ALL.map(LineClass::as_str), ["session", "rejection", "stray"]);
     }
 }

@@ -18,8 +18,8 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::hosts;
-use super::places::TrackedStream;
+use super::allowed_hosts;
+use super::connection_slots::TrackedStream;
 use crate::addr::BackendAddr;
 use crate::clock;
 use crate::state::LiveState;
@@ -79,59 +79,62 @@ pub struct RefusalDetail {
 #[derive(Clone)]
 struct ControlRoutes {
     live: Arc<LiveState>,
-    orders: Arc<dyn Control>,
+    control: Arc<dyn Control>,
 }
 
 /// An order's body has a few keys.
 const BODY: usize = 4096;
 
 /// The routes.
-pub(super) fn routes(live: &Arc<LiveState>, orders: Arc<dyn Control>) -> Router {
+pub(super) fn routes(live: &Arc<LiveState>, control: Arc<dyn Control>) -> Router {
     Router::new()
         .route("/reload", post(reload))
         .route("/drain", post(drain))
         .route("/takeover", post(takeover))
         .route("/weight", post(weight))
-        .method_not_allowed_fallback(only_by_post)
+        .method_not_allowed_fallback(post_required)
         .layer(DefaultBodyLimit::max(BODY))
-        .route_layer(middleware::from_fn(hosts::not_from_web_pages))
-        .with_state(ControlRoutes { live: Arc::clone(live), orders })
+        .route_layer(middleware::from_fn(allowed_hosts::refuse_web_pages))
+        .with_state(ControlRoutes { live: Arc::clone(live), control })
 }
 
 /// An answer that says what is wrong.
-pub(super) fn wrong(status: StatusCode, error: impl Into<String>) -> Response {
+pub(super) fn error_response(status: StatusCode, error: impl Into<String>) -> Response {
     (status, Json(json!({ "error": error.into() }))).into_response()
 }
 
-async fn only_by_post(method: Method) -> Response {
-    wrong(StatusCode::METHOD_NOT_ALLOWED, format!("this changes something: it must be POST, found {method}"))
+async fn post_required(method: Method) -> Response {
+    error_response(
+        StatusCode::METHOD_NOT_ALLOWED,
+        format!("this changes something: it must be POST, found {method}"),
+    )
 }
 
-async fn reload(State(desk): State<ControlRoutes>) -> Response {
+async fn reload(State(state): State<ControlRoutes>) -> Response {
     // Not a page, so it does not wait for one; orders take their turns by themselves.
-    let orders = desk.orders;
-    match tokio::task::spawn_blocking(move || orders.reload()).await {
+    let control = state.control;
+    match tokio::task::spawn_blocking(move || control.reload()).await {
         Ok(Ok(reloaded)) => Json(reloaded).into_response(),
         Ok(Err(refused)) => (StatusCode::CONFLICT, Json(refused)).into_response(),
         Err(error) => {
             tracing::error!(%error, "a fault in vestibule itself in a reload");
-            wrong(StatusCode::INTERNAL_SERVER_ERROR, "a fault in vestibule itself; the log has it")
+            error_response(StatusCode::INTERNAL_SERVER_ERROR, "a fault in vestibule itself; the log has it")
         }
     }
 }
 
-async fn drain(State(desk): State<ControlRoutes>) -> Response {
-    desk.orders.drain();
+async fn drain(State(state): State<ControlRoutes>) -> Response {
+    state.control.drain();
     Json(json!({ "draining": true })).into_response()
 }
 
 /// What a successor asks to speak from here on (RFC 9110, section 7.8).
 const TAKEOVER: &str = "vestibule-takeover";
 
-async fn takeover(State(desk): State<ControlRoutes>, request: Request) -> Response {
+async fn takeover(State(state): State<ControlRoutes>, request: Request) -> Response {
     if request.headers().get(UPGRADE).is_none_or(|to| to != TAKEOVER) {
         const WANTED: &str = "this is for a successor, which asks by itself: vestibule serve --takeover, and this socket's path";
-        return wrong(StatusCode::BAD_REQUEST, WANTED);
+        return error_response(StatusCode::BAD_REQUEST, WANTED);
     }
     let upgrade = hyper::upgrade::on(request);
     tokio::spawn(async move {
@@ -142,7 +145,7 @@ async fn takeover(State(desk): State<ControlRoutes>, request: Request) -> Respon
         // It has gone already.
         let stream = upgraded.and_then(|parts| parts.io.into_inner().into_stream());
         let Some(Ok(stream)) = stream.map(tokio::net::UnixStream::into_std) else { return };
-        desk.orders.hand_over(stream);
+        state.control.hand_over(stream);
     });
     (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, TAKEOVER)], Body::empty())
         .into_response()
@@ -170,7 +173,7 @@ struct WeightChanged {
     usable: usize,
 }
 
-async fn weight(State(desk): State<ControlRoutes>, uri: Uri, body: Bytes) -> Response {
+async fn weight(State(state): State<ControlRoutes>, uri: Uri, body: Bytes) -> Response {
     const WANTED: &str =
         "must have pool, backend (address:port) and weight (0 to 1000), as a query or a JSON body";
     /// As in the configuration.
@@ -185,21 +188,24 @@ async fn weight(State(desk): State<ControlRoutes>, uri: Uri, body: Bytes) -> Res
     let order = match read {
         Ok(order) if order.weight <= MOST => order,
         Ok(order) => {
-            return wrong(StatusCode::BAD_REQUEST, format!("{WANTED}, found the weight {}", order.weight));
+            return error_response(
+                StatusCode::BAD_REQUEST,
+                format!("{WANTED}, found the weight {}", order.weight),
+            );
         }
-        Err(error) => return wrong(StatusCode::BAD_REQUEST, format!("{WANTED}: {error}")),
+        Err(error) => return error_response(StatusCode::BAD_REQUEST, format!("{WANTED}: {error}")),
     };
-    match weigh(&desk.live, &order) {
+    match set_weight(&state.live, &order) {
         Ok(weighed) => Json(weighed).into_response(),
-        Err(absent) => wrong(StatusCode::NOT_FOUND, absent),
+        Err(absent) => error_response(StatusCode::NOT_FOUND, absent),
     }
 }
 
-fn weigh(live: &LiveState, order: &WeightRequest) -> Result<WeightChanged, String> {
+fn set_weight(live: &LiveState, order: &WeightRequest) -> Result<WeightChanged, String> {
     let snapshot = live.snapshot.load();
     let pool = snapshot.pools.iter().find(|pool| pool.label.name() == order.pool);
     let pool = pool.ok_or_else(|| format!("pool: must be one that is in force, found \"{}\"", order.pool))?;
-    let changed = pool.order(BackendAddr(order.backend), order.weight, clock::now());
+    let changed = pool.override_weight(BackendAddr(order.backend), order.weight, clock::now());
     let (from, change) = changed.ok_or_else(|| {
         format!("backend: must be an address of pool \"{}\", found {}", order.pool, order.backend)
     })?;

@@ -19,7 +19,7 @@ use tokio::io::{AsyncReadExt, join, split};
 use tokio::net::TcpStream;
 
 use super::ServingSwitch;
-use super::places::{ConnectionStep, ConnectionTimeouts, TrackedConnection};
+use super::connection_slots::{ConnectionStep, ConnectionTimeouts, TrackedConnection};
 use super::serve::{self, ConnectionLimits};
 use crate::account::admin_connections::AdminEndpoint;
 use crate::config::HealthConfig;
@@ -83,7 +83,7 @@ fn answer<B>(request: &Request<B>, path: &str, live: &LiveState) -> Response<Bod
     let (status, text) = if request.uri().path() == path {
         match live.readiness() {
             Ok(()) => (StatusCode::OK, "ok"),
-            Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason.word()),
+            Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason.as_str()),
         }
     } else {
         (StatusCode::NOT_FOUND, "not the health check's path")

@@ -19,7 +19,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::places::{AdminStream, ConnectionSlots, ConnectionStep, ConnectionTimeouts, TrackedConnection};
+use super::connection_slots::{
+    AdminStream, ConnectionSlots, ConnectionStep, ConnectionTimeouts, TrackedConnection,
+};
 use crate::accept::{self, AcceptError};
 use crate::account::admin_connections::AdminEndpoint;
 use crate::clock;
@@ -65,7 +67,7 @@ impl ServingSwitch {
     }
 
     /// What `accept` brings while it is this process's turn; `None` where it will never be again.
-    async fn of<T>(&mut self, accept: impl Future<Output = T>) -> Option<T> {
+    async fn while_serving<T>(&mut self, accept: impl Future<Output = T>) -> Option<T> {
         let mut accept = pin!(accept);
         loop {
             self.0.wait_for(|serving| *serving).await.ok()?;
@@ -142,7 +144,7 @@ pub(super) async fn accept<L, F>(
     let mut others = ConnectionSlots::new(room.for_others);
     loop {
         for _ in 0..BATCH {
-            let Some(accepted) = turn.of(listener.accept()).await else { return };
+            let Some(accepted) = turn.while_serving(listener.accept()).await else { return };
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -216,7 +218,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};
 
-    use super::super::places::TrackedStream;
+    use super::super::connection_slots::TrackedStream;
     use super::*;
     use crate::config::Config;
     use crate::state::ProcessLimits;

@@ -173,7 +173,7 @@ impl Status {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             ready: readiness.is_ok(),
-            not_ready: readiness.err().map(NotReady::word),
+            not_ready: readiness.err().map(NotReady::as_str),
             drain: drain(live, workers.iter().sum()),
             last_reload_successful: live.reloads.last_was_successful(),
             sessions: workers.iter().sum(),
@@ -191,7 +191,7 @@ impl Status {
 fn drain(live: &LiveState, sessions_left: u64) -> Option<DrainStatus> {
     let (took, left) = live.draining.time(clock::now())?;
     Some(DrainStatus {
-        stage: live.draining.phase().word(),
+        stage: live.draining.phase().as_str(),
         sessions_left,
         seconds: took.as_secs(),
         seconds_to_deadline: left.as_secs(),
@@ -199,17 +199,17 @@ fn drain(live: &LiveState, sessions_left: u64) -> Option<DrainStatus> {
 }
 
 fn listeners(live: &LiveState) -> Vec<ListenerStatus> {
-    let cells: Vec<_> = live.shards.iter().flat_map(|shard| shard.listeners()).collect();
+    let counters: Vec<_> = live.shards.iter().flat_map(|shard| shard.listeners()).collect();
     let snapshot = live.snapshot.load();
     let bound = live.bound.load();
     let listeners = snapshot.listeners.iter().zip(bound.iter()).filter(|(listener, _)| !listener.is_retired);
     let listeners = listeners.map(|(listener, bound)| {
-        let own = || cells.iter().filter(|cells| cells.listener.serial() == listener.label.serial());
+        let own = || counters.iter().filter(|counters| counters.listener.serial() == listener.label.serial());
         ListenerStatus {
             name: listener.label.name().to_owned(),
             addresses: bound.clone(),
-            accepted: own().map(|cells| cells.accepted.value()).sum(),
-            pending: own().map(|cells| cells.pending.value()).sum(),
+            accepted: own().map(|counters| counters.accepted.value()).sum(),
+            pending: own().map(|counters| counters.pending.value()).sum(),
         }
     });
     listeners.collect()
@@ -218,15 +218,15 @@ fn listeners(live: &LiveState) -> Vec<ListenerStatus> {
 fn pools(live: &LiveState) -> Vec<PoolStatus> {
     let (snapshot, now) = (live.snapshot.load(), clock::now());
     let pools = snapshot.pools.iter().map(|pool| {
-        let (roster, (retries, retries_refused)) = (pool.roster(), pool.retries());
+        let (candidates, (retries, retries_refused)) = (pool.candidates(), pool.retries());
         PoolStatus {
             name: pool.label.name().to_owned(),
-            usable: roster.used().len(),
-            ground: roster.ground().word(),
+            usable: candidates.used().len(),
+            ground: candidates.tier().as_str(),
             queued: pool.waiting(),
             retries,
             retries_refused,
-            backends: roster.backends().iter().map(|backend| self::backend(backend, now)).collect(),
+            backends: candidates.backends().iter().map(|backend| self::backend(backend, now)).collect(),
         }
     });
     pools.collect()
@@ -241,8 +241,8 @@ fn backend(backend: &Backend, now: Moment) -> BackendStatus {
     };
     BackendStatus {
         address: backend.address().to_string(),
-        state: if backend.is_ejected() { "ejected" } else { backend.state().word() },
-        why: cause.word(),
+        state: if backend.is_ejected() { "ejected" } else { backend.state().as_str() },
+        why: cause.as_str(),
         changed_seconds_ago: now.since(changed).as_secs(),
         ejected_seconds_more: summary.ejected_until.map(|until| until.since(now).as_secs()),
         ejections: backend.ejections(),
@@ -286,8 +286,8 @@ fn tenants(live: &LiveState) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>)
         let name = route.tenant.name().to_owned();
         let tenant = tenants.entry(name).or_insert_with(|| tenant(live, &route.tenant));
         tenant.sessions += route.active.value();
-        tenant.to_backend += route.bytes.way(Direction::ToBackend).value();
-        tenant.to_client += route.bytes.way(Direction::ToClient).value();
+        tenant.to_backend += route.bytes.of(Direction::ToBackend).value();
+        tenant.to_client += route.bytes.of(Direction::ToClient).value();
         for (outcome, count) in ended {
             tenant.ended += count;
             if outcome.by == EndedBy::Proxy {

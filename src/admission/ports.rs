@@ -24,7 +24,7 @@ pub use self::system::{LocalPortRange, TimeWaitReuse};
 use crate::account::lock;
 use crate::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::clock::Moment;
-use crate::share;
+use crate::fair_share;
 
 /// The tenant that the ports of probes are counted for.
 pub const PROBES: u32 = u32::MAX;
@@ -263,7 +263,7 @@ impl PortSpace {
     pub fn holds_little(&self, tenant: u32) -> bool {
         let state = lock(&self.state);
         let (held, holders) = state.holding(tenant);
-        share::is_equal(held, holders, self.shared.limit())
+        fair_share::is_equal(held, holders, self.shared.limit())
     }
 
     /// A port has been given back to the kernel: it may be asked to search again.
@@ -360,11 +360,11 @@ impl PortSpaceState {
         }
     }
 
-    /// Whether the tenant may hold one more, by the rule of [`share`].
+    /// Whether the tenant may hold one more, by the rule of [`fair_share`].
     fn allows(&self, tenant: u32, limit: usize) -> bool {
         let Some(free) = limit.checked_sub(self.used() + 1) else { return false };
         let (held, holders) = self.holding(tenant);
-        share::is_allowed(held, holders, limit, free)
+        fair_share::is_allowed(held, holders, limit, free)
     }
 
     /// How many the tenant holds, and how many tenants hold any with this one.

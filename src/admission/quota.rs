@@ -1,7 +1,7 @@
 //! What one tenant may take and what it has taken: found again by its name, whatever a reload changes.
 
 mod flows;
-mod kept;
+mod reserved;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::budget::BandwidthBudget;
-use super::rate::RateLimiter;
-use super::share::SessionShare;
+use super::bandwidth::BandwidthBudget;
+use super::rate_limiter::RateLimiter;
+use super::session_share::SessionShare;
 use super::slots::Slots;
 use crate::account::{Direction, Label, PerDirection, lock};
 use crate::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -20,7 +20,7 @@ use crate::config::{LimitMode, OnRevoke, TenantConfig, TenantLimits};
 use crate::outcome::Reason;
 
 pub use self::flows::{DatagramVerdict, EvictionScope, ExceededLimit, FlowPermit};
-pub use self::kept::{HeldSlots, ReservedSlots};
+pub use self::reserved::{HeldSlots, ReservedSlots};
 
 /// One tenant's limits and what is in use of them.
 ///
@@ -157,7 +157,7 @@ impl Quota {
     /// Takes in a session that another process has admitted: whatever the limits say, and nothing is taken of the rate. It has a
     /// place that is kept, where there is one.
     pub fn adopt(self: &Arc<Self>, would_reject: Option<Reason>) -> SessionPermit {
-        if self.sessions.enter_kept() {
+        if self.sessions.enter_reserved() {
             self.share.iter().for_each(|share| share.join());
         }
         SessionPermit { quota: Arc::clone(self), would_reject }
@@ -196,7 +196,7 @@ impl Quota {
     /// The bytes of one direction.
     #[must_use]
     pub fn budget(&self, direction: Direction) -> &BandwidthBudget {
-        self.budgets.way(direction)
+        self.budgets.of(direction)
     }
 
     /// Each reason with how many sessions were rejected for it.

@@ -10,7 +10,7 @@ pub struct Slots {
     limit: AtomicUsize,
     used: AtomicUsize,
     /// Those of `used` that are kept for somebody who is to come, or has gone to another process.
-    kept: AtomicUsize,
+    reserved: AtomicUsize,
 }
 
 impl Slots {
@@ -38,7 +38,7 @@ impl Slots {
     /// there is room again.
     #[must_use]
     pub fn take_anyway(self: &Arc<Self>) -> SlotPermit {
-        self.enter_kept();
+        self.enter_reserved();
         SlotPermit(Arc::clone(self))
     }
 
@@ -59,9 +59,9 @@ impl Slots {
     }
 
     /// Takes a slot that is kept, or else one even beyond the limit, and tells whether none was taken before.
-    pub(super) fn enter_kept(&self) -> bool {
+    pub(super) fn enter_reserved(&self) -> bool {
         let one = |kept: usize| kept.checked_sub(1);
-        match self.kept.fetch_update(Ordering::AcqRel, Ordering::Acquire, one) {
+        match self.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, one) {
             // It is among those taken already.
             Ok(_) => false,
             Err(_) => self.enter_anyway() == 0,
@@ -69,15 +69,15 @@ impl Slots {
     }
 
     /// Keeps so many more, even beyond the limit, and tells how many were taken before.
-    pub fn keep(&self, count: usize) -> usize {
+    pub fn reserve_more(&self, count: usize) -> usize {
         let before = self.used.fetch_add(count, Ordering::AcqRel);
-        self.kept.fetch_add(count, Ordering::AcqRel);
+        self.reserved.fetch_add(count, Ordering::AcqRel);
         before
     }
 
     /// Gives back those that are kept, if any, and tells how many are taken still.
-    pub fn keep_none(&self) -> Option<usize> {
-        let kept = Some(self.kept.swap(0, Ordering::AcqRel)).filter(|kept| *kept > 0)?;
+    pub fn release_reserved(&self) -> Option<usize> {
+        let kept = Some(self.reserved.swap(0, Ordering::AcqRel)).filter(|kept| *kept > 0)?;
         Some(self.used.fetch_sub(kept, Ordering::AcqRel) - kept)
     }
 
@@ -101,7 +101,7 @@ impl Slots {
     /// How many are here.
     #[must_use]
     pub fn present(&self) -> usize {
-        self.used().saturating_sub(self.kept.load(Ordering::Acquire))
+        self.used().saturating_sub(self.reserved.load(Ordering::Acquire))
     }
 }
 
@@ -111,7 +111,7 @@ impl Default for Slots {
         Self {
             limit: AtomicUsize::new(Self::UNLIMITED),
             used: AtomicUsize::new(0),
-            kept: AtomicUsize::new(0),
+            reserved: AtomicUsize::new(0),
         }
     }
 }
@@ -178,17 +178,17 @@ mod tests {
     #[test]
     fn what_is_kept_is_taken_by_who_comes_for_it_and_given_back_once() {
         let slots = Slots::new(3);
-        assert_eq!((slots.keep(2), slots.used(), slots.present()), (0, 2, 0));
+        assert_eq!((slots.reserve_more(2), slots.used(), slots.present()), (0, 2, 0));
         let _new = slots.take().unwrap();
         assert!(slots.take().is_none(), "nobody else has what is kept");
         let came = slots.take_anyway();
         assert_eq!((slots.used(), slots.present()), (3, 2));
-        assert_eq!((slots.keep_none(), slots.used(), slots.present()), (Some(2), 2, 2));
-        assert_eq!(slots.keep_none(), None);
+        assert_eq!((slots.release_reserved(), slots.used(), slots.present()), (Some(2), 2, 2));
+        assert_eq!(slots.release_reserved(), None);
         let _late = slots.take_anyway();
-        assert_eq!((slots.enter_kept(), slots.leave()), (false, 3));
+        assert_eq!((slots.enter_reserved(), slots.leave()), (false, 3));
         drop(came);
-        assert_eq!((slots.used(), slots.keep(0)), (2, 2));
+        assert_eq!((slots.used(), slots.reserve_more(0)), (2, 2));
     }
 
     #[test]

@@ -4,12 +4,12 @@ use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::ask::AdminTarget;
+use super::admin_client::AdminTarget;
 use crate::admission::ports::LocalPorts;
 use crate::config::Config;
-use crate::config::difference::{ActiveConfig, ConfigDiff};
+use crate::config::diff::{ActiveConfig, ConfigDiff};
 use crate::connect;
-use crate::server::{ScarcePorts, scarce_ports, writer};
+use crate::server::{ScarcePorts, log_writer, scarce_ports};
 
 /// What `vestibule check` is told.
 #[derive(Debug, clap::Args)]
@@ -44,7 +44,7 @@ pub(super) fn run(options: &CheckOptions) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    if let Err(error) = writer::check(&config.log.access) {
+    if let Err(error) = log_writer::check(&config.log.access) {
         eprintln!("{error}");
         return ExitCode::FAILURE;
     }
@@ -58,7 +58,7 @@ pub(super) fn run(options: &CheckOptions) -> ExitCode {
         println!("{}: fine: {}", options.config.display(), contents(&config));
         return ExitCode::SUCCESS;
     };
-    let now = match in_force(place) {
+    let now = match fetch_active(place) {
         Ok(now) => now,
         Err(error) => {
             eprintln!("--against: must be a vestibule that runs, found: {error}");
@@ -67,11 +67,11 @@ pub(super) fn run(options: &CheckOptions) -> ExitCode {
     };
     let difference = ConfigDiff::between(&now, &config);
     // A reader that has seen enough, such as head, is no fault.
-    tell(&difference, options.json).unwrap_or_default();
+    print_difference(&difference, options.json).unwrap_or_default();
     if difference.is_refused() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-fn in_force(place: &AdminTarget) -> Result<ActiveConfig, String> {
+fn fetch_active(place: &AdminTarget) -> Result<ActiveConfig, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let page = runtime.map_err(|error| error.to_string())?.block_on(place.page("/config"))?;
     serde_json::from_slice(&page).map_err(|error| {
@@ -79,7 +79,7 @@ fn in_force(place: &AdminTarget) -> Result<ActiveConfig, String> {
     })
 }
 
-fn tell(difference: &ConfigDiff, as_json: bool) -> io::Result<()> {
+fn print_difference(difference: &ConfigDiff, as_json: bool) -> io::Result<()> {
     let mut out = BufWriter::new(io::stdout().lock());
     if as_json {
         serde_json::to_writer_pretty(&mut out, difference)?;

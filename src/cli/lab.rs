@@ -1,9 +1,9 @@
 //! `vestibule lab`: the classic PrivateLink hands-on on one machine, shown and checked.
 
-mod ask;
+mod query;
 mod screen;
-mod story;
 mod traffic;
+mod walkthrough;
 
 use std::io;
 use std::process::{Command, ExitCode, Stdio};
@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::screen::Screen;
-use self::story::Walkthrough;
+use self::walkthrough::Walkthrough;
 use crate::lab::vpc::Network;
 use crate::lab::vpc::run::{self, Removal, network_name};
 use crate::lab::world::{self, LabPrograms, LabWorld};

@@ -1,6 +1,6 @@
 //! `vestibule load`: what the load generator was asked for.
 
-mod shown;
+mod render;
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -253,9 +253,9 @@ fn carry_out(options: &LoadOptions) -> Result<ExitCode, Box<dyn std::error::Erro
         watched(plan).await.map_err(|error| error.to_string())
     })?;
     if options.json {
-        println!("{:#}", shown::as_json(&report, options.interval));
+        println!("{:#}", render::as_json(&report, options.interval));
     } else {
-        print!("{}", shown::as_text(&report, options.mode, options.interval));
+        print!("{}", render::as_text(&report, options.mode, options.interval));
     }
     if let Some(path) = &options.plot {
         draw(&report, path)?;

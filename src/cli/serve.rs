@@ -16,8 +16,8 @@ use crate::account::lock;
 use crate::admin::control::Control as _;
 use crate::config::sources::ConfigSources;
 use crate::config::{Config, ConfigErrors, LogConfig, LogFormat, LogLevel};
+use crate::server::handover::TakeoverOffer;
 use crate::server::inherit::InheritedSockets;
-use crate::server::takeover::TakeoverOffer;
 use crate::server::{
     ProcessControl, ScarcePorts, Server, StartError, StartOptions, failure, notify, scarce_ports,
 };
@@ -103,7 +103,7 @@ fn begin(
     failure::before_exit(move || drop(lock(&flushed).take()));
     let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
         let heritage = options.takeover.as_deref().map(TakeoverOffer::ask).transpose()?;
-        let start = StartOptions { source: Some(options.config.clone()), inherited, heritage };
+        let start = StartOptions { source: Some(options.config.clone()), inherited, takeover: heritage };
         serve(runtime, caught, Arc::new(config), start, sources)
     });
     let status = match started {
@@ -127,23 +127,23 @@ fn serve(
     let (reloads, asked) = mpsc::channel(1);
     let (reopenings, asked_to_reopen) = mpsc::channel(1);
     let successor = SuccessorCommand { source: start.source.clone(), control: config.admin.socket.clone() };
-    let signals = SignalLoop { caught, successor, reloads, reopenings };
+    let signals = SignalLoop { signals: caught, successor, reloads, reopens: reopenings };
     let watched = start.source.clone().filter(|_| config.process.watch);
     let mut server = Server::start_with(&config, start)?;
-    server.succeed()?;
+    server.take_over()?;
     announce(&server, &config);
     // The server has it, until another one is in force.
     drop(config);
     notify::ready();
-    let reloads = carry_out_each(Arc::clone(server.orders()), asked, |orders| drop(orders.reload()));
+    let reloads = carry_out_each(Arc::clone(server.control()), asked, |control| drop(control.reload()));
     runtime.spawn(failure::essential("reloads", reloads));
     // Apart from reloads, which may wait for names for seconds.
-    let reopens = carry_out_each(Arc::clone(server.orders()), asked_to_reopen, |orders| {
-        drop(orders.reopen_access_log());
+    let reopens = carry_out_each(Arc::clone(server.control()), asked_to_reopen, |control| {
+        drop(control.reopen_access_log());
     });
     runtime.spawn(failure::essential("reopening of the access log", reopens));
     if let Some(main) = watched {
-        let watching = watch::run(main, sources, Arc::clone(server.orders()));
+        let watching = watch::run(main, sources, Arc::clone(server.control()));
         runtime.spawn(failure::essential("the watch of configuration files", watching));
     }
     runtime.block_on(until_the_end(server, signals));
@@ -174,12 +174,12 @@ impl SignalStreams {
 }
 
 struct SignalLoop {
-    caught: SignalStreams,
+    signals: SignalStreams,
     successor: SuccessorCommand,
     /// Has room for one reload beside the one that is carried out: it reads the newest files.
     reloads: mpsc::Sender<()>,
     /// The same for the access log's file.
-    reopenings: mpsc::Sender<()>,
+    reopens: mpsc::Sender<()>,
 }
 
 /// How a process starts the one that takes its place.
@@ -227,25 +227,25 @@ impl SuccessorCommand {
 
 impl SignalLoop {
     /// Waits for the next order to end; meanwhile SIGHUP reloads, and SIGUSR1 opens the access log's file anew.
-    async fn next(&mut self, orders: &ProcessControl) {
+    async fn next(&mut self, control: &ProcessControl) {
         loop {
             tokio::select! {
-                _ = self.caught.terminate.recv() => return,
-                _ = self.caught.interrupt.recv() => return,
-                _ = self.caught.reopen.recv() => self.reopenings.try_send(()).unwrap_or_default(),
-                _ = self.caught.upgrade.recv() => self.successor.start(orders.tie()),
+                _ = self.signals.terminate.recv() => return,
+                _ = self.signals.interrupt.recv() => return,
+                _ = self.signals.reopen.recv() => self.reopens.try_send(()).unwrap_or_default(),
+                _ = self.signals.upgrade.recv() => self.successor.start(control.takeover_obstacle()),
                 // Not here: it may wait for names, and the end must not wait for it.
-                _ = self.caught.hangup.recv() => self.reloads.try_send(()).unwrap_or_default(),
+                _ = self.signals.hangup.recv() => self.reloads.try_send(()).unwrap_or_default(),
             }
         }
     }
 
     /// The first signal drains, the second ends. One that comes after `POST /drain` is the first: who stops a process by
     /// both, as Kubernetes does with a hook, must not cut off what drains.
-    async fn carry_out(&mut self, orders: &Arc<ProcessControl>, end: impl Fn()) {
-        self.next(orders).await;
-        orders.drain();
-        self.next(orders).await;
+    async fn carry_out(&mut self, control: &Arc<ProcessControl>, end: impl Fn()) {
+        self.next(control).await;
+        control.drain();
+        self.next(control).await;
         tracing::warn!("a second signal: ending now");
         end();
         std::future::pending::<()>().await;
@@ -254,25 +254,25 @@ impl SignalLoop {
 
 /// Carries out an order each time that it is asked for, one after the other.
 async fn carry_out_each(
-    orders: Arc<ProcessControl>,
+    control: Arc<ProcessControl>,
     mut asked: mpsc::Receiver<()>,
     order: fn(&ProcessControl),
 ) {
     while asked.recv().await.is_some() {
-        let orders = Arc::clone(&orders);
+        let control = Arc::clone(&control);
         // What came of it is logged and counted there.
-        if let Err(error) = tokio::task::spawn_blocking(move || order(&orders)).await {
+        if let Err(error) = tokio::task::spawn_blocking(move || order(&control)).await {
             tracing::error!(%error, "a fault in vestibule itself while a signal's order was carried out");
         }
     }
 }
 
 async fn until_the_end(server: Server, mut signals: SignalLoop) {
-    let (orders, end) = (Arc::clone(server.orders()), server.ender());
+    let (control, end) = (Arc::clone(server.control()), server.end_fn());
     let joined = tokio::task::spawn_blocking(move || server.join());
     let ended = tokio::select! {
         ended = joined => ended,
-        () = signals.carry_out(&orders, end) => Ok(()),
+        () = signals.carry_out(&control, end) => Ok(()),
     };
     if let Err(error) = ended {
         tracing::error!(%error, "the end was not orderly");

@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_secs(10);
 const ROOM: usize = 4096;
 
 /// Reloads whenever the files are others than the `known` ones, for as long as the process runs.
-pub(super) async fn run(main: PathBuf, mut known: ConfigSources, orders: Arc<ProcessControl>) {
+pub(super) async fn run(main: PathBuf, mut known: ConfigSources, control: Arc<ProcessControl>) {
     let mut watch = FolderWatch::new();
     if let Err(error) = &watch {
         tracing::warn!(%error, every = ?LOOK, "files are watched by looking at them from time to time");
@@ -50,9 +50,9 @@ pub(super) async fn run(main: PathBuf, mut known: ConfigSources, orders: Arc<Pro
         }
         known = settled(&main, now).await;
         tracing::info!(file = %main.display(), "a configuration file has changed");
-        let orders = Arc::clone(&orders);
+        let control = Arc::clone(&control);
         // What came of it is logged and counted there. The next change is the next attempt.
-        if let Err(error) = tokio::task::spawn_blocking(move || orders.reload()).await {
+        if let Err(error) = tokio::task::spawn_blocking(move || control.reload()).await {
             tracing::error!(%error, "a fault in vestibule itself in a reload");
         }
     }

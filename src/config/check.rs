@@ -13,8 +13,8 @@ mod tenant;
 use std::time::Duration;
 
 use super::error::{ConfigError, ConfigErrors};
+use super::raw::RawConfig;
 use super::section::ParsedField;
-use super::written::RawConfig;
 use super::{Config, Fallback};
 use names::NameIndex;
 
@@ -34,7 +34,7 @@ pub(super) fn check(mut written: RawConfig) -> Result<Config, ConfigErrors> {
     address::listener_addresses_do_not_overlap(&written, &mut faults);
     dns::rules(&written, &mut faults);
     pool::rules(&written, &mut faults);
-    probe::a_probe_asks_where_somebody_listens(&written, &mut faults);
+    probe::probe_protocol_has_a_listener(&written, &mut faults);
     tenant::rules(&written, &mut faults);
     limits::rules(&written, &mut faults);
     if faults.is_empty() { Ok(build::config(written)) } else { Err(ConfigErrors::sorted(faults)) }
@@ -136,7 +136,7 @@ fn tcp_user_timeout_is_one_that_the_kernel_takes(written: &RawConfig, faults: &m
 }
 
 /// A time in words, and whether it is one that nobody wrote.
-fn told(time: Duration, field: &ParsedField<Duration>) -> String {
+fn shown(time: Duration, field: &ParsedField<Duration>) -> String {
     format!("{time:?}{}", if field.is_absent() { " (the default)" } else { "" })
 }
 

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigErrors, SourceText};
-use super::section::{ParsedField, ParsedList, Section, TableHead, into_array, into_table, quoted, shown};
-use super::written::{
+use super::raw::{
     RawAdmin, RawConfig, RawDns, RawDrain, RawHealth, RawListener, RawLog, RawPool, RawProcess, RawTenant,
     RawTenantDefaults, RawTimeouts,
 };
+use super::section::{ParsedField, ParsedList, Section, TableHead, into_array, into_table, quoted, shown};
 
 /// Reads a file and all that it includes. Faults of form are handed on with what could be read.
 ///

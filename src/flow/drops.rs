@@ -30,7 +30,7 @@ pub(super) struct KernelDrops(u32);
 
 impl KernelDrops {
     /// What the socket drops from now on; what it dropped before was counted by another process.
-    pub(super) fn from_now(socket: &impl AsFd) -> Self {
+    pub(super) fn new(socket: &impl AsFd) -> Self {
         Self(read(socket).unwrap_or(0))
     }
 
@@ -67,6 +67,6 @@ mod tests {
         let taken = std::iter::from_fn(|| receiver.recv(&mut [0; 1_000]).ok()).count();
         assert!(taken < 100);
         assert_eq!(drops.take(&receiver), 100 - taken as u64);
-        assert_eq!((drops.take(&receiver), KernelDrops::from_now(&receiver).take(&receiver)), (0, 0));
+        assert_eq!((drops.take(&receiver), KernelDrops::new(&receiver).take(&receiver)), (0, 0));
     }
 }

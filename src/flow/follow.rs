@@ -6,11 +6,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::life::{ConnectedBackend, Flow};
-use super::search::{BackendSearch, PortOwner, blame};
+use super::entry::{ConnectedBackend, Flow};
+use super::search::{BackendSearch, PortOwner, report_failure};
 use super::table::{FlowClient, FlowId};
 use super::{FlowWorkerState, Poll};
-use crate::account::meter::ConnectResult;
+use crate::account::session_metrics::ConnectResult;
 use crate::admission::ports::LocalPorts;
 use crate::clock::Moment;
 use crate::pool::{Pool, TriedBackends, pick};
@@ -22,20 +22,21 @@ impl<A> FlowWorkerState<A> {
     /// Moves a flow to a backend in use where its own is unhealthy, ejected, has weight 0, or is no longer in the pool. Where
     /// none is in use it stays.
     pub(super) fn follow_pool(&mut self, id: FlowId, poll: &Poll, now: Moment) {
-        let Some((_, who, flow)) = self.table.find(id) else { return };
-        if flow.picked.as_ref().is_some_and(|picked| picked.keeps_flows()) || now < flow.searches_at {
+        let Some((_, flow_client, flow)) = self.table.find(id) else { return };
+        if flow.picked.as_ref().is_some_and(|picked| picked.keeps_flows()) || now < flow.next_search {
             return;
         }
-        flow.searches_at = now + SEARCH_AGAIN;
-        let Some(latest) = flow.story.pool().map(Pool::latest) else { return };
+        flow.next_search = now + SEARCH_AGAIN;
+        let Some(latest) = flow.log_context.pool().map(Pool::latest) else { return };
         if flow.stays_over_reload() {
             return;
         }
-        let Some(found) = flow.search(&latest, who, &self.live.udp_ports, &mut self.rolls, now) else {
+        let Some(found) = flow.search(&latest, flow_client, &self.live.udp_ports, &mut self.random, now)
+        else {
             return;
         };
         flow.move_to(found);
-        (flow.is_answered, flow.first, flow.searches_at) = (false, None, Moment::default());
+        (flow.is_answered, flow.first, flow.next_search) = (false, None, Moment::default());
         self.watch(id, poll, now);
     }
 }
@@ -44,11 +45,13 @@ impl<A> Flow<A> {
     /// Whether a reload has replaced its pool, and its backend's address is in use there: it is counted there from now on.
     fn stays_over_reload(&mut self) -> bool {
         let Some(picked) = self.picked.as_ref().filter(|picked| picked.is_retired()) else { return false };
-        let heir = self.story.pool().and_then(|pool| pool.heir_of(picked.backend()));
-        let Some((_, heir)) = heir.filter(|(_, heir)| heir.keeps_flows()) else { return false };
-        self.picked = Some(picked.follow(&heir));
+        let replacement = self.log_context.pool().and_then(|pool| pool.replacement_of(picked.backend()));
+        let Some((_, replacement)) = replacement.filter(|(_, replacement)| replacement.keeps_flows()) else {
+            return false;
+        };
+        self.picked = Some(picked.follow(&replacement));
         self.tried = TriedBackends::default();
-        self.searches_at = Moment::default();
+        self.next_search = Moment::default();
         true
     }
 
@@ -56,28 +59,31 @@ impl<A> Flow<A> {
     fn search(
         &mut self,
         pool: &Arc<Pool>,
-        who: FlowClient,
+        flow_client: FlowClient,
         ports: &LocalPorts,
-        rolls: &mut fastrand::Rng,
+        random: &mut fastrand::Rng,
         now: Moment,
     ) -> Option<ConnectedBackend> {
-        let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
+        let key = pool.key(
+            || pick::by_client(flow_client.client),
+            || pick::by_endpoint(flow_client.endpoint, flow_client.client),
+        );
         let mut tried = TriedBackends::default();
-        let tenant = self.story.tenant_number();
-        let picked = pool.pick_again(tenant, key, rolls.u64(..), &mut tried).ok();
+        let tenant = self.log_context.tenant_number();
+        let picked = pool.pick_again(tenant, key, random.u64(..), &mut tried).ok();
         let picked = picked.filter(|picked| picked.keeps_flows())?;
-        match BackendSearch::new(pool, who, (ports, PortOwner::Holder(&self.port)), rolls, now)
+        match BackendSearch::new(pool, flow_client, (ports, PortOwner::Holder(&self.port)), random, now)
             .connect(&picked)
         {
             Ok((socket, port)) => {
-                self.story.meter.leave();
-                self.story.meter.assume(picked.label());
+                self.log_context.metrics.leave_backend();
+                self.log_context.metrics.assume_backend(picked.label());
                 Some(ConnectedBackend { socket, port, picked: Some(picked), tried, attempts: 1 })
             }
             Err(result) => {
-                self.story.meter.failed(picked.label(), result);
+                self.log_context.metrics.count_failed_connect(picked.label(), result);
                 if !matches!(result, ConnectResult::NoLocalPort | ConnectResult::Shortage) {
-                    blame(pool, &picked, now);
+                    report_failure(pool, &picked, now);
                 }
                 None
             }

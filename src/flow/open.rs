@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use rustix::event::epoll;
 
-use super::life::{ConnectedBackend, Flow, FlowLogContext, FlowLogDetails, FlowLogs, NOWHERE};
-use super::run::{DatagramHeaders, Span, loss};
+use super::entry::{ConnectedBackend, Flow, FlowLogContext, FlowLogDetails, FlowLogs, NOWHERE};
 use super::search::{BackendSearch, PortOwner};
+use super::send_runs::{DatagramHeaders, Span, drop_reason};
 use super::socket::{self, ROOM, UdpListenSocket};
 use super::table::{DatagramAction, FlowClient, FlowId, FlowPath, StrayDatagram};
 use super::{FlowWorkerState, Poll, TURN};
 use crate::account::Direction;
-use crate::account::loss::DatagramDrop;
-use crate::account::meter::{ConnectResult, SessionMetrics};
+use crate::account::session_metrics::{ConnectResult, SessionMetrics};
+use crate::account::udp_drops::DatagramDrop;
 use crate::addr::{ClientAddr, DestinationAddr};
 use crate::admission::ports::PortSpace;
 use crate::admission::quota::{DatagramVerdict, EvictionScope, FlowPermit, Quota};
@@ -25,7 +25,7 @@ use crate::fault::{self, Syscall};
 use crate::id::{EndpointClaim, SessionId};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::pool::{Pool, TriedBackends};
-use crate::wire::{self, HeaderBuilder, MalformedHeader, ParsedHeader, SIGNATURE, Transport};
+use crate::proxy_protocol::{self, HeaderBuilder, MalformedHeader, ParsedHeader, SIGNATURE, Transport};
 
 /// A flow that was silent for so long may lose its place to a new one, where all places are taken.
 const GIVES_WAY: Duration = Duration::from_secs(5);
@@ -37,35 +37,35 @@ enum DatagramStart {
     /// None.
     Bare,
     /// Nothing that leads to a flow.
-    Nobody(Outcome),
+    Invalid(Outcome),
 }
 
 /// Reads a datagram's header, where there is one.
-fn read(datagram: &[u8], rules: wire::ParserRules) -> DatagramStart {
-    match wire::parse(datagram, rules) {
-        ParsedHeader::Done(header, _) if header.command() == wire::HeaderCommand::Local => {
-            DatagramStart::Nobody(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::Local))
+fn read(datagram: &[u8], rules: proxy_protocol::ParserRules) -> DatagramStart {
+    match proxy_protocol::parse(datagram, rules) {
+        ParsedHeader::Done(header, _) if header.command() == proxy_protocol::HeaderCommand::Local => {
+            DatagramStart::Invalid(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::Local))
         }
         ParsedHeader::Done(header, len) => {
-            let who =
+            let flow_client =
                 FlowClient { client: header.client(), endpoint: EndpointClaim::from_tlv(header.endpoint()) };
-            DatagramStart::Header(who, len)
+            DatagramStart::Header(flow_client, len)
         }
         // Too short for a signature: payload, however it begins.
         ParsedHeader::Partial(_) if datagram.len() < SIGNATURE.len() => DatagramStart::Bare,
         ParsedHeader::Partial(_) => {
-            DatagramStart::Nobody(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::HeaderTruncated))
+            DatagramStart::Invalid(Outcome::new(EndedBy::Client, EndedAt::Header, Reason::HeaderTruncated))
         }
         ParsedHeader::Malformed(MalformedHeader::NoSignature) => DatagramStart::Bare,
         ParsedHeader::Malformed(reason) => {
-            DatagramStart::Nobody(Outcome::reject(EndedAt::Header, reason.into()))
+            DatagramStart::Invalid(Outcome::reject(EndedAt::Header, reason.into()))
         }
     }
 }
 
 /// A datagram of a client's, where it came in.
 pub(super) struct ClientDatagram<'a> {
-    pub(super) door: &'a UdpListenSocket,
+    pub(super) socket: &'a UdpListenSocket,
     pub(super) path: FlowPath,
     pub(super) room: &'a [u8],
     pub(super) span: Span,
@@ -74,39 +74,54 @@ pub(super) struct ClientDatagram<'a> {
 impl<A> FlowWorkerState<A> {
     /// Takes in one datagram of a client's.
     pub(super) fn take_in(&mut self, datagram: ClientDatagram<'_>, poll: &Poll, now: Moment) {
-        let ClientDatagram { door, path, room, span } = datagram;
+        let ClientDatagram { socket: listen_socket, path, room, span } = datagram;
         let bytes = room.get(span.clone()).unwrap_or_default();
         let peer = FlowClient { client: Some(ClientAddr(path.peer.0)), endpoint: EndpointClaim::Absent };
-        let spoken = door.header.get().map_or(DatagramStart::Header(peer, 0), |rules| read(bytes, rules));
-        let (who, header_len) = match spoken {
-            DatagramStart::Header(who, len) => (Some(who), len),
-            DatagramStart::Bare if door.follows_bare.get() => (None, 0),
+        let spoken =
+            listen_socket.header.get().map_or(DatagramStart::Header(peer, 0), |rules| read(bytes, rules));
+        let (flow_client, header_len) = match spoken {
+            DatagramStart::Header(flow_client, len) => (Some(flow_client), len),
+            DatagramStart::Bare if listen_socket.follows_bare.get() => (None, 0),
             DatagramStart::Bare => {
-                return self.turn_away(
-                    door,
+                return self.reject_datagram(
+                    listen_socket,
                     path,
                     None,
                     Outcome::reject(EndedAt::Header, Reason::NoHeader),
                     now,
                 );
             }
-            DatagramStart::Nobody(outcome) => return self.turn_away(door, path, None, outcome, now),
+            DatagramStart::Invalid(outcome) => {
+                return self.reject_datagram(listen_socket, path, None, outcome, now);
+            }
         };
         let payload = span.start + header_len..span.end;
-        match (self.table.hear(path, who, now), who) {
+        match (self.table.on_datagram(path, flow_client, now), flow_client) {
             (DatagramAction::ToBackend(id), _) => self.add_to_run(id, payload, header_len),
-            (DatagramAction::Open, Some(who)) => {
+            (DatagramAction::Open, Some(flow_client)) => {
                 let header = bytes.get(..header_len).unwrap_or_default();
                 let spoken = (header, payload.len());
-                if let Some(id) = self.open(door, path, who, spoken, poll, now) {
+                if let Some(id) = self.open(listen_socket, path, flow_client, spoken, poll, now) {
                     self.add_to_run(id, payload, header_len);
                 }
             }
             (DatagramAction::Drop(StrayDatagram::Ambiguous), _) => {
-                self.turn_away(door, path, None, Outcome::reject(EndedAt::Header, Reason::Ambiguous), now);
+                self.reject_datagram(
+                    listen_socket,
+                    path,
+                    None,
+                    Outcome::reject(EndedAt::Header, Reason::Ambiguous),
+                    now,
+                );
             }
             (DatagramAction::Drop(StrayDatagram::NoHeader) | DatagramAction::Open, _) => {
-                self.turn_away(door, path, None, Outcome::reject(EndedAt::Header, Reason::NoHeader), now);
+                self.reject_datagram(
+                    listen_socket,
+                    path,
+                    None,
+                    Outcome::reject(EndedAt::Header, Reason::NoHeader),
+                    now,
+                );
             }
         }
     }
@@ -120,14 +135,14 @@ impl<A> FlowWorkerState<A> {
         self.runs.add(id, payload);
     }
 
-    fn story(&mut self, listener: u32, now: Moment) -> Option<FlowLogContext> {
+    fn log_context(&mut self, listener: u32, now: Moment) -> Option<FlowLogContext> {
         let snapshot = self.snapshot();
         let rules = snapshot.listeners.get(listener as usize)?;
-        let meter = SessionMetrics::new(Rc::clone(&self.local.ledger), &rules.label);
-        let session = SessionId::new(self.number, self.local.ledger.next_session());
+        let metrics = SessionMetrics::new(Rc::clone(&self.worker.metrics), &rules.label);
+        let session = SessionId::new(self.number, self.worker.metrics.next_session());
         Some(FlowLogContext {
             snapshot,
-            meter,
+            metrics,
             session,
             began: now.into(),
             listener,
@@ -137,65 +152,70 @@ impl<A> FlowWorkerState<A> {
     }
 
     /// Counts a datagram that belongs to no flow and begins none.
-    fn turn_away(
+    fn reject_datagram(
         &mut self,
-        door: &UdpListenSocket,
+        listen_socket: &UdpListenSocket,
         path: FlowPath,
-        who: Option<FlowClient>,
+        flow_client: Option<FlowClient>,
         outcome: Outcome,
         now: Moment,
     ) {
-        let Some(story) = self.story(door.listener(), now) else { return };
-        let rules = story.snapshot.listeners.get(door.listener() as usize);
+        let Some(log_context) = self.log_context(listen_socket.listener(), now) else { return };
+        let rules = log_context.snapshot.listeners.get(listen_socket.listener() as usize);
         let is_stranger = rules.is_some_and(|rules| !rules.trusts(path.peer));
         let outcome =
             if is_stranger { Outcome::reject(EndedAt::Accept, Reason::UntrustedSource) } else { outcome };
-        self.reject(story, path, who, outcome, now);
+        self.reject(log_context, path, flow_client, outcome, now);
     }
 
     fn reject(
         &mut self,
-        story: FlowLogContext,
+        log_context: FlowLogContext,
         path: FlowPath,
-        who: Option<FlowClient>,
+        flow_client: Option<FlowClient>,
         outcome: Outcome,
         now: Moment,
     ) {
-        let books = FlowLogs { journal: &self.journal, rejections: &self.rejections };
-        story.end(outcome, FlowLogDetails::stray(path.peer, who), &books, now);
+        let logs = FlowLogs { access_log: &self.access_log, rejections: &self.rejections };
+        log_context.end(outcome, FlowLogDetails::stray(path.peer, flow_client), &logs, now);
     }
 
     /// Begins a flow by a datagram: its header, and how long its payload is.
     fn open(
         &mut self,
-        door: &UdpListenSocket,
+        listen_socket: &UdpListenSocket,
         path: FlowPath,
-        who: FlowClient,
+        flow_client: FlowClient,
         (header, payload): (&[u8], usize),
         poll: &Poll,
         now: Moment,
     ) -> Option<FlowId> {
-        let mut story = self.story(door.listener(), now)?;
-        let steps = if door.is_closing() {
+        let mut log_context = self.log_context(listen_socket.listener(), now)?;
+        let steps = if listen_socket.is_closing() {
             Err(Outcome::reject(EndedAt::Header, Reason::Drained))
         } else {
-            self.steps(&mut story, path, who, payload, now)
+            self.steps(&mut log_context, path, flow_client, payload, now)
         };
         match steps {
             Ok((found, permit, slot)) => {
-                let send_proxy = story.pool().is_some_and(|pool| pool.send_proxy);
-                let tenant = story.tenant().map_or(0, |tenant| tenant.label.serial());
-                let mut flow =
-                    Flow::new(found, permit, slot, ((self.board)(), Rc::clone(&door.flows)), story);
+                let send_proxy = log_context.pool().is_some_and(|pool| pool.send_proxy);
+                let tenant = log_context.tenant().map_or(0, |tenant| tenant.label.serial());
+                let mut flow = Flow::new(
+                    found,
+                    permit,
+                    slot,
+                    ((self.count_flow)(), Rc::clone(&listen_socket.flows)),
+                    log_context,
+                );
                 flow.first_is_paid = true;
                 if send_proxy {
-                    flow.header = front(door, path, who, header).into();
+                    flow.header = backend_header(listen_socket, path, flow_client, header).into();
                 }
-                let id = self.table.open(path, who, tenant, flow, now);
+                let id = self.table.open(path, flow_client, tenant, flow, now);
                 self.watch(id, poll, now).then_some(id)
             }
             Err(outcome) => {
-                self.reject(story, path, Some(who), outcome, now);
+                self.reject(log_context, path, Some(flow_client), outcome, now);
                 None
             }
         }
@@ -217,14 +237,14 @@ impl<A> FlowWorkerState<A> {
     /// The steps of a flow up to its backend.
     fn steps(
         &mut self,
-        story: &mut FlowLogContext,
+        log_context: &mut FlowLogContext,
         path: FlowPath,
-        who: FlowClient,
+        flow_client: FlowClient,
         payload: usize,
         now: Moment,
     ) -> Result<(ConnectedBackend, FlowPermit, slots::SlotPermit), Outcome> {
-        let snapshot = Arc::clone(&story.snapshot);
-        let rules = snapshot.listeners.get(story.listener as usize);
+        let snapshot = Arc::clone(&log_context.snapshot);
+        let rules = snapshot.listeners.get(log_context.listener as usize);
         let rules = rules.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         if !rules.trusts(path.peer) {
             return Err(Outcome::reject(EndedAt::Accept, Reason::UntrustedSource));
@@ -232,16 +252,16 @@ impl<A> FlowWorkerState<A> {
         if self.draining {
             return Err(Outcome::reject(EndedAt::Header, Reason::Drained));
         }
-        let (place, why) = snapshot.directory.place(who.endpoint, rules.tenants);
+        let (place, why) = snapshot.directory.place(flow_client.endpoint, rules.tenants);
         let tenant = place.and_then(|place| snapshot.directory.tenants().get(place as usize));
         let tenant = tenant.ok_or(Outcome::reject(EndedAt::Tenant, why))?;
-        let pool_place = tenant.pool_on(story.listener, rules.pool);
+        let pool_place = tenant.pool_on(log_context.listener, rules.pool);
         let pool = pool_place.and_then(|place| snapshot.pools.get(place as usize));
-        story.meter.assign(&tenant.label, pool.map(|pool| &pool.label));
-        (story.tenant, story.pool) = (place.unwrap_or(NOWHERE), pool_place.unwrap_or(NOWHERE));
+        log_context.metrics.assign_tenant(&tenant.label, pool.map(|pool| &pool.label));
+        (log_context.tenant, log_context.pool) = (place.unwrap_or(NOWHERE), pool_place.unwrap_or(NOWHERE));
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
-        pay_first(&tenant.quota, payload, &mut story.meter, now)?;
+        charge_first(&tenant.quota, payload, &mut log_context.metrics, now)?;
         let mut slot = self.slots.take();
         let permit = tenant.quota.admit_flow(|room| {
             let evicted =
@@ -256,8 +276,9 @@ impl<A> FlowWorkerState<A> {
         // Only now: whom its own limit or share keeps out takes nobody else's place.
         let slot = slot.or_else(|| self.slot(now));
         let slot = slot.ok_or_else(|| Outcome::reject(EndedAt::Tenant, tenant.quota.reject(Reason::Shed)))?;
-        pool.arrived(tenant.label.serial());
-        let found = self.find_backend(pool, who, tenant.label.serial(), &mut story.meter, now);
+        pool.count_session(tenant.label.serial());
+        let found =
+            self.find_backend(pool, flow_client, tenant.label.serial(), &mut log_context.metrics, now);
         Ok((found?, permit, slot))
     }
 
@@ -265,20 +286,24 @@ impl<A> FlowWorkerState<A> {
     fn find_backend(
         &mut self,
         pool: &Pool,
-        who: FlowClient,
+        flow_client: FlowClient,
         tenant: u32,
-        meter: &mut SessionMetrics,
+        metrics: &mut SessionMetrics,
         now: Moment,
     ) -> Result<ConnectedBackend, Outcome> {
         let live = Arc::clone(&self.live);
         let ports = (&*live.udp_ports, PortOwner::Tenant(tenant));
-        let mut search = BackendSearch::new(pool, who, ports, &mut self.rolls, now);
-        let found = search.run(TriedBackends::default(), 0, meter);
+        let mut search = BackendSearch::new(pool, flow_client, ports, &mut self.random, now);
+        let found = search.run(TriedBackends::default(), 0, metrics);
         let Some(short) = search.short.take().filter(|short| self.free_port(tenant, short, now)) else {
             return found;
         };
         short.search_again();
-        BackendSearch::new(pool, who, ports, &mut self.rolls, now).run(TriedBackends::default(), 0, meter)
+        BackendSearch::new(pool, flow_client, ports, &mut self.random, now).run(
+            TriedBackends::default(),
+            0,
+            metrics,
+        )
     }
 
     /// Ends a silent flow that uses one of these local ports: of this tenant, or else, where the tenant holds less than an
@@ -298,9 +323,9 @@ impl<A> FlowWorkerState<A> {
     /// did.
     fn evict(&mut self, tenant: Option<u32>, is_it: impl FnOnce(&Flow<A>) -> bool, now: Moment) -> bool {
         let evicted = self.table.evict_if(tenant, GIVES_WAY, now, is_it);
-        let Some((path, who, flow)) = evicted else { return false };
-        let books = FlowLogs { journal: &self.journal, rejections: &self.rejections };
-        flow.end(Outcome::reject(EndedAt::Forward, Reason::Evicted), path.peer, who, &books, now);
+        let Some((path, flow_client, flow)) = evicted else { return false };
+        let logs = FlowLogs { access_log: &self.access_log, rejections: &self.rejections };
+        flow.end(Outcome::reject(EndedAt::Forward, Reason::Evicted), path.peer, flow_client, &logs, now);
         true
     }
 
@@ -326,7 +351,7 @@ impl<A> FlowWorkerState<A> {
         self.follow_pool(id, poll, now);
         let Some((_, _, flow)) = self.table.find(id) else { return };
         fault::panic_where_injected();
-        flow.hold_to_limits(spans, Direction::ToBackend, now);
+        flow.apply_limits(spans, Direction::ToBackend, now);
         flow.keep_first(spans, room);
         let mut done = 0;
         // Each time around another backend is asked, or the flow is over.
@@ -343,11 +368,14 @@ impl<A> FlowWorkerState<A> {
     /// The backend's host has said that nobody listens there: another one is asked, as long as nobody has answered. So many
     /// datagrams are there that it would have got.
     fn refused(&mut self, id: FlowId, unsent: usize, poll: &Poll, now: Moment) {
-        let Some((_, who, flow)) = self.table.find(id) else { return };
+        let Some((_, flow_client, flow)) = self.table.find(id) else { return };
         let is_answered = flow.is_answered;
         let ports = &self.live.udp_ports;
-        let found =
-            if is_answered { None } else { BackendSearch::again(flow, who, ports, &mut self.rolls, now) };
+        let found = if is_answered {
+            None
+        } else {
+            BackendSearch::again(flow, flow_client, ports, &mut self.random, now)
+        };
         if let Some(found) = found {
             flow.move_to(found);
             if self.watch(id, poll, now)
@@ -357,7 +385,7 @@ impl<A> FlowWorkerState<A> {
             }
             return;
         }
-        flow.story.meter.lost(Direction::ToBackend, DatagramDrop::Refused, unsent as u64);
+        flow.log_context.metrics.count_dropped(Direction::ToBackend, DatagramDrop::Refused, unsent as u64);
         let (at, why) = if is_answered {
             (EndedAt::Forward, Reason::Reset)
         } else {
@@ -370,22 +398,23 @@ impl<A> FlowWorkerState<A> {
     pub(super) fn pass_answer(
         &mut self,
         id: FlowId,
-        doors: &[Option<Rc<UdpListenSocket>>],
+        sockets: &[Option<Rc<UdpListenSocket>>],
         poll: &Poll,
         now: Moment,
     ) {
         let Some((path, _, flow)) = self.table.find(id) else { return };
         self.turn = Some(id);
-        let Some(Some(door)) = doors.get(usize::from(path.socket)) else {
+        let Some(Some(listen_socket)) = sockets.get(usize::from(path.socket)) else {
             // Nobody gets its answers any more: they must not stay, and wake the worker for ever.
             return self.end(id, Outcome::reject(EndedAt::Forward, Reason::Drained), now);
         };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();
         let metas = self.metas.get_mut(..TURN).unwrap_or_default();
-        let mut hear = || flow.listening.hear(&flow.socket, door, room, metas, &mut self.spans);
+        let mut hear =
+            || flow.receive_mode.receive(&flow.socket, listen_socket, room, metas, &mut self.spans);
         // An error comes before the answers that are there already.
         let (heard, is_refused) = match hear() {
-            Err(error) if socket::is_peers(&error) => (hear(), true),
+            Err(error) if socket::is_peer_error(&error) => (hear(), true),
             heard => (heard, false),
         };
         match heard {
@@ -393,7 +422,7 @@ impl<A> FlowWorkerState<A> {
             Err(_) if is_refused => return self.refused(id, 0, poll, now),
             Err(error) if error.kind() == ErrorKind::WouldBlock || socket::is_too_long(&error) => return,
             Err(error) => {
-                let why = if socket::loss(&error) == DatagramDrop::Shortage {
+                let why = if socket::drop_reason(&error) == DatagramDrop::Shortage {
                     Reason::Shortage
                 } else {
                     Reason::Unanswered
@@ -408,15 +437,15 @@ impl<A> FlowWorkerState<A> {
         }
         flow.first = None;
         if !std::mem::replace(&mut flow.is_answered, true) {
-            flow.story.meter.learn(ConnectResult::Done);
+            flow.log_context.metrics.count_assumed(ConnectResult::Done);
             if let Some(picked) = &flow.picked {
                 picked.connected();
                 picked.answered();
             }
         }
         let spans = &mut self.spans;
-        flow.hold_to_limits(spans, Direction::ToClient, now);
-        flow.send_to_client(spans, &self.room, &mut self.copy, door, path);
+        flow.apply_limits(spans, Direction::ToClient, now);
+        flow.send_to_client(spans, &self.room, &mut self.copy, listen_socket, path);
         if is_refused {
             self.refused(id, 0, poll, now);
         }
@@ -424,14 +453,19 @@ impl<A> FlowWorkerState<A> {
 }
 
 /// Asks the tenant's limits whether a datagram may begin a flow: before anything is taken, and before another flow ends.
-fn pay_first(quota: &Quota, payload: usize, meter: &mut SessionMetrics, now: Moment) -> Result<(), Outcome> {
+fn charge_first(
+    quota: &Quota,
+    payload: usize,
+    metrics: &mut SessionMetrics,
+    now: Moment,
+) -> Result<(), Outcome> {
     if !quota.is_limited() {
         return Ok(());
     }
     match quota.pass(Direction::ToBackend, payload as u64, now) {
         DatagramVerdict::Free => Ok(()),
         DatagramVerdict::Observed(excess) => {
-            meter.would_lose(Direction::ToBackend, loss(excess));
+            metrics.count_would_drop(Direction::ToBackend, drop_reason(excess));
             Ok(())
         }
         DatagramVerdict::Dropped(_) => Err(Outcome::reject(EndedAt::Tenant, Reason::DatagramLimit)),
@@ -439,14 +473,19 @@ fn pay_first(quota: &Quota, payload: usize, meter: &mut SessionMetrics, now: Mom
 }
 
 /// What goes in front of a flow's datagrams where the pool wants a header.
-fn front(door: &UdpListenSocket, path: FlowPath, who: FlowClient, header: &[u8]) -> Vec<u8> {
-    if let Some(rules) = door.header.get()
-        && let ParsedHeader::Done(header, _) = wire::parse(header, rules)
+fn backend_header(
+    listen_socket: &UdpListenSocket,
+    path: FlowPath,
+    flow_client: FlowClient,
+    header: &[u8],
+) -> Vec<u8> {
+    if let Some(rules) = listen_socket.header.get()
+        && let ParsedHeader::Done(header, _) = proxy_protocol::parse(header, rules)
     {
-        return wire::reseal(&header);
+        return proxy_protocol::reseal(&header);
     }
-    let builder = who.client.map_or_else(HeaderBuilder::unspecified, |client| {
-        HeaderBuilder::proxy(Transport::Datagram, client, DestinationAddr(door.destination(path)))
+    let builder = flow_client.client.map_or_else(HeaderBuilder::unspecified, |client| {
+        HeaderBuilder::proxy(Transport::Datagram, client, DestinationAddr(listen_socket.destination(path)))
     });
     // A header of addresses alone is far from its bound.
     builder.crc().map(HeaderBuilder::build).unwrap_or_default()

@@ -21,9 +21,9 @@ impl<A> FlowWorkerState<A> {
     /// Ends a flow whose endpoint is no longer its tenant's, now or once its grace is over.
     pub(super) fn check(&mut self, id: FlowId, now: Moment) {
         let snapshot = self.snapshot();
-        let Some((_, who, flow)) = self.table.find(id) else { return };
-        let [listener, tenant, _] = flow.story.meter.labels();
-        let is_admitted = snapshot.admits(listener, who.endpoint, tenant);
+        let Some((_, flow_client, flow)) = self.table.find(id) else { return };
+        let [listener, tenant, _] = flow.log_context.metrics.labels();
+        let is_admitted = snapshot.admits(listener, flow_client.endpoint, tenant);
         match flow.permit.quota().revocation().grace().filter(|_| !is_admitted) {
             None => drop(self.revoked.remove(&id)),
             Some(Duration::ZERO) => self.revoke(id, now),

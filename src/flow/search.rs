@@ -3,10 +3,10 @@
 use std::net::UdpSocket;
 use std::sync::Arc;
 
-use super::life::{ConnectedBackend, Flow};
+use super::entry::{ConnectedBackend, Flow};
 use super::socket;
 use super::table::FlowClient;
-use crate::account::meter::{ConnectResult, SessionMetrics};
+use crate::account::session_metrics::{ConnectResult, SessionMetrics};
 use crate::admission::ports::{EVERY_BACKEND, LocalPort, LocalPorts, PortSpace};
 use crate::clock::Moment;
 use crate::connect::{self, ConnectError};
@@ -35,10 +35,10 @@ impl PortOwner<'_> {
 /// The search for a backend.
 pub(super) struct BackendSearch<'a> {
     pool: &'a Pool,
-    who: FlowClient,
+    client: FlowClient,
     ports: &'a LocalPorts,
     holder: PortOwner<'a>,
-    rolls: &'a mut fastrand::Rng,
+    random: &'a mut fastrand::Rng,
     now: Moment,
     /// The local ports that the last attempt found none free of.
     pub(super) short: Option<Arc<PortSpace>>,
@@ -47,32 +47,33 @@ pub(super) struct BackendSearch<'a> {
 impl<'a> BackendSearch<'a> {
     pub(super) fn new(
         pool: &'a Pool,
-        who: FlowClient,
+        flow_client: FlowClient,
         (ports, holder): (&'a LocalPorts, PortOwner<'a>),
-        rolls: &'a mut fastrand::Rng,
+        random: &'a mut fastrand::Rng,
         now: Moment,
     ) -> Self {
-        Self { pool, who, ports, holder, rolls, now, short: None }
+        Self { pool, client: flow_client, ports, holder, random, now, short: None }
     }
 
     /// Another backend for a flow whose own is not there; none for one from another process whose pool is unknown here.
     pub(super) fn again<A>(
         flow: &mut Flow<A>,
-        who: FlowClient,
+        flow_client: FlowClient,
         ports: &'a LocalPorts,
-        rolls: &'a mut fastrand::Rng,
+        random: &'a mut fastrand::Rng,
         now: Moment,
     ) -> Option<ConnectedBackend> {
-        let born = flow.story.pool()?;
+        let born = flow.log_context.pool()?;
         // Those who are there now; whom it has tried it knows by their places in its own.
         let own = born.latest();
         if !Arc::ptr_eq(&own, born) {
             flow.tried = TriedBackends::default();
         }
-        flow.story.meter.learn(ConnectResult::Refused);
-        flow.picked.iter().for_each(|picked| blame(&own, picked, now));
-        let mut search = BackendSearch::new(&own, who, (ports, PortOwner::Holder(&flow.port)), rolls, now);
-        search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.story.meter).ok()
+        flow.log_context.metrics.count_assumed(ConnectResult::Refused);
+        flow.picked.iter().for_each(|picked| report_failure(&own, picked, now));
+        let mut search =
+            BackendSearch::new(&own, flow_client, (ports, PortOwner::Holder(&flow.port)), random, now);
+        search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.log_context.metrics).ok()
     }
 
     /// A backend, and a socket to it.
@@ -80,13 +81,16 @@ impl<'a> BackendSearch<'a> {
         &mut self,
         mut tried: TriedBackends,
         mut attempts: u32,
-        meter: &mut SessionMetrics,
+        metrics: &mut SessionMetrics,
     ) -> Result<ConnectedBackend, Outcome> {
-        let (pool, who) = (self.pool, self.who);
-        let key = pool.key(|| pick::by_client(who.client), || pick::by_endpoint(who.endpoint, who.client));
+        let (pool, flow_client) = (self.pool, self.client);
+        let key = pool.key(
+            || pick::by_client(flow_client.client),
+            || pick::by_endpoint(flow_client.endpoint, flow_client.client),
+        );
         let mut failed = Outcome::reject(EndedAt::Pool, Reason::NoBackend);
         while attempts < pool.attempts {
-            let (tenant, roll) = (self.holder.tenant(), self.rolls.u64(..));
+            let (tenant, roll) = (self.holder.tenant(), self.random.u64(..));
             let picked = if attempts == 0 {
                 pool.pick_for(tenant, key, roll, &mut tried)
             } else {
@@ -109,18 +113,18 @@ impl<'a> BackendSearch<'a> {
             attempts += 1;
             match self.connect(&picked) {
                 Ok((socket, port)) => {
-                    meter.assume(picked.label());
+                    metrics.assume_backend(picked.label());
                     return Ok(ConnectedBackend { socket, port, picked: Some(picked), tried, attempts });
                 }
                 Err(result) => {
-                    meter.tried(picked.label(), result);
+                    metrics.count_connect(picked.label(), result);
                     failed = ConnectError::Backend(result).outcome();
                     if result == ConnectResult::Shortage {
                         break;
                     }
                     // A port that is missing is not the backend's fault: towards one of the other family there may be one.
                     if result != ConnectResult::NoLocalPort {
-                        blame(pool, &picked, self.now);
+                        report_failure(pool, &picked, self.now);
                     }
                 }
             }
@@ -134,7 +138,7 @@ impl<'a> BackendSearch<'a> {
         picked: &PickedBackend,
     ) -> Result<(UdpSocket, LocalPort), ConnectResult> {
         let address = picked.address();
-        let start = usize::try_from(self.rolls.u64(..)).unwrap_or(0);
+        let start = usize::try_from(self.random.u64(..)).unwrap_or(0);
         self.short = None;
         for source in connect::sources(&self.pool.sources, address, start) {
             let space = self.ports.space(source, EVERY_BACKEND);
@@ -161,6 +165,6 @@ impl<'a> BackendSearch<'a> {
     }
 }
 
-pub(super) fn blame(pool: &Pool, picked: &PickedBackend, now: Moment) {
+pub(super) fn report_failure(pool: &Pool, picked: &PickedBackend, now: Moment) {
     pool.failed(picked, SessionFailure::Connect, now).iter().for_each(|change| change.log(pool));
 }

@@ -19,14 +19,14 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-use super::door::SocketRetirement;
 use super::drops::KernelDrops;
+use super::retirement::SocketRetirement;
 use super::table::FlowPath;
-use crate::account::loss::DatagramDrop;
+use crate::account::udp_drops::DatagramDrop;
 use crate::addr::{BackendAddr, PeerAddr};
 use crate::connect;
 use crate::fault::{self, Syscall};
-use crate::wire;
+use crate::proxy_protocol;
 
 /// Messages that are received in one call.
 pub(super) const BATCH: usize = quinn_udp::BATCH_SIZE;
@@ -59,7 +59,7 @@ pub(super) struct UdpListenSocket {
     /// The place of its listener: of the one whose flows begin here.
     listener: Cell<u32>,
     /// What is asked of a header, as it was when the last batch came; `None` where there is none.
-    pub(super) header: Cell<Option<wire::ParserRules>>,
+    pub(super) header: Cell<Option<proxy_protocol::ParserRules>>,
     /// Whether a datagram without a header may belong to the one flow of its sender; as it was then.
     pub(super) follows_bare: Cell<bool>,
     /// The kernel's own number of the socket, in whatever process.
@@ -75,7 +75,7 @@ pub(super) struct UdpListenSocket {
     is_closed: Cell<bool>,
     address: SocketAddr,
     /// Whether it hears on every address of the machine: then answers leave from the one that was asked.
-    is_wild: bool,
+    is_wildcard: bool,
 }
 
 impl UdpListenSocket {
@@ -95,7 +95,7 @@ impl UdpListenSocket {
         }
         let cookie = socket_cookie(&socket)?;
         let is_wild = address.ip().is_unspecified();
-        tell_less(&socket, address, is_wild)?;
+        disable_unused_options(&socket, address, is_wild)?;
         SockRef::from(&socket).set_recv_buffer_size(QUEUE)?;
         #[expect(
             deprecated,
@@ -117,7 +117,7 @@ impl UdpListenSocket {
             closed,
             is_closed,
             address,
-            is_wild,
+            is_wildcard: is_wild,
         })
     }
 
@@ -132,7 +132,7 @@ impl UdpListenSocket {
     }
 
     /// A copy of the socket.
-    pub(super) fn lend(&self) -> Option<OwnedFd> {
+    pub(super) fn try_clone(&self) -> Option<OwnedFd> {
         self.socket.get_ref().as_fd().try_clone_to_owned().ok()
     }
 
@@ -183,7 +183,7 @@ impl UdpListenSocket {
         let is_empty = Rc::strong_count(&self.flows) == 1;
         if !*has_left && is_empty {
             *has_left = true;
-            vacancy.leave();
+            vacancy.worker_done();
         }
         let is_vacant = is_empty && is_complete(vacancy);
         if is_vacant {
@@ -197,7 +197,7 @@ impl UdpListenSocket {
     ///
     /// # Errors
     /// What broke the socket.
-    pub(super) async fn hear(&self, take: impl FnOnce(&Self) -> io::Result<bool>) -> io::Result<()> {
+    pub(super) async fn readable(&self, take: impl FnOnce(&Self) -> io::Result<bool>) -> io::Result<()> {
         let mut ready = tokio::select! {
             ready = self.socket.readable() => ready?,
             () = self.closed.notified() => return Ok(()),
@@ -210,7 +210,7 @@ impl UdpListenSocket {
                 tokio::task::yield_now().await;
             }
             // What was sent before has come back as an error: it is the receiver's, and says nothing of this socket.
-            Err(error) if is_peers(&error) => {}
+            Err(error) if is_peer_error(&error) => {}
             Err(error) => return Err(error),
         }
         Ok(())
@@ -237,8 +237,8 @@ impl UdpListenSocket {
     }
 
     /// The address that was asked, where the socket's own does not tell.
-    pub(super) fn asked(&self, meta: &RecvMeta) -> Option<IpAddr> {
-        meta.dst_ip.filter(|_| self.is_wild)
+    pub(super) fn local_address(&self, meta: &RecvMeta) -> Option<IpAddr> {
+        meta.dst_ip.filter(|_| self.is_wildcard)
     }
 
     /// Where it is bound.
@@ -252,7 +252,7 @@ impl UdpListenSocket {
     }
 
     /// Whether datagrams of one length may go out together.
-    pub(super) fn sends_together(&self) -> bool {
+    pub(super) fn has_gso(&self) -> bool {
         self.state.max_gso_segments() > 1
     }
 
@@ -274,14 +274,14 @@ impl UdpListenSocket {
             self.state.try_send(UdpSockRef::from(self.socket.get_ref()), &what)
         };
         // An error that an earlier datagram brought back is told once, to whoever comes next.
-        let sent = transmit().or_else(|error| if is_peers(&error) { transmit() } else { Err(error) });
-        sent.map_err(|error| loss(&error))
+        let sent = transmit().or_else(|error| if is_peer_error(&error) { transmit() } else { Err(error) });
+        sent.map_err(|error| drop_reason(&error))
     }
 }
 
 /// Switches off what quinn-udp asks of the kernel for each datagram and nobody here reads: marks of congestion, times of
 /// arrival and, where the socket has but one address, the address that was asked.
-fn tell_less(socket: &UdpSocket, address: SocketAddr, is_wild: bool) -> io::Result<()> {
+fn disable_unused_options(socket: &UdpSocket, address: SocketAddr, is_wild: bool) -> io::Result<()> {
     setsockopt(socket, sockopt::ReceiveTimestampns, &false)?;
     if address.is_ipv4() {
         set_ip_recvtos(socket, false)?;
@@ -324,7 +324,7 @@ pub(super) fn receive_one(socket: &UdpSocket, room: &mut [u8]) -> io::Result<usi
 }
 
 /// From now on the kernel may put together what comes in at a socket; one that cannot hands out each datagram by itself.
-pub(super) fn take_together(socket: &UdpSocket) {
+pub(super) fn enable_gro(socket: &UdpSocket) {
     setsockopt(socket, sockopt::UdpGroSegment, &true).unwrap_or_default();
 }
 
@@ -348,7 +348,7 @@ pub(super) fn send(socket: &UdpSocket, front: &[u8], payload: &[u8]) -> io::Resu
 ///
 /// # Errors
 /// What the system says; none was sent then.
-pub(super) fn send_together(socket: &UdpSocket, parts: &[IoSlice<'_>], each: u16) -> io::Result<()> {
+pub(super) fn send_segments(socket: &UdpSocket, parts: &[IoSlice<'_>], each: u16) -> io::Result<()> {
     fault::at(Syscall::SendDatagram)?;
     let each = ControlMessage::UdpGsoSegments(&each);
     sendmsg::<()>(socket.as_raw_fd(), parts, &[each], MsgFlags::empty(), None)?;
@@ -356,7 +356,7 @@ pub(super) fn send_together(socket: &UdpSocket, parts: &[IoSlice<'_>], each: u16
 }
 
 /// Whether the kernel, or a driver behind it, does not take datagrams together: each may still pass by itself.
-pub(super) fn refuses_together(error: &io::Error) -> bool {
+pub(super) fn is_gso_unsupported(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::IO | Errno::INVAL | Errno::OPNOTSUPP))
 }
 
@@ -367,7 +367,7 @@ pub(super) fn is_too_long(error: &io::Error) -> bool {
 }
 
 /// Whether an error is what the network says of an earlier datagram.
-pub(super) fn is_peers(error: &io::Error) -> bool {
+pub(super) fn is_peer_error(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
         Some(
@@ -385,7 +385,7 @@ pub(super) fn is_peers(error: &io::Error) -> bool {
 }
 
 /// Why a datagram was not taken.
-pub(super) fn loss(error: &io::Error) -> DatagramDrop {
+pub(super) fn drop_reason(error: &io::Error) -> DatagramDrop {
     match Errno::from_io_error(error) {
         Some(Errno::AGAIN) => DatagramDrop::Full,
         Some(Errno::MSGSIZE) => DatagramDrop::TooLong,
@@ -408,11 +408,11 @@ mod tests {
             (Errno::CONNREFUSED, DatagramDrop::Refused),
             (Errno::NETUNREACH, DatagramDrop::Unreachable),
         ] {
-            assert_eq!(loss(&errno.into()), expected);
+            assert_eq!(drop_reason(&errno.into()), expected);
         }
-        assert!([Errno::CONNREFUSED, Errno::ACCESS].into_iter().all(|errno| is_peers(&errno.into())));
-        assert!(!is_peers(&Errno::BADF.into()));
-        assert!(refuses_together(&Errno::IO.into()) && !refuses_together(&Errno::MSGSIZE.into()));
+        assert!([Errno::CONNREFUSED, Errno::ACCESS].into_iter().all(|errno| is_peer_error(&errno.into())));
+        assert!(!is_peer_error(&Errno::BADF.into()));
+        assert!(is_gso_unsupported(&Errno::IO.into()) && !is_gso_unsupported(&Errno::MSGSIZE.into()));
         assert!(is_too_long(&Errno::MSGSIZE.into()) && !is_too_long(&Errno::IO.into()));
     }
 
@@ -423,7 +423,7 @@ mod tests {
         send(&sender, b"front-", b"payload").unwrap();
         send(&sender, b"", b"").unwrap();
         let parts = [b"one".as_slice(), b"two", b"3"].map(IoSlice::new);
-        send_together(&sender, &parts, 3).unwrap();
+        send_segments(&sender, &parts, 3).unwrap();
         let mut room = [0; 100];
         for expected in ["front-payload", "", "one", "two", "3"] {
             let count = receiver.recv(&mut room).unwrap();

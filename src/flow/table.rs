@@ -119,11 +119,16 @@ impl<F> FlowTable<F> {
         self.queue.of_tenant(tenant)
     }
 
-    /// Takes in a datagram of a client's. `who` is `None` where it does not say who speaks: then it belongs to the one
+    /// Takes in a datagram of a client's. `flow_client` is `None` where it does not say who speaks: then it belongs to the one
     /// flow that its path has, unless another speaker had a flow there while that one lived.
-    pub fn hear(&mut self, path: FlowPath, who: Option<FlowClient>, now: Moment) -> DatagramAction {
-        let slot = match who {
-            Some(who) => match self.known(path, who) {
+    pub fn on_datagram(
+        &mut self,
+        path: FlowPath,
+        flow_client: Option<FlowClient>,
+        now: Moment,
+    ) -> DatagramAction {
+        let slot = match flow_client {
+            Some(flow_client) => match self.known(path, flow_client) {
                 Some(slot) => slot,
                 None => return DatagramAction::Open,
             },
@@ -140,9 +145,11 @@ impl<F> FlowTable<F> {
         })
     }
 
-    fn known(&self, path: FlowPath, who: FlowClient) -> Option<u32> {
-        let is_it = |slot: &u32| self.slab.at(*slot).is_some_and(|flow| flow.path == path && flow.who == who);
-        self.index.find(self.random.hash_one((path, who)), is_it).copied()
+    fn known(&self, path: FlowPath, flow_client: FlowClient) -> Option<u32> {
+        let is_it = |slot: &u32| {
+            self.slab.at(*slot).is_some_and(|flow| flow.path == path && flow.client == flow_client)
+        };
+        self.index.find(self.random.hash_one((path, flow_client)), is_it).copied()
     }
 
     fn first_of(&self, path: FlowPath) -> Option<u32> {
@@ -151,16 +158,23 @@ impl<F> FlowTable<F> {
     }
 
     /// Opens a flow that [`hear`](Self::hear) asked for, and that there is not yet.
-    pub fn open(&mut self, path: FlowPath, who: FlowClient, tenant: u32, flow: F, now: Moment) -> FlowId {
-        debug_assert!(self.known(path, who).is_none());
+    pub fn open(
+        &mut self,
+        path: FlowPath,
+        flow_client: FlowClient,
+        tenant: u32,
+        flow: F,
+        now: Moment,
+    ) -> FlowId {
+        debug_assert!(self.known(path, flow_client).is_none());
         let first = self.first_of(path);
-        let (slot, generation) = self.slab.insert(FlowSlot::new(path, who, tenant, flow, now));
+        let (slot, generation) = self.slab.insert(FlowSlot::new(path, flow_client, tenant, flow, now));
         let (slab, random) = (&self.slab, &self.random);
-        let by_key = |slot: &u32| slab.at(*slot).map_or(0, |flow| random.hash_one((flow.path, flow.who)));
-        self.index.insert_unique(random.hash_one((path, who)), slot, by_key);
+        let by_key = |slot: &u32| slab.at(*slot).map_or(0, |flow| random.hash_one((flow.path, flow.client)));
+        self.index.insert_unique(random.hash_one((path, flow_client)), slot, by_key);
         if let Some(first) = first {
             // Behind the first, so that the path still leads there.
-            self.slab.hang(first, slot);
+            self.slab.push_shared(first, slot);
             for slot in [first, slot] {
                 self.slab.at_mut(slot).into_iter().for_each(|flow| flow.shares_path = true);
             }
@@ -177,17 +191,17 @@ impl<F> FlowTable<F> {
     pub fn take_in(
         &mut self,
         path: FlowPath,
-        who: FlowClient,
+        flow_client: FlowClient,
         tenant: u32,
         flow: F,
         last: Moment,
         now: Moment,
     ) -> FlowId {
-        let id = self.open(path, who, tenant, flow, now);
+        let id = self.open(path, flow_client, tenant, flow, now);
         if let Some(slot) = self.slab.at_mut(id.slot()) {
             slot.last = last.min(now);
         }
-        self.queue.put_off(&mut self.slab, id.slot(), last + self.idle);
+        self.queue.reschedule(&mut self.slab, id.slot(), last + self.idle);
         id
     }
 
@@ -220,13 +234,13 @@ impl<F> FlowTable<F> {
         let flow = self.slab.find(id)?;
         self.queue.rewind(now);
         flow.last = now;
-        Some((flow.path, flow.who, flow.flow.as_mut()?))
+        Some((flow.path, flow.client, flow.flow.as_mut()?))
     }
 
     /// A flow, with nothing said of it.
     pub fn find(&mut self, id: FlowId) -> Option<(FlowPath, FlowClient, &mut F)> {
         let flow = self.slab.find(id)?;
-        Some((flow.path, flow.who, flow.flow.as_mut()?))
+        Some((flow.path, flow.client, flow.flow.as_mut()?))
     }
 
     /// Takes a flow out.
@@ -237,9 +251,11 @@ impl<F> FlowTable<F> {
 
     fn take_out(&mut self, slot: u32) -> Option<(FlowPath, FlowClient, F)> {
         self.queue.remove(&mut self.slab, slot);
-        let &FlowSlot { path, who, .. } = self.slab.at(slot)?;
+        let &FlowSlot { path, client: flow_client, .. } = self.slab.at(slot)?;
         let next = self.slab.after(slot, ListKind::Path);
-        if let Ok(entry) = self.index.find_entry(self.random.hash_one((path, who)), |other| *other == slot) {
+        if let Ok(entry) =
+            self.index.find_entry(self.random.hash_one((path, flow_client)), |other| *other == slot)
+        {
             entry.remove();
         }
         // Where it is the first of its path, the next one is that.
@@ -248,8 +264,8 @@ impl<F> FlowTable<F> {
             Ok(mut first) => *first.get_mut() = next,
             Err(_) => {}
         }
-        self.slab.unhang(slot);
-        Some((path, who, self.slab.remove(slot)?))
+        self.slab.unlink_shared(slot);
+        Some((path, flow_client, self.slab.remove(slot)?))
     }
 
     /// Takes out flows that were idle for long, at most `most` in one call, and looks at no more than 32 times as many: others
@@ -267,10 +283,12 @@ impl<F> FlowTable<F> {
             flow.last = flow.last.min(now);
             if now.since(flow.last) >= self.idle {
                 left -= 1;
-                self.take_out(slot).into_iter().for_each(|(path, who, flow)| closed(path, who, flow));
+                self.take_out(slot)
+                    .into_iter()
+                    .for_each(|(path, flow_client, flow)| closed(path, flow_client, flow));
             } else {
                 let due = flow.last + self.idle;
-                self.queue.put_off(&mut self.slab, slot, due);
+                self.queue.reschedule(&mut self.slab, slot, due);
             }
         }
     }
@@ -333,7 +351,7 @@ impl<F> FlowTable<F> {
         let end = self.lagging.saturating_add(HUNG_ANEW);
         for slot in self.lagging..end.min(self.slab.end()) {
             if let Some(last) = self.slab.at(slot).map(|flow| flow.last) {
-                self.queue.put_off(&mut self.slab, slot, last + self.idle);
+                self.queue.reschedule(&mut self.slab, slot, last + self.idle);
             }
         }
         self.lagging = if end < self.slab.end() { end } else { NIL };

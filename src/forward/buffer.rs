@@ -10,7 +10,7 @@ use nix::sys::socket::getsockopt;
 use nix::{getsockopt_impl, sockopt_impl};
 
 use crate::admission::quota::Quota;
-use crate::life::SCRATCH;
+use crate::session_context::SCRATCH;
 
 /// The first read of a direction brings no more, and so does the first after a short one: what the other side takes is not
 /// known yet, and what it does not take has to be kept.

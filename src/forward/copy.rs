@@ -8,8 +8,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::bandwidth::WorkerResources;
 use super::buffer::BufferReservation;
-use super::pace::WorkerResources;
 use crate::fault::{self, Syscall};
 
 /// Bytes that were read and not yet written. Empty, it owns no memory.
@@ -26,12 +26,12 @@ struct UnwrittenBytes {
 
 impl PendingWrite {
     /// Keeps these bytes, which count as the tenant's from now on.
-    pub(super) fn new(bytes: impl Into<Box<[u8]>>, lent: WorkerResources<'_>) -> Self {
+    pub(super) fn new(bytes: impl Into<Box<[u8]>>, resources: WorkerResources<'_>) -> Self {
         let bytes = bytes.into();
         if bytes.is_empty() {
             return Self::default();
         }
-        let part = lent.buffers.part(lent.quota, bytes.len());
+        let part = resources.buffers.part(resources.quota, bytes.len());
         Self(Some(Box::new(UnwrittenBytes { bytes, written: 0, part })))
     }
 
@@ -70,7 +70,7 @@ impl PendingWrite {
         &mut self,
         read: &[u8],
         sink: &mut TcpStream,
-        lent: WorkerResources<'_>,
+        resources: WorkerResources<'_>,
         context: &mut Context<'_>,
     ) -> io::Result<u64> {
         debug_assert!(self.is_empty(), "bytes were read while others were held");
@@ -80,7 +80,7 @@ impl PendingWrite {
             Poll::Pending => 0,
         };
         if let Some(left) = read.get(count..).filter(|left| !left.is_empty()) {
-            *self = Self::new(left, lent);
+            *self = Self::new(left, resources);
         }
         Ok(count as u64)
     }

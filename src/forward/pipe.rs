@@ -12,7 +12,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_siz
 
 use crate::admission::quota::Quota;
 use crate::fault::{self, Syscall};
-use crate::life::SessionContext;
+use crate::session_context::SessionContext;
 
 /// The bytes that a pipe is asked to hold.
 ///
@@ -177,7 +177,7 @@ impl PipeCache {
 
     /// An empty pipe; `None` where the tenant has enough of them, or where the budget, the descriptors or the
     /// kernel's own limit are spent: then copying goes on.
-    pub(super) fn take(&self, tenant: &Quota, life: &SessionContext) -> Option<Box<Pipe>> {
+    pub(super) fn take(&self, tenant: &Quota, session: &SessionContext) -> Option<Box<Pipe>> {
         let pipe = if self.hold(tenant) {
             let pipe = self.kept.borrow_mut().pop().or_else(|| self.budget.share().and_then(Pipe::open));
             if pipe.is_none() {
@@ -187,7 +187,7 @@ impl PipeCache {
         } else {
             None
         };
-        let worker = life.meter.worker();
+        let worker = session.metrics.worker();
         if pipe.is_some() { &worker.pipes } else { &worker.pipes_refused }.add(1);
         pipe
     }
@@ -198,10 +198,10 @@ impl PipeCache {
         [read, write]: [OwnedFd; 2],
         held: usize,
         tenant: &Quota,
-        life: &SessionContext,
+        session: &SessionContext,
     ) -> Pipe {
         tenant.pipes.fetch_add(1, Ordering::AcqRel);
-        life.meter.worker().pipes.add(1);
+        session.metrics.worker().pipes.add(1);
         let capacity = fcntl_getpipe_size(&write).ok().and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
         Pipe { read, write, held, capacity, _share: self.budget.share_anyway() }
     }
@@ -217,10 +217,10 @@ impl PipeCache {
     }
 
     /// Takes a pipe of a tenant back. One with bytes in it is closed: they were another session's.
-    pub(super) fn give_back(&self, pipe: Option<Box<Pipe>>, tenant: &Quota, life: &SessionContext) {
+    pub(super) fn give_back(&self, pipe: Option<Box<Pipe>>, tenant: &Quota, session: &SessionContext) {
         let Some(pipe) = pipe else { return };
         release(tenant);
-        life.meter.worker().pipes.sub(1);
+        session.metrics.worker().pipes.sub(1);
         let mut kept = self.kept.borrow_mut();
         if pipe.is_empty() && pipe.is_usual() && kept.len() < self.budget.kept {
             kept.push(pipe);
@@ -239,12 +239,12 @@ mod tests {
 
     use super::*;
     use crate::account::Labels;
-    use crate::account::meter::{CounterShard, SessionMetrics, WorkerMetrics};
+    use crate::account::session_metrics::{CounterShard, SessionMetrics, WorkerMetrics};
     use crate::clock::Moment;
-    use crate::life::WorkerLocal;
     use crate::outcome::{EndedAt, Outcome, Reason};
+    use crate::session_context::WorkerLocal;
 
-    fn life(shard: &Arc<CounterShard>) -> SessionContext {
+    fn session(shard: &Arc<CounterShard>) -> SessionContext {
         let labels = Labels::default();
         let ledger = WorkerMetrics::new(Arc::clone(shard), labels.intern(""));
         let local = WorkerLocal::new(Rc::clone(&ledger), Moment::default());
@@ -254,39 +254,39 @@ mod tests {
     #[test]
     fn the_budget_holds_to_the_pipe() {
         let shard = Arc::new(CounterShard::default());
-        let (life, tenant, other) = (life(&shard), Quota::default(), Quota::default());
+        let (session, tenant, other) = (session(&shard), Quota::default(), Quota::default());
         let budget = PipeBudget::new(2 * CAPACITY as u64, 1);
         let pipes = PipeCache::new(Arc::clone(&budget));
-        let one = pipes.take(&tenant, &life).unwrap();
-        let two = pipes.take(&other, &life).unwrap();
-        assert!(pipes.take(&Quota::default(), &life).is_none());
+        let one = pipes.take(&tenant, &session).unwrap();
+        let two = pipes.take(&other, &session).unwrap();
+        assert!(pipes.take(&Quota::default(), &session).is_none());
         assert_eq!(shard.worker.pipes.value(), 2);
         assert_eq!(shard.worker.pipes_refused.value(), 1);
-        pipes.give_back(Some(one), &tenant, &life);
-        pipes.give_back(None, &tenant, &life);
+        pipes.give_back(Some(one), &tenant, &session);
+        pipes.give_back(None, &tenant, &session);
         assert_eq!(budget.used(), 2 * CAPACITY as u64, "a kept pipe still has its memory");
-        pipes.give_back(pipes.take(&tenant, &life), &tenant, &life);
-        pipes.give_back(Some(two), &other, &life);
+        pipes.give_back(pipes.take(&tenant, &session), &tenant, &session);
+        pipes.give_back(Some(two), &other, &session);
         assert_eq!([&tenant, &other].map(|tenant| tenant.pipes.load(Ordering::Relaxed)), [0, 0]);
         assert_eq!(budget.used(), CAPACITY as u64, "a worker keeps half of the budget at most");
         assert_eq!(shard.worker.pipes.value(), 0);
         drop(pipes);
         assert_eq!(budget.used(), 0);
-        assert!(PipeCache::new(PipeBudget::new(CAPACITY as u64 - 1, 1)).take(&tenant, &life).is_none());
+        assert!(PipeCache::new(PipeBudget::new(CAPACITY as u64 - 1, 1)).take(&tenant, &session).is_none());
         assert_eq!(
-            life.end(Outcome::reject(EndedAt::Forward, Reason::Drained), Moment::default()),
+            session.end(Outcome::reject(EndedAt::Forward, Reason::Drained), Moment::default()),
             Duration::ZERO
         );
     }
 
     #[test]
     fn a_tenant_holds_no_more_than_are_free() {
-        let life = life(&Arc::default());
+        let session = session(&Arc::default());
         let pipes = PipeCache::new(PipeBudget::new(8 * CAPACITY as u64, 1));
         let tenants = [0; 4].map(|_| Quota::default());
         let mut held = Vec::new();
         for tenant in &tenants {
-            while let Some(pipe) = pipes.take(tenant, &life) {
+            while let Some(pipe) = pipes.take(tenant, &session) {
                 held.push((tenant, pipe));
             }
         }
@@ -297,27 +297,27 @@ mod tests {
             "each finds half of what the others left, and one if there is one"
         );
         for (tenant, pipe) in held.drain(..) {
-            pipes.give_back(Some(pipe), tenant, &life);
+            pipes.give_back(Some(pipe), tenant, &session);
         }
         assert_eq!(counts(), [0; 4]);
-        let kept: Vec<_> = (0..4).map(|_| pipes.take(&tenants[3], &life)).collect();
+        let kept: Vec<_> = (0..4).map(|_| pipes.take(&tenants[3], &session)).collect();
         assert!(kept.iter().all(Option::is_some), "those that the worker keeps are free, too");
-        assert!(pipes.take(&tenants[3], &life).is_none());
+        assert!(pipes.take(&tenants[3], &session).is_none());
     }
 
     #[test]
     fn a_pipe_with_bytes_in_it_is_never_used_again() {
         let shard = Arc::new(CounterShard::default());
-        let (life, tenant) = (life(&shard), Quota::default());
+        let (session, tenant) = (session(&shard), Quota::default());
         let pipes = PipeCache::new(PipeBudget::new(CAPACITY as u64, 1));
-        let mut pipe = pipes.take(&tenant, &life).unwrap();
+        let mut pipe = pipes.take(&tenant, &session).unwrap();
         let (source, sink) = std::os::unix::net::UnixStream::pair().unwrap();
         std::io::Write::write_all(&mut &sink, b"secret").unwrap();
         assert_eq!(pipe.fill(&source, usize::MAX).unwrap(), 6);
         assert!(!pipe.is_empty());
-        pipes.give_back(Some(pipe), &tenant, &life);
+        pipes.give_back(Some(pipe), &tenant, &session);
         assert!(pipes.kept.borrow().is_empty());
-        let mut pipe = pipes.take(&tenant, &life).expect("its share of the budget came back");
+        let mut pipe = pipes.take(&tenant, &session).expect("its share of the budget came back");
         assert!(pipe.is_empty());
         std::io::Write::write_all(&mut &sink, b"plain").unwrap();
         assert_eq!(pipe.fill(&source, usize::MAX).unwrap(), 5);
@@ -328,13 +328,13 @@ mod tests {
     #[test]
     fn a_worker_keeps_few() {
         let shard = Arc::new(CounterShard::default());
-        let (life, tenant) = (life(&shard), Quota::default());
+        let (session, tenant) = (session(&shard), Quota::default());
         let budget = PipeBudget::new(u64::MAX, 1);
         let pipes = PipeCache::new(Arc::clone(&budget));
-        let taken: Vec<_> = (0..=KEPT).map(|_| pipes.take(&tenant, &life)).collect();
+        let taken: Vec<_> = (0..=KEPT).map(|_| pipes.take(&tenant, &session)).collect();
         for pipe in taken {
             assert!(pipe.is_some());
-            pipes.give_back(pipe, &tenant, &life);
+            pipes.give_back(pipe, &tenant, &session);
         }
         assert_eq!(budget.used(), (KEPT * CAPACITY) as u64);
     }

@@ -3,15 +3,15 @@
 //! Closed loop without a rate: the next operation starts when the last has ended. With a rate, open loop: operations
 //! are due at a fixed pace, and latency counts from when they were due.
 
-mod alarm;
-mod caller;
+mod client_addresses;
 pub mod consumer;
+pub mod datagram_requests;
 mod flow;
-pub mod questions;
 pub mod schedule;
 mod session;
+mod timer_fd;
 
-pub use self::caller::MOST_CLIENTS;
+pub use self::client_addresses::MOST_CLIENTS;
 pub use self::flow::FRONT;
 
 use std::cell::RefCell;
@@ -27,12 +27,12 @@ use hdrhistogram::Histogram;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use self::alarm::TimerFd;
-use self::caller::ClientAddresses;
+use self::client_addresses::ClientAddresses;
+use self::datagram_requests::DatagramRequests;
 use self::flow::LoadFlow;
-use self::questions::DatagramRequests;
 use self::schedule::{LoadPace, Skew, SkewedShares};
 use self::session::LoadSession;
+use self::timer_fd::TimerFd;
 use crate::clock::{self, Moment};
 use crate::lab::datagram::DatagramPort;
 

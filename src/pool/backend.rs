@@ -8,11 +8,11 @@ use super::cause::ChangeCause;
 use super::health::{FULL, HealthState};
 #[cfg(test)]
 use super::health::{HealthRules, ProbeHealth};
+use super::health_record::{BackendLoad, HealthRecord};
 use super::least::Tournament;
 use super::queue::PoolQueue;
-use super::shares::TenantShares;
-use super::standing::SelectionState;
-use super::vitals::{BackendLoad, HealthRecord};
+use super::selection::SelectionState;
+use super::tenant_shares::TenantShares;
 use crate::account::{Label, ProbeResult};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
@@ -49,21 +49,21 @@ pub struct Backend {
     zone: Option<Arc<str>>,
     is_preferred: bool,
     /// Its weight as configured or resolved, and whether it is a backup.
-    said: AtomicU32,
+    base_weight: AtomicU32,
     /// The operator's weight, which counts instead.
-    ordered: AtomicU32,
+    operator_weight: AtomicU32,
     is_backup: AtomicBool,
-    is_gone: AtomicBool,
+    is_removed: AtomicBool,
     is_retired: AtomicBool,
     is_spare: AtomicBool,
     /// The weight in force, in [`FULL`]ths of a unit, and the sessions that it may have.
     weight: AtomicU32,
     pub(super) room: AtomicU32,
     /// What is known of it, and its sessions: shared with whoever stands for the address after a reload.
-    pub(super) vitals: Arc<HealthRecord>,
+    pub(super) health: Arc<HealthRecord>,
     pub(super) load: Arc<BackendLoad>,
     /// Where its pool looks for the least loaded.
-    pub(super) seat: Option<Arc<Tournament>>,
+    pub(super) tournament: Option<Arc<Tournament>>,
     /// Who waits for room.
     pub(super) queue: Option<Arc<PoolQueue>>,
     /// Which tenant holds how many places at the pool's backends.
@@ -93,28 +93,28 @@ impl Backend {
         address: BackendAddr,
         label: Label,
         slot: u32,
-        traits: BackendSettings,
-        vitals: Arc<HealthRecord>,
+        settings: BackendSettings,
+        health: Arc<HealthRecord>,
         load: Arc<BackendLoad>,
     ) -> Self {
         Self {
             address,
             label,
             slot,
-            max_sessions: traits.max_sessions,
-            zone: traits.zone,
-            is_preferred: traits.is_preferred,
-            said: AtomicU32::new(traits.weight),
-            ordered: AtomicU32::new(NOT_ORDERED),
-            is_backup: AtomicBool::new(traits.is_backup),
-            is_gone: AtomicBool::new(false),
+            max_sessions: settings.max_sessions,
+            zone: settings.zone,
+            is_preferred: settings.is_preferred,
+            base_weight: AtomicU32::new(settings.weight),
+            operator_weight: AtomicU32::new(NOT_ORDERED),
+            is_backup: AtomicBool::new(settings.is_backup),
+            is_removed: AtomicBool::new(false),
             is_retired: AtomicBool::new(false),
             is_spare: AtomicBool::new(false),
             weight: AtomicU32::new(0),
             room: AtomicU32::new(u32::MAX),
-            vitals,
+            health,
             load,
-            seat: None,
+            tournament: None,
             queue: None,
             shares: Arc::default(),
         }
@@ -165,8 +165,9 @@ impl Backend {
     /// Whether a flow may stay there: it is in use, or it is sound and others are only preferred. Costs a few reads.
     #[must_use]
     pub fn keeps_flows(&self) -> bool {
-        let is_sound = || self.state() == HealthState::Healthy && !self.is_ejected() && self.said() > 0;
-        !self.is_retired() && !self.is_gone() && (self.is_used() || is_sound())
+        let is_sound =
+            || self.state() == HealthState::Healthy && !self.is_ejected() && self.base_weight() > 0;
+        !self.is_retired() && !self.is_removed() && (self.is_used() || is_sound())
     }
 
     /// Whether new sessions may go there.
@@ -191,30 +192,30 @@ impl Backend {
     /// What probes say of it.
     #[must_use]
     pub fn state(&self) -> HealthState {
-        self.vitals.state()
+        self.health.state()
     }
 
     /// Whether its first probe is still to come.
     #[must_use]
     pub fn awaits_first_probe(&self) -> bool {
-        self.state() == HealthState::Unknown && !self.vitals.was_probed()
+        self.state() == HealthState::Unknown && !self.health.was_probed()
     }
 
     /// Nothing waits for its first probe any more: no task will make it.
     pub fn give_up_first_probe(&self) {
-        self.vitals.end_first_probe();
+        self.health.end_first_probe();
     }
 
     /// Whether sessions have put it out.
     #[must_use]
     pub fn is_ejected(&self) -> bool {
-        self.vitals.is_ejected()
+        self.health.is_ejected()
     }
 
     /// Whether its name does not lead to it any more: nobody probes it then.
     #[must_use]
-    pub fn is_gone(&self) -> bool {
-        self.is_gone.load(Ordering::Acquire)
+    pub fn is_removed(&self) -> bool {
+        self.is_removed.load(Ordering::Acquire)
     }
 
     /// Whether its pool has been replaced: another one may stand for its address then, and nobody new is sent here.
@@ -225,14 +226,14 @@ impl Backend {
 
     /// The same for whoever goes on with what is known of it, and for nobody else who lives.
     #[must_use]
-    pub fn mark(&self) -> usize {
-        Arc::as_ptr(&self.vitals).addr()
+    pub fn identity(&self) -> usize {
+        Arc::as_ptr(&self.health).addr()
     }
 
     /// Who stands for its address now, where that is another one.
     #[must_use]
-    pub(super) fn heir(&self) -> Option<Arc<Self>> {
-        if self.is_retired() || self.is_gone() {
+    pub(super) fn replacement(&self) -> Option<Arc<Self>> {
+        if self.is_retired() || self.is_removed() {
             self.load.holder().filter(|holder| !std::ptr::eq(&raw const **holder, self))
         } else {
             None
@@ -247,33 +248,33 @@ impl Backend {
     /// How many sessions it reset, or lost, before its first byte.
     #[must_use]
     pub fn early_resets(&self) -> u64 {
-        self.vitals.early_resets.load(Ordering::Relaxed)
+        self.health.early_resets.load(Ordering::Relaxed)
     }
 
     /// How often it was ejected.
     #[must_use]
     pub fn ejections(&self) -> u64 {
-        self.vitals.ejections.load(Ordering::Relaxed)
+        self.health.ejections.load(Ordering::Relaxed)
     }
 
     /// Its probes by result.
     pub fn probes(&self) -> impl Iterator<Item = (ProbeResult, u64)> + '_ {
-        let counts = self.vitals.probes.iter().map(|count| count.load(Ordering::Relaxed));
+        let counts = self.health.probes.iter().map(|count| count.load(Ordering::Relaxed));
         ProbeResult::ALL.into_iter().zip(counts)
     }
 
     /// How long the last probe took, in microseconds.
     #[must_use]
     pub fn probe_us(&self) -> u32 {
-        self.vitals.probe_us.load(Ordering::Relaxed)
+        self.health.probe_us.load(Ordering::Relaxed)
     }
 
     /// What is shown of it.
     #[must_use]
     pub fn summary(&self) -> BackendSummary {
-        let (ejected_until, changed) = self.vitals.summary();
+        let (ejected_until, changed) = self.health.summary();
         BackendSummary {
-            weight: self.said(),
+            weight: self.base_weight(),
             is_backup: self.is_backup.load(Ordering::Acquire),
             ejected_until,
             changed,
@@ -282,12 +283,12 @@ impl Backend {
 
     /// Takes in that a session could connect. Nearly always there is nothing to take back, and nothing is written.
     pub fn connected(&self) {
-        self.vitals.connected();
+        self.health.connected();
     }
 
     /// Takes in that a session got an answer.
     pub fn answered(&self) {
-        self.vitals.answered();
+        self.health.answered();
     }
 
     /// Puts it out; for how long.
@@ -297,64 +298,64 @@ impl Backend {
         cause: ChangeCause,
         now: Moment,
     ) -> Duration {
-        let time = self.vitals.eject(rules, cause, now);
+        let time = self.health.eject(rules, cause, now);
         self.set(0, self.room.load(Ordering::SeqCst), false);
         time
     }
 
     /// Gives it the weight that its name says now; whether that is another one.
-    pub(super) fn reweigh(&self, weight: u32, is_backup: bool, now: Moment) -> bool {
-        let is_same = self.said.swap(weight, Ordering::AcqRel) == weight;
+    pub(super) fn set_resolved_weight(&self, weight: u32, is_backup: bool, now: Moment) -> bool {
+        let is_same = self.base_weight.swap(weight, Ordering::AcqRel) == weight;
         let is_same = self.is_backup.swap(is_backup, Ordering::AcqRel) == is_backup && is_same;
         if !is_same {
-            self.vitals.change(now, ChangeCause::Resolved);
+            self.health.set_cause(now, ChangeCause::Resolved);
         }
         !is_same
     }
 
     /// Gives it the operator's weight, whatever its name says; the one that counted before.
-    pub(super) fn order(&self, weight: u32, now: Moment) -> u32 {
-        let before = self.said();
-        self.ordered.store(weight, Ordering::Release);
-        self.vitals.change(now, ChangeCause::Ordered);
+    pub(super) fn set_operator_weight(&self, weight: u32, now: Moment) -> u32 {
+        let before = self.base_weight();
+        self.operator_weight.store(weight, Ordering::Release);
+        self.health.set_cause(now, ChangeCause::Ordered);
         before
     }
 
     /// Keeps an operator's weight over a reload that says of it what was said before.
-    pub(super) fn keep_order(&self, before: &Self) {
-        let is_same = self.said.load(Ordering::Acquire) == before.said.load(Ordering::Acquire)
+    pub(super) fn keep_operator_weight(&self, before: &Self) {
+        let is_same = self.base_weight.load(Ordering::Acquire) == before.base_weight.load(Ordering::Acquire)
             && self.is_backup.load(Ordering::Acquire) == before.is_backup.load(Ordering::Acquire)
             && (self.max_sessions, &self.zone) == (before.max_sessions, &before.zone);
         if is_same {
-            self.ordered.store(before.ordered.load(Ordering::Acquire), Ordering::Release);
+            self.operator_weight.store(before.operator_weight.load(Ordering::Acquire), Ordering::Release);
         }
     }
 
     /// Its weight, as the operator, its name or the configuration says.
-    fn said(&self) -> u32 {
-        let ordered = self.ordered.load(Ordering::Acquire);
-        if ordered == NOT_ORDERED { self.said.load(Ordering::Acquire) } else { ordered }
+    fn base_weight(&self) -> u32 {
+        let ordered = self.operator_weight.load(Ordering::Acquire);
+        if ordered == NOT_ORDERED { self.base_weight.load(Ordering::Acquire) } else { ordered }
     }
 
     /// Its name does not lead to it any more: its sessions may finish.
-    pub(super) fn leave(&self, now: Moment) {
-        self.vitals.change(now, ChangeCause::NotResolved);
-        self.is_gone.store(true, Ordering::Release);
+    pub(super) fn remove(&self, now: Moment) {
+        self.health.set_cause(now, ChangeCause::NotResolved);
+        self.is_removed.store(true, Ordering::Release);
         self.set(0, 0, false);
     }
 
     /// What is known of it, and when time alone will change that.
-    pub(super) fn seen(&self, now: Moment) -> (SelectionState, Option<Moment>) {
-        let vitals = self.vitals.seen(now);
+    pub(super) fn view(&self, now: Moment) -> (SelectionState, Option<Moment>) {
+        let health = self.health.view(now);
         let seen = SelectionState {
-            state: vitals.state,
-            is_ejected: vitals.is_ejected,
-            weight: self.said(),
-            ramp: vitals.ramp,
+            state: health.state,
+            is_ejected: health.is_ejected,
+            weight: self.base_weight(),
+            ramp: health.ramp,
             is_backup: self.is_backup.load(Ordering::Acquire),
             is_preferred: self.is_preferred,
         };
-        (seen, vitals.due)
+        (seen, health.due)
     }
 
     /// How many sessions it may have while that much of it is back; at least one.
@@ -368,18 +369,18 @@ impl Backend {
         self.is_spare.store(is_spare, Ordering::SeqCst);
         self.weight.store(weight, Ordering::SeqCst);
         self.room.store(room, Ordering::SeqCst);
-        self.tell_seat();
+        self.update_load();
     }
 
     /// Has its pool know what its sessions are now.
-    pub(super) fn tell_seat(&self) {
-        if let Some(seat) = &self.seat {
-            seat.changed(self.slot as usize, || self.standing());
+    pub(super) fn update_load(&self) {
+        if let Some(seat) = &self.tournament {
+            seat.changed(self.slot as usize, || self.load_and_weight());
         }
     }
 
     /// Its sessions, and its weight where it has room.
-    pub(super) fn standing(&self) -> (u32, u32) {
+    pub(super) fn load_and_weight(&self) -> (u32, u32) {
         let load = self.load();
         let weight = if load < self.room.load(Ordering::SeqCst) { self.weight() } else { 0 };
         (load, weight)
@@ -389,12 +390,12 @@ impl Backend {
 #[cfg(test)]
 impl Backend {
     /// A healthy backend that is in no pool and may be used.
-    pub(super) fn alone(address: &str, traits: BackendSettings) -> Self {
+    pub(super) fn standalone(address: &str, settings: BackendSettings) -> Self {
         let label = crate::account::Labels::default().intern(address);
         let health = ProbeHealth::new(HealthRules { rise: 1, fall: 1 }, HealthState::Healthy);
-        let vitals = Arc::new(HealthRecord::new(health, (Moment::default(), ChangeCause::Start)));
+        let health = Arc::new(HealthRecord::new(health, (Moment::default(), ChangeCause::Start)));
         let address = BackendAddr(address.parse().unwrap());
-        let backend = Self::new(address, label, 0, traits, vitals, Arc::default());
+        let backend = Self::new(address, label, 0, settings, health, Arc::default());
         backend.set(100 * FULL, backend.room_at(FULL), false);
         backend
     }

@@ -49,11 +49,11 @@ impl From<SessionFailure> for ChangeCause {
 impl ChangeCause {
     /// The word in log, metrics and status.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Start => "start",
             Self::Reload => "reload",
-            Self::Probe(verdict) => verdict.word(),
+            Self::Probe(verdict) => verdict.as_str(),
             Self::ConnectFailures => "connect_failures",
             Self::Resets => "resets",
             Self::EjectionOver => "ejection_over",
@@ -81,7 +81,7 @@ mod tests {
             ChangeCause::Ordered,
             ChangeCause::Probe(ProbeResult::Passed),
         ];
-        let words: std::collections::BTreeSet<_> = causes.map(ChangeCause::word).into();
+        let words: std::collections::BTreeSet<_> = causes.map(ChangeCause::as_str).into();
         assert_eq!(words.len(), causes.len());
     }
 }

@@ -35,18 +35,18 @@ impl BackendChange {
 }
 
 /// Describes the present state of a backend.
-pub(super) fn change(backend: &Backend, out_for: Option<Duration>) -> BackendChange {
-    let state = if backend.is_gone() {
+pub(super) fn backend_change(backend: &Backend, out_for: Option<Duration>) -> BackendChange {
+    let state = if backend.is_removed() {
         "gone"
     } else if backend.is_ejected() {
         "ejected"
     } else {
-        backend.state().word()
+        backend.state().as_str()
     };
     BackendChange {
         backend: backend.label().clone(),
         state,
-        why: backend.summary().changed.1.word(),
+        why: backend.summary().changed.1.as_str(),
         out_for,
     }
 }

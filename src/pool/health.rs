@@ -19,7 +19,7 @@ pub enum HealthState {
 impl HealthState {
     /// The word in log and status.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Unknown => "unknown",
             Self::Healthy => "healthy",
@@ -87,13 +87,13 @@ impl ProbeHealth {
 
     /// A backend that counts as healthy until its first result.
     #[must_use]
-    pub fn presumed(rules: HealthRules) -> Self {
+    pub fn presumed_healthy(rules: HealthRules) -> Self {
         Self { rules, state: HealthState::Healthy, against: 0, is_untested: true }
     }
 
     /// The same memory under other rules.
     #[must_use]
-    pub fn with(self, rules: HealthRules) -> Self {
+    pub fn with_rules(self, rules: HealthRules) -> Self {
         Self { rules, ..self }
     }
 
@@ -148,15 +148,15 @@ mod tests {
 
     #[test]
     fn who_is_presumed_healthy_is_so_until_the_first_result_says_otherwise() {
-        let mut health = ProbeHealth::presumed(RULES);
+        let mut health = ProbeHealth::presumed_healthy(RULES);
         assert_eq!(
             (health.state(), health.observe(false)),
             (HealthState::Healthy, Some(HealthState::Unhealthy))
         );
-        let mut health = ProbeHealth::presumed(RULES);
+        let mut health = ProbeHealth::presumed_healthy(RULES);
         assert_eq!(observe(&mut health, "+--"), [None; 3]);
         assert_eq!(
-            health.with(HealthRules { rise: 1, fall: 1 }).observe(false),
+            health.with_rules(HealthRules { rise: 1, fall: 1 }).observe(false),
             Some(HealthState::Unhealthy)
         );
     }
@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(health.observe(false), Some(HealthState::Unhealthy));
         assert_eq!(observe(&mut health, "-+-+"), [None; 4]);
         assert_eq!(health.observe(true), Some(HealthState::Healthy));
-        assert_eq!(health.state().word(), "healthy");
+        assert_eq!(health.state().as_str(), "healthy");
     }
 
     #[test]
@@ -191,6 +191,9 @@ mod tests {
     fn one_is_enough_where_the_rules_say_so() {
         let mut health = ProbeHealth::new(HealthRules { rise: 1, fall: 1 }, HealthState::Healthy);
         assert_eq!(observe(&mut health, "-+"), [Some(HealthState::Unhealthy), Some(HealthState::Healthy)]);
-        assert_eq!((HealthState::Unknown.word(), HealthState::Unhealthy.word()), ("unknown", "unhealthy"));
+        assert_eq!(
+            (HealthState::Unknown.as_str(), HealthState::Unhealthy.as_str()),
+            ("unknown", "unhealthy")
+        );
     }
 }

@@ -42,10 +42,10 @@ impl PickedBackend {
     /// Tells the pool of a session that is counted already.
     fn seated(backend: &Arc<Backend>) -> Self {
         // The seat of one that is gone may be another's.
-        if backend.is_retired() || backend.is_gone() {
-            backend.heir().iter().for_each(|heir| heir.tell_seat());
-        } else if let Some(seat) = &backend.seat {
-            seat.picked(backend.slot() as usize, || backend.standing());
+        if backend.is_retired() || backend.is_removed() {
+            backend.replacement().iter().for_each(|replacement| replacement.update_load());
+        } else if let Some(seat) = &backend.tournament {
+            seat.picked(backend.slot() as usize, || backend.load_and_weight());
         }
         Self(Box::new(PickedState { backend: Arc::clone(backend), tenant: None }))
     }
@@ -59,10 +59,10 @@ impl PickedBackend {
 
     /// The same session at the backend that a reload has put in the place of its own.
     #[must_use]
-    pub fn follow(&self, heir: &Arc<Backend>) -> Self {
-        let picked = Self::adopt(heir);
+    pub fn follow(&self, replacement: &Arc<Backend>) -> Self {
+        let picked = Self::adopt(replacement);
         let Some(tenant) = self.0.tenant else { return picked };
-        heir.shares.enter_anyway(tenant);
+        replacement.shares.enter_anyway(tenant);
         picked.of(tenant)
     }
 
@@ -89,8 +89,8 @@ impl Drop for PickedBackend {
         backend.load.sessions.fetch_sub(1, Ordering::SeqCst);
         // Only now: who replaces it is there before it is retired, and looks at the load after that. The seat of one that is
         // gone may be another's.
-        if backend.is_retired() || backend.is_gone() {
-            backend.heir().iter().for_each(give_back);
+        if backend.is_retired() || backend.is_removed() {
+            backend.replacement().iter().for_each(give_back);
         } else {
             give_back(backend);
         }
@@ -99,7 +99,7 @@ impl Drop for PickedBackend {
 
 /// There may be room at a backend: whoever picks the least loaded, or waits, has to know.
 fn give_back(backend: &Arc<Backend>) {
-    backend.tell_seat();
+    backend.update_load();
     if let Some(queue) = &backend.queue {
         queue.serve(backend);
     }
@@ -112,7 +112,7 @@ mod tests {
     use crate::pool::health::FULL;
 
     fn backend(max_sessions: Option<u32>) -> Arc<Backend> {
-        Arc::new(Backend::alone(
+        Arc::new(Backend::standalone(
             "10.0.0.1:80",
             BackendSettings { max_sessions, ..BackendSettings::default() },
         ))

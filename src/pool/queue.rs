@@ -10,7 +10,7 @@ use std::task::{Context, Poll, Waker};
 use super::backend::Backend;
 use super::picked::PickedBackend;
 use crate::account::lock;
-use crate::share;
+use crate::fair_share;
 
 /// The line of one pool. Locked only while somebody waits.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ struct QueueTicket {
     number: u64,
     /// Until it has its turn, or leaves.
     is_waiting: AtomicBool,
-    desk: Mutex<TicketResult>,
+    result: Mutex<TicketResult>,
 }
 
 #[derive(Debug, Default)]
@@ -121,9 +121,9 @@ impl PoolQueue {
             };
             let Some((ticket, picked)) = next else { return true };
             let waker = {
-                let mut desk = lock(&ticket.desk);
-                desk.picked = Some(picked);
-                desk.waker.take()
+                let mut result = lock(&ticket.result);
+                result.picked = Some(picked);
+                result.waker.take()
             };
             waker.into_iter().for_each(Waker::wake);
         }
@@ -135,14 +135,14 @@ impl QueueLine {
     /// Whether a tenant may have one more place of so many; `free` is what is left then.
     fn allows(&self, tenant: u32, length: usize, free: usize) -> bool {
         let own = self.tickets.get(&tenant).map_or(0, VecDeque::len);
-        share::is_allowed(own, self.tickets.len() + usize::from(own == 0), length, free)
+        fair_share::is_allowed(own, self.tickets.len() + usize::from(own == 0), length, free)
     }
 
     fn add(&mut self, tenant: u32) -> Arc<QueueTicket> {
         let number = self.next;
         self.next += 1;
         let ticket =
-            QueueTicket { tenant, number, is_waiting: AtomicBool::new(true), desk: Mutex::default() };
+            QueueTicket { tenant, number, is_waiting: AtomicBool::new(true), result: Mutex::default() };
         let ticket = Arc::new(ticket);
         let own = self.tickets.entry(tenant).or_default();
         if own.is_empty() {
@@ -175,11 +175,11 @@ impl Future for QueuePlace {
     type Output = PickedBackend;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<PickedBackend> {
-        let mut desk = lock(&self.ticket.desk);
-        if let Some(picked) = desk.picked.take() {
+        let mut result = lock(&self.ticket.result);
+        if let Some(picked) = result.picked.take() {
             return Poll::Ready(picked);
         }
-        desk.waker = Some(context.waker().clone());
+        result.waker = Some(context.waker().clone());
         Poll::Pending
     }
 }
@@ -196,7 +196,7 @@ impl Drop for QueuePlace {
             }
         }
         // What it was given and never took goes to the next in line, and that takes the lock.
-        let given = lock(&self.ticket.desk).picked.take();
+        let given = lock(&self.ticket.result).picked.take();
         drop(given);
     }
 }
@@ -209,7 +209,7 @@ mod tests {
     use crate::pool::backend::BackendSettings;
 
     fn backend(queue: &Arc<PoolQueue>, most: u32) -> Arc<Backend> {
-        let mut backend = Backend::alone(
+        let mut backend = Backend::standalone(
             "10.0.0.1:80",
             BackendSettings { max_sessions: Some(most), ..BackendSettings::default() },
         );

@@ -9,7 +9,7 @@ use crate::config::{Balance, EjectionConfig, ProbeCheck};
 use crate::pool::health::FULL;
 
 mod names;
-mod succession;
+mod replacement;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -56,15 +56,15 @@ fn pool(config: &crate::config::PoolConfig) -> Pool {
 /// A pool whose backends all passed their first probe.
 fn healthy(config: &crate::config::PoolConfig) -> Pool {
     let pool = pool(config);
-    for place in 0..pool.roster().backends().len() {
+    for place in 0..pool.candidates().backends().len() {
         assert!(probe(&pool, place, true, at(0)).is_some());
     }
-    pool.tend(at(100));
+    pool.run_due(at(100));
     pool
 }
 
 fn backend(pool: &Pool, place: usize) -> Arc<Backend> {
-    Arc::clone(&pool.roster().backends()[place])
+    Arc::clone(&pool.candidates().backends()[place])
 }
 
 fn probe(pool: &Pool, place: usize, success: bool, now: Moment) -> Option<BackendChange> {
@@ -128,10 +128,10 @@ fn least_sessions_gives_each_its_part_of_what_is_held() {
     config.backends[2].weight = 200;
     let pool = healthy(&config);
     let held: Vec<_> = (0..40).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
-    let loads: Vec<u32> = pool.roster().backends().iter().map(|backend| backend.load()).collect();
+    let loads: Vec<u32> = pool.candidates().backends().iter().map(|backend| backend.load()).collect();
     assert_eq!(loads, [10, 10, 20]);
     drop(held);
-    assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+    assert!(pool.candidates().backends().iter().all(|backend| backend.load() == 0));
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn shares_go_by_weight_in_every_algorithm() {
 fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
     for balance in ALL {
         let pool = pool(&config(balance, 3));
-        assert_eq!((pool.usable(), pool.roster().ground().word()), (3, "unknown"));
+        assert_eq!((pool.usable(), pool.candidates().tier().as_str()), (3, "unknown"));
         let change = probe(&pool, 1, true, at(1_000)).unwrap();
         assert_eq!((change.state, change.why, change.backend.name()), ("healthy", "passed", "10.0.0.1:1001"));
         assert_eq!((pick(&pool, 5), pool.usable()), (Ok(1001), 1));
@@ -199,7 +199,7 @@ fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
         assert_eq!((pick(&pool, 5).is_ok_and(|port| port != 1001), pool.usable()), (true, 2));
         assert!(probe(&pool, 0, false, at(4_000)).is_some() && probe(&pool, 2, false, at(5_000)).is_some());
         assert_eq!((pool.usable(), pick(&pool, 5)), (0, Err(PickError::Usable)));
-        assert_eq!(pool.roster().ground().word(), "none");
+        assert_eq!(pool.candidates().tier().as_str(), "none");
     }
 }
 
@@ -207,17 +207,17 @@ fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
 fn without_probes_all_are_healthy() {
     let config = crate::config::PoolConfig { health: None, ..config(Balance::P2c, 2) };
     let pool = pool(&config);
-    assert_eq!((pool.usable(), pool.roster().ground().word()), (2, "healthy"));
+    assert_eq!((pool.usable(), pool.candidates().tier().as_str()), (2, "healthy"));
 }
 
 #[test]
 fn thousands_of_first_results_make_few_rosters() {
     let pool = pool(&config(Balance::P2c, 3));
     assert!(probe(&pool, 0, true, at(50)).is_some());
-    assert_eq!(pool.roster().ground().word(), "unknown", "the roster is 50 ms old");
-    assert!(pool.tend(at(99)).is_empty());
-    assert_eq!(pool.roster().ground().word(), "unknown");
-    pool.tend(at(100));
+    assert_eq!(pool.candidates().tier().as_str(), "unknown", "the roster is 50 ms old");
+    assert!(pool.run_due(at(99)).is_empty());
+    assert_eq!(pool.candidates().tier().as_str(), "unknown");
+    pool.run_due(at(100));
     assert_eq!(pool.usable(), 1);
     assert!(probe(&pool, 1, true, at(200)).is_some());
     assert_eq!(pool.usable(), 2, "the roster was 100 ms old");
@@ -242,17 +242,17 @@ fn the_third_failure_in_a_row_ejects_at_once_and_time_brings_back_gently() {
         // Nobody goes there, though the roster is as it was.
         let without = (0..200).all(|roll| pick(&pool, pick::hash(&[roll])) != Ok(1000));
         assert!(without && pool.usable() == 4, "{balance:?}");
-        pool.tend(at(800));
+        pool.run_due(at(800));
         assert_eq!(pool.usable(), 3);
         // A probe's success does not bring it back.
         assert!(probe(&pool, 0, true, at(900)).is_none());
-        assert!(pool.tend(at(30_699)).is_empty() && pool.usable() == 3);
-        let over = pool.tend(at(30_700));
+        assert!(pool.run_due(at(30_699)).is_empty() && pool.usable() == 3);
+        let over = pool.run_due(at(30_700));
         assert_eq!((over[0].state, over[0].why, over.len()), ("healthy", "ejection_over", 1));
         assert_eq!((pool.usable(), backend(&pool, 0).weight()), (4, 100), "1 of 64 parts");
-        pool.tend(at(35_700));
+        pool.run_due(at(35_700));
         assert_eq!(backend(&pool, 0).weight(), 100 * FULL / 2, "half of ten seconds");
-        pool.tend(at(40_700));
+        pool.run_due(at(40_700));
         assert_eq!((backend(&pool, 0).weight(), backend(&pool, 0).ejections()), (100 * FULL, 1));
         // Again within its base time, twice as long.
         let again = fail(&pool, 0, SessionFailure::Connect, 3, at(45_000)).unwrap();
@@ -267,8 +267,8 @@ fn no_more_than_half_is_ejected_and_the_rest_stays() {
         let change = fail(&pool, place, SessionFailure::Connect, 10, at(500));
         assert_eq!(change.is_some(), place < 2);
     }
-    pool.tend(at(600));
-    assert_eq!((pool.usable(), pool.roster().ground().word()), (2, "healthy"));
+    pool.run_due(at(600));
+    assert_eq!((pool.usable(), pool.candidates().tier().as_str()), (2, "healthy"));
     let off = config(Balance::P2c, 4);
     let off = crate::config::PoolConfig {
         ejection: EjectionConfig { consecutive_failures: 0, ..off.ejection },
@@ -281,11 +281,11 @@ fn no_more_than_half_is_ejected_and_the_rest_stays() {
 fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
     let of = |tenant| SessionFailure::Reset { tenant };
     let alone = healthy(&config(Balance::P2c, 2));
-    (0..5).for_each(|_| alone.arrived(7));
+    (0..5).for_each(|_| alone.count_session(7));
     assert_eq!(fail(&alone, 0, of(7), 3, at(500)).unwrap().why, "resets");
     let shared = healthy(&config(Balance::P2c, 2));
-    shared.arrived(7);
-    shared.arrived(8);
+    shared.count_session(7);
+    shared.count_session(8);
     assert!(fail(&shared, 0, of(7), 50, at(500)).is_none());
     assert_eq!(backend(&shared, 0).early_resets(), 50);
     assert!(fail(&shared, 0, of(8), 50, at(500)).is_none(), "each of them once");
@@ -296,14 +296,14 @@ fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
 fn when_all_that_are_left_fail_an_ejected_one_is_better_than_nobody() {
     let pool = healthy(&config(Balance::RoundRobin, 2));
     fail(&pool, 0, SessionFailure::Connect, 3, at(500));
-    pool.tend(at(600));
+    pool.run_due(at(600));
     let mut tried = TriedBackends::default();
     assert_eq!(port(&pool.pick(0, 0, &mut tried).unwrap()), 1001);
     assert_eq!(port(&pool.pick(0, 0, &mut tried).unwrap()), 1000);
     // Sessions leave it, but where the other one is unhealthy, it is used by all.
     probe(&pool, 1, false, at(1_000));
     probe(&pool, 1, false, at(2_000));
-    assert_eq!((pool.roster().ground().word(), pick(&pool, 0)), ("ejected", Ok(1000)));
+    assert_eq!((pool.candidates().tier().as_str(), pick(&pool, 0)), ("ejected", Ok(1000)));
 }
 
 #[test]
@@ -315,7 +315,7 @@ fn who_was_down_comes_back_slowly_and_who_starts_does_not() {
     probe(&pool, 0, false, at(2_000));
     assert!(probe(&pool, 0, true, at(10_000)).is_some());
     for (milliseconds, parts) in [(10_000, 1), (42_000, 32), (73_000, 63), (74_000, FULL)] {
-        pool.tend(at(milliseconds));
+        pool.run_due(at(milliseconds));
         assert_eq!(backend(&pool, 0).weight(), 100 * parts, "at {milliseconds} ms");
     }
 }
@@ -328,7 +328,7 @@ fn a_slow_start_holds_for_the_sessions_at_once_too_but_for_who_leads() {
     let falls = |place| (1..3).for_each(|second| drop(probe(&pool, place, false, at(second * 1_000))));
     falls(0);
     probe(&pool, 0, true, at(10_000));
-    pool.tend(at(26_000));
+    pool.run_due(at(26_000));
     let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut TriedBackends::default()).ok()).collect();
     let loads = |place| backend(&pool, place).load();
     assert_eq!((loads(0), loads(1)), (8, 32), "a quarter of 32, and all");
@@ -337,7 +337,7 @@ fn a_slow_start_holds_for_the_sessions_at_once_too_but_for_who_leads() {
     falls(0);
     falls(1);
     probe(&pool, 0, true, at(30_000));
-    pool.tend(at(31_000));
+    pool.run_due(at(31_000));
     let held: Vec<_> = std::iter::from_fn(|| pool.pick(0, 0, &mut TriedBackends::default()).ok()).collect();
     assert_eq!((held.len(), pool.usable()), (32, 1));
 }
@@ -350,8 +350,8 @@ fn an_ejection_turns_nobody_away_before_the_roster_follows() {
     assert_eq!(pick(&pool, 0), Ok(1000));
     assert!(fail(&pool, 0, SessionFailure::Connect, 3, at(500)).is_some());
     assert_eq!(pick(&pool, 0), Ok(1001), "the healthy backup, and not who was put out");
-    pool.tend(at(600));
-    assert_eq!((pick(&pool, 0), pool.roster().ground().word()), (Ok(1001), "backup"));
+    pool.run_due(at(600));
+    assert_eq!((pick(&pool, 0), pool.candidates().tier().as_str()), (Ok(1001), "backup"));
 }
 
 #[test]
@@ -366,7 +366,7 @@ fn a_full_zone_is_helped_by_the_others() {
     let mut held: Vec<_> = (0..3).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
     assert_eq!(port(&held[0]), 1000);
     assert_eq!(pick(&pool, 0), Err(PickError::Free));
-    let mut place = pool.wait(1).unwrap();
+    let mut place = pool.join_queue(1).unwrap();
     held.truncate(2);
     assert!(given(&mut place).is_some_and(|picked| port(&picked) != 1000));
 }
@@ -381,7 +381,7 @@ fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
     config.queue.length = 2;
     let pool = healthy(&config);
     let wait = || {
-        let mut place = pool.wait(1).unwrap();
+        let mut place = pool.join_queue(1).unwrap();
         given(&mut place).ok_or(place)
     };
     let near = wait().ok().unwrap();
@@ -389,7 +389,7 @@ fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
     assert_eq!(port(&wait().ok().unwrap()), 1000, "the other, as its zone is full");
     (1..4).for_each(|turn| drop(probe(&pool, 0, false, at(turn))));
     assert_eq!(
-        pool.roster().backends()[0].state(),
+        pool.candidates().backends()[0].state(),
         HealthState::Unhealthy,
         "and the roster does not know it yet"
     );
@@ -406,7 +406,7 @@ fn who_comes_where_nobody_is_in_use_does_not_wait_with_the_others() {
     config.backends[0].max_sessions = Some(1);
     let pool = healthy(&config);
     let _held = pool.pick(0, 0, &mut TriedBackends::default()).unwrap();
-    let _place = pool.wait(1).unwrap();
+    let _place = pool.join_queue(1).unwrap();
     assert_eq!(pick(&pool, 0), Err(PickError::Free));
     (1..3).for_each(|second| drop(probe(&pool, 0, false, at(second * 1_000))));
     assert_eq!(pick(&pool, 0), Err(PickError::Usable));
@@ -416,11 +416,11 @@ fn who_comes_where_nobody_is_in_use_does_not_wait_with_the_others() {
 fn in_a_panic_all_are_used() {
     let config = crate::config::PoolConfig { panic_threshold: 50, ..config(Balance::P2c, 3) };
     let pool = healthy(&config);
-    for (place, ground) in [(0, "healthy"), (1, "panic")] {
+    for (place, tier) in [(0, "healthy"), (1, "panic")] {
         probe(&pool, place, false, at(1_000));
         probe(&pool, place, false, at(2_000));
-        pool.tend(at(3_000));
-        assert_eq!(pool.roster().ground().word(), ground);
+        pool.run_due(at(3_000));
+        assert_eq!(pool.candidates().tier().as_str(), tier);
     }
     assert_eq!((pool.usable(), shares(&pool, 900).len()), (3, 3));
 }
@@ -433,15 +433,15 @@ fn who_waits_is_served_in_turn_and_nobody_passes_by() {
     let pool = healthy(&config);
     let mut held: Vec<_> = (0..2).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
     assert_eq!(pick(&pool, 0), Err(PickError::Free));
-    let mut places = [pool.wait(1).unwrap(), pool.wait(1).unwrap()];
-    assert!(pool.wait(1).is_none() && pool.waiting() == 2);
+    let mut places = [pool.join_queue(1).unwrap(), pool.join_queue(1).unwrap()];
+    assert!(pool.join_queue(1).is_none() && pool.waiting() == 2);
     held.pop();
     assert_eq!(pick(&pool, 0), Err(PickError::Free), "the one with room is the first waiter's");
     let mut is_served = |place: usize| given(&mut places[place]).is_some();
     assert!(!is_served(1) && is_served(0), "in turn");
     assert!(is_served(1) && pool.waiting() == 0, "the first one's session is over already");
     assert!(pick(&pool, 0).is_ok());
-    assert!(healthy(&self::config(Balance::P2c, 1)).wait(1).is_none(), "there is no queue");
+    assert!(healthy(&self::config(Balance::P2c, 1)).join_queue(1).is_none(), "there is no queue");
 }
 
 #[test]
@@ -449,7 +449,7 @@ fn retries_are_a_part_of_the_sessions_once_the_first_hundred_are_used_up() {
     let pool = healthy(&config(Balance::P2c, 2));
     assert!((0..100).all(|_| pool.may_retry(at(0))));
     assert!(!pool.may_retry(at(0)));
-    (0..10).for_each(|_| pool.arrived(1));
+    (0..10).for_each(|_| pool.count_session(1));
     assert_eq!((0..10).filter(|_| pool.may_retry(at(0))).count(), 2);
     assert_eq!(pool.retries(), (102, 9));
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::crew::WorkerLoads;
 use super::notify;
+use super::worker_loads::WorkerLoads;
 use crate::clock::wheel::TickSpan;
 use crate::clock::{self, Moment};
 use crate::config::DrainConfig;
@@ -35,7 +35,7 @@ const TELL: Duration = Duration::from_secs(5);
 /// Waits for the order to drain and carries it out; returns once the process is over.
 pub(super) async fn run(
     live: &LiveState,
-    crew: &WorkerLoads,
+    loads: &WorkerLoads,
     stage: watch::Sender<DrainStage>,
     mut orders: watch::Receiver<bool>,
 ) {
@@ -52,7 +52,7 @@ pub(super) async fn run(
     // Those in force when it starts.
     let rules = live.config.load().drain;
     tokio::select! {
-        () = drain(&rules, live, crew, &stage) => {}
+        () = drain(&rules, live, loads, &stage) => {}
         () = over(&mut stages) => {}
     }
     stage.send_replace(DrainStage::Over);
@@ -64,13 +64,18 @@ pub(super) async fn over(stages: &mut watch::Receiver<DrainStage>) {
     drop(reached);
 }
 
-async fn drain(rules: &DrainConfig, live: &LiveState, crew: &WorkerLoads, stage: &watch::Sender<DrainStage>) {
+async fn drain(
+    rules: &DrainConfig,
+    live: &LiveState,
+    loads: &WorkerLoads,
+    stage: &watch::Sender<DrainStage>,
+) {
     let start = clock::now();
     let left = |now: Moment| rules.deadline.saturating_sub(now.since(start));
-    tracing::info!(sessions = crew.total(), notice = ?rules.notice, quiet = ?rules.quiet, "draining");
+    tracing::info!(sessions = loads.total(), notice = ?rules.notice, quiet = ?rules.quiet, "draining");
     let mut last_new = start;
     let mut seen = identified(live);
-    let mut progress = DrainProgress { live, crew, told: start };
+    let mut progress = DrainProgress { live, loads, told: start };
     loop {
         let now = clock::now();
         progress.tell(now);
@@ -83,21 +88,21 @@ async fn drain(rules: &DrainConfig, live: &LiveState, crew: &WorkerLoads, stage:
         }
         sleep(LOOK).await;
     }
-    tracing::info!(sessions = crew.total(), idle = ?rules.idle, "listeners closed");
+    tracing::info!(sessions = loads.total(), idle = ?rules.idle, "listeners closed");
     live.draining.close();
     stage.send_replace(DrainStage::Closing { idle: TickSpan::of(rules.idle) });
     // A door that closes takes in what the kernel had accepted: until all have, there may be sessions to come.
-    while crew.open_doors() + crew.total() > 0 && !left(clock::now()).is_zero() {
+    while loads.open_sockets() + loads.total() > 0 && !left(clock::now()).is_zero() {
         progress.tell(clock::now());
         sleep(LOOK).await;
     }
-    tracing::info!(sessions_ended = crew.total(), took = ?clock::now().since(start), "drained");
+    tracing::info!(sessions_ended = loads.total(), took = ?clock::now().since(start), "drained");
 }
 
 /// What is said of a drain from time to time.
 struct DrainProgress<'l> {
     live: &'l LiveState,
-    crew: &'l WorkerLoads,
+    loads: &'l WorkerLoads,
     told: Moment,
 }
 
@@ -107,10 +112,10 @@ impl DrainProgress<'_> {
             return;
         };
         self.told = now;
-        let stage = self.live.draining.phase().word();
+        let stage = self.live.draining.phase().as_str();
         tracing::info!(
             stage,
-            sessions_left = self.crew.total(),
+            sessions_left = self.loads.total(),
             deadline_in_s = left.as_secs(),
             "still draining"
         );

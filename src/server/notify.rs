@@ -8,7 +8,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::crew::WorkerLoads;
+use super::worker_loads::WorkerLoads;
 use crate::clock;
 use crate::fault::{self, Syscall};
 use crate::state::LiveState;
@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The process serves: at the start, and again after a reload.
 pub fn ready() {
-    tell(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready]);
 }
 
 /// A process serves in this one's place, once it says [`ready`] itself.
@@ -41,13 +41,13 @@ pub fn main_pid(pid: u32) {
 pub(super) fn reloading() {
     // The time, of systemd's own clock, is what Type=notify-reload tells this one from an earlier reload by.
     if let Ok(now) = NotifyState::monotonic_usec_now() {
-        tell(&[NotifyState::Reloading, now]);
+        notify(&[NotifyState::Reloading, now]);
     }
 }
 
 /// The process goes.
 pub(super) fn stopping() {
-    tell(&[NotifyState::Stopping, more_time()]);
+    notify(&[NotifyState::Stopping, more_time()]);
 }
 
 /// Systemd would kill a drain that takes longer than `TimeoutStopSec`; asked in time, it waits.
@@ -73,7 +73,7 @@ static TELLER: LazyLock<Option<SyncSender<String>>> = LazyLock::new(|| {
     Builder::new().name("notify".to_owned()).spawn(tell_all).ok().map(|_| sender)
 });
 
-fn tell(states: &[NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     let Some(teller) = &*TELLER else { return };
     let lines: Vec<_> = states.iter().map(ToString::to_string).collect();
     // One that does not listen misses what there is no room for.
@@ -82,7 +82,7 @@ fn tell(states: &[NotifyState<'_>]) {
 
 /// Tells the status when it changes, and the watchdog, where there is one, that all workers go on. For as long as the
 /// process runs.
-pub(super) async fn run(live: Arc<LiveState>, crew: Arc<WorkerLoads>) {
+pub(super) async fn run(live: Arc<LiveState>, loads: Arc<WorkerLoads>) {
     let watchdog = sd_notify::watchdog_enabled();
     // At twice the rate that is asked for, as `sd_watchdog_enabled(3)` recommends.
     let look = watchdog.map_or(LOOK, |limit| (limit / 2).clamp(Duration::from_millis(1), LOOK));
@@ -93,7 +93,7 @@ pub(super) async fn run(live: Arc<LiveState>, crew: Arc<WorkerLoads>) {
     loop {
         ticks.tick().await;
         fault::panic_at(Syscall::ControlPanic);
-        let news = told.news(&live, &crew);
+        let news = told.changed_status(&live, &loads);
         let mut states: Vec<_> = news.as_deref().map(NotifyState::Status).into_iter().collect();
         if news.is_some() && live.is_draining() {
             states.push(more_time());
@@ -107,7 +107,7 @@ pub(super) async fn run(live: Arc<LiveState>, crew: Arc<WorkerLoads>) {
             }
         }
         if !states.is_empty() {
-            tell(&states);
+            notify(&states);
         }
     }
 }
@@ -123,14 +123,14 @@ struct LastStatus {
 
 impl LastStatus {
     /// What there is to tell now, if anything.
-    fn news(&mut self, live: &LiveState, crew: &WorkerLoads) -> Option<String> {
+    fn changed_status(&mut self, live: &LiveState, loads: &WorkerLoads) -> Option<String> {
         let what = (live.draining.phase(), live.reloads.last_was_successful());
         self.looks += 1;
         if self.what == Some(what) && self.looks < SELDOM {
             return None;
         }
         self.looks = 0;
-        let text = text(what, crew.total(), live.draining.time(clock::now()).map(|(_, left)| left));
+        let text = text(what, loads.total(), live.draining.time(clock::now()).map(|(_, left)| left));
         if self.what == Some(what) && self.text == text {
             return None;
         }

@@ -11,11 +11,11 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::doors::{ListenSocketId, SocketCommand};
 use super::inherit::InheritedSockets;
-use super::listen::{self, BoundListener, BoundSocket};
-use super::team::WorkerCommands;
-use super::{Capacity, StartError, limits};
+use super::listen_sockets::{self, BoundListener, BoundSocket};
+use super::worker_commands::WorkerCommands;
+use super::worker_sockets::{ListenSocketId, SocketCommand};
+use super::{Capacity, StartError, rlimits};
 use crate::account::lock;
 use crate::clock;
 use crate::config::{BackendTarget, Config, PoolConfig};
@@ -61,7 +61,7 @@ impl fmt::Debug for Reloader {
 struct ReloaderState {
     live: Arc<LiveState>,
     held: Mutex<HeldListeners>,
-    orders: Vec<mpsc::Sender<SocketCommand>>,
+    commands: Vec<mpsc::Sender<SocketCommand>>,
     resolver: Arc<OnceLock<Arc<Resolver>>>,
     capacity: Capacity,
     /// Told when there are other pools to be looked after.
@@ -71,7 +71,7 @@ struct ReloaderState {
 /// What is locked while a configuration is put in force.
 struct HeldListeners {
     /// Every listening address, each with a socket of every worker.
-    doors: Vec<BoundListener>,
+    sockets: Vec<BoundListener>,
     /// Whether they are a successor's, and stay as they are.
     are_leaving: bool,
 }
@@ -100,15 +100,15 @@ impl Reloader {
     pub(super) fn new(
         live: &Arc<LiveState>,
         held: Vec<BoundListener>,
-        orders: Vec<mpsc::Sender<SocketCommand>>,
+        commands: Vec<mpsc::Sender<SocketCommand>>,
         resolver: &Arc<OnceLock<Arc<Resolver>>>,
         capacity: Capacity,
         changed: &Arc<Notify>,
     ) -> Self {
         Self(Arc::new(ReloaderState {
             live: Arc::clone(live),
-            held: Mutex::new(HeldListeners { doors: held, are_leaving: false }),
-            orders,
+            held: Mutex::new(HeldListeners { sockets: held, are_leaving: false }),
+            commands,
             resolver: Arc::clone(resolver),
             capacity,
             changed: Arc::clone(changed),
@@ -116,17 +116,17 @@ impl Reloader {
     }
 
     /// The way to the workers' doors.
-    pub(super) fn team(&self) -> WorkerCommands {
-        WorkerCommands::new(&self.0.orders)
+    pub(super) fn commands(&self) -> WorkerCommands {
+        WorkerCommands::new(&self.0.commands)
     }
 
     /// Every listening address.
-    pub(super) fn held(&self) -> Vec<BoundListener> {
-        lock(&self.0.held).doors.clone()
+    pub(super) fn listeners(&self) -> Vec<BoundListener> {
+        lock(&self.0.held).sockets.clone()
     }
 
     /// Refuses every reload from now on; returns once one that is under way has come to its end.
-    pub(super) fn no_reloads(&self) -> ReloadPause<'_> {
+    pub(super) fn pause_reloads(&self) -> ReloadPause<'_> {
         lock(&self.0.held).are_leaving = true;
         ReloadPause(self)
     }
@@ -158,7 +158,7 @@ impl Reloader {
 
 impl ReloaderState {
     fn reload(&self, config: &Arc<Config>) -> Result<ConfigChanges, ReloadError> {
-        let turn = self.live.turn(config)?;
+        let turn = self.live.begin_reload(config)?;
         let present = self.live.config.load_full();
         let mut held = lock(&self.held);
         // It may have been read before the takeover began.
@@ -167,38 +167,41 @@ impl ReloaderState {
         }
         let differing = config.pools.iter().filter(|pool| !present.pools.contains(pool));
         let differing: Vec<&PoolConfig> = differing.collect();
-        listen::try_sources(differing.iter().copied())?;
+        listen_sockets::try_sources(differing.iter().copied())?;
         if self.resolver.get().is_none() && config.pools.iter().any(has_names) {
             let resolver =
                 Arc::new(Resolver::new(&config.dns, self.live.own_addresses()).map_err(StartError::from)?);
             self.resolver.get_or_init(|| resolver);
         }
         // A worker that is no more needs no room.
-        if self.orders.iter().any(|orders| orders.capacity() < ROOM && !orders.is_closed()) {
+        if self.commands.iter().any(|commands| commands.capacity() < ROOM && !commands.is_closed()) {
             return Err(ReloadError::Busy);
         }
         let answers = answers(&self.live, config, &differing);
         // The last that may fail, and then close what it has bound: connections come to it from here on.
-        let plan = self.plan(config, &turn.places(config), &held.doors)?;
+        let plan = self.plan(config, &turn.places(config), &held.sockets)?;
         let wanted = (plan.open.iter().any(|sockets| !sockets.is_empty()), !plan.close.is_empty());
         // From here on nothing fails.
         let changes = turn.put(config, plan.addresses, &answers, clock::now());
-        let vacancies: Vec<_> =
-            plan.close.into_iter().map(|door| (door, SocketRetirement::of(self.orders.len()))).collect();
-        for (orders, sockets) in self.orders.iter().zip(plan.open) {
+        let vacancies: Vec<_> = plan
+            .close
+            .into_iter()
+            .map(|listen_socket| (listen_socket, SocketRetirement::new(self.commands.len())))
+            .collect();
+        for (commands, sockets) in self.commands.iter().zip(plan.open) {
             // Nobody else sends, so there is the room that there was. Closed is first: flows of an address that another listener
             // has from now on stay where they are, and it goes on there.
             let closed =
-                if wanted.1 { orders.try_send(SocketCommand::Close(vacancies.clone())) } else { Ok(()) };
-            let opened = if wanted.0 { orders.try_send(SocketCommand::Open(sockets)) } else { Ok(()) };
+                if wanted.1 { commands.try_send(SocketCommand::Close(vacancies.clone())) } else { Ok(()) };
+            let opened = if wanted.0 { commands.try_send(SocketCommand::Open(sockets)) } else { Ok(()) };
             if closed.and(opened).is_err() {
                 tracing::error!("a worker takes no orders: its doors are as they were");
             }
         }
         if changes.listeners != ChangeCount::default() {
-            self.reckon(config, plan.held.len());
+            self.warn_few_descriptors(config, plan.held.len());
         }
-        held.doors = plan.held;
+        held.sockets = plan.held;
         self.changed.notify_one();
         Ok(changes)
     }
@@ -210,7 +213,7 @@ impl ReloaderState {
         places: &[u32],
         held: &[BoundListener],
     ) -> Result<ListenerPlan, StartError> {
-        let workers = self.orders.len();
+        let workers = self.commands.len();
         let mut plan =
             ListenerPlan { open: (0..workers).map(|_| Vec::new()).collect(), ..ListenerPlan::default() };
         let mut rest = held.to_vec();
@@ -219,14 +222,14 @@ impl ReloaderState {
         for (listener, place) in config.listeners.iter().zip(places) {
             for configured in &listener.bind {
                 let is_it = |held: &BoundListener| {
-                    held.door.listener == *place
-                        && held.door.protocol == listener.protocol
+                    held.socket.listener == *place
+                        && held.socket.protocol == listener.protocol
                         && held.configured == *configured
                 };
                 let kept = rest.iter().position(is_it).map(|at| rest.swap_remove(at));
                 let one = match kept {
                     Some(kept) => kept,
-                    None => listen::bind(
+                    None => listen_sockets::bind(
                         listener,
                         *place,
                         *configured,
@@ -237,18 +240,18 @@ impl ReloaderState {
                 plan.addresses
                     .get_mut(*place as usize)
                     .into_iter()
-                    .for_each(|all| all.push(one.door.address));
+                    .for_each(|all| all.push(one.socket.address));
                 plan.held.push(one);
             }
         }
-        plan.close = rest.into_iter().map(|held| held.door).collect();
+        plan.close = rest.into_iter().map(|held| held.socket).collect();
         Ok(plan)
     }
 
     /// Warns where listeners have taken descriptors that sessions were promised.
-    fn reckon(&self, config: &Config, addresses: usize) {
+    fn warn_few_descriptors(&self, config: &Config, addresses: usize) {
         let promised = self.capacity.sessions;
-        match limits::capacity(config, self.capacity.workers, addresses) {
+        match rlimits::capacity(config, self.capacity.workers, addresses) {
             Ok(now) if now.possible >= promised => {}
             now => {
                 let possible = now.map_or(0, |now| now.possible);

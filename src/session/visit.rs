@@ -28,11 +28,11 @@ impl SessionWorker {
     pub(super) fn check(
         &self,
         relay: &mut Relay<'_>,
-        story: &LogContext<'_>,
+        log_context: &LogContext<'_>,
         permit: &SessionPermit,
     ) -> Option<Outcome> {
-        let [listener, tenant, _] = relay.life().meter.labels();
-        let is_admitted = self.snapshot.borrow_mut().load().admits(listener, story.endpoint, tenant);
+        let [listener, tenant, _] = relay.session().metrics.labels();
+        let is_admitted = self.snapshot.borrow_mut().load().admits(listener, log_context.endpoint, tenant);
         let grace = permit.quota().revocation().grace().filter(|_| !is_admitted);
         if grace.is_none() {
             relay.confirm();

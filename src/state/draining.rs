@@ -23,7 +23,7 @@ impl DrainPhase {
 
     /// The word in log, metrics and status.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Serving => "serving",
             Self::Notice => "notice",
@@ -84,6 +84,6 @@ mod tests {
         assert_eq!((draining.phase(), seconds(at(15))), (DrainPhase::Notice, Some((5, 295))));
         draining.close();
         assert_eq!((draining.phase(), seconds(at(400))), (DrainPhase::Closing, Some((390, 0))));
-        assert_eq!(DrainPhase::ALL.map(DrainPhase::word), ["serving", "notice", "closing"]);
+        assert_eq!(DrainPhase::ALL.map(DrainPhase::as_str), ["serving", "notice", "closing"]);
     }
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
-use super::rows::ListenerRows;
-use super::sharing;
+use super::listener_rows::ListenerRows;
+use super::shared_pools;
 use super::{ChangeCount, ConfigChanges, LiveState, Snapshot};
 use crate::account::lock;
 use crate::clock;
@@ -18,7 +18,7 @@ use crate::pool::{Answers, Pool};
 /// What goes from one reload to the next, and how often there was one.
 #[derive(Debug)]
 pub struct ReloadHistory {
-    lasting: Mutex<PersistentNames>,
+    persistent: Mutex<PersistentNames>,
     done: AtomicU64,
     refused: AtomicU64,
     successful: AtomicBool,
@@ -84,7 +84,7 @@ impl RestartNeeded {
 #[derive(Debug)]
 pub struct PendingReload<'a> {
     live: &'a LiveState,
-    lasting: MutexGuard<'a, PersistentNames>,
+    persistent: MutexGuard<'a, PersistentNames>,
 }
 
 impl PendingReload<'_> {
@@ -92,7 +92,7 @@ impl PendingReload<'_> {
     #[must_use]
     pub fn places(&self, config: &Config) -> Vec<u32> {
         let mut new = 0;
-        let rows = &self.lasting.rows;
+        let rows = &self.persistent.rows;
         config.listeners.iter().map(|listener| rows.place(&listener.name, &mut new)).collect()
     }
 
@@ -105,10 +105,10 @@ impl PendingReload<'_> {
         answers: &Answers,
         now: Moment,
     ) -> ConfigChanges {
-        let Self { live, lasting } = &mut self;
+        let Self { live, persistent } = &mut self;
         let (present, before) = (live.config.load_full(), live.snapshot.load_full());
         let changes = ConfigChanges::between(&present, config);
-        lasting.rows.set(&config.listeners);
+        persistent.rows.set(&config.listeners);
         // Places of pools and tenants follow their order; those of listeners stay. Snapshots that sessions hold for long share
         // what is large.
         let same_tenants =
@@ -116,13 +116,13 @@ impl PendingReload<'_> {
         let same_pools = names(&present.pools, |pool| &pool.name).eq(names(&config.pools, |pool| &pool.name));
         let is_same = changes.tenants == ChangeCount::default() && same_tenants && same_pools;
         let directory = is_same.then(|| Arc::clone(&before.directory));
-        let bare = Snapshot::new(config, &live.labels, &live.quotas, &lasting.rows, directory);
+        let bare = Snapshot::new(config, &live.labels, &live.quotas, &persistent.rows, directory);
         // Last of all, for from here on the old pools' sessions reach the new ones.
-        let pools = lasting.pools(live, &present, &before, config, answers, now);
+        let pools = persistent.pools(live, &present, &before, config, answers, now);
         let takes_away = changes.takes_away(&present, config);
         let revocations = before.revocations.wrapping_add(u32::from(takes_away));
         let next = Arc::new(Snapshot { pools, revocations, ..bare });
-        sharing::tell(&next);
+        shared_pools::update_pools(&next);
         live.bound.store(Arc::new(bound));
         live.snapshot.store(next);
         live.config.store(Arc::clone(config));
@@ -157,7 +157,7 @@ impl PersistentNames {
             }
             let removed = || self.removed.remove(&wanted.name)?.upgrade();
             let before = known.map(|(_, pool)| Arc::clone(pool)).or_else(removed);
-            Pool::succeed(before.as_ref(), wanted, &live.labels, answers, now)
+            Pool::replace(before.as_ref(), wanted, &live.labels, answers, now)
         });
         let pools: Vec<_> = pools.collect();
         self.removed.retain(|_, pool| pool.strong_count() > 0);
@@ -170,7 +170,7 @@ impl PersistentNames {
 impl ReloadHistory {
     pub(super) fn new(rows: ListenerRows) -> Self {
         Self {
-            lasting: Mutex::new(PersistentNames { rows, removed: HashMap::new() }),
+            persistent: Mutex::new(PersistentNames { rows, removed: HashMap::new() }),
             done: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             successful: AtomicBool::new(true),
@@ -179,7 +179,7 @@ impl ReloadHistory {
     }
 
     pub(super) fn turn<'a>(&'a self, live: &'a LiveState) -> PendingReload<'a> {
-        PendingReload { live, lasting: lock(&self.lasting) }
+        PendingReload { live, persistent: lock(&self.persistent) }
     }
 
     pub(super) fn accept(&self) {

@@ -188,7 +188,7 @@ async fn outcomes_in_metrics_are_of_the_closed_set() {
     for Sample { labels, value, .. } in ended {
         let known = Outcome::ALL.iter().any(|outcome| {
             [labels["by"].as_str(), &labels["at"], &labels["why"]]
-                == [outcome.by.word(), outcome.at.word(), outcome.why.word()]
+                == [outcome.by.as_str(), outcome.at.as_str(), outcome.why.word()]
         });
         assert!(known && *value > 0.5, "{labels:?} {value}");
     }

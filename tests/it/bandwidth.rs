@@ -44,7 +44,7 @@ async fn session(raw: &Raw, proxy: &Proxy) -> (TcpStream, TcpStream) {
 }
 
 async fn forwarded(proxy: &Proxy, way: Direction) -> f64 {
-    let labels = [("tenant", "umbrella"), ("direction", way.word())];
+    let labels = [("tenant", "umbrella"), ("direction", way.as_str())];
     proxy.value("vestibule_forwarded_bytes_total", &labels).await
 }
 
@@ -57,7 +57,7 @@ fn quota(proxy: &Proxy, tenant: &str) -> Arc<Quota> {
 /// Waits until so many sessions of the limited tenant wait.
 async fn waiting(proxy: &Proxy, way: Direction, count: u64) {
     let quota = quota(proxy, "umbrella");
-    eventually(&format!("{count} to wait"), async || (quota.budget(way).waiting() == count).then_some(()))
+    eventually(&format!("{count} to wait"), async || (quota.budget(way).waiters() == count).then_some(()))
         .await;
 }
 
@@ -136,7 +136,7 @@ async fn is_held_to_its_rate(conf: Conf, spliced: bool) {
         }
     }
     for way in BOTH {
-        let labels = [("mode", "splice"), ("direction", way.word())];
+        let labels = [("mode", "splice"), ("direction", way.as_str())];
         let through_pipes = proxy.value("vestibule_forward_mode_bytes_total", &labels).await;
         assert_eq!(through_pipes > float(RATE), spliced, "{through_pipes} bytes spliced {way:?}");
         assert!(quota(&proxy, "umbrella").budget(way).delayed() > Duration::from_secs(1));
@@ -174,7 +174,7 @@ async fn a_session_that_sends_little_is_served_while_others_are_greedy() {
     let talk = async {
         // How soon it is served is asserted in virtual time by tests/model/pace.rs, and measured by benches/fairness.
         eventually("others to wait", async || {
-            BOTH.iter().all(|way| quota.budget(*way).waiting() > 0).then_some(())
+            BOTH.iter().all(|way| quota.budget(*way).waiters() > 0).then_some(())
         })
         .await;
         for _ in 0..100 {
@@ -282,7 +282,7 @@ async fn a_session_that_waits_ends_with_the_process() {
     proxy.end().await;
     assert!(end_of(&mut client).await.is_err(), "it was cut short, and says so");
     is_reset(&mut backend).await;
-    assert_eq!((quota.budget(Direction::ToClient).waiting(), quota.sessions()), (0, 0));
+    assert_eq!((quota.budget(Direction::ToClient).waiters(), quota.sessions()), (0, 0));
 }
 
 #[tokio::test]
@@ -296,7 +296,7 @@ async fn who_only_observes_is_not_delayed_and_knows_what_would_have_been() {
     drop((client, backend));
     assert_eq!(proxy.logged("done").await["would_delay"], true);
     for way in BOTH {
-        let labels = [("tenant", "umbrella"), ("direction", way.word())];
+        let labels = [("tenant", "umbrella"), ("direction", way.as_str())];
         proxy.metric("vestibule_tenant_would_delay_total", &labels).is_at_least(1).await;
         proxy.metric("vestibule_tenant_delayed_seconds_total", &labels).is(0).await;
         assert_eq!(quota(&proxy, "umbrella").budget(way).delayed(), Duration::ZERO);

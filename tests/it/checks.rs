@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio::io::AsyncWriteExt;
 use vestibule::lab::backend::{BackendBehavior, TestBackend};
-use vestibule::wire::SIGNATURE;
+use vestibule::proxy_protocol::SIGNATURE;
 
 use super::harness::{Conf, Proxy, read};
 use super::raw::{Held, Raw, Swallow};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::RecordType;
 use tokio::net::TcpListener;
-use vestibule::account::lookup::LookupResult;
+use vestibule::account::dns_counters::LookupResult;
 use vestibule::config::{BackendTarget, DnsConfig};
 use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::resolve::Resolver;

@@ -8,7 +8,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use vestibule::takeover::PendingTransfer;
+use vestibule::handover::PendingTransfer;
 
 use super::harness::{LIMIT, Proxy};
 use super::raw::Bytes;
@@ -119,25 +119,25 @@ async fn receive(mut from: OwnedReadHalf, seed: u64) -> u64 {
 
 /// Moves everything that forwards from one proxy to another, until nothing is left; `look` sees each parcel.
 pub async fn move_all(from: &Proxy, to: &Proxy, mut look: impl FnMut(&PendingTransfer)) {
-    let mut leaving = from.server().start_moving().await;
+    let mut leaving = from.server().start_transfer().await;
     let ferry = async {
         while let Some(parcel) = leaving.recv().await {
             look(&parcel);
-            to.server().take_over(parcel).await;
+            to.server().accept_transfer(parcel).await;
         }
     };
     let empty = async {
         from.metric("vestibule_sessions_active", &[]).is(0).await;
-        from.server().stop_moving().await;
+        from.server().stop_transfer().await;
     };
     tokio::join!(ferry, empty);
 }
 
 /// Has everything that forwards offered, and every offer refused, until so many were; then it stays.
 pub async fn refuse(from: &Proxy, count: usize) {
-    let mut leaving = from.server().start_moving().await;
+    let mut leaving = from.server().start_transfer().await;
     for _ in 0..count {
         drop(timeout(LIMIT, leaving.recv()).await.expect("an offer in time").unwrap());
     }
-    from.server().stop_moving().await;
+    from.server().stop_transfer().await;
 }

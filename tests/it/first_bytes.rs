@@ -30,7 +30,7 @@ async fn waiting(proxy: &Proxy) -> TcpStream {
     proxy.metric("vestibule_tenant_waiting", &labels).is(1).await;
     let live = Arc::clone(proxy.server().live());
     let loads = |pool: &Arc<vestibule::pool::Pool>| {
-        pool.roster().backends().iter().map(|one| one.load()).sum::<u32>()
+        pool.candidates().backends().iter().map(|one| one.load()).sum::<u32>()
     };
     assert_eq!(live.snapshot.load().pools.iter().map(loads).sum::<u32>(), 0, "it holds a backend's place");
     client
@@ -40,7 +40,7 @@ async fn waiting(proxy: &Proxy) -> TcpStream {
 async fn wait_for(proxy: &Proxy, count: u64) {
     let snapshot = proxy.server().live().snapshot.load();
     let quota = &snapshot.directory.tenants()[0].quota;
-    let waiting = || quota.budget(Direction::ToBackend).waiting();
+    let waiting = || quota.budget(Direction::ToBackend).waiters();
     eventually("sessions to wait", async || (waiting() == count).then_some(())).await;
 }
 

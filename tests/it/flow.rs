@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use vestibule::addr::{ClientAddr, DestinationAddr};
 use vestibule::lab::nlb;
-use vestibule::wire::{HeaderBuilder, Transport};
+use vestibule::proxy_protocol::{HeaderBuilder, Transport};
 
 use super::harness::{ACME, Conf, LIMIT, Proxy, STRANGER, eventually};
 

@@ -306,7 +306,7 @@ impl Proxy {
         let udp_ports = live.udp_ports.usage();
         assert!(udp_ports.iter().all(|usage| usage.live == 0), "a local port leaked: {udp_ports:?}");
         for pool in &live.snapshot.load().pools {
-            assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+            assert!(pool.candidates().backends().iter().all(|backend| backend.load() == 0));
         }
         let accepted = self.value("vestibule_connections_accepted_total", &[]).await;
         let ended = self.value("vestibule_sessions_ended_total", &[]).await;

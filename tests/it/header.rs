@@ -3,7 +3,7 @@
 use tokio::io::AsyncWriteExt;
 use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
-use vestibule::wire::{HeaderBuilder, MAX_LEN};
+use vestibule::proxy_protocol::{HeaderBuilder, MAX_LEN};
 
 use super::harness::{ACME, Conf, GLOBEX, Proxy, are_read, exchange, header};
 

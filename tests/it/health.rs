@@ -217,12 +217,12 @@ fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
     assert_eq!(live.readiness(), Err(NotReady::Starting));
     // No probe task runs yet, and none will know of the backends of before.
     let next = config("\"127.0.0.1:3\"", "kind = \"none\"");
-    let turn = live.turn(&next).unwrap();
+    let turn = live.begin_reload(&next).unwrap();
     assert_eq!(turn.put(&next, vec![Vec::new()], &Answers::default(), clock::now()).pools.changed, 1);
     assert_eq!(live.readiness(), Ok(()));
     // A process that has started once does not start again.
     let last = config("\"127.0.0.1:3\", \"127.0.0.1:4\"", "interval = \"5s\"");
-    let turn = live.turn(&last).unwrap();
+    let turn = live.begin_reload(&last).unwrap();
     assert_eq!(turn.put(&last, vec![Vec::new()], &Answers::default(), clock::now()).pools.changed, 1);
     assert_eq!(live.readiness(), Ok(()));
 }

@@ -3,7 +3,7 @@
 use tokio::io::AsyncWriteExt;
 use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
-use vestibule::wire::SIGNATURE;
+use vestibule::proxy_protocol::SIGNATURE;
 
 use super::harness::{ACME, Conf, are_read, end_of, exchange, header, is_reset};
 

@@ -4,7 +4,7 @@ use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use vestibule::takeover::{PendingTransfer, TransferReply};
+use vestibule::handover::{PendingTransfer, TransferReply};
 
 use super::ferry::{Habit, Living, move_all, refuse};
 use super::harness::{ACME, Conf, LIMIT, Proxy, are_read, end_of, eventually, is_reset, read};
@@ -22,7 +22,7 @@ async fn two(raw: &Raw, conf: fn() -> Conf) -> [Proxy; 2] {
 
 /// What is told in a parcel.
 fn told(leaving: &PendingTransfer) -> Value {
-    let line = leaving.parcel.record.split(|byte| *byte == b'\n').next().unwrap();
+    let line = leaving.transfer.record.split(|byte| *byte == b'\n').next().unwrap();
     serde_json::from_slice::<Value>(line).unwrap()["told"].take()
 }
 
@@ -118,7 +118,7 @@ async fn held(conf: fn() -> Conf, what: &str, descriptors: usize) {
     for (from, to) in [(&one, &other), (&other, &one), (&one, &other)] {
         move_all(from, to, |leaving| {
             found = told(leaving)["relay"]["to_client"][what].as_u64().unwrap_or(0);
-            assert_eq!(leaving.parcel.fds.len(), descriptors);
+            assert_eq!(leaving.transfer.fds.len(), descriptors);
         })
         .await;
         assert!(found > 0, "nothing is held in its {what}");
@@ -161,7 +161,7 @@ async fn who_waits_for_bandwidth_waits_on_elsewhere() {
         let waits = |proxy: &Proxy| {
             let snapshot = proxy.server().live().snapshot.load();
             let quota = &snapshot.directory.tenants()[0].quota;
-            vestibule::account::Direction::ALL.iter().map(|way| quota.budget(*way).waiting()).sum::<u64>()
+            vestibule::account::Direction::ALL.iter().map(|way| quota.budget(*way).waiters()).sum::<u64>()
         };
         eventually("somebody to wait", async || (waits(&one) > 0).then_some(())).await;
         move_all(&one, &other, |_| were_moved += 1).await;
@@ -209,20 +209,20 @@ async fn a_record_that_is_not_known_stays_where_it_is() {
     alive(&mut client, &mut backend).await;
     let changes: [fn(&mut PendingTransfer); 4] = [
         |leaving| {
-            let text = String::from_utf8(leaving.parcel.record.clone()).unwrap();
-            leaving.parcel.record = text.replacen("\"version\":1", "\"version\":2", 1).into_bytes();
+            let text = String::from_utf8(leaving.transfer.record.clone()).unwrap();
+            leaving.transfer.record = text.replacen("\"version\":1", "\"version\":2", 1).into_bytes();
         },
-        |leaving| leaving.parcel.record.extend_from_slice(b"more"),
-        |leaving| drop(leaving.parcel.fds.pop()),
-        |leaving| leaving.parcel.record.clear(),
+        |leaving| leaving.transfer.record.extend_from_slice(b"more"),
+        |leaving| drop(leaving.transfer.fds.pop()),
+        |leaving| leaving.transfer.record.clear(),
     ];
     for change in changes {
-        let mut leaving = one.server().start_moving().await;
-        let mut parcel = timeout(LIMIT, leaving.recv()).await.unwrap().unwrap();
-        change(&mut parcel);
-        other.server().take_over(parcel).await;
+        let mut leaving = one.server().start_transfer().await;
+        let mut transfer = timeout(LIMIT, leaving.recv()).await.unwrap().unwrap();
+        change(&mut transfer);
+        other.server().accept_transfer(transfer).await;
         alive(&mut client, &mut backend).await;
-        one.server().stop_moving().await;
+        one.server().stop_transfer().await;
     }
     other.metric(TAKEN, &[]).is(0).await;
     one.metric("vestibule_sessions_active", &[]).is(1).await;
@@ -240,7 +240,7 @@ async fn while_nobody_takes_anything_all_but_those_under_way_go_on() {
     for _ in 0..SESSIONS {
         sessions.push(raw.session(&one).await);
     }
-    let leaving = one.server().start_moving().await;
+    let leaving = one.server().start_transfer().await;
     // As many as the channel has room for stand still; the last to come find none.
     eventually("the channel to be full", async || (leaving.len() == 64).then_some(())).await;
     for (client, _) in &mut sessions {
@@ -255,7 +255,7 @@ async fn while_nobody_takes_anything_all_but_those_under_way_go_on() {
     one.metric("vestibule_forwarded_bytes_total", &[("direction", "to_backend")]).is(30).await;
     assert_eq!(passed(), 0, "who stands still passes nothing on");
     drop(leaving);
-    one.server().stop_moving().await;
+    one.server().stop_transfer().await;
     while answered < SESSIONS {
         tokio::task::yield_now().await;
         answered += passed();
@@ -329,10 +329,10 @@ async fn what_is_gone_there_ends_nothing_and_limits_let_in_who_is_alive() {
     limited.metric("vestibule_tenant_sessions", &[("tenant", "acme")]).is(3).await;
     let backend = [("pool", "acme"), ("backend", &raw.address().to_string())];
     limited.metric("vestibule_backend_sessions_active", &backend).is(3).await;
-    assert_eq!(limited.server().live().snapshot.load().pools[0].roster().backends()[0].load(), 3);
+    assert_eq!(limited.server().live().snapshot.load().pools[0].candidates().backends()[0].load(), 3);
     is_reset(&mut limited.open(ACME, b"one too many").await).await;
     move_all(&limited, &stranger, |leaving| {
-        let bytes = String::from_utf8(leaving.parcel.record.clone()).unwrap();
+        let bytes = String::from_utf8(leaving.transfer.record.clone()).unwrap();
         assert!(bytes.contains("\"pool\":\"acme\""));
     })
     .await;
@@ -355,17 +355,17 @@ async fn a_process_that_ends_takes_nothing_with_it_that_is_elsewhere() {
     let (mut client, mut backend) = raw.session(&one).await;
     let (mut stays, _kept) = raw.session(&one).await;
     alive(&mut client, &mut backend).await;
-    let mut leaving = one.server().start_moving().await;
+    let mut leaving = one.server().start_transfer().await;
     let (first, second) = (leaving.recv().await.unwrap(), leaving.recv().await.unwrap());
     let client_port = |leaving: &PendingTransfer| told(leaving)["peer"].as_str().unwrap().to_owned();
     let is_first = client_port(&first) == client.local_addr().unwrap().to_string();
     let (goes, unanswered) = if is_first { (first, second) } else { (second, first) };
     // One is taken, and of the other nobody says anything before the process is over.
-    other.server().take_over(goes).await;
+    other.server().accept_transfer(goes).await;
     one.metric(ENDED, &MOVED).is(1).await;
     one.end().await;
     assert_eq!(unanswered.answer.send(TransferReply::Taken), Err(TransferReply::Taken));
-    drop(unanswered.parcel);
+    drop(unanswered.transfer);
     // It is not reset: somebody else might have held it.
     assert_eq!(end_of(&mut stays).await.unwrap(), 0);
     alive(&mut client, &mut backend).await;

@@ -106,9 +106,9 @@ impl Kept {
     }
 
     fn backends(&self) -> Vec<String> {
-        self.pool.tend(vestibule::clock::now());
+        self.pool.run_due(vestibule::clock::now());
         let mut backends: Vec<_> =
-            self.pool.roster().backends().iter().map(|backend| backend.address().to_string()).collect();
+            self.pool.candidates().backends().iter().map(|backend| backend.address().to_string()).collect();
         backends.sort();
         backends
     }
@@ -125,7 +125,7 @@ impl Kept {
     /// Waits for one lookup more that ends so.
     async fn ends(&self, lookup: LookupResult) {
         let before = self.count(lookup);
-        eventually(lookup.word(), async || (self.count(lookup) > before).then_some(())).await;
+        eventually(lookup.as_str(), async || (self.count(lookup) > before).then_some(())).await;
     }
 }
 
@@ -207,7 +207,7 @@ async fn no_answer_and_an_empty_one_keep_the_last_good() {
     let names = Names::start().await;
     let mut all = Vec::new();
     for (place, (_, lookup)) in faults.iter().enumerate() {
-        let name = format!("{}.example.com.", lookup.word().replace('_', "-"));
+        let name = format!("{}.example.com.", lookup.as_str().replace('_', "-"));
         let address = format!("10.0.0.{place}");
         names.host(&name, 0, &[&address]);
         let kept = Kept::start(resolver(&[names.address()], Duration::from_secs(5)), host(&name));
@@ -222,7 +222,7 @@ async fn no_answer_and_an_empty_one_keep_the_last_good() {
     for ((name, kept), (_, lookup)) in all.iter().zip(&faults) {
         eventually(name, async || (kept.count(*lookup) > 1).then_some(())).await;
         assert_eq!(kept.pool.usable(), 1, "{name}");
-        let said = log.lines(&format!("name=\"{name}\" reason=\"{}\"", lookup.word()));
+        let said = log.lines(&format!("name=\"{name}\" reason=\"{}\"", lookup.as_str()));
         assert_eq!(said.len(), 1, "{:?}", log.lines(name));
         assert!(said[0].contains("WARN") && said[0].contains("could not be resolved"), "{said:?}");
         names.host(name, 0, &["10.0.1.1"]);

@@ -19,9 +19,9 @@ use vestibule::config::{
 use vestibule::pool::backend::Backend;
 use vestibule::pool::health::HealthState;
 use vestibule::pool::{Pool, ResolvedAddress};
-use vestibule::probe::ask::ask;
+use vestibule::probe::exchange::ask;
 use vestibule::probe::{ProbeSlots, ProbeStagger, run};
-use vestibule::wire::SIGNATURE;
+use vestibule::proxy_protocol::SIGNATURE;
 
 /// Probes at once.
 const AT_ONCE: usize = 64;
@@ -372,7 +372,7 @@ async fn a_backend_is_probed_until_it_is_gone() {
     for state in [HealthState::Unhealthy, HealthState::Healthy, HealthState::Unhealthy, HealthState::Healthy]
     {
         let listener = (state == HealthState::Healthy).then(|| open_port(address));
-        eventually(state.word(), async || (backend.state() == state).then_some(())).await;
+        eventually(state.as_str(), async || (backend.state() == state).then_some(())).await;
         drop(listener);
     }
     assert!(count(&backend, ProbeResult::Passed) >= 2 && count(&backend, ProbeResult::ConnectRefused) >= 2);

@@ -4,16 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use vestibule::account::admin_connections::{AdminConnectionEnd, AdminEndpoint};
-use vestibule::account::lookup::LookupResult;
-use vestibule::account::loss::DatagramDrop;
-use vestibule::account::meter::ConnectResult;
+use vestibule::account::dns_counters::LookupResult;
 use vestibule::account::names::{self, Metric, MetricKind};
+use vestibule::account::session_metrics::ConnectResult;
+use vestibule::account::udp_drops::DatagramDrop;
 use vestibule::account::{Direction, ProbeResult};
 use vestibule::admission::quota::Quota;
 use vestibule::config::Config;
 use vestibule::outcome::{Outcome, Reason};
 use vestibule::pool::cause::ChangeCause;
-use vestibule::pool::standing::SelectionTier;
+use vestibule::pool::selection::SelectionTier;
 use vestibule::state::LiveState;
 use vestibule::state::draining::DrainPhase;
 
@@ -41,7 +41,7 @@ impl Known {
         self.config(&live.config.load());
         for pool in &live.snapshot.load().pools {
             self.0.extend(pool.names().map(|name| ("name", name.to_string())));
-            let roster = pool.roster();
+            let roster = pool.candidates();
             self.0.extend(roster.backends().iter().map(|each| ("backend", each.label().name().to_owned())));
         }
     }
@@ -62,31 +62,33 @@ impl Known {
 fn values(metric: &str, label: &str) -> Option<BTreeSet<String>> {
     let outcomes = |word: fn(&Outcome) -> &'static str| Outcome::ALL.iter().map(word).collect();
     let words: Vec<&str> = match (label, metric) {
-        ("by", _) => outcomes(|outcome| outcome.by.word()),
-        ("at", _) => outcomes(|outcome| outcome.at.word()),
+        ("by", _) => outcomes(|outcome| outcome.by.as_str()),
+        ("at", _) => outcomes(|outcome| outcome.at.as_str()),
         ("why", "vestibule_sessions_ended_total") => outcomes(|outcome| outcome.why.word()),
-        ("why", "vestibule_datagrams_dropped_total") => DatagramDrop::ALL.map(DatagramDrop::word).into(),
+        ("why", "vestibule_datagrams_dropped_total") => DatagramDrop::ALL.map(DatagramDrop::as_str).into(),
         ("why", "vestibule_datagrams_would_drop_total") => {
-            DatagramDrop::LIMITS.map(DatagramDrop::word).into()
+            DatagramDrop::LIMITS.map(DatagramDrop::as_str).into()
         }
         ("why", "vestibule_tenant_rejected_total" | "vestibule_tenant_would_reject_total") => {
             Quota::default().rejected().map(|(why, _): (Reason, _)| why.word()).collect()
         }
         ("why", "vestibule_backend_last_change_timestamp_seconds") => causes(),
-        ("direction", _) => Direction::ALL.map(Direction::word).into(),
+        ("direction", _) => Direction::ALL.map(Direction::as_str).into(),
         ("mode", _) => vec!["copy", "splice"],
         ("class", "vestibule_accept_errors_total") => vec!["peer", "shortage", "fatal"],
         ("class", _) => vec!["session", "rejection", "stray"],
-        ("stage", _) => DrainPhase::ALL.map(DrainPhase::word).into(),
+        ("stage", _) => DrainPhase::ALL.map(DrainPhase::as_str).into(),
         ("ground", _) => grounds(),
         ("result", "vestibule_takeovers_total") => vec!["done", "failed"],
         ("result", "vestibule_pool_retries_total") => vec!["made", "refused"],
-        ("result", "vestibule_backend_connects_total") => ConnectResult::ALL.map(ConnectResult::word).into(),
-        ("result", "vestibule_backend_probes_total") => ProbeResult::ALL.map(ProbeResult::word).into(),
-        ("result", "vestibule_name_lookups_total") => LookupResult::ALL.map(LookupResult::word).into(),
-        ("endpoint", _) => AdminEndpoint::ALL.map(AdminEndpoint::word).into(),
+        ("result", "vestibule_backend_connects_total") => {
+            ConnectResult::ALL.map(ConnectResult::as_str).into()
+        }
+        ("result", "vestibule_backend_probes_total") => ProbeResult::ALL.map(ProbeResult::as_str).into(),
+        ("result", "vestibule_name_lookups_total") => LookupResult::ALL.map(LookupResult::as_str).into(),
+        ("endpoint", _) => AdminEndpoint::ALL.map(AdminEndpoint::as_str).into(),
         ("result", "vestibule_admin_connections_total") => {
-            AdminConnectionEnd::ALL.map(AdminConnectionEnd::word).into()
+            AdminConnectionEnd::ALL.map(AdminConnectionEnd::as_str).into()
         }
         ("protocol", _) => vec!["tcp", "udp"],
         ("state", _) => vec!["live", "waiting"],
@@ -108,12 +110,12 @@ fn causes() -> Vec<&'static str> {
         ChangeCause::NotResolved,
         ChangeCause::Ordered,
     ];
-    own.into_iter().chain(ProbeResult::ALL.map(ChangeCause::Probe)).map(ChangeCause::word).collect()
+    own.into_iter().chain(ProbeResult::ALL.map(ChangeCause::Probe)).map(ChangeCause::as_str).collect()
 }
 
 fn grounds() -> Vec<&'static str> {
-    use SelectionTier::{Backup, Ejected, Healthy, Nobody, Panic, Unknown};
-    [Healthy, Backup, Unknown, Ejected, Panic, Nobody].map(SelectionTier::word).into()
+    use SelectionTier::{Backup, Ejected, Healthy, Panic, Unknown};
+    [Healthy, Backup, Unknown, Ejected, Panic, SelectionTier::None].map(SelectionTier::as_str).into()
 }
 
 /// The labels of every metric of which neither [`NAMES`] nor [`values`] says what values they have.
@@ -200,7 +202,7 @@ fn is_an_outcome(metric: &Metric, labels: &[(&str, &str)]) {
     }
     let asked = |label, word| labels.iter().all(|(of, value)| *of != label || *value == word);
     let fits = |end: &Outcome| {
-        asked("by", end.by.word()) && asked("at", end.at.word()) && asked("why", end.why.word())
+        asked("by", end.by.as_str()) && asked("at", end.at.as_str()) && asked("why", end.why.word())
     };
     assert!(Outcome::ALL.iter().any(fits), "no session ends so: {labels:?}");
 }

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use vestibule::addr::{ClientAddr, DestinationAddr};
-use vestibule::wire::{
+use vestibule::proxy_protocol::{
     self, Addresses, HeaderBuilder, HeaderCommand, ParsedHeader, ParserRules, Transport, kind,
 };
 
@@ -31,9 +31,9 @@ async fn one_read(backend: &mut TcpStream) -> Vec<u8> {
 }
 
 /// Takes the header off; it has a checksum, and that is right. Two parsers agree on where it ends and what is in it.
-fn parsed(bytes: &[u8]) -> (wire::Header<'_>, &[u8]) {
+fn parsed(bytes: &[u8]) -> (proxy_protocol::Header<'_>, &[u8]) {
     let ParsedHeader::Done(header, len) =
-        wire::parse(bytes, ParserRules { transport: Transport::Stream, verify_crc: true })
+        proxy_protocol::parse(bytes, ParserRules { transport: Transport::Stream, verify_crc: true })
     else {
         panic!("no header: {bytes:x?}")
     };
@@ -59,7 +59,7 @@ fn parsed(bytes: &[u8]) -> (wire::Header<'_>, &[u8]) {
     (header, rest)
 }
 
-fn kinds(header: &wire::Header<'_>) -> Vec<u8> {
+fn kinds(header: &proxy_protocol::Header<'_>) -> Vec<u8> {
     header.tlvs().map(|tlv| tlv.kind).collect()
 }
 

@@ -13,8 +13,8 @@ use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
-use vestibule::takeover::link::{HandoverLink, LinkFrame};
-use vestibule::takeover::message::{LinkMessage, OfferedSocket, SocketRole, VERSION};
+use vestibule::handover::link::{HandoverLink, LinkFrame};
+use vestibule::handover::message::{LinkMessage, OfferedSocket, SocketRole, VERSION};
 
 use super::harness::{ACME, LIMIT, connect, eventually, exchange, header, is_reset, read, still_lives};
 use super::process::{Serve, World, Written};

@@ -7,7 +7,7 @@ use tokio::io::AsyncWriteExt;
 use vestibule::addr::{ClientAddr, DestinationAddr};
 use vestibule::lab::backend::{BackendBehavior, TestBackend};
 use vestibule::lab::nlb;
-use vestibule::wire::{HeaderBuilder, Transport};
+use vestibule::proxy_protocol::{HeaderBuilder, Transport};
 
 use super::harness::{
     ACME, Conf, GLOBEX, INITECH, Proxy, STRANGER, connect, exchange, header, http_get, is_reset,

@@ -81,7 +81,7 @@ fn pool(balance: Balance) -> Pool {
 impl World {
     fn new(balance: Balance, seed: u64, length: Duration) -> Self {
         let pool = pool(balance);
-        let backends = pool.roster().backends().to_vec();
+        let backends = pool.candidates().backends().to_vec();
         let mut world = Self {
             length,
             pool,
@@ -156,13 +156,13 @@ impl World {
                 self.pool.observe(&self.backends[host], verdict, Duration::from_millis(1), now);
             }
             What::Tend => {
-                self.pool.tend(now);
+                self.pool.run_due(now);
                 self.at(at + Duration::from_millis(100), What::Tend);
             }
             What::Arrive => {
                 let rate = if at < self.length / 10 { BUSY } else { CALM };
                 self.at(at + Duration::from_secs(1) / rate, What::Arrive);
-                self.pool.arrived(1);
+                self.pool.count_session(1);
                 let key = pick::hash(&self.rolls.u32(..1_000_000).to_be_bytes());
                 let session =
                     Session { key, tried: TriedBackends::default(), attempts: 0, picked: None, up: false };

@@ -129,7 +129,7 @@ proptest! {
             match act {
                 Act::Hear(from, speaker) => {
                     let (path, who) = (path(from), speaker.map(who));
-                    let command = table.hear(path, who, now);
+                    let command = table.on_datagram(path, who, now);
                     prop_assert_eq!(command, naive.hear(path, who));
                     match (command, who) {
                         (DatagramAction::Open, Some(who)) => {
@@ -265,7 +265,7 @@ fn simulate(seed: u64) {
         match sent {
             Sent::Question { consumer, has_header } => {
                 let (path, who) = consumers[consumer];
-                let id = match table.hear(path, has_header.then_some(who), now) {
+                let id = match table.on_datagram(path, has_header.then_some(who), now) {
                     DatagramAction::ToBackend(id) => id,
                     DatagramAction::Open => table.open(path, who, 0, consumer, now),
                     DatagramAction::Drop(StrayDatagram::NoHeader) => continue,
@@ -302,7 +302,7 @@ fn simulate(seed: u64) {
     // One speaks, so that the table sees where the clock stands now. Whoever its jumps have put into the future is seen
     // there within a round of the wheel, and then has its time.
     let ((path, who), end) = (consumers[4], now + ROUND + IDLE + LATE);
-    if table.hear(path, Some(who), now) == DatagramAction::Open {
+    if table.on_datagram(path, Some(who), now) == DatagramAction::Open {
         table.open(path, who, 0, 4, now);
     }
     while let Some(deadline) = table.deadline() {

@@ -187,15 +187,15 @@ fn with_real_threads_the_loads_are_even_and_the_last_word_is_true() {
         players.into_iter().flat_map(|player| player.join().unwrap()).collect()
     });
     let all: Vec<_> =
-        pool.roster().backends().iter().map(|backend| (backend.load(), backend.weight())).collect();
+        pool.candidates().backends().iter().map(|backend| (backend.load(), backend.weight())).collect();
     assert_eq!(held.len(), all.iter().map(|(load, _)| *load as usize).sum::<usize>());
     let picked = pool.pick(0, 0, &mut TriedBackends::default()).ok();
     check(picked.as_ref().map(|picked| place(picked)), &all, Some(100 * 64)).unwrap();
     drop(picked);
     drop(held);
-    assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+    assert!(pool.candidates().backends().iter().all(|backend| backend.load() == 0));
     // With all at rest, each is won once nobody else has less.
     let picked: Vec<_> = (0..10).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
-    let loads: Vec<_> = pool.roster().backends().iter().map(|backend| backend.load()).collect();
+    let loads: Vec<_> = pool.candidates().backends().iter().map(|backend| backend.load()).collect();
     assert_eq!((picked.len(), loads), (10, vec![1, 2, 3, 4]));
 }

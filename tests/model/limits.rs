@@ -3,10 +3,10 @@
 use std::sync::atomic::AtomicU64;
 
 use vestibule::admission::quota::{FlowPermit, Quota, Quotas, SessionPermit};
-use vestibule::admission::rate::RateLimiter;
+use vestibule::admission::rate_limiter::RateLimiter;
 use vestibule::clock::Moment;
 use vestibule::config::{LimitMode, TenantLimits};
-use vestibule::share::ShareReserve;
+use vestibule::fair_share::ShareReserve;
 
 use super::*;
 

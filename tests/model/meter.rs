@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use vestibule::account::meter::{ConnectResult, CounterShard, SessionMetrics, WorkerMetrics};
+use vestibule::account::session_metrics::{ConnectResult, CounterShard, SessionMetrics, WorkerMetrics};
 use vestibule::account::{Direction, Label, PerDirection};
 use vestibule::outcome::{EndedAt, EndedBy, Outcome};
 
@@ -72,13 +72,13 @@ fn sum<K: Ord>(pairs: impl IntoIterator<Item = (K, u64)>) -> BTreeMap<K, u64> {
 
 fn counted(shard: &CounterShard) -> Sums {
     let (routes, backends, listeners) = (shard.routes(), shard.backends(), shard.listeners());
-    let route = |cells: &vestibule::account::meter::RouteCounters| {
+    let route = |cells: &vestibule::account::session_metrics::RouteCounters| {
         [&cells.listener, &cells.tenant, &cells.pool].map(|label| label.name().to_owned())
     };
-    let backend = |cells: &vestibule::account::meter::BackendCounters| {
+    let backend = |cells: &vestibule::account::session_metrics::BackendCounters| {
         (cells.pool.name().to_owned(), cells.backend.name().to_owned())
     };
-    let both = |values: PerDirection<u64>| Direction::ALL.map(|way| (way.word(), *values.way(way)));
+    let both = |values: PerDirection<u64>| Direction::ALL.map(|way| (way.as_str(), *values.of(way)));
     let worker = &shard.worker;
     Sums {
         accepted: listeners.iter().map(|cells| cells.accepted.value()).sum(),
@@ -95,7 +95,7 @@ fn counted(shard: &CounterShard) -> Sums {
         connects: sum(backends.iter().flat_map(|cells| {
             let (pool, name) = backend(cells);
             let count = move |(result, count): (ConnectResult, u64)| {
-                ((pool.clone(), name.clone(), result.word()), count)
+                ((pool.clone(), name.clone(), result.as_str()), count)
             };
             cells.connects().map(count).collect::<Vec<_>>()
         })),
@@ -121,23 +121,23 @@ impl Sums {
         *self.active.entry(route.clone()).or_default() -= 1;
     }
 
-    fn end(&mut self, life: &Life, outcome: Outcome) {
-        self.leave(&life.route);
-        *self.ended.entry((life.route.clone(), outcome.to_string())).or_default() += 1;
-        if let Some(backend) = &life.backend {
+    fn end(&mut self, session: &Life, outcome: Outcome) {
+        self.leave(&session.route);
+        *self.ended.entry((session.route.clone(), outcome.to_string())).or_default() += 1;
+        if let Some(backend) = &session.backend {
             *self.backend_active.entry(backend.clone()).or_default() -= 1;
         }
     }
 
-    fn forwarded(&mut self, life: &mut Life, direction: Direction, bytes: u64, spliced: bool) {
+    fn forwarded(&mut self, session: &mut Life, direction: Direction, bytes: u64, spliced: bool) {
         if bytes == 0 {
             return;
         }
-        let way = direction.word();
-        *life.bytes.way_mut(direction) += bytes;
-        *self.bytes.entry((life.route.clone(), way)).or_default() += bytes;
+        let way = direction.as_str();
+        *session.bytes.of_mut(direction) += bytes;
+        *self.bytes.entry((session.route.clone(), way)).or_default() += bytes;
         *self.ways.entry((spliced, way)).or_default() += bytes;
-        if let Some((pool, backend)) = life.backend.clone() {
+        if let Some((pool, backend)) = session.backend.clone() {
             *self.backend_bytes.entry((pool, backend, way)).or_default() += bytes;
         }
     }
@@ -171,52 +171,52 @@ impl World {
             Act::Assign(which, tenant, pool) => {
                 let (tenant, pool) =
                     (self.label("tenant", tenant), pool.map(|pool| self.label("pool", pool)));
-                let life = self.life(which);
-                life.meter.assign(&tenant, pool.as_ref());
+                let session = self.session(which);
+                session.meter.assign_tenant(&tenant, pool.as_ref());
                 let pool = pool.map(|pool| pool.name().to_owned()).unwrap_or_default();
-                let route = [life.route[0].clone(), tenant.name().to_owned(), pool];
-                let before = std::mem::replace(&mut life.route, route.clone());
+                let route = [session.route[0].clone(), tenant.name().to_owned(), pool];
+                let before = std::mem::replace(&mut session.route, route.clone());
                 self.sums.leave(&before);
                 self.sums.begin(&route);
                 self.sums.identified += 1;
             }
             Act::Tried(which, backend, result) => {
                 let backend = self.label("backend", backend);
-                let life = self.life(which);
+                let session = self.session(which);
                 // Nobody tries another backend with one connected.
-                if life.backend.is_some() {
+                if session.backend.is_some() {
                     return;
                 }
-                life.meter.tried(&backend, result);
-                let key = (life.route[2].clone(), backend.name().to_owned());
-                life.at = EndedAt::Connect;
+                session.meter.count_connect(&backend, result);
+                let key = (session.route[2].clone(), backend.name().to_owned());
+                session.at = EndedAt::Connect;
                 if result == ConnectResult::Done {
-                    life.at = EndedAt::Forward;
-                    life.backend = Some(key.clone());
+                    session.at = EndedAt::Forward;
+                    session.backend = Some(key.clone());
                     *self.sums.backend_active.entry(key.clone()).or_default() += 1;
                 }
-                *self.sums.connects.entry((key.0, key.1, result.word())).or_default() += 1;
+                *self.sums.connects.entry((key.0, key.1, result.as_str())).or_default() += 1;
             }
             Act::Forwarded(which, direction, bytes, spliced) => {
                 let place = which.index(self.lives.len());
-                let life = &mut self.lives[place];
-                life.meter.forwarded(direction, bytes.into(), spliced);
-                self.sums.forwarded(life, direction, bytes.into(), spliced);
+                let session = &mut self.lives[place];
+                session.meter.count_bytes(direction, bytes.into(), spliced);
+                self.sums.forwarded(session, direction, bytes.into(), spliced);
             }
             Act::End(which, outcome) => {
-                let life = self.take(which);
-                self.sums.end(&life, outcome);
+                let session = self.take(which);
+                self.sums.end(&session, outcome);
                 self.sums.timed += u64::from(outcome.is_logged());
-                life.meter.end(outcome, Duration::from_millis(1));
+                session.meter.end(outcome, Duration::from_millis(1));
             }
             Act::Drop(which) => {
-                let life = self.take(which);
-                self.sums.end(&life, Outcome::new(EndedBy::Proxy, life.at, Reason::Drained));
+                let session = self.take(which);
+                self.sums.end(&session, Outcome::new(EndedBy::Proxy, session.at, Reason::Drained));
             }
         }
     }
 
-    fn life(&mut self, which: Index) -> &mut Life {
+    fn session(&mut self, which: Index) -> &mut Life {
         let place = which.index(self.lives.len());
         &mut self.lives[place]
     }
@@ -229,8 +229,8 @@ impl World {
         self.sums.active.retain(|_, count| *count > 0);
         self.sums.backend_active.retain(|_, count| *count > 0);
         prop_assert_eq!(&counted(&self.shard), &self.sums);
-        for life in &self.lives {
-            prop_assert_eq!(life.meter.bytes(), life.bytes);
+        for session in &self.lives {
+            prop_assert_eq!(session.meter.bytes(), session.bytes);
         }
         Ok(())
     }
@@ -246,8 +246,8 @@ proptest! {
             world.act(act);
             world.check()?;
         }
-        while let Some(life) = world.lives.pop() {
-            world.sums.end(&life, Outcome::new(EndedBy::Proxy, life.at, Reason::Drained));
+        while let Some(session) = world.lives.pop() {
+            world.sums.end(&session, Outcome::new(EndedBy::Proxy, session.at, Reason::Drained));
         }
         world.check()?;
         let sums = counted(&world.shard);

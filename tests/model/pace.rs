@@ -1,9 +1,9 @@
 //! Bandwidth against plain sums: random sessions on two workers, whose ticks come when they like.
 
 use vestibule::account::Direction;
-use vestibule::admission::budget::BandwidthBudget;
-use vestibule::admission::pacer::BandwidthQueue;
-use vestibule::admission::purse::{BandwidthContext, DirectionLimiter, ReadGrant};
+use vestibule::admission::bandwidth::BandwidthBudget;
+use vestibule::admission::bandwidth_queue::BandwidthQueue;
+use vestibule::admission::direction_limiter::{BandwidthContext, DirectionLimiter, ReadGrant};
 use vestibule::admission::quota::Quota;
 use vestibule::clock::Moment;
 use vestibule::config::BandwidthLimit;
@@ -39,7 +39,7 @@ fn appetite() -> impl Strategy<Value = Appetite> {
 struct Session {
     worker: usize,
     appetite: Appetite,
-    purse: DirectionLimiter,
+    limiter: DirectionLimiter,
     /// Bytes that are there to be read.
     ready: u64,
     since: u64,
@@ -70,7 +70,7 @@ impl World {
         let session = |(worker, appetite): &(usize, Appetite)| Session {
             worker: *worker,
             appetite: *appetite,
-            purse: DirectionLimiter::default(),
+            limiter: DirectionLimiter::default(),
             ready: 0,
             since: 0,
             read: 0,
@@ -111,8 +111,8 @@ impl World {
                 Appetite::Light(..) => {}
             }
             let tick = tick(self.ticks[session.worker]);
-            let pacer = &mut self.pacers[session.worker];
-            read += session.turn(&self.quota, pacer, tick, ms);
+            let queue = &mut self.pacers[session.worker];
+            read += session.turn(&self.quota, queue, tick, ms);
         }
         self.read.push(read);
     }
@@ -124,21 +124,22 @@ impl World {
 
 impl Session {
     /// Reads as long as there is something and it may; how much.
-    fn turn(&mut self, quota: &Arc<Quota>, pacer: &mut BandwidthQueue, tick: Tick, ms: u64) -> u64 {
+    fn turn(&mut self, quota: &Arc<Quota>, queue: &mut BandwidthQueue, tick: Tick, ms: u64) -> u64 {
         let mut read = 0;
         for _ in 0..READS {
-            let mut desk = BandwidthContext { quota, pacer, direction: WAY };
-            if self.ready == 0 && !self.purse.is_waiting(desk.pacer) {
-                self.purse.leave(desk.pacer, at_ms(ms));
+            let mut context = BandwidthContext { quota, queue, direction: WAY };
+            if self.ready == 0 && !self.limiter.is_waiting(context.queue) {
+                self.limiter.leave(context.queue, at_ms(ms));
                 return read;
             }
-            let Some(grant) = self.purse.ask(&mut desk, 64 * 1024, &self.waker, tick, at_ms(ms)) else {
+            let Some(grant) = self.limiter.request(&mut context, 64 * 1024, &self.waker, tick, at_ms(ms))
+            else {
                 return read;
             };
             assert!(matches!(grant, ReadGrant::Taken(_) | ReadGrant::Queued(_)), "{grant:?}");
             let count = (grant.most() as u64).min(self.ready);
             assert!(grant.most() > 0 && grant.most() <= 64 * 1024);
-            self.purse.settle(&mut desk, grant, count, at_ms(ms));
+            self.limiter.settle(&mut context, grant, count, at_ms(ms));
             if self.ready != u64::MAX {
                 self.ready -= count;
                 if self.ready == 0 {
@@ -183,7 +184,7 @@ proptest! {
             for (which, when) in &leavers {
                 if *when == ms && world.sessions.len() > 1 {
                     let mut session = world.sessions.swap_remove(which.index(world.sessions.len()));
-                    session.purse.leave(&mut world.pacers[session.worker], at_ms(ms));
+                    session.limiter.leave(&mut world.pacers[session.worker], at_ms(ms));
                 }
             }
             let is_late = |worker| late.iter().any(|(who, from, span)| *who == worker && (*from..from + span).contains(&ms));
@@ -210,10 +211,10 @@ proptest! {
         }
         // At the end nobody waits, and nothing is kept: after the debt is paid the bucket is as full as ever.
         for session in &mut world.sessions {
-            session.purse.leave(&mut world.pacers[session.worker], at_ms(4000));
+            session.limiter.leave(&mut world.pacers[session.worker], at_ms(4000));
         }
         prop_assert!(world.pacers.iter().all(BandwidthQueue::is_empty));
-        prop_assert_eq!(world.budget().waiting(), 0);
+        prop_assert_eq!(world.budget().waiters(), 0);
         let full = world.budget().take(u64::MAX >> 24, 1, at_ms(4000 + 1200));
         prop_assert!(full >= bucket - bucket / 1000 - 1 && full <= bucket + 1, "{full} of {bucket}");
     }

@@ -9,13 +9,13 @@ use vestibule::clock::Moment;
 use vestibule::config::{
     BackendConfig, BackendTarget, Balance, EjectionConfig, ProbeCheck, ProbeConfig, QueueConfig,
 };
+use vestibule::fair_share::ShareReserve;
 use vestibule::pool::ejection;
 use vestibule::pool::health::{FULL, HealthRules, HealthState, ProbeHealth, ramp};
 use vestibule::pool::pick::{self, WeightTable};
 use vestibule::pool::queue::QueuePlace;
 use vestibule::pool::retry::RetryBudget;
 use vestibule::pool::{PickError, PickedBackend, Pool, TriedBackends};
-use vestibule::share::ShareReserve;
 
 use super::*;
 
@@ -279,7 +279,7 @@ proptest! {
         for turn in turns {
             match turn {
                 Turn::Join => {
-                    let place = pool.wait(1);
+                    let place = pool.join_queue(1);
                     let waiting = line.iter().filter(|(_, is_given)| !is_given).count();
                     prop_assert_eq!(place.is_some(), waiting < length);
                     line.extend(place.map(|place| (place, false)));
@@ -310,12 +310,12 @@ proptest! {
             }
             let waiting = line.iter().filter(|(_, is_given)| !is_given).count();
             prop_assert_eq!(pool.waiting(), waiting);
-            let load: u32 = pool.roster().backends().iter().map(|backend| backend.load()).sum();
+            let load: u32 = pool.candidates().backends().iter().map(|backend| backend.load()).sum();
             prop_assert_eq!(load as usize, room - free);
         }
         drop((line, held));
         prop_assert_eq!(pool.waiting(), 0);
-        prop_assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+        prop_assert!(pool.candidates().backends().iter().all(|backend| backend.load() == 0));
     }
 }
 
@@ -362,7 +362,7 @@ proptest! {
                 Take::Session(tenant) => match pool.pick_for(tenant, 0, 0, &mut TriedBackends::default()) {
                     Ok(picked) => held.push((tenant, picked)),
                     Err(PickError::Share | PickError::Free) => {
-                        line.extend(pool.wait(tenant).map(|place| (tenant, place)));
+                        line.extend(pool.join_queue(tenant).map(|place| (tenant, place)));
                     }
                     Err(PickError::Usable) => prop_assert!(false, "every backend is used"),
                 },
@@ -380,7 +380,7 @@ proptest! {
                     None => line.push((tenant, place)),
                 }
             }
-            let load: u32 = pool.roster().backends().iter().map(|backend| backend.load()).sum();
+            let load: u32 = pool.candidates().backends().iter().map(|backend| backend.load()).sum();
             prop_assert_eq!(load as usize, held.len());
             let mut holders = BTreeMap::new();
             for (tenant, _) in &held {
@@ -396,7 +396,7 @@ proptest! {
         }
         drop((line, held));
         prop_assert_eq!((pool.waiting(), (0..100).map(|tenant| pool.held(tenant)).sum::<usize>()), (0, 0));
-        prop_assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+        prop_assert!(pool.candidates().backends().iter().all(|backend| backend.load() == 0));
     }
 }
 

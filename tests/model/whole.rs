@@ -104,7 +104,7 @@ impl Run {
 
     fn backend(&self, which: Index) -> (usize, Arc<vestibule::pool::backend::Backend>) {
         let place = which.index(self.model.all.len());
-        (place, Arc::clone(&self.pool.roster().backends()[place]))
+        (place, Arc::clone(&self.pool.candidates().backends()[place]))
     }
 
     fn act(&mut self, act: Act) -> Result<(), TestCaseError> {
@@ -150,13 +150,13 @@ impl Run {
                 self.model.answered(place);
             }
             Act::Arrived(tenant) => {
-                self.pool.arrived(tenant);
+                self.pool.count_session(tenant);
                 if !self.model.tenants.contains(&tenant) {
                     self.model.tenants.push(tenant);
                 }
             }
             Act::Wait => {
-                let place = self.pool.wait(1);
+                let place = self.pool.join_queue(1);
                 let length = self.model.config.queue.length;
                 let most = if self.model.tenants.len() > 1 { share_of_one(length) } else { length };
                 prop_assert_eq!(place.is_some(), self.line.len() < most);
@@ -217,7 +217,7 @@ impl Run {
             {
                 allowed.retain(|place| !self.model.is_out(*place));
             }
-            let has_room = |place: &usize| self.pool.roster().backends()[*place].has_room();
+            let has_room = |place: &usize| self.pool.candidates().backends()[*place].has_room();
             let spare: Vec<_> = self.model.spare().into_iter().filter(left).collect();
             match picked {
                 Ok(picked) => {
@@ -251,7 +251,7 @@ impl Run {
 
     /// Whether it had room, and where the least loaded is wanted, whether it is that.
     fn check_pick(&self, place: usize, allowed: &[usize]) -> Result<(), TestCaseError> {
-        let roster = self.pool.roster();
+        let roster = self.pool.candidates();
         let before = self.model.all[place].load;
         let most = self.model.config.backends[place].max_sessions.unwrap_or(u32::MAX);
         prop_assert!(before < most);
@@ -297,7 +297,7 @@ impl Run {
     }
 
     fn check(&self) -> Result<(), TestCaseError> {
-        let roster = self.pool.roster();
+        let roster = self.pool.candidates();
         let shown: Vec<_> = roster.backends().iter().map(|backend| backend.load()).collect();
         let held: Vec<_> = self.model.all.iter().map(|one| one.load).collect();
         prop_assert_eq!(&shown, &held);
@@ -318,8 +318,8 @@ impl Run {
     fn pass(&mut self, milliseconds: u64) -> Result<(), TestCaseError> {
         self.model.now += milliseconds;
         self.model.tend();
-        self.pool.tend(self.now());
-        let roster = self.pool.roster();
+        self.pool.run_due(self.now());
+        let roster = self.pool.candidates();
         let shown: Vec<_> = roster.backends().iter().map(|backend| backend.weight()).collect();
         let rooms: Vec<_> = roster.backends().iter().map(|backend| backend.has_room()).collect();
         let loads: Vec<_> = roster.backends().iter().map(|backend| backend.load()).collect();
@@ -368,7 +368,7 @@ fn run(balance: Balance, mut config: config::PoolConfig, acts: Vec<(Act, u64)>) 
     run.line.clear();
     run.held.clear();
     prop_assert_eq!(run.pool.waiting(), 0);
-    prop_assert!(run.pool.roster().backends().iter().all(|backend| backend.load() == 0));
+    prop_assert!(run.pool.candidates().backends().iter().all(|backend| backend.load() == 0));
     Ok(())
 }
 
@@ -428,5 +428,5 @@ proptest! {
 
 /// How many places one tenant alone gets of so many that are shared.
 fn share_of_one(length: usize) -> usize {
-    (0..length).take_while(|own| vestibule::share::is_allowed(*own, 1, length, length - own - 1)).count()
+    (0..length).take_while(|own| vestibule::fair_share::is_allowed(*own, 1, length, length - own - 1)).count()
 }

@@ -49,7 +49,7 @@ impl Quota {
 
     /// Takes in a flow that another process has admitted, whatever the limits say. It has a place that is kept, where there is one.
     pub fn adopt_flow(self: &Arc<Self>, beyond: bool) -> FlowPermit {
-        if self.flows.enter_kept() {
+        if self.flows.enter_reserved() {
             self.share.iter().for_each(|share| share.join());
         }
         FlowPermit { quota: Arc::clone(self), beyond }

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use crate::config::Protocol;
 use crate::config::error::ConfigError;
+use crate::config::raw::RawConfig;
 use crate::config::section::{ParsedField, TableHead};
 use crate::config::unit::BindPorts;
-use crate::config::written::RawConfig;
 
 use super::build::{ADMIN_BIND, HEALTH_BIND};
 

@@ -6,12 +6,12 @@ use std::time::Duration;
 use toml::Spanned;
 
 use super::{limits, tenant};
+use crate::config::raw::{self, RawConfig};
 use crate::config::section::{Pairs, ParsedField, ParsedList};
 use crate::config::value::{
     BoundedInt, ByteSize, Count, MatchKind, PathAndQuery, PreferZone, ProbeBytes, ProbeKind,
     ProxyProtocolMode, SendProxy, TableName, TenantState, UrlPath,
 };
-use crate::config::written::{self, RawConfig};
 use crate::config::{
     AccessLogTarget, AdminConfig, BackendConfig, Balance, BareDatagrams, Config, DnsConfig, DrainConfig,
     EjectionConfig, Fallback, HealthConfig, ListenerConfig, ListenerIdentity, LogConfig, LogFormat, LogLevel,
@@ -110,7 +110,7 @@ fn pairs<M: FromIterator<(String, String)>>(field: ParsedField<Pairs<String>>) -
     pairs.into_iter().map(|(key, value)| (key.into_inner(), value.into_inner())).collect()
 }
 
-fn listener(written: written::RawListener) -> ListenerConfig {
+fn listener(written: raw::RawListener) -> ListenerConfig {
     let trusted = items(written.trusted_sources);
     let identity = match written.proxy_protocol.or(ProxyProtocolMode::Require) {
         ProxyProtocolMode::Require => ListenerIdentity::Header {
@@ -134,7 +134,7 @@ fn listener(written: written::RawListener) -> ListenerConfig {
     }
 }
 
-fn pool(written: written::RawPool) -> PoolConfig {
+fn pool(written: raw::RawPool) -> PoolConfig {
     let ejection = written.ejection;
     PoolConfig {
         name: name(written.name),
@@ -161,7 +161,7 @@ fn pool(written: written::RawPool) -> PoolConfig {
 }
 
 /// A backend with its target, which must be there.
-fn backend(written: written::RawBackend) -> Option<BackendConfig> {
+fn backend(written: raw::RawBackend) -> Option<BackendConfig> {
     Some(BackendConfig {
         target: written.address.value()?,
         weight: written.weight.or(BoundedInt(100)).as_u32(),
@@ -171,7 +171,7 @@ fn backend(written: written::RawBackend) -> Option<BackendConfig> {
     })
 }
 
-fn probe(written: written::RawProbe) -> Option<ProbeConfig> {
+fn probe(written: raw::RawProbe) -> Option<ProbeConfig> {
     let count = |field: ParsedField<Count<1>>, default| field.or(BoundedInt(default)).as_u32();
     let ask = match written.kind.or(ProbeKind::Tcp) {
         ProbeKind::None => return None,
@@ -202,8 +202,8 @@ fn probe(written: written::RawProbe) -> Option<ProbeConfig> {
     })
 }
 
-fn tenant(written: written::RawTenant, defaults: &written::RawTenantDefaults) -> TenantConfig {
-    let grace = limits::own_or(&written.revoke.grace, &defaults.revoke.grace);
+fn tenant(written: raw::RawTenant, defaults: &raw::RawTenantDefaults) -> TenantConfig {
+    let grace = limits::own_or_default(&written.revoke.grace, &defaults.revoke.grace);
     TenantConfig {
         limits: limits::effective(&written.limits, &defaults.limits),
         on_revoke: tenant::on_revoke(&written.revoke, &defaults.revoke),

@@ -1,22 +1,22 @@
 //! The rules of looking names up.
 
 use crate::config::error::ConfigError;
+use crate::config::raw::{RawConfig, RawDns};
 use crate::config::section::TableHead;
-use crate::config::written::{RawConfig, RawDns};
 
 use super::build::{MAX_TTL, MIN_TTL};
-use super::{no_time, told};
+use super::{no_time, shown};
 
 /// Every rule.
 pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let dns = &written.dns;
     let Some(head) = &dns.head else { return };
-    looking_up_takes_time(head, dns, faults);
+    dns_timeouts_are_positive(head, dns, faults);
     faults.extend(the_least_time_to_live_is_at_most_the_most(head, dns));
 }
 
 /// An answer that counts for no time at all would be asked for without end.
-fn looking_up_takes_time(head: &TableHead, dns: &RawDns, faults: &mut Vec<ConfigError>) {
+fn dns_timeouts_are_positive(head: &TableHead, dns: &RawDns, faults: &mut Vec<ConfigError>) {
     for (key, time) in [("timeout", &dns.timeout), ("min-ttl", &dns.min_ttl), ("max-ttl", &dns.max_ttl)] {
         faults.extend(no_time(time).map(|(offset, message)| head.fault_at(offset, key, message)));
     }
@@ -33,8 +33,8 @@ fn the_least_time_to_live_is_at_most_the_most(head: &TableHead, dns: &RawDns) ->
     };
     let message = format!(
         "must leave min-ttl at most max-ttl, found a min-ttl of {} and a max-ttl of {}",
-        told(min, &dns.min_ttl),
-        told(max, &dns.max_ttl)
+        shown(min, &dns.min_ttl),
+        shown(max, &dns.max_ttl)
     );
     Some(head.fault_at(at, key, message))
 }

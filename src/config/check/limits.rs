@@ -5,16 +5,16 @@ use std::time::Duration;
 use toml::Spanned;
 
 use crate::config::error::ConfigError;
+use crate::config::raw::{self, RawConfig};
 use crate::config::section::{ParsedField, TableHead};
 use crate::config::value::{ByteSize, BytesPerSecond, Count, RateInterval};
-use crate::config::written::{self, RawConfig};
 use crate::config::{BandwidthLimit, LimitMode, RateLimit, TenantLimits};
 
 /// Every rule, for the defaults and for every tenant.
 pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let defaults = &written.tenant_defaults.limits;
     if let Some(head) = &written.defaults {
-        judge(head, defaults, &written::RawLimits::default(), faults);
+        judge(head, defaults, &raw::RawLimits::default(), faults);
     }
     for tenant in &written.tenants {
         judge(&tenant.head, &tenant.limits, defaults, faults);
@@ -22,12 +22,7 @@ pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
 }
 
 /// Judges what a table says itself; what it takes from the defaults is judged there.
-fn judge(
-    head: &TableHead,
-    own: &written::RawLimits,
-    defaults: &written::RawLimits,
-    faults: &mut Vec<ConfigError>,
-) {
+fn judge(head: &TableHead, own: &raw::RawLimits, defaults: &raw::RawLimits, faults: &mut Vec<ConfigError>) {
     let mut fault = |key: &str, offset: usize, message: String| {
         faults.push(head.fault_at(offset, &format!("limits.{key}"), message));
     };
@@ -64,7 +59,7 @@ fn wrong_burst(
     default: &ParsedField<BytesPerSecond>,
 ) -> Option<String> {
     let burst = burst.get_ref().0;
-    match own_or(rate, default) {
+    match own_or_default(rate, default) {
         ParsedField::Absent => Some(without(key, &format_args!("{burst}B"))),
         ParsedField::Faulty => None,
         ParsedField::Given(rate) if (1..=rate.get_ref().0).contains(&burst) => None,
@@ -76,16 +71,19 @@ fn wrong_burst(
 }
 
 /// What holds: what a table sets itself, else the default.
-pub(super) fn own_or<'f, T>(own: &'f ParsedField<T>, default: &'f ParsedField<T>) -> &'f ParsedField<T> {
+pub(super) fn own_or_default<'f, T>(
+    own: &'f ParsedField<T>,
+    default: &'f ParsedField<T>,
+) -> &'f ParsedField<T> {
     if own.is_absent() { default } else { own }
 }
 
 /// What holds for a tenant: each key that it does not set is the default's. A burst goes with its rate: who sets a
 /// rate does not take the burst that was meant for another.
-pub(super) fn effective(own: &written::RawLimits, defaults: &written::RawLimits) -> TenantLimits {
-    let sessions = own_or(&own.sessions, &defaults.sessions);
+pub(super) fn effective(own: &raw::RawLimits, defaults: &raw::RawLimits) -> TenantLimits {
+    let sessions = own_or_default(&own.sessions, &defaults.sessions);
     TenantLimits {
-        mode: own_or(&own.mode, &defaults.mode).given().copied().unwrap_or(LimitMode::Enforce),
+        mode: own_or_default(&own.mode, &defaults.mode).given().copied().unwrap_or(LimitMode::Enforce),
         sessions: sessions.given().map(|sessions| sessions.0),
         session_rate: rate(
             (&own.session_rate, &own.session_burst),
@@ -100,7 +98,7 @@ pub(super) fn effective(own: &written::RawLimits, defaults: &written::RawLimits)
             (&own.to_client, &own.to_client_burst),
             (&defaults.to_client, &defaults.to_client_burst),
         ),
-        flows: own_or(&own.flows, &defaults.flows).given().map(|flows| flows.0),
+        flows: own_or_default(&own.flows, &defaults.flows).given().map(|flows| flows.0),
         datagram_rate: rate(
             (&own.datagram_rate, &own.datagram_burst),
             (&defaults.datagram_rate, &defaults.datagram_burst),
@@ -115,8 +113,8 @@ fn pair<'f, R, B>(
     own: (&'f ParsedField<R>, &'f ParsedField<B>),
     default: (&'f ParsedField<R>, &'f ParsedField<B>),
 ) -> Option<(&'f R, Option<&'f B>)> {
-    let burst = if own.0.is_absent() { own_or(own.1, default.1) } else { own.1 };
-    Some((own_or(own.0, default.0).given()?, burst.given()))
+    let burst = if own.0.is_absent() { own_or_default(own.1, default.1) } else { own.1 };
+    Some((own_or_default(own.0, default.0).given()?, burst.given()))
 }
 
 type Pace<'f> = (&'f ParsedField<RateInterval>, &'f ParsedField<Count<1>>);

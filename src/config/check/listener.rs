@@ -1,9 +1,9 @@
 //! The rules of a listener.
 
 use crate::config::error::ConfigError;
+use crate::config::raw::{RawConfig, RawListener};
 use crate::config::section::quoted;
 use crate::config::value::ProxyProtocolMode;
-use crate::config::written::{RawConfig, RawListener};
 use crate::config::{BareDatagrams, Fallback, Protocol};
 
 /// Every rule, for every listener.

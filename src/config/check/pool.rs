@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use crate::config::error::ConfigError;
+use crate::config::raw::{RawBackend, RawConfig, RawPool};
 use crate::config::section::{ParsedField, quoted};
 use crate::config::value::{PreferZone, TableName};
-use crate::config::written::{RawBackend, RawConfig, RawPool};
 use crate::config::{BackendTarget, suggest};
 
 use super::{no_time, probe};
@@ -23,7 +23,7 @@ pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
         source_addresses_can_reach_a_backend(pool, faults);
         faults.extend(the_preferred_zone_has_a_backend(pool));
         waiting_and_ejection_take_time(pool, faults);
-        faults.extend(who_waits_waits_for_a_backend_that_was_full(pool));
+        faults.extend(queue_needs_max_sessions(pool));
         probe::rules(pool, faults);
     }
 }
@@ -115,7 +115,7 @@ fn waiting_and_ejection_take_time(pool: &RawPool, faults: &mut Vec<ConfigError>)
     }
 }
 
-fn who_waits_waits_for_a_backend_that_was_full(pool: &RawPool) -> Option<ConfigError> {
+fn queue_needs_max_sessions(pool: &RawPool) -> Option<ConfigError> {
     let length = pool.queue.length.spanned().filter(|length| length.get_ref().0 > 0)?;
     let most = of_each(pool, |backend| &backend.max_sessions)?;
     if !most.is_empty() {

@@ -5,19 +5,19 @@ use std::time::Duration;
 
 use crate::config::Protocol;
 use crate::config::error::ConfigError;
+use crate::config::raw::{RawConfig, RawListener, RawPool};
 use crate::config::section::quoted;
 use crate::config::value::{Count, ProbeKind};
-use crate::config::written::{RawConfig, RawListener, RawPool};
 
 use super::build::{PROBE_INTERVAL, PROBE_TIMEOUT};
-use super::{no_time, told};
+use super::{no_time, shown};
 
 /// Every rule, for one pool.
 pub(super) fn rules(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     probes_take_time(pool, faults);
     faults.extend(a_probe_ends_before_the_next(pool));
-    without_probes_nothing_is_said_of_them(pool, faults);
-    nothing_is_said_of_another_kind(pool, faults);
+    keys_need_probes(pool, faults);
+    keys_belong_to_the_kind(pool, faults);
     faults.extend(an_exchange_expects_something(pool));
     faults.extend(some_status_is_good(pool));
 }
@@ -42,13 +42,13 @@ fn a_probe_ends_before_the_next(pool: &RawPool) -> Option<ConfigError> {
     };
     let message = format!(
         "must leave a probe time to end before the next begins, found a timeout of {} and an interval of {}",
-        told(timeout, &probe.timeout),
-        told(interval, &probe.interval)
+        shown(timeout, &probe.timeout),
+        shown(interval, &probe.interval)
     );
     Some(pool.head.fault_at(at, key, message))
 }
 
-fn without_probes_nothing_is_said_of_them(pool: &RawPool, faults: &mut Vec<ConfigError>) {
+fn keys_need_probes(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     let probe = &pool.health;
     if probe.kind.given() != Some(&ProbeKind::None) {
         return;
@@ -71,7 +71,7 @@ fn without_probes_nothing_is_said_of_them(pool: &RawPool, faults: &mut Vec<Confi
     }
 }
 
-fn nothing_is_said_of_another_kind(pool: &RawPool, faults: &mut Vec<ConfigError>) {
+fn keys_belong_to_the_kind(pool: &RawPool, faults: &mut Vec<ConfigError>) {
     use ProbeKind::{Exchange, Http};
     let probe = &pool.health;
     let Some(kind) = probe.kind.effective(&ProbeKind::Tcp) else { return };
@@ -79,24 +79,24 @@ fn nothing_is_said_of_another_kind(pool: &RawPool, faults: &mut Vec<ConfigError>
         (Http, "health.path", probe.path.said(|path| quoted(&path.0))),
         (Http, "health.host", probe.host.said(|host| quoted(&host.0))),
         (Http, "health.expect-status", probe.expect_status.said(|_| "a list".to_owned())),
-        (Exchange, "health.protocol", probe.protocol.said(|protocol| quoted(spoken(*protocol)))),
+        (Exchange, "health.protocol", probe.protocol.said(|protocol| quoted(protocol_name(*protocol)))),
         (Exchange, "health.send", probe.send.said(|bytes| counted(&bytes.0))),
         (Exchange, "health.expect", probe.expect.said(|bytes| counted(&bytes.0))),
-        (Exchange, "health.match", probe.matching.said(|way| quoted(way.word()))),
+        (Exchange, "health.match", probe.matching.said(|way| quoted(way.as_str()))),
     ];
     let default = if probe.kind.is_absent() { " (the default)" } else { "" };
     for (owner, key, written) in keys {
         let Some((offset, found)) = written.filter(|_| owner != *kind) else { continue };
         let message = format!(
             "must be absent where kind = \"{}\"{default}, because it belongs to kind = \"{}\", found {found}",
-            kind.word(),
-            owner.word()
+            kind.as_str(),
+            owner.as_str()
         );
         faults.push(pool.head.fault_at(offset, key, message));
     }
 }
 
-fn spoken(protocol: Protocol) -> &'static str {
+fn protocol_name(protocol: Protocol) -> &'static str {
     match protocol {
         Protocol::Tcp => "tcp",
         Protocol::Udp => "udp",
@@ -104,7 +104,7 @@ fn spoken(protocol: Protocol) -> &'static str {
 }
 
 /// Where nothing but datagrams comes to a pool, nobody may accept connections at its ports.
-pub(super) fn a_probe_asks_where_somebody_listens(written: &RawConfig, faults: &mut Vec<ConfigError>) {
+pub(super) fn probe_protocol_has_a_listener(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let (by_udp, by_tcp) = (reached(written, Protocol::Udp), reached(written, Protocol::Tcp));
     for pool in &written.pools {
         let Some(name) = pool.name.given().map(|name| name.0.as_str()) else { continue };
@@ -123,7 +123,7 @@ pub(super) fn a_probe_asks_where_somebody_listens(written: &RawConfig, faults: &
         let message = format!(
             "must ask by datagrams, or at a port of its own, because only UDP listeners lead here, found \"{}\"{default} at \
              the traffic's port: kind = \"exchange\" with protocol = \"udp\", or port = 8080, or kind = \"none\"",
-            kind.map_or("tcp", |kind| kind.word())
+            kind.map_or("tcp", |kind| kind.as_str())
         );
         faults.push(pool.head.fault_at(at, "health.kind", message));
     }

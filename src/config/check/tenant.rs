@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::limits::own_or;
+use super::limits::own_or_default;
 use crate::config::OnRevoke;
 use crate::config::error::ConfigError;
+use crate::config::raw::{RawConfig, RawListener, RawRevoke, RawTenant};
 use crate::config::section::{ParsedField, TableHead};
 use crate::config::value::ProxyProtocolMode;
-use crate::config::written::{RawConfig, RawListener, RawRevoke, RawTenant};
 use crate::id::EndpointId;
 
 /// Every rule, for every tenant.
@@ -28,7 +28,7 @@ const LONGEST_GRACE: Duration = Duration::from_secs(3600);
 
 /// What holds for a tenant.
 pub(super) fn on_revoke(own: &RawRevoke, defaults: &RawRevoke) -> OnRevoke {
-    own_or(&own.on_revoke, &defaults.on_revoke).given().copied().unwrap_or_default()
+    own_or_default(&own.on_revoke, &defaults.on_revoke).given().copied().unwrap_or_default()
 }
 
 /// A grace has an end, and stands where sessions end.

@@ -8,12 +8,12 @@ use toml::de::DeValue;
 use super::address::not_mapped;
 use super::{TableName, must_be, text, word};
 use crate::config::section::{FromToml, quoted};
-use crate::config::{BackendTarget, Balance, target};
+use crate::config::{BackendTarget, Balance, backend_target};
 
 impl FromToml for BackendTarget {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let text = value.as_str().ok_or_else(|| must_be(target::TARGET, value))?;
-        let target = target::target(text)
+        let text = value.as_str().ok_or_else(|| must_be(backend_target::TARGET, value))?;
+        let target = backend_target::target(text)
             .map_err(|malformed| format!("{malformed}, found {}{}", quoted(text), malformed.because))?;
         if let Self::Address(address) = target {
             not_mapped(address.ip(), text, |ip| SocketAddr::new(ip, address.port()).to_string())?;
@@ -75,7 +75,7 @@ impl ProbeKind {
         [("tcp", Self::Tcp), ("http", Self::Http), ("exchange", Self::Exchange), ("none", Self::None)];
 
     /// As it is written.
-    pub(in crate::config) fn word(self) -> &'static str {
+    pub(in crate::config) fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Tcp => "tcp",
@@ -178,7 +178,7 @@ pub(in crate::config) enum MatchKind {
 
 impl MatchKind {
     /// As it is written.
-    pub(in crate::config) fn word(self) -> &'static str {
+    pub(in crate::config) fn as_str(self) -> &'static str {
         match self {
             Self::Contains => "contains",
             Self::Prefix => "prefix",
@@ -188,7 +188,7 @@ impl MatchKind {
 
 impl FromToml for MatchKind {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[Self::Contains, Self::Prefix].map(|way| (way.word(), way)))
+        word(value, &[Self::Contains, Self::Prefix].map(|way| (way.as_str(), way)))
     }
 }
 
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn every_word_of_a_kind_is_read_as_that_kind() {
         for (word, kind) in ProbeKind::WORDS {
-            assert_eq!(kind.word(), word);
+            assert_eq!(kind.as_str(), word);
             assert_eq!(read(&format!("\"{word}\"")), Ok(kind));
         }
     }

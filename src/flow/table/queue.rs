@@ -79,13 +79,13 @@ impl IdleQueue {
         let len = list.len;
         self.ranks.remove(&(len - 1, tenant));
         self.ranks.insert((len, tenant));
-        self.hang(slab, slot, due);
+        self.schedule(slab, slot, due);
     }
 
     /// Takes a flow out.
     pub(super) fn remove<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32) {
         let Some((tenant, bucket)) = slab.at(slot).map(|flow| (flow.tenant, flow.bucket)) else { return };
-        self.take_down(slab, slot, bucket);
+        self.unschedule(slab, slot, bucket);
         if let Some(list) = self.tenants.get_mut(&tenant) {
             self.ranks.remove(&(list.len, tenant));
             slab.unlink(list, ListKind::Tenant, slot);
@@ -98,7 +98,7 @@ impl IdleQueue {
     }
 
     /// Hangs a flow where it is looked at when it is due: in a tick after that, and not in the one that is under way.
-    fn hang<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
+    fn schedule<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
         let at = (tick(due) + 1).clamp(self.tick + 1, self.tick + u64::from(BUCKETS) - 1);
         let place = bucket(at);
         if let Some(list) = self.buckets.get_mut(place as usize) {
@@ -110,7 +110,7 @@ impl IdleQueue {
         self.mark(place, true);
     }
 
-    fn take_down<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, place: u32) {
+    fn unschedule<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, place: u32) {
         let Some(list) = self.buckets.get_mut(place as usize) else { return };
         slab.unlink(list, ListKind::Due, slot);
         if list.len == 0 {
@@ -126,10 +126,10 @@ impl IdleQueue {
     }
 
     /// Has a flow looked at when it is due.
-    pub(super) fn put_off<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
+    pub(super) fn reschedule<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
         let Some(place) = slab.at(slot).map(|flow| flow.bucket) else { return };
-        self.take_down(slab, slot, place);
-        self.hang(slab, slot, due);
+        self.unschedule(slab, slot, place);
+        self.schedule(slab, slot, due);
     }
 
     /// The next flow that is to be looked at; `None` where there is none up to now. It stays where it is.

@@ -74,7 +74,7 @@ impl FlowList {
 #[derive(Debug)]
 pub(super) struct FlowSlot<F> {
     pub(super) path: FlowPath,
-    pub(super) who: FlowClient,
+    pub(super) client: FlowClient,
     pub(super) last: Moment,
     pub(super) tenant: u32,
     pub(super) generation: u32,
@@ -91,7 +91,7 @@ impl<F> FlowSlot<F> {
         let links = [ListLink { before: NIL, after: NIL }; 3];
         Self {
             path,
-            who,
+            client: who,
             last: now,
             tenant,
             generation: 0,
@@ -232,7 +232,7 @@ impl<F> FlowSlab<F> {
     }
 
     /// Puts a flow behind the first of its path.
-    pub(super) fn hang(&mut self, first: u32, slot: u32) {
+    pub(super) fn push_shared(&mut self, first: u32, slot: u32) {
         let second = self.after(first, ListKind::Path);
         self.set(slot, ListKind::Path, first, second);
         self.join(slot, second, ListKind::Path);
@@ -240,7 +240,7 @@ impl<F> FlowSlab<F> {
     }
 
     /// Takes a flow out of those of its path.
-    pub(super) fn unhang(&mut self, slot: u32) {
+    pub(super) fn unlink_shared(&mut self, slot: u32) {
         let (before, after) = (self.before(slot, ListKind::Path), self.after(slot, ListKind::Path));
         self.join(before, after, ListKind::Path);
     }

@@ -31,18 +31,18 @@ fn table(flows: u16) -> (FlowTable<u32>, Vec<FlowId>) {
 #[test]
 fn one_address_behind_two_endpoints_is_two_flows() {
     let (mut table, _) = table(0);
-    assert_eq!(table.hear(path(1), Some(who(1)), at(0)), DatagramAction::Open);
+    assert_eq!(table.on_datagram(path(1), Some(who(1)), at(0)), DatagramAction::Open);
     let one = table.open(path(1), who(1), 1, 1, at(0));
-    assert_eq!(table.hear(path(1), None, at(0)), DatagramAction::ToBackend(one));
-    assert_eq!(table.hear(path(1), Some(who(2)), at(0)), DatagramAction::Open);
+    assert_eq!(table.on_datagram(path(1), None, at(0)), DatagramAction::ToBackend(one));
+    assert_eq!(table.on_datagram(path(1), Some(who(2)), at(0)), DatagramAction::Open);
     let two = table.open(path(1), who(2), 2, 2, at(0));
-    assert_eq!(table.hear(path(1), Some(who(1)), at(0)), DatagramAction::ToBackend(one));
-    assert_eq!(table.hear(path(1), Some(who(2)), at(0)), DatagramAction::ToBackend(two));
-    assert_eq!(table.hear(path(1), None, at(0)), DatagramAction::Drop(StrayDatagram::Ambiguous));
-    assert_eq!(table.hear(path(2), None, at(0)), DatagramAction::Drop(StrayDatagram::NoHeader));
+    assert_eq!(table.on_datagram(path(1), Some(who(1)), at(0)), DatagramAction::ToBackend(one));
+    assert_eq!(table.on_datagram(path(1), Some(who(2)), at(0)), DatagramAction::ToBackend(two));
+    assert_eq!(table.on_datagram(path(1), None, at(0)), DatagramAction::Drop(StrayDatagram::Ambiguous));
+    assert_eq!(table.on_datagram(path(2), None, at(0)), DatagramAction::Drop(StrayDatagram::NoHeader));
     assert_eq!(table.close(one), Some((path(1), who(1), 1)));
     assert_eq!(
-        table.hear(path(1), None, at(0)),
+        table.on_datagram(path(1), None, at(0)),
         DatagramAction::Drop(StrayDatagram::Ambiguous),
         "it may be of the first"
     );
@@ -52,12 +52,12 @@ fn one_address_behind_two_endpoints_is_two_flows() {
     table.close(two).unwrap();
     let one = table.open(path(1), who(1), 1, 1, at(0));
     assert_eq!(
-        table.hear(path(1), None, at(0)),
+        table.on_datagram(path(1), None, at(0)),
         DatagramAction::ToBackend(one),
         "nothing is left of the others"
     );
     table.set_shares_path(one);
-    assert_eq!(table.hear(path(1), None, at(0)), DatagramAction::Drop(StrayDatagram::Ambiguous));
+    assert_eq!(table.on_datagram(path(1), None, at(0)), DatagramAction::Drop(StrayDatagram::Ambiguous));
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn a_clock_that_goes_back_lets_nobody_live_for_ever() {
 #[test]
 fn a_deadline_goes_back_with_the_clock() {
     let hear: fn(&mut FlowTable<u32>, FlowId) = |table, id| {
-        assert_eq!(table.hear(path(0), Some(who(1)), at(10)), DatagramAction::ToBackend(id));
+        assert_eq!(table.on_datagram(path(0), Some(who(1)), at(10)), DatagramAction::ToBackend(id));
     };
     let answer: fn(&mut FlowTable<u32>, FlowId) = |table, id| assert!(table.answer(id, at(10)).is_some());
     let open: fn(&mut FlowTable<u32>, FlowId) = |table, _| {

@@ -11,7 +11,7 @@ use super::load::{HEAD, LoadRequest, SessionTag};
 use crate::id::EndpointClaim;
 use crate::lab::datagram::{DatagramPort, ReceiveBuffer};
 use crate::lab::{ANYWHERE, Tasks};
-use crate::wire::{self, ParsedHeader, ParserRules, Transport};
+use crate::proxy_protocol::{self, ParsedHeader, ParserRules, Transport};
 
 /// How a backend answers a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +111,7 @@ fn introduce(port: &DatagramPort, name: &str, from: SocketAddr, bytes: &[u8], ea
     let count = bytes.len().div_ceil(each).max(1);
     for place in 0..count {
         let rest = bytes.get(place * each..).unwrap_or_default();
-        let answer = match wire::parse(rest.get(..each).unwrap_or(rest), rules) {
+        let answer = match proxy_protocol::parse(rest.get(..each).unwrap_or(rest), rules) {
             ParsedHeader::Done(header, _) => {
                 introduction(name, header.client(), EndpointClaim::from_tlv(header.endpoint()))
             }

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::caller::ClientAddresses;
-use super::questions::{DatagramRequests, RequestAnswer};
+use super::client_addresses::ClientAddresses;
+use super::datagram_requests::{DatagramRequests, RequestAnswer};
 use super::{Begin, LoadFailure, LoadNotes, LoadPlan, LoadWindow};
 use crate::clock::{self, Moment};
 use crate::lab::backend::load::{HEAD, LoadRequest, SessionTag};

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio::time::timeout;
 
-use super::caller::ClientAddresses;
+use super::client_addresses::ClientAddresses;
 use super::{Begin, LoadFailure, LoadMode, LoadNotes, LoadPlan, LoadWindow};
 use crate::clock::{self, Moment};
 use crate::lab::backend::load::{HEAD, LoadRequest, SessionTag};

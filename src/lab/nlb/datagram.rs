@@ -167,7 +167,7 @@ impl NlbUdpSocket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{self, ParsedHeader, ParserRules, Transport};
+    use crate::proxy_protocol::{self, ParsedHeader, ParserRules, Transport};
 
     const LIMIT: Duration = Duration::from_secs(20);
 
@@ -194,7 +194,7 @@ mod tests {
         let mut room = vec![0; ROOM];
         let (len, from) = timeout(LIMIT, target.recv_from(&mut room)).await.expect("a datagram").unwrap();
         let rules = ParserRules { transport: Transport::Datagram, verify_crc: true };
-        let ParsedHeader::Done(header, header_len) = wire::parse(&room[..len], rules) else {
+        let ParsedHeader::Done(header, header_len) = proxy_protocol::parse(&room[..len], rules) else {
             panic!("no header")
         };
         let endpoint = String::from_utf8(header.endpoint().unwrap().to_vec()).unwrap();

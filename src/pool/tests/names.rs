@@ -28,20 +28,20 @@ fn a_name_leads_to_backends_that_come_and_go() {
     for backend in &fresh {
         pool.observe(backend, ProbeResult::Passed, SECOND, at(2_000));
     }
-    pool.tend(at(3_000));
+    pool.run_due(at(3_000));
     assert_eq!(pool.usable(), 3);
-    assert!(pool.roster().used().iter().any(|backend| backend.weight() == 50 * FULL));
+    assert!(pool.candidates().used().iter().any(|backend| backend.weight() == 50 * FULL));
     // The same answer changes nothing; another one keeps what it can.
     let (again, changes) = pool.resolve(0, &found(&[2, 1]), &labels, at(4_000));
     assert!(again.is_empty() && changes.is_empty());
     let held: Vec<_> = (0..8).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap()).collect();
     let (fresh, changes) = pool.resolve(0, &found(&[2, 3]), &labels, at(5_000));
     assert_eq!((fresh.len(), changes[0].state, changes[0].why), (1, "gone", "not_resolved"));
-    assert!(held.iter().any(|picked| picked.is_gone()), "its sessions may finish");
+    assert!(held.iter().any(|picked| picked.is_removed()), "its sessions may finish");
     // What was given back by one that is gone is nobody else's.
     drop(held);
     pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(6_000));
-    pool.tend(at(7_000));
+    pool.run_due(at(7_000));
     let ports: std::collections::BTreeSet<_> =
         (0..60).map(|_| pool.pick(0, 0, &mut TriedBackends::default()).unwrap().address()).collect();
     assert_eq!(ports.len(), 3, "{ports:?}");
@@ -54,7 +54,7 @@ fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
     let mut answer = found(&[1]);
     let (fresh, _) = pool.resolve(0, &answer, &labels, at(1_000));
     pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(2_000));
-    pool.tend(at(3_000));
+    pool.run_due(at(3_000));
     answer[0].weight = Some(7);
     let (_, changes) = pool.resolve(0, &answer, &labels, at(4_000));
     assert_eq!((changes.len(), fresh[0].weight()), (1, 7 * FULL));
@@ -66,15 +66,15 @@ fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
         let hosts: Vec<u8> = (0..80).map(|host| host + turn * 13).collect();
         let (_, changes) = pool.resolve(0, &found(&hosts), &labels, at(6_000));
         assert!(!changes.is_empty());
-        assert_eq!(pool.roster().backends().len(), 65);
+        assert_eq!(pool.candidates().backends().len(), 65);
     }
     let slots: std::collections::BTreeSet<_> =
-        pool.roster().backends().iter().map(|backend| backend.slot()).collect();
+        pool.candidates().backends().iter().map(|backend| backend.slot()).collect();
     assert_eq!(slots.len(), 65);
     // An address that stands in the list already is not there twice.
     let double = [ResolvedAddress { address: ([10, 0, 0, 1], 1000).into(), weight: None, is_backup: false }];
     pool.resolve(0, &double, &labels, at(7_000));
-    assert_eq!(pool.roster().backends().len(), 1);
+    assert_eq!(pool.candidates().backends().len(), 1);
 }
 
 #[test]
@@ -92,11 +92,11 @@ fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its
     assert_eq!(pool.usable(), 2, "the roster is 50 ms old");
     assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "but nobody goes there");
     pool.resolve(0, &found(&[1]), &labels, at(1_060));
-    pool.tend(at(1_100));
-    assert_eq!((pool.usable(), pool.roster().backends()[1].load()), (2, 2));
+    pool.run_due(at(1_100));
+    assert_eq!((pool.usable(), pool.candidates().backends()[1].load()), (2, 2));
     assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "it is full");
     drop(held);
-    assert!(pool.roster().backends().iter().all(|backend| backend.load() == 0));
+    assert!(pool.candidates().backends().iter().all(|backend| backend.load() == 0));
 }
 
 #[test]
@@ -104,16 +104,16 @@ fn an_ordered_weight_counts_whatever_the_name_says() {
     let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
     let (fresh, _) = pool.resolve(0, &found(&[1]), &labels, at(1_000));
     pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(2_000));
-    pool.tend(at(3_000));
+    pool.run_due(at(3_000));
     assert_eq!(pool.usable(), 2);
     let address = fresh[0].address();
-    let (before, change) = pool.order(address, 0, at(4_000)).unwrap();
+    let (before, change) = pool.override_weight(address, 0, at(4_000)).unwrap();
     assert_eq!((before, change.why, pool.usable(), fresh[0].weight()), (50, "ordered", 1, 0));
     let weighed = [ResolvedAddress { weight: Some(30), ..found(&[1])[0] }];
     pool.resolve(0, &weighed, &labels, at(5_000));
-    pool.tend(at(6_000));
+    pool.run_due(at(6_000));
     assert_eq!((pool.usable(), fresh[0].summary().weight), (1, 0));
-    assert_eq!(pool.order(address, 70, at(7_000)).unwrap().0, 0);
+    assert_eq!(pool.override_weight(address, 70, at(7_000)).unwrap().0, 0);
     assert_eq!((pool.usable(), fresh[0].weight()), (2, 70 * FULL));
-    assert!(pool.order(BackendAddr(([10, 0, 9, 9], 80).into()), 1, at(8_000)).is_none());
+    assert!(pool.override_weight(BackendAddr(([10, 0, 9, 9], 80).into()), 1, at(8_000)).is_none());
 }

@@ -62,7 +62,7 @@ async fn flow_moves_when_an_operator_sets_the_weight_of_its_backend_to_0() {
     let (from, to, expected) = if answer == b"one where" { (&one, &two, "two") } else { (&two, &one, "one") };
     let snapshot = proxy.server().live().snapshot.load_full();
     let pool = snapshot.pools.iter().find(|pool| pool.label.name() == "acme").unwrap();
-    pool.order(BackendAddr(from.address), 0, clock::now()).unwrap();
+    pool.override_weight(BackendAddr(from.address), 0, clock::now()).unwrap();
     is_at(&proxy, &balancer, expected, [to.address, from.address]).await;
     others_are_unharmed(&proxy).await;
     finish(proxy).await;

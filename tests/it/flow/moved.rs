@@ -10,14 +10,14 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{interval, timeout};
-use vestibule::account::meter::WorkerMetrics;
+use vestibule::account::session_metrics::WorkerMetrics;
 use vestibule::clock;
 use vestibule::config::Config;
-use vestibule::flow::{FlowWorker, moved};
-use vestibule::life::WorkerLocal;
+use vestibule::flow::{FlowWorker, transfer};
+use vestibule::handover::{PendingTransfer, TransferError, TransferReply};
 use vestibule::outcome::Reason;
+use vestibule::session_context::WorkerLocal;
 use vestibule::state::{LiveState, ProcessLimits};
-use vestibule::takeover::{PendingTransfer, TransferError, TransferReply};
 
 use super::super::harness::{ACME, GLOBEX, LIMIT, eventually};
 use super::{Balancer, datagram};
@@ -42,7 +42,10 @@ impl Side {
         let [keeps, answers, ticks, ends] = [(); 4].map(|()| Rc::clone(&flows));
         let door = door.try_clone().unwrap();
         spawn_local(async move {
-            keeps.keep(door, 0, &async |_: &std::io::Error, _: &dyn Fn() -> bool| None).await.unwrap();
+            keeps
+                .serve_socket(door, 0, &async |_: &std::io::Error, _: &dyn Fn() -> bool| None)
+                .await
+                .unwrap();
         });
         spawn_local(async move { answers.answer().await.unwrap() });
         spawn_local(async move { ends.end_idle().await });
@@ -66,7 +69,7 @@ impl Side {
     fn held(&self) -> [u64; 6] {
         let tenants = self.live.snapshot.load();
         let of_tenants = tenants.directory.tenants().iter().map(|tenant| tenant.quota.flows()).sum::<usize>();
-        let backends = tenants.pools.iter().flat_map(|pool| pool.roster().backends().to_vec());
+        let backends = tenants.pools.iter().flat_map(|pool| pool.candidates().backends().to_vec());
         let shard = &self.live.shards[0];
         let active = shard.routes().iter().map(|route| route.active.value()).sum();
         let at_backends = shard.backends().iter().map(|backend| backend.active.value()).sum::<u64>();
@@ -79,7 +82,7 @@ impl Side {
     /// Moves all flows; each answer is `answer`'s.
     async fn move_to(&self, other: &Self, answer: impl Fn(PendingTransfer)) {
         other.flows.pause();
-        self.local.start_moving();
+        self.local.start_transfer();
         let (departures, mut leaving) = mpsc::channel(8);
         let ferry = async {
             while let Some(leaving) = leaving.recv().await {
@@ -88,13 +91,13 @@ impl Side {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::join!(self.flows.move_out(departures), ferry);
-        self.local.stop_moving();
-        other.flows.go_on();
+        tokio::join!(self.flows.transfer_out(departures), ferry);
+        self.local.stop_transfer();
+        other.flows.resume();
     }
 
-    fn take(&self, PendingTransfer { parcel, answer }: PendingTransfer) {
-        self.flows.take_over(moved::decode(parcel).unwrap()).unwrap();
+    fn take(&self, PendingTransfer { transfer, answer }: PendingTransfer) {
+        self.flows.take_over(transfer::decode(transfer).unwrap()).unwrap();
         answer.send(TransferReply::Taken).unwrap();
     }
 }
@@ -235,7 +238,7 @@ async fn a_flow_that_is_not_taken_goes_on_where_it_is() {
         for _ in 0..20 {
             one.move_to(other, drop).await;
             other.flows.pause();
-            one.flows.go_on();
+            one.flows.resume();
             assert_eq!(one.flows.count(), 2);
         }
         for talk in running {
@@ -257,14 +260,17 @@ async fn a_flow_whose_listening_socket_is_not_there_is_refused() {
         let stranger = Side::start(&text("127.0.0.1:9".parse().unwrap()), &elsewhere);
         let balancer = world.balancer().await;
         balancer.ask(&datagram("10.100.0.10:40000", ACME, b"hello")).await;
-        one.move_to(&stranger, |PendingTransfer { parcel, answer }| {
-            assert_eq!((moved::worker(&parcel), stranger.flows.has_door(&parcel, false)), (Some(0), false));
-            let decoded = moved::decode(parcel).unwrap();
+        one.move_to(&stranger, |PendingTransfer { transfer, answer }| {
+            assert_eq!(
+                (transfer::worker(&transfer), stranger.flows.has_socket(&transfer, false)),
+                (Some(0), false)
+            );
+            let decoded = transfer::decode(transfer).unwrap();
             assert_eq!(stranger.flows.take_over(decoded), Err(TransferError::NoDoor));
             drop(answer);
         })
         .await;
-        one.flows.go_on();
+        one.flows.resume();
         assert!(balancer.ask(b"still here").await.ends_with(b"still here"));
         stranger.flows.end_all();
         assert_eq!(stranger.held(), [0; 6]);
@@ -283,7 +289,7 @@ async fn the_older_flow_has_its_place_back_from_one_that_began_meanwhile() {
         let first = balancer.ask(&question).await;
         // The other process hears too early.
         one.flows.pause();
-        other.flows.go_on();
+        other.flows.resume();
         assert_ne!(balancer.ask(&question).await, first, "by another port");
         one.move_to(other, |leaving| other.take(leaving)).await;
         assert_eq!(balancer.ask(&question).await, first);

@@ -1,7 +1,7 @@
 //! `send-proxy = "v2"` for datagrams: which header each has towards the backend.
 
 use vestibule::addr::{ClientAddr, DestinationAddr};
-use vestibule::wire::{HeaderBuilder, Transport};
+use vestibule::proxy_protocol::{HeaderBuilder, Transport};
 
 use super::super::harness::ACME;
 use super::{Balancer, CLIENT, Echo, FOLLOW, datagram, finish, others_are_unharmed, soon, world};

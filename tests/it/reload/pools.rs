@@ -77,7 +77,7 @@ async fn an_ejection_and_what_a_backend_holds_outlive_a_change_of_the_pool() {
     proxy.metric("vestibule_backend_ejected", &ejected).is(1).await;
     proxy.metric("vestibule_backend_ejections_total", &ejected).is(1).await;
     let live = Arc::clone(proxy.server().live());
-    let load = || live.snapshot.load().pools[0].roster().backends()[0].load();
+    let load = || live.snapshot.load().pools[0].candidates().backends()[0].load();
     eventually("the held sessions alone", async || (load() == count).then_some(())).await;
     for session in held {
         exchange(session).await.unwrap();
@@ -105,24 +105,24 @@ async fn health_stays_known_and_probes_of_a_pool_that_goes_end() {
         proxy.reload(&text, &next).unwrap();
         text = next;
         assert_eq!(ready(&proxy).await, "ok\n", "an heir is known");
-        assert_eq!(acme().roster().ground().word(), "healthy");
+        assert_eq!(acme().candidates().tier().as_str(), "healthy");
     }
     // The same probe goes on, for the new pool, and lets go of the old one.
     let (probes, second) =
-        (acme().roster().backends()[0].probes().map(|(_, count)| count).sum::<u64>(), acme());
+        (acme().candidates().backends()[0].probes().map(|(_, count)| count).sum::<u64>(), acme());
     assert!(!Arc::ptr_eq(&first, &second) && first.is_replaced());
     let old = Arc::downgrade(&first);
     drop(first);
     eventually("the old pool to go", async || (old.strong_count() == 0).then_some(())).await;
     eventually("more probes", async || {
-        let now: u64 = second.roster().backends()[0].probes().map(|(_, count)| count).sum();
+        let now: u64 = second.candidates().backends()[0].probes().map(|(_, count)| count).sum();
         (now > probes).then_some(())
     })
     .await;
     drop(second);
     // Another probe: the old one's task ends at once, and the new one's begins.
     proxy.reload("interval = \"50ms\"", "interval = \"60ms\"").unwrap();
-    assert_eq!(acme().roster().ground().word(), "healthy");
+    assert_eq!(acme().candidates().tier().as_str(), "healthy");
     let listed = format!(
         "[[pool]]\nname = \"acme\"\n{text}\n[pool.health]\n{}\n",
         health.replace("50ms\"\nt", "60ms\"\nt")

@@ -10,7 +10,7 @@ use rustix::process::{Signal, getpid};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
-use vestibule::takeover::message::LinkMessage;
+use vestibule::handover::message::LinkMessage;
 
 use super::super::harness::{ACME, GLOBEX, connect, eventually, exchange, header, is_reset, still_lives};
 use super::super::process::{Serve, World, Written};

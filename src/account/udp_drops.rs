@@ -1,0 +1,68 @@
+//! Why a datagram of a flow was not passed on: a closed set, so that it can be a metric's label.
+
+/// The reason for which one datagram was dropped, while its flow goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum DatagramDrop {
+    /// The tenant's `limits.datagram-rate`.
+    Rate,
+    /// The tenant's bandwidth in this direction: datagrams do not wait for it.
+    Bandwidth,
+    /// With the header that `send-proxy` puts in front it is longer than a datagram may be, or longer than the way allows.
+    TooLong,
+    /// The socket's buffer is full.
+    Full,
+    /// The kernel is short of memory.
+    Shortage,
+    /// The backend's host said that nobody listens there.
+    Refused,
+    /// There is no way there, or the kernel refused it for another reason.
+    Unreachable,
+}
+
+impl DatagramDrop {
+    /// Every reason.
+    pub const ALL: [Self; 7] = [
+        Self::Rate,
+        Self::Bandwidth,
+        Self::TooLong,
+        Self::Full,
+        Self::Shortage,
+        Self::Refused,
+        Self::Unreachable,
+    ];
+
+    /// Those that a tenant's limits are the reason of: the first of all.
+    pub const LIMITS: [Self; 2] = [Self::Rate, Self::Bandwidth];
+
+    /// The word in metrics and documentation.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Rate => "rate",
+            Self::Bandwidth => "bandwidth",
+            Self::TooLong => "too_long",
+            Self::Full => "full",
+            Self::Shortage => "shortage",
+            Self::Refused => "refused",
+            Self::Unreachable => "unreachable",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_reason_has_its_place_and_its_word() {
+        assert!(DatagramDrop::ALL.into_iter().enumerate().all(|(place, drop)| drop as usize == place));
+        assert_eq!(DatagramDrop::ALL[..DatagramDrop::LIMITS.len()], DatagramDrop::LIMITS);
+        assert_eq!(
+            DatagramDrop::ALL.map(DatagramDrop::as_str).into_iter().collect::<BTreeSet<_>>().len(),
+            DatagramDrop::ALL.len()
+        );
+    }
+}

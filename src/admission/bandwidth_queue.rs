@@ -1,0 +1,494 @@
+//! Whose turn it is: the sessions of one worker that wait for a tenant's bandwidth, served several times in each tick.
+//!
+//! Pure: time comes in as a [`Moment`], and a session is a [`Waker`]. A session joins when it is refused, and stays
+//! for as long as it has something to read: while it waits, and while it uses what it was granted. For all that time
+//! its part of the income is put aside, whatever its worker does.
+
+use std::collections::HashMap;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::Duration;
+
+use super::bandwidth::{BandwidthBudget, PARTS};
+use super::quota::Quota;
+use crate::account::Direction;
+use crate::clock::Moment;
+
+/// A session's place. Valid until it leaves. One more than the number, so that no key costs no byte.
+#[derive(Debug, PartialEq, Eq)]
+pub struct WaiterKey(NonZeroU32);
+
+impl WaiterKey {
+    const fn new(place: u32) -> Self {
+        Self(NonZeroU32::MIN.saturating_add(place))
+    }
+
+    const fn place(&self) -> u32 {
+        self.0.get() - 1
+    }
+}
+
+/// No place.
+const NIL: u32 = u32::MAX;
+
+/// Whose queue it is: the address of a quota, which the queue keeps alive, and the direction.
+type Name = (usize, Direction);
+
+/// One session and direction.
+#[derive(Debug)]
+struct Waiter {
+    name: Name,
+    /// What is left of what it was granted.
+    granted: u64,
+    /// Since when it waits; `None` while it uses what it was granted.
+    since: Option<Moment>,
+    prev: u32,
+    next: u32,
+    waker: Option<Waker>,
+}
+
+/// Those who wait for one budget on this worker.
+#[derive(Debug)]
+struct WaiterList {
+    quota: Arc<Quota>,
+    direction: Direction,
+    /// Those who have joined.
+    waiter_count: u64,
+    /// Whose turn is next; they stand in a ring.
+    first: u32,
+    /// What each head of the whole crowd had been dealt when this worker last looked.
+    level: u64,
+    /// What was dealt to this worker's sessions and is not granted yet, in parts of a byte.
+    kept: u64,
+}
+
+/// One worker's queues.
+#[derive(Debug)]
+pub struct BandwidthQueue {
+    queues: HashMap<Name, WaiterList, foldhash::fast::RandomState>,
+    places: Vec<Waiter>,
+    free: u32,
+    len: usize,
+}
+
+impl Default for BandwidthQueue {
+    fn default() -> Self {
+        Self { queues: HashMap::default(), places: Vec::new(), free: NIL, len: 0 }
+    }
+}
+
+impl WaiterList {
+    fn new(quota: &Arc<Quota>, direction: Direction) -> Self {
+        Self { quota: Arc::clone(quota), direction, waiter_count: 0, first: NIL, level: 0, kept: 0 }
+    }
+
+    fn budget(&self) -> &BandwidthBudget {
+        self.quota.budget(self.direction)
+    }
+
+    /// Puts aside what this worker's sessions have been dealt since it last looked.
+    fn collect(&mut self, level: u64) {
+        let dealt = level.wrapping_sub(self.level) & BandwidthBudget::LEVELS;
+        self.kept += dealt * self.waiter_count;
+        self.level = level;
+    }
+
+    /// Gives back what is kept beyond `most`.
+    fn give_back(&mut self, most: u64) {
+        let more = self.kept.saturating_sub(most) / PARTS;
+        self.kept -= more * PARTS;
+        self.budget().give_back(more);
+    }
+}
+
+impl BandwidthQueue {
+    /// How many sessions and directions have joined.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nobody has.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Adds somebody to the end of a budget's queue.
+    pub fn join(
+        &mut self,
+        quota: &Arc<Quota>,
+        direction: Direction,
+        waker: &Waker,
+        now: Moment,
+    ) -> WaiterKey {
+        let name = (Arc::as_ptr(quota).addr(), direction);
+        let place =
+            Waiter { name, granted: 0, since: Some(now), prev: NIL, next: NIL, waker: Some(waker.clone()) };
+        let number = if let Some(free) = self.places.get_mut(self.free as usize) {
+            let number = self.free;
+            self.free = free.next;
+            *free = place;
+            number
+        } else {
+            self.places.push(place);
+            u32::try_from(self.places.len() - 1).unwrap_or(NIL)
+        };
+        self.len += 1;
+        let queue = self.queues.entry(name).or_insert_with(|| WaiterList::new(quota, direction));
+        let level = queue.budget().join();
+        queue.collect(level);
+        queue.waiter_count += 1;
+        let first = queue.first;
+        if first == NIL {
+            queue.first = number;
+        }
+        self.link(number, first);
+        WaiterKey::new(number)
+    }
+
+    /// How much somebody may still read; `None` where it has to wait, and is woken by `waker` then.
+    pub fn poll(&mut self, key: &WaiterKey, waker: &Waker, now: Moment) -> Option<u64> {
+        let place = self.places.get_mut(key.place() as usize)?;
+        if place.granted > 0 {
+            return Some(place.granted);
+        }
+        match &mut place.waker {
+            Some(known) => known.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+        place.since.get_or_insert(now);
+        None
+    }
+
+    /// Takes down that so much of a grant was used.
+    pub fn spend(&mut self, key: &WaiterKey, bytes: u64) {
+        if let Some(place) = self.places.get_mut(key.place() as usize) {
+            place.granted = place.granted.saturating_sub(bytes);
+        }
+    }
+
+    /// Whether somebody waits, and does not use what it was granted.
+    #[must_use]
+    pub fn is_waiting(&self, key: &WaiterKey) -> bool {
+        self.places.get(key.place() as usize).is_some_and(|place| place.since.is_some())
+    }
+
+    /// Takes somebody out, and gives back what is left of its grant.
+    #[expect(clippy::needless_pass_by_value, reason = "a key ends with its place")]
+    pub fn leave(&mut self, key: WaiterKey, now: Moment) {
+        let number = key.place();
+        let next = self.unlink(number);
+        let Some(place) = self.places.get_mut(number as usize) else { return };
+        let waited = place.since.take().map_or(Duration::ZERO, |since| now.since(since));
+        let (name, granted) = (place.name, std::mem::take(&mut place.granted));
+        place.waker = None;
+        place.next = self.free;
+        self.free = number;
+        self.len -= 1;
+        if let Some(queue) = self.queues.get_mut(&name) {
+            let level = queue.budget().leave();
+            queue.collect(level);
+            queue.waiter_count -= 1;
+            if queue.first == number {
+                queue.first = next;
+            }
+            queue.budget().give_back(granted);
+            queue.budget().add_delay(waited);
+            if queue.waiter_count == 0 {
+                queue.give_back(0);
+                self.queues.remove(&name);
+            }
+        }
+        if self.len == 0 {
+            // A flood has passed: its memory goes back.
+            *self = Self::default();
+        }
+    }
+
+    /// Grants what has come in by `now` to those who wait, and wakes them.
+    ///
+    /// Everybody gets the same, and has its turn in the order in which they came. Where that would be too little to be
+    /// worth a read, the first get enough, and the others keep their turn.
+    pub fn advance(&mut self, now: Moment) {
+        let Self { queues, places, .. } = self;
+        for queue in queues.values_mut() {
+            let level = queue.budget().distribute(now);
+            queue.collect(level);
+            let is_over = queue.quota.is_observing() || !queue.budget().is_limited();
+            // Those who still use their last grant keep their part.
+            let part = queue.kept.checked_div(queue.waiter_count).unwrap_or(0) / PARTS;
+            let each = part.max(queue.budget().least_grant());
+            let mut waited = Duration::ZERO;
+            for _ in 0..queue.waiter_count {
+                let Some(place) = places.get_mut(queue.first as usize) else { break };
+                if !is_over && queue.kept < each * PARTS {
+                    break;
+                }
+                queue.first = place.next;
+                let Some(since) = place.since.take() else { continue };
+                waited += now.since(since);
+                if !is_over {
+                    queue.kept -= each * PARTS;
+                    place.granted = each;
+                }
+                if let Some(waker) = &place.waker {
+                    waker.wake_by_ref();
+                }
+            }
+            if !waited.is_zero() {
+                queue.budget().add_delay(waited);
+            }
+            queue.give_back(queue.budget().most_kept());
+        }
+    }
+
+    /// How long it takes until about so many bytes have come in for those who wait here, of all their budgets together.
+    #[must_use]
+    pub fn span_of(&self, bytes: u64) -> Duration {
+        let rate: u64 = self
+            .queues
+            .values()
+            .map(|queue| queue.budget().rate_of(queue.waiter_count))
+            .fold(0, u64::saturating_add);
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
+
+    /// Links a new place in, as the last of its queue.
+    fn link(&mut self, number: u32, first: u32) {
+        let last = self.places.get(first as usize).map_or(number, |place| place.prev);
+        let next = if last == number { number } else { first };
+        if let Some(place) = self.places.get_mut(number as usize) {
+            (place.prev, place.next) = (last, next);
+        }
+        if let Some(place) = self.places.get_mut(last as usize) {
+            place.next = number;
+        }
+        if let Some(place) = self.places.get_mut(next as usize) {
+            place.prev = number;
+        }
+    }
+
+    /// Takes a place out of its ring, wherever it stands; who comes next, if anybody.
+    fn unlink(&mut self, number: u32) -> u32 {
+        let Some(place) = self.places.get(number as usize) else { return NIL };
+        let (prev, next) = (place.prev, place.next);
+        if let Some(before) = self.places.get_mut(prev as usize) {
+            before.next = next;
+        }
+        if let Some(after) = self.places.get_mut(next as usize) {
+            after.prev = prev;
+        }
+        if next == number { NIL } else { next }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::task::Wake;
+
+    use super::super::bandwidth::QUANTUM;
+    use super::*;
+    use crate::config::{BandwidthLimit, LimitMode, TenantLimits};
+
+    const WAY: Direction = Direction::ToClient;
+
+    #[derive(Default)]
+    struct Count(AtomicU64);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn at_ms(ms: u64) -> Moment {
+        Moment::from_nanos((60_000 + ms) * 1_000_000)
+    }
+
+    /// A quota whose bucket is empty at 0 ms.
+    fn quota(bytes_per_second: u64) -> Arc<Quota> {
+        let quota = Arc::new(Quota::default());
+        quota.budget(WAY).set(Some(BandwidthLimit { bytes_per_second, burst: 1 }), at_ms(0));
+        quota.budget(WAY).take(u64::MAX >> 32, 1, at_ms(0));
+        quota
+    }
+
+    fn poll(queue: &mut BandwidthQueue, key: &WaiterKey, ms: u64) -> Option<u64> {
+        queue.poll(key, Waker::noop(), at_ms(ms))
+    }
+
+    #[test]
+    fn who_waits_is_woken_at_a_tick_with_what_came_in() {
+        let (quota, mut queue, count) =
+            (quota(1_000_000), BandwidthQueue::default(), Arc::new(Count::default()));
+        let waker = Waker::from(Arc::clone(&count));
+        let key = queue.join(&quota, WAY, &waker, at_ms(10));
+        assert!(queue.is_waiting(&key));
+        assert_eq!(queue.poll(&key, &waker, at_ms(20)), None);
+        queue.advance(at_ms(50));
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+        assert_eq!(quota.budget(WAY).delayed(), Duration::from_millis(40));
+        assert!(!queue.is_waiting(&key));
+        assert_eq!(poll(&mut queue, &key, 51), Some(50_000));
+        queue.spend(&key, 20_000);
+        assert_eq!(poll(&mut queue, &key, 52), Some(30_000));
+        // While it does, it is not served again.
+        queue.advance(at_ms(100));
+        assert_eq!((count.0.load(Ordering::Relaxed), poll(&mut queue, &key, 100)), (1, Some(30_000)));
+        queue.spend(&key, 30_000);
+        assert_eq!(queue.poll(&key, &waker, at_ms(110)), None);
+        queue.advance(at_ms(150));
+        assert_eq!(poll(&mut queue, &key, 150), Some(100_000), "what came in meanwhile was put aside");
+        queue.spend(&key, 1);
+        queue.leave(key, at_ms(150));
+        assert!(queue.is_empty() && queue.queues.is_empty() && quota.budget(WAY).waiters() == 0);
+        assert_eq!(quota.budget(WAY).take(u64::MAX >> 32, 1, at_ms(150)), 99_999, "the rest came back");
+        assert_eq!(Arc::strong_count(&quota), 1);
+    }
+
+    #[test]
+    fn where_there_is_little_the_first_get_enough_and_the_others_keep_their_turn() {
+        let (quota, mut queue) = (quota(800_000), BandwidthQueue::default());
+        let keys: Vec<_> = (0..5).map(|_| queue.join(&quota, WAY, Waker::noop(), at_ms(0))).collect();
+        let mut served = vec![0; keys.len()];
+        for tick in 1..=10 {
+            // 40,000 bytes, of which one gets 32 KiB; at times there is enough for a second.
+            queue.advance(at_ms(tick * 50));
+            // In which order they come back does not matter.
+            for (key, sum) in keys.iter().zip(&mut served).rev() {
+                if let Some(granted) = poll(&mut queue, key, tick * 50) {
+                    assert_eq!(granted, QUANTUM);
+                    *sum += granted;
+                    queue.spend(key, granted);
+                    assert_eq!(poll(&mut queue, key, tick * 50), None);
+                }
+            }
+            let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
+            assert!(most - least <= QUANTUM, "{served:?}");
+        }
+        assert_eq!(served.iter().sum::<u64>() / QUANTUM, 400_000 / QUANTUM);
+    }
+
+    #[test]
+    fn whoever_goes_is_no_longer_in_the_way() {
+        let (quota, mut queue) = (quota(800_000), BandwidthQueue::default());
+        let mut keys: Vec<_> =
+            (0..6).map(|_| Some(queue.join(&quota, WAY, Waker::noop(), at_ms(0)))).collect();
+        // The first, one in the middle, and the last.
+        for gone in [0, 2, 5] {
+            queue.leave(keys[gone].take().unwrap(), at_ms(10));
+        }
+        assert_eq!((queue.len(), quota.budget(WAY).waiters()), (3, 3));
+        assert_eq!(quota.budget(WAY).delayed(), Duration::from_millis(30), "three times 10 ms");
+        let again = queue.join(&quota, WAY, Waker::noop(), at_ms(10));
+        assert_eq!(queue.places.len(), 6, "a place is used again");
+        let order = [keys[1].take().unwrap(), keys[3].take().unwrap(), keys[4].take().unwrap(), again];
+        for (turn, key) in order.iter().enumerate() {
+            queue.advance(at_ms(50 * (turn as u64 + 1)));
+            for (place, other) in order.iter().enumerate() {
+                assert_eq!(queue.is_waiting(other), place > turn, "{place} after {turn}");
+            }
+            assert_eq!(poll(&mut queue, key, 0), Some(QUANTUM));
+        }
+        for key in order {
+            queue.leave(key, at_ms(300));
+        }
+        assert_eq!(queue.places.capacity(), 0, "a flood's memory goes back");
+    }
+
+    #[test]
+    fn without_a_limit_any_more_everybody_goes() {
+        let (quota, mut queue) = (quota(1000), BandwidthQueue::default());
+        let keys = [0, 1].map(|_| queue.join(&quota, WAY, Waker::noop(), at_ms(0)));
+        quota.budget(WAY).set(None, at_ms(1));
+        queue.advance(at_ms(1));
+        assert!(keys.iter().all(|key| !queue.is_waiting(key)));
+        let limit = Some(BandwidthLimit { bytes_per_second: 1000, burst: 1 });
+        quota.set(&TenantLimits { to_client: limit, ..TenantLimits::default() }, at_ms(1));
+        for key in &keys {
+            assert_eq!(poll(&mut queue, key, 1), None, "it had come back in time for the next limit");
+        }
+        queue.advance(at_ms(2));
+        assert!(keys.iter().all(|key| queue.is_waiting(key)));
+        quota.set(
+            &TenantLimits { to_client: limit, mode: LimitMode::Observe, ..TenantLimits::default() },
+            at_ms(2),
+        );
+        queue.advance(at_ms(3));
+        assert!(keys.iter().all(|key| !queue.is_waiting(key)));
+        for key in keys {
+            queue.leave(key, at_ms(3));
+        }
+        assert_eq!(quota.budget(WAY).waiters(), 0);
+    }
+
+    #[test]
+    fn two_tenants_and_two_directions_do_not_know_of_each_other() {
+        let (one, two, mut queue) = (quota(1_000_000), quota(2_000_000), BandwidthQueue::default());
+        let other_way = Direction::ToBackend;
+        one.budget(other_way).set(Some(BandwidthLimit { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
+        one.budget(other_way).take(u64::MAX >> 32, 1, at_ms(0));
+        let keys = [(&one, WAY), (&two, WAY), (&one, other_way)]
+            .map(|(quota, way)| queue.join(quota, way, Waker::noop(), at_ms(0)));
+        // Two of 7 MB/s belong to somebody on another worker.
+        let mut elsewhere = BandwidthQueue::default();
+        let away = elsewhere.join(&one, other_way, Waker::noop(), at_ms(0));
+        assert_eq!([&queue, &elsewhere].map(|queue| queue.span_of(10_000).as_millis()), [2, 5]);
+        elsewhere.leave(away, at_ms(0));
+        assert_eq!(elsewhere.span_of(1), Duration::from_secs(1), "nothing comes in for nobody");
+        one.budget(other_way).set(None, at_ms(0));
+        assert_eq!(queue.span_of(3_000), Duration::from_millis(1), "a limit that has gone does not count");
+        one.budget(other_way).set(Some(BandwidthLimit { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
+        queue.advance(at_ms(50));
+        let granted = [0, 1, 2].map(|place: usize| poll(&mut queue, &keys[place], 50));
+        assert_eq!(granted, [Some(50_000), Some(100_000), Some(200_000)]);
+        for key in keys {
+            queue.leave(key, at_ms(50));
+        }
+    }
+
+    #[test]
+    fn threads_share_a_budget_to_the_byte() {
+        const RATE: u64 = 10_000_000;
+        let (quota, clock) = (quota(RATE), AtomicU64::new(0));
+        let work = |sessions: usize| {
+            let mut queue = BandwidthQueue::default();
+            let mut keys: Vec<_> = (0..sessions).map(|_| None).collect();
+            let mut used = 0;
+            for round in 0..3000_usize {
+                let ms = clock.fetch_add(1, Ordering::Relaxed);
+                queue.advance(at_ms(ms));
+                for key in &mut keys {
+                    let key = key.get_or_insert_with(|| queue.join(&quota, WAY, Waker::noop(), at_ms(ms)));
+                    if let Some(granted) = queue.poll(key, Waker::noop(), at_ms(ms)) {
+                        queue.spend(key, granted);
+                        used += granted;
+                    }
+                }
+                // Somebody leaves now and then, and joins again.
+                if let Some(key) = keys.get_mut(round % 7).and_then(Option::take) {
+                    queue.leave(key, at_ms(ms));
+                }
+            }
+            for key in keys.into_iter().flatten() {
+                queue.leave(key, at_ms(clock.load(Ordering::Relaxed)));
+            }
+            used
+        };
+        let used: u64 = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                [3, 9].map(|sessions| scope.spawn(move || work(sessions))).into_iter().collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        let came = RATE / 1000 * clock.load(Ordering::Relaxed);
+        assert!(used <= came, "{used} of {came}");
+        let left = quota.budget(WAY).take(u64::MAX >> 32, 1, at_ms(clock.load(Ordering::Relaxed)));
+        // Rounding costs a byte each time that somebody takes or gives back.
+        assert!(used + left.max(RATE / 10) + 20_000 >= came, "{used} and {left} of {came}");
+        assert_eq!(quota.budget(WAY).waiters(), 0);
+    }
+}

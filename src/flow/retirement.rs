@@ -1,0 +1,80 @@
+//! Doors of flows that close: no flow begins there, and those that there are go on until they are silent.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::FlowWorker;
+use super::socket::UdpListenSocket;
+
+/// How many workers still have flows at an address that is given up.
+///
+/// They close their sockets together: the kernel spreads datagrams over those that there are, and where one goes, those of
+/// other workers' flows would come to the wrong one.
+#[derive(Debug)]
+pub struct SocketRetirement(AtomicUsize);
+
+impl SocketRetirement {
+    /// All of so many workers may have some.
+    #[must_use]
+    pub fn new(workers: usize) -> Arc<Self> {
+        Arc::new(Self(AtomicUsize::new(workers)))
+    }
+
+    /// One of them has none any more.
+    pub fn worker_done(&self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether none has.
+    fn is_complete(&self) -> bool {
+        self.0.load(Ordering::Acquire) == 0
+    }
+}
+
+impl<A> FlowWorker<A> {
+    /// From now on no flow begins at a listener's address.
+    pub fn close(&self, listener: u32, address: SocketAddr, vacancy: &Arc<SocketRetirement>) {
+        let sockets = self.sockets.borrow();
+        let is_it = |listen_socket: &&Rc<UdpListenSocket>| {
+            listen_socket.is_at(listener, address) && !listen_socket.is_closing()
+        };
+        // Several where another process had more workers. Each leaves once.
+        for listen_socket in sockets.iter().flatten().filter(is_it) {
+            vacancy.0.fetch_add(1, Ordering::AcqRel);
+            listen_socket.close(Arc::clone(vacancy));
+        }
+        // The worker itself; its doors may be broken, and were told of.
+        vacancy.worker_done();
+    }
+
+    /// Flows begin again where there are some still from before, of whatever listener; whether that is so. With more sockets
+    /// of the address than there were, the kernel would bring the datagrams of those flows to others.
+    pub(super) fn reopen(&self, listener: u32, address: SocketAddr) -> bool {
+        let sockets = self.sockets.borrow();
+        let is_it = |listen_socket: &&Rc<UdpListenSocket>| {
+            listen_socket.address() == address && listen_socket.is_closing()
+        };
+        let mut closing = sockets.iter().flatten().filter(is_it).peekable();
+        let is_there = closing.peek().is_some();
+        closing.for_each(|listen_socket| {
+            // What was dropped until now is the other listener's.
+            self.count_drops(listen_socket);
+            listen_socket.reopen(listener);
+            self.count_drops(listen_socket);
+        });
+        is_there
+    }
+
+    /// Closes doors where no worker has a flow any more.
+    pub(super) fn close_vacant(&self) {
+        for place in self.sockets.borrow_mut().iter_mut() {
+            if let Some(gone) =
+                place.take_if(|listen_socket| listen_socket.is_vacant(SocketRetirement::is_complete))
+            {
+                self.count_drops(&gone);
+            }
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! One direction of a session: what it holds, how far it has come, and whether it copies or splices.
+
+use std::io;
+use std::task::{Context, Poll, ready};
+
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
+
+use super::bandwidth::WorkerResources;
+use super::buffer::{self, FIRST, LEAST};
+use super::copy::{self, PendingWrite};
+use super::pipe::Pipe;
+use super::splice;
+use crate::account::Direction;
+use crate::account::session_metrics::SessionMetrics;
+use crate::admission::bandwidth::QUANTUM;
+use crate::admission::direction_limiter::DirectionLimiter;
+use crate::clock::wheel::Tick;
+use crate::session_context::{SCRATCH, SessionContext, WorkerLocal};
+
+/// A read that fills at least this much of the scratch buffer is a large one.
+///
+/// 32 KiB: from there on a splice is cheaper than a copy, 0.58 s/GB against 0.67; at 16 KiB they are within a tenth, and
+/// below they are equal (`cargo bench --bench splice`, 2026-11-25, kernel 6.18).
+const LARGE: usize = SCRATCH / 2;
+
+// What is granted to who waits for bandwidth is worth a splice, where each gets 64 KiB a second or more.
+const _: () = assert!(LARGE as u64 <= QUANTUM);
+
+/// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
+const LARGE_READS: u8 = 2;
+
+/// So many small splices in a row, and it goes back to copying: a splice is two calls more than a copy of a
+/// small message is worth.
+const SMALL_SPLICES: u8 = 3;
+
+/// One direction.
+#[derive(Debug)]
+pub(super) struct DirectionState {
+    /// Bytes that were read and could not be written at once.
+    pub(super) pending_write: PendingWrite,
+    /// Held while the direction splices. Never has bytes while `spill` has. Boxed, because most sessions never splice.
+    pub(super) pipe: Option<Box<Pipe>>,
+    /// Large reads in a row while copying, small splices in a row while splicing.
+    pub(super) streak: u8,
+    /// Whether the last read while copying was no small one, or left bytes over: the next brings no more than what the sink takes.
+    pub(super) measured: bool,
+    pub(super) phase: DirectionPhase,
+    /// Whether the sink has TCP_NODELAY.
+    pub(super) prompt: bool,
+    /// When bytes last moved.
+    pub(super) last_progress: Tick,
+    /// The sink's send queue when it was last looked at, while bytes are held.
+    queued: u32,
+    /// What the tenant's bandwidth has for it.
+    pub(super) limiter: DirectionLimiter,
+}
+
+/// How far a direction has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum DirectionPhase {
+    /// Bytes go.
+    Open,
+    /// The source has ended; what it had sent before is still on its way.
+    Draining,
+    /// Everything has been passed on, and so has the end.
+    Shut,
+    /// The sink takes nothing any more.
+    Dead,
+}
+
+/// Which end of a direction failed.
+pub(super) enum EndError {
+    Source(io::Error),
+    Sink(io::Error),
+}
+
+impl DirectionState {
+    pub(super) fn new(now: Tick) -> Self {
+        Self {
+            pending_write: PendingWrite::default(),
+            pipe: None,
+            streak: 0,
+            measured: false,
+            phase: DirectionPhase::Open,
+            prompt: false,
+            last_progress: now,
+            queued: 0,
+            limiter: DirectionLimiter::default(),
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.phase, DirectionPhase::Shut | DirectionPhase::Dead)
+    }
+
+    /// The bytes that were read and not passed on.
+    pub(super) fn held(&self) -> usize {
+        self.pending_write.len() + self.pipe.as_ref().map_or(0, |pipe| pipe.held())
+    }
+
+    pub(super) fn pending(&self) -> bool {
+        !self.pending_write.is_empty() || self.pipe.as_ref().is_some_and(|pipe| !pipe.is_empty())
+    }
+
+    /// What the next read or splice brings at most.
+    pub(super) fn read_size(&self, sink: &TcpStream, unsent: u32, is_short: bool) -> usize {
+        if let Some(pipe) = &self.pipe {
+            return pipe.capacity();
+        }
+        if is_short {
+            return LEAST;
+        }
+        if !self.measured {
+            return FIRST;
+        }
+        buffer::room(sink, unsent).unwrap_or(SCRATCH).clamp(LEAST, SCRATCH)
+    }
+
+    /// Reads or splices once, up to `most` bytes, and after a read writes what the sink takes; how much came. 0 is
+    /// the source's end, or with a pipe perhaps not: then it has to be read.
+    pub(super) fn read_once(
+        &mut self,
+        direction: Direction,
+        (source, sink): (&mut TcpStream, &mut TcpStream),
+        most: usize,
+        resources: WorkerResources<'_>,
+        (local, metrics): (&WorkerLocal, &mut SessionMetrics),
+        context: &mut Context<'_>,
+    ) -> Poll<Result<usize, EndError>> {
+        if let Some(pipe) = &mut self.pipe {
+            let spliced = ready!(splice::poll_in(source, pipe, most, context));
+            return Poll::Ready(match spliced {
+                Err(error) if splice::is_refused(&error) => {
+                    metrics.worker().pipes_refused.add(1);
+                    Ok(0)
+                }
+                count => count.map_err(EndError::Source),
+            });
+        }
+        let mut scratch = local.scratch.borrow_mut();
+        let most = most.min(scratch.len());
+        let room = scratch.get_mut(..most).unwrap_or_default();
+        let read = ready!(copy::poll_read(source, room, context)).map_err(EndError::Source)?;
+        if !read.is_empty() {
+            self.set_nodelay(sink, metrics);
+            let count = self
+                .pending_write
+                .poll_write_first(read, sink, resources, context)
+                .map_err(EndError::Sink)?;
+            metrics.count_bytes(direction, count, false);
+        }
+        Poll::Ready(Ok(read.len()))
+    }
+
+    /// Sets TCP_NODELAY before the second write to the backend; the first leaves at once without it.
+    pub(super) fn set_nodelay(&mut self, backend: &TcpStream, metrics: &SessionMetrics) {
+        if !self.prompt && metrics.bytes().to_backend > 0 {
+            self.prompt = true;
+            // A connection that has gone says so when it is written to.
+            backend.set_nodelay(true).unwrap_or_default();
+        }
+    }
+
+    /// While bytes are held: a send queue that has become smaller since the last look is progress, too. A slow reader may take
+    /// for long from the kernel before that takes more of us.
+    pub(super) fn note_progress(&mut self, sink: &TcpStream, now: Tick) {
+        if !self.pending() {
+            return;
+        }
+        let queued = buffer::queued(sink).unwrap_or(0);
+        if queued < self.queued {
+            self.last_progress = now;
+        }
+        self.queued = queued;
+    }
+
+    /// Goes back to copying with what the pipe holds, where splicing it on was refused.
+    ///
+    /// # Errors
+    /// Where the bytes cannot be had back.
+    pub(super) fn take_out(
+        &mut self,
+        resources: WorkerResources<'_>,
+        session: &SessionContext,
+    ) -> io::Result<()> {
+        if let Some(pipe) = &mut self.pipe {
+            self.pending_write = PendingWrite::new(pipe.take_out()?, resources);
+        }
+        session.metrics.worker().pipes_refused.add(1);
+        self.stop_splicing(resources, session);
+        Ok(())
+    }
+
+    /// Its end is passed on. Only called with nothing held.
+    pub(super) fn shut(&mut self, resources: WorkerResources<'_>, session: &SessionContext) {
+        self.phase = DirectionPhase::Shut;
+        resources.give_back(self.pipe.take(), session);
+        self.last_progress = session.tick();
+    }
+
+    /// Goes back to copying. Only called with nothing in the pipe.
+    pub(super) fn stop_splicing(&mut self, resources: WorkerResources<'_>, session: &SessionContext) {
+        resources.give_back(self.pipe.take(), session);
+        self.streak = 0;
+    }
+
+    /// Takes down how much one read or splice brought.
+    pub(super) fn note_read(&mut self, count: usize) {
+        let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
+        self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
+        self.measured = count >= FIRST || !self.pending_write.is_empty();
+    }
+
+    /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.
+    pub(super) fn adapt(&mut self, resources: WorkerResources<'_>, session: &SessionContext) {
+        if self.pipe.is_some() {
+            if self.streak >= SMALL_SPLICES {
+                self.stop_splicing(resources, session);
+            }
+        } else if self.streak >= LARGE_READS {
+            self.pipe = resources.take_pipe(session);
+            self.streak = 0;
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! What goes from one process to the other while it takes over: parcels, each with one live session or flow.
+//!
+//! A parcel's record is a line of JSON and behind it the bytes that are held, as they are. Whoever does not know the
+//! record's version leaves the session where it is.
+
+pub mod link;
+pub mod message;
+
+use std::os::fd::OwnedFd;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::forward::transfer::RestoreError;
+
+/// The version of all records. A record that means something else than before has another one; one that only says more
+/// has not.
+pub const VERSION: u32 = 1;
+
+/// The bytes that a record's line may have.
+pub const MOST_TOLD: usize = 64 * 1024;
+
+/// A session or flow on its way: its record, and the descriptors that go with it, in the record's order.
+#[derive(Debug)]
+pub struct Transfer {
+    /// What is told of it, and the bytes that it holds.
+    pub record: Vec<u8>,
+    /// Its sockets, and its pipes where they hold bytes.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// What the other side says of a parcel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TransferReply {
+    /// It carries what was in it from here on.
+    Taken,
+    /// It does not, and never will.
+    Stays,
+}
+
+/// A parcel that waits for its answer; dropping the sender of the answer means [`TransferReply::Stays`].
+#[derive(Debug)]
+pub struct PendingTransfer {
+    /// What leaves.
+    pub transfer: Transfer,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<TransferReply>,
+}
+
+/// What is in a parcel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TransferKind {
+    /// A TCP session.
+    Session,
+    /// A UDP flow.
+    Flow,
+}
+
+/// Why a parcel is not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// Its record is none.
+    #[error("the record is malformed: {0}")]
+    Malformed(String),
+    /// Its record is of another version.
+    #[error("the record's version is {0}, and only {VERSION} is known")]
+    Version(u32),
+    /// There is something else in it than was asked for.
+    #[error("the parcel is of another kind")]
+    Kind,
+    /// What came with the record is not what it says.
+    #[error(transparent)]
+    Misfit(#[from] RestoreError),
+    /// A flow whose listening socket this worker does not have.
+    #[error("the flow's listening socket is not here")]
+    NoDoor,
+    /// A flow whose socket the worker's poll has no room for.
+    #[error("descriptors or memory are short")]
+    Shortage,
+}
+
+/// What every version's record begins with.
+#[derive(Serialize, Deserialize)]
+struct RecordHeading {
+    version: u32,
+    kind: TransferKind,
+}
+
+/// The whole line.
+#[derive(Serialize, Deserialize)]
+struct VersionedRecord<T> {
+    version: u32,
+    kind: TransferKind,
+    told: T,
+}
+
+fn malformed(error: &impl ToString) -> TransferError {
+    TransferError::Malformed(error.to_string())
+}
+
+impl Transfer {
+    /// Packs what is told of a session or flow, the bytes that it holds, and copies of its descriptors.
+    ///
+    /// # Errors
+    /// Where more is told than may be.
+    pub fn pack<T: Serialize>(
+        kind: TransferKind,
+        told: &T,
+        tail: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> Result<Self, TransferError> {
+        let versioned = VersionedRecord { version: VERSION, kind, told };
+        let mut record = serde_json::to_vec(&versioned).map_err(|error| malformed(&error))?;
+        if record.len() > MOST_TOLD {
+            return Err(malformed(&"too long"));
+        }
+        record.push(b'\n');
+        record.extend_from_slice(tail);
+        Ok(Self { record, fds })
+    }
+
+    /// The record's line, and the bytes behind it.
+    fn parts(&self) -> Result<(&[u8], &[u8]), TransferError> {
+        let within = self.record.iter().take(MOST_TOLD + 1);
+        let end = within.copied().position(|byte| byte == b'\n').ok_or_else(|| malformed(&"no end"))?;
+        let (line, tail) = self.record.split_at_checked(end).unwrap_or_default();
+        Ok((line, tail.get(1..).unwrap_or_default()))
+    }
+
+    /// What is in it.
+    ///
+    /// # Errors
+    /// Where that cannot be read.
+    pub fn kind(&self) -> Result<TransferKind, TransferError> {
+        let (line, _) = self.parts()?;
+        let heading: RecordHeading = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
+        if heading.version == VERSION {
+            Ok(heading.kind)
+        } else {
+            Err(TransferError::Version(heading.version))
+        }
+    }
+
+    /// What is told in it, and the bytes that are held.
+    ///
+    /// # Errors
+    /// Where it is of another kind or version, or cannot be read.
+    pub fn read<T: DeserializeOwned>(&self, kind: TransferKind) -> Result<(T, &[u8]), TransferError> {
+        if self.kind()? != kind {
+            return Err(TransferError::Kind);
+        }
+        let (line, tail) = self.parts()?;
+        let versioned: VersionedRecord<T> =
+            serde_json::from_slice(line).map_err(|error| malformed(&error))?;
+        Ok((versioned.told, tail))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn transfer(record: &[u8]) -> Transfer {
+        Transfer { record: record.to_vec(), fds: Vec::new() }
+    }
+
+    #[test]
+    fn what_is_packed_is_read_back_whatever_the_bytes_are() {
+        let told = vec!["a\nb".to_owned(), "ü".to_owned()];
+        let packed = Transfer::pack(TransferKind::Session, &told, b"\n{}\n", Vec::new()).unwrap();
+        assert_eq!(packed.kind(), Ok(TransferKind::Session));
+        assert_eq!(packed.read(TransferKind::Session), Ok((told, &b"\n{}\n"[..])));
+        assert_eq!(packed.read::<Vec<String>>(TransferKind::Flow), Err(TransferError::Kind));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_refused() {
+        let newer = br#"{"version":2,"kind":"stream","told":{}}"#;
+        assert!(matches!(transfer(newer).kind(), Err(TransferError::Malformed(_))), "no line's end");
+        for (record, is_version) in [
+            (&b"{\"version\":2,\"kind\":\"session\",\"told\":7}\n"[..], true),
+            (b"{\"version\":0,\"kind\":\"session\"}\n", true),
+            (b"{\"version\":1,\"kind\":\"session\"}\n", false),
+            (b"{\"version\":1,\"kind\":\"session\",\"told\":\"7\"}\n", false),
+            (b"{}\n", false),
+            (b"\n", false),
+            (b"", false),
+        ] {
+            let refused = transfer(record).read::<u32>(TransferKind::Session).unwrap_err();
+            assert_eq!(matches!(refused, TransferError::Version(_)), is_version, "{refused}");
+        }
+        let more = b"{\"version\":1,\"kind\":\"session\",\"told\":7,\"more\":1}\n";
+        assert_eq!(
+            transfer(more).read(TransferKind::Session),
+            Ok((7, &b""[..])),
+            "one that only says more is known"
+        );
+    }
+
+    #[test]
+    fn no_more_is_told_than_may_be() {
+        let long = "x".repeat(MOST_TOLD);
+        assert!(Transfer::pack(TransferKind::Flow, &long, b"", Vec::new()).is_err());
+        let record = [long.as_bytes(), b"\n"].concat();
+        assert!(matches!(transfer(&record).kind(), Err(TransferError::Malformed(_))));
+    }
+}

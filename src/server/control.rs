@@ -1,0 +1,153 @@
+//! What the process does when it is told to, by a signal, at the admin socket or by a file that changed.
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use tokio::sync::watch;
+
+use super::handover::Handover;
+use super::log_writer::LogReopener;
+use super::notify;
+use super::reload::{ReloadError, Reloader};
+use crate::account::lock;
+use crate::admin::control::{self, RefusalDetail, ReloadRefusal, ReloadSummary};
+use crate::config::{Config, ConfigErrors};
+use crate::state::LiveState;
+
+/// Carries orders out.
+#[derive(Debug)]
+pub struct ProcessControl {
+    live: Arc<LiveState>,
+    reloader: Reloader,
+    /// The file that the process was started with.
+    source: Option<PathBuf>,
+    drain: watch::Sender<bool>,
+    /// One reload at a time, from reading to the end: what was read last is in force.
+    serial: Mutex<()>,
+    /// Once everything runs.
+    pub(super) handover: OnceLock<Arc<Handover>>,
+    /// While the access log is a file that is written.
+    access_log: Mutex<Option<Arc<LogReopener>>>,
+}
+
+impl ProcessControl {
+    pub(super) fn new(
+        live: Arc<LiveState>,
+        reloader: Reloader,
+        source: Option<PathBuf>,
+        drain: watch::Sender<bool>,
+    ) -> Self {
+        Self {
+            live,
+            reloader,
+            source,
+            drain,
+            serial: Mutex::default(),
+            handover: OnceLock::new(),
+            access_log: Mutex::default(),
+        }
+    }
+
+    /// From now on this is asked to open the access log's file anew.
+    pub(super) fn set_access_log(&self, log: Option<LogReopener>) {
+        *lock(&self.access_log) = log.map(Arc::new);
+    }
+
+    /// Why a successor that this process starts would end with it, and what to do instead; `None` where it would not.
+    #[must_use]
+    pub fn takeover_obstacle(&self) -> Option<&str> {
+        self.handover.get()?.obstacle.as_deref()
+    }
+
+    fn read(&self) -> Result<Config, ReloadRefusal> {
+        let Some(source) = &self.source else {
+            self.live.reloads.refuse();
+            return Err(refused_for("the configuration: must come from a file, found none to read again"));
+        };
+        Config::load(source).map_err(|faults| {
+            self.live.reloads.refuse();
+            ReloadRefusal::from(&faults)
+        })
+    }
+
+    fn put_in_force(&self) -> Result<ReloadSummary, ReloadRefusal> {
+        if self.handover.get().is_some_and(|handover| handover.is_busy()) {
+            self.live.reloads.refuse();
+            return Err(refused_for(&ReloadError::Leaving.to_string()));
+        }
+        let config = Arc::new(self.read()?);
+        self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
+        Ok(ReloadSummary {
+            listeners: config.listeners.len(),
+            pools: config.pools.len(),
+            tenants: config.tenants.len(),
+            access_log: None,
+        })
+    }
+}
+
+impl control::Control for ProcessControl {
+    fn reload(&self) -> Result<ReloadSummary, ReloadRefusal> {
+        let _turn = lock(&self.serial);
+        // Who goes does not come back in systemd's eyes.
+        let goes = self.live.is_draining();
+        if !goes {
+            notify::reloading();
+        }
+        let mut reloaded = self.put_in_force();
+        // Also where it is refused: a log that was renamed must not wait for another to be put right.
+        let reopened = self.reopen_access_log();
+        match &mut reloaded {
+            // The one who does it says what has changed.
+            Ok(reloaded) => reloaded.access_log = reopened.err(),
+            Err(ReloadRefusal { faults }) => {
+                for fault in faults.iter() {
+                    tracing::error!("{}", fault.text);
+                }
+                tracing::error!(faults = faults.len(), "the reload is refused; what was in force stays");
+                let reopening = reopened.err().map(|text| refused_for(&text).faults);
+                faults.extend(reopening.unwrap_or_default());
+            }
+        }
+        // Also where it was refused: it serves.
+        if !goes {
+            notify::ready();
+        }
+        reloaded
+    }
+
+    fn reopen_access_log(&self) -> Result<(), String> {
+        let log = lock(&self.access_log).clone();
+        log.map_or(Ok(()), |log| log.reopen())
+    }
+
+    fn drain(&self) {
+        self.drain.send_replace(true);
+    }
+
+    fn hand_over(&self, to: UnixStream) {
+        let Some(handover) = self.handover.get().map(Arc::clone) else { return };
+        let spawned = std::thread::Builder::new().name("takeover".to_owned()).spawn(move || handover.run(to));
+        if let Err(error) = spawned {
+            tracing::error!(%error, "the takeover failed; this process goes on");
+        }
+    }
+}
+
+impl From<&ConfigErrors> for ReloadRefusal {
+    fn from(faults: &ConfigErrors) -> Self {
+        let fault = |fault: &crate::config::ConfigError| RefusalDetail {
+            file: Some(fault.file().to_owned()),
+            line: fault.line(),
+            text: fault.to_string(),
+        };
+        Self { faults: faults.iter().map(fault).collect() }
+    }
+}
+
+/// A refusal that no line is at fault of: each line of the text is a fault.
+fn refused_for(text: &str) -> ReloadRefusal {
+    let fault = |text: &str| RefusalDetail { file: None, line: None, text: text.to_owned() };
+    ReloadRefusal { faults: text.lines().map(fault).collect() }
+}
