@@ -14,9 +14,11 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::build_info;
+
 /// A layer-4 proxy for providers of AWS PrivateLink services: routes, limits and logs by VPC endpoint ID.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version = build_info::VERSION_AND_COMMIT, max_term_width = 100)]
 #[command(after_help = "Try it:  vestibule demo --seconds 10")]
 struct Cli {
     #[command(subcommand)]

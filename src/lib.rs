@@ -24,7 +24,8 @@
 //! - [`admin`] serves the pages, the health check and the admin socket; [`cli`] is the command line.
 //! - [`handover`] moves live sessions to another process.
 //! - [`lab`] emulates load balancer, VPCs and backends for the demo, the load generator and the tests.
-//! - [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`] and [`session_context`] are values and rules that the others use.
+//! - [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`], [`build_info`] and [`session_context`] are values and
+//!   rules that the others use.
 //!
 //! A module imports only from modules on lower floors; docs/architecture.md has the table, and `tests/tidy.rs` checks it.
 
@@ -34,6 +35,7 @@ pub mod addr;
 pub mod admin;
 pub mod admission;
 mod atomic;
+pub mod build_info;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -170,8 +170,8 @@ metrics! {
         "Open connections at the health port (`health`), the admin address (`admin`) and the admin socket (`admin_socket`).";
     ADMIN_ENDED: Counter "vestibule_admin_connections_total" ["endpoint", "result"]
         "Closed connections at the health port, admin address and admin socket by result: `answered`, `closed` (by the peer, without an answer), `displaced` (a newer connection needed the place), `first_byte_timeout`, `request_timeout`, `answer_timeout`, `send_timeout`.";
-    BUILD: Gauge "vestibule_build_info" ["version"]
-        "1, with the version as label.";
+    BUILD: Gauge "vestibule_build_info" ["version", "commit"]
+        "1, with version and git commit of the program as labels.";
 }
 
 #[cfg(test)]

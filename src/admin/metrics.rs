@@ -16,6 +16,7 @@ use crate::account::log_queue::{LineClass, Lines};
 use crate::account::names::{self, Metric, MetricKind};
 use crate::account::session_metrics::CounterShard;
 use crate::account::{Direction, PerDirection};
+use crate::build_info;
 use crate::clock::{self, Moment};
 use crate::pool::health::{FULL, HealthState};
 use crate::state::LiveState;
@@ -249,7 +250,7 @@ fn process(samples: &mut Samples, live: &LiveState) {
         samples.count(&names::LOCAL_PORTS, &[&backend, protocol, "waiting"], usage.waiting as u64);
         samples.count(&names::LOCAL_PORTS_LIMIT, &[&backend, protocol], usage.limit as u64);
     }
-    samples.count(&names::BUILD, &[env!("CARGO_PKG_VERSION")], 1);
+    samples.count(&names::BUILD, &[build_info::VERSION, build_info::COMMIT], 1);
 }
 
 /// What probes, names and sessions say of backends, which no worker counts.

@@ -14,6 +14,7 @@ use tracing_appender::non_blocking::WorkerGuard;
 use super::watch;
 use crate::account::lock;
 use crate::admin::control::Control as _;
+use crate::build_info;
 use crate::config::sources::ConfigSources;
 use crate::config::{Config, ConfigErrors, LogConfig, LogFormat, LogLevel};
 use crate::server::handover::TakeoverOffer;
@@ -285,7 +286,8 @@ fn announce(server: &Server, config: &Config) {
         tracing::info!(listener = listener.name, addresses = ?server.addresses(&listener.name), "listening");
     }
     tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
+        version = build_info::VERSION,
+        commit = build_info::COMMIT,
         workers = capacity.workers,
         max_sessions = capacity.sessions,
         max_pending = capacity.pending,

@@ -65,4 +65,5 @@ mod splice;
 mod takeover;
 mod tenant;
 mod timeouts;
+mod version;
 mod watch;

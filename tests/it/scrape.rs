@@ -10,6 +10,7 @@ use vestibule::account::session_metrics::ConnectResult;
 use vestibule::account::udp_drops::DatagramDrop;
 use vestibule::account::{Direction, ProbeResult};
 use vestibule::admission::quota::Quota;
+use vestibule::build_info;
 use vestibule::config::Config;
 use vestibule::outcome::{Outcome, Reason};
 use vestibule::pool::cause::ChangeCause;
@@ -92,6 +93,7 @@ fn values(metric: &str, label: &str) -> Option<BTreeSet<String>> {
         }
         ("protocol", _) => vec!["tcp", "udp"],
         ("state", _) => vec!["live", "waiting"],
+        ("commit", _) => vec![build_info::COMMIT],
         ("version", _) => vec![env!("CARGO_PKG_VERSION")],
         ("worker", _) => return Some((0..64).map(|worker| worker.to_string()).collect()),
         _ => return None,
