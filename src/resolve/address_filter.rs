@@ -5,23 +5,35 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use ipnet::IpNet;
 
+use crate::config::DnsConfig;
+
 /// The addresses at which this process listens now.
 pub type Own = Box<dyn Fn() -> Vec<SocketAddr> + Send + Sync>;
 
 /// Decides about the addresses of answers.
 pub(super) struct AddressFilter {
     allowed: Vec<IpNet>,
+    /// Whether the configuration names DNS servers, all of them on this machine.
+    has_local_servers: bool,
     own: Own,
 }
 
 impl AddressFilter {
-    pub(super) fn new(allowed: &[IpNet], own: Own) -> Self {
-        Self { allowed: allowed.to_vec(), own }
+    pub(super) fn new(config: &DnsConfig, own: Own) -> Self {
+        let servers = &config.servers;
+        let has_local_servers =
+            !servers.is_empty() && servers.iter().all(|server| server.ip().to_canonical().is_loopback());
+        Self { allowed: config.allow_answers.clone(), has_local_servers, own }
     }
 
-    /// Takes the addresses out that no answer may contain, and returns them.
-    pub(super) fn refuse(&self, found: &mut Vec<IpAddr>) -> Vec<IpAddr> {
-        let is_allowed = |address: &IpAddr| self.allowed.iter().any(|network| network.contains(address));
+    /// Removes the addresses that no answer may contain, and returns them.
+    ///
+    /// A loopback address is allowed where two things come together: the configuration names DNS servers that are all on this
+    /// machine, as for Consul or dnsmasq, and `has_own_port`: the port is the configuration's and not the answer's.
+    pub(super) fn refuse(&self, found: &mut Vec<IpAddr>, has_own_port: bool) -> Vec<IpAddr> {
+        let is_local = |address: &IpAddr| has_own_port && self.has_local_servers && address.is_loopback();
+        let is_listed = |address: &IpAddr| self.allowed.iter().any(|network| network.contains(address));
+        let is_allowed = |address: &IpAddr| is_local(address) || is_listed(address);
         found
             .extract_if(.., |address| !is_usable(*address) || (is_special(*address) && !is_allowed(address)))
             .collect()
@@ -73,17 +85,29 @@ fn is_local(address: SocketAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
-    fn guard(allowed: &[&str], own: &[&str]) -> AddressFilter {
-        let allowed: Vec<IpNet> = allowed.iter().map(|network| network.parse().unwrap()).collect();
+    fn of_servers(servers: &[&str], allowed: &[&str], own: &[&str]) -> AddressFilter {
+        let config = DnsConfig {
+            servers: servers.iter().map(|address| address.parse().unwrap()).collect(),
+            timeout: Duration::from_secs(1),
+            min_ttl: Duration::from_secs(1),
+            max_ttl: Duration::from_secs(1),
+            allow_answers: allowed.iter().map(|network| network.parse().unwrap()).collect(),
+        };
         let own: Vec<SocketAddr> = own.iter().map(|address| address.parse().unwrap()).collect();
-        AddressFilter::new(&allowed, Box::new(move || own.clone()))
+        AddressFilter::new(&config, Box::new(move || own.clone()))
+    }
+
+    fn guard(allowed: &[&str], own: &[&str]) -> AddressFilter {
+        of_servers(&[], allowed, own)
     }
 
     fn refused(guard: &AddressFilter, addresses: &[&str]) -> (Vec<String>, Vec<String>) {
         let mut found: Vec<IpAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
-        let refused = guard.refuse(&mut found);
+        let refused = guard.refuse(&mut found, true);
         let texts = |all: &[IpAddr]| all.iter().map(ToString::to_string).collect();
         (texts(&found), texts(&refused))
     }
@@ -104,6 +128,17 @@ mod tests {
         );
         let some = guard(&["127.0.0.0/24", "fe80::/10"], &[]);
         assert_eq!(refused(&some, &SPECIAL).0, ["127.0.0.1", "fe80::1", "febf::1"]);
+    }
+
+    #[test]
+    fn loopback_address_is_allowed_from_local_servers_for_a_configured_port() {
+        let local = of_servers(&["127.0.0.1:53", "[::1]:53"], &[], &[]);
+        assert_eq!(refused(&local, &SPECIAL).0, ["127.0.0.1", "127.255.0.9", "::1"]);
+        let mut found: Vec<IpAddr> = SPECIAL.iter().map(|address| address.parse().unwrap()).collect();
+        assert_eq!(local.refuse(&mut found, false).len(), SPECIAL.len(), "the port is the answer's");
+        for servers in [&[][..], &["127.0.0.1:53", "10.0.0.2:53"]] {
+            assert_eq!(refused(&of_servers(servers, &[], &[]), &SPECIAL).1, SPECIAL, "{servers:?}");
+        }
     }
 
     #[test]

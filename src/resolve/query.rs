@@ -101,7 +101,7 @@ impl Resolver {
             dots,
             hosts: HostsFile::new(HOSTS),
             questions: Semaphore::new(AT_ONCE),
-            guard: AddressFilter::new(&config.allow_answers, own),
+            guard: AddressFilter::new(config, own),
         })
     }
 
@@ -256,7 +256,7 @@ impl Resolver {
         let mut refused = Vec::new();
         for family in families.iter_mut().filter(|_| is_answer) {
             let Ok(said) = family else { continue };
-            refused.append(&mut self.guard.refuse(&mut said.found));
+            refused.append(&mut self.guard.refuse(&mut said.found, is_configured));
             if said.found.is_empty() {
                 *family = Err(LookupResult::AddressRefused);
             }

@@ -30,8 +30,22 @@ fn service() -> BackendTarget {
 
 /// One that asks this server, with these networks in `allow-answers`, for a process that listens at these addresses.
 fn resolver(names: &Names, timeout: Duration, allowed: &[&str], own: &[SocketAddr]) -> Arc<Resolver> {
+    by_servers(vec![names.address()], timeout, allowed, own)
+}
+
+/// The same with a second server, on another machine: it is asked only where the first one fails.
+fn strict(names: &Names) -> Arc<Resolver> {
+    by_servers(vec![names.address(), "192.0.2.1:53".parse().unwrap()], LONG, &[], &[])
+}
+
+fn by_servers(
+    servers: Vec<SocketAddr>,
+    timeout: Duration,
+    allowed: &[&str],
+    own: &[SocketAddr],
+) -> Arc<Resolver> {
     let config = DnsConfig {
-        servers: vec![names.address()],
+        servers,
         timeout,
         min_ttl: Duration::from_secs(1),
         max_ttl: Duration::from_secs(1),
@@ -130,7 +144,7 @@ async fn truncated_answer_that_stalls_over_tcp_does_not_delay_other_names() {
 #[tokio::test]
 async fn special_addresses_in_answers_are_refused_and_the_others_are_used() {
     let names = Names::start().await;
-    let strict = resolver(&names, LONG, &[], &[]);
+    let strict = strict(&names);
     let lenient = resolver(&names, LONG, &["127.0.0.0/8", "fe80::/10"], &[]);
     for special in ["127.0.0.1", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254", "0.0.0.0", "224.0.0.1"]
     {
@@ -143,15 +157,31 @@ async fn special_addresses_in_answers_are_refused_and_the_others_are_used() {
         let found = addresses(&["10.0.0.1:80", "[fd00::1]:80"]);
         assert_eq!(look_up(&strict, &host(HOST)).await, (Ok(found), addresses(&[special])));
     }
-    names.host(HOST, 60, &["127.0.0.1", "169.254.169.254", "fe80::1", "::1"]);
+    names.host(HOST, 60, &["127.0.0.1", "169.254.169.254", "fe80::1", "fd00:ec2::254"]);
     let found = addresses(&["127.0.0.1:80", "[fe80::1]:80"]);
-    assert_eq!(look_up(&lenient, &host(HOST)).await, (Ok(found), addresses(&["169.254.169.254", "::1"])));
+    let refused = addresses(&["169.254.169.254", "fd00:ec2::254"]);
+    assert_eq!(look_up(&lenient, &host(HOST)).await, (Ok(found), refused));
+}
+
+#[tokio::test]
+async fn local_server_may_answer_loopback_for_a_configured_port_but_not_for_a_service_or_an_own_address() {
+    let names = Names::start().await;
+    let local = resolver(&names, LONG, &[], &["127.0.0.1:9900".parse().unwrap()]);
+    names.host(HOST, 60, &["127.0.0.1", "169.254.169.254"]);
+    names.service(SERVICE, 60, &[(0, 0, 80, HOST)]);
+    let found = addresses(&["127.0.0.1:80"]);
+    assert_eq!(look_up(&local, &host(HOST)).await, (Ok(found), addresses(&["169.254.169.254"])));
+    let refused = addresses(&["127.0.0.1", "169.254.169.254"]);
+    assert_eq!(look_up(&local, &service()).await, (Err(LookupResult::AddressRefused), refused));
+    let own = BackendTarget::Host { name: HOST.to_owned(), port: 9900 };
+    let refused = addresses(&["127.0.0.1", "169.254.169.254"]);
+    assert_eq!(look_up(&local, &own).await, (Err(LookupResult::AddressRefused), refused));
 }
 
 #[tokio::test]
 async fn service_and_alias_cannot_lead_to_localhost_and_a_configured_localhost_can() {
     let names = Names::start().await;
-    let strict = resolver(&names, LONG, &[], &[]);
+    let strict = strict(&names);
     names.service(SERVICE, 60, &[(0, 0, 9900, "app.localhost."), (0, 0, 80, HOST)]);
     names.host(HOST, 60, &["10.0.0.1"]);
     let refused = addresses(&["127.0.0.1", "::1"]);
