@@ -82,10 +82,6 @@ pub fn relay<'a>(
     // The client's socket has TCP_NODELAY from the listening socket.
     directions.to_client.prompt = true;
     directions.to_backend.pending_write = PendingWrite::new(pair.first, resources);
-    let both = [&pair.client, &pair.backend];
-    for socket in both {
-        buffer::bound_unsent(socket, timeouts.unsent);
-    }
     Relay {
         client: pair.client,
         backend: pair.backend,
@@ -231,7 +227,7 @@ impl Relay<'_> {
                 }
                 DirectionPhase::Open => {}
             }
-            state.adapt(resources, self.session);
+            state.adapt(sink, self.timeouts.unsent, resources, self.session);
             if *left == 0 {
                 // Woken only after the worker has looked at its sockets. A plain wake-up would have this session
                 // polled up to 61 times before (tokio's event interval): 30 MiB, and the others wait for all of it.
@@ -265,7 +261,7 @@ impl Relay<'_> {
                 state.phase = DirectionPhase::Draining;
             } else {
                 state.last_progress = self.session.tick();
-                state.note_read(count);
+                state.note_read(count, most);
             }
         }
     }
@@ -371,6 +367,9 @@ impl Relay<'_> {
     /// would not be noticed before the session has been silent for too long: so it is asked from time to time.
     fn look_for_resets(&mut self, now: Tick) -> Option<Outcome> {
         if !self.directions.to_backend.pending() && !self.directions.to_client.pending() && !self.waits() {
+            if self.looks_at != Tick::NEVER {
+                self.forget_queues();
+            }
             self.looks_at = Tick::NEVER;
             return None;
         }
@@ -380,8 +379,9 @@ impl Relay<'_> {
             return None;
         }
         self.looks_at = now.after(LOOK);
-        self.directions.to_backend.note_progress(&self.backend, now);
-        self.directions.to_client.note_progress(&self.client, now);
+        let (client, backend) = (&self.client, &self.backend);
+        self.directions.to_backend.note_queues((client, backend), self.resources.quota, now);
+        self.directions.to_client.note_queues((backend, client), self.resources.quota, now);
         let failed = |socket: &TcpStream| socket.take_error().ok().flatten();
         let (by, error) = match (failed(&self.client), failed(&self.backend)) {
             (Some(error), _) => (EndedBy::Client, error),
@@ -389,6 +389,12 @@ impl Relay<'_> {
             (None, None) => return None,
         };
         Some(Outcome::new(by, EndedAt::Forward, reason(&error)))
+    }
+
+    fn forget_queues(&mut self) {
+        for direction in Direction::ALL {
+            self.directions.of_mut(direction).forget_queues(self.resources.quota);
+        }
     }
 
     /// Its end, where a sink, and the kernel's queue before it, took none of the bytes held for it for too long.
@@ -464,6 +470,7 @@ impl Drop for Relay<'_> {
         if !self.ended {
             self.reset(Outcome::reject(EndedAt::Forward, Reason::Drained));
         }
+        self.forget_queues();
         for direction in Direction::ALL {
             let state = self.directions.of_mut(direction);
             self.resources.give_back(state.pipe.take(), self.session);

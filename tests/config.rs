@@ -57,7 +57,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
     let config = load("config/minimal.toml").unwrap();
     assert_eq!((config.process.workers, config.process.max_sessions), (0, 0));
     assert_eq!(config.process.pipe_memory, 64 << 20);
-    assert_eq!((config.process.buffer_memory, config.process.unsent_memory), (32 << 20, 0));
+    assert_eq!((config.process.buffer_memory, config.process.unsent_memory), (32 << 20, 128 << 10));
     assert_eq!(config.admin.bind, "127.0.0.1:9900".parse().unwrap());
     assert_eq!(config.health.bind, "0.0.0.0:8081".parse().unwrap());
     assert_eq!(config.health.path, "/healthz");

@@ -324,6 +324,10 @@ fn tenants(samples: &mut Samples, live: &LiveState) {
         for (why, count) in quota.would_reject().filter(|(_, count)| *count > 0) {
             samples.count(&names::TENANT_WOULD_REJECT, &[name, why.word()], count);
         }
+        let stalled = quota.stalled_memory();
+        if stalled > 0 {
+            samples.count(&names::TENANT_STALLED, &[name], stalled);
+        }
         for direction in Direction::ALL {
             let (budget, labels) = (quota.budget(direction), [name, direction.as_str()]);
             if budget.is_limited() {

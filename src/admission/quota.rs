@@ -2,6 +2,7 @@
 
 mod flows;
 mod reserved;
+mod stalled;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -34,8 +35,10 @@ pub struct Quota {
     budgets: PerDirection<BandwidthBudget>,
     /// Splice pipes that its sessions hold.
     pub pipes: AtomicU32,
-    /// Bytes that its sessions have read and that their other ends have not taken, beside those in pipes.
-    pub buffered: AtomicU64,
+    /// KiB that its sessions have read and that their other ends have not taken, beside those in pipes.
+    pub buffered: AtomicU32,
+    /// Pages of 4 KiB in the kernel's socket queues of those sessions, as last seen.
+    pub queued: AtomicU32,
     /// How its sessions end once they are revoked, as a [`RevokePolicy`].
     revocation: AtomicU16,
     observing: AtomicBool,

@@ -19,6 +19,9 @@ pub(super) const FIRST: usize = 16 * 1024;
 /// The least that is read where the other side has little room, or the memory is short.
 pub(super) const LEAST: usize = 4 * 1024;
 
+/// Parts are counted in this unit, rounded up.
+const KIB: u64 = 1024;
+
 /// The bound on the memory of all bytes that wait for a slow reader.
 #[derive(Debug)]
 pub struct BufferBudget {
@@ -31,7 +34,7 @@ pub struct BufferBudget {
 pub(super) struct BufferReservation {
     buffers: Arc<BufferBudget>,
     tenant: Arc<Quota>,
-    bytes: u64,
+    kib: u32,
 }
 
 impl BufferBudget {
@@ -58,22 +61,22 @@ impl BufferBudget {
     /// 1): half of all where it is alone, a third each where two are slow.
     pub(super) fn is_short(&self, tenant: &Quota) -> bool {
         let free = self.limit.saturating_sub(self.used());
-        tenant.buffered.load(Ordering::Relaxed).saturating_add(SCRATCH as u64) > free
+        u64::from(tenant.buffered.load(Ordering::Relaxed)) * KIB + SCRATCH as u64 > free
     }
 
     /// Bytes that were read already take their part, whether there is room for them or not.
     pub(super) fn part(self: &Arc<Self>, tenant: &Arc<Quota>, bytes: usize) -> BufferReservation {
-        let bytes = bytes as u64;
-        self.used.fetch_add(bytes, Ordering::Relaxed);
-        tenant.buffered.fetch_add(bytes, Ordering::Relaxed);
-        BufferReservation { buffers: Arc::clone(self), tenant: Arc::clone(tenant), bytes }
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        self.used.fetch_add(u64::from(kib) * KIB, Ordering::Relaxed);
+        tenant.buffered.fetch_add(kib, Ordering::Relaxed);
+        BufferReservation { buffers: Arc::clone(self), tenant: Arc::clone(tenant), kib }
     }
 }
 
 impl Drop for BufferReservation {
     fn drop(&mut self) {
-        self.buffers.used.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.tenant.buffered.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.buffers.used.fetch_sub(u64::from(self.kib) * KIB, Ordering::Relaxed);
+        self.tenant.buffered.fetch_sub(self.kib, Ordering::Relaxed);
     }
 }
 
@@ -118,19 +121,29 @@ pub(super) fn room(sink: &impl AsFd, unsent: u32) -> Option<usize> {
     usize::try_from(room.min(unsent.saturating_sub(waiting))).ok()
 }
 
-/// The memory of the socket's send queue: it falls as the other end acknowledges bytes.
-pub(super) fn queued(sink: &impl AsFd) -> Option<u32> {
-    getsockopt(sink, MemoryInfo).ok()?.get(usize::try_from(libc::SK_MEMINFO_WMEM_QUEUED).ok()?).copied()
+/// What the kernel holds for a socket, in bytes of memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Queues {
+    /// The send queue: it falls as the other end acknowledges bytes.
+    pub(super) send: u32,
+    /// The receive queue: what has arrived and was not read.
+    pub(super) receive: u32,
+}
+
+/// The memory of a socket's queues; nothing where the kernel does not say.
+pub(super) fn queues(socket: &impl AsFd) -> Queues {
+    let Ok(words) = getsockopt(socket, MemoryInfo) else { return Queues::default() };
+    let word =
+        |name: c_int| usize::try_from(name).ok().and_then(|name| words.get(name)).copied().unwrap_or(0);
+    Queues { send: word(libc::SK_MEMINFO_WMEM_QUEUED), receive: word(libc::SK_MEMINFO_RMEM_ALLOC) }
 }
 
 /// Has the kernel take no more for the socket than `unsent` bytes beyond what it has sent (`TCP_NOTSENT_LOWAT`, tcp(7)): a
 /// connection whose reader stalls pins so much, and one that is fast is not slowed, however much is on its way. 0 leaves it to
 /// `net.ipv4.tcp_notsent_lowat`.
 pub(super) fn bound_unsent(socket: &impl AsFd, unsent: u32) {
-    if unsent > 0 {
-        // A connection that has gone says so when it is read.
-        socket2::SockRef::from(socket).set_tcp_notsent_lowat(unsent).unwrap_or_default();
-    }
+    // A connection that has gone says so when it is read.
+    socket2::SockRef::from(socket).set_tcp_notsent_lowat(unsent).unwrap_or_default();
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! One direction of a session: what it holds, how far it has come, and whether it copies or splices.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,7 @@ use crate::account::Direction;
 use crate::account::session_metrics::SessionMetrics;
 use crate::admission::bandwidth::QUANTUM;
 use crate::admission::direction_limiter::DirectionLimiter;
+use crate::admission::quota::Quota;
 use crate::clock::wheel::Tick;
 use crate::session_context::{SCRATCH, SessionContext, WorkerLocal};
 
@@ -26,6 +28,10 @@ const LARGE: usize = SCRATCH / 2;
 
 // What is granted to who waits for bandwidth is worth a splice, where each gets 64 KiB a second or more.
 const _: () = assert!(LARGE as u64 <= QUANTUM);
+
+/// The kernel's memory for a queued byte is up to so many times the byte: a segment of 700 bytes takes 2,304
+/// (`SKB_TRUESIZE` in include/linux/skbuff.h).
+const OVERHEAD: usize = 4;
 
 /// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
 const LARGE_READS: u8 = 2;
@@ -43,8 +49,11 @@ pub(super) struct DirectionState {
     pub(super) pipe: Option<Box<Pipe>>,
     /// Large reads in a row while copying, small splices in a row while splicing.
     pub(super) streak: u8,
-    /// Whether the last read while copying was no small one, or left bytes over: the next brings no more than what the sink takes.
+    /// Whether the last read while copying was filled, or left bytes over, or the sink had little room before it: the next
+    /// brings no more than what the sink takes.
     pub(super) measured: bool,
+    /// Whether the kernel takes a bounded number of unsent bytes for the sink.
+    bounded: bool,
     pub(super) phase: DirectionPhase,
     /// Whether the sink has TCP_NODELAY.
     pub(super) prompt: bool,
@@ -52,6 +61,8 @@ pub(super) struct DirectionState {
     pub(super) last_progress: Tick,
     /// The sink's send queue when it was last looked at, while bytes are held.
     queued: u32,
+    /// What the kernel's queues are counted as for the tenant, in its pages.
+    pages: u16,
     /// What the tenant's bandwidth has for it.
     pub(super) limiter: DirectionLimiter,
 }
@@ -82,10 +93,12 @@ impl DirectionState {
             pipe: None,
             streak: 0,
             measured: false,
+            bounded: false,
             phase: DirectionPhase::Open,
             prompt: false,
             last_progress: now,
             queued: 0,
+            pages: 0,
             limiter: DirectionLimiter::default(),
         }
     }
@@ -114,7 +127,7 @@ impl DirectionState {
         if !self.measured {
             return FIRST;
         }
-        buffer::room(sink, unsent).unwrap_or(SCRATCH).clamp(LEAST, SCRATCH)
+        buffer::room(sink, unsent).map_or(SCRATCH, |room| room / OVERHEAD).clamp(LEAST, SCRATCH)
     }
 
     /// Reads or splices once, up to `most` bytes, and after a read writes what the sink takes; how much came. 0 is
@@ -162,17 +175,36 @@ impl DirectionState {
         }
     }
 
-    /// While bytes are held: a send queue that has become smaller since the last look is progress, too. A slow reader may take
-    /// for long from the kernel before that takes more of us.
-    pub(super) fn note_progress(&mut self, sink: &TcpStream, now: Tick) {
+    /// While bytes are held: counts for the tenant what the kernel holds beside them, and takes a send queue that has become
+    /// smaller since the last look for progress, too. A slow reader may take for long from the kernel before that takes more
+    /// of us.
+    pub(super) fn note_queues(&mut self, (source, sink): (&TcpStream, &TcpStream), quota: &Quota, now: Tick) {
         if !self.pending() {
+            self.forget_queues(quota);
             return;
         }
-        let queued = buffer::queued(sink).unwrap_or(0);
-        if queued < self.queued {
+        let (queue, behind) = (buffer::queues(sink), buffer::queues(source));
+        if queue.send < self.queued {
             self.last_progress = now;
         }
-        self.queued = queued;
+        self.queued = queue.send;
+        let pages = (u64::from(queue.send) + u64::from(behind.receive)).div_ceil(Quota::PAGE);
+        self.count_pages(u16::try_from(pages).unwrap_or(u16::MAX), quota);
+    }
+
+    /// No bytes are held any more: the kernel's queues are no longer counted for the tenant.
+    pub(super) fn forget_queues(&mut self, quota: &Quota) {
+        self.queued = 0;
+        self.count_pages(0, quota);
+    }
+
+    fn count_pages(&mut self, pages: u16, quota: &Quota) {
+        if pages != self.pages {
+            // Its own part is in the sum, so that this does not go below zero.
+            quota.queued.fetch_add(pages.into(), Ordering::Relaxed);
+            quota.queued.fetch_sub(self.pages.into(), Ordering::Relaxed);
+            self.pages = pages;
+        }
     }
 
     /// Goes back to copying with what the pipe holds, where splicing it on was refused.
@@ -205,15 +237,22 @@ impl DirectionState {
         self.streak = 0;
     }
 
-    /// Takes down how much one read or splice brought.
-    pub(super) fn note_read(&mut self, count: usize) {
+    /// Records how much one read or splice of up to `most` bytes brought.
+    pub(super) fn note_read(&mut self, count: usize, most: usize) {
         let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
         self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
-        self.measured = count >= FIRST || !self.pending_write.is_empty();
+        let had_little_room = self.measured && most < FIRST;
+        self.measured = had_little_room || count >= most || !self.pending_write.is_empty();
     }
 
     /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.
-    pub(super) fn adapt(&mut self, resources: WorkerResources<'_>, session: &SessionContext) {
+    pub(super) fn adapt(
+        &mut self,
+        sink: &TcpStream,
+        unsent: u32,
+        resources: WorkerResources<'_>,
+        session: &SessionContext,
+    ) {
         if self.pipe.is_some() {
             if self.streak >= SMALL_SPLICES {
                 self.stop_splicing(resources, session);
@@ -221,6 +260,18 @@ impl DirectionState {
         } else if self.streak >= LARGE_READS {
             self.pipe = resources.take_pipe(session);
             self.streak = 0;
+        }
+        self.bound_queue(sink, unsent);
+    }
+
+    /// Bounds what the kernel holds for a slow sink. A short session never comes here, which saves it the call. One with a pipe
+    /// has no bound: it needs twice the CPU with one, as the kernel then wakes it for small parts, and pipes, of which each
+    /// tenant has a share, bound how many such queues there are.
+    fn bound_queue(&mut self, sink: &TcpStream, unsent: u32) {
+        let is_due = self.pipe.is_none() && (self.bounded || self.measured);
+        if unsent > 0 && is_due != self.bounded {
+            self.bounded = is_due;
+            buffer::bound_unsent(sink, if is_due { unsent } else { 0 });
         }
     }
 }

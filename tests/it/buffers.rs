@@ -50,9 +50,13 @@ async fn clients_that_read_nothing_hold_less_than_16_kib_each_of_user_memory() {
     let held = proxy.value("vestibule_buffer_memory_bytes", &[]).await;
     assert!(held < 12.0 * 16.0 * 1024.0, "{held} bytes");
     proxy.metric("vestibule_buffer_memory_limit_bytes", &[]).is(32 << 20).await;
+    // With the kernel's queues, and for this tenant only.
+    proxy.metric("vestibule_tenant_stalled_memory_bytes", &[("tenant", "acme")]).is_at_least(12 << 12).await;
+    proxy.metric("vestibule_tenant_stalled_memory_bytes", &[("tenant", "globex")]).is(0).await;
     proxy.others_are_unharmed().await;
     receive(sessions).await;
     proxy.metric("vestibule_buffer_memory_bytes", &[]).is(0).await;
+    proxy.metric("vestibule_tenant_stalled_memory_bytes", &[]).is(0).await;
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(12).await;
     proxy.finish().await;
 }
@@ -83,6 +87,7 @@ async fn clients_that_reset_while_bytes_wait_for_them_give_their_memory_back() {
         assert!(sending.await.is_err(), "the backend's write failed");
     }
     proxy.metric("vestibule_buffer_memory_bytes", &[]).is(0).await;
+    proxy.metric("vestibule_tenant_stalled_memory_bytes", &[]).is(0).await;
     proxy.ended(&[("tenant", "acme"), ("by", "client"), ("why", "reset")]).is(4).await;
     proxy.others_are_unharmed().await;
     proxy.finish().await;
@@ -100,5 +105,27 @@ async fn kernel_takes_no_more_than_unsent_memory_for_a_client_that_reads_nothing
     proxy.others_are_unharmed().await;
     receive(sessions).await;
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(1).await;
+    proxy.finish().await;
+}
+
+/// A session in bulk transfer has a pipe, and its send queue no bound; without pipes it has one.
+#[tokio::test]
+async fn default_bound_of_unsent_bytes_keeps_the_memory_of_many_stalled_readers_small() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(Conf { process: "pipe-memory = \"0B\"".to_owned(), ..Conf::default() }).await;
+    let sessions = stalled(&proxy, &raw, 100).await;
+    let held = proxy.value("vestibule_buffer_memory_bytes", &[]).await;
+    assert!(held <= 100.0 * 8.0 * 1024.0, "{held} bytes");
+    proxy.metric("vestibule_tenant_stalled_memory_bytes", &[("tenant", "acme")]).is_at_least(100 << 12).await;
+    let with_kernel = proxy.value("vestibule_tenant_stalled_memory_bytes", &[("tenant", "acme")]).await;
+    assert!(with_kernel <= 100.0 * 512.0 * 1024.0, "{with_kernel} bytes");
+    proxy.others_are_unharmed().await;
+    for (client, sending) in sessions {
+        client.set_zero_linger().unwrap();
+        drop(client);
+        assert!(sending.await.is_err(), "the backend's write failed");
+    }
+    proxy.metric("vestibule_tenant_stalled_memory_bytes", &[]).is(0).await;
+    proxy.ended(&[("tenant", "acme"), ("by", "client"), ("why", "reset")]).is(100).await;
     proxy.finish().await;
 }

@@ -34,9 +34,8 @@ pub(super) const MAX_TTL: Duration = Duration::from_secs(60);
 const PIPE_MEMORY: u64 = 64 << 20;
 /// Bytes that wait for slow readers, by default: 32 MiB, so that a container of 64 MiB has room for the rest.
 const BUFFER_MEMORY: u64 = 32 << 20;
-/// Bytes that the kernel takes for one connection beyond what it has sent, by default: its own choice. A bound of 256 KiB doubles
-/// the processor time of bulk (`cargo bench --bench relay`: 0.54 s/GB for 0.27, 2026-12-01, kernel 6.18).
-const UNSENT_MEMORY: u64 = 0;
+/// Bytes that the kernel takes for one connection without a splice pipe beyond what it has sent, by default.
+const UNSENT_MEMORY: u64 = 128 << 10;
 
 /// Makes the configuration.
 pub(super) fn config(written: RawConfig) -> Config {
