@@ -112,10 +112,10 @@ mod tests {
     #[test]
     fn what_began_in_another_process_is_older_than_this_one() {
         let now = Moment::from_nanos(5);
-        assert_eq!(StartTime::before(now, Duration::from_hours(1)).age(now), Duration::from_hours(1));
+        assert_eq!(StartTime::before(now, Duration::from_secs(3600)).age(now), Duration::from_secs(3600));
         assert_eq!(StartTime::from(now).age(Moment::from_nanos(7)), Duration::from_nanos(2));
         assert_eq!(StartTime::from(now).age(Moment::from_nanos(1)), Duration::ZERO);
-        assert!(StartTime::before(now, Duration::MAX).age(now) > Duration::from_hours(24));
+        assert!(StartTime::before(now, Duration::MAX).age(now) > Duration::from_secs(24 * 3600));
     }
 
     #[test]

@@ -333,7 +333,7 @@ mod tests {
         assert_eq!((local.is_transferring(), local.visits()), (true, 2), "it is another time");
         local.visit();
         assert_eq!(local.visits(), 3);
-        let day = Duration::from_hours(24);
+        let day = Duration::from_secs(24 * 3600);
         assert_eq!(
             session.tick().since(session.tick().before(day)),
             day,

@@ -207,7 +207,7 @@ fn what_is_not_the_default_is_read_too() {
     assert_eq!(config.pools[1].health, None);
     assert!(!config.tenants[0].enabled);
     let revoke = [0, 1].map(|place| (config.tenants[place].on_revoke, config.tenants[place].revoke_grace));
-    assert_eq!(revoke, [(OnRevoke::End, Duration::from_hours(1)), (OnRevoke::Keep, Duration::ZERO)]);
+    assert_eq!(revoke, [(OnRevoke::End, Duration::from_secs(3600)), (OnRevoke::Keep, Duration::ZERO)]);
 }
 
 #[test]

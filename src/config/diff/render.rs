@@ -149,6 +149,6 @@ mod tests {
         let every = |interval| rate(RateLimit { interval, burst: 4 });
         assert_eq!(every(Duration::from_millis(5)), "200/s (burst 4)");
         assert_eq!(every(Duration::from_nanos(333_333_333)), "3/s (burst 4)");
-        assert_eq!(every(Duration::from_mins(1)), "one in 1m (burst 4)");
+        assert_eq!(every(Duration::from_secs(60)), "one in 1m (burst 4)");
     }
 }
