@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 
-use self::bandwidth::WorkerResources;
+use self::bandwidth::TenantResources;
 use self::copy::PendingWrite;
 use self::direction::{DirectionPhase, DirectionState, EndError};
 use self::socket::{keepalive, reason, shut_down};
@@ -73,7 +73,7 @@ pub struct IdleTimeouts {
 pub fn relay<'a>(
     pair: ConnectionPair,
     timeouts: &'a IdleTimeouts,
-    resources: WorkerResources<'a>,
+    resources: TenantResources<'a>,
     session: &'a mut SessionContext,
 ) -> Relay<'a> {
     let now = session.tick();
@@ -119,7 +119,7 @@ pub struct Relay<'a> {
     visits: u32,
     /// While its endpoint is no longer its tenant's: when it ends.
     revoked_at: Tick,
-    resources: WorkerResources<'a>,
+    resources: TenantResources<'a>,
     session: &'a mut SessionContext,
 }
 

@@ -13,6 +13,7 @@
 //! (`udp_lib_get_port` in net/ipv4/udp.c), and finds a free one within a few steps unless nearly all are in use. So UDP
 //! ports are counted by source address alone, and the kernel chooses them.
 
+mod local_port;
 mod system;
 
 use std::collections::{HashMap, VecDeque};
@@ -20,6 +21,7 @@ use std::hash::BuildHasher;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+pub use self::local_port::LocalPort;
 pub use self::system::{LocalPortRange, TimeWaitReuse};
 use crate::account::lock;
 use crate::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -433,66 +435,6 @@ impl PortSpaceState {
 fn shrink<T>(queue: &mut VecDeque<T>) {
     if queue.capacity() > 64 && queue.len() < queue.capacity() / 4 {
         queue.shrink_to(queue.len() * 2);
-    }
-}
-
-/// A local port that a connection uses as long as this lives.
-#[derive(Debug)]
-pub struct LocalPort {
-    space: Arc<PortSpace>,
-    tenant: u32,
-    number: u16,
-    waits: bool,
-}
-
-impl LocalPort {
-    /// The port; `None` where the kernel chooses.
-    #[must_use]
-    pub fn number(&self) -> Option<u16> {
-        Some(self.number).filter(|number| *number > 0)
-    }
-
-    /// Whether it is one of these.
-    #[must_use]
-    pub fn is_of(&self, space: &Arc<PortSpace>) -> bool {
-        Arc::ptr_eq(&self.space, space)
-    }
-
-    /// The tenant that it is counted for.
-    #[must_use]
-    pub fn tenant(&self) -> u32 {
-        self.tenant
-    }
-
-    /// Our side closed first: the port is in TIME_WAIT once the connection is over.
-    pub fn will_wait(&mut self) {
-        self.waits = true;
-    }
-
-    /// The kernel refused it: another process uses it, or it is in a TIME_WAIT that is not known of here. It is not tried
-    /// again before that would be over.
-    pub fn refused(mut self) {
-        let (tick, number) = (self.space.shared.tick(), std::mem::take(&mut self.number));
-        let mut state = lock(&self.space.state);
-        if number == 0 {
-            state.barred = tick + 1;
-        } else {
-            state.parked.push_back(FreePort { number, since: tick });
-        }
-    }
-}
-
-impl Drop for LocalPort {
-    fn drop(&mut self) {
-        let since = self.space.shared.tick();
-        let mut state = lock(&self.space.state);
-        state.live -= 1;
-        if self.waits {
-            state.waiting.push_back(TimeWaitPort { number: self.number, since, tenant: self.tenant });
-        } else {
-            state.let_go(self.tenant);
-            state.rest(self.number, since);
-        }
     }
 }
 

@@ -23,33 +23,40 @@ use crate::clock::wheel::TickSpan;
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::session_context::{Cancelled, SessionContext};
 
-/// What a worker lends to a session, and in whose name.
-#[derive(Clone, Copy, Debug)]
-pub struct WorkerResources<'a> {
+/// What the sessions of one worker share.
+#[derive(Debug)]
+pub struct WorkerResources {
     /// The worker's pipes.
-    pub pipes: &'a PipeCache,
-    /// The memory for bytes that wait for a slow reader.
-    pub buffers: &'a Arc<BufferBudget>,
+    pub pipes: PipeCache,
+    /// The memory of the process for bytes that wait for a slow reader.
+    pub buffers: Arc<BufferBudget>,
     /// The worker's queues for bandwidth.
-    pub bandwidth: &'a RefCell<BandwidthQueue>,
-    /// What its tenant may have.
+    pub bandwidth: RefCell<BandwidthQueue>,
+}
+
+/// The same for the sessions of one tenant: two words, as each session keeps it.
+#[derive(Clone, Copy, Debug)]
+pub struct TenantResources<'a> {
+    /// What the worker's sessions share.
+    pub worker: &'a WorkerResources,
+    /// The tenant's limits.
     pub quota: &'a Arc<Quota>,
 }
 
-impl WorkerResources<'_> {
+impl TenantResources<'_> {
     /// A pipe, where there is one for the tenant.
     pub(super) fn take_pipe(self, session: &SessionContext) -> Option<Box<Pipe>> {
-        self.pipes.take(self.quota, session)
+        self.worker.pipes.take(self.quota, session)
     }
 
     /// Takes a pipe back.
     pub(super) fn give_back(self, pipe: Option<Box<Pipe>>, session: &SessionContext) {
-        self.pipes.give_back(pipe, self.quota, session);
+        self.worker.pipes.give_back(pipe, self.quota, session);
     }
 
     /// Whether the tenant's part of the buffer memory is used up, so that a session reads little; counted as a refusal.
     pub(super) fn is_short(self, session: &SessionContext) -> bool {
-        let is_short = self.buffers.is_short(self.quota);
+        let is_short = self.worker.buffers.is_short(self.quota);
         if is_short {
             session.metrics.worker().buffers_refused.add(1);
         }
@@ -75,7 +82,7 @@ impl WorkerResources<'_> {
             ready!(source.poll_read_ready(context))?;
         }
         let mut desk =
-            BandwidthContext { quota: self.quota, queue: &mut self.bandwidth.borrow_mut(), direction };
+            BandwidthContext { quota: self.quota, queue: &mut self.worker.bandwidth.borrow_mut(), direction };
         let granted = limiter.request(&mut desk, want as u64, context.waker(), session.tick(), clock::now());
         granted.map_or(Poll::Pending, |grant| Poll::Ready(Ok(grant)))
     }
@@ -95,7 +102,7 @@ impl WorkerResources<'_> {
         let count = if let Poll::Ready(Ok(count)) = read { *count as u64 } else { 0 };
         let now = if grant == ReadGrant::Watched { clock::now() } else { clock::Moment::default() };
         let mut desk =
-            BandwidthContext { quota: self.quota, queue: &mut self.bandwidth.borrow_mut(), direction };
+            BandwidthContext { quota: self.quota, queue: &mut self.worker.bandwidth.borrow_mut(), direction };
         limiter.settle(&mut desk, grant, count, now)
     }
 
@@ -168,7 +175,7 @@ impl WorkerResources<'_> {
         if !limiter.has_joined() || goes_on || !tokio::task::coop::has_budget_remaining() {
             return false;
         }
-        let mut bandwidth = self.bandwidth.borrow_mut();
+        let mut bandwidth = self.worker.bandwidth.borrow_mut();
         let leaves = !limiter.is_waiting(&bandwidth);
         if leaves {
             limiter.leave(&mut bandwidth, clock::now());
@@ -180,21 +187,21 @@ impl WorkerResources<'_> {
     pub(super) fn end(self, direction: Direction, limiter: &mut DirectionLimiter) {
         limiter.hold(self.quota, direction, 0);
         if limiter.has_joined() {
-            limiter.leave(&mut self.bandwidth.borrow_mut(), clock::now());
+            limiter.leave(&mut self.worker.bandwidth.borrow_mut(), clock::now());
         }
     }
 }
 
 /// First bytes that are not paid for yet. Dropping it leaves the queue.
 struct UnpaidBytes<'a> {
-    resources: WorkerResources<'a>,
+    resources: TenantResources<'a>,
     limiter: DirectionLimiter,
     left: u64,
 }
 
 impl UnpaidBytes<'_> {
     fn poll_paid(&mut self, session: &mut SessionContext, context: &Context<'_>) -> Poll<()> {
-        let (mut bandwidth, now) = (self.resources.bandwidth.borrow_mut(), clock::now());
+        let (mut bandwidth, now) = (self.resources.worker.bandwidth.borrow_mut(), clock::now());
         let mut desk = BandwidthContext {
             quota: self.resources.quota,
             queue: &mut bandwidth,

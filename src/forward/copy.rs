@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::bandwidth::WorkerResources;
+use super::bandwidth::TenantResources;
 use super::buffer::BufferReservation;
 use crate::fault::{self, Syscall};
 
@@ -26,12 +26,12 @@ struct UnwrittenBytes {
 
 impl PendingWrite {
     /// Keeps these bytes, which count as the tenant's from now on.
-    pub(super) fn new(bytes: impl Into<Box<[u8]>>, resources: WorkerResources<'_>) -> Self {
+    pub(super) fn new(bytes: impl Into<Box<[u8]>>, resources: TenantResources<'_>) -> Self {
         let bytes = bytes.into();
         if bytes.is_empty() {
             return Self::default();
         }
-        let part = resources.buffers.part(resources.quota, bytes.len());
+        let part = resources.worker.buffers.part(resources.quota, bytes.len());
         Self(Some(Box::new(UnwrittenBytes { bytes, written: 0, part })))
     }
 
@@ -70,7 +70,7 @@ impl PendingWrite {
         &mut self,
         read: &[u8],
         sink: &mut TcpStream,
-        resources: WorkerResources<'_>,
+        resources: TenantResources<'_>,
         context: &mut Context<'_>,
     ) -> io::Result<u64> {
         debug_assert!(self.is_empty(), "bytes were read while others were held");

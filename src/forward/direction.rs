@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
-use super::bandwidth::WorkerResources;
+use super::bandwidth::TenantResources;
 use super::buffer::{self, FIRST, LEAST};
 use super::copy::{self, PendingWrite};
 use super::pipe::Pipe;
@@ -137,7 +137,7 @@ impl DirectionState {
         direction: Direction,
         (source, sink): (&mut TcpStream, &mut TcpStream),
         most: usize,
-        resources: WorkerResources<'_>,
+        resources: TenantResources<'_>,
         (local, metrics): (&WorkerLocal, &mut SessionMetrics),
         context: &mut Context<'_>,
     ) -> Poll<Result<usize, EndError>> {
@@ -213,7 +213,7 @@ impl DirectionState {
     /// Where the bytes cannot be had back.
     pub(super) fn take_out(
         &mut self,
-        resources: WorkerResources<'_>,
+        resources: TenantResources<'_>,
         session: &SessionContext,
     ) -> io::Result<()> {
         if let Some(pipe) = &mut self.pipe {
@@ -225,14 +225,14 @@ impl DirectionState {
     }
 
     /// Its end is passed on. Only called with nothing held.
-    pub(super) fn shut(&mut self, resources: WorkerResources<'_>, session: &SessionContext) {
+    pub(super) fn shut(&mut self, resources: TenantResources<'_>, session: &SessionContext) {
         self.phase = DirectionPhase::Shut;
         resources.give_back(self.pipe.take(), session);
         self.last_progress = session.tick();
     }
 
     /// Goes back to copying. Only called with nothing in the pipe.
-    pub(super) fn stop_splicing(&mut self, resources: WorkerResources<'_>, session: &SessionContext) {
+    pub(super) fn stop_splicing(&mut self, resources: TenantResources<'_>, session: &SessionContext) {
         resources.give_back(self.pipe.take(), session);
         self.streak = 0;
     }
@@ -250,7 +250,7 @@ impl DirectionState {
         &mut self,
         sink: &TcpStream,
         unsent: u32,
-        resources: WorkerResources<'_>,
+        resources: TenantResources<'_>,
         session: &SessionContext,
     ) {
         if self.pipe.is_some() {

@@ -15,7 +15,7 @@ use rustix::net::sockopt::socket_type;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
-use super::bandwidth::WorkerResources;
+use super::bandwidth::TenantResources;
 use super::copy::PendingWrite;
 use super::direction::{DirectionPhase, DirectionState};
 use super::pipe::{CAPACITY, Pipe};
@@ -144,7 +144,7 @@ impl FrozenRelay {
     pub fn resume<'a>(
         mut self,
         timeouts: &'a IdleTimeouts,
-        resources: WorkerResources<'a>,
+        resources: TenantResources<'a>,
         session: &'a mut SessionContext,
     ) -> io::Result<Relay<'a>> {
         let now = session.tick();
@@ -157,7 +157,7 @@ impl FrozenRelay {
             let held = record.pipe.unwrap_or(0);
             let ends = self.pipes.of_mut(direction).take();
             state.pipe =
-                ends.map(|ends| Box::new(resources.pipes.adopt(ends, held, resources.quota, session)));
+                ends.map(|ends| Box::new(resources.worker.pipes.adopt(ends, held, resources.quota, session)));
             state
         };
         let directions = PerDirection {
@@ -224,7 +224,7 @@ impl Relay<'_> {
         for direction in Direction::ALL {
             let state = self.directions.of_mut(direction);
             if state.limiter.has_joined() {
-                state.limiter.leave(&mut self.resources.bandwidth.borrow_mut(), clock::now());
+                state.limiter.leave(&mut self.resources.worker.bandwidth.borrow_mut(), clock::now());
                 // What it waited was not its silence.
                 state.last_progress = now;
             }

@@ -276,7 +276,7 @@ async fn tick(context: Rc<WorkerContext>) {
             context.existing_flows().iter().for_each(|flows| flows.visit(now));
         }
         context.worker.end_late_headers(now);
-        context.worker.bandwidth.borrow_mut().advance(now);
+        context.worker.resources.bandwidth.borrow_mut().advance(now);
         context.existing_flows().iter().for_each(|flows| flows.advance(now));
         context.worker.shared.metrics.fold(&context.live.configured.load());
         context.flush();
@@ -290,7 +290,7 @@ async fn tick(context: Rc<WorkerContext>) {
 
 /// Waits for the next tick, and grants bandwidth meanwhile to those who wait for it.
 async fn next(ticks: &mut Interval, context: &WorkerContext) {
-    let queue = &context.worker.bandwidth;
+    let queue = &context.worker.resources.bandwidth;
     while !queue.borrow().is_empty() {
         let span = queue.borrow().span_of(PARCEL).clamp(OFTEN, SELDOM);
         if timeout(span, ticks.tick()).await.is_ok() {

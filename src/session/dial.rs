@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use super::{LogContext, SessionSteps, micros};
+use super::{BackendPath, LogContext, SessionSteps, micros};
 use crate::account::session_metrics::ConnectResult;
 use crate::clock;
 use crate::clock::wheel::TickSpan;
@@ -96,11 +96,11 @@ impl<'a> SessionSteps<'a> {
         let start = usize::try_from(self.worker.random()).unwrap_or(0);
         for source in connect::sources(&pool.sources, address, start) {
             let ports = &self.worker.live.ports;
-            let space = log_context.port_space.insert(ports.space(source, address.0));
-            let origin = SourcePorts { source, ports, space, tenant };
+            let path = log_context.path.insert(BackendPath::Tried(ports.space(source, address.0)));
+            let origin = SourcePorts { source, ports, space: path.space(), tenant };
             let dialled = connect::dial(origin, opening, client, self.snapshot.connect, session).await;
             result = dialled.map(|(socket, port)| {
-                log_context.port = Some(port);
+                log_context.path = Some(BackendPath::Connected(port));
                 socket
             });
             if !matches!(result, Err(ConnectError::Backend(ConnectResult::NoLocalPort))) {

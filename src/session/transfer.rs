@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::OwnedPermit;
 use tokio::sync::oneshot;
 
-use super::{LogContext, SessionWorker};
+use super::{BackendPath, LogContext, SessionWorker};
 use crate::account::log::LogFlags;
 use crate::account::session_metrics::SessionMetrics;
 use crate::account::{Labels, PerDirection};
@@ -21,7 +21,7 @@ use crate::addr::{ClientAddr, PeerAddr};
 use crate::admission::quota::{ReservedSlots, RevokePolicy, SessionPermit};
 use crate::clock::wheel::Tick;
 use crate::clock::{self, StartTime};
-use crate::forward::bandwidth::WorkerResources;
+use crate::forward::bandwidth::TenantResources;
 use crate::forward::transfer::{FrozenRelay, RelayRecord};
 use crate::forward::{IdleTimeouts, Relay, RelayStop};
 use crate::handover::{PendingTransfer, Transfer, TransferError, TransferKind, TransferReply};
@@ -71,8 +71,7 @@ impl LogContext<'_> {
         let is_ours = |own: &IpAddr| self.pool.is_some_and(|pool| pool.sources.contains(own));
         let source = moved.relay.backend_source().filter(is_ours);
         let space = live.ports.space(source, moved.record.backend);
-        self.port = Some(space.adopt(self.tenant_number()));
-        self.port_space = Some(space);
+        self.path = Some(BackendPath::Connected(space.adopt(self.tenant_number())));
     }
 }
 
@@ -100,8 +99,7 @@ impl TransferredSession {
             endpoint,
             tenant: place.and_then(|place| snapshot.directory.tenants().get(place as usize)),
             pool: pools.find(|own| own.label.serial() == pool.serial()),
-            port_space: None,
-            port: None,
+            path: None,
             attempts: record.attempts,
             connect_us: record.connect_us,
             flags: LogFlags { queued_us: record.queued_us, ..LogFlags::default() },
@@ -144,7 +142,7 @@ impl TransferredSession {
     pub(super) fn resume<'a>(
         self,
         timeouts: &'a IdleTimeouts,
-        resources: WorkerResources<'a>,
+        resources: TenantResources<'a>,
         session: &'a mut SessionContext,
     ) -> io::Result<Relay<'a>> {
         self.relay.resume(timeouts, resources, session)
