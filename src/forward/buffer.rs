@@ -13,8 +13,9 @@ use crate::admission::quota::Quota;
 use crate::session_context::SCRATCH;
 
 /// The first read of a direction brings no more, and so does the first after a short one: what the other side takes is not
-/// known yet, and what it does not take has to be kept.
-pub(super) const FIRST: usize = 16 * 1024;
+/// known yet, and what it does not take has to be kept. A message of 16 KiB does not fill it: after a short read the socket
+/// is known to be empty, and is not read in vain.
+pub(super) const FIRST: usize = 20 * 1024;
 
 /// The least that is read where the other side has little room, or the memory is short.
 pub(super) const LEAST: usize = 4 * 1024;

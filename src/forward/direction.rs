@@ -29,12 +29,15 @@ const LARGE: usize = SCRATCH / 2;
 // What is granted to who waits for bandwidth is worth a splice, where each gets 64 KiB a second or more.
 const _: () = assert!(LARGE as u64 <= QUANTUM);
 
-/// The kernel's memory for a queued byte is up to so many times the byte: a segment of 700 bytes takes 2,304
-/// (`SKB_TRUESIZE` in include/linux/skbuff.h).
-const OVERHEAD: usize = 4;
+/// The kernel's memory for queued bytes is about so many times the bytes, where the reader's window is small: a segment of 1,000
+/// bytes takes 2,304 (`SKB_TRUESIZE` in include/linux/skbuff.h).
+const OVERHEAD: usize = 2;
 
 /// So many large reads in a row, and a direction goes over to splice: the second shows that the first was no burst.
 const LARGE_READS: u8 = 2;
+
+/// After so many measured reads in a row what the kernel queues for the sink is bounded. One alone is the rest of a message.
+const MEASURED_READS: u8 = 2;
 
 /// So many small splices in a row, and it goes back to copying: a splice is two calls more than a copy of a
 /// small message is worth.
@@ -49,9 +52,9 @@ pub(super) struct DirectionState {
     pub(super) pipe: Option<Box<Pipe>>,
     /// Large reads in a row while copying, small splices in a row while splicing.
     pub(super) streak: u8,
-    /// Whether the last read while copying was filled, or left bytes over, or the sink had little room before it: the next
+    /// Reads in a row while copying that were filled, or left bytes over, or for which the sink had little room: the next
     /// brings no more than what the sink takes.
-    pub(super) measured: bool,
+    measured: u8,
     /// Whether the kernel takes a bounded number of unsent bytes for the sink.
     bounded: bool,
     pub(super) phase: DirectionPhase,
@@ -92,7 +95,7 @@ impl DirectionState {
             pending_write: PendingWrite::default(),
             pipe: None,
             streak: 0,
-            measured: false,
+            measured: 0,
             bounded: false,
             phase: DirectionPhase::Open,
             prompt: false,
@@ -124,9 +127,10 @@ impl DirectionState {
         if is_short {
             return LEAST;
         }
-        if !self.measured {
+        if self.measured == 0 {
             return FIRST;
         }
+        let unsent = if self.bounded { unsent } else { 0 };
         buffer::room(sink, unsent).map_or(SCRATCH, |room| room / OVERHEAD).clamp(LEAST, SCRATCH)
     }
 
@@ -241,8 +245,9 @@ impl DirectionState {
     pub(super) fn note_read(&mut self, count: usize, most: usize) {
         let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
         self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
-        let had_little_room = self.measured && most < FIRST;
-        self.measured = had_little_room || count >= most || !self.pending_write.is_empty();
+        let had_little_room = self.measured > 0 && most < FIRST;
+        let is_measured = had_little_room || count >= most || !self.pending_write.is_empty();
+        self.measured = if is_measured { self.measured.saturating_add(1) } else { 0 };
     }
 
     /// Goes over from copy to splice, or back. Only called with nothing held: bytes in both would change their order.
@@ -268,7 +273,7 @@ impl DirectionState {
     /// has no bound: it needs twice the CPU with one, as the kernel then wakes it for small parts, and pipes, of which each
     /// tenant has a share, bound how many such queues there are.
     fn bound_queue(&mut self, sink: &TcpStream, unsent: u32) {
-        let is_due = self.pipe.is_none() && (self.bounded || self.measured);
+        let is_due = self.pipe.is_none() && (self.bounded || self.measured >= MEASURED_READS);
         if unsent > 0 && is_due != self.bounded {
             self.bounded = is_due;
             buffer::bound_unsent(sink, if is_due { unsent } else { 0 });
