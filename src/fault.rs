@@ -1,15 +1,16 @@
-//! Faults on purpose: an errno that the kernel may answer, said in its place. A seam for tests and benches, which neither a
-//! configuration nor a command line reaches: where nothing is injected, it is one relaxed load.
+//! Error injection for tests: a system call returns a chosen error instead of being made.
 //!
-//! EAGAIN is none of them where a wake-up follows only an edge: the kernel says it of an empty queue, the runtime then
-//! waits for the next edge, and with bytes still there none would come.
+//! Neither the configuration nor the command line reaches it, and a release build does not contain it: only builds with
+//! `debug_assertions` or with the cargo feature `fault-injection` do, and `.ci/release-contents` checks it. There, a call without
+//! an injected error costs one relaxed load.
 
-use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+#[cfg(any(debug_assertions, feature = "fault-injection"))]
+mod injection;
 
-use arc_swap::ArcSwapOption;
 use rustix::io::Errno;
+
+#[cfg(any(debug_assertions, feature = "fault-injection"))]
+pub use self::injection::{InjectedFault, Injection};
 
 /// Where the kernel is called for traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,203 +53,67 @@ pub enum Syscall {
     ControlPanic,
 }
 
-/// What is said in the kernel's place, and how often.
-#[derive(Debug)]
-pub struct InjectedFault {
-    call: Syscall,
-    answers: Vec<Errno>,
-    per_million: u64,
-    first: u64,
-    most: u64,
-    seen: AtomicU64,
-    injected: AtomicU64,
-}
-
-/// What is injected now.
-#[derive(Debug)]
-struct InjectionPlan {
-    seed: u64,
-    faults: Vec<InjectedFault>,
-}
-
-static IS_ON: AtomicBool = AtomicBool::new(false);
-static PLAN: ArcSwapOption<InjectionPlan> = ArcSwapOption::const_empty();
-
-/// What the kernel's answer is replaced with: nothing, nearly always.
+/// The injected error of a call, if there is one; the caller then does not make the call.
 ///
 /// # Errors
-/// The errno, where one is injected. The call is not made then.
+/// The injected one.
+#[cfg(any(debug_assertions, feature = "fault-injection"))]
 #[inline]
 pub fn at(call: Syscall) -> Result<(), Errno> {
-    if is_on() { inject(call) } else { Ok(()) }
+    injection::next(call)
 }
 
-/// Whether any are injected.
+/// In a build without error injection: no error.
+///
+/// # Errors
+/// None.
+#[cfg(not(any(debug_assertions, feature = "fault-injection")))]
+#[inline]
+pub const fn at(_: Syscall) -> Result<(), Errno> {
+    Ok(())
+}
+
+/// Whether errors are injected now.
+#[cfg(any(debug_assertions, feature = "fault-injection"))]
 #[inline]
 #[must_use]
 pub fn is_on() -> bool {
-    IS_ON.load(Ordering::Relaxed)
+    injection::is_on()
 }
 
-/// Panics where that is injected.
+/// In a build without error injection: never.
+#[cfg(not(any(debug_assertions, feature = "fault-injection")))]
+#[inline]
+#[must_use]
+pub const fn is_on() -> bool {
+    false
+}
+
+/// Panics in a session if that is injected.
 ///
 /// # Panics
-/// There.
+/// If it is injected.
 #[inline]
 pub fn panic_where_injected() {
     panic_at(Syscall::Panic);
 }
 
-/// The same elsewhere.
+/// Panics in another place if that is injected.
 ///
 /// # Panics
-/// There.
+/// If it is injected.
 #[inline]
 pub fn panic_at(call: Syscall) {
-    assert!(at(call).is_ok(), "injected");
-}
-
-#[cold]
-fn inject(call: Syscall) -> Result<(), Errno> {
-    let plan = PLAN.load();
-    let Some(plan) = plan.as_ref() else { return Ok(()) };
-    let of_call = plan.faults.iter().filter(|fault| fault.call == call);
-    of_call.map(|fault| fault.next(plan.seed)).find(Result::is_err).unwrap_or(Ok(()))
-}
-
-impl InjectedFault {
-    /// Every such call fails with one of these.
-    ///
-    /// # Panics
-    /// Where there is no errno, or one that would leave a socket without its next edge.
-    #[must_use]
-    pub fn new(call: Syscall, answers: &[Errno]) -> Self {
-        assert!(!answers.is_empty(), "a fault without an errno");
-        assert!(
-            call == Syscall::SendDatagram || !answers.contains(&Errno::AGAIN),
-            "EAGAIN where a wake-up follows only an edge"
-        );
-        let (seen, injected) = Default::default();
-        Self {
-            call,
-            answers: answers.to_vec(),
-            per_million: 1_000_000,
-            first: 0,
-            most: u64::MAX,
-            seen,
-            injected,
-        }
-    }
-
-    /// So many in a million of them do.
-    #[must_use]
-    pub fn per_million(self, per_million: u64) -> Self {
-        Self { per_million, ..self }
-    }
-
-    /// The first so many do not.
-    #[must_use]
-    pub fn after(self, first: u64) -> Self {
-        Self { first, ..self }
-    }
-
-    /// So many do at most.
-    #[must_use]
-    pub fn at_most(self, most: u64) -> Self {
-        Self { most, ..self }
-    }
-
-    /// The answer to the next call. It depends on the seed and on how many came before, and on nothing else.
-    fn next(&self, seed: u64) -> Result<(), Errno> {
-        let number = self.seen.fetch_add(1, Ordering::Relaxed);
-        let mut rolls = fastrand::Rng::with_seed(seed ^ ((self.call as u64 + 1) << 56) ^ number);
-        if number < self.first || rolls.u64(..1_000_000) >= self.per_million {
-            return Ok(());
-        }
-        let one_more = |injected: u64| (injected < self.most).then_some(injected + 1);
-        let injected = self.injected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
-        match rolls.choice(&self.answers) {
-            Some(errno) if injected.is_ok() => Err(*errno),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Faults in force for the whole process, until this is dropped.
-#[must_use]
-pub struct Injection(Arc<InjectionPlan>);
-
-impl Injection {
-    /// Puts faults in force.
-    ///
-    /// # Panics
-    /// Where others are: the process has but one kernel.
-    pub fn new(seed: u64, faults: impl IntoIterator<Item = InjectedFault>) -> Self {
-        let plan = Arc::new(InjectionPlan { seed, faults: faults.into_iter().collect() });
-        let others = PLAN.compare_and_swap(&None::<Arc<InjectionPlan>>, Some(Arc::clone(&plan)));
-        assert!(others.is_none(), "faults are in force already");
-        IS_ON.store(true, Ordering::SeqCst);
-        Self(plan)
-    }
-
-    /// How many calls of this kind have failed so far.
-    #[must_use]
-    pub fn count(&self, call: Syscall) -> u64 {
-        let of_call = self.0.faults.iter().filter(|fault| fault.call == call);
-        of_call.map(|fault| fault.injected.load(Ordering::Relaxed)).sum()
-    }
-}
-
-impl Drop for Injection {
-    fn drop(&mut self) {
-        IS_ON.store(false, Ordering::SeqCst);
-        PLAN.store(None);
-    }
-}
-
-impl fmt::Debug for Injection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
+    // .ci/release-contents looks for this text in the programs.
+    assert!(at(call).is_ok(), "injected by vestibule::fault");
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn answers(seed: u64, fault: &InjectedFault) -> Vec<Option<Errno>> {
-        (0..10_000).map(|_| fault.next(seed).err()).collect()
-    }
-
-    /// Not by an injection: the process's other tests would feel it.
-    #[test]
-    fn one_seed_is_one_row_of_faults_at_the_rate_that_was_asked_for() {
-        let fault = || InjectedFault::new(Syscall::Accept, &[Errno::MFILE, Errno::NFILE]).per_million(10_000);
-        let first = answers(7, &fault());
-        assert_eq!(first, answers(7, &fault()));
-        assert_ne!(first, answers(8, &fault()));
-        let count = |errno| first.iter().filter(|answer| **answer == Some(errno)).count();
-        let (one, other) = (count(Errno::MFILE), count(Errno::NFILE));
-        assert!((70..=130).contains(&(one + other)), "{one} and {other}");
-        assert!(one > 20 && other > 20, "{one} and {other}");
-    }
-
-    #[test]
-    fn no_more_than_were_asked_for() {
-        let fault = InjectedFault::new(Syscall::Send, &[Errno::NOBUFS]).at_most(2);
-        let failed = answers(1, &fault).into_iter().map(|answer| answer.is_some());
-        assert_eq!(failed.clone().take(3).collect::<Vec<_>>(), [true, true, false]);
-        assert_eq!(failed.filter(|failed| *failed).count(), 2);
-    }
-
     #[test]
     fn nothing_fails_where_nothing_is_injected() {
         assert_eq!(at(Syscall::SpliceIn), Ok(()));
-    }
-
-    #[test]
-    #[should_panic(expected = "follows only an edge")]
-    fn no_socket_is_left_without_its_next_edge() {
-        drop(InjectedFault::new(Syscall::Receive, &[Errno::AGAIN]));
     }
 }

@@ -1,5 +1,6 @@
 //! What the kernel may answer, said in its place: each call and errno degrades by its rule, nobody else feels it, and once
 //! it is over everything is as before. A binary of its own, one test after the other: the process has but one kernel.
+#![cfg(any(debug_assertions, feature = "fault-injection"))]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

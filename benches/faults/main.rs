@@ -1,6 +1,6 @@
 //! Ten minutes in which one call of the kernel's in a hundred fails, at random, under load: no byte is lost within a stream,
 //! doubled or another tenant's, nothing crashes, nothing leaks, and afterwards every session succeeds. `cargo bench --bench
-//! faults`; `-- --seconds N` and `-- --seed N`; `-- --test` takes five seconds.
+//! faults --features fault-injection`; `-- --seconds N` and `-- --seed N`; `-- --test` takes five seconds.
 #![allow(
     clippy::expect_used,
     clippy::panic,
