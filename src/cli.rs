@@ -1,11 +1,16 @@
 //! The command line: what was asked for, carried out.
 
 mod admin_client;
+#[cfg(feature = "lab")]
 mod backend;
 mod check;
+#[cfg(feature = "lab")]
 mod demo;
+#[cfg(feature = "lab")]
 mod lab;
+#[cfg(feature = "lab")]
 mod load;
+#[cfg(feature = "lab")]
 mod plot;
 mod serve;
 mod watch;
@@ -19,7 +24,7 @@ use crate::build_info;
 /// A layer-4 proxy for providers of AWS PrivateLink services: routes, limits and logs by VPC endpoint ID.
 #[derive(Debug, Parser)]
 #[command(version = build_info::VERSION_AND_COMMIT, max_term_width = 100)]
-#[command(after_help = "Try it:  vestibule demo --seconds 10")]
+#[cfg_attr(feature = "lab", command(after_help = "Try it:  vestibule demo --seconds 10"))]
 struct Cli {
     #[command(subcommand)]
     command: CliCommand,
@@ -44,6 +49,15 @@ enum CliCommand {
     /// refuse, and the number of sessions and flows affected by each change.
     #[command(after_help = check::EXAMPLES)]
     Check(check::CheckOptions),
+    #[cfg(feature = "lab")]
+    #[command(flatten)]
+    Lab(LabCommand),
+}
+
+/// The commands that only builds with the cargo feature `lab` have.
+#[cfg(feature = "lab")]
+#[derive(Debug, Subcommand)]
+enum LabCommand {
     /// Runs a demonstration in one process, without root or network
     ///
     /// Starts an emulated load balancer with VPC endpoints whose consumers have the same addresses, backends for each tenant, and
@@ -80,13 +94,44 @@ pub fn command() -> clap::Command {
 /// Does what the command line asks.
 #[must_use]
 pub fn main() -> ExitCode {
-    match Cli::parse().command {
+    match parse().command {
         CliCommand::Serve(options) => serve::run(&options),
         CliCommand::Check(options) => check::run(&options),
-        CliCommand::Demo(options) => demo::run(&options),
-        CliCommand::Lab(options) => lab::run(&options),
-        CliCommand::LabNlb(options) => lab::balance(&options),
-        CliCommand::Load(options) => load::run(&options),
-        CliCommand::Backend(options) => backend::run(&options),
+        #[cfg(feature = "lab")]
+        CliCommand::Lab(command) => run_lab(&command),
     }
 }
+
+#[cfg(feature = "lab")]
+fn run_lab(command: &LabCommand) -> ExitCode {
+    match command {
+        LabCommand::Demo(options) => demo::run(options),
+        LabCommand::Lab(options) => lab::run(options),
+        LabCommand::LabNlb(options) => lab::balance(options),
+        LabCommand::Load(options) => load::run(options),
+        LabCommand::Backend(options) => backend::run(options),
+    }
+}
+
+#[cfg(feature = "lab")]
+fn parse() -> Cli {
+    Cli::parse()
+}
+
+/// Without the feature `lab`, tells that a command of it is missing in this build, not unknown.
+#[cfg(not(feature = "lab"))]
+fn parse() -> Cli {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+    Cli::try_parse().unwrap_or_else(|error| match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(name)) if LAB_COMMANDS.contains(&&name[..]) => {
+            let message =
+                format!("this build has no command '{name}': build vestibule with the cargo feature 'lab'");
+            Cli::command().error(ErrorKind::InvalidSubcommand, message).exit()
+        }
+        _ => error.exit(),
+    })
+}
+
+#[cfg(not(feature = "lab"))]
+const LAB_COMMANDS: [&str; 4] = ["demo", "lab", "load", "backend"];

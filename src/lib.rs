@@ -23,7 +23,8 @@
 //! - [`probe`] checks backends, [`resolve`] looks names up.
 //! - [`admin`] serves the pages, the health check and the admin socket; [`cli`] is the command line.
 //! - [`handover`] moves live sessions to another process.
-//! - [`lab`] emulates load balancer, VPCs and backends for the demo, the load generator and the tests.
+//! - [`lab`] emulates load balancer, VPCs and backends for the demo, the load generator and the tests;
+//!   only with the cargo feature `lab`, which is on by default.
 //! - [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`], [`build_info`] and [`session_context`] are values and
 //!   rules that the others use.
 //!
@@ -47,6 +48,7 @@ pub mod forward;
 pub mod handover;
 pub mod header;
 pub mod id;
+#[cfg(feature = "lab")]
 pub mod lab;
 pub mod outcome;
 pub mod pool;
