@@ -1,4 +1,4 @@
-//! The first step: a connection out of the kernel's queue.
+//! The first step: accepts connections.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -13,14 +13,14 @@ use tokio::io::unix::AsyncFd;
 use crate::addr::{ListenAddr, PeerAddr};
 use crate::fault::{self, Syscall};
 
-/// A listening socket of one worker.
+/// A TCP listening socket of one worker.
 #[derive(Debug)]
 pub struct ListenSocket {
     socket: AsyncFd<TcpListener>,
     address: ListenAddr,
 }
 
-/// A connection that has not been registered with any worker yet, so that it can still be handed over.
+/// An accepted connection that is not registered with a worker's poll yet, so that another worker can still take it.
 #[derive(Debug)]
 pub struct AcceptedConnection {
     /// The socket, non-blocking.
@@ -29,7 +29,7 @@ pub struct AcceptedConnection {
     pub peer: PeerAddr,
 }
 
-/// What kept a connection from being accepted.
+/// An accept error, in three classes.
 #[derive(Debug)]
 pub enum AcceptError {
     /// This peer's own: it has gone. The next one may be fine.
@@ -62,13 +62,13 @@ impl ListenSocket {
         Ok(Self { socket, address })
     }
 
-    /// Where it listens.
+    /// The bound address.
     #[must_use]
     pub fn address(&self) -> ListenAddr {
         self.address
     }
 
-    /// Waits for connections and hands each to `take`, until the queue is empty or the batch is full.
+    /// Waits for connections and passes each to `take`, until the queue is empty or the batch is full.
     ///
     /// # Errors
     /// The trouble that ended the batch; what was accepted before has been handed over.
@@ -89,7 +89,7 @@ impl ListenSocket {
         Ok(())
     }
 
-    /// Hands over what the kernel has accepted already, before the door is closed: that would be reset.
+    /// Passes on what the kernel has accepted already, before the socket is closed: it would be reset.
     pub fn close(&self, mut take: impl FnMut(AcceptedConnection)) {
         loop {
             match self.next() {
@@ -100,7 +100,7 @@ impl ListenSocket {
         }
     }
 
-    /// One connection; `None` where its peer has no address any more.
+    /// Accepts one connection; `None` if its peer has closed already.
     fn next(&self) -> Result<Option<AcceptedConnection>, Errno> {
         fault::at(Syscall::Accept)?;
         let (socket, peer) = acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;

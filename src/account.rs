@@ -1,6 +1,6 @@
-//! What is counted and what is written down: counters, histograms, names, the access log.
+//! Counters, histograms, metric names and the access log.
 //!
-//! Each worker counts in cells of its own, which nobody else writes; a scrape adds them up. So a byte forwarded
+//! Each worker writes its own counters; a scrape adds them up. So a byte forwarded
 //! costs a plain addition: no lock, no label, no shared cache line.
 
 pub mod admin_connections;
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-/// A name that is a metric's label: compared by number, shown by name. Made by [`Labels`] alone.
+/// An interned name for metric labels: compared by number, shown by name. Only [`Labels`] creates it.
 #[derive(Clone, Debug)]
 pub struct Label {
     serial: u32,
@@ -45,7 +45,7 @@ impl Label {
     }
 }
 
-/// Every label of the process. A name keeps its number, and with it its counters, for as long as there is a label of it.
+/// All labels of the process. A name keeps its number, and with it its counters, while a label of it exists.
 #[derive(Debug, Default)]
 pub struct Labels {
     known: Mutex<InternedNames>,
@@ -91,19 +91,19 @@ impl Labels {
         }
     }
 
-    /// How many names are known.
+    /// The number of known names.
     #[must_use]
     pub fn count(&self) -> usize {
         lock(&self.known).numbers.len()
     }
 }
 
-/// A number that one worker writes and everybody reads.
+/// A counter or gauge that one worker writes and any thread reads.
 #[derive(Debug, Default)]
 pub struct Counter64(AtomicU64);
 
 impl Counter64 {
-    /// Adds. Only the cell's own worker may: an addition of two threads at once could be lost.
+    /// Adds. Only the owning worker may call it: concurrent additions could be lost.
     #[inline]
     pub fn add(&self, amount: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
@@ -127,7 +127,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Which way bytes go.
+/// The direction of bytes or datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Direction {
@@ -141,7 +141,7 @@ impl Direction {
     /// Both.
     pub const ALL: [Self; 2] = [Self::ToBackend, Self::ToClient];
 
-    /// The word in log, metrics and documentation.
+    /// The label in log, metrics and documentation.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -160,7 +160,7 @@ impl Direction {
     }
 }
 
-/// Two values, one for each direction.
+/// One value for each direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PerDirection<T> {
     /// From the client to the backend.

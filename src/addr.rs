@@ -1,4 +1,4 @@
-//! Whose address it is: roles as types, so that a client is never taken for a peer.
+//! Address roles as types, so that a client is never confused with a peer.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -18,7 +18,8 @@ macro_rules! role {
 }
 
 role! {
-    /// Who opened the connection, as the PROXY header tells. Consumers' addresses overlap: it names nobody.
+    /// The client's address, as the PROXY header states it. Consumers' addresses overlap, so it does not identify a
+    /// tenant.
     ClientAddr
 }
 role! {
@@ -34,7 +35,7 @@ role! {
     ListenAddr
 }
 role! {
-    /// Where a backend accepts.
+    /// The address of a backend.
     BackendAddr
 }
 

@@ -1,4 +1,4 @@
-//! The pages: metrics for Prometheus, status and configuration as JSON, and a page for people; and the orders.
+//! The admin server: metrics, status and configuration pages, the status page, and the control API.
 
 mod active_config;
 mod allowed_hosts;
@@ -36,7 +36,7 @@ use crate::state::LiveState;
 /// Bytes that the kernel may hold of a connection of the admin address, in each direction.
 const BUFFERS: usize = 256 * 1024;
 
-/// What the admin address and the admin socket are made of.
+/// The sockets and the handle that the admin server is started with.
 #[derive(Debug)]
 pub struct AdminListeners {
     /// Where the pages are read.
@@ -45,16 +45,16 @@ pub struct AdminListeners {
     pub hosts: Vec<String>,
     /// Where orders are taken too, and its path.
     pub socket: Option<(UnixListener, PathBuf)>,
-    /// Who carries them out.
+    /// Carries out the operations.
     pub control: Arc<dyn Control>,
     /// When.
     pub serving: ServingSwitch,
 }
 
-/// Serves pages and takes orders until its task is dropped.
+/// Serves pages and the control API until its task is dropped.
 pub async fn serve(listeners: AdminListeners, live: Arc<LiveState>) {
     if let Err(error) = open(listeners, live).await {
-        tracing::error!(%error, "the admin pages have stopped");
+        tracing::error!(%error, "the admin listener stopped");
     }
 }
 
@@ -95,19 +95,19 @@ fn routes(pages: PageContext) -> Router {
 }
 
 async fn not_found(uri: Uri) -> Response {
-    error_response(StatusCode::NOT_FOUND, format!("there is nothing at {}", uri.path()))
+    error_response(StatusCode::NOT_FOUND, format!("no such page: {}", uri.path()))
 }
 
-/// What to do who wants to change something at the address that only shows.
+/// The remedy for a client that sends a change to the read-only address.
 fn remedy(socket: Option<&Path>) -> Arc<str> {
     let remedy = match socket {
         Some(path) => format!("curl --unix-socket {} -X POST http://admin/...", path.display()),
-        None => "give it a path by [admin] socket".to_owned(),
+        None => "set [admin] socket to a path".to_owned(),
     };
-    format!("this address only shows; orders are taken at the admin socket: {remedy}").into()
+    format!("this address is read-only; use the admin socket: {remedy}").into()
 }
 
-/// Nothing is changed by who comes over the network.
+/// Refuses changes over the network.
 async fn refuse_changes(remedy: Arc<str>, request: Request, next: Next) -> Response {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return next.run(request).await;
@@ -142,7 +142,7 @@ async fn page(State(pages): State<PageContext>) -> Response {
 
 const JSON: &str = "application/json";
 
-/// What the pages show.
+/// The state shared by the page handlers.
 #[derive(Clone)]
 struct PageContext {
     live: Arc<LiveState>,

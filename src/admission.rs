@@ -1,4 +1,4 @@
-//! Pure rules of admission: who may come in, and how many bytes may pass.
+//! Pure rules of admission: session limits, rate limits and bandwidth.
 
 pub mod bandwidth;
 pub mod bandwidth_queue;

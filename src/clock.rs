@@ -5,7 +5,7 @@ pub mod wheel;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Nanoseconds of the monotonic clock since the process first asked. Never goes back.
+/// A time of the monotonic clock, in nanoseconds since its first reading in this process. Never goes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(u64);
 
@@ -22,13 +22,13 @@ impl Moment {
         self.0
     }
 
-    /// So long before; not before the process first asked.
+    /// The time `span` before, but not before the first reading.
     #[must_use]
     pub fn before(self, span: Duration) -> Self {
         Self(self.0.saturating_sub(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)))
     }
 
-    /// How long ago `earlier` was; zero where it lies ahead.
+    /// The time since `earlier`; zero if it is later.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
@@ -43,7 +43,7 @@ impl std::ops::Add<Duration> for Moment {
     }
 }
 
-/// When something began: perhaps in another process, before this one first asked.
+/// A start time, which may lie before the start of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StartTime(i64);
 
@@ -55,7 +55,7 @@ impl StartTime {
         Self(now.0.cast_signed().saturating_sub(age))
     }
 
-    /// How long ago that was; zero where it lies ahead.
+    /// The age; zero if it lies ahead.
     #[must_use]
     pub fn age(self, now: Moment) -> Duration {
         let nanos = now.0.cast_signed().saturating_sub(self.0);
@@ -89,7 +89,7 @@ pub fn now() -> Moment {
     Moment(u64::try_from(read_monotonic().saturating_duration_since(start).as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// Reads the wall clock, for what people and other machines read only.
+/// Reads the wall clock, for output only.
 #[expect(clippy::disallowed_methods, reason = "this is the place that the rule names")]
 #[must_use]
 pub fn wall() -> SystemTime {
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_began_in_another_process_is_older_than_this_one() {
+    fn start_time_of_another_process_may_precede_this_one() {
         let now = Moment::from_nanos(5);
         assert_eq!(StartTime::before(now, Duration::from_secs(3600)).age(now), Duration::from_secs(3600));
         assert_eq!(StartTime::from(now).age(Moment::from_nanos(7)), Duration::from_nanos(2));

@@ -52,7 +52,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads a file and all that it includes, and checks it.
+    /// Reads a file and its includes, and checks them.
     ///
     /// # Errors
     /// Every fault of every file, in the order of the lines.
@@ -69,7 +69,7 @@ impl Config {
     }
 }
 
-/// What the process takes of the machine.
+/// Workers, limits and memory of the process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessConfig {
     /// Data-plane threads; 0 is one for each CPU.
@@ -86,7 +86,7 @@ pub struct ProcessConfig {
     pub watch: bool,
 }
 
-/// What is logged, and where.
+/// The process log and the access log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogConfig {
     /// The lowest level that is written.
@@ -130,7 +130,7 @@ pub enum AccessLogTarget {
     File(PathBuf),
 }
 
-/// How long a session may take over each of its steps.
+/// The timeouts of each step of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TimeoutConfig {
     /// From accept to a complete PROXY header.
@@ -149,7 +149,7 @@ pub struct TimeoutConfig {
     pub stall: Duration,
 }
 
-/// How the process ends without dropping what it holds.
+/// The phases of a graceful shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainConfig {
     /// Health says 503 and accepting goes on, at least this long.
@@ -162,10 +162,10 @@ pub struct DrainConfig {
     pub deadline: Duration,
 }
 
-/// How the names of backends are looked up.
+/// DNS resolution of backend names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsConfig {
-    /// Who is asked; empty is who the system asks, by `/etc/resolv.conf`.
+    /// The DNS servers; empty means those of `/etc/resolv.conf`.
     pub servers: Vec<SocketAddr>,
     /// What one question to one server may take; never zero.
     pub timeout: Duration,
@@ -177,7 +177,7 @@ pub struct DnsConfig {
     pub allow_answers: Vec<IpNet>,
 }
 
-/// What is spoken at a listener, or asked in a probe.
+/// The transport protocol of a listener or probe.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Protocol {
@@ -188,7 +188,7 @@ pub enum Protocol {
     Udp,
 }
 
-/// A bound address, or several, with its rules.
+/// A listener: its addresses and its rules.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerConfig {
     /// Its name, unique among listeners.
@@ -197,7 +197,7 @@ pub struct ListenerConfig {
     pub bind: Vec<SocketAddr>,
     /// What is spoken there.
     pub protocol: Protocol,
-    /// Who speaks, and how it is known.
+    /// How the tenant is identified.
     pub identity: ListenerIdentity,
     /// The pool of a tenant that names none.
     pub pool: Option<String>,
@@ -205,7 +205,7 @@ pub struct ListenerConfig {
     pub max_pending: usize,
 }
 
-/// How a listener knows whose traffic it carries.
+/// How a listener identifies the tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ListenerIdentity {
     /// `proxy-protocol = "require"`: by the endpoint ID in the header.
@@ -225,7 +225,7 @@ pub enum ListenerIdentity {
     Fixed {
         /// The tenant's name.
         tenant: String,
-        /// Whose connections are accepted; empty is everybody's.
+        /// The networks whose connections are accepted; empty means every network.
         trusted: Vec<IpNet>,
     },
 }
@@ -254,7 +254,7 @@ pub enum BareDatagrams {
     Follow,
 }
 
-/// What becomes of traffic that names no tenant.
+/// What happens to traffic that matches no tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fallback {
@@ -264,12 +264,12 @@ pub enum Fallback {
     Tenant(String),
 }
 
-/// Interchangeable backends with one policy.
+/// A pool: interchangeable backends with one policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolConfig {
     /// Its name, unique among pools.
     pub name: String,
-    /// How a backend is picked.
+    /// The load-balancing algorithm.
     pub balance: Balance,
     /// The backends. Never empty; no target twice.
     pub backends: Vec<BackendConfig>,
@@ -285,7 +285,7 @@ pub struct PoolConfig {
     pub slow_start: Duration,
     /// Local addresses to connect from; empty is the system's choice.
     pub source_addresses: Vec<IpAddr>,
-    /// Who waits where every backend is full.
+    /// The queue while every backend is full.
     pub queue: QueueConfig,
     /// Percent of the backends that must be sound for their health to count; 0 to 100.
     pub panic_threshold: u32,
@@ -298,7 +298,7 @@ pub struct PoolConfig {
 /// One backend of a pool, or all that a name leads to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendConfig {
-    /// Where it is.
+    /// The zone.
     pub target: BackendTarget,
     /// Its share in relation to the others'; 0 to 1,000, and 0 gives it no new sessions.
     pub weight: u32,
@@ -310,7 +310,7 @@ pub struct BackendConfig {
     pub backup: bool,
 }
 
-/// Where a backend accepts.
+/// The address of a backend.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum BackendTarget {
     /// At this address.
@@ -326,7 +326,7 @@ pub enum BackendTarget {
     Service(String),
 }
 
-/// Sessions that wait because every backend has its `max-sessions`.
+/// The queue for sessions while every backend is at `max-sessions`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueConfig {
     /// How many may wait; 0 is none.
@@ -335,7 +335,7 @@ pub struct QueueConfig {
     pub timeout: Duration,
 }
 
-/// The passive check: what real sessions say of a backend.
+/// The passive health check: ejection after failed sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EjectionConfig {
     /// Failures in a row that eject a backend; 0 is never.
@@ -346,7 +346,7 @@ pub struct EjectionConfig {
     pub max_percent: u32,
 }
 
-/// How a backend is picked.
+/// The load-balancing algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Balance {
@@ -381,7 +381,7 @@ pub struct ProbeConfig {
     pub ask: ProbeCheck,
 }
 
-/// What a probe asks, once it is connected.
+/// What a probe checks after it is connected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ProbeCheck {
     /// Nothing: it was accepted.
@@ -408,7 +408,7 @@ pub enum ProbeCheck {
     },
 }
 
-/// Whose traffic it is.
+/// A tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TenantConfig {
     /// Its name, unique among tenants.
@@ -443,7 +443,7 @@ pub enum OnRevoke {
     Keep,
 }
 
-/// What a tenant may take at most; its own keys, and those of the defaults that it does not set.
+/// A tenant's limits: its own keys, and the defaults of those that it does not set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TenantLimits {
     /// Whether the limits hold or are only counted.
@@ -462,7 +462,7 @@ pub struct TenantLimits {
     pub datagram_rate: Option<RateLimit>,
 }
 
-/// What becomes of a session or a byte beyond a limit.
+/// What happens beyond a limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LimitMode {
@@ -473,7 +473,7 @@ pub enum LimitMode {
     Observe,
 }
 
-/// So many in a time.
+/// A rate limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimit {
     /// From one to the next, on average; never zero.
@@ -482,7 +482,7 @@ pub struct RateLimit {
     pub burst: u64,
 }
 
-/// So many bytes in a time.
+/// A bandwidth limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BandwidthLimit {
     /// Bytes in each second, on average; at least 1,024.

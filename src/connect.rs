@@ -25,7 +25,7 @@ use crate::fault::{self, Syscall};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::session_context::{Cancelled, SessionContext};
 
-/// Why there is no connection.
+/// Why connecting failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectError {
     /// This backend could not be reached; another may be.
@@ -59,7 +59,7 @@ impl ConnectError {
 /// Candidates that the kernel is asked for until there is said to be no local port: few are used by others.
 const CANDIDATES: usize = 4;
 
-/// Where a connection comes from.
+/// The source address and local ports of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct SourcePorts<'a> {
     /// The source address; the system's choice where there is none.
@@ -72,7 +72,7 @@ pub struct SourcePorts<'a> {
     pub tenant: u32,
 }
 
-/// What a connection is made for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectPurpose {
     /// The first bytes are at hand, and are written as soon as it stands.
@@ -98,8 +98,8 @@ pub fn unless_reset<'a, F: Future + Unpin + 'a>(
     })
 }
 
-/// Connects to the backend that the ports of `origin` lead to, within `limit` and as long as the `client` is there. The connection
-/// uses the port as long as it lives.
+/// Connects to the backend of the ports of `origin`, within `limit` and as long as the `client` is there. The
+/// connection uses the port as long as it lives.
 ///
 /// # Errors
 /// Why not; nothing has been sent then.
@@ -281,7 +281,7 @@ fn nanos(span: Duration) -> u64 {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What kind of failure an error is.
+/// Classifies an error.
 #[must_use]
 pub fn classify(error: &io::Error) -> ConnectResult {
     match Errno::from_io_error(error) {

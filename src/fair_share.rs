@@ -1,4 +1,4 @@
-//! The rule by which tenants share what is scarce: when room gets scarce, those that hold most get no more.
+//! Fair shares of a scarce resource: when it runs short, the tenants that hold most get no more.
 //!
 //! The rule is the dynamic threshold of Choudhury and Hahne (IEEE/ACM Transactions on Networking 6(2), 1998), which
 //! shared switches' memory among their ports: a tenant may hold so many times what is free. The more there are, the
@@ -10,7 +10,7 @@
 /// How many times what is free beyond the reserve a tenant may hold that has more than an equal share.
 const TIMES_FREE: usize = 9;
 
-/// What tenants that hold much leave to those that hold little: a part of all places.
+/// The part of all slots that is reserved for tenants that hold few.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShareReserve {
     /// While no more than so many are free, a tenant gets another one only if it holds less than what is free. So each that
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn each_that_comes_later_finds_half_of_what_is_left() {
+    fn each_later_tenant_finds_half_of_the_rest() {
         let (limit, mut held) = (10_000, Vec::new());
         for tenant in 0..200 {
             held.push(0);

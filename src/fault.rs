@@ -12,7 +12,7 @@ use rustix::io::Errno;
 #[cfg(any(debug_assertions, feature = "fault-injection"))]
 pub use self::injection::{InjectedFault, Injection};
 
-/// Where the kernel is called for traffic.
+/// The system calls at which errors can be injected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Syscall {
     /// A connection out of a listening socket's queue.

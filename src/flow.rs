@@ -71,13 +71,13 @@ const TURN: usize = 16;
 /// Which flows have something to say.
 type Poll = AsyncFd<OwnedFd>;
 
-/// The UDP side of one worker. `A` is what a flow has aboard as long as it lives.
+/// The UDP side of one worker. `A` is a guard that each flow holds while it lives.
 pub struct FlowWorker<A> {
     state: RefCell<FlowWorkerState<A>>,
     /// The sockets of all flows: one event source for the runtime, however many there are.
     poll: Poll,
     sockets: RefCell<Vec<Option<Rc<UdpListenSocket>>>>,
-    /// While nobody listens at them; then what comes waits in their sockets.
+    /// Whether receiving is paused; datagrams then wait in the listening sockets.
     paused: Cell<bool>,
     resumed: Notify,
     /// Once flows may have been idle for long.
@@ -164,12 +164,12 @@ impl<A> FlowWorker<A> {
         }))
     }
 
-    /// From now on no datagram is taken from a client: it waits in the listening socket, as long as there is room.
+    /// Stops receiving from clients: datagrams wait in the listening socket, as long as there is room.
     pub fn pause(&self) {
         self.paused.set(true);
     }
 
-    /// A copy of each listening socket, with the place of its listener and its address.
+    /// A duplicate of each listening socket, with its listener index and address.
     #[must_use]
     pub fn clone_sockets(&self) -> Vec<(u32, SocketAddr, OwnedFd)> {
         let sockets = self.sockets.borrow();
@@ -180,13 +180,13 @@ impl<A> FlowWorker<A> {
         .collect()
     }
 
-    /// From now on clients are heard again.
+    /// Receives from clients again.
     pub fn resume(&self) {
         self.paused.set(false);
         self.resumed.notify_waiters();
     }
 
-    /// How many flows there are.
+    /// The number of flows.
     #[must_use]
     pub fn count(&self) -> usize {
         self.state.borrow().table.len()
@@ -223,7 +223,7 @@ impl<A> FlowWorker<A> {
         };
         let mut short = false;
         while !listen_socket.is_closed() {
-            // One that closes is nobody else's.
+            // A socket that closes is not given to another listener.
             let waits = |listen_socket: &UdpListenSocket| self.paused.get() && !listen_socket.is_closing();
             while waits(&listen_socket) {
                 self.resumed.notified().await;
@@ -291,7 +291,7 @@ impl<A> FlowWorker<A> {
         }
     }
 
-    /// Takes one batch of datagrams from clients; whether that was all.
+    /// Receives one batch of datagrams from clients; returns whether the queue is empty.
     fn receive_batch(&self, listen_socket: &UdpListenSocket, place: u16) -> io::Result<bool> {
         let mut state = self.state.borrow_mut();
         let rules = state.header_rules(listen_socket.listener());
@@ -323,7 +323,7 @@ impl<A> FlowWorker<A> {
         received.map(|count| count < BATCH)
     }
 
-    /// Passes on what backends say; for ever.
+    /// Forwards backends' answers, forever.
     ///
     /// # Errors
     /// What broke the poll.
@@ -346,7 +346,7 @@ impl<A> FlowWorker<A> {
         }
     }
 
-    /// The flows that have something to say, without a wait.
+    /// The flows with readable sockets, without waiting.
     fn collect(&self, events: &mut Vec<epoll::Event>) -> io::Result<usize> {
         events.clear();
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -389,17 +389,17 @@ impl<A> FlowWorker<A> {
         }
     }
 
-    /// Tells what was left out of the access log.
+    /// Reports suppressed access log lines.
     pub fn report_suppressed(&self) {
         self.state.borrow().rejections.report_suppressed();
     }
 
-    /// Hands the lines of the access log on.
+    /// Flushes the lines of the access log to the writer.
     pub fn flush(&self) {
         self.state.borrow().access_log.flush();
     }
 
-    /// From now on no flow begins, and one that has been silent for `idle` is ended.
+    /// Starts draining: no new flows, and a flow that is idle for `idle` is ended.
     pub fn drain(&self, idle: Duration) {
         let mut state = self.state.borrow_mut();
         state.draining = true;
@@ -448,7 +448,7 @@ impl<A> FlowWorkerState<A> {
         self.table.deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// Ends some that were; whether there may be more.
+    /// Ends some idle flows; returns whether there may be more.
     fn expire(&mut self, now: Moment) -> bool {
         let Self { table, access_log, rejections, draining, .. } = self;
         let why = if *draining { Reason::Drained } else { Reason::IdleTimeout };
@@ -459,7 +459,7 @@ impl<A> FlowWorkerState<A> {
         self.is_due(now)
     }
 
-    /// Does some work. A panic in it ends the flow whose turn it was, and no other; what came in the same batch is lost.
+    /// Runs `work`. A panic in it ends the current flow and no other; what came in the same batch is lost.
     fn catch_panic(&mut self, now: Moment, work: impl FnOnce(&mut Self)) {
         // What it leaves half done is that flow's, which ends, and the batch's, which is thrown away.
         if catch_unwind(AssertUnwindSafe(|| work(self))).is_err() {

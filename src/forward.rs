@@ -1,4 +1,4 @@
-//! The last step: bytes both ways until both ends have ended.
+//! The last step: forwards bytes in both directions until both sides have ended.
 //!
 //! Small messages are copied through the worker's scratch buffer, large transfers are spliced through a pipe that
 //! the session borrows. An idle session owns neither.
@@ -41,7 +41,7 @@ const LOOK: TickSpan = TickSpan::of(Duration::from_secs(2));
 /// timers of the kernel's where a listening socket hands it down.
 const SETTLED: TickSpan = TickSpan::of(Duration::from_secs(5));
 
-/// A client and its backend.
+/// The connections to a client and to its backend.
 #[derive(Debug)]
 pub struct ConnectionPair {
     /// The client's connection.
@@ -52,7 +52,7 @@ pub struct ConnectionPair {
     pub first: Vec<u8>,
 }
 
-/// How long a session may be silent.
+/// The idle timeouts of a session.
 #[derive(Clone, Copy, Debug)]
 pub struct IdleTimeouts {
     /// No byte in either direction.
@@ -67,7 +67,7 @@ pub struct IdleTimeouts {
     pub unsent: u32,
 }
 
-/// Forwards both ways until both ends have ended, or the session has to.
+/// Forwards in both directions until both sides have ended, or the session has to end.
 ///
 /// A half-close is passed on when everything before it has been; a reset on one side is a reset on the other.
 pub fn relay<'a>(
@@ -99,7 +99,7 @@ pub fn relay<'a>(
     }
 }
 
-/// The steady state of a session: one hand-written future for both directions.
+/// Forwards a session in both directions, as one hand-written future.
 #[derive(Debug)]
 pub struct Relay<'a> {
     client: TcpStream,
@@ -110,7 +110,7 @@ pub struct Relay<'a> {
     settles: Tick,
     /// When both sockets are asked for an error, while bytes are held.
     looks_at: Tick,
-    /// Who ended first, when one has.
+    /// The side that ended first, if any.
     first_end: Option<EndedBy>,
     /// Whose connection broke, and how, while the other direction was still to be emptied.
     broken: Option<(EndedBy, Reason)>,
@@ -123,7 +123,7 @@ pub struct Relay<'a> {
     session: &'a mut SessionContext,
 }
 
-/// What a relay has come to.
+/// Why a relay returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayStop {
     /// Its end.
@@ -162,7 +162,7 @@ impl Future for Relay<'_> {
 }
 
 impl Relay<'_> {
-    /// Its endpoint is no longer its tenant's: it ends after this grace, which begins with the first call; its end, where
+    /// Its endpoint is revoked: it ends after this grace, which begins with the first call; its end, where
     /// that is now.
     pub fn revoke(&mut self, grace: Duration) -> Option<Outcome> {
         let now = self.session.tick();
@@ -173,7 +173,7 @@ impl Relay<'_> {
         is_over.then(|| self.reset(Outcome::reject(EndedAt::Forward, Reason::Revoked)))
     }
 
-    /// Its endpoint is its tenant's.
+    /// Its endpoint is still valid.
     pub fn confirm(&mut self) {
         self.revoked_at = Tick::NEVER;
     }
@@ -303,7 +303,7 @@ impl Relay<'_> {
         }
     }
 
-    /// Both directions are over: a clean end, unless one of them died.
+    /// Both directions are over: a clean end, unless one failed.
     fn both_ended(&mut self) -> Outcome {
         if let Some((by, why)) = self.broken {
             return self.reset(Outcome::new(by, EndedAt::Forward, why));
@@ -321,7 +321,7 @@ impl Relay<'_> {
         };
         loop {
             let now = self.session.tick();
-            // Who waits for bandwidth is silent through no fault of its own.
+            // A session that waits for bandwidth is not idle by its own fault.
             let moved = if self.waits() {
                 now
             } else {
@@ -427,7 +427,7 @@ impl Relay<'_> {
         self.settles
     }
 
-    /// Gives back the pipes that nothing goes through; when the next has rested long enough.
+    /// Releases idle pipes; returns when the next is due.
     fn release_idle_pipes(&mut self, now: Tick) -> Tick {
         let mut next = Tick::NEVER;
         for direction in Direction::ALL {
@@ -455,7 +455,7 @@ impl Relay<'_> {
     /// Makes the coming close a reset on both sides.
     fn reset(&mut self, outcome: Outcome) -> Outcome {
         for socket in [&self.client, &self.backend] {
-            // The only error is that the connection has gone already, and then there is nobody to tell.
+            // The only error is that the connection is closed already; then there is nothing to do.
             socket.set_zero_linger().unwrap_or_default();
         }
         self.ended = true;
@@ -479,7 +479,7 @@ impl Drop for Relay<'_> {
     }
 }
 
-/// Whose bytes a direction carries, and who gets them.
+/// The source and the sink of a direction.
 const fn ends(direction: Direction) -> (EndedBy, EndedBy) {
     match direction {
         Direction::ToBackend => (EndedBy::Client, EndedBy::Backend),

@@ -1,6 +1,6 @@
-//! What goes from one process to the other while it takes over: parcels, each with one live session or flow.
+//! The transfers between two processes during a takeover, each with one live session or flow.
 //!
-//! A parcel's record is a line of JSON and behind it the bytes that are held, as they are. Whoever does not know the
+//! A transfer's record is a line of JSON followed by the bytes that are held. A process that does not know the
 //! record's version leaves the session where it is.
 
 pub mod link;
@@ -21,7 +21,7 @@ pub const VERSION: u32 = 1;
 /// The bytes that a record's line may have.
 pub const MOST_TOLD: usize = 64 * 1024;
 
-/// A session or flow on its way: its record, and the descriptors that go with it, in the record's order.
+/// A session or flow in transfer: its record, and its descriptors in the record's order.
 #[derive(Debug)]
 pub struct Transfer {
     /// What is told of it, and the bytes that it holds.
@@ -30,7 +30,7 @@ pub struct Transfer {
     pub fds: Vec<OwnedFd>,
 }
 
-/// What the other side says of a parcel.
+/// The other side's reply to a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransferReply {
     /// It carries what was in it from here on.
@@ -39,7 +39,7 @@ pub enum TransferReply {
     Stays,
 }
 
-/// A parcel that waits for its answer; dropping the sender of the answer means [`TransferReply::Stays`].
+/// A transfer that waits for its reply; dropping the sender of the reply means [`TransferReply::Stays`].
 #[derive(Debug)]
 pub struct PendingTransfer {
     /// What leaves.
@@ -48,7 +48,7 @@ pub struct PendingTransfer {
     pub answer: oneshot::Sender<TransferReply>,
 }
 
-/// What is in a parcel.
+/// What is transferred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TransferKind {
@@ -58,7 +58,7 @@ pub enum TransferKind {
     Flow,
 }
 
-/// Why a parcel is not taken.
+/// Why a transfer is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TransferError {
     /// Its record is none.
@@ -68,27 +68,27 @@ pub enum TransferError {
     #[error("the record's version is {0}, and only {VERSION} is known")]
     Version(u32),
     /// There is something else in it than was asked for.
-    #[error("the parcel is of another kind")]
+    #[error("the transfer is of another kind")]
     Kind,
     /// What came with the record is not what it says.
     #[error(transparent)]
     Misfit(#[from] RestoreError),
     /// A flow whose listening socket this worker does not have.
-    #[error("the flow's listening socket is not here")]
+    #[error("this process has no listening socket for the flow")]
     NoDoor,
     /// A flow whose socket the worker's poll has no room for.
-    #[error("descriptors or memory are short")]
+    #[error("out of descriptors or memory")]
     Shortage,
 }
 
-/// What every version's record begins with.
+/// The fields that every version's record starts with.
 #[derive(Serialize, Deserialize)]
 struct RecordHeading {
     version: u32,
     kind: TransferKind,
 }
 
-/// The whole line.
+/// The record's whole line.
 #[derive(Serialize, Deserialize)]
 struct VersionedRecord<T> {
     version: u32,
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_packed_is_read_back_whatever_the_bytes_are() {
+    fn transfer_is_read_back_with_any_bytes() {
         let told = vec!["a\nb".to_owned(), "ü".to_owned()];
         let packed = Transfer::pack(TransferKind::Session, &told, b"\n{}\n", Vec::new()).unwrap();
         assert_eq!(packed.kind(), Ok(TransferKind::Session));
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_refused() {
+    fn malformed_transfer_is_refused() {
         let newer = br#"{"version":2,"kind":"stream","told":{}}"#;
         assert!(matches!(transfer(newer).kind(), Err(TransferError::Malformed(_))), "no line's end");
         for (record, is_version) in [
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_told_than_may_be() {
+    fn transfer_record_has_a_length_bound() {
         let long = "x".repeat(MOST_TOLD);
         assert!(Transfer::pack(TransferKind::Flow, &long, b"", Vec::new()).is_err());
         let record = [long.as_bytes(), b"\n"].concat();

@@ -32,7 +32,7 @@ pub const FIRST_READ: usize = 16 * 1024;
 pub struct IdentifiedClient {
     /// The connection.
     pub connection: ClientSocket,
-    /// Who it is, as the header says.
+    /// The client, as the header states it.
     pub address: Option<ClientAddr>,
     /// On whose endpoint it came.
     pub endpoint: EndpointClaim,
@@ -91,11 +91,11 @@ impl ClientSocket {
             Self::Registered(socket) => socket.set_zero_linger(),
             Self::Closed => Ok(()),
         };
-        // The only error is that the connection has gone already, and then there is nobody to tell.
+        // The only error is that the connection is closed already; then there is nothing to do.
         set.unwrap_or_default();
     }
 
-    /// The error that the socket has met and nobody has been told of.
+    /// The pending error of the socket (`SO_ERROR`).
     #[must_use]
     pub fn take_error(&self) -> Option<io::Error> {
         let error = match self {
@@ -126,7 +126,7 @@ impl ClientSocket {
 }
 
 impl IdentifiedClient {
-    /// A client of a listener where no header is expected: who it is, its socket says.
+    /// A client of a listener without headers: its address is the socket's peer.
     #[must_use]
     pub fn without_header(socket: Fresh, peer: PeerAddr) -> Self {
         Self {
@@ -178,7 +178,7 @@ impl IdentifiedClient {
     }
 }
 
-/// What the listener asks of a header.
+/// The header rules of a listener.
 #[derive(Clone, Debug)]
 pub struct HeaderRules {
     /// Whether a checksum has to match.
@@ -189,7 +189,7 @@ pub struct HeaderRules {
     pub pending: Arc<PendingSlots>,
 }
 
-/// Counts a session as pending as long as it lives.
+/// Counts a session as pending until dropped.
 struct PendingGuard<'a> {
     gauge: &'a Counter64,
     slot: PendingSlot,
@@ -247,7 +247,7 @@ struct HeaderReader {
     rules: proxy_protocol::ParserRules,
 }
 
-/// What a client's header says.
+/// The fields of a client's header.
 struct HeaderFields {
     address: Option<ClientAddr>,
     endpoint: EndpointClaim,
@@ -349,7 +349,7 @@ impl HeaderReader {
     }
 }
 
-/// What stood at the start of a connection that may begin with a header: a health check's, or a test backend's.
+/// The optional header at the start of a connection: of a health check, or at a test backend.
 #[derive(Debug, Default)]
 pub struct OptionalHeader {
     /// The client that a header names.

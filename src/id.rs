@@ -120,12 +120,12 @@ impl<'de> Deserialize<'de> for EndpointId {
     }
 }
 
-/// The text is no endpoint ID.
+/// The text is not an endpoint ID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be \"vpce-\" and 17 (or 8) lower-case hexadecimal digits")]
 pub struct MalformedEndpointId;
 
-/// What a header says of the VPC endpoint.
+/// The VPC endpoint ID of a header, if any.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum EndpointClaim {
     /// It names none.

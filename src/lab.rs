@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_is_elsewhere_is_spoken_to_from_an_address_of_this_machines() {
+    fn source_address_is_of_this_machine() {
         for (target, expected) in [
             ("127.0.0.5:53", "127.0.0.5:0"),
             ("[::1]:53", "[::1]:0"),

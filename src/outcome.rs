@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Who ended a session.
+/// The side that ended a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
@@ -18,7 +18,7 @@ pub enum EndedBy {
     Proxy,
 }
 
-/// At which step of its life a session ended.
+/// The step at which a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum EndedAt {
@@ -36,10 +36,10 @@ pub enum EndedAt {
     Forward,
 }
 
-/// Who, where, why.
+/// Side, step and reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Outcome {
-    /// Who ended it.
+    /// The side that ended it.
     pub by: EndedBy,
     /// At which step.
     pub at: EndedAt,
@@ -48,7 +48,7 @@ pub struct Outcome {
 }
 
 impl EndedBy {
-    /// The word in log, metrics and documentation.
+    /// The label in log, metrics and documentation.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -60,7 +60,7 @@ impl EndedBy {
 }
 
 impl EndedAt {
-    /// The word in log, metrics and documentation.
+    /// The label in log, metrics and documentation.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -88,9 +88,9 @@ macro_rules! outcomes {
             /// Every reason, in the order of a session's life.
             pub const ALL: &[Self] = &[$(Self::$why,)+];
 
-            /// The word in log, metrics and documentation.
+            /// The label in log, metrics and documentation.
             #[must_use]
-            pub const fn word(self) -> &'static str {
+            pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$why => $word,)+ }
             }
 
@@ -238,7 +238,7 @@ impl Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} by {} at {}", self.why.word(), self.by.as_str(), self.at.as_str())
+        write!(f, "{} by {} at {}", self.why.as_str(), self.by.as_str(), self.at.as_str())
     }
 }
 
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn words_are_unique_and_every_outcome_stands_once() {
-        let words: BTreeSet<_> = Reason::ALL.iter().map(|why| why.word()).collect();
+        let words: BTreeSet<_> = Reason::ALL.iter().map(|why| why.as_str()).collect();
         assert_eq!(words.len(), Reason::ALL.len());
         let outcomes: BTreeSet<_> = Outcome::ALL.iter().map(ToString::to_string).collect();
         assert_eq!(outcomes.len(), Outcome::ALL.len());
@@ -264,7 +264,7 @@ mod tests {
     fn in_a_record_the_words_are_the_same() {
         for why in Reason::ALL {
             let word = serde_json::to_string(why).unwrap();
-            assert_eq!(word, format!("\"{}\"", why.word()));
+            assert_eq!(word, format!("\"{}\"", why.as_str()));
             assert_eq!(serde_json::from_str::<Reason>(&word).unwrap(), *why);
         }
         assert_eq!(
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn what_must_not_occur_has_no_place() {
+    fn impossible_outcome_has_no_index() {
         assert_eq!(Outcome::new(EndedBy::Backend, EndedAt::Accept, Reason::Done).place(), None);
     }
 

@@ -1,4 +1,4 @@
-//! Pure rules of a pool: which backends may be used, and which one is next.
+//! Pure rules of a pool: which backends may be used, and which one is picked next.
 
 pub mod backend;
 mod backend_name;
@@ -46,17 +46,18 @@ use crate::addr::BackendAddr;
 use crate::clock::Moment;
 use crate::config::{BackendTarget, ProbeConfig};
 
-const NOBODY_YET: u32 = u32::MAX - 1;
+const NO_TENANT_YET: u32 = u32::MAX - 1;
 const SEVERAL: u32 = u32::MAX;
 
-/// The least time from one roster of a pool to its next: thousands of first probes do not make thousands of them.
+/// The least time between two rebuilds of a pool's candidates: thousands of first probes do not cause thousands of
+/// rebuilds.
 const RENEWAL: Duration = Duration::from_millis(100);
 
 /// How long a backend takes to come back from an ejection where its pool has no slow start: what put it out were real
 /// sessions, and all of them at once would do it again.
 const GENTLE: Duration = Duration::from_secs(10);
 
-/// Interchangeable backends with one policy.
+/// A pool: interchangeable backends with one policy.
 #[derive(Debug)]
 pub struct Pool {
     /// Its name.
@@ -81,18 +82,18 @@ pub struct Pool {
     persistent: Arc<PersistentState>,
     /// Whether a reload has put another one in its place.
     is_replaced: AtomicBool,
-    /// Held while the roster is made anew.
+    /// Held while the candidates are rebuilt.
     update: Mutex<CandidatesUpdate>,
-    /// When [`tend`](Self::tend) has something to do, in nanoseconds.
+    /// When [`run_due`](Self::run_due) has something to do, in nanoseconds.
     due: AtomicU64,
 }
 
-/// What is to become of a roster.
+/// A pending rebuild of the candidates.
 #[derive(Debug, Default)]
 struct CandidatesUpdate {
     /// When it was last made anew.
     rebuilt: Moment,
-    /// Who will be in it, where that are not those who are.
+    /// The next backends, where they differ from the present ones.
     next: Option<Vec<Arc<Backend>>>,
 }
 
@@ -179,7 +180,7 @@ impl Pool {
         self.probe.as_ref().map(|probe| HealthRules { rise: probe.rise, fall: probe.fall })
     }
 
-    /// What is believed of a backend that nobody has heard of.
+    /// The health of a backend before its first probe.
     fn first_health(&self) -> ProbeHealth {
         self.rules().map_or_else(
             || ProbeHealth::new(HealthRules { rise: 1, fall: 1 }, HealthState::Healthy),
@@ -203,7 +204,7 @@ impl Pool {
         backend
     }
 
-    /// Who is in it now.
+    /// The present backends.
     #[must_use]
     pub fn candidates(&self) -> Arc<Candidates> {
         self.candidates.load_full()
@@ -225,7 +226,7 @@ impl Pool {
         self.names.iter().map(|name| &name.lookups)
     }
 
-    /// How many sessions wait for a backend with room.
+    /// The queued sessions.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.queue.as_ref().map_or(0, |queue| queue.waiting())
@@ -237,17 +238,17 @@ impl Pool {
         (self.persistent.retried.load(Ordering::Relaxed), self.persistent.not_retried.load(Ordering::Relaxed))
     }
 
-    /// Takes in a new session of a tenant, by its label's serial number.
+    /// Counts a new session of a tenant, by its label's number.
     pub fn count_session(&self, tenant: u32) {
         self.persistent.retries.deposit();
         let known = self.persistent.tenant.load(Ordering::Relaxed);
         if known != tenant && known != SEVERAL {
-            let first = known == NOBODY_YET;
+            let first = known == NO_TENANT_YET;
             self.persistent.tenant.store(if first { tenant } else { SEVERAL }, Ordering::Relaxed);
         }
     }
 
-    /// Whether several tenants use it.
+    /// Whether several tenants may use it.
     fn is_shared(&self) -> bool {
         self.persistent.tenant.load(Ordering::Relaxed) == SEVERAL
     }
@@ -261,7 +262,7 @@ impl Pool {
         may
     }
 
-    /// Takes in one probe's result.
+    /// Records a probe's result.
     pub fn observe(
         &self,
         backend: &Backend,
@@ -284,9 +285,9 @@ impl Pool {
         Some(backend_change(backend, None))
     }
 
-    /// Takes in that a session failed at a backend before the backend's first byte. The backend gets no new session from now
-    /// on where that ejects it; the roster follows with the next [`tend`](Self::tend), for nothing of its size is made
-    /// between two packets of a session.
+    /// Takes in that a session failed at a backend before the backend's first byte. The backend gets no new session
+    /// from now on if that ejects it; the candidates follow with the next [`run_due`](Self::run_due), as nothing of
+    /// that size is made between two packets of a session.
     ///
     /// Where several tenants share the pool, resets of one tenant's in a row count once: it may be what that tenant sends, and
     /// the others must not pay for it.
@@ -298,14 +299,14 @@ impl Pool {
         if backend.health.failed(failed, self.is_shared()) < most || most == 0 || backend.is_ejected() {
             return None;
         }
-        // A roster takes its time, and a session waits for none: the next failure comes to the same end.
+        // A rebuild takes time, and a session does not wait for it: the next failure has the same result.
         let _turn = match self.update.try_lock() {
             Ok(turn) => turn,
             Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
         if self.is_replaced() {
-            // Only just now: the next failure reaches who has replaced it.
+            // It was replaced just now: the next failure reaches its replacement.
             return None;
         }
         let candidates = self.candidates();
@@ -321,7 +322,7 @@ impl Pool {
         Some(backend_change(backend, Some(time)))
     }
 
-    /// Does what is due by now: ends ejections, and goes on with slow starts. Costs one read where nothing is due.
+    /// Runs due timers: ends ejections, and advances slow starts. Costs one read where nothing is due.
     pub fn run_due(&self, now: Moment) -> Vec<BackendChange> {
         if now.as_nanos() < self.due.load(Ordering::Acquire) {
             return Vec::new();
@@ -356,7 +357,7 @@ impl Pool {
         Some((before, backend_change(&backend, None)))
     }
 
-    /// Who is in it, or will be once its roster is made anew.
+    /// The backends, including those of a pending rebuild.
     #[must_use]
     pub fn backends(&self) -> Vec<Arc<Backend>> {
         let update = lock(&self.update);
@@ -371,7 +372,7 @@ impl Pool {
             && (self.probe.is_none() || self.backends().iter().all(is_known))
     }
 
-    /// Makes the roster anew, or has it made when its time has come; at once where there is nobody in it.
+    /// Rebuilds the candidates, or schedules that; at once where there are none.
     fn rebuild_soon(&self, update: MutexGuard<'_, CandidatesUpdate>, now: Moment) {
         let next = update.rebuilt + RENEWAL;
         if now >= next || self.candidates.load().backends().is_empty() {
@@ -384,7 +385,7 @@ impl Pool {
     fn rebuild(&self, mut update: MutexGuard<'_, CandidatesUpdate>, now: Moment) {
         let mut backends = update.next.take().unwrap_or_else(|| self.candidates().backends().to_vec());
         backends.sort_unstable_by_key(|backend| backend.slot());
-        // Before anybody is looked at: who is ejected from now on is due at once.
+        // Before any backend is looked at: one that is ejected from now on is due at once.
         self.due.store(u64::MAX, Ordering::Release);
         let mut due = u64::MAX;
         let mut look = |backend: Arc<Backend>| {
@@ -405,7 +406,7 @@ impl Pool {
         self.serve_queue();
     }
 
-    /// Gives those who wait what room there is: of those in use first, then of those who help out.
+    /// Serves the queue with free room: of backends in use first, then of spare ones.
     fn serve_queue(&self) {
         if let Some(pool) = self.current() {
             return pool.serve_queue();
@@ -413,7 +414,7 @@ impl Pool {
         if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
             let candidates = self.candidates.load();
             let spare = candidates.backends().iter().filter(|backend| backend.is_spare());
-            // Whom one backend's room is not for, another one's is not for either.
+            // A session that may not use one backend's room may not use another's either.
             let _ = candidates.used().iter().chain(spare).all(|backend| queue.serve(backend));
         }
     }
@@ -436,10 +437,10 @@ impl Pool {
 
     /// Picks a backend that was not tried yet, for no tenant, and takes it down as tried. `roll` is a random number.
     ///
-    /// No lock: with 64 workers each pick reads one roster and, for round-robin, adds to one counter.
+    /// No lock: with 64 workers each pick reads one set of candidates and, for round-robin, adds to one counter.
     ///
     /// # Errors
-    /// Why there is nobody.
+    /// Why no backend can be picked.
     pub fn pick(&self, key: u64, roll: u64, tried: &mut TriedBackends) -> Result<PickedBackend, PickError> {
         self.pick_skipping_queue(false, key, roll, tried)
     }
@@ -453,12 +454,12 @@ impl Pool {
     ) -> Result<PickedBackend, PickError> {
         let candidates = self.candidates.load();
         let picked = if tried.is_empty() {
-            // Who waits already was here before; but where nobody is in use, nobody needs to wait.
+            // Waiting sessions came first; but where no backend is in use, the queue is skipped.
             if !line && self.waiting() > 0 && !candidates.used().is_empty() {
                 return Err(PickError::Free);
             }
             let first = candidates.first(&self.pick_state, key, roll);
-            // Sessions may have put it out since the roster was made.
+            // Sessions may have ejected it since the candidates were built.
             first.filter(|backend| backend.is_used()).and_then(PickedBackend::take)
         } else {
             None

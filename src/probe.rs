@@ -22,7 +22,7 @@ const STEP: Duration = Duration::from_millis(2);
 /// From one warning that a backend's probes cannot be sent to the next.
 const WARNING: Duration = Duration::from_secs(60);
 
-/// Room for the probes of the process: each holds a descriptor, of those that the process keeps back.
+/// Bounds the concurrent probes of the process; each needs a descriptor of the reserve.
 ///
 /// Where there are fewer lanes than probes want, those come later than their interval says, in turn, and none is left out.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ impl ProbeSlots {
     }
 }
 
-/// The place of a backend among those whose first probes are due together.
+/// Spreads the first probes of backends that are due together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbeStagger {
     /// Its place, from 0.
@@ -45,7 +45,8 @@ pub struct ProbeStagger {
     pub of: usize,
 }
 
-/// Probes a backend of `pool`, and whoever a reload puts in its place, until it is gone from there. Returns at once where the pool has no probe.
+/// Probes a backend of `pool`, and its replacements after reloads, until it is removed. Returns at once where the
+/// pool has no probe.
 ///
 /// What a probe waits for its lane is neither its time nor a failure.
 pub async fn run(
@@ -63,7 +64,7 @@ pub async fn run(
         let Some(followed) = pool.follow(&backend) else { break };
         (pool, backend) = followed;
         let Some(probe) = &pool.probe else { break };
-        // Nobody closes it.
+        // The semaphore is never closed.
         let Ok(lane) = lanes.0.acquire().await else { break };
         let start = clock::now();
         let verdict = exchange::ask(backend.address(), (&pool.sources, &ports), probe).await;
@@ -93,11 +94,11 @@ fn warn(pool: &Pool, backend: &Backend, verdict: ProbeResult) {
         pool = pool.label.name(),
         backend = backend.label().name(),
         reason = verdict.as_str(),
-        "a probe could not be sent"
+        "cannot send a probe"
     );
 }
 
-/// When a backend is probed.
+/// The probe schedule of a backend.
 #[derive(Debug)]
 struct ProbeSchedule {
     interval: Duration,
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_missed_is_not_made_up_for() {
+    fn missed_probes_are_not_made_up_for() {
         let mut schedule = ProbeSchedule { second: None, ..schedule(SECOND, SECOND, 0, 1) };
         let late = START + 100 * SECOND;
         schedule.advance(late, SECOND / 10);
@@ -219,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shortage_is_told_once_in_a_minute() {
+    fn shortage_is_logged_once_a_minute() {
         assert!(is_due(None, START));
         assert!(!is_due(Some(START), START + Duration::from_millis(59_999)));
         assert!(is_due(Some(START), START + WARNING));

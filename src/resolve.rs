@@ -26,7 +26,8 @@ use crate::pool::backend::Backend;
 /// Refused addresses of one lookup that are logged.
 const SHOWN: usize = 8;
 
-/// Looks up a name of `pool`, and of whoever a reload puts in its place, until that has it no more. Each new backend is given
+/// Resolves a name of `pool` and of its replacements after reloads, until the pool no longer has it. Each new
+/// backend is given
 /// to `fresh`, with its pool, which has it probed; after the first lookup, whatever its end, and after those of its backends, `first` is called.
 ///
 /// A lookup that fails, or finds nothing, leaves the backends as they are: what a name led to last is a better guess than
@@ -88,7 +89,7 @@ fn name(target: &BackendTarget) -> String {
     }
 }
 
-/// Tells the operator what changes, not what stays.
+/// Logs changes of a name's resolution.
 struct ChangeReporter<'a> {
     pool: &'a Pool,
     name: String,
@@ -102,11 +103,17 @@ impl ChangeReporter<'_> {
     fn found(&mut self, answer: &NameResolution, was_failing: bool) {
         let (pool, name, addresses) = (self.pool.label.name(), self.name.as_str(), answer.found.len());
         if was_failing {
-            tracing::info!(pool, name, addresses, "a name is resolved again");
+            tracing::info!(pool, name, addresses, "name resolved again");
         }
         if answer.left_out > 0 && self.left_out == 0 {
             let left_out = answer.left_out;
-            tracing::warn!(pool, name, addresses, left_out, "a name has more addresses than are used");
+            tracing::warn!(
+                pool,
+                name,
+                addresses,
+                left_out,
+                "name has more addresses than the limit; the rest are ignored"
+            );
         }
         self.left_out = answer.left_out;
     }
@@ -120,8 +127,8 @@ impl ChangeReporter<'_> {
                 pool,
                 name,
                 addresses,
-                "a DNS answer contains addresses that no answer may contain, and they are not used: this machine's own, loopback, \
-                 link-local, multicast and the like; where they are meant, list their network in dns.allow-answers, or write \
+                "a DNS answer contains addresses that are refused (this machine's own, loopback, \
+                 link-local, multicast): to allow them, list their network in dns.allow-answers, or write \
                  them as backends themselves"
             );
         }
@@ -131,7 +138,7 @@ impl ChangeReporter<'_> {
     fn failed(&self, lookup: LookupResult, was_failing: bool) {
         if !was_failing {
             let (pool, name, reason) = (self.pool.label.name(), self.name.as_str(), lookup.as_str());
-            tracing::warn!(pool, name, reason, "a name could not be resolved: its backends stay as they are");
+            tracing::warn!(pool, name, reason, "cannot resolve a name: its backends stay as they are");
         }
     }
 }

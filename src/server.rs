@@ -1,4 +1,4 @@
-//! The process: sockets, worker threads, the control thread, and the way all of them end.
+//! The process: sockets, worker threads, the control thread, and their shutdown.
 
 mod admin_socket;
 mod control;
@@ -56,7 +56,7 @@ pub use self::rlimits::{Capacity, ScarcePorts, scarce_ports};
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// An address could not be bound.
-    #[error("{what}: {address}: must be free and local, found: {error}")]
+    #[error("{what}: cannot bind {address}: {error}")]
     Bind {
         /// Whose address it is, for instance `listener "web"`.
         what: String,
@@ -66,7 +66,7 @@ pub enum StartError {
         error: io::Error,
     },
     /// The admin socket could not be opened.
-    #[error("admin.socket: {}: must be free for a socket, found {found}", path.display())]
+    #[error("admin.socket: cannot create {}: found {found}", path.display())]
     AdminSocket {
         /// Its path.
         path: PathBuf,
@@ -76,15 +76,15 @@ pub enum StartError {
     /// What was passed is no socket.
     #[error("LISTEN_FDS: must pass listening sockets only, found: {0}")]
     Inherited(io::Error),
-    /// Sockets were passed that nobody asked for.
+    /// Sockets were passed that are not configured.
     #[error(
-        "LISTEN_FDS: must pass sockets of configured addresses only, found {}; configure these addresses, or take them out of the \
-         socket units",
+        "LISTEN_FDS: must pass sockets of configured addresses only, found {}; configure these addresses, \
+         or remove them from the socket units",
         .0.join(", ")
     )]
     Unmatched(Vec<String>),
     /// The access log's file could not be opened.
-    #[error("log.access: {path}: must be a file that can be appended to, found: {error}")]
+    #[error("log.access: cannot append to {path}: {error}")]
     AccessLog {
         /// The file.
         path: String,
@@ -101,18 +101,18 @@ pub enum StartError {
         /// The hard limit.
         found: u64,
     },
-    /// A pool has names, and there is nobody to ask for them.
-    #[error("dns.servers: must name a server where pools have host names, for {0}")]
+    /// A pool has names, and there is no DNS server.
+    #[error("dns.servers: must name a server because pools have host names: {0}")]
     NoServers(#[from] NoServers),
     /// There is nothing to take over.
     #[error(transparent)]
     Takeover(#[from] TakeoverError),
     /// A thread or its runtime could not be made.
-    #[error("a worker thread could not be started: {0}")]
+    #[error("cannot start a worker thread: {0}")]
     Thread(#[from] io::Error),
 }
 
-/// A running proxy. Dropping it ends every session at once; [`drain`](Self::drain) first is kinder.
+/// A running proxy. Dropping it ends every session at once; call [`drain`](Self::drain) first for a graceful end.
 #[derive(Debug)]
 pub struct Server {
     live: Arc<LiveState>,
@@ -134,7 +134,7 @@ pub struct Server {
     takeover: Option<TakeoverOffer>,
 }
 
-/// What a server may be started with beside its configuration.
+/// Optional inputs of a server's start.
 #[derive(Debug, Default)]
 pub struct StartOptions {
     /// The file that a reload reads again; without one, each reload is refused.
@@ -270,11 +270,11 @@ impl Server {
         >,
         stages: &watch::Receiver<DrainStage>,
     ) -> Result<(), StartError> {
-        let mut journal = None;
+        let mut access_log = None;
         if let Some(log) = log_writer::open(&config.log.access, sockets.len(), Arc::clone(&self.live.log))? {
             self.written = Some(log.written);
             self.control.set_access_log(log.reopener);
-            journal = Some(log.sender);
+            access_log = Some(log.sender);
         }
         let (setups, boxes): (Vec<_>, Vec<_>) =
             sockets.iter().map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
@@ -291,14 +291,14 @@ impl Server {
                 transfers: moves,
                 accepts: self.takeover.is_none(),
                 stages: stages.clone(),
-                access_log: journal.clone(),
+                access_log: access_log.clone(),
             };
             self.threads.push(worker::spawn(setup)?);
         }
         Ok(())
     }
 
-    /// What all threads share.
+    /// The state shared by all threads.
     #[must_use]
     pub fn live(&self) -> &Arc<LiveState> {
         &self.live
@@ -321,25 +321,25 @@ impl Server {
         place.and_then(|place| bound.get(place).cloned()).unwrap_or_default()
     }
 
-    /// Where metrics and status are read.
+    /// The admin address.
     #[must_use]
     pub fn admin(&self) -> SocketAddr {
         self.admin
     }
 
-    /// Where the load balancer's health check asks.
+    /// The health endpoint's address.
     #[must_use]
     pub fn health(&self) -> SocketAddr {
         self.health
     }
 
-    /// What the process can carry, and why.
+    /// The capacity of the process.
     #[must_use]
     pub fn capacity(&self) -> Capacity {
         self.capacity
     }
 
-    /// Who carries out reloads and drains, for those who are told to do so.
+    /// The control handle for reloads, drains and handovers.
     #[must_use]
     pub fn control(&self) -> &Arc<ProcessControl> {
         &self.control
@@ -366,12 +366,12 @@ impl Server {
         self.drain.send_replace(true);
     }
 
-    /// Ends every session now.
+    /// Ends every session at once.
     pub fn end(&self) {
         self.stage.send_replace(DrainStage::Over);
     }
 
-    /// What [`end`](Self::end) does, for one who waits in [`join`](Self::join) elsewhere.
+    /// A closure that does [`end`](Self::end), while another thread waits in [`join`](Self::join).
     pub fn end_fn(&self) -> impl Fn() + use<> {
         let stage = self.stage.clone();
         move || {
@@ -387,15 +387,15 @@ impl Server {
     fn wait(&mut self) {
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                tracing::error!("a thread of the process panicked");
+                tracing::error!("a thread panicked");
             }
         }
-        // Its writer ends with the last who may send to it.
+        // The writer ends when the last sender is dropped.
         self.control.set_access_log(None);
-        // A log that nobody reads must not keep the process from ending.
+        // A log without a reader must not keep the process from ending.
         let written = self.written.take().map(|written| written.recv_timeout(LOG_END));
         if let Some(Err(RecvTimeoutError::Timeout)) = written {
-            tracing::error!("the access log does not take its last lines; they are lost");
+            tracing::error!("cannot write the last lines of the access log; they are lost");
         }
     }
 }
@@ -428,7 +428,7 @@ fn admin_socket(
     Ok(Some(((socket, path), Some(file))))
 }
 
-/// What the control thread runs.
+/// The tasks of the control thread.
 struct ControlThread {
     pools: PoolContext,
     changed: Arc<Notify>,
@@ -462,7 +462,7 @@ impl ControlThread {
         let (health, path) = self.health;
         spawn("the admin pages", Box::pin(admin::serve(self.admin, Arc::clone(live))));
         tokio::spawn(log_writer::report_missing_lines(Arc::clone(&live.log)));
-        spawn("what systemd is told", Box::pin(notify::run(Arc::clone(live), Arc::clone(&self.loads))));
+        spawn("systemd notification", Box::pin(notify::run(Arc::clone(live), Arc::clone(&self.loads))));
         spawn("the health check", Box::pin(admin::health::serve(health, path, Arc::clone(live), turn)));
         drain::run(live, &self.loads, self.stage, self.drains).await;
     }

@@ -1,4 +1,4 @@
-//! One TCP life, from accept to its line in the log: the only place that knows the order of the steps.
+//! One TCP session, from accept to its log line: the only place that knows the order of the steps.
 
 mod dial;
 pub mod transfer;
@@ -38,7 +38,7 @@ use crate::tenant::Tenant;
 
 use self::transfer::TransferredSession;
 
-/// What a worker lends to its sessions.
+/// The worker's state that its sessions use.
 #[derive(Debug)]
 pub struct SessionWorker {
     /// Its number, from 0.
@@ -97,7 +97,7 @@ impl SessionWorker {
         }
     }
 
-    /// What a session of this tenant is lent.
+    /// The worker's resources for a session of this tenant.
     fn resources<'a>(&'a self, permit: &'a SessionPermit) -> TenantResources<'a> {
         TenantResources { worker: &self.resources, quota: permit.quota() }
     }
@@ -107,7 +107,7 @@ impl SessionWorker {
     }
 }
 
-/// What is told of a session when it has ended, as far as it has come.
+/// What is known about a session for its log line.
 struct LogContext<'a> {
     peer: PeerAddr,
     client: Option<ClientAddr>,
@@ -219,7 +219,7 @@ pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listen
     drop(load);
 }
 
-/// Accounts for a session, once.
+/// Counts a session's end and writes its line, once.
 fn account_for(
     worker: &SessionWorker,
     session: SessionContext,
@@ -329,13 +329,13 @@ fn boxed<F: Future>(lead: F) -> Pin<Box<F>> {
     Box::pin(lead)
 }
 
-/// What an admitted session holds: a place of its tenant and one of the process.
+/// The slots of an admitted session: one of its tenant and one of the process.
 struct AdmittedSession {
     permit: SessionPermit,
     _slot: slots::SlotPermit,
 }
 
-/// The steps of a session, on the snapshot that it was born with.
+/// The steps of a session, on the snapshot of its start.
 struct SessionSteps<'a> {
     worker: &'a SessionWorker,
     snapshot: &'a Snapshot,
@@ -344,7 +344,7 @@ struct SessionSteps<'a> {
 }
 
 impl<'a> SessionSteps<'a> {
-    /// Every step up to forwarding.
+    /// All steps up to forwarding.
     async fn run_steps(
         &self,
         accepted: AcceptedConnection,
@@ -381,7 +381,7 @@ impl<'a> SessionSteps<'a> {
         Ok((client, pool, admitted))
     }
 
-    /// Who speaks.
+    /// Reads the client's header.
     async fn read_header(
         &self,
         accepted: AcceptedConnection,
@@ -424,7 +424,7 @@ impl<'a> SessionSteps<'a> {
     }
 }
 
-/// What a session that was forwarded says of its backend.
+/// Reports the result of a forwarded session to its backend's health.
 fn report_result(
     picked: &PickedBackend,
     outcome: Outcome,
@@ -461,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_comes_from_another_process_is_no_larger() {
+    fn taken_over_session_is_no_larger() {
         let size = size(|worker, transfer: Box<TransferredSession>| resume(worker, transfer, ()));
         assert!(size <= 608, "{size} bytes");
     }

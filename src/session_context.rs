@@ -22,7 +22,7 @@ pub const SCRATCH: usize = 64 * 1024;
 /// this one began.
 const HEAD_START: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// What all sessions of one worker share. Nothing in it is ever held over a suspension.
+/// State that all sessions of one worker share. It is never borrowed across an await.
 #[derive(Debug)]
 pub struct WorkerLocal {
     /// The buffer that every read goes to first.
@@ -35,7 +35,7 @@ pub struct WorkerLocal {
     drain_idle: Cell<Option<TickSpan>>,
     /// Set when the drain's deadline has passed.
     is_over: Cell<bool>,
-    /// Whether sessions leave for another process.
+    /// Whether sessions are being transferred.
     is_transferring: Cell<bool>,
     /// How often every session was visited.
     visits: Cell<u32>,
@@ -59,7 +59,7 @@ impl WorkerLocal {
         })
     }
 
-    /// From now on every session that forwards leaves for another process. All are woken, to find out.
+    /// Starts the transfer of every forwarding session to another process. All are woken, to find out.
     pub fn start_transfer(&self) {
         self.is_transferring.set(true);
         self.visit();
@@ -78,31 +78,31 @@ impl WorkerLocal {
         self.visits.get()
     }
 
-    /// From now on no session leaves that has not been handed over yet.
+    /// Stops the transfer of sessions that have not been sent yet.
     pub fn stop_transfer(&self) {
         self.is_transferring.set(false);
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
     }
 
-    /// Whether sessions leave for another process.
+    /// Whether sessions are being transferred.
     #[must_use]
     pub fn is_transferring(&self) -> bool {
         self.is_transferring.get()
     }
 
-    /// Goes on to `now` and wakes every session whose deadline has come.
+    /// Advances to `now` and wakes every session whose deadline has come.
     pub fn advance(&self, now: Moment) {
         let tick = Tick::at(HEAD_START + now.since(self.started));
         self.wheel.borrow_mut().advance(tick, std::task::Waker::wake_by_ref);
     }
 
-    /// From now on a session that has been silent for `idle` is ended.
+    /// Starts draining: a session that is idle for `idle` is ended.
     pub fn drain(&self, idle: TickSpan) {
         self.drain_idle.set(Some(idle));
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
     }
 
-    /// Ends every session, whatever it is doing.
+    /// Ends every session at its next step.
     pub fn end_all(&self) {
         self.is_over.set(true);
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
@@ -121,7 +121,7 @@ impl WorkerLocal {
     }
 }
 
-/// Why a step was cut short.
+/// Why a step was cancelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cancelled {
     /// Its time is up.
@@ -130,7 +130,7 @@ pub enum Cancelled {
     Drained,
 }
 
-/// One session's place on the wheel; dropping it takes the session off.
+/// One session's timer; removed on drop.
 #[derive(Debug)]
 struct SessionTimer {
     worker: Rc<WorkerLocal>,
@@ -145,7 +145,7 @@ impl Drop for SessionTimer {
     }
 }
 
-/// One session's life. Dropping it takes it off the wheel and counts it, whatever happened.
+/// Deadline and counters of one session. Dropping it removes its timer and counts its end.
 #[derive(Debug)]
 pub struct SessionContext {
     timer: SessionTimer,
@@ -162,7 +162,7 @@ impl SessionContext {
         Self::resumed(local, metrics, now.into())
     }
 
-    /// A life that goes on.
+    /// The context of a session that began elsewhere.
     #[must_use]
     pub fn resumed(local: Rc<WorkerLocal>, metrics: SessionMetrics, started: StartTime) -> Self {
         Self { timer: SessionTimer { worker: local, key: None }, started, metrics }
@@ -239,7 +239,7 @@ impl SessionContext {
     }
 }
 
-/// A step that is cut short at its life's deadline.
+/// A future that is cancelled at the session's deadline.
 #[derive(Debug)]
 pub struct WithDeadline<'a, F> {
     session: &'a SessionContext,
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_is_told_that_sessions_leave_and_that_they_do_not_any_more() {
+    fn waiting_sessions_are_woken_when_a_transfer_starts_and_stops() {
         let (labels, shard) = (Labels::default(), Arc::default());
         let session = session(&labels, &shard);
         let local = Rc::clone(session.worker());

@@ -1,4 +1,4 @@
-//! The live state: one immutable snapshot that sessions are born with, and what outlives it.
+//! The live state: the immutable snapshot that a session starts with, and the state that outlives it.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -50,7 +50,7 @@ pub use self::reload::{PendingReload, ReloadHistory, RestartNeeded};
 pub use self::stopped_listeners::{StoppedListener, StoppedListeners};
 pub use self::takeovers::TakeoverCounters;
 
-/// What is in force. It never changes; a new one takes its place.
+/// The immutable state of the configuration in force; replaced as a whole.
 #[derive(Debug)]
 pub struct Snapshot {
     /// By place: a name keeps its own for the process's life, and may be retired.
@@ -61,7 +61,7 @@ pub struct Snapshot {
     pub directory: Arc<TenantDirectory>,
     /// One attempt at one backend.
     pub connect: TickSpan,
-    /// How long a session may be silent.
+    /// The idle timeouts of a session.
     pub timeouts: IdleTimeouts,
     /// How long a flow may be silent.
     pub flow_idle: Duration,
@@ -75,13 +75,13 @@ pub struct Snapshot {
 pub struct ListenerState {
     /// Its name.
     pub label: Label,
-    /// Whose connections are accepted; empty is everybody's.
+    /// The networks whose connections are accepted; empty means every network.
     pub trusted: Vec<IpNet>,
     /// What is asked of a header; `None` where there is none.
     pub header: Option<header::HeaderRules>,
     /// Whether a datagram without a header may belong to the one flow of its sender.
     pub follows_bare: bool,
-    /// Whose traffic it is.
+    /// A tenant.
     pub tenants: tenant::TenantRules,
     /// The place of the pool of tenants that name none.
     pub pool: Option<u32>,
@@ -248,7 +248,7 @@ fn tenant_rules(identity: &ListenerIdentity, places: &HashMap<&str, u32>) -> ten
     }
 }
 
-/// What a process may have at once.
+/// The process-wide limits.
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessLimits {
     /// Sessions and flows of tenants.
@@ -259,7 +259,7 @@ pub struct ProcessLimits {
     pub pipes: u64,
 }
 
-/// Everything that workers, probes and pages share.
+/// The live state that workers, probes and pages share.
 #[derive(Debug)]
 pub struct LiveState {
     /// What is in force.
@@ -268,7 +268,7 @@ pub struct LiveState {
     pub config: ArcSwap<Config>,
     /// Every name.
     pub labels: Labels,
-    /// Each worker's cells.
+    /// Each worker's counters.
     pub shards: Vec<Arc<CounterShard>>,
     /// Sessions of the process.
     pub sessions: Arc<Slots>,
@@ -381,7 +381,7 @@ impl LiveState {
         })
     }
 
-    /// Begins to put another configuration in force. Nobody else does so as long as the turn lives.
+    /// Begins to apply another configuration. Others wait while the returned value lives.
     ///
     /// # Errors
     /// What it must not change.
@@ -392,12 +392,12 @@ impl LiveState {
         Ok(turn)
     }
 
-    /// The snapshots that were replaced and that nobody holds any more, to be freed where that keeps nobody waiting: with
+    /// The replaced snapshots without references, to be freed on a thread that may take its time: with
     /// 100,000 tenants it takes milliseconds.
     #[must_use]
     pub fn unused(&self) -> Vec<Arc<Snapshot>> {
         let mut replaced = lock(&self.replaced);
-        // Whoever begins with a snapshot has it from the present one alone: what is not held is not held again.
+        // A new reference is only taken from the present snapshot: an unreferenced one stays unreferenced.
         replaced.extract_if(.., |snapshot| Arc::strong_count(snapshot) == 1).collect()
     }
 

@@ -1,4 +1,4 @@
-//! The third step: whose traffic it is, by one look into a table.
+//! The third step: finds the tenant by one table lookup.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use crate::admission::quota::Quota;
 use crate::id::{EndpointClaim, EndpointId};
 use crate::outcome::{EndedAt, Outcome, Reason};
 
-/// Whose traffic it is.
+/// A tenant.
 #[derive(Debug)]
 pub struct Tenant {
     /// The name.
@@ -46,7 +46,7 @@ impl Tenant {
     }
 }
 
-/// What becomes of a session by what its header claims.
+/// How a listener finds the tenant of a header's endpoint ID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TenantRules {
     /// Every session is this tenant's.
@@ -89,7 +89,7 @@ impl TenantDirectory {
     /// Whose traffic it is: one hash lookup, however many tenants there are.
     ///
     /// # Errors
-    /// The rejection, where it is nobody's.
+    /// The rejection, where no tenant matches.
     #[inline]
     pub fn find(&self, claim: EndpointClaim, rules: TenantRules) -> Result<&Tenant, Outcome> {
         let (place, why) = self.place(claim, rules);
@@ -97,7 +97,7 @@ impl TenantDirectory {
         tenant.ok_or(Outcome::reject(EndedAt::Tenant, why))
     }
 
-    /// The place of the tenant whose traffic it is, and why it is rejected where it is nobody's.
+    /// The index of the tenant, and the rejection reason where no tenant matches.
     #[inline]
     #[must_use]
     pub fn place(&self, claim: EndpointClaim, rules: TenantRules) -> (Option<u32>, Reason) {
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn fallbacks_take_what_nobody_lists() {
+    fn fallbacks_take_unlisted_endpoints() {
         let directory = directory();
         let lenient = TenantRules::ByEndpoint { absent: Some(0), unknown: Some(1) };
         assert_eq!(name(directory.find(EndpointClaim::Absent, lenient)), Ok("acme".to_owned()));
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_that_no_tenant_has_is_nobodys() {
+    fn endpoint_with_a_stale_tenant_index_is_rejected() {
         let directory = TenantDirectory::new(Vec::new(), [("vpce-00000001".parse().unwrap(), 7)]);
         let lenient = TenantRules::ByEndpoint { absent: Some(7), unknown: Some(7) };
         assert_eq!(name(directory.find(id("vpce-00000001"), lenient)), Err(Reason::UnknownEndpoint));

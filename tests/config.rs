@@ -168,7 +168,7 @@ fn the_reference_is_valid_and_says_the_defaults() {
 }
 
 #[test]
-fn what_is_not_the_default_is_read_too() {
+fn non_default_values_are_read() {
     let config = load("tests/config/valid/everything.toml").unwrap();
     assert_eq!((config.process.workers, config.process.max_sessions), (1024, 50_000));
     assert_eq!((config.process.pipe_memory, config.process.buffer_memory), (0, 8 << 20));
@@ -283,7 +283,7 @@ fn name_servers_have_the_port_of_dns_where_none_is_written() {
 }
 
 #[test]
-fn one_time_to_live_alone_is_no_slip_for_the_other() {
+fn min_ttl_and_max_ttl_are_not_typos_of_each_other() {
     let minimal = std::fs::read_to_string("config/minimal.toml").unwrap();
     let with = |dns: &str| Config::parse("dns.toml", &format!("{minimal}\n[dns]\n{dns}\n"));
     let seconds = Duration::from_secs;
@@ -347,7 +347,7 @@ fn a_file_that_cannot_be_read_is_named_as_the_operator_named_it() {
 }
 
 #[test]
-fn a_file_that_is_no_text_says_where() {
+fn file_that_is_not_utf8_reports_the_line() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("v.toml");
     std::fs::write(&file, b"[log]\nlevel = \"\xFF\"\n").unwrap();
@@ -399,7 +399,7 @@ fn a_hundred_thousand_tenants_are_read() {
 }
 
 #[test]
-fn a_hundred_thousand_faults_are_said() {
+fn hundred_thousand_errors_are_reported() {
     let text = crowd(100_000).replace("pool = \"app\"", "").replace("name = \"app\"", "name = \"ap\"");
     let faults = Config::parse("crowd.toml", &text).unwrap_err();
     assert_eq!(faults.len(), 100_001);

@@ -161,7 +161,7 @@ fn every_claim_holds_and_nothing_is_left() {
 }
 
 #[test]
-fn what_is_kept_can_be_entered_and_is_removed_when_told() {
+fn kept_lab_can_be_entered_and_removed() {
     let Some(lab_kept) = Lab::start(&["--keep"]) else { return };
     let run = lab_kept.run.clone();
     let (text, status) = lab_kept.end();
@@ -181,13 +181,14 @@ fn what_is_kept_can_be_entered_and_is_removed_when_told() {
         String::from_utf8(output.stdout).unwrap()
     };
     for tenant in ["acme", "globex"] {
-        let answer = within(&command(&format!("be {tenant}'s consumer")), &command("and there"));
+        let answer = within(&command(&format!("run commands as {tenant}'s consumer")), &command("and there"));
         assert!(answer.contains(&format!("\"backend\":\"{tenant}-")), "{answer}");
         assert!(answer.contains("\"client\":\"10.100.0.10:"), "{answer}");
     }
-    let metrics = within(&command("be in the provider's network"), &command("and there, proxy-2's metrics"));
+    let metrics =
+        within(&command("run commands in the provider's network"), &command("and there, proxy-2's metrics"));
     assert!(metrics.contains("vestibule_sessions_ended_total{"), "{metrics}");
-    let targets = || within("sh", &command("what the NLB thinks of its targets"));
+    let targets = || within("sh", &command("the NLB's view of its targets"));
     assert!(targets().contains(r#""address":"10.100.2.11:8080","state":"healthy""#), "{}", targets());
     within("sh", &command("deregister proxy-1"));
     assert!(targets().contains(r#""address":"10.100.2.11:8080","state":"draining""#), "{}", targets());
@@ -221,7 +222,7 @@ fn an_interrupt_removes_everything() {
 }
 
 #[test]
-fn what_a_killed_command_has_left_is_removed_by_the_next() {
+fn leftovers_of_a_killed_command_are_removed_by_the_next() {
     let Some(mut killed) = Lab::start(&[]) else { return };
     killed.output.until("4  proxy-1");
     let run = killed.run.clone();
@@ -234,7 +235,7 @@ fn what_a_killed_command_has_left_is_removed_by_the_next() {
 }
 
 #[test]
-fn a_world_that_cannot_come_up_says_why_and_is_removed() {
+fn lab_that_cannot_start_reports_the_error_and_is_removed() {
     if !can_run() {
         return;
     }
@@ -250,8 +251,8 @@ fn a_world_that_cannot_come_up_says_why_and_is_removed() {
     assert_eq!(output.status.code(), Some(1), "{text}");
     // Whichever of the four ends first.
     let fault =
-        text.lines().find_map(|line| line.split_once("✗ DOES NOT HOLD: The lab can go on. ")).unwrap().1;
-    let (nginx, _) = fault.split_once(" has ended").unwrap();
+        text.lines().find_map(|line| line.split_once("✗ DOES NOT HOLD: The lab continues. ")).unwrap().1;
+    let (nginx, _) = fault.split_once(" ended").unwrap();
     assert!(["acme-1", "acme-2", "globex-1", "globex-2"].contains(&nginx), "{text}");
     assert!(text.contains(" broken by the test\n") && text.contains("All is removed"), "{text}");
     let (_, title) = text.split_once("vestibule lab ").unwrap();
@@ -267,7 +268,7 @@ fn a_run_has_a_name_of_its_own_form() {
 }
 
 #[test]
-fn what_is_lacking_is_said_at_once_with_its_remedy() {
+fn missing_requirement_is_reported_with_its_remedy() {
     let output = lab(&[]).env("PATH", "").output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && output.stdout.is_empty());

@@ -54,17 +54,17 @@ macro_rules! trials {
 fn main() {
     let trials = trials![
         one_of_two_has_the_last_slot,
-        nobody_is_refused_for_who_was_refused,
+        refused_session_does_not_cause_another_refusal,
         a_lowered_limit_holds_from_then_on,
-        a_kept_slot_is_taken_or_given_back_once,
+        reserved_slot_is_taken_or_released_once,
         a_burst_is_admitted_and_not_one_more,
         a_rate_that_is_set_is_seen_whole,
         a_tenant_holds_while_it_has_a_session,
         the_limit_and_the_rate_together_lose_nothing,
-        what_is_kept_for_a_successor_ends_at_nothing,
+        reserved_slots_end_at_zero,
         bytes_are_taken_once_and_come_back,
-        what_is_dealt_has_come_in,
-        what_is_dealt_to_nobody_stays,
+        distributed_bandwidth_has_come_in,
+        bandwidth_without_waiters_stays,
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
@@ -94,7 +94,7 @@ fn one_of_two_has_the_last_slot() {
     assert_eq!(slots.used(), 1);
 }
 
-fn nobody_is_refused_for_who_was_refused() {
+fn refused_session_does_not_cause_another_refusal() {
     let slots = Slots::new(1);
     let come_and_go = |slots: &Arc<Slots>| slots.take().is_some();
     let others = [with(&slots, come_and_go), with(&slots, come_and_go)];
@@ -115,7 +115,7 @@ fn a_lowered_limit_holds_from_then_on() {
     assert!(slots.take().is_none());
 }
 
-fn a_kept_slot_is_taken_or_given_back_once() {
+fn reserved_slot_is_taken_or_released_once() {
     let slots = Slots::new(1);
     slots.reserve_more(1);
     let late = with(&slots, Slots::take_anyway);
@@ -191,7 +191,7 @@ fn the_limit_and_the_rate_together_lose_nothing() {
     assert_eq!((share.holders(), quota.sessions()), (0, 0));
 }
 
-fn what_is_kept_for_a_successor_ends_at_nothing() {
+fn reserved_slots_end_at_zero() {
     let (share, quota) = quota(&TenantLimits { sessions: Some(1), ..TenantLimits::default() });
     let slots = Slots::new(10);
     let kept = ReservedSlots::new(&slots, 1, vec![(Arc::clone(&quota), 1, 0)]);
@@ -222,7 +222,7 @@ fn bytes_are_taken_once_and_come_back() {
     assert_eq!((used, budget.take(ALL, 1, NOW)), (160, 40));
 }
 
-fn what_is_dealt_has_come_in() {
+fn distributed_bandwidth_has_come_in() {
     let budget = budget();
     assert_eq!(budget.take(200, 200, NOW), 200);
     let later = NOW + Duration::from_millis(100);
@@ -241,7 +241,7 @@ fn what_is_dealt_has_come_in() {
     assert!(dealt + left <= income && dealt + left + 2 * PARTS >= income, "{dealt} and {left}");
 }
 
-fn what_is_dealt_to_nobody_stays() {
+fn bandwidth_without_waiters_stays() {
     let budget = budget();
     assert_eq!(budget.take(200, 200, NOW), 200);
     let later = NOW + Duration::from_millis(100);

@@ -150,7 +150,7 @@ fn turn_the_wheel(start: u32, turns: Vec<Turn>) -> Result<(), TestCaseError> {
 
 proptest! {
     #[test]
-    fn the_wheel_calls_all_who_are_due_once_a_tick_and_nobody_early(turns in prop::collection::vec(turn(), 0..60)) {
+    fn wheel_fires_due_timers_once_a_tick_and_none_early(turns in prop::collection::vec(turn(), 0..60)) {
         turn_the_wheel(0, turns)?;
     }
 
@@ -167,7 +167,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn nobody_among_thousands_is_forgotten_over_jumps(
+    fn no_timer_of_thousands_is_lost_over_jumps(
         deadlines in prop::collection::vec(0..20_000_u32, 1..2000),
         jumps in prop::collection::vec(1..3000_u32, 1..40),
     ) {
@@ -289,7 +289,7 @@ proptest! {
 }
 
 #[test]
-fn a_tick_is_as_long_as_it_says() {
+fn tick_has_its_declared_length() {
     assert_eq!(tick(7), Tick::at(Duration::from_millis(399)));
     assert_ne!(tick(7), Tick::at(Duration::from_millis(400)));
 }

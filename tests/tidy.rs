@@ -1,4 +1,4 @@
-//! Rules that no compiler knows: who may import whom, how long files are, which words are used; `pages` checks the documents.
+//! Rules that no compiler knows: who may import whom, how long files are, and, in `words`, which words are used; `pages` checks the documents.
 
 #![expect(
     clippy::unwrap_used,
@@ -16,6 +16,8 @@ mod markdown;
 mod pages;
 #[path = "it/scrape.rs"]
 mod scrape;
+#[path = "tidy/words.rs"]
+mod words;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -127,7 +129,7 @@ fn names_say_what_things_are() {
             if matches!(before, "." | "::") || after == "::" {
                 continue;
             }
-            let is_empty = words(name).iter().any(|word| EMPTY.contains(&word.trim_end_matches('s')));
+            let is_empty = parts(name).iter().any(|word| EMPTY.contains(&word.trim_end_matches('s')));
             if is_empty || name.starts_with("get_") {
                 faults.push(format!("{}:{line}: {name}", source.path));
             }
@@ -315,7 +317,7 @@ fn imports(source: &Source) -> Vec<(usize, String)> {
 }
 
 /// The parts of a name, in small letters.
-fn words(name: &str) -> Vec<String> {
+fn parts(name: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut was_small = false;
     for c in name.chars() {
@@ -399,7 +401,7 @@ fn tokens_are_told_from_texts_and_comments() {
     let text = "fn a<'b>() { // no\n r#\"no \"no\"#; \"n\\\"o\"; '\\''; 'n'; b'n'; /* no\n */ crate::c }";
     let found: Vec<_> = tokens(text).into_iter().map(|(_, token)| token).collect();
     assert_eq!(found.join(" "), "fn a < ' b > ( ) { ; ; ; ; ; crate :: c }");
-    assert_eq!(words("get_BigData"), ["get", "big", "data"]);
+    assert_eq!(parts("get_BigData"), ["get", "big", "data"]);
 }
 
 #[test]

@@ -103,7 +103,7 @@ async fn run(options: &Options) {
         // Nobody looks at the clock of another process: from its start to the end of the one before, configuration and all.
         let mut looks = 0;
         while old.0.try_wait().expect("the old process").is_none() {
-            assert!(heir.0.try_wait().expect("the heir").is_none(), "the heir of turn {turn} has ended");
+            assert!(heir.0.try_wait().expect("the heir").is_none(), "the heir of turn {turn} ended");
             assert!(looks < 2_000, "the old process of turn {turn} is still there: {}", world.left());
             looks += 1;
             sleep(Duration::from_millis(5)).await;

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Where a connection was accepted.
+/// The socket at which a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AdminEndpoint {
     /// `[health] bind`
@@ -17,7 +17,7 @@ impl AdminEndpoint {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Health, Self::Admin, Self::AdminSocket];
 
-    /// The word in metrics.
+    /// The label in metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -59,7 +59,7 @@ impl AdminConnectionEnd {
         Self::SendTimeout,
     ];
 
-    /// The word in metrics.
+    /// The label in metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -82,14 +82,14 @@ pub struct AdminConnections {
 }
 
 impl AdminConnections {
-    /// Counts one that was accepted.
+    /// Counts an accepted connection.
     pub fn begin(&self, endpoint: AdminEndpoint) {
         if let Some(open) = self.open.get(endpoint as usize) {
             open.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Counts its end.
+    /// Counts the end of a connection.
     pub fn end(&self, endpoint: AdminEndpoint, ended: AdminConnectionEnd) {
         if let Some(open) = self.open.get(endpoint as usize) {
             open.fetch_sub(1, Ordering::Relaxed);
@@ -99,12 +99,12 @@ impl AdminConnections {
         }
     }
 
-    /// How many there are now.
+    /// The open connections.
     pub fn open(&self) -> impl Iterator<Item = (AdminEndpoint, u64)> + '_ {
         AdminEndpoint::ALL.into_iter().zip(self.open.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
-    /// How many ended, and how.
+    /// The ended connections, by result.
     pub fn ended(&self) -> impl Iterator<Item = (AdminEndpoint, AdminConnectionEnd, u64)> + '_ {
         AdminEndpoint::ALL.into_iter().zip(&self.ended).flat_map(|(endpoint, counts)| {
             let counts = AdminConnectionEnd::ALL.into_iter().zip(counts);

@@ -1,6 +1,6 @@
-//! How an attempt to connect a backend ended: a closed set, so that it can be a metric's label.
+//! Results of connection attempts and probes: closed sets, so that they can be metric labels.
 
-/// How an attempt to connect ended.
+/// The result of an attempt to connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 #[expect(missing_docs, reason = "the names say it")]
@@ -26,7 +26,7 @@ impl ConnectResult {
         Self::Failed,
     ];
 
-    /// The word in metrics.
+    /// The label in metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -41,7 +41,7 @@ impl ConnectResult {
     }
 }
 
-/// How a probe ended.
+/// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ProbeResult {
@@ -97,7 +97,7 @@ impl ProbeResult {
         Self::Shortage,
     ];
 
-    /// The word in log, metrics and status.
+    /// The label in log, metrics and status.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -119,7 +119,7 @@ impl ProbeResult {
         }
     }
 
-    /// Whether the backend works; `None` where the probe says nothing of it.
+    /// Whether the backend is healthy; `None` if the probe could not tell.
     #[must_use]
     pub const fn is_success(self) -> Option<bool> {
         match self {

@@ -1,4 +1,4 @@
-//! What one worker counts, and what a scrape reads of it.
+//! The counters of one worker, as written by it and read by a scrape.
 
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -9,7 +9,7 @@ use super::udp_drops::DatagramDrop;
 use super::{Counter64, Label, PerDirection, lock};
 use crate::outcome::Outcome;
 
-/// What is counted for one listener, tenant and pool. Before a session's tenant is known, the two are empty.
+/// Counters of one listener, tenant and pool. Tenant and pool are empty until a session's tenant is known.
 #[derive(Debug)]
 pub struct RouteCounters {
     /// The listener.
@@ -28,7 +28,7 @@ pub struct RouteCounters {
     pub(super) flows: OnceLock<Box<FlowCounters>>,
 }
 
-/// What is counted of the datagrams of a route.
+/// Datagram counters of a route.
 #[derive(Debug, Default)]
 pub(super) struct FlowCounters {
     pub(super) datagrams: PerDirection<Counter64>,
@@ -60,7 +60,7 @@ impl RouteCounters {
         self.flows.get().map_or_else(PerDirection::default, |flows| flows.datagrams.values())
     }
 
-    /// Every limit that would have dropped datagrams, were it not only observed, with how many.
+    /// Datagrams that each limit would have dropped in enforce mode.
     pub fn would_drop(&self) -> impl Iterator<Item = (DatagramDrop, PerDirection<u64>)> {
         let flows = self.flows.get().into_iter();
         flows.flat_map(|flows| {
@@ -68,7 +68,7 @@ impl RouteCounters {
         })
     }
 
-    /// Every reason to drop a datagram, with how many were.
+    /// Dropped datagrams by reason.
     pub fn dropped(&self) -> impl Iterator<Item = (DatagramDrop, PerDirection<u64>)> {
         let flows = self.flows.get().into_iter();
         flows.flat_map(|flows| {
@@ -76,13 +76,13 @@ impl RouteCounters {
         })
     }
 
-    /// Every outcome that has occurred, with its count.
+    /// Ended sessions by outcome.
     pub fn ended(&self) -> impl Iterator<Item = (Outcome, u64)> {
         self.ended.counts().filter_map(|(place, count)| Some((*Outcome::ALL.get(place)?, count)))
     }
 }
 
-/// What is counted for one listener.
+/// Counters of one listener.
 #[derive(Debug)]
 pub struct ListenerCounters {
     /// The listener.
@@ -106,7 +106,7 @@ pub struct ListenerCounters {
     pub duration: LatencyRecorder,
 }
 
-/// What is counted for one backend of one pool.
+/// Counters of one backend of one pool.
 #[derive(Debug)]
 pub struct BackendCounters {
     /// The pool.
@@ -163,13 +163,13 @@ impl BackendCounters {
         }
     }
 
-    /// Every result of an attempt to connect with its count.
+    /// Connection attempts by result.
     pub fn connects(&self) -> impl Iterator<Item = (ConnectResult, u64)> {
         ConnectResult::ALL.into_iter().zip(self.connects.iter().map(Counter64::value))
     }
 }
 
-/// What is counted for one pool.
+/// Counters of one pool.
 #[derive(Debug)]
 pub struct PoolCounters {
     /// The pool.
@@ -178,7 +178,7 @@ pub struct PoolCounters {
     pub connect_time: LatencyRecorder,
 }
 
-/// What is counted for a worker.
+/// Counters of one worker.
 #[derive(Debug, Default)]
 pub struct WorkerCounters {
     /// Sessions whose tenant was found: health checks and strangers are not among them.
@@ -201,13 +201,13 @@ pub struct WorkerCounters {
     pub counters_made: Counter64,
     /// Cells of what is configured no more that were added to an aggregate.
     pub counters_folded: Counter64,
-    /// Passes over the cells that left some of what is gone, because they are in use.
+    /// Passes that left some counters of removed names, because they are in use.
     pub busy_passes: Counter64,
     /// Turns of its clock: it stands still where the worker does.
     pub ticks: Counter64,
 }
 
-/// One worker's cells, as a scrape reads them.
+/// One worker's counters, as a scrape reads them.
 #[derive(Debug, Default)]
 pub struct CounterShard {
     pub(super) routes: Mutex<Vec<Arc<RouteCounters>>>,

@@ -1,8 +1,8 @@
-//! How the lookup of a name ended: a closed set, so that it can be a metric's label.
+//! Results of DNS lookups: a closed set, so that they can be metric labels.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// How a lookup ended. What lies further back says less of the name.
+/// The result of a lookup, from the most to the least informative.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LookupResult {
     /// With addresses.
@@ -42,7 +42,7 @@ impl LookupResult {
         Self::Shortage,
     ];
 
-    /// The word in log, metrics and status.
+    /// The label in log, metrics and status.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -59,7 +59,7 @@ impl LookupResult {
         }
     }
 
-    /// Whether a server knows it: all others may be another at the next try.
+    /// Whether the result is definite; other results may change at the next try.
     #[must_use]
     pub const fn is_answer(self) -> bool {
         matches!(self, Self::Found | Self::NoSuchName | Self::NoAddress)

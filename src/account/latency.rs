@@ -1,4 +1,4 @@
-//! How long things took: an hdrhistogram for each worker, added up at a scrape.
+//! Latency histograms: one hdrhistogram per worker, merged at a scrape.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -29,7 +29,7 @@ impl Default for LatencyHistogram {
 }
 
 impl LatencyHistogram {
-    /// Takes a time down. A time under a microsecond counts as one, one over two weeks as two weeks.
+    /// Records a time. A time under a microsecond counts as one, one over two weeks as two weeks.
     pub fn record(&mut self, took: Duration) {
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).clamp(1, LONGEST_US);
         self.sum_us = self.sum_us.saturating_add(us);
@@ -44,7 +44,7 @@ impl LatencyHistogram {
         self.histogram.add(&other.histogram).unwrap_or_default();
     }
 
-    /// How many.
+    /// The count.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.histogram.len()
@@ -56,25 +56,25 @@ impl LatencyHistogram {
         Duration::from_micros(self.sum_us).as_secs_f64()
     }
 
-    /// How many took at most `bound`, as far as two digits tell.
+    /// The number of values of at most `bound`, to two digits.
     #[must_use]
     pub fn at_most(&self, bound: Duration) -> u64 {
         self.histogram.count_between(0, u64::try_from(bound.as_micros()).unwrap_or(u64::MAX))
     }
 
-    /// The time that `percent` of them stayed under.
+    /// The percentile.
     #[must_use]
     pub fn percentile(&self, percent: f64) -> Duration {
         Duration::from_micros(self.histogram.value_at_percentile(percent))
     }
 }
 
-/// Where one worker records: its lock is taken by others only at a scrape, for the time of a copy.
+/// One worker's histogram. Its lock is taken by other threads only at a scrape, for the time of a copy.
 #[derive(Debug, Default)]
 pub struct LatencyRecorder(Mutex<LatencyHistogram>);
 
 impl LatencyRecorder {
-    /// Takes a time down.
+    /// Records a time.
     pub fn record(&self, took: Duration) {
         lock(&self.0).record(took);
     }

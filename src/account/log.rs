@@ -13,7 +13,7 @@ use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::id::{EndpointId, SessionId};
 use crate::outcome::{Outcome, Reason};
 
-/// One line. What was never known is left out.
+/// One line of the access log. Unknown fields are omitted.
 #[derive(Debug)]
 pub struct AccessLogRecord<'a> {
     /// The end, RFC 3339 in UTC.
@@ -44,7 +44,7 @@ pub struct AccessLogRecord<'a> {
     pub connect_ms: Option<Duration>,
     /// From accept to the end.
     pub total_ms: Duration,
-    /// Who ended it, at which step, why.
+    /// The outcome: side, step and reason.
     pub outcome: Outcome,
     /// What the tenant's limits have to do with it.
     pub flags: LogFlags,
@@ -52,13 +52,13 @@ pub struct AccessLogRecord<'a> {
     pub labels: Option<&'a BTreeMap<String, String>>,
 }
 
-/// What most lines do not have: how a session waited, and what its tenant's limits have to do with it.
+/// Optional fields: the time in the pool's queue, and what the tenant's limits would have done.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LogFlags {
     /// How long it waited for a backend with room, in microseconds; 0 where it did not. Few bytes, as it lives as long as
     /// its session.
     pub queued_us: u32,
-    /// Why it would have been rejected, were the limits not only observed.
+    /// The reason for which it would have been rejected in enforce mode.
     pub would_reject: Option<Reason>,
     /// Whether its bytes would have had to wait.
     pub would_delay: bool,
@@ -74,7 +74,7 @@ impl LogFlags {
         }
         if let Some(why) = self.would_reject {
             to.extend_from_slice(br#","would_reject":[""#);
-            to.extend_from_slice(why.word().as_bytes());
+            to.extend_from_slice(why.as_str().as_bytes());
             to.extend_from_slice(br#""]"#);
         }
         if self.would_delay {
@@ -120,7 +120,7 @@ impl AccessLogRecord<'_> {
         for (key, word) in [
             (&br#","outcome":{"by":""#[..], self.outcome.by.as_str()),
             (br#"","at":""#, self.outcome.at.as_str()),
-            (br#"","why":""#, self.outcome.why.word()),
+            (br#"","why":""#, self.outcome.why.as_str()),
         ] {
             to.extend_from_slice(key);
             to.extend_from_slice(word.as_bytes());
@@ -131,7 +131,7 @@ impl AccessLogRecord<'_> {
         to.extend_from_slice(b"}\n");
     }
 
-    /// Whose session it was, and where it went.
+    /// Writes client, endpoint, tenant, pool and backend.
     fn write_client(&self, to: &mut Vec<u8>) {
         if let Some(tenant) = self.tenant {
             to.extend_from_slice(br#","tenant":"#);
@@ -194,7 +194,7 @@ impl LogBatch {
         self.lines.len()
     }
 
-    /// Gives back the room that its lines held in the queue; lines that could not be written are counted as dropped.
+    /// Releases the room of its lines in the queue; lines that could not be written are counted as dropped.
     pub fn release(&self, queue: &LogQueue, is_written: bool) {
         for line in self.lines.iter().copied() {
             if !is_written {
@@ -214,16 +214,16 @@ pub const QUEUE: usize = 2 * 1024 * 1024;
 /// Batches that may be on their way to the writer, for each worker; the others wait in their journals.
 pub const BATCHES: usize = 64;
 
-/// The way to the writer.
+/// The sending side of the channel to the writer.
 #[derive(Clone, Debug)]
 pub struct LogSender {
     /// An empty batch wakes the writer.
     pub to_writer: SyncSender<LogBatch>,
-    /// The account of the lines that wait.
+    /// Bounds the bytes of lines that wait for the writer.
     pub queue: Arc<LogQueue>,
 }
 
-/// One worker's end of the access log: lines are collected, and handed to the writer by the batch.
+/// One worker's side of the access log: lines are collected and sent to the writer in batches.
 #[derive(Debug)]
 pub struct AccessLogger {
     batch: RefCell<LogBatch>,
@@ -233,7 +233,7 @@ pub struct AccessLogger {
 }
 
 impl AccessLogger {
-    /// A journal that hands its batches to a writer.
+    /// A logger that sends its batches to a writer.
     #[must_use]
     pub fn new(outlet: Option<LogSender>) -> Self {
         Self { batch: RefCell::default(), timestamps: RefCell::default(), sender: outlet }
@@ -266,12 +266,12 @@ impl AccessLogger {
         }
     }
 
-    /// Counts a line that is left out.
+    /// Counts a suppressed line.
     pub fn leave_out(&self, class: LineClass) {
         self.sender.iter().for_each(|outlet| outlet.queue.leave_out(class));
     }
 
-    /// Hands what was collected to the writer, where that takes it now.
+    /// Sends the collected lines to the writer, if the channel has room.
     pub fn flush(&self) {
         let Some(outlet) = &self.sender else { return };
         if self.batch.borrow().lines.is_empty() {
@@ -324,7 +324,7 @@ mod tests {
         }
     }
 
-    /// A journal with room for so many bytes.
+    /// A logger with room for so many bytes.
     fn access_log(room: usize) -> (AccessLogger, Receiver<LogBatch>, Arc<LogQueue>) {
         let (to_writer, receiver) = sync_channel(1);
         let queue = Arc::new(LogQueue::new(room));
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_left_out() {
+    fn unknown_fields_are_omitted() {
         let (access_log, receiver, _queue) = access_log(QUEUE);
         write(
             &access_log,
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn what_limits_have_to_do_with_it_is_said_only_where_they_have() {
+    fn limit_fields_are_logged_only_where_limits_apply() {
         let (access_log, receiver, _queue) = access_log(QUEUE);
         let labels = BTreeMap::new();
         let flags = LogFlags {
@@ -424,7 +424,7 @@ mod tests {
         assert!(dropped > 0);
         let first = received(&receiver).unwrap();
         assert!(first.text.len() >= FULL && first.text.ends_with(b"\n"));
-        // The writer takes one at a time: the others have waited in the journal.
+        // The writer takes one at a time: the others have waited in the logger.
         access_log.flush();
         let rest = received(&receiver).unwrap();
         assert!(rest.text.len() > first.text.len());
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_for_a_writer_that_has_gone_are_dropped_and_counted() {
+    fn lines_for_an_ended_writer_are_dropped_and_counted() {
         let (access_log, receiver, queue) = access_log(QUEUE);
         drop(receiver);
         write(&access_log, &record(&BTreeMap::new()));

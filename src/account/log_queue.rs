@@ -1,4 +1,4 @@
-//! The lines of the access log that wait for its writer: which of them are dropped first where the writer is behind.
+//! The bounded queue of access log lines: which lines are dropped first when the writer is behind.
 //!
 //! All workers share the queue, and it has room for so many bytes. How much of it one tenant may use depends on what is
 //! free (dynamic thresholds, Choudhury and Hahne, 1998): a tenant's lines take at most as much as is free after them, so
@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// What a line tells of, from the last to be dropped to the first.
+/// The class of a line. Under pressure the last class is dropped first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum LineClass {
@@ -24,7 +24,7 @@ impl LineClass {
     /// Every class.
     pub const ALL: [Self; 3] = [Self::Session, Self::Rejection, Self::Stray];
 
-    /// The word in metrics.
+    /// The label in metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -44,7 +44,7 @@ const TENANTS: usize = 1024;
 /// The part of the free room that rejections, and strays, may use: one eighth.
 const MINOR: usize = 8;
 
-/// The account of the lines that wait.
+/// Bounds the bytes of lines that wait for the writer.
 #[derive(Debug)]
 pub struct LogQueue {
     /// Bytes that may wait.
@@ -67,7 +67,7 @@ pub struct MissingLines {
     pub left_out: Lines,
 }
 
-/// What one line holds of the queue.
+/// The bytes of the queue that one line occupies.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LineReservation {
     place: u16,
@@ -88,7 +88,7 @@ impl LogQueue {
         }
     }
 
-    /// Takes room for a line of so many bytes, of the tenant whose label has this number; none where the class or the
+    /// Reserves room for a line of so many bytes, of the tenant with this label number; none where the class or the
     /// tenant has its part already. The line is counted as dropped then.
     pub(super) fn admit(&self, class: LineClass, tenant: u32, bytes: usize) -> Option<LineReservation> {
         let free = self.room.saturating_sub(self.waiting.load(Ordering::Relaxed));
@@ -108,7 +108,7 @@ impl LogQueue {
         Some(LineReservation { place: u16::try_from(place).ok()?, bytes: u32::try_from(bytes).ok()? })
     }
 
-    /// Gives back what a line held.
+    /// Releases the room of a line.
     pub(super) fn release(&self, line: LineReservation) {
         if let Some(held) = self.held_by_tenant.get(usize::from(line.place)) {
             held.fetch_sub(line.bytes as usize, Ordering::Relaxed);
@@ -121,7 +121,7 @@ impl LogQueue {
         add(&self.dropped, class, lines);
     }
 
-    /// Counts a line that waited and could not be written.
+    /// Counts a queued line that could not be written.
     pub(super) fn drop_line(&self, line: LineReservation) {
         let class = match usize::from(line.place) {
             TENANTS => LineClass::Rejection,
@@ -131,18 +131,18 @@ impl LogQueue {
         self.drop_lines(class, 1);
     }
 
-    /// Counts a line that was left out.
+    /// Counts a suppressed line.
     pub(super) fn leave_out(&self, class: LineClass) {
         add(&self.left_out, class, 1);
     }
 
-    /// Bytes that wait.
+    /// The queued bytes.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// All lines that are missing since the start.
+    /// All missing lines since the start.
     #[must_use]
     pub fn missing_lines(&self) -> MissingLines {
         let values = |counts: &[AtomicU64; LineClass::ALL.len()]| {
@@ -151,7 +151,7 @@ impl LogQueue {
         MissingLines { dropped: values(&self.dropped), left_out: values(&self.left_out) }
     }
 
-    /// The lines that are missing since this was last called.
+    /// The missing lines since the last call.
     #[must_use]
     pub fn take_unreported(&self) -> MissingLines {
         let mut told = self.reported.lock().unwrap_or_else(PoisonError::into_inner);

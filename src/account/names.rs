@@ -1,6 +1,6 @@
 //! Every metric: its name, its help and its labels, in one place.
 
-/// What a metric is.
+/// The type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "Prometheus's own words")]
 pub enum MetricKind {

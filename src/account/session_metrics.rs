@@ -1,4 +1,4 @@
-//! A session's counters, resolved once: from then on, counting is adding to a cell.
+//! A session's counters, looked up once; from then on, counting is one addition.
 
 mod fold;
 
@@ -18,10 +18,10 @@ use super::udp_drops::DatagramDrop;
 use super::{Direction, Label, PerDirection, lock};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 
-/// The cells that a worker has found so far, by the numbers of their labels.
+/// The counters that a worker has created so far, by label number.
 type Index<K, C> = RefCell<HashMap<K, Arc<C>, foldhash::fast::FixedState>>;
 
-/// One worker's side of its [`CounterShard`].
+/// The writing side of one worker's [`CounterShard`].
 #[derive(Debug)]
 pub struct WorkerMetrics {
     shard: Arc<CounterShard>,
@@ -35,7 +35,7 @@ pub struct WorkerMetrics {
     sessions: Cell<u64>,
 }
 
-/// How far a worker has come in folding what is gone.
+/// The progress of a worker's pass that folds counters of removed names.
 #[derive(Debug, Default)]
 struct FoldProgress {
     /// The pass that is done.
@@ -46,12 +46,12 @@ struct FoldProgress {
 }
 
 impl WorkerMetrics {
-    /// The ledger of a new worker. `nobody` is the label of the empty name.
+    /// The counters of a new worker. `unknown` is the label of the empty name.
     #[must_use]
-    pub fn new(shard: Arc<CounterShard>, nobody: Label) -> Rc<Self> {
+    pub fn new(shard: Arc<CounterShard>, unknown: Label) -> Rc<Self> {
         Rc::new(Self {
             shard,
-            unknown: nobody,
+            unknown,
             routes: Index::default(),
             listeners: Index::default(),
             backends: Index::default(),
@@ -61,13 +61,13 @@ impl WorkerMetrics {
         })
     }
 
-    /// The worker's own cells.
+    /// The worker's own counters.
     #[must_use]
     pub fn worker(&self) -> &WorkerCounters {
         &self.shard.worker
     }
 
-    /// From now on sessions are numbered from here: those of a process before, which may live on here, had lower numbers.
+    /// Sets the next session number: those of a previous process, which may live on here, had lower numbers.
     pub fn start_session_numbers_at(&self, first: u64) {
         self.sessions.set(first);
     }
@@ -78,7 +78,7 @@ impl WorkerMetrics {
         self.sessions.replace(self.sessions.get() + 1)
     }
 
-    /// Finds cells, or makes them and shows them to the scrapes.
+    /// Finds counters, or creates them and registers them for scrapes.
     fn find<K: Eq + Hash, C>(
         &self,
         index: &Index<K, C>,
@@ -95,7 +95,7 @@ impl WorkerMetrics {
         }))
     }
 
-    /// The cells of a listener.
+    /// The counters of a listener.
     #[must_use]
     pub fn listener(&self, listener: &Label) -> Arc<ListenerCounters> {
         let make = || ListenerCounters::new(listener.clone());
@@ -118,7 +118,7 @@ impl WorkerMetrics {
     }
 }
 
-/// One session's counters. Dropping it unfinished counts the session as ended by a fault of ours.
+/// One session's counters. Dropping it without [`end`](Self::end) counts the session as ended by an internal error.
 #[derive(Debug)]
 pub struct SessionMetrics {
     worker_metrics: Rc<WorkerMetrics>,
@@ -153,7 +153,7 @@ impl SessionMetrics {
         }
     }
 
-    /// Counts a session that comes from another process, where it has forwarded so much already.
+    /// Counts a session taken over from another process, which has forwarded so much already.
     #[must_use]
     pub fn taken_over(
         worker_metrics: Rc<WorkerMetrics>,
@@ -178,7 +178,7 @@ impl SessionMetrics {
         metrics
     }
 
-    /// The session's tenant is known, and perhaps its pool.
+    /// Sets the session's tenant, and its pool if known.
     pub fn assign_tenant(&mut self, tenant: &Label, pool: Option<&Label>) {
         let pool = pool.unwrap_or(&self.worker_metrics.unknown);
         let route = self.worker_metrics.route(&self.route.listener, tenant, pool);
@@ -203,13 +203,13 @@ impl SessionMetrics {
         self.worker_metrics.backend(&self.route.pool, backend).count(result);
     }
 
-    /// Goes to a backend of which nobody knows yet whether it is there.
+    /// Moves to a backend that has not answered yet.
     pub fn assume_backend(&mut self, backend: &Label) {
         let counters = self.worker_metrics.backend(&self.route.pool, backend);
         self.enter_backend(counters);
     }
 
-    /// Counts what became of the backend that was [assumed](Self::assume); it is left where it was not there.
+    /// Counts the result of the [assumed](Self::assume_backend) backend; it is left if it was not there.
     pub fn count_assumed(&mut self, result: ConnectResult) {
         let Some(counters) = &self.backend else { return };
         counters.count(result);
@@ -219,7 +219,7 @@ impl SessionMetrics {
         }
     }
 
-    /// Leaves its backend for another one, or for none.
+    /// Leaves its backend.
     pub fn leave_backend(&mut self) {
         if let Some(counters) = self.backend.take() {
             counters.active.sub(1);
@@ -237,7 +237,7 @@ impl SessionMetrics {
         self.worker_metrics.pool(&self.route.pool).connect_time.record(took);
     }
 
-    /// Counts bytes that went out; `spliced` tells which way they took through the process.
+    /// Counts forwarded bytes; `spliced` tells whether they were spliced or copied.
     #[inline]
     pub fn count_bytes(&mut self, direction: Direction, bytes: u64, spliced: bool) {
         *self.bytes.of_mut(direction) += bytes;
@@ -249,14 +249,14 @@ impl SessionMetrics {
         if spliced { &worker.spliced } else { &worker.copied }.of(direction).add(bytes);
     }
 
-    /// Counts datagrams that went out together.
+    /// Counts datagrams that were sent together.
     #[inline]
     pub fn count_datagrams(&mut self, direction: Direction, datagrams: u64, bytes: u64) {
         self.count_bytes(direction, bytes, false);
         self.route.flows().datagrams.of(direction).add(datagrams);
     }
 
-    /// Counts datagrams that the kernel dropped because the queue of its own socket was full.
+    /// Counts datagrams that the kernel dropped because the socket's receive queue was full.
     pub fn count_overflow(&self, datagrams: u64) {
         self.listener.overflowed.get_or_init(PerDirection::default).to_client.add(datagrams);
     }
@@ -268,7 +268,7 @@ impl SessionMetrics {
         }
     }
 
-    /// Counts a datagram that a limit would have dropped, were it not only observed.
+    /// Counts a datagram that a limit would have dropped in enforce mode.
     pub fn count_would_drop(&mut self, direction: Direction, drop: DatagramDrop) {
         self.would_delay = true;
         if let Some(count) = self.route.flows().would_drop.get(drop as usize) {
@@ -288,13 +288,13 @@ impl SessionMetrics {
         self.bytes
     }
 
-    /// The worker's own cells.
+    /// The worker's own counters.
     #[must_use]
     pub fn worker(&self) -> &WorkerCounters {
         self.worker_metrics.worker()
     }
 
-    /// The listener's cells.
+    /// The listener's counters.
     #[must_use]
     pub fn listener(&self) -> Arc<ListenerCounters> {
         Arc::clone(&self.listener)

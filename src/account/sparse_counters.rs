@@ -1,11 +1,11 @@
-//! Counts by a small number, of which most are never used.
+//! Sparse counters: few of the possible keys are ever used.
 
 use std::sync::OnceLock;
 
 use super::Counter64;
 
-/// Counts of one worker, that everybody reads. A count has a node of its own from its first use on: of some sixty reasons to
-/// end a tenant's sessions meet two or three, and there is a list for each tenant and worker.
+/// Counters of one worker, readable by any thread. A counter gets its own node at its first use: of some sixty
+/// reasons to end a tenant's sessions meet two or three, and there is a list for each tenant and worker.
 #[derive(Debug, Default)]
 pub(super) struct SparseCounters(OnceLock<Box<SparseNode>>);
 

@@ -1,6 +1,6 @@
-//! Why a datagram of a flow was not passed on: a closed set, so that it can be a metric's label.
+//! Reasons to drop a datagram of a flow: a closed set, so that they can be metric labels.
 
-/// The reason for which one datagram was dropped, while its flow goes on.
+/// The reason why one datagram was dropped while its flow continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum DatagramDrop {
@@ -14,7 +14,7 @@ pub enum DatagramDrop {
     Full,
     /// The kernel is short of memory.
     Shortage,
-    /// The backend's host said that nobody listens there.
+    /// The backend's host answered with ICMP port unreachable.
     Refused,
     /// There is no way there, or the kernel refused it for another reason.
     Unreachable,
@@ -35,7 +35,7 @@ impl DatagramDrop {
     /// Those that a tenant's limits are the reason of: the first of all.
     pub const LIMITS: [Self; 2] = [Self::Rate, Self::Bandwidth];
 
-    /// The word in metrics and documentation.
+    /// The label in metrics and documentation.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -1,4 +1,4 @@
-//! `/config`: the configuration in force, and what goes through it now.
+//! `/config`: the configuration in force, and the sessions that use it.
 
 use std::collections::BTreeMap;
 

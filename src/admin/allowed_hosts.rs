@@ -1,4 +1,4 @@
-//! By which names the admin address is asked, so that a web page cannot read it through a name of its own (DNS rebinding).
+//! Allowed Host headers of the admin address, so that a web page cannot read it by DNS rebinding.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ impl AllowedHosts {
     }
 }
 
-/// What a request asks for, as far as it says so: the target where that names it, else the Host header (RFC 9112, section
+/// The requested host, if any: that of the request target, else the Host header (RFC 9112, section
 /// 3.2). Only HTTP/1.0 has requests without; no browser sends those.
 fn requested_host(request: &Request) -> Result<Option<Authority>, String> {
     let shown = |value: &header::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
@@ -49,7 +49,7 @@ fn requested_host(request: &Request) -> Result<Option<Authority>, String> {
     Ok(request.uri().authority().cloned().or(host))
 }
 
-/// Answers only who asks by a name that is accepted.
+/// Refuses requests whose Host header is not allowed.
 pub(super) async fn only_allowed_hosts(hosts: Arc<AllowedHosts>, request: Request, next: Next) -> Response {
     let found = match requested_host(&request) {
         Ok(authority) => match authority.filter(|authority| !hosts.accepts(authority)) {
@@ -59,8 +59,8 @@ pub(super) async fn only_allowed_hosts(hosts: Arc<AllowedHosts>, request: Reques
         Err(found) => found,
     };
     let message = format!(
-        "the Host header must be an IP address, \"localhost\" or a name in [admin] hosts, found {found:?}: to ask by another \
-         name, add it to [admin] hosts"
+        "the Host header must be an IP address, \"localhost\" or a name in [admin] hosts, found \
+         {found:?}: to allow another name, add it to [admin] hosts"
     );
     error_response(StatusCode::MISDIRECTED_REQUEST, message)
 }
@@ -70,7 +70,7 @@ pub(super) async fn only_allowed_hosts(hosts: Arc<AllowedHosts>, request: Reques
 pub(super) async fn refuse_web_pages(request: Request, next: Next) -> Response {
     if request.headers().contains_key(header::ORIGIN) {
         let message =
-            "an order must come from no web page, found an Origin header: send the order without that header";
+            "requests from web pages are refused: found an Origin header; send the request without it";
         return error_response(StatusCode::FORBIDDEN, message);
     }
     next.run(request).await

@@ -1,4 +1,4 @@
-//! The places of one listening socket of the control thread: how many connections it has at once, and how long each may take.
+//! Connection slots of one listening socket of the control thread: the number of connections and their timeouts.
 //!
 //! A new connection always gets a place. Where all are taken, the connection that made no progress for longest is closed, so
 //! that silent peers keep out neither the load balancer's checks nor the operator.
@@ -18,7 +18,7 @@ use crate::account::admin_connections::AdminConnectionEnd;
 use crate::account::lock;
 use crate::clock::{self, Moment};
 
-/// How long each step of a connection may take.
+/// The timeout of each step of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ConnectionTimeouts {
     /// From accept to the first byte.
@@ -38,7 +38,7 @@ pub(super) struct ConnectionTimeouts {
 /// How often a connection's limits are looked at, at least: one step may be shorter than the one before.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// What a connection is at.
+/// The step that a connection is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ConnectionStep {
     /// Nothing has come yet.
@@ -53,7 +53,7 @@ pub(super) enum ConnectionStep {
     Idle,
 }
 
-/// A stream that can be given up.
+/// A stream that can be closed with a reset.
 pub(super) trait AdminStream: AsyncRead + AsyncWrite + Send + Unpin + 'static {
     /// Makes the coming close leave nothing behind in the kernel, where that is possible.
     fn reset_on_close(&self);
@@ -70,7 +70,7 @@ impl AdminStream for UnixStream {
     fn reset_on_close(&self) {}
 }
 
-/// One connection: its stream, and how far it has come.
+/// One connection: its stream and its progress.
 #[derive(Debug)]
 pub(super) struct TrackedConnection<S> {
     state: Mutex<ConnectionProgress<S>>,
@@ -129,12 +129,12 @@ impl<S: AdminStream> TrackedConnection<S> {
         TrackedStream(Arc::clone(self))
     }
 
-    /// The next step begins.
+    /// Enters the next step.
     pub(super) fn enter(&self, step: ConnectionStep) {
         lock(&self.state).enter(step, clock::now());
     }
 
-    /// Lets the connection run until it ends, is displaced, or takes longer than it may.
+    /// Runs the connection until it ends, is displaced, or exceeds a timeout.
     pub(super) async fn run(
         &self,
         limits: &ConnectionTimeouts,
@@ -165,12 +165,12 @@ impl<S: AdminStream> TrackedConnection<S> {
     }
 }
 
-/// What takes a place.
+/// The holder of a connection slot.
 pub(super) trait SlotHolder {
-    /// Who gives way first: the least. None where it is over already.
+    /// The eviction order: the least goes first. None where the connection has ended.
     fn eviction_order(&self) -> Option<(bool, Moment)>;
 
-    /// Closes it now.
+    /// Closes it.
     fn displace(&self);
 }
 
@@ -190,7 +190,7 @@ impl<S: AdminStream> SlotHolder for TrackedConnection<S> {
     }
 }
 
-/// So many places, and those who have them.
+/// A bounded number of slots, and their holders.
 #[derive(Debug)]
 pub(super) struct ConnectionSlots<O> {
     limit: usize,
@@ -202,7 +202,7 @@ impl<O: SlotHolder> ConnectionSlots<O> {
         Self { limit: most.max(1), taken: Vec::new() }
     }
 
-    /// Gives the newcomer a place, and closes what is in its way.
+    /// Gives the new connection a slot, and closes another one if all are in use.
     pub(super) fn take(&mut self, newcomer: &Arc<O>) {
         if self.taken.len() >= self.limit {
             self.taken.retain(|occupant| occupant.eviction_order().is_some());
@@ -217,7 +217,7 @@ impl<O: SlotHolder> ConnectionSlots<O> {
     }
 }
 
-/// A visit's stream. Dropping it closes the connection.
+/// The stream of a tracked connection. Dropping it closes the connection.
 #[derive(Debug)]
 pub(super) struct TrackedStream<S: AdminStream>(Arc<TrackedConnection<S>>);
 
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn displaced_connection_is_closed_at_once_and_says_so() {
+    async fn displaced_connection_is_closed_at_once_and_counted() {
         let (mut near, far) = duplex(16);
         let visit = TrackedConnection::new(far, clock::now());
         let mut stream = visit.stream();

@@ -1,4 +1,4 @@
-//! The routes that change something; they are taken at the admin socket only.
+//! The control API. It is served at the admin socket only.
 
 use std::fmt::Debug;
 use std::net::SocketAddr;
@@ -24,9 +24,9 @@ use crate::addr::BackendAddr;
 use crate::clock;
 use crate::state::LiveState;
 
-/// What the process does when it is told to.
+/// The operations of the control API.
 pub trait Control: Debug + Send + Sync {
-    /// Reads the configuration again and puts it in force, as a whole or not at all. It may take seconds.
+    /// Reads the configuration again and applies it, as a whole or not at all. It may take seconds.
     ///
     /// # Errors
     /// Why not; what was in force stays.
@@ -41,11 +41,11 @@ pub trait Control: Debug + Send + Sync {
     /// Starts to drain. A second call changes nothing.
     fn drain(&self);
 
-    /// Hands everything to the process at the other end. It takes its time, on a thread of its own.
+    /// Hands over all sockets and sessions to the process at the other end. It may take long; it runs on its own.
     fn hand_over(&self, to: UnixStream);
 }
 
-/// What is in force after a reload.
+/// The configuration in force after a reload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct ReloadSummary {
@@ -64,7 +64,7 @@ pub struct ReloadRefusal {
     pub faults: Vec<RefusalDetail>,
 }
 
-/// One fault of a configuration.
+/// One error of a refused configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RefusalDetail {
     /// The file; none where no line of a file is at fault, but that the process cannot change so.
@@ -75,7 +75,7 @@ pub struct RefusalDetail {
     pub text: String,
 }
 
-/// What the routes share.
+/// The state shared by the routes.
 #[derive(Clone)]
 struct ControlRoutes {
     live: Arc<LiveState>,
@@ -98,16 +98,13 @@ pub(super) fn routes(live: &Arc<LiveState>, control: Arc<dyn Control>) -> Router
         .with_state(ControlRoutes { live: Arc::clone(live), control })
 }
 
-/// An answer that says what is wrong.
+/// An error response.
 pub(super) fn error_response(status: StatusCode, error: impl Into<String>) -> Response {
     (status, Json(json!({ "error": error.into() }))).into_response()
 }
 
 async fn post_required(method: Method) -> Response {
-    error_response(
-        StatusCode::METHOD_NOT_ALLOWED,
-        format!("this changes something: it must be POST, found {method}"),
-    )
+    error_response(StatusCode::METHOD_NOT_ALLOWED, format!("method not allowed: use POST, found {method}"))
 }
 
 async fn reload(State(state): State<ControlRoutes>) -> Response {
@@ -117,8 +114,8 @@ async fn reload(State(state): State<ControlRoutes>) -> Response {
         Ok(Ok(reloaded)) => Json(reloaded).into_response(),
         Ok(Err(refused)) => (StatusCode::CONFLICT, Json(refused)).into_response(),
         Err(error) => {
-            tracing::error!(%error, "a fault in vestibule itself in a reload");
-            error_response(StatusCode::INTERNAL_SERVER_ERROR, "a fault in vestibule itself; the log has it")
+            tracing::error!(%error, "internal error during a reload");
+            error_response(StatusCode::INTERNAL_SERVER_ERROR, "internal error; see the process log")
         }
     }
 }
@@ -133,7 +130,8 @@ const TAKEOVER: &str = "vestibule-takeover";
 
 async fn takeover(State(state): State<ControlRoutes>, request: Request) -> Response {
     if request.headers().get(UPGRADE).is_none_or(|to| to != TAKEOVER) {
-        const WANTED: &str = "this is for a successor, which asks by itself: vestibule serve --takeover, and this socket's path";
+        const WANTED: &str = "reserved for the process that takes over: start it with vestibule serve \
+                              --takeover and the path of this socket";
         return error_response(StatusCode::BAD_REQUEST, WANTED);
     }
     let upgrade = hyper::upgrade::on(request);
@@ -151,7 +149,7 @@ async fn takeover(State(state): State<ControlRoutes>, request: Request) -> Respo
         .into_response()
 }
 
-/// The order to give a backend another weight.
+/// A request to set a backend's weight.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct WeightRequest {
@@ -161,7 +159,7 @@ struct WeightRequest {
     weight: u32,
 }
 
-/// What became of it.
+/// The answer to it.
 #[derive(Debug, Serialize)]
 struct WeightChanged {
     pool: String,
@@ -204,13 +202,16 @@ async fn weight(State(state): State<ControlRoutes>, uri: Uri, body: Bytes) -> Re
 fn set_weight(live: &LiveState, order: &WeightRequest) -> Result<WeightChanged, String> {
     let snapshot = live.snapshot.load();
     let pool = snapshot.pools.iter().find(|pool| pool.label.name() == order.pool);
-    let pool = pool.ok_or_else(|| format!("pool: must be one that is in force, found \"{}\"", order.pool))?;
+    let pool = pool.ok_or_else(|| format!("pool: must be a configured pool, found \"{}\"", order.pool))?;
     let changed = pool.override_weight(BackendAddr(order.backend), order.weight, clock::now());
     let (from, change) = changed.ok_or_else(|| {
-        format!("backend: must be an address of pool \"{}\", found {}", order.pool, order.backend)
+        format!(
+            "backend: must be the address of a backend of pool \"{}\", found {}",
+            order.pool, order.backend
+        )
     })?;
     change.log(pool);
     let WeightRequest { pool: name, backend, weight: to } = order;
-    tracing::info!(pool = name, %backend, from, to, "a weight was ordered");
+    tracing::info!(pool = name, %backend, from, to, "backend weight set by the operator");
     Ok(WeightChanged { pool: name.clone(), backend: *backend, from, to: *to, usable: pool.usable() })
 }

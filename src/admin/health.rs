@@ -1,7 +1,7 @@
-//! The endpoint that the load balancer's health check asks.
+//! The endpoint for the load balancer's health check.
 //!
 //! With PROXY v2 on its target group, NLB puts a header on health checks too, also on a port of their own; so a
-//! header is taken where there is one, LOCAL or not, and an answer given either way. It tells nobody's tenant, and
+//! header is taken where there is one, LOCAL or not, and an answer given either way. It reveals no tenant, and
 //! nothing is forwarded: the header counts for nothing here, so its checksum and its source do not matter.
 
 use std::convert::Infallible;
@@ -50,7 +50,7 @@ pub async fn serve(socket: TcpListener, config: HealthConfig, live: Arc<LiveStat
     let socket = match serve::tcp(socket, BUFFERS) {
         Ok(socket) => socket,
         Err(error) => {
-            tracing::error!(%error, "the health endpoint has stopped");
+            tracing::error!(%error, "the health endpoint stopped");
             return;
         }
     };
@@ -86,7 +86,7 @@ fn answer<B>(request: &Request<B>, path: &str, live: &LiveState) -> Response<Bod
             Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason.as_str()),
         }
     } else {
-        (StatusCode::NOT_FOUND, "not the health check's path")
+        (StatusCode::NOT_FOUND, "not the path of the health check")
     };
     let mut response = Response::new(Body::from(format!("{text}\n")));
     *response.status_mut() = status;

@@ -1,4 +1,4 @@
-//! `/metrics`: every worker's cells added up, as Prometheus text.
+//! `/metrics`: the counters of all workers added up, as Prometheus text.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -64,7 +64,7 @@ pub fn text(live: &Arc<LiveState>) -> prometheus::Result<String> {
     TextEncoder::new().encode_to_string(&registry.gather())
 }
 
-/// Reads the cells when it is asked.
+/// Collects the counters at a scrape.
 struct MetricsCollector {
     live: Arc<LiveState>,
     descriptions: Vec<Desc>,
@@ -101,7 +101,7 @@ impl Collector for MetricsCollector {
     }
 }
 
-/// The values of a scrape: those of the same labels are added up.
+/// The values of a scrape; values of equal labels are added up.
 #[derive(Default)]
 struct Samples {
     numbers: BTreeMap<&'static str, BTreeMap<Vec<String>, f64>>,
@@ -319,10 +319,10 @@ fn tenants(samples: &mut Samples, live: &LiveState) {
             samples.count(&names::TENANT_SESSIONS_LIMIT, &[name], limit as u64);
         }
         for (why, count) in quota.rejected().filter(|(_, count)| *count > 0) {
-            samples.count(&names::TENANT_REJECTED, &[name, why.word()], count);
+            samples.count(&names::TENANT_REJECTED, &[name, why.as_str()], count);
         }
         for (why, count) in quota.would_reject().filter(|(_, count)| *count > 0) {
-            samples.count(&names::TENANT_WOULD_REJECT, &[name, why.word()], count);
+            samples.count(&names::TENANT_WOULD_REJECT, &[name, why.as_str()], count);
         }
         let stalled = quota.stalled_memory();
         if stalled > 0 {
@@ -362,7 +362,7 @@ fn routes(samples: &mut Samples, shard: &CounterShard) {
         let labels = [route.listener.name(), route.tenant.name(), route.pool.name()];
         samples.count(&names::ACTIVE, &labels, route.active.value());
         for (outcome, count) in route.ended().filter(|(_, count)| *count > 0) {
-            let end = [outcome.by.as_str(), outcome.at.as_str(), outcome.why.word()];
+            let end = [outcome.by.as_str(), outcome.at.as_str(), outcome.why.as_str()];
             samples.count(&names::ENDED, &[&labels[..], &end].concat(), count);
         }
         // Without a pool nothing is ever forwarded.

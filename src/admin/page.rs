@@ -1,4 +1,4 @@
-//! `/`: the status for people, one page without scripts.
+//! `/`: the status page in HTML, without scripts.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -61,7 +61,7 @@ fn listeners(page: &mut String, status: &Status) {
 }
 
 fn pools(page: &mut String, status: &Status) {
-    open(page, "Pools", &["pool", "used are"], &["usable", "queued", "retries", "retries refused"]);
+    open(page, "Pools", &["pool", "serving from"], &["usable", "queued", "retries", "retries refused"]);
     for pool in &status.pools {
         let waiting = [pool.usable as u64, pool.queued as u64];
         row(
@@ -74,7 +74,7 @@ fn pools(page: &mut String, status: &Status) {
 }
 
 fn backends(page: &mut String, status: &Status) {
-    let texts = ["pool", "backend", "zone", "state", "since", "because", "weight"];
+    let texts = ["pool", "backend", "zone", "state", "since", "last change", "weight"];
     open(page, "Backends", &texts, &["sessions", "ejections", "probes passed", "probes failed"]);
     for pool in &status.pools {
         for backend in &pool.backends {
@@ -97,7 +97,7 @@ fn backends(page: &mut String, status: &Status) {
 
 fn tenants(page: &mut String, status: &Status) {
     let numbers = ["sessions", "ended", "ended by proxy", "rejected", "bytes to backend", "bytes to client"];
-    open(page, "Tenants with traffic", &["tenant", "sessions at most"], &numbers);
+    open(page, "Tenants with traffic", &["tenant", "session limit"], &numbers);
     for tenant in &status.tenants {
         let limit = tenant.sessions_limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
         let ended = [tenant.sessions, tenant.ended, tenant.ended_by_proxy, tenant.rejected];

@@ -1,4 +1,4 @@
-//! Pages as texts that all who ask at once share, so that answers that are not read hold few texts and not one each.
+//! Rendered pages shared by concurrent requests, so that unread responses hold few copies.
 
 use std::sync::{Arc, Mutex, Weak};
 
@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 use crate::account::lock;
 use crate::clock::{self, Moment};
 
-/// Texts of one page that answers may hold at once. While that many are being read, whoever asks gets the newest of them.
+/// Versions of one page that responses may hold at once. Beyond that, a request gets the newest version.
 const ALIVE: usize = 4;
 
 /// One page.
@@ -17,7 +17,7 @@ pub(super) struct CachedPage(Mutex<PageVersions>);
 
 #[derive(Debug, Default)]
 struct PageVersions {
-    /// From the oldest to the newest: when its making began, and the text as long as somebody has it.
+    /// From the oldest to the newest: when rendering began, and the text while a response holds it.
     alive: Vec<(Moment, Weak<PageBody>)>,
     /// Requests that wait for a text.
     waiting: usize,
@@ -89,7 +89,7 @@ impl CachedPage {
         }
         let began = clock::now();
         let made = tokio::task::spawn_blocking(move || (render(), turn));
-        let made = made.await.inspect_err(|error| tracing::error!(%error, "a page could not be made"));
+        let made = made.await.inspect_err(|error| tracing::error!(%error, "cannot render the page"));
         // The turn ends once those that wait for it find the text.
         let (made, _turn) = made.ok()?;
         Some(made.map(|text| {

@@ -1,4 +1,5 @@
-//! Connections of the control thread's listening sockets: accepted at once, bounded in number and time, and counted.
+//! Serves the control thread's listening sockets: connections are accepted at once, bounded in number and time, and
+//! counted.
 
 use std::io;
 use std::net::IpAddr;
@@ -55,7 +56,7 @@ const HEAD: usize = 16 * 1024;
 /// request that is there already is read before a flood of newcomers takes its place.
 const BATCH: usize = 8;
 
-/// Whether it is this process's turn to serve its pages: before and after that another one accepts at the same sockets.
+/// Whether this process serves its pages. During a takeover the other process accepts at the same sockets.
 #[derive(Clone, Debug)]
 pub struct ServingSwitch(watch::Receiver<bool>);
 
@@ -66,7 +67,7 @@ impl ServingSwitch {
         Self(serving)
     }
 
-    /// What `accept` brings while it is this process's turn; `None` where it will never be again.
+    /// The result of `accept` while this process serves; `None` if it stops for good.
     async fn while_serving<T>(&mut self, accept: impl Future<Output = T>) -> Option<T> {
         let mut accept = pin!(accept);
         loop {
@@ -117,9 +118,9 @@ pub(super) fn tcp(socket: std::net::TcpListener, buffers: usize) -> io::Result<T
     TcpListener::from_std(socket)
 }
 
-/// Which places there are.
+/// The connection limits of one socket.
 pub(super) struct ConnectionLimits {
-    /// Networks that have places of their own; empty is everybody.
+    /// Networks with reserved slots; empty means every network.
     pub(super) trusted: Vec<IpNet>,
     /// Places of those networks.
     pub(super) for_trusted: usize,
@@ -127,7 +128,7 @@ pub(super) struct ConnectionLimits {
     pub(super) for_others: usize,
 }
 
-/// Accepts until its task is dropped, and has each connection attended to.
+/// Accepts until its task is dropped, and serves each connection.
 pub(super) async fn accept<L, F>(
     listener: L,
     endpoint: AdminEndpoint,
@@ -149,7 +150,7 @@ pub(super) async fn accept<L, F>(
                 Ok(accepted) => accepted,
                 Err(error) => {
                     let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-                    // A want of descriptors is waited out; a peer that has gone keeps nobody waiting.
+                    // Descriptor shortage: wait. A peer that closed: accept the next one at once.
                     if !matches!(accept::classify(errno), AcceptError::Peer(_)) {
                         sleep(accept::PAUSE).await;
                     }

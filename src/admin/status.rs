@@ -1,4 +1,4 @@
-//! `/status`: what the process is doing, as JSON for scripts and as the status page's content.
+//! `/status`: the state of the process, as JSON for scripts and as the content of the status page.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use crate::state::{LiveState, NotReady};
 /// of 100,000 tenants is not built for each look.
 const TENANTS_SHOWN: usize = 500;
 
-/// The whole page.
+/// The whole status document.
 #[derive(Debug, Serialize)]
 pub struct Status {
     /// The version of the program.
@@ -49,7 +49,7 @@ pub struct Status {
     pub unidentified: BTreeMap<&'static str, u64>,
 }
 
-/// The way to the end.
+/// The progress of a drain.
 #[derive(Debug, Serialize)]
 pub struct DrainStatus {
     /// `notice`: connections are still accepted; `closing`: listeners are closed.
@@ -67,7 +67,7 @@ pub struct DrainStatus {
 pub struct ListenerStatus {
     /// Its name.
     pub name: String,
-    /// Where it accepts.
+    /// The address.
     pub addresses: Vec<SocketAddr>,
     /// Connections so far.
     pub accepted: u64,
@@ -271,7 +271,7 @@ fn tenant(live: &LiveState, label: &Label) -> TenantStatus {
     }
 }
 
-/// The busiest tenants, and what ended before anybody knew whose it was.
+/// The busiest tenants, and the sessions that ended before their tenant was known.
 fn tenants(live: &LiveState) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>) {
     let mut tenants: BTreeMap<String, TenantStatus> = BTreeMap::new();
     let mut unidentified = BTreeMap::new();
@@ -279,7 +279,7 @@ fn tenants(live: &LiveState) -> (Vec<TenantStatus>, BTreeMap<&'static str, u64>)
         let ended = route.ended().filter(|(_, count)| *count > 0);
         if route.tenant.name().is_empty() {
             for (outcome, count) in ended {
-                *unidentified.entry(outcome.why.word()).or_default() += count;
+                *unidentified.entry(outcome.why.as_str()).or_default() += count;
             }
             continue;
         }

@@ -1,9 +1,9 @@
 //! A bandwidth of one tenant in one direction, shared by all its sessions on all workers: a bucket of bytes that may
-//! go into a bounded debt, and the crowd of those who wait for it.
+//! go into a bounded debt, and the sessions that wait for it.
 //!
 //! The bucket is a generic cell rate algorithm over bytes on one atomic number, the moment up to which everything
-//! that was taken has been paid for. Who waits gets an equal part of all that comes in while it waits: the first
-//! worker to look deals it out to everybody, and each worker passes on at its own time what its sessions were dealt.
+//! that was taken has been paid for. A waiter gets an equal part of all that comes in while it waits: the first
+//! worker to look distributes it to all waiters, and each worker grants its sessions their part at its own tick.
 //! So it does not matter when the workers' ticks come, nor how many of the sessions each of them has.
 
 use std::time::Duration;
@@ -19,14 +19,14 @@ const FINE: u64 = 64;
 /// A second in those parts.
 const SECOND: u128 = 1_000_000_000 * FINE as u128;
 
-/// However small the burst: what comes in during two ticks is kept. Who begins to wait is served at the next, and a
+/// However small the burst: what comes in during two ticks is kept. A new waiter is served at the next tick, and a
 /// smaller bucket would run over in between.
 const KEPT: u64 = 2 * fine(Tick::SPAN);
 
-/// Where somebody waits, so much is kept: a worker that comes late to its tick still finds what came in.
+/// While sessions wait, so much is kept: a worker that is late for its tick still finds what came in.
 const LATE: u64 = 10 * fine(Tick::SPAN);
 
-/// How far those who send little may go into debt, beyond the burst.
+/// How far light sessions may go into debt, beyond the burst.
 const DEBT: u64 = 2 * fine(Tick::SPAN);
 
 /// How far bytes that have come already may; then they are free.
@@ -36,24 +36,23 @@ const MOST_DEBT: u64 = 20 * fine(Tick::SPAN);
 const LEAST_SHARE: u64 = 1024;
 const MOST_SHARE: u64 = 64 * 1024;
 
-/// Nobody is made to read less than this, as far as the burst has it: a read costs the same however little it brings, and
-/// from this much on bytes are spliced.
+/// The least grant, as far as the burst allows: small reads cost as much as large ones, which are spliced from here on.
 pub const QUANTUM: u64 = 32 * 1024;
 
-/// But whoever gets less than that in half a second reads less, down to [`LEAST_TURN`], and has its turn so often: shares
-/// are equal over seconds then, not only over minutes, for two reads a second of each.
+/// A session whose part is less than that in half a second reads less, down to [`LEAST_TURN`], at the same interval:
+/// shares are equal over seconds then, not only over minutes, for two reads a second of each.
 const TURNS_A_SECOND: u64 = 2;
 
 /// However many share a small rate: a page is the least that is worth a read.
 const LEAST_TURN: u64 = 4096;
 
-/// The bits of the crowd's number that count heads. The others are what each has been dealt, in sixteenths of a byte.
+/// The low bits of `waiters` count them. The high bits are the total distributed to each, in sixteenths of a byte.
 const HEADS: u32 = 24;
 
-/// What is dealt is counted in parts of a byte, so that a large crowd gets a small income too.
+/// Distribution counts in parts of a byte, so that many waiters get parts of a small rate too.
 pub const PARTS: u64 = 16;
 
-/// A bandwidth, or none. It can be changed at any time.
+/// A bandwidth limit, or none. It can be changed at any time.
 #[derive(Debug, Default)]
 pub struct BandwidthBudget {
     /// Up to when everything that was taken has been paid for.
@@ -79,7 +78,7 @@ fn at(now: Moment) -> u64 {
     now.as_nanos().saturating_mul(FINE)
 }
 
-/// The present terms of a limit.
+/// The present rate and burst of a limit.
 #[derive(Clone, Copy)]
 struct BucketTerms {
     rate: u128,
@@ -87,12 +86,12 @@ struct BucketTerms {
 }
 
 impl BucketTerms {
-    /// How long so many bytes take; rounded up, so that rounding gives nobody anything.
+    /// How long so many bytes take, rounded up: rounding never adds bandwidth.
     fn span(self, bytes: u64) -> u64 {
         u64::try_from((u128::from(bytes) * SECOND).div_ceil(self.rate)).unwrap_or(u64::MAX)
     }
 
-    /// The whole bytes that come in so long a time.
+    /// The whole bytes that come in during this time.
     fn bytes(self, span: u64) -> u64 {
         u64::try_from(u128::from(span).saturating_mul(self.rate) / SECOND).unwrap_or(u64::MAX)
     }
@@ -102,7 +101,7 @@ impl BandwidthBudget {
     /// What each has been dealt comes round after so many parts.
     pub(super) const LEVELS: u64 = u64::MAX >> HEADS;
 
-    /// Sets the limit, or takes it away. The bytes that were taken stay taken, and no more than all of the new burst: what is
+    /// Sets or removes the limit. The bytes taken so far stay counted, and no more than all of the new burst: what is
     /// owed is kept as time, and a slow rate's seconds are a moment of a fast one.
     pub fn set(&self, limit: Option<BandwidthLimit>, now: Moment) {
         let Some(limit) = limit else { return self.rate.store(0, Ordering::Relaxed) };
@@ -115,7 +114,7 @@ impl BandwidthBudget {
         }
     }
 
-    /// Counts what is owed of the rate before in the time of another.
+    /// Converts the debt from the old rate to the new one.
     fn rescale(&self, before: u64, rate: u64, burst: u64, now: Moment) {
         let now = at(now);
         let convert = |due: u64| {
@@ -149,7 +148,7 @@ impl BandwidthBudget {
     }
 
     /// Takes all of `bytes`, or nothing; whether it did. Where others wait, all that comes in is theirs: then it may go as
-    /// far into debt as those who send little. More than the burst is taken where nothing was.
+    /// far into debt as light sessions. More than the burst is taken if the bucket was full.
     pub fn take_whole(&self, bytes: u64, now: Moment) -> bool {
         let Some(terms) = self.terms() else { return true };
         let now = at(now);
@@ -158,7 +157,7 @@ impl BandwidthBudget {
         bytes == 0 || self.spend(bytes, bytes, terms, now, end) == bytes
     }
 
-    /// Takes up to `want` bytes that need not be there yet, as far as the debt allows.
+    /// Takes up to `want` bytes in advance, within the bounded debt.
     pub fn overdraw(&self, want: u64, now: Moment) -> u64 {
         let Some(terms) = self.terms() else { return want };
         let now = at(now);
@@ -179,7 +178,7 @@ impl BandwidthBudget {
         }
     }
 
-    /// Gives back what was taken and not used.
+    /// Returns unused bytes.
     pub fn give_back(&self, bytes: u64) {
         let Some(terms) = self.terms().filter(|_| bytes > 0) else { return };
         let span = u64::try_from(u128::from(bytes) * SECOND / terms.rate).unwrap_or(u64::MAX);
@@ -188,7 +187,7 @@ impl BandwidthBudget {
         self.due.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay_back).unwrap_or_default();
     }
 
-    /// Pays for bytes that have come already, whether there is enough or not; whether there was.
+    /// Charges bytes that have arrived already; returns whether there was enough.
     pub fn charge(&self, bytes: u64, now: Moment) -> bool {
         let Some(terms) = self.terms() else { return true };
         let now = at(now);
@@ -212,42 +211,42 @@ impl BandwidthBudget {
         share.clamp(LEAST_SHARE, MOST_SHARE)
     }
 
-    /// What is granted at least, in bytes, to one of those who wait now.
+    /// The least grant to a waiter, in bytes.
     pub(super) fn least_grant(&self) -> u64 {
         let part = self.rate_of(1) / TURNS_A_SECOND;
         self.least_useful(part.clamp(LEAST_TURN, QUANTUM)).max(1)
     }
 
-    /// The bytes that make a read worth while: `want`, or half of the burst where that is less.
+    /// The least useful read: `want`, or half of the burst if that is less.
     #[must_use]
     pub fn least_useful(&self, want: u64) -> u64 {
         self.terms().map_or(0, |terms| terms.bytes(terms.tolerance / 2).min(want))
     }
 
-    /// The part of the rate, in bytes a second, that belongs to so many of those who wait; 0 without a limit.
+    /// The part of the rate, in bytes per second, of so many waiters; 0 without a limit.
     pub(super) fn rate_of(&self, heads: u64) -> u64 {
         let part = u128::from(self.rate.load(Ordering::Relaxed)) * u128::from(heads)
             / u128::from(self.waiters().max(1));
         u64::try_from(part).unwrap_or(u64::MAX)
     }
 
-    /// How many wait, or are about to use what they waited for.
+    /// Sessions and directions that wait or use their grant.
     #[must_use]
     pub fn waiters(&self) -> u64 {
         waiter_count(self.waiters.load(Ordering::Acquire))
     }
 
-    /// One more waits; what each has been dealt before.
+    /// Adds a waiter; returns the total that each has got before.
     pub fn join(&self) -> u64 {
         self.waiters.fetch_add(1, Ordering::AcqRel) >> HEADS
     }
 
-    /// One waits no more; what each has been dealt by now.
+    /// Removes a waiter; returns the total that each has got by now.
     pub fn leave(&self) -> u64 {
         self.waiters.fetch_sub(1, Ordering::AcqRel) >> HEADS
     }
 
-    /// Deals out to those who wait what has come in; what each has been dealt by now.
+    /// Distributes what has come in to the waiters; returns the total that each has got by now.
     pub fn distribute(&self, now: Moment) -> u64 {
         let Some(terms) = self.terms() else { return self.waiters.load(Ordering::Acquire) >> HEADS };
         let now = at(now);
@@ -257,7 +256,8 @@ impl BandwidthBudget {
         let mut level = 0;
         let each = |crowd: u64| {
             let heads = waiter_count(crowd);
-            // By the number that counts the heads as well: whoever joins or leaves does so before, or after.
+            // One atomic holds the level and the number of waiters: a join or leave is before or after this, never
+            // between.
             let part = (income * PARTS).checked_div(heads).unwrap_or(0);
             dealt = (part * heads).div_ceil(PARTS);
             let next = crowd.wrapping_add(part << HEADS);
@@ -274,23 +274,23 @@ impl BandwidthBudget {
         self.terms().map_or(0, |terms| terms.bytes(LATE.max(terms.tolerance)).saturating_mul(PARTS))
     }
 
-    /// Counts how long somebody waited.
+    /// Adds the time that a session waited.
     pub fn add_delay(&self, span: Duration) {
         self.delayed.fetch_add(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// How long sessions have waited, all together.
+    /// The summed waiting time of all sessions.
     #[must_use]
     pub fn delayed(&self) -> Duration {
         Duration::from_nanos(self.delayed.load(Ordering::Relaxed))
     }
 
-    /// Counts a read that would have had to wait.
+    /// Counts a read that would have waited in enforce mode.
     pub fn add_would_delay(&self) {
         self.would_delay.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many reads would have had to wait.
+    /// Reads that would have waited in enforce mode.
     #[must_use]
     pub fn would_delay(&self) -> u64 {
         self.would_delay.load(Ordering::Relaxed)
@@ -301,7 +301,7 @@ impl BandwidthBudget {
         self.held.fetch_add(u64::from(now).wrapping_sub(before.into()), Ordering::Relaxed);
     }
 
-    /// The bytes that sessions hold, because their other ends do not take them.
+    /// The bytes that sessions hold because their sinks do not take them.
     #[must_use]
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_is_what_one_gets_in_half_a_second_between_a_page_and_a_read() {
+    fn least_grant_is_half_a_second_of_the_share_between_a_page_and_a_read() {
         let turn = |heads: u64, rate: u64, burst: u64| {
             let budget = budget(rate, burst);
             (0..heads).for_each(|_| _ = budget.join());
@@ -431,13 +431,13 @@ mod tests {
             [1, 15, 16, 50, 122, 123, 5000].map(slow),
             [QUANTUM, QUANTUM, 31_250, 10_000, 4_098, 4_096, 4_096]
         );
-        assert_eq!(turn(0, 1_000_000, 1_000_000), QUANTUM, "nobody waits any more");
+        assert_eq!(turn(0, 1_000_000, 1_000_000), QUANTUM, "no session waits any more");
         assert_eq!((turn(1, 100_000, 1), turn(50, 60_000, 1)), (5_000, 3_000), "half of a small burst");
         assert_eq!((turn(1, 10, 1), turn(1, 1, 1), BandwidthBudget::default().least_grant()), (1, 1, 1));
     }
 
     #[test]
-    fn what_comes_in_is_dealt_to_all_who_wait() {
+    fn incoming_bandwidth_is_distributed_to_all_waiters() {
         let budget = budget(16_000, 1600);
         assert_eq!(budget.take(ALL, 1, at_ms(0)), 1600);
         assert_eq!((budget.join(), budget.waiters()), (0, 1));
@@ -453,11 +453,11 @@ mod tests {
             assert_eq!(budget.waiters(), left);
         }
         budget.distribute(at_ms(4));
-        assert_eq!(budget.take(ALL, 1, at_ms(4)), 16, "without anybody there it stays in the bucket");
+        assert_eq!(budget.take(ALL, 1, at_ms(4)), 16, "without waiters it stays in the bucket");
     }
 
     #[test]
-    fn a_late_tick_finds_what_came_in() {
+    fn late_tick_grants_all_that_came_in() {
         let budget = budget(1000, 1);
         assert_eq!(budget.take(ALL, 1, at_ms(0)), 100);
         budget.join();
@@ -489,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_counted_is_told() {
+    fn counted_values_are_reported() {
         let budget = BandwidthBudget::default();
         budget.add_delay(Duration::from_millis(7));
         budget.add_would_delay();

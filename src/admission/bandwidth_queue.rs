@@ -1,4 +1,4 @@
-//! Whose turn it is: the sessions of one worker that wait for a tenant's bandwidth, served several times in each tick.
+//! The sessions of one worker that wait for a tenant's bandwidth, served several times in each tick.
 //!
 //! Pure: time comes in as a [`Moment`], and a session is a [`Waker`]. A session joins when it is refused, and stays
 //! for as long as it has something to read: while it waits, and while it uses what it was granted. For all that time
@@ -15,7 +15,7 @@ use super::quota::Quota;
 use crate::account::Direction;
 use crate::clock::Moment;
 
-/// A session's place. Valid until it leaves. One more than the number, so that no key costs no byte.
+/// Identifies a waiter until it leaves. It is the number plus one, so that `Option` needs no extra byte.
 #[derive(Debug, PartialEq, Eq)]
 pub struct WaiterKey(NonZeroU32);
 
@@ -35,7 +35,7 @@ const NIL: u32 = u32::MAX;
 /// Whose queue it is: the address of a quota, which the queue keeps alive, and the direction.
 type Name = (usize, Direction);
 
-/// One session and direction.
+/// One session and direction that waits or uses a grant.
 #[derive(Debug)]
 struct Waiter {
     name: Name,
@@ -48,16 +48,16 @@ struct Waiter {
     waker: Option<Waker>,
 }
 
-/// Those who wait for one budget on this worker.
+/// The waiters of one budget on this worker.
 #[derive(Debug)]
 struct WaiterList {
     quota: Arc<Quota>,
     direction: Direction,
-    /// Those who have joined.
+    /// The waiters.
     waiter_count: u64,
     /// Whose turn is next; they stand in a ring.
     first: u32,
-    /// What each head of the whole crowd had been dealt when this worker last looked.
+    /// The total distributed to each waiter when this worker last looked.
     level: u64,
     /// What was dealt to this worker's sessions and is not granted yet, in parts of a byte.
     kept: u64,
@@ -87,7 +87,7 @@ impl WaiterList {
         self.quota.budget(self.direction)
     }
 
-    /// Puts aside what this worker's sessions have been dealt since it last looked.
+    /// Collects what this worker's sessions have got since the last call.
     fn collect(&mut self, level: u64) {
         let dealt = level.wrapping_sub(self.level) & BandwidthBudget::LEVELS;
         self.kept += dealt * self.waiter_count;
@@ -109,13 +109,13 @@ impl BandwidthQueue {
         self.len
     }
 
-    /// Whether nobody has.
+    /// Whether no session and direction has joined.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Adds somebody to the end of a budget's queue.
+    /// Adds a session's direction to the end of a budget's queue.
     pub fn join(
         &mut self,
         quota: &Arc<Quota>,
@@ -148,7 +148,7 @@ impl BandwidthQueue {
         WaiterKey::new(number)
     }
 
-    /// How much somebody may still read; `None` where it has to wait, and is woken by `waker` then.
+    /// How much the direction may still read; `None` while it waits, and `waker` is woken later.
     pub fn poll(&mut self, key: &WaiterKey, waker: &Waker, now: Moment) -> Option<u64> {
         let place = self.places.get_mut(key.place() as usize)?;
         if place.granted > 0 {
@@ -162,20 +162,20 @@ impl BandwidthQueue {
         None
     }
 
-    /// Takes down that so much of a grant was used.
+    /// Records the used part of a grant.
     pub fn spend(&mut self, key: &WaiterKey, bytes: u64) {
         if let Some(place) = self.places.get_mut(key.place() as usize) {
             place.granted = place.granted.saturating_sub(bytes);
         }
     }
 
-    /// Whether somebody waits, and does not use what it was granted.
+    /// Whether the direction waits without a grant.
     #[must_use]
     pub fn is_waiting(&self, key: &WaiterKey) -> bool {
         self.places.get(key.place() as usize).is_some_and(|place| place.since.is_some())
     }
 
-    /// Takes somebody out, and gives back what is left of its grant.
+    /// Removes the direction from the queue, and returns the rest of its grant.
     #[expect(clippy::needless_pass_by_value, reason = "a key ends with its place")]
     pub fn leave(&mut self, key: WaiterKey, now: Moment) {
         let number = key.place();
@@ -207,9 +207,9 @@ impl BandwidthQueue {
         }
     }
 
-    /// Grants what has come in by `now` to those who wait, and wakes them.
+    /// Grants what has come in by `now` to the waiters, and wakes them.
     ///
-    /// Everybody gets the same, and has its turn in the order in which they came. Where that would be too little to be
+    /// All waiters get equal parts, in the order in which they joined. Where that would be too little to be
     /// worth a read, the first get enough, and the others keep their turn.
     pub fn advance(&mut self, now: Moment) {
         let Self { queues, places, .. } = self;
@@ -217,7 +217,7 @@ impl BandwidthQueue {
             let level = queue.budget().distribute(now);
             queue.collect(level);
             let is_over = queue.quota.is_observing() || !queue.budget().is_limited();
-            // Those who still use their last grant keep their part.
+            // Waiters that still use their last grant keep their part.
             let part = queue.kept.checked_div(queue.waiter_count).unwrap_or(0) / PARTS;
             let each = part.max(queue.budget().least_grant());
             let mut waited = Duration::ZERO;
@@ -244,7 +244,7 @@ impl BandwidthQueue {
         }
     }
 
-    /// How long it takes until about so many bytes have come in for those who wait here, of all their budgets together.
+    /// The time until about so many bytes have come in for the waiters here, over all budgets.
     #[must_use]
     pub fn span_of(&self, bytes: u64) -> Duration {
         let rate: u64 = self
@@ -271,7 +271,7 @@ impl BandwidthQueue {
         }
     }
 
-    /// Takes a place out of its ring, wherever it stands; who comes next, if anybody.
+    /// Removes a waiter from its ring; returns the next one, if any.
     fn unlink(&mut self, number: u32) -> u32 {
         let Some(place) = self.places.get(number as usize) else { return NIL };
         let (prev, next) = (place.prev, place.next);
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_is_woken_at_a_tick_with_what_came_in() {
+    fn waiters_are_woken_at_a_tick_with_the_incoming_bandwidth() {
         let (quota, mut queue, count) =
             (quota(1_000_000), BandwidthQueue::default(), Arc::new(Count::default()));
         let waker = Waker::from(Arc::clone(&count));
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn where_there_is_little_the_first_get_enough_and_the_others_keep_their_turn() {
+    fn scarce_bandwidth_is_granted_in_order_in_useful_parts() {
         let (quota, mut queue) = (quota(800_000), BandwidthQueue::default());
         let keys: Vec<_> = (0..5).map(|_| queue.join(&quota, WAY, Waker::noop(), at_ms(0))).collect();
         let mut served = vec![0; keys.len()];
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_goes_is_no_longer_in_the_way() {
+    fn left_waiter_does_not_block_the_queue() {
         let (quota, mut queue) = (quota(800_000), BandwidthQueue::default());
         let mut keys: Vec<_> =
             (0..6).map(|_| Some(queue.join(&quota, WAY, Waker::noop(), at_ms(0)))).collect();
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_limit_any_more_everybody_goes() {
+    fn removed_limit_releases_all_waiters() {
         let (quota, mut queue) = (quota(1000), BandwidthQueue::default());
         let keys = [0, 1].map(|_| queue.join(&quota, WAY, Waker::noop(), at_ms(0)));
         quota.budget(WAY).set(None, at_ms(1));
@@ -434,12 +434,12 @@ mod tests {
         one.budget(other_way).take(u64::MAX >> 32, 1, at_ms(0));
         let keys = [(&one, WAY), (&two, WAY), (&one, other_way)]
             .map(|(quota, way)| queue.join(quota, way, Waker::noop(), at_ms(0)));
-        // Two of 7 MB/s belong to somebody on another worker.
+        // 2 of the 7 MB/s belong to a session on another worker.
         let mut elsewhere = BandwidthQueue::default();
         let away = elsewhere.join(&one, other_way, Waker::noop(), at_ms(0));
         assert_eq!([&queue, &elsewhere].map(|queue| queue.span_of(10_000).as_millis()), [2, 5]);
         elsewhere.leave(away, at_ms(0));
-        assert_eq!(elsewhere.span_of(1), Duration::from_secs(1), "nothing comes in for nobody");
+        assert_eq!(elsewhere.span_of(1), Duration::from_secs(1), "no bandwidth comes in without waiters");
         one.budget(other_way).set(None, at_ms(0));
         assert_eq!(queue.span_of(3_000), Duration::from_millis(1), "a limit that has gone does not count");
         one.budget(other_way).set(Some(BandwidthLimit { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));
@@ -469,7 +469,7 @@ mod tests {
                         used += granted;
                     }
                 }
-                // Somebody leaves now and then, and joins again.
+                // Sessions leave now and then, and join again.
                 if let Some(key) = keys.get_mut(round % 7).and_then(Option::take) {
                     queue.leave(key, at_ms(ms));
                 }
@@ -487,7 +487,7 @@ mod tests {
         let came = RATE / 1000 * clock.load(Ordering::Relaxed);
         assert!(used <= came, "{used} of {came}");
         let left = quota.budget(WAY).take(u64::MAX >> 32, 1, at_ms(clock.load(Ordering::Relaxed)));
-        // Rounding costs a byte each time that somebody takes or gives back.
+        // Rounding costs a byte at each take and each return.
         assert!(used + left.max(RATE / 10) + 20_000 >= came, "{used} and {left} of {came}");
         assert_eq!(quota.budget(WAY).waiters(), 0);
     }

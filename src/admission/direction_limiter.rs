@@ -1,7 +1,7 @@
-//! How one direction of a session stands with its tenant's bandwidth: what it may read next, and what it has had.
+//! The bandwidth limit of one direction of a session: what it may read next, and what it has used.
 //!
-//! A direction that asks for little gets it at once, whoever else waits: up to its share of each tick it goes into
-//! the tenant's debt. One that asks for more takes what is there, as long as nobody waits; else it joins the queue.
+//! A direction that asks for little gets it at once, even while others wait: up to its share of each tick it goes
+//! into the tenant's debt. One that asks for more takes what is there while none waits; else it joins the queue.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -12,7 +12,7 @@ use crate::account::Direction;
 use crate::clock::Moment;
 use crate::clock::wheel::Tick;
 
-/// One direction's state.
+/// The bandwidth state of one direction of a session.
 #[derive(Debug, Default)]
 pub struct DirectionLimiter {
     /// Its place in the queue, while it has one.
@@ -24,7 +24,7 @@ pub struct DirectionLimiter {
     held: u32,
 }
 
-/// What a direction may read.
+/// The permission to read a number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadGrant {
     /// As much as it likes.
@@ -38,7 +38,7 @@ pub enum ReadGrant {
 }
 
 impl ReadGrant {
-    /// The bytes that may be read.
+    /// The granted bytes.
     #[must_use]
     pub fn most(self) -> usize {
         match self {
@@ -48,7 +48,7 @@ impl ReadGrant {
     }
 }
 
-/// Where a direction asks: whose budget it is, and who waits for it on this worker.
+/// The tenant's budget and this worker's queue for it.
 #[derive(Debug)]
 pub struct BandwidthContext<'a> {
     /// The tenant's.
@@ -60,7 +60,7 @@ pub struct BandwidthContext<'a> {
 }
 
 impl DirectionLimiter {
-    /// Whether it stands in the queue: it waits, or uses what it was granted.
+    /// Whether it is in the queue: it waits or uses its grant.
     #[must_use]
     pub fn has_joined(&self) -> bool {
         self.key.is_some()
@@ -72,8 +72,8 @@ impl DirectionLimiter {
         self.key.as_ref().is_some_and(|key| queue.is_waiting(key))
     }
 
-    /// Asks for up to `want` bytes; `None` where it has to wait, and is woken by `waker` then. Only who has something
-    /// to read asks.
+    /// Requests up to `want` bytes; `None` if it has to wait; `waker` is woken then. Call it only if there is
+    /// something to read asks.
     pub fn request(
         &mut self,
         context: &mut BandwidthContext<'_>,
@@ -140,20 +140,20 @@ impl DirectionLimiter {
         false
     }
 
-    /// Leaves the queue, if it stands there.
+    /// Leaves the queue, if it has joined.
     pub fn leave(&mut self, queue: &mut BandwidthQueue, now: Moment) {
         if let Some(key) = self.key.take() {
             queue.leave(key, now);
         }
     }
 
-    /// Whether it was taken down that it holds bytes.
+    /// Whether held bytes are recorded.
     #[must_use]
     pub fn holds(&self) -> bool {
         self.held > 0
     }
 
-    /// Takes down how many bytes it holds that its sink does not take.
+    /// Records the bytes that it holds because its sink does not take them.
     pub fn hold(&mut self, quota: &Quota, direction: Direction, bytes: usize) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         if bytes != self.held {
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_light_one_passes_those_who_wait_up_to_its_share() {
+    fn light_session_passes_waiting_ones_up_to_its_share() {
         let (mut bench, mut greedy, mut light) =
             (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default(), DirectionLimiter::default());
         bench.read(&mut greedy, 20_000, 0);
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_only_watched_never_waits() {
+    fn observed_session_never_waits() {
         let (mut bench, mut limiter) = (Bench::new(LimitMode::Observe, LIMIT), DirectionLimiter::default());
         assert_eq!(bench.ask(&mut limiter, 0), Some(ReadGrant::Watched));
         assert!(!bench.read(&mut limiter, 20_000, 0));
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_goes_on_when_the_limit_goes() {
+    fn waiters_continue_when_the_limit_is_removed() {
         let (mut bench, mut limiter) = (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default());
         bench.read(&mut limiter, 20_000, 0);
         assert_eq!(bench.ask(&mut limiter, 0), None);
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_is_counted_once() {
+    fn held_bytes_are_counted_once() {
         let (bench, mut limiter) = (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default());
         for held in [0, 5, 5, 3] {
             limiter.hold(&bench.quota, WAY, held);

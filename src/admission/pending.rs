@@ -1,4 +1,4 @@
-//! Places for connections whose header is not whole yet: bounded in number, and in time that shrinks as they fill up.
+//! Slots for connections without a complete header: bounded in number, and in time that shrinks as they fill up.
 //!
 //! A silent connection costs its sender nothing, so a full table must not keep others out: the newcomer gets the place of
 //! the connection that has been silent longest, as the kernel's cache of half-open connections does (Lemon, "Resisting SYN
@@ -19,7 +19,7 @@ use crate::clock::Moment;
 /// The time that a connection has for its header where all places are taken.
 pub const LEAST_TIME: Duration = Duration::from_secs(2);
 
-/// The places of one listener.
+/// The slots of one listener for connections without a complete header.
 #[derive(Debug)]
 pub struct PendingSlots {
     limit: AtomicUsize,
@@ -28,7 +28,7 @@ pub struct PendingSlots {
     table: Mutex<PendingTable>,
 }
 
-/// How a place stands.
+/// The state of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PendingState {
     /// It waits for its header.
@@ -52,14 +52,14 @@ struct PendingNode {
     waker: Option<Waker>,
 }
 
-/// Those that wait, in the order in which they came.
+/// The waiting connections, in order of arrival.
 #[derive(Debug)]
 struct PendingTable {
     nodes: Vec<PendingNode>,
     free: u32,
     oldest: u32,
     newest: u32,
-    /// How many wait.
+    /// The number of waiting timers.
     waiting: usize,
     /// How many are here, with those that have lost their place and do not know it yet.
     present: usize,
@@ -87,19 +87,19 @@ impl PendingSlots {
         self.limit.store(limit.max(1), Ordering::Release);
     }
 
-    /// How many places there are.
+    /// The number of slots.
     #[must_use]
     pub fn limit(&self) -> usize {
         self.limit.load(Ordering::Acquire)
     }
 
-    /// How many are taken.
+    /// The slots in use.
     #[must_use]
     pub fn used(&self) -> usize {
         self.used.load(Ordering::Acquire)
     }
 
-    /// Takes a place: a free one, or else that of the connection that has waited longest.
+    /// Takes a slot: a free one, or else that of the connection that has waited longest.
     #[must_use]
     pub fn enter(self: &Arc<Self>, now: Moment) -> PendingSlot {
         let limit = self.limit();
@@ -176,7 +176,7 @@ impl PendingTable {
         number
     }
 
-    /// Takes the place of the one that has waited longest, and wakes it.
+    /// Ends the connection that has waited longest, and wakes it.
     fn end_oldest(&mut self, standing: PendingState) {
         let number = self.oldest;
         self.unlink(number);
@@ -219,7 +219,7 @@ impl PendingTable {
     }
 }
 
-/// The place of one connection, given back on drop.
+/// The slot of one connection, released on drop.
 #[derive(Debug)]
 pub struct PendingSlot {
     places: Arc<PendingSlots>,
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn newcomer_gets_the_place_of_the_one_that_waited_longest() {
+    fn new_connection_gets_the_slot_of_the_longest_waiting() {
         let (places, count) = (PendingSlots::new(2), Arc::new(Count::default()));
         let [first, second] = [0, 1].map(|ms| places.enter(at_ms(ms)));
         let waker = Waker::from(Arc::clone(&count));
@@ -337,13 +337,13 @@ mod tests {
     }
 
     #[test]
-    fn those_that_wait_too_long_for_a_full_table_end() {
+    fn connections_that_wait_too_long_in_a_full_table_end() {
         let places = PendingSlots::new(4);
         let timeout = Duration::from_secs(10);
         let held: Vec<_> = (0..4).map(|second| places.enter(at_ms(second * 1_000))).collect();
         places.expire(timeout, at_ms(2_000));
         assert_eq!(places.used(), 4);
-        // Of four each has 2 s; of three 6 s are allowed, which nobody has waited.
+        // With four pending, each has 2 s; with three, 6 s, which none has waited.
         places.expire(timeout, at_ms(3_000));
         let standings: Vec<_> = held.iter().map(standing).collect();
         assert_eq!((standings[0], places.used()), (PendingState::Expired, 3));

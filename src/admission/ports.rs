@@ -54,7 +54,7 @@ const SHARDS: usize = 16;
 /// Ports whose wait ends in one call, so that no call takes long; more than one call can add.
 const SETTLE: usize = 64;
 
-/// What all spaces share.
+/// The settings that all spaces share.
 #[derive(Debug)]
 struct PortSettings {
     range: LocalPortRange,
@@ -126,7 +126,7 @@ impl LocalPorts {
         }
     }
 
-    /// The ports that there are.
+    /// The range of local ports.
     #[must_use]
     pub fn range(&self) -> &LocalPortRange {
         &self.shared.range
@@ -164,7 +164,8 @@ impl LocalPorts {
         self.shared.tick.store(u32::try_from(tick).unwrap_or(u32::MAX), Ordering::Relaxed);
         let next = self.next.fetch_add(1, Ordering::Relaxed) as usize % SHARDS;
         if let Some(shard) = self.shards.get(next) {
-            // Who has one in hand may be about to take a port of it; nobody else gets one while the shard is locked.
+            // A caller that holds a space may be about to take a port of it; no other caller gets one while the
+            // shard is locked.
             lock(shard).retain(|_, space| !space.is_vacant() || Arc::strong_count(space) > 1);
         }
     }
@@ -304,14 +305,14 @@ impl PortSpace {
     }
 }
 
-/// A port since when it is free, or refused.
+/// A free or refused port, and since when.
 #[derive(Clone, Copy, Debug)]
 struct FreePort {
     number: u16,
     since: u32,
 }
 
-/// A port that is in TIME_WAIT.
+/// A port in TIME_WAIT.
 #[derive(Clone, Copy, Debug)]
 struct TimeWaitPort {
     number: u16,

@@ -1,4 +1,4 @@
-//! What one tenant may take and what it has taken: found again by its name, whatever a reload changes.
+//! The limits of one tenant and their usage, found again by name after a reload.
 
 mod flows;
 mod reserved;
@@ -62,14 +62,14 @@ impl RevokePolicy {
 
     const UNIT: Duration = Duration::from_millis(100);
 
-    /// It ends after this grace, rounded up; after an hour and three quarters at the latest.
+    /// Ends sessions after this grace, rounded up; after an hour and three quarters at the latest.
     #[must_use]
     pub fn end_after(grace: Duration) -> Self {
         let units = grace.as_millis().div_ceil(Self::UNIT.as_millis());
         Self(u16::try_from(units).unwrap_or(u16::MAX).min(u16::MAX - 1))
     }
 
-    /// The time until it ends; `None` where it continues.
+    /// The grace; `None` if sessions continue.
     #[must_use]
     pub fn grace(self) -> Option<Duration> {
         (self != Self::KEEP).then(|| Self::UNIT * u32::from(self.0))
@@ -102,7 +102,7 @@ impl Quota {
         Arc::new(Self { share: Some(share), ..Self::default() })
     }
 
-    /// From `now` on these limits hold. What is in use stays in use.
+    /// Sets the limits from `now` on. Existing usage stays.
     pub fn set(&self, limits: &TenantLimits, now: Moment) {
         let none = TenantLimits { mode: limits.mode, ..TenantLimits::default() };
         self.observing.store(limits.mode == LimitMode::Observe, Ordering::Relaxed);
@@ -126,7 +126,8 @@ impl Quota {
         RevokePolicy(self.revocation.load(Ordering::Relaxed))
     }
 
-    /// Admits one more session. The rate is asked last: a session that is rejected for another reason takes nothing of it.
+    /// Admits one more session. The rate is checked last: a session that is rejected for another reason takes
+    /// nothing of it.
     ///
     /// # Errors
     /// Why not; nothing is held then.
@@ -157,8 +158,8 @@ impl Quota {
         Ok(permit)
     }
 
-    /// Takes in a session that another process has admitted: whatever the limits say, and nothing is taken of the rate. It has a
-    /// place that is kept, where there is one.
+    /// Adopts a session that another process has admitted, regardless of the limits, and nothing is taken of the
+    /// rate. It has a place that is kept, where there is one.
     pub fn adopt(self: &Arc<Self>, would_reject: Option<Reason>) -> SessionPermit {
         if self.sessions.enter_reserved() {
             self.share.iter().for_each(|share| share.join());
@@ -166,7 +167,7 @@ impl Quota {
         SessionPermit { quota: Arc::clone(self), would_reject }
     }
 
-    /// Counts a session as rejected for this reason, and passes the reason on.
+    /// Counts a rejection, and returns the reason.
     pub fn reject(&self, why: Reason) -> Reason {
         add(&self.rejected, why);
         why
@@ -178,7 +179,7 @@ impl Quota {
         self.limited.load(Ordering::Relaxed)
     }
 
-    /// Whether the limits are only counted.
+    /// Whether the limits are in observe mode.
     #[must_use]
     pub fn is_observing(&self) -> bool {
         self.observing.load(Ordering::Relaxed)
@@ -202,17 +203,17 @@ impl Quota {
         self.budgets.of(direction)
     }
 
-    /// Each reason with how many sessions were rejected for it.
+    /// Rejected sessions by reason.
     pub fn rejected(&self) -> impl Iterator<Item = (Reason, u64)> {
         Self::REASONS.into_iter().zip(self.rejected.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
-    /// Each reason with how many sessions would have been rejected for it.
+    /// Sessions that would have been rejected in enforce mode, by reason.
     pub fn would_reject(&self) -> impl Iterator<Item = (Reason, u64)> {
         Self::REASONS.into_iter().zip(self.would_reject.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
-    /// Whether a rejection has a line in the access log: the first few have, then so many in a second.
+    /// Whether a rejection is logged in the access log: the first few are, then so many in a second.
     ///
     /// # Errors
     /// It has not, and is counted as left out. Tells whether it is the first of those.
@@ -227,7 +228,7 @@ impl Quota {
         taken.map(drop).map_err(|_| self.left_out.fetch_add(1, Ordering::AcqRel) == 0)
     }
 
-    /// Takes the count of lines that were left out since it was last taken.
+    /// Returns the suppressed lines since the last call.
     #[must_use]
     pub fn take_left_out(&self) -> u64 {
         u64::from(self.left_out.swap(0, Ordering::AcqRel))
@@ -241,7 +242,7 @@ fn add(counts: &[AtomicU64], why: Reason) {
     }
 }
 
-/// One session of a tenant, given back on drop.
+/// The admission of one session of a tenant, released on drop.
 #[derive(Debug)]
 pub struct SessionPermit {
     quota: Arc<Quota>,
@@ -249,13 +250,13 @@ pub struct SessionPermit {
 }
 
 impl SessionPermit {
-    /// Whose session it is.
+    /// The tenant's quota.
     #[must_use]
     pub fn quota(&self) -> &Arc<Quota> {
         &self.quota
     }
 
-    /// Why it would have been rejected, were the limits not only observed.
+    /// The reason for which it would have been rejected in enforce mode.
     #[must_use]
     pub fn would_reject(&self) -> Option<Reason> {
         self.would_reject
@@ -310,14 +311,14 @@ impl Quotas {
         self.share.holders()
     }
 
-    /// Forgets the quotas of tenants that are gone, and that no session holds any more.
+    /// Drops the quotas of removed tenants without sessions.
     pub fn forget_unused(&self) {
         let mut known = lock(&self.known);
         known.retain(|_, quota| Arc::strong_count(quota) > 1);
         known.shrink_to_fit();
     }
 
-    /// How many are known.
+    /// The number of known ones.
     #[must_use]
     pub fn count(&self) -> usize {
         lock(&self.known).len()
@@ -392,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_admitted_elsewhere_is_counted_beyond_the_limit_and_takes_nothing_of_the_rate() {
+    fn taken_over_session_is_counted_beyond_the_limit_and_uses_no_rate() {
         let limits = TenantLimits {
             sessions: Some(1),
             session_rate: Some(rate(100, 1)),
@@ -415,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn who_observes_counts_and_lets_pass() {
+    fn observe_mode_counts_and_admits() {
         let limits = TenantLimits {
             mode: LimitMode::Observe,
             sessions: Some(1),
@@ -453,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quota_is_found_again_as_long_as_somebody_holds_it() {
+    fn quota_is_kept_while_a_session_holds_it() {
         let (quotas, labels) = (Quotas::new(Slots::new(10)), Labels::default());
         let acme = labels.intern("acme");
         let permit = quotas.find(&acme).admit(START).unwrap();
@@ -465,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_rejections_a_few_have_a_line_and_the_others_are_counted() {
+    fn few_of_many_rejections_are_logged_and_the_rest_counted() {
         let quota = Quota::default();
         let lines = (0..100).filter(|_| quota.has_line(START).is_ok()).count();
         assert_eq!(u64::try_from(lines).unwrap(), LINES_BURST);
@@ -476,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_gives_back_what_it_held() {
+    fn panic_releases_held_slots() {
         let quota = quota(TenantLimits::default());
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _permit = quota.admit(START).unwrap();

@@ -6,15 +6,16 @@ use crate::atomic::{AtomicU64, Ordering};
 use crate::clock::Moment;
 use crate::config;
 
-/// A rate with its burst. Without one set, everybody passes.
+/// A rate limit with its burst. Without a limit everything passes.
 ///
-/// The bucket is kept as a time (GCRA, ITU-T I.371): when it is full again. Each who passes moves that by one interval;
-/// who would move it further ahead of now than the burst allows is refused. A reload changes interval and burst: what was
-/// taken stays taken, but no more than all of the new burst.
+/// The bucket is stored as the time when it is full again (GCRA, ITU-T I.371). Each admission moves that by one
+/// interval; one that would move it further ahead of now than the burst allows is refused. A reload changes interval
+/// and burst: what was taken stays taken, but no more than all of the new burst.
 #[derive(Debug, Default)]
 pub struct RateLimiter {
     full_at: AtomicU64,
-    /// Nanoseconds from one to the next; 0 is no limit. With [`FRESH`] in it nobody has asked since it or the burst changed.
+    /// Nanoseconds from one to the next; 0 is no limit. With [`FRESH`] set, no request has come since it or the
+    /// burst changed.
     interval: AtomicU64,
     /// How far ahead of now the bucket's time may be before one more passes: the burst but one.
     tolerance: AtomicU64,
@@ -24,7 +25,7 @@ pub struct RateLimiter {
 const FRESH: u64 = 1 << 63;
 
 impl RateLimiter {
-    /// From now on this rate; `None` is no limit.
+    /// Sets the rate; `None` means no limit.
     pub fn set(&self, rate: Option<config::RateLimit>) {
         let (interval, tolerance) = rate.map_or((0, 0), |rate| {
             let interval = nanos(rate.interval).min(FRESH - 1);
@@ -33,14 +34,14 @@ impl RateLimiter {
         let before = self.interval.load(Ordering::Relaxed) & !FRESH;
         if (before, self.tolerance.load(Ordering::Relaxed)) != (interval, tolerance) {
             self.tolerance.store(tolerance, Ordering::Relaxed);
-            // Who sees that it is fresh sees its tolerance. Exchanged, as loom lets a store go under that another thread's
-            // exchange was before.
+            // A reader of `FRESH` also sees the new tolerance. Exchanged, as loom lets a store go under that another
+            // thread's exchange was before.
             let mark = if interval == 0 { 0 } else { FRESH };
             self.interval.swap(interval | mark, Ordering::AcqRel);
         }
     }
 
-    /// Whether one more may pass now; who may not takes nothing.
+    /// Whether one more may pass now. A refusal uses nothing.
     #[must_use]
     #[inline]
     pub fn admit(&self, now: Moment) -> bool {
@@ -52,7 +53,7 @@ impl RateLimiter {
         interval == 0 || take(&self.full_at, now, interval, self.tolerance.load(Ordering::Relaxed))
     }
 
-    /// Whoever is the first to ask for another rate has the bucket as empty as that rate can have it at most: by a slower one
+    /// The first request after a change caps the bucket at the emptiest state of the new rate: by a slower one
     /// before, it might be full again in an hour.
     #[cold]
     fn begin(&self, now: Moment, fresh: u64) {
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn no_rate_lets_everybody_pass() {
+    fn no_rate_limit_admits_all() {
         let rate = RateLimiter::default();
         assert_eq!(admitted(&rate, 100, at_ms(0)), 100);
         rate.set(None);

@@ -6,7 +6,7 @@ use super::slots::Slots;
 use crate::atomic::{AtomicUsize, Ordering};
 use crate::fair_share;
 
-/// The process's slots, and how many tenants hold any.
+/// The process's session slots, and the number of tenants that hold any.
 #[derive(Debug)]
 pub struct SessionShare {
     slots: Arc<Slots>,

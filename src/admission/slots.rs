@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use crate::atomic::{AtomicUsize, Ordering};
 
-/// So many at once, and not one more.
+/// A bounded number of slots.
 #[derive(Debug)]
 pub struct Slots {
     limit: AtomicUsize,
     used: AtomicUsize,
-    /// Those of `used` that are kept for somebody who is to come, or has gone to another process.
+    /// Those of `used` that are reserved for sessions to be taken over, or that have moved to another process.
     reserved: AtomicUsize,
 }
 
@@ -23,7 +23,7 @@ impl Slots {
         Arc::new(Self { limit: AtomicUsize::new(limit), ..Self::default() })
     }
 
-    /// From now on so many; who is in stays, and nobody comes in until there is room.
+    /// Sets the limit. Slots in use stay in use; no slot is given out until there is room.
     pub fn set_limit(&self, limit: usize) {
         self.limit.store(limit, Ordering::Release);
     }
@@ -34,20 +34,21 @@ impl Slots {
         self.reserve().then(|| SlotPermit(Arc::clone(self)))
     }
 
-    /// Takes a slot that is kept, or else one even beyond the limit, for one that is here already. Nobody else comes in until
-    /// there is room again.
+    /// Takes a reserved slot, or else one beyond the limit, for a session that exists already. No new one is admitted
+    /// until there is room again.
     #[must_use]
     pub fn take_anyway(self: &Arc<Self>) -> SlotPermit {
         self.enter_reserved();
         SlotPermit(Arc::clone(self))
     }
 
-    /// Exact both ways: nobody comes in over the limit, and nobody is refused because somebody else just was.
+    /// Exact both ways: none is admitted over the limit, and none is refused because another one just was.
     fn reserve(&self) -> bool {
         self.enter().is_ok()
     }
 
-    /// Takes a slot, and tells how many were taken before; on failure too. Who comes in has to [`leave`](Self::leave).
+    /// Takes a slot, and returns how many were taken before, also on failure. Call [`leave`](Self::leave) for each
+    /// slot.
     pub(super) fn enter(&self) -> Result<usize, usize> {
         let room = |used: usize| (used < self.limit()).then_some(used + 1);
         self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, room)
@@ -116,7 +117,7 @@ impl Default for Slots {
     }
 }
 
-/// One slot, given back on drop.
+/// One slot, released on drop.
 #[derive(Debug)]
 pub struct SlotPermit(Arc<Slots>);
 
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_in_anyway_is_counted_beyond_the_limit() {
+    fn forced_slot_is_counted_beyond_the_limit() {
         let slots = Slots::new(1);
         assert_eq!(slots.enter(), Ok(0));
         assert_eq!((slots.enter(), slots.enter_anyway(), slots.used()), (Err(1), 1, 2));
@@ -176,11 +177,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_taken_by_who_comes_for_it_and_given_back_once() {
+    fn reserved_slot_is_taken_by_its_session_and_released_once() {
         let slots = Slots::new(3);
         assert_eq!((slots.reserve_more(2), slots.used(), slots.present()), (0, 2, 0));
         let _new = slots.take().unwrap();
-        assert!(slots.take().is_none(), "nobody else has what is kept");
+        assert!(slots.take().is_none(), "reserved slots are not given out");
         let came = slots.take_anyway();
         assert_eq!((slots.used(), slots.present()), (3, 2));
         assert_eq!((slots.release_reserved(), slots.used(), slots.present()), (Some(2), 2, 2));

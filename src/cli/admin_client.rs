@@ -1,5 +1,6 @@
-//! A question to the admin address or the admin socket of a process that runs.
+//! Requests to the admin address or the admin socket of a running process.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -18,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The most that is read of an answer.
 const LONGEST: usize = 1 << 30;
 
-/// Where a process answers.
+/// The admin address or the admin socket of a running process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum AdminTarget {
     /// The admin address: a host, perhaps with a port.
@@ -47,14 +48,24 @@ impl FromStr for AdminTarget {
     }
 }
 
+impl fmt::Display for AdminTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address { host, port } => write!(f, "http://{host}:{port}"),
+            Self::Socket(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
 impl AdminTarget {
     /// The page at a path.
     ///
     /// # Errors
     /// Why there is none, for the operator to read.
     pub(super) async fn page(&self, path: &str) -> Result<Bytes, String> {
-        let late = |_| format!("no answer within {} s", LIMIT.as_secs());
-        timeout(LIMIT, self.asked(path)).await.map_err(late)?
+        let late = |_| Err(format!("no answer within {} s", LIMIT.as_secs()));
+        let page = timeout(LIMIT, self.asked(path)).await.unwrap_or_else(late);
+        page.map_err(|error| format!("cannot reach {self}: {error}"))
     }
 
     async fn asked(&self, path: &str) -> Result<Bytes, String> {

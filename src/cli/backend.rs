@@ -59,7 +59,7 @@ pub(super) async fn start_udp(named: &[(String, SocketAddr)]) -> Result<Vec<Data
 }
 
 fn unusable(name: &str, address: SocketAddr, error: &io::Error) -> String {
-    format!("{name}: {address}: must be free and local, found: {error}")
+    format!("{name}: cannot bind {address}: {error}")
 }
 
 async fn serve(options: &BackendOptions) -> ExitCode {

@@ -11,7 +11,7 @@ use crate::config::diff::{ActiveConfig, ConfigDiff};
 use crate::connect;
 use crate::server::{ScarcePorts, log_writer, scarce_ports};
 
-/// What `vestibule check` is told.
+/// The options of `vestibule check`.
 #[derive(Debug, clap::Args)]
 pub(super) struct CheckOptions {
     /// The configuration file
@@ -50,18 +50,21 @@ pub(super) fn run(options: &CheckOptions) -> ExitCode {
     }
     let tcp = connect::system_ports();
     let udp = LocalPorts::udp(tcp.range().clone());
+    let mut warnings = 0;
     for ScarcePorts { pool, possible, message } in scarce_ports(&config, &tcp, &udp) {
+        warnings += 1;
         let file = options.config.display();
         eprintln!("{file}: warning: pool \"{pool}\": {message} (here {possible})");
     }
     let Some(place) = &options.against else {
-        println!("{}: fine: {}", options.config.display(), contents(&config));
+        let (file, warnings) = (options.config.display(), counted(warnings, "warning"));
+        println!("{file}: OK: {}; {warnings}", contents(&config));
         return ExitCode::SUCCESS;
     };
     let now = match fetch_active(place) {
         Ok(now) => now,
         Err(error) => {
-            eprintln!("--against: must be a vestibule that runs, found: {error}");
+            eprintln!("{error}");
             return ExitCode::from(UNASKED);
         }
     };
@@ -75,7 +78,7 @@ fn fetch_active(place: &AdminTarget) -> Result<ActiveConfig, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let page = runtime.map_err(|error| error.to_string())?.block_on(place.page("/config"))?;
     serde_json::from_slice(&page).map_err(|error| {
-        format!("a configuration that this version ({}) does not read: {error}", env!("CARGO_PKG_VERSION"))
+        format!("version {} cannot read the running configuration: {error}", env!("CARGO_PKG_VERSION"))
     })
 }
 
@@ -90,19 +93,14 @@ fn print_difference(difference: &ConfigDiff, as_json: bool) -> io::Result<()> {
     }
     let count = difference.changes.len();
     match (count, difference.is_refused()) {
-        (0, _) => writeln!(out, "a reload would change nothing"),
-        (_, true) => writeln!(out, "a reload would be refused as a whole, and change nothing"),
+        (0, _) => writeln!(out, "no changes"),
+        (_, true) => writeln!(out, "the reload would be refused; no change would be applied"),
         (_, false) => {
-            let changes = counted(count, "thing");
-            writeln!(out, "a reload would change {changes}, which concern {} now", difference.now)?;
+            writeln!(out, "{}, affecting {}", counted(count, "change"), difference.now)?;
             if difference.ends.is_nothing() {
                 return Ok(());
             }
-            writeln!(
-                out,
-                "a reload would end at most {}, whose tenant or endpoint is taken away",
-                difference.ends
-            )
+            writeln!(out, "ending at most {} whose tenant or endpoint is revoked", difference.ends)
         }
     }
 }
@@ -112,14 +110,11 @@ fn contents(config: &Config) -> String {
     let backends = config.pools.iter().map(|pool| pool.backends.len()).sum();
     let endpoints = config.tenants.iter().map(|tenant| tenant.endpoints.len()).sum();
     [
-        counted(config.listeners.len(), "listener"),
-        format!("({})", counted(addresses, "address")),
-        counted(config.pools.len(), "pool"),
-        format!("({})", counted(backends, "backend")),
-        counted(config.tenants.len(), "tenant"),
-        format!("({})", counted(endpoints, "endpoint")),
+        format!("{} ({})", counted(config.listeners.len(), "listener"), counted(addresses, "address")),
+        format!("{} ({})", counted(config.pools.len(), "pool"), counted(backends, "backend")),
+        format!("{} ({})", counted(config.tenants.len(), "tenant"), counted(endpoints, "endpoint")),
     ]
-    .join(" ")
+    .join(", ")
 }
 
 fn counted(count: usize, noun: &str) -> String {

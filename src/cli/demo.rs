@@ -56,11 +56,11 @@ pub(super) fn run(options: &DemoOptions) -> ExitCode {
 }
 
 fn failed(error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("the demo could not go on: {error}");
+    eprintln!("the demo failed: {error}");
     ExitCode::FAILURE
 }
 
-/// Everything that the demo starts.
+/// The servers and clients that the demo starts.
 struct DemoSetup {
     server: Server,
     nlb: Nlb,
@@ -170,7 +170,7 @@ impl DemoSetup {
             println!("  {tenant:<8}{endpoint:<24}{NETWORK:<16}echo 'who?' | nc -u -w1 {ip} {port}   (UDP)");
         }
         if let Some(address) = self.nlb.address(TENANTS.len()) {
-            println!("  {:<8}{STRANGER:<24}{NETWORK:<16}curl http://{address}/   (is reset)", "nobody");
+            println!("  {:<8}{STRANGER:<24}{NETWORK:<16}curl http://{address}/   (is reset)", "stranger");
         }
         println!("\n  status   http://{}/", self.server.admin());
         println!("  metrics  http://{}/metrics", self.server.admin());
@@ -186,14 +186,14 @@ impl DemoSetup {
         let rejected = matches!(&stranger, Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset);
         println!(
             "  unknown endpoint: {}",
-            if rejected { "reset, no backend heard of it" } else { "NOT REJECTED" }
+            if rejected { "reset; no backend received it" } else { "NOT REJECTED" }
         );
         let delivered =
             timeout(LIMIT, self.forge()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let said = match &delivered {
-            Ok(true) => "was payload: acme's own backend got it, byte for byte",
-            Ok(false) => "CROSSED OVER OR WAS CHANGED",
-            Err(_) => "GOT NO ANSWER",
+            Ok(true) => "forwarded as payload to acme's own backend, byte for byte",
+            Ok(false) => "REACHED ANOTHER TENANT OR WAS CHANGED",
+            Err(_) => "NO ANSWER",
         };
         println!("  forged second header, acme claiming to be globex: {said}\n");
         rejected && delivered.unwrap_or(false)
@@ -223,7 +223,7 @@ impl DemoSetup {
                     tenant.map_or((0, 0), |tenant| (tenant.ended, tenant.to_backend + tenant.to_client));
                 format!("{name} {ended} sessions {} KiB", bytes / 1024)
             });
-            let rejected = status.unidentified.get(Reason::UnknownEndpoint.word()).unwrap_or(&0);
+            let rejected = status.unidentified.get(Reason::UnknownEndpoint.as_str()).unwrap_or(&0);
             let tenants = tenants.collect::<Vec<_>>().join(" | ");
             println!("{second:>5} s  {tenants} | open {} | unknown endpoint {rejected}", status.sessions);
         }

@@ -28,7 +28,7 @@ pub(super) struct LabOptions {
     keep: bool,
     /// Remove a run left behind: the named one, or all that are not in use
     #[arg(long, value_name = "RUN", conflicts_with = "keep", value_parser = run_name)]
-    #[expect(clippy::option_option, reason = "the name may be left out, as may the whole")]
+    #[expect(clippy::option_option, reason = "both the option value and the option are optional")]
     down: Option<Option<String>>,
 }
 
@@ -60,7 +60,7 @@ pub(super) fn run(options: &LabOptions) -> ExitCode {
         None => show(options.keep, programs),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("the lab could not go on: {error}");
+        eprintln!("the lab failed: {error}");
         ExitCode::FAILURE
     })
 }
@@ -71,7 +71,7 @@ pub(super) fn balance(options: &LabNlbOptions) -> ExitCode {
     match runtime.and_then(|runtime| runtime.block_on(world::balance(&options.run))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("the load balancer could not go on: {error}");
+            eprintln!("the load balancer failed: {error}");
             ExitCode::FAILURE
         }
     }
@@ -81,8 +81,7 @@ pub(super) fn balance(options: &LabNlbOptions) -> ExitCode {
 fn programs() -> Result<LabPrograms, Vec<String>> {
     let mut lacking = Vec::new();
     if !rustix::process::geteuid().is_root() {
-        lacking
-            .push("must be run by root, for it makes network namespaces; try: sudo vestibule lab".to_owned());
+        lacking.push("needs root to create network namespaces; try: sudo vestibule lab".to_owned());
     }
     let mut find = |name: &str, version: &str, folders: &[&str], package: &str| {
         let found = folders.iter().map(|folder| format!("{folder}{name}")).find(|program| {
@@ -103,8 +102,8 @@ fn programs() -> Result<LabPrograms, Vec<String>> {
     let ip = find("ip", "-V", &[""], "iproute2");
     let curl = find("curl", "-V", &[""], "curl");
     let nginx = find("nginx", "-v", &["", "/usr/sbin/", "/usr/local/sbin/"], "nginx");
-    let vestibule =
-        std::env::current_exe().map_err(|error| vec![format!("where is this program? {error}")])?;
+    let vestibule = std::env::current_exe()
+        .map_err(|error| vec![format!("cannot find the path of this program: {error}")])?;
     match (ip, curl, nginx) {
         (Some(_), Some(_), Some(nginx)) if lacking.is_empty() => Ok(LabPrograms { vestibule, nginx }),
         _ => Err(lacking),
@@ -127,7 +126,7 @@ fn down(name: Option<&str>) -> io::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Ctrl-C, and the terminal's or the system's way to say the same.
+/// SIGINT, SIGTERM and SIGHUP.
 struct StopSignals([Signal; 3]);
 
 impl StopSignals {
@@ -155,7 +154,7 @@ fn show(keep: bool, programs: LabPrograms) -> io::Result<ExitCode> {
         StopSignals::catch()?
     };
     for name in run::sweep()? {
-        println!("removed what run {name} had left, whose command was killed");
+        println!("removed what run {name} left behind; its command was killed");
     }
     let mut world = LabWorld::make(programs)?;
     let mut screen = Screen::new();
@@ -168,7 +167,7 @@ fn show(keep: bool, programs: LabPrograms) -> io::Result<ExitCode> {
     match &told {
         None => screen::note("interrupted"),
         Some(Err(error)) => {
-            screen.claim(false, &format!("The lab can go on. {error}"));
+            screen.claim(false, &format!("The lab continues. {error}"));
             screen.logs(&world);
         }
         Some(Ok(())) if keep => {
@@ -182,7 +181,7 @@ fn show(keep: bool, programs: LabPrograms) -> io::Result<ExitCode> {
     let name = world.name().to_owned();
     world.remove()?;
     let left = Network::all(&network_name(&name, ""))?.len();
-    screen.claim(left == 0, "All is removed: namespaces with their interfaces, processes, files.");
+    screen.claim(left == 0, "Removed: namespaces with their interfaces, processes, files.");
     // Whatever was under way has ended with its network.
     runtime.shutdown_background();
     if told.is_none() {

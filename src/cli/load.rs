@@ -146,14 +146,14 @@ impl LoadOptions {
             ));
         }
         if is_udp && self.noise > 0 {
-            return Some("--noise: must come with a mode of TCP, found --mode udp".to_owned());
+            return Some("--noise: needs a TCP mode, found --mode udp".to_owned());
         }
         let of_udp = [("--window", self.window.is_some()), ("--timeout", self.timeout.is_some())];
         if let Some((option, _)) = of_udp.into_iter().find(|(_, is_given)| *is_given && !is_udp) {
-            return Some(format!("{option}: must come with --mode udp, found another mode"));
+            return Some(format!("{option}: needs --mode udp, found another mode"));
         }
         if self.timeout.is_some_and(|timeout| timeout.is_zero()) {
-            return Some("--timeout: must be longer than nothing, such as \"1s\", found \"0s\"".to_owned());
+            return Some("--timeout: must be more than 0s, such as \"1s\", found \"0s\"".to_owned());
         }
         let least = self.duration / MOST_INTERVALS;
         if let Some(interval) = self.interval.filter(|interval| interval.is_zero() || *interval < least) {
@@ -217,7 +217,7 @@ fn carry_out(options: &LoadOptions) -> Result<ExitCode, Box<dyn std::error::Erro
     let endpoints = endpoints(options);
     if let Some(path) = &options.write_tenants {
         if endpoints.is_empty() {
-            return Err("--write-tenants: must come with --endpoints or --endpoint, found neither".into());
+            return Err("--write-tenants: needs --endpoints or --endpoint, found neither".into());
         }
         std::fs::write(path, tenants(&endpoints)).map_err(|error| unwritable(path, &error))?;
         eprintln!("{} tenants written to {}", endpoints.len(), path.display());
@@ -269,7 +269,7 @@ fn draw(report: &LoadReport, path: &Path) -> Result<(), Box<dyn std::error::Erro
 }
 
 fn unwritable(path: &Path, error: &dyn std::error::Error) -> String {
-    format!("{}: must be a file that can be written, found: {error}", path.display())
+    format!("{}: cannot write the file: {error}", path.display())
 }
 
 /// The IDs, each with its pool.
@@ -298,7 +298,7 @@ fn tenants(endpoints: &[(String, String)]) -> String {
     text
 }
 
-/// Runs the plan, with a line each second where somebody looks.
+/// Runs the plan, with a progress line each second on a terminal.
 async fn watched(plan: LoadPlan) -> io::Result<LoadReport> {
     let progress = Arc::new(LoadProgress::default());
     let mut ticks = interval(Duration::from_secs(1));
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together_is_refused() {
+    fn conflicting_options_are_refused() {
         for line in [
             "",
             "--interval 1ms",
@@ -380,8 +380,8 @@ mod tests {
             ("--mode udp --size 23B", "--size: must be from 24B to 65000B"),
             ("--mode udp --size 64KiB", "--size: "),
             ("--mode udp --noise 1%", "--noise: "),
-            ("--mode udp --timeout 0s", "--timeout: must be longer"),
-            ("--mode connect --timeout 1s", "--timeout: must come with"),
+            ("--mode udp --timeout 0s", "--timeout: must be more than 0s"),
+            ("--mode connect --timeout 1s", "--timeout: needs --mode udp"),
             ("--interval 0s", "--interval: must be at least 1ms with --duration 10s, found 0ns"),
             ("--duration 100s --interval 9ms", "--interval: must be at least 10ms with --duration 100s"),
             ("--window 2", "--window: "),

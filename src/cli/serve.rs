@@ -49,7 +49,7 @@ pub(super) fn run(options: &ServeOptions) -> ExitCode {
     let (runtime, mut caught) = match caught {
         Ok(caught) => caught,
         Err(error) => {
-            eprintln!("signals cannot be caught: {error}");
+            eprintln!("cannot install signal handlers: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -60,7 +60,7 @@ pub(super) fn run(options: &ServeOptions) -> ExitCode {
             ExitCode::FAILURE
         }
         None => {
-            eprintln!("ended by a signal before {} was read", path.display());
+            eprintln!("ended by a signal while reading {}", path.display());
             ExitCode::SUCCESS
         }
     };
@@ -103,8 +103,8 @@ fn begin(
     let flushed = Arc::clone(&writer);
     failure::before_exit(move || drop(lock(&flushed).take()));
     let started = inherited.map_err(StartError::Inherited).and_then(|inherited| {
-        let heritage = options.takeover.as_deref().map(TakeoverOffer::ask).transpose()?;
-        let start = StartOptions { source: Some(options.config.clone()), inherited, takeover: heritage };
+        let takeover = options.takeover.as_deref().map(TakeoverOffer::ask).transpose()?;
+        let start = StartOptions { source: Some(options.config.clone()), inherited, takeover };
         serve(runtime, caught, Arc::new(config), start, sources)
     });
     let status = match started {
@@ -183,7 +183,7 @@ struct SignalLoop {
     reopens: mpsc::Sender<()>,
 }
 
-/// How a process starts the one that takes its place.
+/// The command line of the successor.
 struct SuccessorCommand {
     source: Option<PathBuf>,
     control: Option<PathBuf>,
@@ -197,14 +197,12 @@ impl SuccessorCommand {
             return;
         }
         let (Some(source), Some(control)) = (&self.source, &self.control) else {
-            tracing::error!(
-                "SIGUSR2: must find an admin.socket in the configuration for a successor to ask at, found none"
-            );
+            tracing::error!("SIGUSR2 is refused: a takeover needs admin.socket in the configuration");
             return;
         };
         let program = std::env::args_os().next().unwrap_or_else(|| "vestibule".into());
         let mut command = Command::new(program);
-        // Systemd's watchdog is asked by whoever serves: this one's number in it would keep the successor from answering.
+        // WATCHDOG_PID names this process: the successor would not answer systemd's watchdog with it.
         command
             .env_remove("WATCHDOG_PID")
             .arg("serve")
@@ -213,15 +211,15 @@ impl SuccessorCommand {
             .arg("--takeover")
             .arg(control);
         match command.spawn() {
-            Ok(mut heir) => {
-                tracing::info!(pid = heir.id(), "a successor is started");
+            Ok(mut child) => {
+                tracing::info!(pid = child.id(), "successor started");
                 // Waited for on a thread: one that fails is told of, and leaves nothing behind.
-                std::thread::spawn(move || match heir.wait() {
-                    Ok(status) => tracing::error!(%status, "the successor has ended; this process goes on"),
-                    Err(error) => tracing::error!(%error, "nobody knows what became of the successor"),
+                std::thread::spawn(move || match child.wait() {
+                    Ok(status) => tracing::error!(%status, "the successor exited; this process continues"),
+                    Err(error) => tracing::error!(%error, "the exit status of the successor is unknown"),
                 });
             }
-            Err(error) => tracing::error!(%error, "a successor cannot be started; this process goes on"),
+            Err(error) => tracing::error!(%error, "cannot start a successor; this process continues"),
         }
     }
 }
@@ -247,7 +245,7 @@ impl SignalLoop {
         self.next(control).await;
         control.drain();
         self.next(control).await;
-        tracing::warn!("a second signal: ending now");
+        tracing::warn!("second signal: stopping immediately");
         end();
         std::future::pending::<()>().await;
     }
@@ -263,7 +261,7 @@ async fn carry_out_each(
         let control = Arc::clone(&control);
         // What came of it is logged and counted there.
         if let Err(error) = tokio::task::spawn_blocking(move || order(&control)).await {
-            tracing::error!(%error, "a fault in vestibule itself while a signal's order was carried out");
+            tracing::error!(%error, "internal error while handling a signal");
         }
     }
 }
@@ -276,7 +274,7 @@ async fn until_the_end(server: Server, mut signals: SignalLoop) {
         () = signals.carry_out(&control, end) => Ok(()),
     };
     if let Err(error) = ended {
-        tracing::error!(%error, "the end was not orderly");
+        tracing::error!(%error, "the shutdown was not clean");
     }
 }
 
@@ -302,7 +300,7 @@ fn announce(server: &Server, config: &Config) {
         tracing::warn!(
             max_sessions = capacity.sessions,
             possible = capacity.possible,
-            "max-sessions is more than the file-descriptor limit allows: raise LimitNOFILE"
+            "max-sessions exceeds the file-descriptor limit: raise LimitNOFILE"
         );
     }
     let live = server.live();
@@ -312,7 +310,7 @@ fn announce(server: &Server, config: &Config) {
 }
 
 /// Starts the process log. Its lines go to a thread of their own and, where that is behind, are dropped: a standard
-/// error that nobody reads must hold up neither workers nor the health check. The guard writes what is left.
+/// error without a reader must not block workers or the health check. The guard writes what is left.
 fn start_log(log: &LogConfig) -> WorkerGuard {
     let level = match log.level {
         LogLevel::Error => LevelFilter::ERROR,
@@ -328,9 +326,7 @@ fn start_log(log: &LogConfig) -> WorkerGuard {
         LogFormat::Json => builder.json().flatten_event(true).init(),
         LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
     }
-    // A fault of ours is a line like any other: whoever collects the log reads no other form.
-    std::panic::set_hook(Box::new(
-        |fault| tracing::error!(%fault, "a fault in vestibule itself; please report it"),
-    ));
+    // A panic is logged in the configured format: log collectors read no other form.
+    std::panic::set_hook(Box::new(|fault| tracing::error!(%fault, "internal error; please report it")));
     guard
 }

@@ -17,7 +17,7 @@ use crate::admin::control::Control as _;
 use crate::config::sources::ConfigSources;
 use crate::server::ProcessControl;
 
-/// After a change, so long without another one: who changes many files is not read in the middle of it.
+/// After a change, wait so long without another one: several files may be changed together.
 const QUIET: Duration = Duration::from_millis(200);
 
 /// So many times [`QUIET`] at the most.
@@ -33,7 +33,7 @@ const ROOM: usize = 4096;
 pub(super) async fn run(main: PathBuf, mut known: ConfigSources, control: Arc<ProcessControl>) {
     let mut watch = FolderWatch::new();
     if let Err(error) = &watch {
-        tracing::warn!(%error, every = ?LOOK, "files are watched by looking at them from time to time");
+        tracing::warn!(%error, every = ?LOOK, "cannot use inotify; files are polled instead");
     }
     loop {
         if let Ok(watch) = &mut watch {
@@ -49,11 +49,11 @@ pub(super) async fn run(main: PathBuf, mut known: ConfigSources, control: Arc<Pr
             continue;
         }
         known = settled(&main, now).await;
-        tracing::info!(file = %main.display(), "a configuration file has changed");
+        tracing::info!(file = %main.display(), "configuration file changed");
         let control = Arc::clone(&control);
         // What came of it is logged and counted there. The next change is the next attempt.
         if let Err(error) = tokio::task::spawn_blocking(move || control.reload()).await {
-            tracing::error!(%error, "a fault in vestibule itself in a reload");
+            tracing::error!(%error, "internal error during a reload");
         }
     }
 }
@@ -78,7 +78,7 @@ async fn sources(main: &Path, before: ConfigSources) -> ConfigSources {
     tokio::task::spawn_blocking(move || ConfigSources::of(&main, &before)).await.unwrap_or(kept)
 }
 
-/// The kernel's word that something has changed in a folder.
+/// Watches folders for changes (inotify).
 struct FolderWatch {
     inotify: AsyncFd<OwnedFd>,
 }
@@ -106,7 +106,7 @@ impl FolderWatch {
             | WatchFlags::ONLYDIR;
         for folder in &sources.folders {
             if let Err(error) = inotify::add_watch(&self.inotify, folder, what) {
-                tracing::debug!(folder = %folder.display(), %error, "a folder is not watched");
+                tracing::debug!(folder = %folder.display(), %error, "cannot watch a folder");
             }
         }
     }

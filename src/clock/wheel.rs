@@ -63,7 +63,7 @@ impl TickSpan {
     }
 }
 
-/// Who waits on the wheel. Valid until it is removed.
+/// Identifies a timer until it is removed.
 #[derive(Debug, PartialEq, Eq)]
 pub struct TimerKey(u32);
 
@@ -104,19 +104,19 @@ impl TimerWheel {
         self.now
     }
 
-    /// How many wait.
+    /// The number of waiting timers.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether nobody waits.
+    /// Whether the wheel is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Adds somebody to be woken at `deadline`, once a waker is there.
+    /// Adds a timer that wakes its waker at `deadline`.
     pub fn insert(&mut self, deadline: Tick) -> TimerKey {
         let node = TimerNode { prev: NIL, next: NIL, slot: NIL, deadline, waker: None };
         let place = if let Some(free) = self.nodes.get_mut(self.free as usize) {
@@ -133,7 +133,7 @@ impl TimerWheel {
         TimerKey(place)
     }
 
-    /// Who is to be woken.
+    /// Sets the waker.
     pub fn wake_with(&mut self, key: &TimerKey, waker: &Waker) {
         if let Some(node) = self.nodes.get_mut(key.0 as usize) {
             match &mut node.waker {
@@ -143,7 +143,7 @@ impl TimerWheel {
         }
     }
 
-    /// Sets a new deadline, sooner or later than the old one.
+    /// Sets a new deadline.
     pub fn set(&mut self, key: &TimerKey, deadline: Tick) {
         let Some(node) = self.nodes.get_mut(key.0 as usize) else { return };
         let sooner = deadline < node.deadline;
@@ -160,7 +160,7 @@ impl TimerWheel {
         self.nodes.get(key.0 as usize).is_some_and(|node| node.deadline <= self.now)
     }
 
-    /// Takes somebody off the wheel.
+    /// Removes a timer.
     #[expect(clippy::needless_pass_by_value, reason = "a key ends with its node")]
     pub fn remove(&mut self, key: TimerKey) {
         self.unlink(key.0);
@@ -177,13 +177,14 @@ impl TimerWheel {
         }
     }
 
-    /// Goes on to `now` and calls `due` with the waker of each whose deadline has come. Going back does nothing.
+    /// Advances to `now` and calls `due` with the waker of each due timer. Going back does nothing.
     ///
-    /// Whoever is due stays on the wheel, and is called again a tick later, until the deadline moves or it is removed.
+    /// A timer that is due stays on the wheel and fires again at the next tick, until its deadline moves or it is
+    /// removed.
     pub fn advance(&mut self, now: Tick, mut due: impl FnMut(&Waker)) {
         let steps = now.0.saturating_sub(self.now.0).min(SLOTS);
         self.now = self.now.max(now);
-        // A jump of more than a turn begins with the next tick's slot: those who are due are put there again, and
+        // A jump of more than a turn begins with the next tick's slot: timers that are due are put there again, and
         // would be called twice if it came later.
         let first = self.now.0.wrapping_sub(steps).wrapping_add(1);
         for step in 0..steps {
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_used_again_while_others_wait() {
+    fn slot_is_reused_while_others_wait() {
         let mut wheel = TimerWheel::default();
         let (stays, count) = waits(&mut wheel, 9);
         let (first, _) = waits(&mut wheel, 9);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-/// Where metrics and status are read, and orders are given.
+/// The admin address and the admin socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AdminConfig {
     /// The address of the read-only pages.
@@ -18,14 +18,14 @@ pub struct AdminConfig {
     pub hosts: Vec<String>,
 }
 
-/// What the load balancer's health check asks.
+/// The endpoint for the load balancer's health check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthConfig {
     /// Its address.
     pub bind: SocketAddr,
     /// The path that answers, with its leading slash.
     pub path: String,
-    /// Networks whose checks have places of their own; empty is everybody.
+    /// Networks whose checks have reserved slots; empty means every network.
     #[serde(default)]
     pub trusted_sources: Vec<IpNet>,
 }

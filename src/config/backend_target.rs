@@ -34,7 +34,7 @@ pub(super) fn target(text: &str) -> Result<BackendTarget, MalformedValue> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return match (address.port(), address.ip().is_unspecified()) {
             (0, _) => Err(not_so(NO_PORT)),
-            (_, true) => Err(not_so(", which stands for every address")),
+            (_, true) => Err(not_so(", which means every address")),
             (_, false) => Ok(BackendTarget::Address(address)),
         };
     }
@@ -42,10 +42,10 @@ pub(super) fn target(text: &str) -> Result<BackendTarget, MalformedValue> {
         return if text.starts_with('_') { service(text) } else { Err(not_so(", which has no port")) };
     };
     if host.starts_with('_') {
-        return Err(not_so(", and a service name has no port: its SRV records have one"));
+        return Err(not_so(": a service name has no port; its SRV records have one"));
     }
     if host.contains(':') && !host.starts_with('[') {
-        return Err(not_so(": an IPv6 address stands in brackets before its port"));
+        return Err(not_so(": write an IPv6 address in brackets before its port"));
     }
     is_name(host)?;
     let digits = port.bytes().all(|byte| byte.is_ascii_digit());
@@ -53,7 +53,7 @@ pub(super) fn target(text: &str) -> Result<BackendTarget, MalformedValue> {
     Ok(BackendTarget::Host { name: host.to_ascii_lowercase(), port })
 }
 
-const NO_PORT: &str = ", whose port is none from 1 to 65535";
+const NO_PORT: &str = ", whose port is not from 1 to 65535";
 
 fn not_so(because: &'static str) -> MalformedValue {
     MalformedValue { must: TARGET, because }
@@ -79,7 +79,7 @@ fn is_name(name: &str) -> Result<(), MalformedValue> {
     name.split('.').try_for_each(|label| is_label(label, LONGEST_LABEL))?;
     let last = name.rsplit('.').next().unwrap_or_default();
     if last.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(not_so(", which ends with a number and is no IP address"));
+        return Err(not_so(", which ends with a number and is not an IP address"));
     }
     Ok(())
 }
@@ -141,16 +141,16 @@ mod tests {
     }
 
     #[test]
-    fn nobody_accepts_at_an_address_that_stands_for_all() {
+    fn wildcard_address_is_not_a_backend() {
         for text in ["0.0.0.0:80", "[::]:80"] {
-            assert_eq!(because(text), ", which stands for every address");
+            assert_eq!(because(text), ", which means every address");
         }
     }
 
     #[test]
     fn a_slip_in_an_address_makes_no_name_of_it() {
         for text in ["10.0.0:80", "10.0.0.256:80", "10.0.0.1.1:80", "5:80"] {
-            assert_eq!(because(text), ", which ends with a number and is no IP address", "{text}");
+            assert_eq!(because(text), ", which ends with a number and is not an IP address", "{text}");
         }
         for text in ["::1:80", "fd00::10:80"] {
             assert!(because(text).contains("in brackets"), "{text}");
@@ -199,10 +199,10 @@ mod tests {
 
     #[test]
     fn a_service_has_a_protocol_and_a_domain_and_no_port() {
-        assert_eq!(because("_http._tcp.b:80"), ", and a service name has no port: its SRV records have one");
+        assert_eq!(because("_http._tcp.b:80"), ": a service name has no port; its SRV records have one");
         for text in ["_http", "_http._tcp", "_http.tcp.b", "_http.b"] {
             assert_eq!(because(text), ", which is not of the form _service._proto.domain", "{text}");
         }
-        assert_eq!(because("_http._tcp.5"), ", which ends with a number and is no IP address");
+        assert_eq!(because("_http._tcp.5"), ", which ends with a number and is not an IP address");
     }
 }

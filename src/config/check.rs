@@ -18,7 +18,7 @@ use super::section::ParsedField;
 use super::{Config, Fallback};
 use names::NameIndex;
 
-/// Judges what was written, and makes the configuration of it.
+/// Checks the raw configuration and builds the checked one.
 ///
 /// # Errors
 /// Every fault, of form and of meaning, in the order of the files and their lines.
@@ -40,7 +40,7 @@ pub(super) fn check(mut written: RawConfig) -> Result<Config, ConfigErrors> {
     if faults.is_empty() { Ok(build::config(written)) } else { Err(ConfigErrors::sorted(faults)) }
 }
 
-/// The names of every kind that has them.
+/// The names of listeners, pools and tenants.
 struct KnownNames<'w> {
     listeners: NameIndex<'w>,
     pools: NameIndex<'w>,
@@ -135,7 +135,7 @@ fn tcp_user_timeout_is_one_that_the_kernel_takes(written: &RawConfig, faults: &m
     }
 }
 
-/// A time in words, and whether it is one that nobody wrote.
+/// A time in words, marked where it is the default.
 fn shown(time: Duration, field: &ParsedField<Duration>) -> String {
     format!("{time:?}{}", if field.is_absent() { " (the default)" } else { "" })
 }

@@ -1,4 +1,4 @@
-//! What one configuration has that another one has not, and whom it concerns: what a reload would change.
+//! The differences between two configurations and the sessions that they affect: what a reload would change.
 
 mod impact;
 mod render;
@@ -17,7 +17,7 @@ pub use self::impact::{BackendUsage, LiveCount, RouteUsage};
 use self::render::{keys, limits};
 use super::{BackendConfig, Config, ListenerConfig, OnRevoke, PoolConfig, Protocol, TenantConfig};
 
-/// A configuration that is in force, and what goes through it now.
+/// The configuration in force, and the sessions that use it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct ActiveConfig<C = Config> {
     /// The version of the program that it is in force in.
@@ -30,7 +30,7 @@ pub struct ActiveConfig<C = Config> {
     pub backends: Vec<BackendUsage>,
 }
 
-/// What a change is of.
+/// The object of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "the names say it")]
@@ -42,7 +42,7 @@ pub enum ChangedObject {
     Tenant,
 }
 
-/// What becomes of it.
+/// The kind of change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ChangeKind {
@@ -62,7 +62,7 @@ pub enum ChangeKind {
     Refused,
 }
 
-/// One key with another value.
+/// A key whose value differs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct KeyChange {
     /// The key as the file has it.
@@ -73,7 +73,7 @@ pub struct KeyChange {
     pub to: Option<String>,
 }
 
-/// One thing that would change.
+/// One changed object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ConfigChange {
     /// What it is.
@@ -83,7 +83,7 @@ pub struct ConfigChange {
     /// A backend's pool.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
-    /// What becomes of it.
+    /// The kind of change.
     pub kind: ChangeKind,
     /// What is different.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -93,7 +93,7 @@ pub struct ConfigChange {
     pub now: LiveCount,
 }
 
-/// What a reload would change.
+/// The changes of a reload.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ConfigDiff {
     /// Each of it: tables, listeners, pools with their backends, tenants.
@@ -106,7 +106,7 @@ pub struct ConfigDiff {
 }
 
 impl ConfigDiff {
-    /// What would change were `next` put in the place of what is in force.
+    /// The changes if `next` replaced the configuration in force.
     #[must_use]
     pub fn between(now: &ActiveConfig, next: &Config) -> Self {
         let uses = LiveCounts::of(now);
@@ -119,7 +119,7 @@ impl ConfigDiff {
         Self { changes, now: concerned, ends }
     }
 
-    /// Whether nothing would change.
+    /// Whether there is no change.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
@@ -160,7 +160,7 @@ impl fmt::Display for ConfigChange {
             ChangeKind::Moved => ": moved",
             ChangeKind::Limits => ": limits",
             ChangeKind::State => ": state",
-            ChangeKind::Refused => ": refused, for it needs a restart or a takeover",
+            ChangeKind::Refused => ": refused, needs a restart or a takeover",
         })?;
         for (number, key) in self.keys.iter().enumerate() {
             f.write_str(if number == 0 { ": " } else { ", " })?;
@@ -188,7 +188,7 @@ fn tables(now: &Config, next: &Config, uses: &LiveCounts<'_>) -> Vec<ConfigChang
     // Every field by name, so that a new one is not forgotten here.
     let Config { process, admin, health, log, timeouts, drain, dns, listeners: _, pools: _, tenants: _ } =
         now;
-    let everybody = uses.all();
+    let all = uses.all();
     let tables = [
         ("[process]", ChangeKind::Refused, keys(process, &next.process)),
         ("[admin]", ChangeKind::Refused, keys(admin, &next.admin)),
@@ -201,8 +201,8 @@ fn tables(now: &Config, next: &Config, uses: &LiveCounts<'_>) -> Vec<ConfigChang
     let changed = tables.into_iter().filter(|(_, _, keys)| !keys.is_empty());
     changed
         .map(|(name, kind, keys)| {
-            // Timeouts hold for sessions that come; the others concern nobody who is there.
-            let now = if name == "[timeouts]" { everybody } else { LiveCount::default() };
+            // Timeouts apply to new sessions; the other tables affect no existing session.
+            let now = if name == "[timeouts]" { all } else { LiveCount::default() };
             ConfigChange::new(ChangedObject::Table, name, kind, now).with(keys)
         })
         .collect()

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-/// One thing that is wrong, and where it stands.
+/// One error of a configuration, with its file and line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     file: Arc<str>,
@@ -38,7 +38,7 @@ impl ConfigError {
         &self.subject
     }
 
-    /// What must hold, and what was found.
+    /// The rule, and what was found.
     #[must_use]
     pub fn message(&self) -> &str {
         &self.message
@@ -60,19 +60,19 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Every fault of a configuration, in the order of the files and their lines. Never empty.
+/// All errors of a configuration, ordered by file and line. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigErrors(Vec<ConfigError>);
 
 impl ConfigErrors {
-    /// Sorts what was found, and drops what was found twice.
+    /// Sorts the errors, and drops duplicates.
     pub(super) fn sorted(mut faults: Vec<ConfigError>) -> Self {
         faults.sort_by(|a, b| (a.order, &a.subject).cmp(&(b.order, &b.subject)));
         faults.dedup();
         Self(faults)
     }
 
-    /// How many there are.
+    /// The count.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
@@ -113,7 +113,7 @@ impl fmt::Display for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
-/// A text that was read: its name, and where its lines begin.
+/// A source text: its name, and the offsets of its lines.
 #[derive(Debug)]
 pub(super) struct SourceText {
     name: Arc<str>,
@@ -138,7 +138,7 @@ impl SourceText {
         format!("{}:{}", self.name, self.line(offset))
     }
 
-    /// A fault at a byte.
+    /// An error at a byte.
     pub(super) fn fault(&self, offset: usize, subject: String, message: String) -> ConfigError {
         let (file, order) = (Arc::clone(&self.name), (self.order, offset));
         ConfigError { file, order, line: Some(self.line(offset)), subject, message }
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_sorted_by_file_and_line_and_said_once() {
+    fn errors_are_sorted_by_file_and_line_without_duplicates() {
         let first = SourceText::new("z.toml".into(), 0, "\n\n");
         let second = SourceText::new("a.toml".into(), 1, "");
         let unread = ConfigError::of_file("b.toml".into(), 2, "must be readable, found: nothing".into());

@@ -45,7 +45,7 @@ pub(super) fn includes(path: &Path) -> Option<Vec<String>> {
     patterns.map(|pattern| pattern.get_ref().as_str().map(str::to_owned)).collect()
 }
 
-/// What was read so far.
+/// The state while files are read.
 #[derive(Default)]
 struct ConfigReader {
     written: RawConfig,
@@ -118,13 +118,13 @@ impl ConfigReader {
         if let ParsedField::Given(include) = section.take_raw("include") {
             let found = shown(include.get_ref());
             let message =
-                format!("must stand in the main file, for only that one includes others, found {found}");
+                format!("must be in the main file; an included file cannot include others, found {found}");
             section.fault_at(include.span().start, "include", message);
         }
         for key in SINGLES {
             if let ParsedField::Given(single) = section.take_raw(key) {
                 let message = format!(
-                    "must stand in the main file, for an included one holds {INCLUDED} only, found [{key}]"
+                    "must be in the main file; an included file holds only {INCLUDED}, found [{key}]"
                 );
                 section.fault_at(single.span().start, key, message);
             }
@@ -203,7 +203,7 @@ impl ConfigReader {
             }
         };
         let offset = value.span().start;
-        let must = format!("must be written as [[{kind}]], once for each");
+        let must = format!("must be written as [[{kind}]], one table for each");
         let values = match into_array(value.into_inner()) {
             Ok(values) => values,
             Err(other) => {
@@ -266,9 +266,7 @@ pub(super) fn matching(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, Str
         return if there && !pattern.is_empty() {
             Ok(vec![file])
         } else {
-            Err(format!(
-                "must name a file that is there, or hold a \"*\" where it may match none, found {shown}"
-            ))
+            Err(format!("must name an existing file, or contain a \"*\" if it may match none, found {shown}"))
         };
     }
     // The folder is a path and no pattern: a bracket in it stands for itself.
@@ -312,6 +310,6 @@ fn syntax(message: &str, found: &str, rest: &str, header: bool) -> String {
         (_, None) => "the end of the file".to_owned(),
     };
     // A text that begins like a number's name is taken for one.
-    let hint = if message.starts_with("invalid float") { "; a text stands in quotes" } else { "" };
+    let hint = if message.starts_with("invalid float") { "; a text needs quotes" } else { "" };
     format!("must be TOML, found {found}: {message}{hint}")
 }

@@ -19,7 +19,7 @@ use super::value::{
 use super::{AccessLogTarget, BareDatagrams, Fallback, LimitMode, LogFormat, LogLevel, OnRevoke, Protocol};
 use crate::id::EndpointId;
 
-/// Everything that was written, in all files, and what was wrong with its form.
+/// The configuration as written in all files, and its syntax errors.
 #[derive(Debug, Default)]
 pub(super) struct RawConfig {
     /// The main file as a whole.

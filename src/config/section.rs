@@ -17,7 +17,7 @@ pub(super) trait FromToml: Sized {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String>;
 }
 
-/// What stands behind a key.
+/// The value of a key.
 #[derive(Debug, Default)]
 pub(super) enum ParsedField<T> {
     /// Nothing: the default holds.
@@ -48,7 +48,7 @@ impl<T> ParsedField<T> {
         self.spanned().map(|value| (value.span().start, words(value.get_ref())))
     }
 
-    /// Whether nothing was written.
+    /// Whether the key is absent.
     pub(super) fn is_absent(&self) -> bool {
         matches!(self, Self::Absent)
     }
@@ -95,7 +95,7 @@ impl<T> ParsedList<T> {
 /// Keys and their values.
 pub(super) type Pairs<T> = Vec<(Spanned<String>, Spanned<T>)>;
 
-/// Which table it is, and where it was written.
+/// The kind, name and place of a table.
 #[derive(Clone, Debug)]
 pub(super) struct TableHead {
     kind: &'static str,
@@ -186,7 +186,7 @@ impl<'i, 'f> Section<'i, 'f> {
         Section { head: self.head, prefix, offset, table, known: Vec::new(), faults: self.faults }
     }
 
-    /// Says beforehand which keys there are. Needed where two of them are alike: one is no slip for the other.
+    /// Declares the known keys beforehand. Needed if two of them are similar: one is no typo for the other.
     pub(super) fn knowing(mut self, keys: &[&'static str]) -> Self {
         self.known.extend_from_slice(keys);
         self
@@ -348,19 +348,15 @@ impl<'i, 'f> Section<'i, 'f> {
         self.fault_at(self.offset, key, format!("must be present, such as {key} = {example}, found none"));
     }
 
-    /// Ends the reading: a key that was never taken is one that nobody knows.
+    /// Ends the reading: a key that was not taken is an unknown key.
     pub(super) fn finish(mut self) {
         for (key, _) in std::mem::take(&mut self.table) {
             let (offset, key) = (key.span().start, key.into_inner());
             let known = match suggest::closest(&key, self.known.iter().copied()) {
                 Some(close) => format!("did you mean \"{close}\"?"),
-                None => format!("the known ones are {}", listed(&self.known)),
+                None => format!("known keys are {}", listed(&self.known)),
             };
-            self.fault_at(
-                offset,
-                &bare_or_quoted(&key),
-                format!("must be a known key, found one that is not: {known}"),
-            );
+            self.fault_at(offset, &bare_or_quoted(&key), format!("unknown key; {known}"));
         }
     }
 }

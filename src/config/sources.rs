@@ -149,7 +149,7 @@ mod tests {
         let third = sources(&main);
         assert!(!third.are_as(&second));
         fs::write(home.path().join("parts/notes.txt"), "").unwrap();
-        assert!(sources(&main).are_as(&third), "what no pattern names is nobody's");
+        assert!(sources(&main).are_as(&third), "a file that no pattern names is ignored");
         fs::write(&part, "# longer").unwrap();
         assert!(!sources(&main).are_as(&third));
         fs::remove_file(&part).unwrap();
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_faulty_main_file_includes_what_it_did() {
+    fn faulty_main_file_keeps_its_previous_includes() {
         let home = tempfile::tempdir().unwrap();
         let main = home.path().join("main.toml");
         fs::create_dir(home.path().join("parts")).unwrap();

@@ -1,6 +1,6 @@
 //! "Did you mean": the known word that is closest to one that is not known.
 
-/// The candidate that one or two slips of the finger would turn into `word`; the first of equals.
+/// The candidate within one or two typos of `word`; the first of equals.
 pub(super) fn closest<'c>(word: &str, candidates: impl Iterator<Item = &'c str>) -> Option<&'c str> {
     let length = word.chars().count();
     // A third of the word, so that short names do not suggest each other: "web" is no slip for "db".

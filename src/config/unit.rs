@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-/// Why a text is none of what it should be.
+/// Why a text cannot be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be {must}")]
 pub struct MalformedValue {
@@ -74,13 +74,13 @@ fn counted(
         return Err(MalformedValue { must, because: ", which has no unit" });
     }
     if unit.contains(char::is_whitespace) {
-        return Err(MalformedValue { must, because: ", which has a blank in it" });
+        return Err(MalformedValue { must, because: ", which contains a space" });
     }
     if unit.starts_with('.') {
-        return Err(MalformedValue { must, because: ", which is no whole number: take a smaller unit" });
+        return Err(MalformedValue { must, because: ", which is not a whole number: use a smaller unit" });
     }
     let Some((_, factor)) = units.iter().find(|(name, _)| *name == unit) else {
-        return Err(MalformedValue { must, because: ", which has a unit that is not known" });
+        return Err(MalformedValue { must, because: ", which has an unknown unit" });
     };
     let count = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(*factor));
     count.ok_or(MalformedValue { must: limit, because: "" })
@@ -99,13 +99,13 @@ pub fn rate(text: &str) -> Result<Duration, MalformedValue> {
         return Err(MalformedValue { must: RATE, because: "" });
     }
     let known = TIMES.iter().find(|(name, _)| *name == unit && unit != "ms");
-    let (_, nanos) =
-        known.ok_or(MalformedValue { must: RATE, because: ", which has a unit that is not known" })?;
+    let (_, nanos) = known.ok_or(MalformedValue { must: RATE, because: ", which has an unknown unit" })?;
     let interval = count.parse::<u64>().map_or(Some(0), |count| nanos.checked_div(count));
     match interval {
-        None => {
-            Err(MalformedValue { must: "more than 0", because: ": state = \"disabled\" carries nothing" })
-        }
+        None => Err(MalformedValue {
+            must: "more than 0",
+            because: ": state = \"disabled\" stops all traffic of the tenant",
+        }),
         Some(nanos) if nanos < FASTEST => Err(MalformedValue { must: "at most 1000000/s", because: "" }),
         Some(nanos) => Ok(Duration::from_nanos(nanos)),
     }
@@ -186,7 +186,7 @@ fn port(digits: &str) -> Result<u16, MalformedValue> {
 /// What is wrong with an IPv6 address that stands bare before its port.
 fn without_brackets(host: &str) -> Option<MalformedValue> {
     host.parse::<std::net::Ipv6Addr>().ok()?;
-    Some(MalformedValue { must: PORTS, because: ": an IPv6 address stands in brackets before its port" })
+    Some(MalformedValue { must: PORTS, because: ": write an IPv6 address in brackets before its port" })
 }
 
 /// Reads `network/bits`, or one address as a network of its own. Bits behind the prefix are cleared.
@@ -220,11 +220,11 @@ mod tests {
             assert_eq!(duration(text), Err(MalformedValue { must: DURATION, because: "" }), "{text}");
         }
         assert_eq!(why(duration("5")), ", which has no unit");
-        assert_eq!(why(duration("1.5s")), ", which is no whole number: take a smaller unit");
-        assert_eq!(why(duration("5 s")), ", which has a blank in it");
-        assert_eq!(why(duration("5s ")), ", which has a blank in it");
+        assert_eq!(why(duration("1.5s")), ", which is not a whole number: use a smaller unit");
+        assert_eq!(why(duration("5 s")), ", which contains a space");
+        assert_eq!(why(duration("5s ")), ", which contains a space");
         for text in ["5S", "5sec", "1m30s", "5d", "5MiB"] {
-            assert_eq!(why(duration(text)), ", which has a unit that is not known", "{text}");
+            assert_eq!(why(duration(text)), ", which has an unknown unit", "{text}");
         }
     }
 
@@ -254,8 +254,8 @@ mod tests {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
         assert_eq!(why(size("64")), ", which has no unit");
-        assert_eq!(why(size("64kib")), ", which has a unit that is not known");
-        assert_eq!(why(size("1.5GiB")), ", which is no whole number: take a smaller unit");
+        assert_eq!(why(size("64kib")), ", which has an unknown unit");
+        assert_eq!(why(size("1.5GiB")), ", which is not a whole number: use a smaller unit");
         assert_eq!(size("MiB").unwrap_err().must, SIZE);
         for text in ["18446744073709551616B", "17179869184GiB"] {
             assert_eq!(size(text).unwrap_err().must, "at most 17179869183GiB", "{text}");
@@ -276,7 +276,7 @@ mod tests {
         }
         assert_eq!(why(rate("200")), ", which has no unit");
         for text in ["200/ms", "200/", "200/sec", "200/S", "200/ s", "200/s "] {
-            assert_eq!(why(rate(text)), ", which has a unit that is not known", "{text}");
+            assert_eq!(why(rate(text)), ", which has an unknown unit", "{text}");
         }
         for text in ["/s", "-1/s", "1.5/s", " 1/s", "1 /s"] {
             assert_eq!(rate(text), Err(MalformedValue { must: RATE, because: "" }), "{text}");
@@ -296,7 +296,7 @@ mod tests {
             assert_eq!(why(bandwidth(text)), ", which has no \"/s\" at its end", "{text}");
         }
         assert_eq!(why(bandwidth("50/s")), ", which has no unit");
-        assert_eq!(why(bandwidth("50Mbit/s")), ", which has a unit that is not known");
+        assert_eq!(why(bandwidth("50Mbit/s")), ", which has an unknown unit");
         for text in ["1023B/s", "0MiB/s"] {
             assert_eq!(bandwidth(text).unwrap_err().must, "at least 1KiB/s", "{text}");
         }
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn any_other_bind_says_what_is_wrong() {
+    fn malformed_bind_names_its_error() {
         for text in ["", "8080", "0.0.0.0", ":8080", "0.0.0.0:", "0.0.0.0:-", "0.0.0.0:80-", "0.0.0.0:+80"] {
             assert_eq!(ports(text), Err(MalformedValue { must: PORTS, because: "" }), "{text}");
         }
@@ -328,7 +328,7 @@ mod tests {
         assert_eq!(why(ports("0.0.0.0:0-5")), ", which starts at 0");
         assert_eq!(why(ports("0.0.0.0:65535-65536")), ", which has a port above 65535");
         assert_eq!(why(ports("0.0.0.0:99999999")), ", which has a port above 65535");
-        assert_eq!(why(ports(":::80")), ": an IPv6 address stands in brackets before its port");
+        assert_eq!(why(ports(":::80")), ": write an IPv6 address in brackets before its port");
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl FromToml for String {
     }
 }
 
-/// What a table is called.
+/// The name of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct TableName(pub(super) String);
 
@@ -136,7 +136,7 @@ impl FromToml for ByteSize {
     }
 }
 
-/// So many sessions at once, at least one.
+/// A number of concurrent sessions, at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SessionCount(pub(super) usize);
 
@@ -149,9 +149,9 @@ impl FromToml for SessionCount {
 }
 
 /// The remedy for a limit of nothing.
-const NOTHING: &str = ": state = \"disabled\" carries nothing";
+const NOTHING: &str = ": state = \"disabled\" stops all traffic of the tenant";
 
-/// From one to the next, of things that come so many in a time.
+/// The interval of a rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct RateInterval(pub(super) Duration);
 
@@ -190,11 +190,11 @@ impl FromToml for EndpointId {
             return Ok(id);
         }
         let hint = if written.starts_with("vpce-svc-") {
-            ", which names the endpoint service, not an endpoint that a consumer made for it"
+            ", which is the ID of the endpoint service, not of an endpoint"
         } else if written.to_ascii_lowercase().parse::<Self>().is_ok() {
             ", which has upper-case letters"
         } else if written.trim().parse::<Self>().is_ok() {
-            ", which has blanks around it"
+            ", which has spaces around it"
         } else {
             ""
         };
@@ -202,7 +202,7 @@ impl FromToml for EndpointId {
     }
 }
 
-/// Whether a header must come first.
+/// Whether a PROXY header is required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProxyProtocolMode {
     Require,
@@ -263,7 +263,7 @@ impl FromToml for AccessLogTarget {
     }
 }
 
-/// Where the socket that takes orders lies.
+/// The path of the admin socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SocketPath(pub(super) PathBuf);
 
@@ -279,7 +279,7 @@ impl FromToml for SocketPath {
     }
 }
 
-/// Whether a tenant's traffic is carried.
+/// Whether a tenant is enabled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TenantState(pub(super) bool);
 
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_number_is_told_of_its_unit() {
+    fn number_without_a_unit_is_refused() {
         assert!(
             refused::<Duration>("5").ends_with("such as \"5s\" (ms, s, m or h), found the bare number 5")
         );
@@ -346,10 +346,13 @@ mod tests {
         assert!(refused::<RateInterval>("200").ends_with("(s, m or h), found the bare number 200"));
         assert_eq!(
             refused::<RateInterval>("\"0/s\""),
-            "must be more than 0, found \"0/s\": state = \"disabled\" carries nothing"
+            "must be more than 0, found \"0/s\": state = \"disabled\" stops all traffic of the tenant"
         );
         assert_eq!(read("1"), Ok(SessionCount(1)));
-        assert!(refused::<SessionCount>("0").ends_with("found 0: state = \"disabled\" carries nothing"));
+        assert!(
+            refused::<SessionCount>("0")
+                .ends_with("found 0: state = \"disabled\" stops all traffic of the tenant")
+        );
         assert!(refused::<SessionCount>("-1").ends_with("from 1 to 4294967295, found -1"));
         assert!(refused::<BytesPerSecond>("5000").ends_with("found the bare number 5000"));
         assert_eq!(read("\"2KiB/s\""), Ok(BytesPerSecond(2048)));
@@ -389,14 +392,11 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_id_is_told_what_it_is_instead() {
+    fn malformed_endpoint_id_names_its_error() {
         for (text, hint) in [
-            (
-                "\"vpce-svc-0123456789abcdef0\"",
-                "which names the endpoint service, not an endpoint that a consumer made for it",
-            ),
+            ("\"vpce-svc-0123456789abcdef0\"", "which is the ID of the endpoint service, not of an endpoint"),
             ("\"vpce-08D2bf15fac5001c9\"", "which has upper-case letters"),
-            ("\" vpce-08d2bf15fac5001c9\"", "which has blanks around it"),
+            ("\" vpce-08d2bf15fac5001c9\"", "which has spaces around it"),
             ("\"vpce-08d2\"", "found \"vpce-08d2\""),
             ("5", "found 5"),
         ] {

@@ -24,7 +24,7 @@ sockopt_impl!(
     [u32; WORDS]
 );
 
-/// The drops of one socket that are counted already.
+/// The kernel's drop counter of one socket, as far as it is counted already.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct KernelDrops(u32);
 

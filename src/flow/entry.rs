@@ -29,7 +29,7 @@ use super::send_runs::Span;
 use super::socket::{self, ROOM, UdpListenSocket};
 use super::table::FlowClient;
 
-/// One flow. `guard` is held as long, and so is the mark of its door.
+/// One flow. The guards count it at its worker and at its listening socket.
 #[derive(Debug)]
 pub(super) struct Flow<A> {
     /// Where a backend was found for it. Closing it takes it off the poll.
@@ -49,7 +49,7 @@ pub(super) struct Flow<A> {
     pub(super) receive_mode: ReceiveMode,
     /// What the kernel has dropped at its socket, as far as it is counted.
     pub(super) drops: KernelDrops,
-    /// The first datagram, as long as it is the only one and nobody has answered: another backend may be asked too.
+    /// The first datagram, while it is the only one and unanswered: it may be sent to another backend.
     pub(super) first: Option<Box<[u8]>>,
     /// The header of the first datagram, for those that come without one; empty where the pool wants none.
     pub(super) header: Box<[u8]>,
@@ -60,8 +60,8 @@ pub(super) struct Flow<A> {
     _counted: (A, Rc<()>),
 }
 
-/// How a flow's answers are taken. Most come one by one, and the least that takes one is a plain `recv`. To take those that
-/// the kernel has put together needs more of it, and pays for whoever has many.
+/// How a flow's answers are received. Most come one by one, and the least that takes one is a plain `recv`. To take
+/// those that the kernel has coalesced (GRO) needs more work, and pays off for flows with many answers.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ReceiveMode {
     /// One at a time; so many until it is looked for a second one.
@@ -125,7 +125,7 @@ impl ReceiveMode {
     }
 }
 
-/// What is told of a flow when it has ended, as far as it has come.
+/// What is known about a flow for its log line.
 #[derive(Debug)]
 pub(super) struct FlowLogContext {
     pub(super) snapshot: Arc<Snapshot>,
@@ -141,7 +141,7 @@ pub(super) struct FlowLogContext {
 /// No place in a snapshot.
 pub(super) const NOWHERE: u32 = u32::MAX;
 
-/// What a backend was found with.
+/// A connected backend of a flow.
 pub(super) struct ConnectedBackend {
     pub(super) socket: UdpSocket,
     pub(super) port: LocalPort,
@@ -150,7 +150,7 @@ pub(super) struct ConnectedBackend {
     pub(super) attempts: u32,
 }
 
-/// Where ends are written down.
+/// The logs for ended flows.
 pub(super) struct FlowLogs<'a> {
     pub(super) access_log: &'a AccessLogger,
     pub(super) rejections: &'a RejectionLog,
@@ -224,7 +224,7 @@ impl FlowLogContext {
     }
 }
 
-/// Of whom a line tells.
+/// The addresses and counts of a flow's log line.
 #[derive(Clone, Copy)]
 pub(super) struct FlowLogDetails {
     pub(super) peer: PeerAddr,
@@ -236,7 +236,7 @@ pub(super) struct FlowLogDetails {
 }
 
 impl FlowLogDetails {
-    /// Of somebody who has no flow.
+    /// Of a datagram that belongs to no flow.
     pub(super) fn stray(peer: PeerAddr, flow_client: Option<FlowClient>) -> Self {
         let datagrams = PerDirection::default();
         Self { peer, client: flow_client, backend: None, attempts: 0, datagrams, would_reject: None }
@@ -272,7 +272,7 @@ impl<A> Flow<A> {
         }
     }
 
-    /// Goes on with another backend.
+    /// Continues with another backend.
     pub(super) fn move_to(&mut self, found: ConnectedBackend) {
         self.count_drops();
         self.drops = KernelDrops::default();
@@ -299,7 +299,7 @@ impl<A> Flow<A> {
         };
     }
 
-    /// Sends the first datagram again, where it was sent. Nobody has heard it, so it counts once.
+    /// Sends the first datagram again to the new backend. The old one did not receive it, so it is counted once.
     pub(super) fn repeat_first(&self) {
         if let Some(first) = self.first.as_ref().filter(|_| self.datagrams.to_backend > 0)
             && let Err(error) = socket::send(&self.socket, &self.header, first)
@@ -308,13 +308,13 @@ impl<A> Flow<A> {
         }
     }
 
-    /// Where its datagrams go.
+    /// The backend's address.
     pub(super) fn backend(&self) -> Option<BackendAddr> {
         let picked = self.picked.as_ref().map(|picked| picked.address());
         picked.or_else(|| self.socket.peer_addr().ok().map(BackendAddr))
     }
 
-    /// Ends it, and accounts for it.
+    /// Ends it, counts it and writes its log line.
     pub(super) fn end(
         mut self,
         outcome: Outcome,

@@ -1,4 +1,4 @@
-//! From a datagram to its flow: who speaks, whose traffic it is, whether there is room, and which backend.
+//! From a datagram to its flow: client, tenant, limits and backend.
 
 use std::io::ErrorKind;
 use std::rc::Rc;
@@ -30,7 +30,7 @@ use crate::proxy_protocol::{self, HeaderBuilder, MalformedHeader, ParsedHeader, 
 /// A flow that was silent for so long may lose its place to a new one, where all places are taken.
 const GIVES_WAY: Duration = Duration::from_secs(5);
 
-/// What a datagram begins with.
+/// What a datagram starts with.
 enum DatagramStart {
     /// A header of so many bytes.
     Header(FlowClient, usize),
@@ -63,7 +63,7 @@ fn read(datagram: &[u8], rules: proxy_protocol::ParserRules) -> DatagramStart {
     }
 }
 
-/// A datagram of a client's, where it came in.
+/// A datagram from a client.
 pub(super) struct ClientDatagram<'a> {
     pub(super) socket: &'a UdpListenSocket,
     pub(super) path: FlowPath,
@@ -72,7 +72,7 @@ pub(super) struct ClientDatagram<'a> {
 }
 
 impl<A> FlowWorkerState<A> {
-    /// Takes in one datagram of a client's.
+    /// Handles one datagram of a client.
     pub(super) fn take_in(&mut self, datagram: ClientDatagram<'_>, poll: &Poll, now: Moment) {
         let ClientDatagram { socket: listen_socket, path, room, span } = datagram;
         let bytes = room.get(span.clone()).unwrap_or_default();
@@ -151,7 +151,7 @@ impl<A> FlowWorkerState<A> {
         })
     }
 
-    /// Counts a datagram that belongs to no flow and begins none.
+    /// Counts a datagram that belongs to no flow and opens none.
     fn reject_datagram(
         &mut self,
         listen_socket: &UdpListenSocket,
@@ -180,7 +180,7 @@ impl<A> FlowWorkerState<A> {
         log_context.end(outcome, FlowLogDetails::stray(path.peer, flow_client), &logs, now);
     }
 
-    /// Begins a flow by a datagram: its header, and how long its payload is.
+    /// Opens a flow for a datagram.
     fn open(
         &mut self,
         listen_socket: &UdpListenSocket,
@@ -234,7 +234,7 @@ impl<A> FlowWorkerState<A> {
         added.is_ok()
     }
 
-    /// The steps of a flow up to its backend.
+    /// The steps of a flow up to the connected backend.
     fn steps(
         &mut self,
         log_context: &mut FlowLogContext,
@@ -273,7 +273,7 @@ impl<A> FlowWorkerState<A> {
             evicted
         });
         let permit = permit.map_err(|why| Outcome::reject(EndedAt::Tenant, why))?;
-        // Only now: whom its own limit or share keeps out takes nobody else's place.
+        // Only now: a flow that its tenant's limit or share rejects must not evict another one.
         let slot = slot.or_else(|| self.slot(now));
         let slot = slot.ok_or_else(|| Outcome::reject(EndedAt::Tenant, tenant.quota.reject(Reason::Shed)))?;
         pool.count_session(tenant.label.serial());
@@ -329,7 +329,7 @@ impl<A> FlowWorkerState<A> {
         true
     }
 
-    /// Sends what the batch brought to the backends.
+    /// Sends the batch to the backends.
     pub(super) fn send_runs(&mut self, poll: &Poll, room: &[u8], now: Moment) {
         let (mut runs, mut spans) = (std::mem::take(&mut self.runs), std::mem::take(&mut self.spans));
         let mut headers = std::mem::take(&mut runs.headers);
@@ -365,8 +365,8 @@ impl<A> FlowWorkerState<A> {
         }
     }
 
-    /// The backend's host has said that nobody listens there: another one is asked, as long as nobody has answered. So many
-    /// datagrams are there that it would have got.
+    /// The backend's host has answered with port unreachable: another backend is tried while the flow is unanswered.
+    /// So many datagrams are there that it would have got.
     fn refused(&mut self, id: FlowId, unsent: usize, poll: &Poll, now: Moment) {
         let Some((_, flow_client, flow)) = self.table.find(id) else { return };
         let is_answered = flow.is_answered;
@@ -405,7 +405,7 @@ impl<A> FlowWorkerState<A> {
         let Some((path, _, flow)) = self.table.find(id) else { return };
         self.turn = Some(id);
         let Some(Some(listen_socket)) = sockets.get(usize::from(path.socket)) else {
-            // Nobody gets its answers any more: they must not stay, and wake the worker for ever.
+            // The flow is gone: read its answers, else they would wake the worker forever.
             return self.end(id, Outcome::reject(EndedAt::Forward, Reason::Drained), now);
         };
         let room = self.room.get_mut(..TURN * ROOM).unwrap_or_default();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::FlowWorker;
 use super::socket::UdpListenSocket;
 
-/// How many workers still have flows at an address that is given up.
+/// The number of workers that still have flows at a removed address.
 ///
 /// They close their sockets together: the kernel spreads datagrams over those that there are, and where one goes, those of
 /// other workers' flows would come to the wrong one.
@@ -16,25 +16,25 @@ use super::socket::UdpListenSocket;
 pub struct SocketRetirement(AtomicUsize);
 
 impl SocketRetirement {
-    /// All of so many workers may have some.
+    /// Of so many workers.
     #[must_use]
     pub fn new(workers: usize) -> Arc<Self> {
         Arc::new(Self(AtomicUsize::new(workers)))
     }
 
-    /// One of them has none any more.
+    /// One worker has no flow left.
     pub fn worker_done(&self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// Whether none has.
+    /// Whether no worker has a flow left.
     fn is_complete(&self) -> bool {
         self.0.load(Ordering::Acquire) == 0
     }
 }
 
 impl<A> FlowWorker<A> {
-    /// From now on no flow begins at a listener's address.
+    /// Stops opening flows at a listener's address.
     pub fn close(&self, listener: u32, address: SocketAddr, vacancy: &Arc<SocketRetirement>) {
         let sockets = self.sockets.borrow();
         let is_it = |listen_socket: &&Rc<UdpListenSocket>| {
@@ -45,7 +45,7 @@ impl<A> FlowWorker<A> {
             vacancy.0.fetch_add(1, Ordering::AcqRel);
             listen_socket.close(Arc::clone(vacancy));
         }
-        // The worker itself; its doors may be broken, and were told of.
+        // The worker itself; its sockets may have failed, which is logged already.
         vacancy.worker_done();
     }
 
@@ -67,7 +67,7 @@ impl<A> FlowWorker<A> {
         is_there
     }
 
-    /// Closes doors where no worker has a flow any more.
+    /// Closes sockets at which no worker has a flow any more.
     pub(super) fn close_vacant(&self) {
         for place in self.sockets.borrow_mut().iter_mut() {
             if let Some(gone) =

@@ -13,7 +13,7 @@ use crate::connect::{self, ConnectError};
 use crate::outcome::{EndedAt, Outcome, Reason};
 use crate::pool::{PickError, PickedBackend, Pool, SessionFailure, TriedBackends, pick};
 
-/// Which flow a local port is for.
+/// The flow that a local port is for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum PortOwner<'a> {
     /// A new one of this tenant.
@@ -64,7 +64,7 @@ impl<'a> BackendSearch<'a> {
         now: Moment,
     ) -> Option<ConnectedBackend> {
         let born = flow.log_context.pool()?;
-        // Those who are there now; whom it has tried it knows by their places in its own.
+        // The present backends; tried ones are known by their slots in its own pool.
         let own = born.latest();
         if !Arc::ptr_eq(&own, born) {
             flow.tried = TriedBackends::default();

@@ -15,7 +15,7 @@ use crate::proxy_protocol::{self, ParsedHeader, Transport};
 /// Where a datagram lies in what was received.
 pub(super) type Span = Range<usize>;
 
-/// What one batch brought for the backends.
+/// The datagrams of one batch, to be sent to backends.
 #[derive(Debug, Default)]
 pub(super) struct SendRuns {
     /// In the order in which they came.
@@ -86,7 +86,7 @@ fn together(spans: &[Span]) -> usize {
     same + usize::from(has_last)
 }
 
-/// The backend's host has said that nobody listens; so many datagrams had been dealt with before.
+/// The backend's host has answered with port unreachable; so many datagrams were processed before.
 pub(super) struct SendRefused {
     pub(super) done: usize,
 }
@@ -100,7 +100,7 @@ pub(super) fn drop_reason(excess: ExceededLimit) -> DatagramDrop {
 }
 
 impl<A> Flow<A> {
-    /// Leaves out what the tenant's limits do not let pass.
+    /// Removes the datagrams that the tenant's limits reject.
     pub(super) fn apply_limits(&mut self, spans: &mut Vec<Span>, direction: Direction, now: Moment) {
         let mut is_paid = direction == Direction::ToBackend && std::mem::take(&mut self.first_is_paid);
         let (quota, metrics) = (self.permit.quota(), &mut self.log_context.metrics);
@@ -128,7 +128,7 @@ impl<A> Flow<A> {
     /// Sends datagrams to the backend.
     ///
     /// # Errors
-    /// The backend's host had said of an earlier one that nobody listens.
+    /// The backend's host answered an earlier datagram with port unreachable.
     pub(super) fn send_to_backend(
         &mut self,
         spans: &[Span],
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn those_of_one_length_go_together_and_a_shorter_one_ends_them() {
+    fn datagrams_of_one_length_are_segmented_together_and_a_shorter_one_ends_the_group() {
         for (lens, expected) in [
             (&[0, 0][..], 1),
             (&[5], 1),
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_side_by_side_is_not_copied() {
+    fn contiguous_datagrams_are_not_copied() {
         let (room, mut copy) = (*b"abcdefgh", Vec::new());
         assert_eq!(contiguous(&[0..2, 2..4], &room, &mut copy), b"abcd");
         assert!(copy.is_empty());

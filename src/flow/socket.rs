@@ -51,7 +51,7 @@ pub(super) const LONGEST: usize = 65_507;
 /// `net.core.rmem_max`.
 const QUEUE: usize = 4 * 1024 * 1024;
 
-/// A listening socket of one worker.
+/// A TCP listening socket of one worker.
 #[derive(Debug)]
 pub(super) struct UdpListenSocket {
     socket: AsyncFd<UdpSocket>,
@@ -146,12 +146,12 @@ impl UdpListenSocket {
         self.listener() == listener && self.address == address
     }
 
-    /// No flow begins here any more.
+    /// Stops opening flows here.
     pub(super) fn close(&self, vacancy: Arc<SocketRetirement>) {
         self.closing.replace(Some((vacancy, false)));
     }
 
-    /// Flows begin again, of this listener.
+    /// Opens flows again, for this listener.
     pub(super) fn reopen(&self, listener: u32) {
         self.listener.set(listener);
         self.closing.replace(None);
@@ -241,7 +241,7 @@ impl UdpListenSocket {
         meta.dst_ip.filter(|_| self.is_wildcard)
     }
 
-    /// Where it is bound.
+    /// The bound address.
     pub(super) fn address(&self) -> SocketAddr {
         self.address
     }
@@ -273,13 +273,13 @@ impl UdpListenSocket {
             let what = Transmit { destination: to.0, ecn: None, contents, segment_size: each, src_ip: from };
             self.state.try_send(UdpSockRef::from(self.socket.get_ref()), &what)
         };
-        // An error that an earlier datagram brought back is told once, to whoever comes next.
+        // The kernel reports an ICMP error of an earlier datagram once, at the next call.
         let sent = transmit().or_else(|error| if is_peer_error(&error) { transmit() } else { Err(error) });
         sent.map_err(|error| drop_reason(&error))
     }
 }
 
-/// Switches off what quinn-udp asks of the kernel for each datagram and nobody here reads: marks of congestion, times of
+/// Switches off control messages that quinn-udp asks for and nothing here reads: congestion marks, times of
 /// arrival and, where the socket has but one address, the address that was asked.
 fn disable_unused_options(socket: &UdpSocket, address: SocketAddr, is_wild: bool) -> io::Result<()> {
     setsockopt(socket, sockopt::ReceiveTimestampns, &false)?;
@@ -293,7 +293,7 @@ fn disable_unused_options(socket: &UdpSocket, address: SocketAddr, is_wild: bool
     Ok(())
 }
 
-/// A socket whose datagrams go to this backend, and that hears nobody else.
+/// A socket connected to this backend; datagrams from other addresses are not received.
 ///
 /// # Errors
 /// What the system says.
@@ -314,7 +314,7 @@ pub(super) fn connect(address: BackendAddr, source: Option<IpAddr>) -> io::Resul
     Ok(socket.into())
 }
 
-/// Receives one datagram from a connected socket that does not [`take_together`].
+/// Receives one datagram from a connected socket without GRO ([`enable_gro`]).
 ///
 /// # Errors
 /// What the system says.
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn datagrams_that_went_together_come_one_by_one_where_nobody_asked_for_more() {
+    fn coalesced_datagrams_arrive_one_by_one_without_gro() {
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
         let sender = connect(BackendAddr(receiver.local_addr().unwrap()), None).unwrap();
         send(&sender, b"front-", b"payload").unwrap();

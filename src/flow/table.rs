@@ -1,7 +1,8 @@
 //! The flows of one worker: datagrams and the time in, what is to be done with them out. No socket, no clock.
 //!
-//! A flow is known by where its datagrams come from and by who speaks in them. Consumers have the same addresses, and one
-//! load balancer brings them all: whoever speaks is a part of the key, so that they never meet.
+//! A flow is identified by the source of its datagrams and by their client and endpoint. Consumers have the same
+//! addresses, and one load balancer forwards them all: client and endpoint are part of the key, so that two clients
+//! never share a flow.
 
 mod queue;
 mod slab;
@@ -23,7 +24,7 @@ use crate::id::EndpointClaim;
 
 pub use self::slab::FlowId;
 
-/// Where a datagram came from, and where its answers go.
+/// The addresses of a datagram, and the socket for its answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowPath {
     /// Which listening socket of the worker.
@@ -35,7 +36,7 @@ pub struct FlowPath {
     pub peer: PeerAddr,
 }
 
-/// Who speaks, as the header says.
+/// The client and endpoint of a datagram, from its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowClient {
     /// The client's address, as it is written: an IPv4 one in the guise of IPv6 is another client. To tell apart what is one
@@ -45,27 +46,27 @@ pub struct FlowClient {
     pub endpoint: EndpointClaim,
 }
 
-/// What is to be done with a datagram of a client's.
+/// What to do with a client's datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatagramAction {
     /// A flow is to be [opened](Table::open).
     Open,
     /// It belongs to this flow, and is its backend's.
     ToBackend(FlowId),
-    /// It belongs to nobody.
+    /// It belongs to no flow and opens none.
     Drop(StrayDatagram),
 }
 
-/// Why a datagram belongs to nobody.
+/// Why a datagram belongs to no flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StrayDatagram {
-    /// It says not who speaks, and its path has no flow.
+    /// It has no header, and its path has no flow.
     NoHeader,
-    /// It says not who speaks, and its path has several flows, or had while the present one lived.
+    /// It has no header, and its path has several flows, or had while the present one lived.
     Ambiguous,
 }
 
-/// The flows. `F` is what is kept for each.
+/// The flow table. `F` is the value of each flow.
 #[derive(Debug)]
 pub struct FlowTable<F> {
     slab: FlowSlab<F>,
@@ -101,7 +102,7 @@ impl<F> FlowTable<F> {
         }
     }
 
-    /// How many there are.
+    /// The count.
     #[must_use]
     pub fn len(&self) -> usize {
         self.index.len()
@@ -113,7 +114,7 @@ impl<F> FlowTable<F> {
         self.index.is_empty()
     }
 
-    /// How many a tenant has.
+    /// The number of a tenant's flows.
     #[must_use]
     pub fn of_tenant(&self, tenant: u32) -> usize {
         self.queue.of_tenant(tenant)
@@ -217,7 +218,7 @@ impl<F> FlowTable<F> {
         }
     }
 
-    /// When a flow was last heard of.
+    /// The time of a flow's last datagram.
     pub fn last(&mut self, id: FlowId) -> Option<Moment> {
         self.slab.find(id).map(|flow| flow.last)
     }
@@ -304,9 +305,9 @@ impl<F> FlowTable<F> {
         }
     }
 
-    /// Takes out a flow that was idle for at least `idle`: of this tenant, or else of the one that has most. Of some that
-    /// began long ago it is the one that was idle longest. Where all of those spoke just now it takes nobody, though another
-    /// of the tenant's may be idle: the next call looks at others.
+    /// Takes out a flow that was idle for at least `idle`: of this tenant, or else of the one that has most. Of some
+    /// that began long ago it is the one that was idle longest. If all of those were active just now it takes none,
+    /// though another of the tenant's may be idle: the next call looks at others.
     pub fn evict(
         &mut self,
         tenant: Option<u32>,
@@ -346,7 +347,7 @@ impl<F> FlowTable<F> {
         self.idle = idle;
     }
 
-    /// Hangs some anew who may hang later than they are due.
+    /// Reschedules some flows that may be scheduled later than they are due.
     fn catch_up(&mut self) {
         let end = self.lagging.saturating_add(HUNG_ANEW);
         for slot in self.lagging..end.min(self.slab.end()) {

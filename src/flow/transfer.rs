@@ -1,8 +1,8 @@
 //! Flows that leave for another process, and flows that come from there.
 //!
-//! A flow that leaves is out of the table and off the poll until its answer comes: nobody sends, hears or ends it here. The
-//! doors must not be heard meanwhile, or what comes for it would begin another one: it waits in their sockets, which both
-//! processes have.
+//! A flow that leaves is out of the table and the poll until the reply comes: nothing is sent, received or expired.
+//! The listening sockets must not be read meanwhile, or a datagram would open another flow: it waits in the sockets,
+//! which both processes have.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
@@ -37,7 +37,7 @@ use crate::pool::TriedBackends;
 /// worker does for them in one go stays well under a millisecond.
 const AT_ONCE: usize = 32;
 
-/// What is told of a flow.
+/// The record of a flow that moves to another process.
 #[derive(Debug, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "what is told of a flow, each by its name")]
 struct FlowTransferRecord {
@@ -78,7 +78,7 @@ struct FlowTransferRecord {
     first: Option<usize>,
 }
 
-/// A flow that has come from another process and can be carried on.
+/// A flow received from another process, ready to be continued.
 #[derive(Debug)]
 pub struct TransferredFlow {
     record: FlowTransferRecord,
@@ -87,7 +87,7 @@ pub struct TransferredFlow {
     first: Option<Box<[u8]>>,
 }
 
-/// A flow that waits for its answer.
+/// A flow that waits for the reply of the other process.
 struct DepartingFlow<A> {
     path: FlowPath,
     client: FlowClient,
@@ -96,19 +96,21 @@ struct DepartingFlow<A> {
     shares_path: bool,
 }
 
-/// Reads what another process tells of a flow. Nothing has happened to it yet.
+/// Reads the record of a flow of another process. The flow is unchanged so far.
 ///
 /// # Errors
 /// Why it cannot be carried on here.
 pub fn decode(transfer: Transfer) -> Result<TransferredFlow, TransferError> {
     let malformed = |what: &str| TransferError::Malformed(what.to_owned());
     let (record, tail) = transfer.read::<FlowTransferRecord>(TransferKind::Flow)?;
-    let (header, rest) = tail.split_at_checked(record.header).ok_or_else(|| malformed("no whole header"))?;
+    let (header, rest) =
+        tail.split_at_checked(record.header).ok_or_else(|| malformed("incomplete header"))?;
     if rest.len() != record.first.unwrap_or(0) {
-        return Err(malformed("no whole datagram"));
+        return Err(malformed("incomplete datagram"));
     }
     let (header, first) = (Box::from(header), record.first.map(|_| Box::from(rest)));
-    let [socket] = <[OwnedFd; 1]>::try_from(transfer.fds).map_err(|_| malformed("not one descriptor"))?;
+    let [socket] =
+        <[OwnedFd; 1]>::try_from(transfer.fds).map_err(|_| malformed("expected one descriptor"))?;
     Ok(TransferredFlow { record, socket: socket.into(), header, first })
 }
 
@@ -126,8 +128,9 @@ impl TransferredFlow {
 }
 
 impl<A> FlowWorker<A> {
-    /// Has every flow leave for another process, some at once, as long as sessions do. Those that stay go on. The doors are
-    /// not heard from the start of it on, and it is for the caller to say whether they are [again](Self::go_on).
+    /// Transfers every flow to another process, some at once, while sessions are transferred. Those that stay go on.
+    /// Receiving stops when this starts, and the caller decides whether it is resumed
+    /// [again](Self::resume).
     pub async fn transfer_out(&self, departures: mpsc::Sender<PendingTransfer>) {
         self.pause();
         let ids = self.state.borrow().table.ids();
@@ -151,7 +154,7 @@ impl<A> FlowWorker<A> {
                 let answer = self.wait(answered).await;
                 self.state.borrow_mut().settle(departing, answer, &self.poll);
             }
-            // Everybody else has a turn in between.
+            // Yield to the other tasks in between.
             yield_now().await;
         }
     }
@@ -167,7 +170,7 @@ impl<A> FlowWorker<A> {
         }
     }
 
-    /// Carries on with a flow of another process.
+    /// Continues a flow of another process.
     ///
     /// # Errors
     /// Why not; it is still the other's then, and comes back.
@@ -194,7 +197,7 @@ impl<A> FlowWorker<A> {
     }
 }
 
-/// The place of a flow's door: the same socket, or else one of the same address.
+/// The index of a flow's listening socket: the same socket, or else one of the same address.
 fn place(sockets: &[Option<Rc<UdpListenSocket>>], record: &FlowTransferRecord) -> Option<u16> {
     let find = |is_it: &dyn Fn(&UdpListenSocket) -> bool| {
         sockets.iter().position(|listen_socket| listen_socket.as_deref().is_some_and(is_it))

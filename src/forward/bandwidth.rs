@@ -78,12 +78,13 @@ impl TenantResources<'_> {
             if !self.quota.budget(direction).is_limited() {
                 return Poll::Ready(Ok(ReadGrant::Free));
             }
-            // Who has nothing to read must not stand in the way of those who have.
+            // A direction without bytes to read must not hold the queue.
             ready!(source.poll_read_ready(context))?;
         }
-        let mut desk =
+        let mut queue_context =
             BandwidthContext { quota: self.quota, queue: &mut self.worker.bandwidth.borrow_mut(), direction };
-        let granted = limiter.request(&mut desk, want as u64, context.waker(), session.tick(), clock::now());
+        let granted =
+            limiter.request(&mut queue_context, want as u64, context.waker(), session.tick(), clock::now());
         granted.map_or(Poll::Pending, |grant| Poll::Ready(Ok(grant)))
     }
 
@@ -101,9 +102,9 @@ impl TenantResources<'_> {
         }
         let count = if let Poll::Ready(Ok(count)) = read { *count as u64 } else { 0 };
         let now = if grant == ReadGrant::Watched { clock::now() } else { clock::Moment::default() };
-        let mut desk =
+        let mut queue_context =
             BandwidthContext { quota: self.quota, queue: &mut self.worker.bandwidth.borrow_mut(), direction };
-        limiter.settle(&mut desk, grant, count, now)
+        limiter.settle(&mut queue_context, grant, count, now)
     }
 
     /// Waits until the tenant's bandwidth has paid for the bytes that came with the header: they have been read already, and
@@ -192,7 +193,7 @@ impl TenantResources<'_> {
     }
 }
 
-/// First bytes that are not paid for yet. Dropping it leaves the queue.
+/// Charges the first bytes to the bandwidth limit. Dropping it leaves the queue.
 struct UnpaidBytes<'a> {
     resources: TenantResources<'a>,
     limiter: DirectionLimiter,
@@ -202,16 +203,17 @@ struct UnpaidBytes<'a> {
 impl UnpaidBytes<'_> {
     fn poll_paid(&mut self, session: &mut SessionContext, context: &Context<'_>) -> Poll<()> {
         let (mut bandwidth, now) = (self.resources.worker.bandwidth.borrow_mut(), clock::now());
-        let mut desk = BandwidthContext {
+        let mut queue_context = BandwidthContext {
             quota: self.resources.quota,
             queue: &mut bandwidth,
             direction: Direction::ToBackend,
         };
         while self.left > 0 {
-            let granted = self.limiter.request(&mut desk, self.left, context.waker(), session.tick(), now);
+            let granted =
+                self.limiter.request(&mut queue_context, self.left, context.waker(), session.tick(), now);
             let Some(grant) = granted else { return Poll::Pending };
             let count = self.left.min(grant.most() as u64);
-            session.metrics.would_delay |= self.limiter.settle(&mut desk, grant, count, now);
+            session.metrics.would_delay |= self.limiter.settle(&mut queue_context, grant, count, now);
             self.left -= count;
         }
         Poll::Ready(())

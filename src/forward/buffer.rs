@@ -23,14 +23,14 @@ pub(super) const LEAST: usize = 4 * 1024;
 /// Parts are counted in this unit, rounded up.
 const KIB: u64 = 1024;
 
-/// The bound on the memory of all bytes that wait for a slow reader.
+/// Bounds the memory of all bytes that wait for slow readers.
 #[derive(Debug)]
 pub struct BufferBudget {
     limit: u64,
     used: AtomicU64,
 }
 
-/// A part of it, given back on drop.
+/// A reserved part of it, released on drop.
 #[derive(Debug)]
 pub(super) struct BufferReservation {
     buffers: Arc<BufferBudget>,

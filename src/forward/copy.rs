@@ -12,7 +12,7 @@ use super::bandwidth::TenantResources;
 use super::buffer::BufferReservation;
 use crate::fault::{self, Syscall};
 
-/// Bytes that were read and not yet written. Empty, it owns no memory.
+/// Bytes that were read and not written yet. It owns no memory while it is empty.
 #[derive(Debug, Default)]
 pub(super) struct PendingWrite(Option<Box<UnwrittenBytes>>);
 

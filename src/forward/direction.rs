@@ -26,7 +26,7 @@ use crate::session_context::{SCRATCH, SessionContext, WorkerLocal};
 /// below they are equal (`cargo bench --bench splice`, 2026-11-25, kernel 6.18).
 const LARGE: usize = SCRATCH / 2;
 
-// What is granted to who waits for bandwidth is worth a splice, where each gets 64 KiB a second or more.
+// A grant to a waiter is worth a splice, if each gets 64 KiB a second or more.
 const _: () = assert!(LARGE as u64 <= QUANTUM);
 
 /// The kernel's memory for queued bytes is about so many times the bytes, where the reader's window is small: a segment of 1,000
@@ -48,7 +48,8 @@ const SMALL_SPLICES: u8 = 3;
 pub(super) struct DirectionState {
     /// Bytes that were read and could not be written at once.
     pub(super) pending_write: PendingWrite,
-    /// Held while the direction splices. Never has bytes while `spill` has. Boxed, because most sessions never splice.
+    /// Held while the direction splices. Never has bytes while `pending_write` has. Boxed, because most sessions
+    /// never splice.
     pub(super) pipe: Option<Box<Pipe>>,
     /// Large reads in a row while copying, small splices in a row while splicing.
     pub(super) streak: u8,
@@ -70,7 +71,7 @@ pub(super) struct DirectionState {
     pub(super) limiter: DirectionLimiter,
 }
 
-/// How far a direction has come.
+/// The phase of a direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum DirectionPhase {
     /// Bytes go.
@@ -83,7 +84,7 @@ pub(super) enum DirectionPhase {
     Dead,
 }
 
-/// Which end of a direction failed.
+/// The end of a direction that failed, and the error.
 pub(super) enum EndError {
     Source(io::Error),
     Sink(io::Error),

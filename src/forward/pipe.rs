@@ -28,7 +28,7 @@ const USABLE: usize = 64 * 1024;
 /// Empty pipes that a worker keeps, where the budget has that many: all workers together keep at most half of it.
 const KEPT: usize = 16;
 
-/// A pipe, and how much is in it.
+/// A pipe and its fill level.
 #[derive(Debug)]
 pub struct Pipe {
     read: OwnedFd,
@@ -39,7 +39,7 @@ pub struct Pipe {
     _share: PipeReservation,
 }
 
-/// The bound on the memory of all pipes of the process.
+/// Bounds the memory of all pipes of the process.
 #[derive(Debug)]
 pub struct PipeBudget {
     limit: u64,
@@ -48,7 +48,7 @@ pub struct PipeBudget {
     kept: usize,
 }
 
-/// A pipe's part of the budget, given back on drop.
+/// A pipe's part of the budget, released on drop.
 #[derive(Debug)]
 struct PipeReservation(Arc<PipeBudget>);
 
@@ -246,9 +246,13 @@ mod tests {
 
     fn session(shard: &Arc<CounterShard>) -> SessionContext {
         let labels = Labels::default();
-        let ledger = WorkerMetrics::new(Arc::clone(shard), labels.intern(""));
-        let local = WorkerLocal::new(Rc::clone(&ledger), Moment::default());
-        SessionContext::new(local, SessionMetrics::new(ledger, &labels.intern("web")), Moment::default())
+        let worker_metrics = WorkerMetrics::new(Arc::clone(shard), labels.intern(""));
+        let local = WorkerLocal::new(Rc::clone(&worker_metrics), Moment::default());
+        SessionContext::new(
+            local,
+            SessionMetrics::new(worker_metrics, &labels.intern("web")),
+            Moment::default(),
+        )
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A session that goes on in another process: how it stands still, what is told of it, and how it is taken up again.
 //!
-//! Between two polls a relay is whole: what it has read is in its spill or its pipe, and nothing else is under way. So a
+//! Between two polls a relay is consistent: what it has read is in its pending write or its pipe. So a
 //! record of it, both sockets and a pipe that holds bytes are all that another process needs.
 
 use std::io;
@@ -26,11 +26,11 @@ use crate::clock::wheel::Tick;
 use crate::outcome::{EndedBy, Reason};
 use crate::session_context::SessionContext;
 
-/// The bytes that one direction's spill may have: what was taken out of a pipe, a read of the scratch buffer, or a header
-/// and what came with it, which is less.
+/// The most bytes of one direction's pending write: what was taken out of a pipe, a read of the scratch buffer, or a
+/// header and what came with it, which is less.
 pub const MOST_SPILLED: usize = CAPACITY;
 
-/// What is told of one direction.
+/// The transferred state of one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectionRecord {
     phase: DirectionPhase,
@@ -38,13 +38,13 @@ pub struct DirectionRecord {
     prompt: bool,
     /// How long ago bytes moved.
     silent_ms: u64,
-    /// The bytes of its spill; they lie in the tail.
+    /// The length of its pending write, whose bytes are in the tail.
     spill: usize,
     /// The bytes of its pipe, which comes along where it has any.
     pipe: Option<usize>,
 }
 
-/// What is told of a session that stands still.
+/// The transferred state of a frozen relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelayRecord {
     to_backend: DirectionRecord,
@@ -64,21 +64,21 @@ impl RelayRecord {
     }
 }
 
-/// Why a record and what came with it are not a session.
+/// Why a record cannot be restored to a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError {
     /// The record and the tail disagree.
-    #[error("the bytes behind the record are not as many as it says")]
+    #[error("the number of bytes after the record differs from the record")]
     Tail,
     /// The record and the descriptors disagree.
-    #[error("the descriptors are not those that the record names")]
+    #[error("the descriptors differ from the record")]
     Descriptors,
     /// A pipe has not what the record says.
-    #[error("a pipe does not hold what the record says")]
+    #[error("a pipe holds another number of bytes than the record says")]
     Pipe,
 }
 
-/// A session between two processes.
+/// A frozen session, to be continued in this process.
 #[derive(Debug)]
 pub struct FrozenRelay {
     record: RelayRecord,
@@ -202,7 +202,7 @@ fn registered(client: OwnedFd, backend: OwnedFd) -> io::Result<[TcpStream; 2]> {
         (Ok(client), Ok(backend)) => Ok([client, backend]),
         (Err(error), _) | (_, Err(error)) => {
             for socket in &both {
-                // The only error is that the connection has gone already, and then there is nobody to tell.
+                // The only error is that the connection is closed already; then there is nothing to do.
                 socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO)).unwrap_or_default();
             }
             Err(error)
@@ -216,8 +216,8 @@ impl Relay<'_> {
         self.session
     }
 
-    /// Stands still: it stands in no queue, and from here on its end says nothing to client and backend, for another
-    /// process may hold them. Not to be polled before it [goes on](Self::go_on).
+    /// Freezes: leaves the queue; from here on dropping it does not reset client and backend, for another
+    /// process may hold them. Must not be polled before it is [resumed](Self::resume).
     pub fn freeze(&mut self) {
         self.ended = true;
         let now = self.session.tick();
@@ -233,12 +233,12 @@ impl Relay<'_> {
         self.session.wake_at(Tick::NEVER);
     }
 
-    /// Goes on after all: nobody else holds it.
+    /// Continues here: no other process holds it.
     pub fn resume(&mut self) {
         self.ended = false;
     }
 
-    /// What is to be told of it, the bytes of both spills, and copies of its descriptors.
+    /// Its record, the pending bytes of both directions, and duplicates of its descriptors.
     ///
     /// # Errors
     /// Where there is no descriptor left for a copy.
@@ -313,14 +313,14 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_is_put_together() {
+    fn matching_record_is_restored() {
         let still = FrozenRelay::new(record(state(2, None), state(0, Some(4))), b"ab", with_pipe()).unwrap();
         assert_eq!((&still.pending.to_backend[..], still.pending.to_client.len()), (&b"ab"[..], 0));
         assert!(still.pipes.to_backend.is_none() && still.pipes.to_client.is_some());
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn mismatched_record_is_refused() {
         let bare = record(state(0, None), state(0, None));
         let spilled = record(state(3, None), state(0, None));
         let piped = |held| record(state(0, Some(held)), state(0, None));

@@ -23,24 +23,24 @@ pub const MOST_FDS: usize = 64;
 /// The bytes of a head.
 const MOST_HEAD: usize = 1 << 20;
 
-/// The bytes of a tail: a session holds two spills and no more than its pipes beside.
+/// The most bytes of a tail: a session has two pending writes, and its pipes.
 pub const MOST_TAIL: usize = 4 << 20;
 
 /// Two lengths.
 const PREFIX: usize = 8;
 
-/// What came in one frame.
+/// One received frame.
 #[derive(Debug)]
 pub struct LinkFrame {
     /// What is said.
     pub message: LinkMessage,
-    /// What it is said of, where that is a parcel's record.
+    /// The record of a transfer, or other bytes of the message.
     pub tail: Vec<u8>,
     /// In the message's order.
     pub fds: Vec<OwnedFd>,
 }
 
-/// One end of the link. Reading and writing block; many may write, and one reads.
+/// One end of the link. Calls block; several threads may write, one reads.
 #[derive(Debug)]
 pub struct HandoverLink {
     stream: UnixStream,
@@ -49,14 +49,14 @@ pub struct HandoverLink {
 }
 
 impl HandoverLink {
-    /// Takes over a connected socket; each wait for the other side takes `patience` at most.
+    /// Takes over a connected socket; each wait for the other side takes `timeout` at most.
     ///
     /// # Errors
     /// Where the system does not let it block.
-    pub fn new(stream: UnixStream, patience: Duration) -> io::Result<Self> {
+    pub fn new(stream: UnixStream, timeout: Duration) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(patience))?;
-        stream.set_write_timeout(Some(patience))?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
         Ok(Self { stream, writing: Mutex::default() })
     }
 
@@ -64,8 +64,8 @@ impl HandoverLink {
     ///
     /// # Errors
     /// Where the time is zero.
-    pub fn set_read_timeout(&self, patience: Option<Duration>) -> io::Result<()> {
-        self.stream.set_read_timeout(patience)
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)
     }
 
     /// Nothing is heard any more that is said from now on; what was said before is still read.
@@ -81,14 +81,14 @@ impl HandoverLink {
         self.stream.shutdown(Shutdown::Both).unwrap_or_default();
     }
 
-    /// Says something.
+    /// Sends a message.
     ///
     /// # Errors
     /// Where the other side has gone, or does not hear in time.
     pub fn send(&self, message: &LinkMessage, tail: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let head = serde_json::to_vec(message)?;
         if head.len() > MOST_HEAD || tail.len() > MOST_TAIL || fds.len() > MOST_FDS {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a message beyond its bound"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "message too long"));
         }
         let mut frame = Vec::with_capacity(PREFIX + head.len() + tail.len());
         for len in [head.len(), tail.len()] {
@@ -99,7 +99,7 @@ impl HandoverLink {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no room for descriptors"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors"));
         }
         let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let sent = loop {
@@ -112,7 +112,7 @@ impl HandoverLink {
         (&self.stream).write_all(frame.get(sent..).unwrap_or_default()).inspect_err(|_| self.shut_down())
     }
 
-    /// Hears the next frame; `None` once the other side has gone.
+    /// Receives the next frame; `None` once the other side has closed.
     ///
     /// # Errors
     /// Where it says nothing in time, or something that is no message.
@@ -144,7 +144,7 @@ impl HandoverLink {
     }
 
     fn read(&self, len: u64, most: usize) -> io::Result<Vec<u8>> {
-        let beyond = || io::Error::new(io::ErrorKind::InvalidData, "a message beyond its bound");
+        let beyond = || io::Error::new(io::ErrorKind::InvalidData, "message too long");
         let len = usize::try_from(len).ok().filter(|len| *len <= most).ok_or_else(beyond)?;
         let mut bytes = vec![0; len];
         (&self.stream).read_exact(&mut bytes)?;
@@ -165,11 +165,11 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
     fn pair() -> (HandoverLink, HandoverLink) {
         let (one, other) = UnixStream::pair().unwrap();
-        (HandoverLink::new(one, PATIENCE).unwrap(), HandoverLink::new(other, PATIENCE).unwrap())
+        (HandoverLink::new(one, READ_TIMEOUT).unwrap(), HandoverLink::new(other, READ_TIMEOUT).unwrap())
     }
 
     /// A file that says which one it is.
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_said_before_the_end_is_heard_and_nothing_after_it() {
+    fn messages_before_the_end_are_received_and_none_after_it() {
         let (one, other) = pair();
         one.send(&LinkMessage::Taken { id: 1 }, &[], &[]).unwrap();
         other.stop_receiving();
@@ -238,12 +238,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_an_error() {
+    fn malformed_message_is_an_error() {
         for bytes in [&[0xff; 8][..], &[0, 0, 0, 2, 0, 0, 0, 0, b'{', b'}'], &[0, 0, 0, 9, 0]] {
             let (one, other) = UnixStream::pair().unwrap();
             (&one).write_all(bytes).unwrap();
             drop(one);
-            assert!(HandoverLink::new(other, PATIENCE).unwrap().receive().is_err(), "{bytes:?}");
+            assert!(HandoverLink::new(other, READ_TIMEOUT).unwrap().receive().is_err(), "{bytes:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What an old process and its successor say to each other.
+//! The messages between an old process and its successor.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 /// handed on either, and the successor says so and ends.
 pub const VERSION: u32 = 1;
 
-/// One message; who says it stands in front.
+/// A message; the variant's doc names its sender.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LinkMessage {
-    /// New: who it is.
+    /// Sent by the successor: its version.
     Hello {
         /// [`VERSION`].
         version: u32,
@@ -61,7 +61,7 @@ pub enum LinkMessage {
     Done,
 }
 
-/// A socket that is handed on.
+/// A socket that is handed over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OfferedSocket {
     /// What it is for.

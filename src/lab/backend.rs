@@ -28,7 +28,7 @@ use crate::id::EndpointClaim;
 /// How a backend behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendBehavior {
-    /// Answers every HTTP/1.1 request with who it is and, where a PROXY header came first, who asks.
+    /// Answers every HTTP/1.1 request with its name and, after a PROXY header, the client.
     Http,
     /// Sends back what it gets, and ends when its peer has.
     Echo,
@@ -90,11 +90,11 @@ impl TestBackend {
         let counts = Arc::new(BackendCounts::default());
         let mut tasks = Tasks::new();
         let (own_name, own_counts) = (Arc::clone(&name), Arc::clone(&counts));
-        let door = Arc::clone(&socket);
+        let listen_socket = Arc::clone(&socket);
         tasks.spawn(async move {
             let mut sessions = Tasks::new();
             loop {
-                let stream = accept(&door).await;
+                let stream = accept(&listen_socket).await;
                 reap(&mut sessions);
                 own_counts.sessions.fetch_add(1, Ordering::Relaxed);
                 own_counts.open.fetch_add(1, Ordering::Relaxed);
@@ -122,7 +122,7 @@ impl TestBackend {
         &self.name
     }
 
-    /// Where it listens.
+    /// The bound address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -225,7 +225,7 @@ async fn http(mut stream: TcpStream, name: &str) -> io::Result<()> {
     http1::Builder::new().serve_connection(stream, answer).await.map_err(io::Error::other)
 }
 
-/// Who answers, and who has asked: a line of JSON.
+/// The backend's name and the client, as a line of JSON.
 fn introduction(name: &str, client: Option<ClientAddr>, endpoint: EndpointClaim) -> String {
     let json = serde_json::json!({
         "backend": name,
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn http_says_who_it_is() {
+    async fn http_request_has_a_user_agent() {
         let backend = TestBackend::start("acme-1", BackendBehavior::Http).await.unwrap();
         let answer = ask(&backend, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
         let answer = String::from_utf8(answer).unwrap();

@@ -1,4 +1,4 @@
-//! The load generator: plays the load balancer with many sessions, and checks who answered each.
+//! The load generator: acts as the load balancer with many sessions, and checks which backend answered each.
 //!
 //! Closed loop without a rate: the next operation starts when the last has ended. With a rate, open loop: operations
 //! are due at a fixed pace, and latency counts from when they were due.
@@ -63,12 +63,12 @@ pub enum LoadWork {
     },
 }
 
-/// Who is played, and to what end.
+/// The traffic to generate.
 #[derive(Clone, Debug)]
 pub struct LoadPlan {
     /// The proxy.
     pub target: SocketAddr,
-    /// The endpoints' IDs, each with the name of the pool whose backends may answer; an empty name is anybody.
+    /// The endpoints' IDs, each with the name of the pool whose backends may answer; an empty name accepts any pool.
     /// Without an endpoint, no header is sent: the target is a backend, or a proxy that wants none.
     pub endpoints: Vec<(String, String)>,
     /// How often each endpoint is used.
@@ -106,9 +106,19 @@ pub enum LoadFailure {
 }
 
 impl LoadFailure {
-    /// The word in reports.
+    /// The failure in the text report.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Connect => "could not connect",
+            Self::Broken => "reset or closed by the target; see the proxy's access log",
+            Self::Wrong => "got a wrong answer",
+        }
+    }
+
+    /// The label in JSON reports.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Connect => "connect",
             Self::Broken => "broken",

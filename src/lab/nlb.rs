@@ -225,7 +225,7 @@ mod tests {
         ];
         for (name, client, destination, endpoint) in cases {
             let found = header(address(client), address(destination), endpoint);
-            // Vectors with addresses that nobody noted are compared from the TLVs on, and by the checksum.
+            // Vectors without recorded addresses are compared from the TLVs on, and by the checksum.
             assert_eq!(found.len(), vector(name).len(), "{name}");
             if name == "privatelink-tcp4" || name == "nlb-no-privatelink" {
                 assert_eq!(found, vector(name), "{name}");

@@ -174,7 +174,7 @@ impl LabWorld {
         self.children.iter_mut().find(|(known, _)| known == name).map(|(_, child)| child)
     }
 
-    /// The first that has ended, though nobody told it to.
+    /// The first program that has exited unexpectedly.
     pub fn ended(&mut self) -> Option<String> {
         let ended = |child: &mut Child| child.try_wait().is_ok_and(|status| status.is_some());
         self.children.iter_mut().find_map(|(name, child)| ended(child).then(|| name.clone()))

@@ -17,7 +17,7 @@ use crate::account::{Label, ProbeResult};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
 
-/// What the configuration, or a name's answer, says of a backend.
+/// The settings of a backend, from the configuration or DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendSettings {
     /// Its share in relation to the others'; 0 gives it no new sessions.
@@ -26,7 +26,7 @@ pub struct BackendSettings {
     pub is_backup: bool,
     /// Sessions at once.
     pub max_sessions: Option<u32>,
-    /// Where it is.
+    /// The zone.
     pub zone: Option<Arc<str>>,
     /// Whether that is the zone that is preferred.
     pub is_preferred: bool,
@@ -59,12 +59,12 @@ pub struct Backend {
     /// The weight in force, in [`FULL`]ths of a unit, and the sessions that it may have.
     weight: AtomicU32,
     pub(super) room: AtomicU32,
-    /// What is known of it, and its sessions: shared with whoever stands for the address after a reload.
+    /// Its health and its sessions: shared with the backend of the same address after a reload.
     pub(super) health: Arc<HealthRecord>,
     pub(super) load: Arc<BackendLoad>,
     /// Where its pool looks for the least loaded.
     pub(super) tournament: Option<Arc<Tournament>>,
-    /// Who waits for room.
+    /// The sessions that wait for room.
     pub(super) queue: Option<Arc<PoolQueue>>,
     /// Which tenant holds how many places at the pool's backends.
     pub(super) shares: Arc<TenantShares>,
@@ -73,7 +73,7 @@ pub struct Backend {
 /// No weight of an operator's: it could not be so large.
 const NOT_ORDERED: u32 = u32::MAX;
 
-/// What is shown of a backend.
+/// A backend's state for the status page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackendSummary {
     /// Its weight as ordered, configured or resolved.
@@ -120,13 +120,13 @@ impl Backend {
         }
     }
 
-    /// Where it accepts.
+    /// The address.
     #[must_use]
     pub fn address(&self) -> BackendAddr {
         self.address
     }
 
-    /// Its name in metrics: the address.
+    /// The metric label: the address.
     #[must_use]
     pub fn label(&self) -> &Label {
         &self.label
@@ -138,7 +138,7 @@ impl Backend {
         self.slot
     }
 
-    /// Where it is.
+    /// The zone.
     #[must_use]
     pub fn zone(&self) -> Option<&str> {
         self.zone.as_deref()
@@ -177,7 +177,7 @@ impl Backend {
     }
 
     /// Whether it gets the sessions that those in use have no room for. Not where probes or sessions have said since the
-    /// roster was made that it is down: who helps must be sound.
+    /// candidates were built that it is down: a spare backend must be healthy.
     #[must_use]
     pub fn is_spare(&self) -> bool {
         self.is_spare.load(Ordering::SeqCst) && self.state() == HealthState::Healthy && !self.is_ejected()
@@ -212,25 +212,26 @@ impl Backend {
         self.health.is_ejected()
     }
 
-    /// Whether its name does not lead to it any more: nobody probes it then.
+    /// Whether its name no longer resolves to it: then it is not probed.
     #[must_use]
     pub fn is_removed(&self) -> bool {
         self.is_removed.load(Ordering::Acquire)
     }
 
-    /// Whether its pool has been replaced: another one may stand for its address then, and nobody new is sent here.
+    /// Whether its pool has been replaced: the new pool may have the same address; this one gets no new sessions.
     #[must_use]
     pub fn is_retired(&self) -> bool {
         self.is_retired.load(Ordering::SeqCst)
     }
 
-    /// The same for whoever goes on with what is known of it, and for nobody else who lives.
+    /// Identifies the health record: the same for a replacement that keeps it, different for every other live
+    /// backend.
     #[must_use]
     pub fn identity(&self) -> usize {
         Arc::as_ptr(&self.health).addr()
     }
 
-    /// Who stands for its address now, where that is another one.
+    /// The backend that has replaced it, if any.
     #[must_use]
     pub(super) fn replacement(&self) -> Option<Arc<Self>> {
         if self.is_retired() || self.is_removed() {
@@ -240,7 +241,7 @@ impl Backend {
         }
     }
 
-    /// Its pool has been replaced.
+    /// Marks its pool as replaced.
     pub(super) fn retire(&self) {
         self.is_retired.store(true, Ordering::SeqCst);
     }
@@ -269,7 +270,7 @@ impl Backend {
         self.health.probe_us.load(Ordering::Relaxed)
     }
 
-    /// What is shown of it.
+    /// Its state for the status page.
     #[must_use]
     pub fn summary(&self) -> BackendSummary {
         let (ejected_until, changed) = self.health.summary();
@@ -281,17 +282,17 @@ impl Backend {
         }
     }
 
-    /// Takes in that a session could connect. Nearly always there is nothing to take back, and nothing is written.
+    /// Records a successful connect. Nearly always there is no failure to reset, and nothing is written.
     pub fn connected(&self) {
         self.health.connected();
     }
 
-    /// Takes in that a session got an answer.
+    /// Records that a session got an answer.
     pub fn answered(&self) {
         self.health.answered();
     }
 
-    /// Puts it out; for how long.
+    /// Ejects it; returns for how long.
     pub(super) fn eject(
         &self,
         rules: super::ejection::EjectionRules,

@@ -21,7 +21,7 @@ pub const MOST_ADDRESSES: u32 = 64;
 /// Slots of one name: more than addresses, so that one can rest.
 pub(super) const SLOTS: u32 = 2 * MOST_ADDRESSES;
 
-/// A name that leads to backends.
+/// A backend given by name.
 #[derive(Debug)]
 pub(super) struct BackendName {
     pub(super) target: BackendTarget,
@@ -36,7 +36,7 @@ pub(super) struct BackendName {
     pub(super) found: Mutex<Vec<ResolvedAddress>>,
 }
 
-/// One address that a name leads to.
+/// One address of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ResolvedAddress {
     /// The address.

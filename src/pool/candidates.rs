@@ -1,4 +1,4 @@
-//! Who is in a pool now, who of them is used, and who of those a session gets.
+//! The backends of a pool, those in use, and the pick of one for a session.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ use crate::config::Balance;
 /// Times that Maglev asks its table for another backend, before all that are left are looked at.
 const REHASHES: u64 = 8;
 
-/// Who is in a pool now, and who of them is used. Immutable: a new one takes its place.
+/// The backends of a pool, and those in use. Immutable: replaced as a whole.
 #[derive(Debug, Default)]
 pub struct Candidates {
     /// All of them, by rising slots.
@@ -29,7 +29,7 @@ pub struct Candidates {
     tier: SelectionTier,
 }
 
-/// How a pool picks, and what it keeps for that from one pick to the next.
+/// The balancing algorithm and its state between picks.
 #[derive(Debug)]
 pub(super) struct PickState {
     balance: Balance,
@@ -37,7 +37,7 @@ pub(super) struct PickState {
     tournament: Option<Arc<Tournament>>,
 }
 
-/// Why nobody was picked.
+/// Why no backend was picked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PickError {
     /// No backend may be used, or each that may was tried.
@@ -48,10 +48,10 @@ pub enum PickError {
     Share,
 }
 
-/// Backends that one session has tried already, by slot. Few bytes, as a session keeps room for it while it connects.
+/// The backends that a session has tried, by slot. Small, as a session has room for it while it connects.
 #[derive(Debug)]
 pub struct TriedBackends {
-    /// Most sessions try one, and need no list; [`TriedBackends::NOBODY`] at first.
+    /// Most sessions try one, and need no list; [`TriedBackends::NO_SLOT`] at first.
     first: u32,
     #[expect(clippy::box_collection, reason = "nearly always there is none")]
     others: Option<Box<Vec<u32>>>,
@@ -59,15 +59,15 @@ pub struct TriedBackends {
 
 impl Default for TriedBackends {
     fn default() -> Self {
-        Self { first: Self::NOBODY, others: None }
+        Self { first: Self::NO_SLOT, others: None }
     }
 }
 
 impl TriedBackends {
     /// No slot: there are fewer.
-    const NOBODY: u32 = u32::MAX;
+    const NO_SLOT: u32 = u32::MAX;
 
-    /// How many.
+    /// The count.
     #[must_use]
     pub fn len(&self) -> usize {
         usize::from(!self.is_empty()) + self.others.as_ref().map_or(0, |others| others.len())
@@ -76,7 +76,7 @@ impl TriedBackends {
     /// Whether none was tried.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.first == Self::NOBODY
+        self.first == Self::NO_SLOT
     }
 
     fn has(&self, backend: &Backend) -> bool {
@@ -128,7 +128,7 @@ impl PickState {
 }
 
 impl Candidates {
-    /// Decides who of `all`, by rising slots, is used, and has them know.
+    /// Selects the backends of `all`, ordered by slot, that are used, and sets their weights.
     pub(super) fn new(
         all: Vec<(Arc<Backend>, SelectionState)>,
         panic_threshold: u32,
@@ -143,7 +143,8 @@ impl Candidates {
             let least = weights.map(|(seen, _)| seen.weight).min().unwrap_or(1);
             tournament.count_by(least * FULL);
         }
-        // Room grows with whoever has come furthest: where all come back, there is room for all sessions at once.
+        // Room grows with the backend that is furthest in its slow start: if all are, there is room for all sessions
+        // at once.
         let ramps = seen.iter().zip(&weights).filter(|(_, weight)| **weight > 0).map(|(seen, _)| seen.ramp);
         let lead = ramps.max().unwrap_or(FULL).max(1);
         let mut used = Vec::new();
@@ -196,7 +197,7 @@ impl Candidates {
         self.tier
     }
 
-    /// Who is first asked; he may have no room.
+    /// The first choice; it may have no room.
     pub(super) fn first(&self, state: &PickState, key: u64, roll: u64) -> Option<&Arc<Backend>> {
         let used = |place: usize| self.used.get(place);
         match state.balance {
@@ -223,7 +224,7 @@ impl Candidates {
         }
     }
 
-    /// Who is asked where that did not do, with room and not yet tried.
+    /// The next choice, with room and not tried yet.
     ///
     /// It takes no turn of round-robin: that would be the turn of the next session, and with one dead backend of two
     /// every session would start with the dead one.
@@ -249,8 +250,8 @@ impl Candidates {
         let is_left = |backend: &&Arc<Backend>| !tried.has(backend);
         let mut left: Vec<_> = self.used.iter().filter(is_left).filter(|backend| backend.is_used()).collect();
         if left.is_empty() {
-            // All that were in use were tried, or sessions have put them out since. Whoever else is not known to be down is
-            // better than a session that fails.
+            // All candidates in use were tried or are ejected by now. Any other backend that is not known to be down
+            // is better than a session that fails.
             let others = self.backends.iter().filter(|backend| {
                 let is_down = backend.state() == HealthState::Unhealthy || backend.is_removed();
                 !backend.is_used() && !is_down && backend.summary().weight > 0
@@ -272,7 +273,7 @@ impl Candidates {
     }
 }
 
-/// One of these that has room, the less loaded of two; another where somebody else was faster.
+/// One of these that has room, the less loaded of two; another one if its room was taken meanwhile.
 fn any_with_room(mut all: Vec<&Arc<Backend>>, roll: u64) -> Option<PickedBackend> {
     all.retain(|backend| backend.has_room());
     loop {

@@ -1,8 +1,8 @@
-//! Why a backend is treated in another way than before, and what a session says of it: closed sets.
+//! Causes of a backend's changes, and failures of sessions: closed sets.
 
 use crate::account::ProbeResult;
 
-/// Why a backend was last treated in another way than before: a closed set.
+/// The cause of a backend's last change: a closed set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangeCause {
     /// It was there from the start.
@@ -25,7 +25,7 @@ pub enum ChangeCause {
     Ordered,
 }
 
-/// How a session failed at a backend before the backend's first byte.
+/// A session's failure before the backend's first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SessionFailure {
     /// It could not connect.
@@ -47,7 +47,7 @@ impl From<SessionFailure> for ChangeCause {
 }
 
 impl ChangeCause {
-    /// The word in log, metrics and status.
+    /// The label in log, metrics and status.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {

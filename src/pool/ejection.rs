@@ -7,7 +7,7 @@ use crate::clock::Moment;
 /// The longest time out, however often a backend was ejected.
 pub const LONGEST: Duration = Duration::from_secs(600);
 
-/// When a backend is ejected, and for how long.
+/// The ejection settings of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EjectionRules {
     /// Failures in a row that eject it; 0 is never.
@@ -20,7 +20,7 @@ pub struct EjectionRules {
 
 impl EjectionRules {
     /// How many of so many backends may be out at once. At least one where ejection is wanted at all, or it would do nothing
-    /// for small pools; never all of several, for then nobody would be left.
+    /// for small pools; never all of several backends.
     #[must_use]
     pub fn most(self, backends: usize) -> usize {
         let percent = usize::try_from(self.max_percent).unwrap_or(100);
@@ -35,7 +35,7 @@ impl EjectionRules {
     }
 }
 
-/// The times out of one backend.
+/// The ejections of one backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EjectionState {
     /// Ejections that count for the length of the next.
@@ -59,7 +59,7 @@ impl EjectionState {
         self.until.is_some()
     }
 
-    /// Puts it out; for how long. A probe that succeeds does not end it: what failed was not a probe.
+    /// Ejects it; returns for how long. A probe that succeeds does not end it: what failed was not a probe.
     ///
     /// For each base time that it was in since the last ejection ended, one ejection is forgotten.
     pub fn eject(&mut self, rules: EjectionRules, now: Moment) -> Duration {
@@ -70,7 +70,7 @@ impl EjectionState {
         time
     }
 
-    /// Lets it in again where its time is over; whether that is so.
+    /// Ends the ejection if its time is over; returns whether it did.
     pub fn expire(&mut self, now: Moment) -> bool {
         let over = self.until.is_some_and(|until| now >= until);
         if over {

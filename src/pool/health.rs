@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use crate::clock::Moment;
 
-/// What is believed of a backend.
+/// The health state of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum HealthState {
-    /// Not probed yet: used only where nobody is known to be healthy.
+    /// Not probed yet: used only where no backend is known to be healthy.
     Unknown,
     /// Used.
     Healthy,
@@ -17,7 +17,7 @@ pub enum HealthState {
 }
 
 impl HealthState {
-    /// The word in log and status.
+    /// The label in log and status.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -58,7 +58,7 @@ pub fn ramp(since: Moment, span: Duration, now: Moment) -> (u32, Option<Moment>)
     (parts, Some(now + step))
 }
 
-/// How many in a row it takes; both at least 1.
+/// Results in a row that change the state; both at least 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HealthRules {
     /// Successes that make an unhealthy backend healthy.
@@ -67,7 +67,7 @@ pub struct HealthRules {
     pub fall: u32,
 }
 
-/// The memory of one backend's probes.
+/// The health state of one backend from its probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbeHealth {
     rules: HealthRules,
@@ -103,7 +103,7 @@ impl ProbeHealth {
         self.state
     }
 
-    /// Takes in one probe's result; the new state, where it changed.
+    /// Records a probe's result; returns the new state, if it changed.
     ///
     /// The first result of all decides at once, so that a backend is not left unknown for `rise` intervals.
     pub fn observe(&mut self, success: bool) -> Option<HealthState> {
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_presumed_healthy_is_so_until_the_first_result_says_otherwise() {
+    fn presumed_healthy_holds_until_the_first_failure() {
         let mut health = ProbeHealth::presumed_healthy(RULES);
         assert_eq!(
             (health.state(), health.observe(false)),
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_back_grows_in_a_line() {
+    fn slow_start_grows_linearly() {
         let at = |milliseconds| Moment::default() + Duration::from_millis(milliseconds);
         let span = Duration::from_secs(64);
         assert_eq!(ramp(at(0), span, at(0)), (1, Some(at(1_000))));
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn one_is_enough_where_the_rules_say_so() {
+    fn one_result_changes_health_with_rise_and_fall_of_one() {
         let mut health = ProbeHealth::new(HealthRules { rise: 1, fall: 1 }, HealthState::Healthy);
         assert_eq!(observe(&mut health, "-+"), [Some(HealthState::Unhealthy), Some(HealthState::Healthy)]);
         assert_eq!(

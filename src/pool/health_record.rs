@@ -1,4 +1,4 @@
-//! What is known of one address, and how many sessions it has: over reloads, whoever stands for the address in its pool.
+//! Health and sessions of one address, kept over reloads for the backend of that address in its pool.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -11,16 +11,16 @@ use super::health::{FULL, HealthState, ProbeHealth, ramp};
 use crate::account::{ProbeResult, lock};
 use crate::clock::Moment;
 
-/// The sessions of an address, those being connected included.
+/// The sessions of an address, including connecting ones.
 #[derive(Debug, Default)]
 pub(super) struct BackendLoad {
     pub(super) sessions: AtomicU32,
-    /// Who stands for it now.
+    /// The present backend of the address.
     holder: Mutex<Weak<Backend>>,
 }
 
 impl BackendLoad {
-    /// Who stands for the address, as long as anybody does.
+    /// The backend of the address, while there is one.
     pub(super) fn holder(&self) -> Option<Arc<Backend>> {
         lock(&self.holder).upgrade()
     }
@@ -31,11 +31,11 @@ impl BackendLoad {
     }
 }
 
-/// What probes and sessions say of an address.
+/// The health of an address, from probes and sessions.
 #[derive(Debug)]
 pub(super) struct HealthRecord {
     details: Mutex<HealthDetails>,
-    /// The chart's health and ejection, for those who only read.
+    /// Health state and ejection of the details, for lock-free reads.
     state: AtomicU8,
     is_ejected: AtomicBool,
     /// Failures in a row, of connecting and of sessions that were reset before the first byte.
@@ -52,7 +52,7 @@ pub(super) struct HealthRecord {
     first_probe_is_over: AtomicBool,
 }
 
-/// What changes seldom.
+/// Rarely changed fields.
 #[derive(Debug)]
 struct HealthDetails {
     health: ProbeHealth,
@@ -62,7 +62,7 @@ struct HealthDetails {
     changed: (Moment, ChangeCause),
 }
 
-/// What a pool goes by.
+/// The health as the pool's selection sees it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HealthView {
     pub(super) state: HealthState,
@@ -74,7 +74,7 @@ pub(super) struct HealthView {
 }
 
 impl HealthRecord {
-    /// Of an address that nobody has heard of yet.
+    /// Of a new address.
     pub(super) fn new(health: ProbeHealth, changed: (Moment, ChangeCause)) -> Self {
         Self {
             state: AtomicU8::new(health.state() as u8),
@@ -130,7 +130,8 @@ impl HealthRecord {
         self.state.store(chart.health.state() as u8, Ordering::Release);
     }
 
-    /// Takes in one probe's result; whether it changed the state. A backend that was down, or `is_late`, comes back slowly.
+    /// Records a probe's result; returns whether it changed the state. A backend that was down, or `is_late`, comes
+    /// back slowly.
     pub(super) fn observe(
         &self,
         verdict: ProbeResult,
@@ -170,21 +171,21 @@ impl HealthRecord {
         self.resets.fetch_add(more, Ordering::AcqRel).saturating_add(more)
     }
 
-    /// Takes in that a session could connect. Nearly always there is nothing to take back, and nothing is written.
+    /// Records a successful connect. Nearly always there is no failure to reset, and nothing is written.
     pub(super) fn connected(&self) {
         if self.connect_failures.load(Ordering::Relaxed) > 0 {
             self.connect_failures.store(0, Ordering::Relaxed);
         }
     }
 
-    /// Takes in that a session got an answer.
+    /// Records that a session got an answer.
     pub(super) fn answered(&self) {
         if self.resets.load(Ordering::Relaxed) > 0 {
             self.resets.store(0, Ordering::Relaxed);
         }
     }
 
-    /// Puts it out; for how long.
+    /// Ejects it; returns for how long.
     pub(super) fn eject(&self, rules: EjectionRules, cause: ChangeCause, now: Moment) -> Duration {
         let mut chart = lock(&self.details);
         let time = chart.ejection.eject(rules, now);
@@ -196,7 +197,7 @@ impl HealthRecord {
         time
     }
 
-    /// Lets it in again where its time is over; whether that is so.
+    /// Ends the ejection if its time is over; returns whether it did.
     pub(super) fn expire(&self, gentle: Duration, now: Moment) -> bool {
         let mut chart = lock(&self.details);
         let over = chart.ejection.expire(now);
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn probes_are_counted_by_result_and_what_is_short_here_is_no_verdict() {
+    fn probes_are_counted_by_result_and_a_local_shortage_changes_no_health() {
         let health = health();
         let observe = |verdict| {
             health.observe(verdict, Duration::from_micros(7), Duration::ZERO, false, Moment::default())

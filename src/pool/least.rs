@@ -1,8 +1,8 @@
 //! The least loaded of many without a look at each: a tournament of tens.
 //!
-//! Every backend is a leaf, and every node above holds the best of its ten. The last game has no node: whoever asks
+//! Every backend is a leaf, and every node above holds the best of its ten. The last comparison has no node: a pick
 //! for the winner plays it. A change of one leaf plays the games above it again: two of them for 1,000 backends.
-//! Workers play at the same time without a lock: a node is replaced only if it is still what was read, and whoever
+//! Workers update the tree without a lock: a node is replaced only if it is still what was read, and a worker that
 //! replaced one looks once more (after Jayanti, "f-arrays: implementation and applications", PODC 2002, section 3).
 
 use std::hint::select_unpredictable;
@@ -22,8 +22,8 @@ const EXACT: u32 = 1 << 20;
 const HALF: u64 = 1 << (STAMP_BITS - 1);
 /// How far a turn of the greatest weight, 64,000 parts, moves a stamp: far enough that weights differ by their share.
 const STRIDE: u32 = 20 * 64_000;
-/// A leaf that nobody may be sent to.
-const NOBODY: u64 = !CARRY;
+/// A leaf that gets no sessions.
+const NO_LEAF: u64 = !CARRY;
 
 /// The tournament of a pool's backends.
 #[derive(Debug)]
@@ -40,29 +40,29 @@ pub struct Tournament {
 }
 
 impl Tournament {
-    /// A tournament in which nobody takes part yet, for at most 65,535 backends.
+    /// An empty tournament for at most 65,535 backends.
     #[must_use]
     pub fn new(count: usize) -> Self {
         let mut leaves = PLAYERS;
         while leaves < count {
             leaves *= PLAYERS;
         }
-        let nodes = (0..leaves + above(leaves)).map(|_| AtomicU64::new(NOBODY)).collect();
+        let nodes = (0..leaves + above(leaves)).map(|_| AtomicU64::new(NO_LEAF)).collect();
         Self { nodes, leaves, unit: AtomicU32::new(EXACT), turn: AtomicU64::new(0) }
     }
 
-    /// From the next change of each backend on, sessions count by how many a backend of this weight would have: so those
-    /// that are equally full but for a part of one session are equals, and have turns by weight. Else whoever has a small
-    /// weight and no session would always be the emptiest, and get more than its share.
+    /// From the next change of each backend on, sessions count by how many a backend of this weight would have: so
+    /// those that are equally full but for a part of one session are equals, and take turns by weight. Otherwise a
+    /// backend of small weight and no session would always be the emptiest, and get more than its share.
     pub fn count_by(&self, unit: u32) {
         self.unit.store(unit, Ordering::SeqCst);
     }
 
-    /// Who has least.
+    /// The least loaded.
     #[must_use]
     pub fn winner(&self) -> Option<usize> {
         let best = best(read(self.players(0)?), self.turn.load(Ordering::Relaxed));
-        (best != NOBODY).then(|| usize::try_from(best & mask(LEAF_BITS)).ok())?
+        (best != NO_LEAF).then(|| usize::try_from(best & mask(LEAF_BITS)).ok())?
     }
 
     /// Takes in that a backend was picked, and has its turn behind it. `look` says how many sessions it has and what its
@@ -78,7 +78,7 @@ impl Tournament {
         self.play(leaf, (base + stride) & mask(STAMP_BITS), now, look);
     }
 
-    /// Takes in how many sessions a backend has now, and its weight; without a weight nobody is sent there.
+    /// Updates the sessions and weight of a backend; with weight 0 it gets no sessions.
     pub fn changed(&self, leaf: usize, look: impl Fn() -> (u32, u32)) {
         let turn = self.turn.load(Ordering::Relaxed);
         let now = look();
@@ -86,14 +86,14 @@ impl Tournament {
         self.play(leaf, stamp, now, look);
     }
 
-    /// The stamp of a backend that takes part, if it is within one turn of the last pick's. Who was out or busy for long has
-    /// its turn now: it neither has all those that it missed nor, where the stamps went round meanwhile, waits for its old
-    /// one to come again.
+    /// The stamp of a backend that takes part, if it is within one turn of the last pick's. One that was out or busy
+    /// for long has its turn now: it neither has all those that it missed nor, where the stamps went round meanwhile,
+    /// waits for its old one to come again.
     fn stamp(&self, leaf: usize, turn: u64, stride: u64) -> Option<u64> {
         let node = self.node(self.first_leaf() + leaf)?.load(Ordering::SeqCst);
         let stamp = node >> LEAF_BITS & mask(STAMP_BITS);
         let is_recent = stamp.wrapping_sub(turn).wrapping_add(stride) & mask(STAMP_BITS) <= 2 * stride;
-        (node != NOBODY && is_recent).then_some(stamp)
+        (node != NO_LEAF && is_recent).then_some(stamp)
     }
 
     fn first_leaf(&self) -> usize {
@@ -104,7 +104,7 @@ impl Tournament {
         self.nodes.get(at)
     }
 
-    /// Those who play one game.
+    /// The children of a node.
     fn players(&self, game: usize) -> Option<&[AtomicU64; PLAYERS]> {
         self.nodes.get(game * PLAYERS..)?.first_chunk()
     }
@@ -113,7 +113,7 @@ impl Tournament {
     fn play(&self, leaf: usize, stamp: u64, now: (u32, u32), look: impl Fn() -> (u32, u32)) {
         let mut at = self.first_leaf() + leaf;
         let Some(own) = self.node(at) else { return };
-        // Who stored what has changed since looks again: the last to store has stored what is so.
+        // A writer checks again after storing: the last one has stored the present state.
         let look = || (look(), self.unit.load(Ordering::SeqCst));
         let mut seen = (now, self.unit.load(Ordering::SeqCst));
         loop {
@@ -126,20 +126,20 @@ impl Tournament {
             seen = again;
         }
         let turn = self.turn.load(Ordering::Relaxed);
-        // The last game is played by whoever asks for its winner.
+        // The last comparison is made by each pick.
         while at >= PLAYERS {
             let game = at / PLAYERS;
             at = game - 1;
-            // Whoever put there what is there plays on from there.
+            // The worker that replaced the node continues from there.
             if !self.replay(at, game, turn) {
                 return;
             }
         }
     }
 
-    /// Plays a game until its node holds the best of its players; whether anybody changed that meanwhile.
+    /// Updates a node until it holds the best of its children; returns whether it changed meanwhile.
     ///
-    /// Who has put a winner there looks whether the players are still what they were: whoever changed one since may have
+    /// After writing a winner, checks that the children are unchanged: a worker that changed one since may have
     /// found the node as it had to be, and left.
     fn replay(&self, at: usize, game: usize, turn: u64) -> bool {
         let (Some(node), Some(players)) = (self.node(at), self.players(game)) else { return false };
@@ -183,7 +183,7 @@ fn stride(weight: u32) -> u64 {
 fn node((load, unit): (u32, u32), weight: u32, stamp: u64, leaf: usize) -> u64 {
     // 27 bits; beyond them all are equally full.
     let relative = match weight {
-        0 => return NOBODY,
+        0 => return NO_LEAF,
         _ if weight == unit => u64::from(load),
         _ => u64::from(load) * u64::from(unit) / u64::from(weight),
     };
@@ -199,7 +199,7 @@ fn is_ahead(stamp: u64, other: u64) -> bool {
 
 /// The one with the fewest sessions; of equals the one whose turn is first, as seen from the turn that it is.
 ///
-/// Which that is nobody can foretell, least of all a processor: a branch would cost more than all the rest.
+/// The result is unpredictable: a mispredicted branch would cost more than all the rest.
 fn best(players: [u64; PLAYERS], turn: u64) -> u64 {
     let now = HALF.wrapping_sub(turn) & mask(STAMP_BITS);
     let keys = players.map(|player| player.wrapping_add(now << LEAF_BITS) & !CARRY);
@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_wins_where_nobody_takes_part() {
+    fn empty_tournament_has_no_winner() {
         assert_eq!(Tournament::new(0).winner(), None);
         let tournament = Tournament::new(3);
         tournament.changed(1, || (5, 0));
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn equals_have_turns_by_weight_and_who_was_out_does_not_catch_up() {
+    fn equal_backends_take_turns_by_weight_and_a_returning_one_does_not_catch_up() {
         let tournament = Tournament::new(4);
         let weights = [6_400, 12_800, 0, 44_800];
         let mut counts = [0_u32; 4];

@@ -15,17 +15,17 @@ const EACH: usize = 512;
 /// The greatest weight that has one place in its turn, in means of all weights.
 const MOST_MEANS: u32 = 8;
 
-/// Who is asked for a key. Built off the data path; a lookup is one remainder and one read.
+/// The Maglev lookup table. Built off the data path; a lookup is one remainder and one read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MaglevTable {
-    /// Places of backends, by the place in the table. Empty where nobody has a weight.
+    /// Places of backends, by the place in the table. Empty where no backend has a weight.
     places: Vec<u16>,
 }
 
 /// One backend, as the table sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MaglevEntry {
-    /// A hash of its name: it is asked for the same keys whoever else is there.
+    /// A hash of its name: it gets the same keys whichever other backends exist.
     pub name: u64,
     /// Its share while all are in use, in relation to the others'; 0 is none.
     pub whole: u32,
@@ -43,10 +43,10 @@ pub struct MaglevPlan {
     taken: Vec<Vec<u32>>,
 }
 
-/// A place that nobody has.
+/// A free place.
 const FREE: u16 = u16::MAX;
 
-/// How one backend goes through the table.
+/// The permutation of one backend.
 struct MaglevPermutation {
     backend: u16,
     next: u32,
@@ -94,7 +94,7 @@ impl MaglevTable {
         Self::of(&MaglevPlan::new(entries), entries)
     }
 
-    /// Makes the table out of the [plan of these backends](Plan::is_of): who is to have less than it took there gives up
+    /// Builds the table from the plan of these backends: one that is to have less than it took there gives up
     /// what it wanted least, and those that are to have more share that. So a change of what is in use moves no key beyond
     /// those that it must.
     #[must_use]
@@ -136,7 +136,7 @@ impl MaglevPermutation {
         }
     }
 
-    /// Takes the next place that it wants and nobody has. There is one: the step is prime to the size.
+    /// Takes its next preferred place that is free. There is one: the step is coprime to the size.
     fn take(&mut self, table: &mut [u16], size: u32) {
         loop {
             let at = self.next;
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_found_where_nobody_has_a_weight() {
+    fn lookup_without_weights_finds_none() {
         assert_eq!(MaglevTable::new(&[]).find(7), None);
         assert_eq!(MaglevTable::new(&entries(&[0, 0])).find(7), None);
     }

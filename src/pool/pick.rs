@@ -1,11 +1,11 @@
-//! Who is next: algorithms as pure functions over places with weights.
+//! Balancing algorithms as pure functions over weighted places.
 
 use std::net::IpAddr;
 
 use crate::addr::ClientAddr;
 use crate::id::EndpointClaim;
 
-/// Weights added up: a number below their sum is a place, and each place has as many numbers as its weight.
+/// Cumulative weights: a number below their sum selects an entry, in proportion to its weight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WeightTable {
     /// For each place the sum of the weights up to it and with it.
@@ -30,7 +30,7 @@ impl WeightTable {
         Self { ends: weights.iter().map(add).collect(), equal, least }
     }
 
-    /// How many places there are.
+    /// The number of slots.
     #[must_use]
     pub fn len(&self) -> usize {
         self.ends.len()
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_picked_from_nobody() {
+    fn empty_table_picks_none() {
         assert_eq!(round_robin(7, &equal(0)), None);
         assert_eq!(p2c(u64::MAX, &equal(0), |_| 0), None);
         assert!(equal(0).is_empty() && equal(2).len() == 2);

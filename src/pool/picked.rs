@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 
 use super::backend::Backend;
 
-/// A backend that carries one session more as long as this lives.
+/// A picked backend, counted as one session until dropped.
 #[derive(Debug)]
 pub struct PickedBackend(Box<PickedState>);
 
-/// Apart, as a session keeps room for it all its life.
+/// Boxed: a session has room for it for its whole life.
 #[derive(Debug)]
 struct PickedState {
     backend: Arc<Backend>,
@@ -31,7 +31,7 @@ impl PickedBackend {
         Some(Self::seated(backend))
     }
 
-    /// A session more, whether there is room for it or not: it is connected there already. Nobody else gets room before it
+    /// One session more, even beyond the limit: it is connected already. No other session gets room before it
     /// is there again.
     #[must_use]
     pub fn adopt(backend: &Arc<Backend>) -> Self {
@@ -41,7 +41,7 @@ impl PickedBackend {
 
     /// Tells the pool of a session that is counted already.
     fn seated(backend: &Arc<Backend>) -> Self {
-        // The seat of one that is gone may be another's.
+        // The leaf of a removed backend may belong to another one.
         if backend.is_retired() || backend.is_removed() {
             backend.replacement().iter().for_each(|replacement| replacement.update_load());
         } else if let Some(seat) = &backend.tournament {
@@ -84,11 +84,11 @@ impl std::ops::Deref for PickedBackend {
 impl Drop for PickedBackend {
     fn drop(&mut self) {
         let backend = &self.0.backend;
-        // Before its place is offered to those who wait: what its tenant holds decides who gets it.
+        // Before its room is offered to the queue: the sessions of its tenant decide which one gets it.
         self.0.tenant.iter().for_each(|tenant| backend.shares.leave(*tenant));
         backend.load.sessions.fetch_sub(1, Ordering::SeqCst);
-        // Only now: who replaces it is there before it is retired, and looks at the load after that. The seat of one that is
-        // gone may be another's.
+        // Only now: the replacement exists before it is retired, and reads the load after that. The leaf of one that
+        // is gone may be another's.
         if backend.is_retired() || backend.is_removed() {
             backend.replacement().iter().for_each(give_back);
         } else {
@@ -97,7 +97,7 @@ impl Drop for PickedBackend {
     }
 }
 
-/// There may be room at a backend: whoever picks the least loaded, or waits, has to know.
+/// There may be room at a backend: updates the least-loaded tree, and serves the queue.
 fn give_back(backend: &Arc<Backend>) {
     backend.update_load();
     if let Some(queue) = &backend.queue {

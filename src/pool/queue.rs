@@ -12,7 +12,7 @@ use super::picked::PickedBackend;
 use crate::account::lock;
 use crate::fair_share;
 
-/// The line of one pool. Locked only while somebody waits.
+/// The queue of one pool. Locked only while sessions wait.
 #[derive(Debug)]
 pub struct PoolQueue {
     length: AtomicUsize,
@@ -30,7 +30,7 @@ struct QueueLine {
     next: u64,
 }
 
-/// A session that waits.
+/// A waiting session.
 #[derive(Debug)]
 struct QueueTicket {
     tenant: u32,
@@ -64,20 +64,20 @@ impl PoolQueue {
         })
     }
 
-    /// From now on for so many; who waits already goes on to.
+    /// Sets the length. Sessions that wait already stay.
     pub fn set_length(&self, length: usize) {
         self.length.store(length, Ordering::Release);
     }
 
-    /// How many wait.
+    /// The number of waiting timers.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
 
     /// Takes the last place; `None` where the line is as long as it may be, or, `is_shared` by several tenants, this one has its
-    /// share of it. Whoever has joined must have the pool served once: a backend that became free a moment before has seen
-    /// nobody wait.
+    /// share of it. After joining, serve the pool's queue once: a backend that became free a moment before has seen
+    /// an empty queue.
     #[must_use]
     pub fn join(self: &Arc<Self>, tenant: u32, is_shared: bool) -> Option<QueuePlace> {
         let length = self.length.load(Ordering::Acquire);
@@ -96,13 +96,13 @@ impl PoolQueue {
     }
 
     /// Gives away what room a backend has; of one whose pool was replaced, none. `false` where some is left that none of those
-    /// who wait may have, because their tenants hold their shares.
+    /// in the queue may have, because their tenants hold their shares.
     pub fn serve(&self, backend: &Arc<Backend>) -> bool {
         if backend.is_retired() {
             return true;
         }
-        // Without the lock first: a full pool's every session comes by here. Whoever joins and whoever makes room do so
-        // before they look, so one of the two sees the other.
+        // Without the lock first: every session of a full pool comes here. A session that joins and one that makes
+        // room do so before they look, so one of the two sees the other.
         while self.waiting() > 0 && (backend.is_used() || backend.is_spare()) && backend.has_room() {
             let next = {
                 let mut line = lock(&self.line);
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_keeps_nothing() {
+    fn cancelled_session_leaves_the_queue() {
         let queue = PoolQueue::new(9);
         let backend = backend(&queue, 1);
         let held = PickedBackend::take(&backend).unwrap();
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_sent_where_nobody_may_go() {
+    fn queue_serves_no_replaced_backend() {
         let queue = PoolQueue::new(1);
         let backend = backend(&queue, 5);
         backend.set(0, u32::MAX, false);

@@ -13,21 +13,21 @@ use super::health_record::{BackendLoad, HealthRecord};
 use super::queue::PoolQueue;
 use super::retry::RetryBudget;
 use super::tenant_shares::TenantShares;
-use super::{NOBODY_YET, Pool};
+use super::{NO_TENANT_YET, Pool};
 use crate::account::{Labels, lock};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
 use crate::config::BackendTarget;
 
-/// What names lead to, as far as somebody has asked.
+/// The addresses of names, as far as they have been resolved.
 pub type Answers = HashMap<BackendTarget, Vec<ResolvedAddress>>;
 
-/// What of a pool outlives a reload.
+/// The state of a pool that outlives a reload.
 #[derive(Debug)]
 pub(super) struct PersistentState {
-    /// Who is in force under its name, once the first was replaced.
+    /// The pool in force of this name, after a replacement.
     current: Mutex<Weak<Pool>>,
-    /// The one tenant whose sessions came here so far, [`NOBODY_YET`], or `SEVERAL`.
+    /// The one tenant whose sessions came here so far, [`NO_TENANT_YET`], or `SEVERAL`.
     pub(super) tenant: AtomicU32,
     pub(super) retries: RetryBudget,
     pub(super) retried: AtomicU64,
@@ -42,7 +42,7 @@ impl PersistentState {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
             current: Mutex::default(),
-            tenant: AtomicU32::new(NOBODY_YET),
+            tenant: AtomicU32::new(NO_TENANT_YET),
             retries: RetryBudget::default(),
             retried: AtomicU64::new(0),
             not_retried: AtomicU64::new(0),
@@ -54,7 +54,7 @@ impl PersistentState {
     /// Its sessions are counted on, should its address come back before they end.
     pub(super) fn leave(&self, backend: &Backend) {
         let mut left = lock(&self.left);
-        // As long as anybody has it: sessions that began before are still sent there.
+        // As long as it is referenced: sessions that began before are still sent there.
         left.retain(|(_, load)| Arc::strong_count(load) > 1);
         left.push((backend.address(), Arc::clone(&backend.load)));
     }
@@ -74,8 +74,8 @@ impl Pool {
     /// The pool that a reload puts in the place of `before`, or that is new. Addresses that were there already keep what is
     /// known of them, and their sessions; names keep what they led to, and new ones lead to what `answers` has of them.
     ///
-    /// Others are unknown until their first probe. Where there are only others, they count as healthy until then: nobody
-    /// else could take the traffic.
+    /// New addresses are unknown until their first probe. If all are new, they count as healthy until then: no
+    /// session else could take the traffic.
     ///
     /// From now on `before`, and all that were before it, tell this one what their sessions come to.
     #[must_use]
@@ -119,7 +119,7 @@ impl Pool {
         if let Some(before) = before {
             before.is_replaced.store(true, Ordering::Release);
         }
-        // Only now: whoever finds one of these retired finds who replaces it, and in which pool.
+        // Only now: a caller that finds one of these retired also finds its replacement and its pool.
         for backend in &own {
             backend.retire();
         }
@@ -186,7 +186,7 @@ impl Pool {
         all
     }
 
-    /// Becomes who is in force under its name.
+    /// Becomes the pool in force of its name.
     fn take_over_from(self: &Arc<Self>, before: &Self, own: &[Arc<Backend>], backends: &[Arc<Backend>]) {
         let heirs: HashSet<_> = backends.iter().map(|replacement| Arc::as_ptr(&replacement.health)).collect();
         let (kept, gone): (Vec<_>, Vec<_>) =
@@ -204,12 +204,12 @@ impl Pool {
         *lock(&self.persistent.current) = Arc::downgrade(self);
     }
 
-    /// Who is in force under its name, where that is another one.
+    /// The pool in force of its name, if it is another one.
     pub(super) fn current(&self) -> Option<Arc<Self>> {
         if self.is_replaced() { lock(&self.persistent.current).upgrade() } else { None }
     }
 
-    /// Who is in force under its name; itself, where nobody is any more.
+    /// The pool in force of this name; itself, where there is none any more.
     #[must_use]
     pub fn latest(self: &Arc<Self>) -> Arc<Self> {
         self.current().unwrap_or_else(|| Arc::clone(self))
@@ -221,13 +221,13 @@ impl Pool {
         self.is_replaced.load(Ordering::Acquire)
     }
 
-    /// Who stands for one of its backends now, and in which pool, where it was replaced.
+    /// The replacement of one of its backends and its pool, if it was replaced.
     #[must_use]
     pub fn replacement_of(&self, backend: &Backend) -> Option<(Arc<Self>, Arc<Backend>)> {
         Some((self.current()?, backend.replacement()?))
     }
 
-    /// Who is to be probed for one of its backends, and in which pool; nobody where it is gone.
+    /// The backend to probe in place of one of its own, and the pool of it; `None` where it is removed.
     #[must_use]
     pub fn follow(self: &Arc<Self>, backend: &Arc<Backend>) -> Option<(Arc<Self>, Arc<Backend>)> {
         if backend.is_removed() {

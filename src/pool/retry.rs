@@ -15,7 +15,7 @@ const FIRST: i64 = 100 * COST;
 /// `RetryBudget` has it.
 const TRICKLE: Duration = Duration::from_millis(100);
 
-/// The account of one pool.
+/// The retry budget of one pool.
 #[derive(Debug, Default)]
 pub struct RetryBudget {
     /// Parts for each session.
@@ -48,14 +48,14 @@ impl RetryBudget {
         self.percent.load(Ordering::Relaxed)
     }
 
-    /// Takes in a new session. A full account is only read: then no worker waits for another's cache line.
+    /// Counts a new session. A full budget is only read: then no worker waits for another's cache line.
     pub fn deposit(&self) {
         if self.balance.load(Ordering::Relaxed) < MOST && self.percent() > 0 {
             self.balance.fetch_add(self.percent(), Ordering::Relaxed);
         }
     }
 
-    /// Pays for one retry, where there is enough.
+    /// Takes one retry from the budget, if there is enough.
     #[must_use]
     pub fn withdraw(&self, now: Moment) -> bool {
         self.trickle(now);
@@ -75,7 +75,7 @@ impl RetryBudget {
             return;
         }
         let after = before + steps * step;
-        // Whoever wins takes the time in, once.
+        // One thread wins and adds the time, once.
         if self.trickled.compare_exchange(before, after, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             let income = i64::try_from(steps).unwrap_or(MOST).saturating_mul(COST);
             let room = (MOST - self.balance.load(Ordering::Relaxed)).max(0);
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifth_of_the_sessions_may_retry_and_what_is_not_used_is_saved() {
+    fn a_fifth_of_sessions_may_retry_and_unused_retries_are_saved() {
         let budget = RetryBudget::new(20);
         assert_eq!(retries(&budget, at(0)), 100, "what a new pool has");
         (0..50).for_each(|_| budget.deposit());
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn another_part_keeps_what_is_saved_up() {
+    fn changed_retry_budget_keeps_saved_retries() {
         let budget = RetryBudget::new(20);
         assert!(budget.withdraw(at(0)));
         budget.set(50);

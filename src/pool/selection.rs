@@ -1,8 +1,8 @@
-//! Who of a pool is used, and how much: from what is known of each backend to weights.
+//! Selection: from the state of each backend to its effective weight.
 
 use super::health::{FULL, HealthState};
 
-/// What is known of one backend.
+/// The inputs of the selection for one backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SelectionState {
     /// What probes say.
@@ -20,7 +20,7 @@ pub struct SelectionState {
 }
 
 impl SelectionState {
-    /// Whether it is as sound as those who are used on this ground.
+    /// Whether it is as healthy as the backends of this tier.
     #[must_use]
     pub fn is_of(&self, tier: SelectionTier) -> bool {
         let is_in = |state| self.state == state && !self.is_ejected;
@@ -33,26 +33,26 @@ impl SelectionState {
     }
 }
 
-/// Why those who are used are used.
+/// The selection tier in use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SelectionTier {
     /// They are known to be healthy.
     Healthy,
-    /// They are healthy backups, and nobody else is healthy.
+    /// Healthy backups, as no other backend is healthy.
     Backup,
-    /// Nobody is known to be healthy, and they have not been probed yet.
+    /// Backends that have not been probed yet, as none is known to be healthy.
     Unknown,
-    /// They are ejected, and whoever is not is unhealthy.
+    /// Ejected backends, as all others are unhealthy.
     Ejected,
     /// Too few are healthy for their health to count.
     Panic,
-    /// Nobody is used.
+    /// No backend is used.
     #[default]
     None,
 }
 
 impl SelectionTier {
-    /// The word in log and status.
+    /// The label in log and status.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -68,9 +68,9 @@ impl SelectionTier {
 
 /// Gives each backend its weight in force, in [`FULL`]ths of a unit; 0 is not used.
 ///
-/// The known-healthy are used, or else healthy backups, or else those that nobody has probed yet, or else those that are
-/// ejected but not unhealthy. Where less than `panic_threshold` percent of those with a weight are neither unhealthy nor
-/// ejected, all are used: then it is likelier that the probes are wrong (Envoy, "Panic threshold").
+/// The known-healthy are used, or else healthy backups, or else those that have not been probed yet, or else those
+/// that are ejected but not unhealthy. Where less than `panic_threshold` percent of those with a weight are neither
+/// unhealthy nor ejected, all are used: then it is likelier that the probes are wrong (Envoy, "Panic threshold").
 #[must_use]
 pub fn effective_weights(all: &[SelectionState], panic_threshold: u32) -> (SelectionTier, Vec<u32>) {
     if is_panic(all, panic_threshold) {
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn the_best_there_are_are_used_and_nobody_else() {
+    fn best_available_tier_is_used_alone() {
         for (all, tier, expected) in [
             (vec![], SelectionTier::None, vec![]),
             (vec![UP, DOWN, NEW, OUT, BACKUP, DRAINED], SelectionTier::Healthy, vec![100, 0, 0, 0, 0, 0]),
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_back_has_a_part_of_its_weight() {
+    fn returning_backend_has_a_part_of_its_weight() {
         let back = SelectionState { ramp: FULL / 4, ..UP };
         assert_eq!(weights(&[UP, back], 0).1, [100, 25]);
         let (_, weights) = effective_weights(&[SelectionState { weight: 1, ramp: 0, ..UP }], 0);

@@ -38,7 +38,7 @@ impl TenantShares {
         self.is_shared.load(Ordering::Relaxed)
     }
 
-    /// From now on these backends get sessions.
+    /// Sets the backends that get sessions, with their limits.
     pub(super) fn set_rooms(&self, rooms: Vec<(Arc<BackendLoad>, u32)>) {
         self.rooms.store(Arc::new(rooms));
     }
@@ -62,7 +62,7 @@ impl TenantShares {
     /// Whether nothing is free, or each of them holds more than its share.
     pub(super) fn enter(&self, tenants: impl IntoIterator<Item = u32>) -> Result<u32, PickError> {
         let mut counts = lock(&self.counts);
-        // First what is entering: who is at a backend meanwhile is counted twice rather than not at all.
+        // Entering sessions first: one that reaches its backend meanwhile is counted twice rather than not at all.
         let entering = counts.entering;
         let room = self.room().map(|(capacity, free)| (capacity, free.saturating_sub(entering)));
         if room.is_some_and(|(_, free)| free == 0) {
@@ -89,7 +89,7 @@ impl TenantShares {
         *lock(&self.counts).held.entry(tenant).or_default() += 1;
     }
 
-    /// A tenant gives a place back.
+    /// Releases a tenant's slot.
     pub(super) fn leave(&self, tenant: u32) {
         let mut counts = lock(&self.counts);
         match counts.held.get_mut(&tenant) {
@@ -98,7 +98,7 @@ impl TenantShares {
         }
     }
 
-    /// How many places a tenant holds.
+    /// The slots that a tenant holds.
     pub(super) fn held(&self, tenant: u32) -> usize {
         lock(&self.counts).held.get(&tenant).copied().unwrap_or(0)
     }
@@ -109,7 +109,7 @@ impl Pool {
     /// its backends have `max-sessions`, the tenant gets none beyond its share of them. Locks once, for that count.
     ///
     /// # Errors
-    /// Why there is nobody.
+    /// Why no backend can be picked.
     pub fn pick_for(
         &self,
         tenant: u32,
@@ -122,7 +122,7 @@ impl Pool {
             return self.pick_again(tenant, key, roll, tried);
         }
         let shares = &self.persistent.shares;
-        // Those who wait get first what they may have. Whoever waits still holds too much for what is left.
+        // Waiting sessions are served first. Those that still wait hold more than their share of what is left.
         let passes_line = self.waiting() > 0 && shares.room().is_some();
         if passes_line {
             self.serve_queue();
@@ -140,7 +140,7 @@ impl Pool {
     /// keeps it out.
     ///
     /// # Errors
-    /// Why there is nobody.
+    /// Why no backend can be picked.
     pub fn pick_again(
         &self,
         tenant: u32,

@@ -123,7 +123,7 @@ fn p2c_and_least_sessions_take_the_less_loaded() {
 }
 
 #[test]
-fn least_sessions_gives_each_its_part_of_what_is_held() {
+fn least_sessions_balances_held_sessions_by_weight() {
     let mut config = config(Balance::LeastSessions, 3);
     config.backends[2].weight = 200;
     let pool = healthy(&config);
@@ -155,7 +155,7 @@ fn maglev_sends_a_key_to_its_backend_and_to_the_same_second_one() {
 }
 
 #[test]
-fn nobody_is_tried_twice_and_then_nobody_is_left() {
+fn each_backend_is_tried_once_until_none_is_left() {
     for balance in ALL {
         assert_eq!(pick(&pool(&config(balance, 0)), 7), Err(PickError::Usable));
         let pool = healthy(&config(balance, 3));
@@ -239,7 +239,7 @@ fn the_third_failure_in_a_row_ejects_at_once_and_time_brings_back_gently() {
             (change.state, change.why, change.out_for),
             ("ejected", "connect_failures", Some(30 * SECOND))
         );
-        // Nobody goes there, though the roster is as it was.
+        // It gets no session, though the candidates are unchanged.
         let without = (0..200).all(|roll| pick(&pool, pick::hash(&[roll])) != Ok(1000));
         assert!(without && pool.usable() == 4, "{balance:?}");
         pool.run_due(at(800));
@@ -278,7 +278,7 @@ fn no_more_than_half_is_ejected_and_the_rest_stays() {
 }
 
 #[test]
-fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
+fn resets_of_one_tenant_eject_no_shared_backend() {
     let of = |tenant| SessionFailure::Reset { tenant };
     let alone = healthy(&config(Balance::P2c, 2));
     (0..5).for_each(|_| alone.count_session(7));
@@ -293,7 +293,7 @@ fn resets_of_one_tenant_alone_eject_nobody_that_others_use() {
 }
 
 #[test]
-fn when_all_that_are_left_fail_an_ejected_one_is_better_than_nobody() {
+fn ejected_backend_is_used_when_all_others_fail() {
     let pool = healthy(&config(Balance::RoundRobin, 2));
     fail(&pool, 0, SessionFailure::Connect, 3, at(500));
     pool.run_due(at(600));
@@ -307,7 +307,7 @@ fn when_all_that_are_left_fail_an_ejected_one_is_better_than_nobody() {
 }
 
 #[test]
-fn who_was_down_comes_back_slowly_and_who_starts_does_not() {
+fn recovered_backend_starts_slowly_and_a_new_one_does_not() {
     let config = crate::config::PoolConfig { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
     let pool = healthy(&config);
     assert_eq!(backend(&pool, 0).weight(), 100 * FULL);
@@ -321,7 +321,7 @@ fn who_was_down_comes_back_slowly_and_who_starts_does_not() {
 }
 
 #[test]
-fn a_slow_start_holds_for_the_sessions_at_once_too_but_for_who_leads() {
+fn slow_start_also_bounds_concurrent_sessions_except_for_the_first() {
     let mut config = crate::config::PoolConfig { slow_start: 64 * SECOND, ..config(Balance::P2c, 2) };
     config.backends.iter_mut().for_each(|backend| backend.max_sessions = Some(32));
     let pool = healthy(&config);
@@ -343,7 +343,7 @@ fn a_slow_start_holds_for_the_sessions_at_once_too_but_for_who_leads() {
 }
 
 #[test]
-fn an_ejection_turns_nobody_away_before_the_roster_follows() {
+fn ejection_rejects_no_session_before_the_candidates_are_rebuilt() {
     let mut config = config(Balance::P2c, 2);
     config.backends[1].backup = true;
     let pool = healthy(&config);
@@ -355,7 +355,7 @@ fn an_ejection_turns_nobody_away_before_the_roster_follows() {
 }
 
 #[test]
-fn a_full_zone_is_helped_by_the_others() {
+fn full_zone_spills_to_other_zones() {
     let mut config =
         crate::config::PoolConfig { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 3) };
     for (backend, zone) in config.backends.iter_mut().zip(["a", "b", "b"]) {
@@ -372,7 +372,7 @@ fn a_full_zone_is_helped_by_the_others() {
 }
 
 #[test]
-fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
+fn queued_session_gets_the_preferred_zone_first_and_no_unhealthy_backend() {
     let mut config =
         crate::config::PoolConfig { prefer_zone: Some("a".to_owned()), ..config(Balance::P2c, 2) };
     for (backend, zone) in config.backends.iter_mut().zip(["b", "a"]) {
@@ -393,14 +393,14 @@ fn who_waits_gets_the_zone_before_the_others_and_nobody_who_is_down() {
         HealthState::Unhealthy,
         "and the roster does not know it yet"
     );
-    let _waiting = wait().expect_err("who is down helps nobody");
+    let _waiting = wait().expect_err("an unhealthy backend takes no sessions of others");
     assert_eq!(pick(&pool, 0), Err(PickError::Free));
     drop(near);
     assert_eq!(pool.waiting(), 0);
 }
 
 #[test]
-fn who_comes_where_nobody_is_in_use_does_not_wait_with_the_others() {
+fn session_does_not_queue_where_no_backend_is_in_use() {
     let mut config = config(Balance::P2c, 1);
     config.queue.length = 5;
     config.backends[0].max_sessions = Some(1);
@@ -426,7 +426,7 @@ fn in_a_panic_all_are_used() {
 }
 
 #[test]
-fn who_waits_is_served_in_turn_and_nobody_passes_by() {
+fn queued_sessions_are_served_in_order() {
     let mut config = config(Balance::P2c, 2);
     config.queue.length = 2;
     config.backends.iter_mut().for_each(|backend| backend.max_sessions = Some(1));

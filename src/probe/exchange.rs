@@ -66,12 +66,12 @@ async fn converse(
         if let Poll::Ready(verdict) = read(&socket, &mut answer)? {
             return Ok(verdict);
         }
-        // Whoever sends without an end has the control thread for one read, and then it is the others' turn.
+        // An endless response gets one read of the control thread, then other tasks run.
         yield_now().await;
     }
 }
 
-/// Asks by a datagram; the first that comes back decides. Nobody but the backend is heard.
+/// Sends a datagram; the first answer decides. Only the backend's answers are received.
 async fn datagram(
     address: BackendAddr,
     sources: &[IpAddr],
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_comes_first_and_speaks_for_nobody() {
+    fn probe_request_starts_with_a_local_header() {
         let local = [&proxy_protocol::SIGNATURE[..], &[0x20, 0, 0, 0]].concat();
         let exchange = ProbeCheck::Exchange {
             protocol: Protocol::Tcp,

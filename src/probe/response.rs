@@ -12,7 +12,7 @@ pub const MOST_OF_HEAD: usize = 16 * 1024;
 /// Bytes that are read of an exchange.
 pub const MOST_OF_EXCHANGE: usize = 64 * 1024;
 
-/// An answer that comes in pieces. However it is cut, the same bytes get the same verdict.
+/// Matches a response that arrives in pieces. The result does not depend on how it is split.
 #[derive(Debug)]
 pub struct ProbeResponse<'a> {
     form: ExpectedResponse<'a>,
@@ -86,7 +86,7 @@ fn begin(missing: &mut &[u8], bytes: &[u8]) -> Poll<ProbeResult> {
 }
 
 /// An HTTP/1 response. What is no HTTP is told at its first bytes; a status counts as soon as the head is whole, for a
-/// server that hangs in the middle of its head serves nobody. The body is not read: it may have no end.
+/// server that hangs in the middle of its head serves no request. The body is not read: it may be endless.
 #[derive(Debug)]
 struct HttpResponse<'a> {
     expected: &'a [RangeInclusive<u16>],
@@ -162,7 +162,7 @@ fn status(head: &[u8]) -> Option<u16> {
     response.code
 }
 
-/// Finds some bytes among others that come in pieces, without a step back (Knuth, Morris and Pratt).
+/// Finds bytes in a stream of pieces (Knuth, Morris and Pratt).
 #[derive(Debug)]
 struct BytesSearch<'a> {
     wanted: &'a [u8],
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_http_is_told_at_its_first_bytes() {
+    fn non_http_response_is_detected_at_its_first_bytes() {
         for garbage in [
             &b"\0"[..],
             b"SSH-2.0-OpenSSH_9.6\r\n",
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_contains_what_it_must() {
+    fn response_must_contain_the_expected_bytes() {
         let ask = exchange(b"aab", false);
         decides(&ask, b"aab", ProbeResult::Passed);
         decides(&ask, b"xaaaab", ProbeResult::Passed);
@@ -399,7 +399,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_contained_is_found(text in "[ab]{0,40}", wanted in "[ab]{1,6}", size in 1_usize..9) {
+        fn contained_bytes_are_found(text in "[ab]{0,40}", wanted in "[ab]{1,6}", size in 1_usize..9) {
             let found = verdict(&exchange(wanted.as_bytes(), false), text.as_bytes().chunks(size));
             prop_assert_eq!(found == (ProbeResult::Passed, true), text.contains(&wanted));
             let begins = verdict(&exchange(wanted.as_bytes(), true), text.as_bytes().chunks(size));

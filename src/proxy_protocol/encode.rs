@@ -15,7 +15,7 @@ const TLV_HEAD: usize = 3;
 #[error("a PROXY header may have {MAX_LEN} bytes")]
 pub struct HeaderTooLong;
 
-/// Writes one header: addresses, TLVs, padding, and last of all its checksum.
+/// Writes one header: addresses, TLVs, padding, and last the checksum.
 #[derive(Clone, Debug)]
 pub struct HeaderBuilder {
     bytes: Vec<u8>,
@@ -23,7 +23,7 @@ pub struct HeaderBuilder {
 }
 
 impl HeaderBuilder {
-    /// A header that speaks for nobody: a health check.
+    /// A LOCAL header: a health check.
     #[must_use]
     pub fn local() -> Self {
         Self::start(0x20, 0x00)
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn written_header_is_read_back() {
         for (client, destination) in [
             ("10.1.2.3:40000", "10.1.2.9:443"),
             ("[fd00::1]:40000", "[fd00::2]:443"),
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_for_nobody_has_no_client() {
+    fn local_header_has_no_client() {
         assert_eq!(read(&HeaderBuilder::local().build(), STREAM).command(), HeaderCommand::Local);
         let bytes = HeaderBuilder::unspecified().endpoint("x").unwrap().build();
         let header = read(&bytes, STREAM);
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_skipped_is_not_repeated() {
+    fn skipped_content_is_not_repeated() {
         let mut junk = HeaderBuilder::unspecified().build();
         junk.extend([9, 9]);
         junk[15] = 2;

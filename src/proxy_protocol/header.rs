@@ -1,4 +1,4 @@
-//! The parser: bytes in, a header or what is wrong with it out.
+//! The parser: from bytes to a header or an error.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -7,7 +7,7 @@ use super::{FIXED_LEN, MAX_LEN, SIGNATURE, crc, kind, nlb, tlv, tlv::Tlvs};
 use crate::addr::{ClientAddr, DestinationAddr};
 use crate::outcome::Reason;
 
-/// What was found at the start of the input.
+/// The result of parsing the start of the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParsedHeader<'a> {
     /// The start of a header; it cannot end before the input holds this many bytes.
@@ -43,7 +43,7 @@ pub(super) struct HeaderParts {
 /// No such part.
 pub(super) const ABSENT: u16 = u16::MAX;
 
-/// Whom the header speaks for.
+/// The command of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeaderCommand {
     /// The sender itself: a health check. No client, no payload to forward.
@@ -52,7 +52,7 @@ pub enum HeaderCommand {
     Proxy,
 }
 
-/// How the client's bytes travel.
+/// The transport of the client's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     /// TCP.
@@ -68,16 +68,16 @@ pub enum Addresses {
     Unspecified,
     /// IPv4 or IPv6.
     Ip {
-        /// Who connected.
+        /// The client's address.
         client: ClientAddr,
-        /// To whom.
+        /// The destination.
         destination: DestinationAddr,
     },
     /// UNIX sockets, whose names are of no use here.
     Unix,
 }
 
-/// What the parser insists on.
+/// The rules of the parser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParserRules {
     /// The transport that a client's header has to name.
@@ -86,7 +86,7 @@ pub struct ParserRules {
     pub verify_crc: bool,
 }
 
-/// Why it is no header.
+/// Why the input is not a valid header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "`Why` describes each")]
 pub enum MalformedHeader {
@@ -341,7 +341,7 @@ impl<'a> Header<'a> {
         Tlvs::new(self.bytes.get(usize::from(self.parts.tlvs_at)..).unwrap_or_default())
     }
 
-    /// The ID in the AWS TLVs that name a VPC endpoint, which all name the same one: text that nobody has checked.
+    /// The ID in the AWS TLVs that name a VPC endpoint, which all name the same one. The text is not validated.
     #[inline]
     #[must_use]
     pub fn endpoint(&self) -> Option<&'a [u8]> {
@@ -360,7 +360,7 @@ impl<'a> Header<'a> {
         (self.parts.crc_at != ABSENT).then_some(usize::from(self.parts.crc_at))
     }
 
-    /// Between whom the client's connection is.
+    /// The addresses of the client's connection.
     #[must_use]
     pub fn addresses(&self) -> Addresses {
         let block = self.bytes.get(FIXED_LEN..).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! The fast path: the very layout that a Network Load Balancer writes for PrivateLink over TCP and IPv4.
+//! The fast path: exactly the layout that a Network Load Balancer writes for PrivateLink over TCP and IPv4.
 //!
 //! Every capture that was ever published has it: 100 bytes, CRC32C first, then the endpoint's ID, then zero padding.
 //! It is documented nowhere, so anything else goes to the general parser, and the tests hold the two to one result.

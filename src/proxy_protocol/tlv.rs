@@ -1,4 +1,4 @@
-//! Type, length, value: what a header carries beside the addresses.
+//! Type-length-value fields of a header.
 
 use super::header::MalformedHeader;
 
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_is_an_overrun() {
+    fn truncated_tlv_is_an_overrun() {
         for bytes in [&[4][..], &[4, 0], &[4, 0, 1], &[4, 1, 0, 0]] {
             assert_eq!(split(bytes), Err(MalformedHeader::TlvOverrun));
             assert_eq!(Tlvs::new(bytes).next(), None);

@@ -1,4 +1,5 @@
-//! Addresses that no answer may contain. Who answers for a tenant's name must not reach this machine, its admin pages or the
+//! Addresses that a DNS answer must not contain. The owner of a tenant's name must not reach this machine, its admin
+//! pages or the
 //! cloud's metadata through the proxy.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -10,7 +11,7 @@ use crate::config::DnsConfig;
 /// The addresses at which this process listens now.
 pub type Own = Box<dyn Fn() -> Vec<SocketAddr> + Send + Sync>;
 
-/// Decides about the addresses of answers.
+/// Filters the addresses of DNS answers.
 pub(super) struct AddressFilter {
     allowed: Vec<IpNet>,
     /// Whether the configuration names DNS servers, all of them on this machine.

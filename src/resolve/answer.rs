@@ -13,7 +13,7 @@ use crate::pool::{MOST_ADDRESSES, ResolvedAddress};
 /// The weight of the heaviest where weights must be scaled, and the most that a backend may have.
 const HEAVIEST: u64 = 1_000;
 
-/// What a name leads to.
+/// The resolved addresses of a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NameResolution {
     /// Its addresses: never empty, none twice, and [`MOST_ADDRESSES`] at most. The same records give the same order.
@@ -24,7 +24,7 @@ pub struct NameResolution {
     pub ttl: Duration,
 }
 
-/// What a question was answered with.
+/// The records of one DNS answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DnsAnswer<T> {
     /// What the records lead to; never empty.
@@ -36,14 +36,14 @@ pub struct DnsAnswer<T> {
 /// The answers for the two families of a host: A, then AAAA.
 pub type Families = [Result<DnsAnswer<IpAddr>, LookupResult>; 2];
 
-/// A record of a service (RFC 2782).
+/// An SRV record (RFC 2782).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SrvRecord {
     /// The lowest is used first.
     pub priority: u16,
     /// The share among those of the same priority.
     pub weight: u16,
-    /// Who offers it.
+    /// The host that offers it.
     pub host: Name,
     /// At which port; not 0.
     pub port: u16,
@@ -124,7 +124,7 @@ pub fn of_service(
     hosts: &BTreeMap<Name, DnsAnswer<IpAddr>>,
 ) -> Option<NameResolution> {
     let known = || said.found.iter().filter_map(|service| Some((service, hosts.get(&service.host)?)));
-    // Where nothing is known of the preferred, the next are no backups: there is nobody to wait for.
+    // If the preferred services have no addresses, the next priority is not a backup.
     let preferred = known().map(|(service, _)| service.priority).min()?;
     let mut shares: BTreeMap<(u16, SocketAddr), WeightShare> = BTreeMap::new();
     for (service, host) in known() {
@@ -169,7 +169,7 @@ impl WeightShare {
     }
 }
 
-/// How shares become weights.
+/// How SRV weights become backend weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WeightScale {
     /// All are zero: they are equal (RFC 2782).
@@ -209,7 +209,7 @@ impl WeightScale {
     }
 }
 
-/// What the questions for each host's families were last answered with: where one fails, this still holds.
+/// The last answers for each host and address family, used while a query fails.
 #[derive(Debug, Default)]
 pub struct LastAnswers {
     hosts: BTreeMap<Name, [Vec<IpAddr>; 2]>,
@@ -217,7 +217,7 @@ pub struct LastAnswers {
     pub refused: BTreeSet<IpAddr>,
 }
 
-/// What is known of a host.
+/// The addresses of a host and the result of its lookup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostAnswer {
     /// Its addresses; none where there never was one, or where it has none.

@@ -1,4 +1,4 @@
-//! Who is asked, and how: the hosts file, then the servers, each name of the search list in turn.
+//! The lookup: the hosts file, then the servers, with each name of the search list in turn.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -41,12 +41,12 @@ const FAMILIES: [RecordType; 2] = [RecordType::A, RecordType::AAAA];
 /// The system's own names.
 const HOSTS: &str = "/etc/hosts";
 
-/// Why there is nobody to ask.
+/// Why there is no DNS server.
 #[derive(Debug, thiserror::Error)]
 #[error("the system's resolver configuration cannot be used: {0}")]
 pub struct NoServers(NetError);
 
-/// Looks names up. Answers are not kept: who asks again wants to know.
+/// A DNS resolver without a cache.
 pub struct Resolver {
     servers: Vec<DnsServer>,
     /// The server that answered last.
@@ -299,7 +299,7 @@ impl Resolver {
                 if message.response_code == ResponseCode::NXDomain {
                     return Err(LookupResult::NoSuchName);
                 }
-                // Who says the zone of what is missing knows that it is missing (RFC 2308, 2.2).
+                // An answer with the zone's SOA record is a definite negative answer (RFC 2308, 2.2).
                 let is_known = message.authorities.iter().any(|record| matches!(record.data, RData::SOA(_)));
                 let has_some = message.answers.iter().any(|record| record.record_type() == kind);
                 if is_known || has_some || end == name {
@@ -366,7 +366,7 @@ fn classify(error: &NetError) -> LookupResult {
     }
 }
 
-/// The hosts file, read again when it changes.
+/// The hosts file; read again when it changes.
 struct HostsFile {
     path: PathBuf,
     read: Mutex<(Option<SystemTime>, Arc<Hosts>)>,
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn the_search_list_is_gone_through_as_the_system_does() {
+    fn search_list_order_follows_the_system() {
         let resolver = resolver(&["ns.local", "local.", "."], 2);
         assert_eq!(texts(resolver.names("db")), ["db.ns.local.", "db.local.", "db."]);
         assert_eq!(texts(resolver.names("db.x")), ["db.x.ns.local.", "db.x.local.", "db.x."]);
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_server_knows_lets_the_search_go_on() {
+    fn search_list_continues_only_after_a_definite_answer() {
         let on: Vec<_> = LookupResult::ALL.into_iter().filter(|lookup| !ends_search(*lookup)).collect();
         let expected = [
             LookupResult::NoSuchName,
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_are_told_apart() {
+    fn failures_are_classified() {
         let io = |kind: std::io::ErrorKind| NetError::from(std::io::Error::from(kind));
         let code = |code| NetError::from(DnsError::ResponseCode(code));
         for (error, expected) in [

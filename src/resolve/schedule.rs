@@ -1,11 +1,11 @@
-//! When a name is asked for again.
+//! When a name is looked up again.
 
 use std::time::Duration;
 
 /// The least time to the next question after a failure.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 
-/// The times between the questions for one name.
+/// The schedule of lookups of one name.
 #[derive(Clone, Copy, Debug)]
 pub struct LookupSchedule {
     min: Duration,

@@ -1,4 +1,4 @@
-//! One DNS server, and one question to it.
+//! One DNS server, and one query to it.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ const WITHOUT_EDNS: u64 = 600;
 /// Of the EDNS state: the server has answered a question with EDNS.
 const SPEAKS: u64 = u64::MAX;
 
-/// A server that may be asked.
+/// A DNS server.
 pub(super) struct DnsServer {
     config: NameServerConfig,
     context: Arc<PoolContext>,

@@ -1,4 +1,4 @@
-//! The admin socket's file: nobody else's from its first moment, taken from the dead, left to the living, removed at
+//! The admin socket's file: private from creation, replaced if its process is dead, kept if it is alive, removed at
 //! the end.
 
 use std::fs::{Metadata, remove_file, symlink_metadata};
@@ -63,7 +63,7 @@ fn identity(metadata: &Metadata) -> Identity {
 /// Listens at a path.
 ///
 /// # Errors
-/// Where somebody listens there, something else lies there, or the system refuses.
+/// If a process listens there, the path is not a socket, or the system refuses.
 pub(super) fn open(path: &Path) -> Result<(UnixListener, SocketFile), StartError> {
     let refused = |found: String| StartError::AdminSocket { path: path.to_owned(), found };
     let listener = match bind(path) {
@@ -93,16 +93,16 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 fn clear(path: &Path) -> Result<(), String> {
     let found = symlink_metadata(path).map_err(|error| error.to_string())?;
     if !found.file_type().is_socket() {
-        return Err("a file that is none; remove it, or name another path".to_owned());
+        return Err("a file that is not a socket; remove it, or set another path".to_owned());
     }
     match UnixStream::connect(path) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            tracing::info!(path = %path.display(), "the admin socket of a process that is dead is replaced");
+            tracing::info!(path = %path.display(), "replaced the admin socket of a process that no longer runs");
             remove_file(path).map_err(|error| error.to_string())
         }
         Err(error) => Err(error.to_string()),
         Ok(_) => Err(format!(
-            "one that a living process serves; end that one, or take its place: vestibule serve --takeover {}",
+            "the socket of a running process; stop it, or take over from it: vestibule serve --takeover {}",
             path.display()
         )),
     }
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_nobody_elses_and_goes_with_its_process() {
+    fn admin_socket_is_private_and_removed_with_its_process() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("admin.sock");
         let (listener, file) = open(&path).unwrap();
@@ -140,11 +140,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_left_alone() {
+    fn path_that_is_not_a_socket_is_kept() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("file");
         fs::write(&path, "precious").unwrap();
-        assert!(said(&path).contains("found a file that is none; remove it"), "{}", said(&path));
+        assert!(said(&path).contains("found a file that is not a socket; remove it"), "{}", said(&path));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
         let absent = home.path().join("absent/admin.sock");
         assert!(said(&absent).contains("No such file or directory"), "{}", said(&absent));

@@ -1,4 +1,4 @@
-//! What the process does when it is told to, by a signal, at the admin socket or by a file that changed.
+//! The operations of the control API, a signal or a changed file: reload, drain, log rotation, handover.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::admin::control::{self, RefusalDetail, ReloadRefusal, ReloadSummary};
 use crate::config::{Config, ConfigErrors};
 use crate::state::LiveState;
 
-/// Carries orders out.
+/// Carries out the operations of the control API.
 #[derive(Debug)]
 pub struct ProcessControl {
     live: Arc<LiveState>,
@@ -49,7 +49,7 @@ impl ProcessControl {
         }
     }
 
-    /// From now on this is asked to open the access log's file anew.
+    /// Sets the access log to reopen.
     pub(super) fn set_access_log(&self, log: Option<LogReopener>) {
         *lock(&self.access_log) = log.map(Arc::new);
     }
@@ -63,7 +63,7 @@ impl ProcessControl {
     fn read(&self) -> Result<Config, ReloadRefusal> {
         let Some(source) = &self.source else {
             self.live.reloads.refuse();
-            return Err(refused_for("the configuration: must come from a file, found none to read again"));
+            return Err(refused_for("no configuration file to reload: the process was started without one"));
         };
         Config::load(source).map_err(|faults| {
             self.live.reloads.refuse();
@@ -74,7 +74,7 @@ impl ProcessControl {
     fn put_in_force(&self) -> Result<ReloadSummary, ReloadRefusal> {
         if self.handover.get().is_some_and(|handover| handover.is_busy()) {
             self.live.reloads.refuse();
-            return Err(refused_for(&ReloadError::Leaving.to_string()));
+            return Err(refused_for(&ReloadError::TakeoverInProgress.to_string()));
         }
         let config = Arc::new(self.read()?);
         self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
@@ -90,7 +90,7 @@ impl ProcessControl {
 impl control::Control for ProcessControl {
     fn reload(&self) -> Result<ReloadSummary, ReloadRefusal> {
         let _turn = lock(&self.serial);
-        // Who goes does not come back in systemd's eyes.
+        // After STOPPING=1 systemd accepts no other state.
         let goes = self.live.is_draining();
         if !goes {
             notify::reloading();
@@ -99,13 +99,13 @@ impl control::Control for ProcessControl {
         // Also where it is refused: a log that was renamed must not wait for another to be put right.
         let reopened = self.reopen_access_log();
         match &mut reloaded {
-            // The one who does it says what has changed.
+            // The reload itself logs the change.
             Ok(reloaded) => reloaded.access_log = reopened.err(),
             Err(ReloadRefusal { faults }) => {
                 for fault in faults.iter() {
                     tracing::error!("{}", fault.text);
                 }
-                tracing::error!(faults = faults.len(), "the reload is refused; what was in force stays");
+                tracing::error!(faults = faults.len(), "reload refused; the configuration in force stays");
                 let reopening = reopened.err().map(|text| refused_for(&text).faults);
                 faults.extend(reopening.unwrap_or_default());
             }
@@ -130,7 +130,7 @@ impl control::Control for ProcessControl {
         let Some(handover) = self.handover.get().map(Arc::clone) else { return };
         let spawned = std::thread::Builder::new().name("takeover".to_owned()).spawn(move || handover.run(to));
         if let Err(error) = spawned {
-            tracing::error!(%error, "the takeover failed; this process goes on");
+            tracing::error!(%error, "takeover failed; this process continues");
         }
     }
 }

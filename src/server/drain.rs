@@ -1,4 +1,4 @@
-//! The end, without dropping what is held: notice, quiet, idle, deadline.
+//! The graceful shutdown: notice, quiet, idle, deadline.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use crate::clock::{self, Moment};
 use crate::config::DrainConfig;
 use crate::state::LiveState;
 
-/// How far the process has come to its end. It only goes forward.
+/// The stage of the shutdown. It only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DrainStage {
     /// Connections are accepted.
     Serving,
     /// Listening sockets are closed; sessions that are silent for `idle` are ended.
     Closing {
-        /// How long a session may be silent.
+        /// The idle timeouts of a session.
         idle: TickSpan,
     },
     /// Every session is ended.
@@ -91,7 +91,7 @@ async fn drain(
     tracing::info!(sessions = loads.total(), idle = ?rules.idle, "listeners closed");
     live.draining.close();
     stage.send_replace(DrainStage::Closing { idle: TickSpan::of(rules.idle) });
-    // A door that closes takes in what the kernel had accepted: until all have, there may be sessions to come.
+    // A socket that closes first serves what the kernel had accepted: until all have, new sessions may still come.
     while loads.open_sockets() + loads.total() > 0 && !left(clock::now()).is_zero() {
         progress.tell(clock::now());
         sleep(LOOK).await;
@@ -99,7 +99,7 @@ async fn drain(
     tracing::info!(sessions_ended = loads.total(), took = ?clock::now().since(start), "drained");
 }
 
-/// What is said of a drain from time to time.
+/// Logs the progress of a drain.
 struct DrainProgress<'l> {
     live: &'l LiveState,
     loads: &'l WorkerLoads,

@@ -1,4 +1,4 @@
-//! The end of a process that would look alive without serving: a part of it that it cannot do without has stopped.
+//! Ends the process when an essential task stops, instead of leaving a process that looks alive.
 
 use std::process;
 use std::sync::OnceLock;
@@ -25,7 +25,7 @@ pub(super) fn end(what: &str) -> ! {
     tracing::error!(
         what,
         status = STATUS,
-        "a part of vestibule that it cannot serve without has stopped, by a fault of its own; the process ends, to be started again"
+        "an essential task stopped because of an internal error; the process ends so that it is restarted"
     );
     let abort = || {
         // That it may return early does no harm.
@@ -40,7 +40,7 @@ pub(super) fn end(what: &str) -> ! {
     process::exit(STATUS)
 }
 
-/// Held by a task or thread that the process cannot do without: where that panics, the process ends.
+/// Held by an essential task or thread: if it panics, the process ends.
 pub(super) struct EssentialTask {
     worker: Option<u16>,
     what: &'static str,

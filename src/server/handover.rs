@@ -1,8 +1,8 @@
-//! Takeover: a successor gets the listening sockets, then every live session and flow, and the old process ends.
+//! Takeover: a successor gets the listening sockets, then every live session and flow; the old process ends.
 //!
-//! Nobody accepts twice and nothing moves twice: the old process stops before the successor starts, and a parcel belongs to
-//! the one who holds its answer. Until the successor has said that it is ready, nothing has changed; if it goes later, the old
-//! process goes on with all that was not taken.
+//! No connection is accepted twice and no session moves twice: the old process stops before the successor starts, and
+//! a transfer belongs to the process that holds its reply. Until the successor has reported that it is ready, nothing
+//! has changed; if it exits later, the old process goes on with all that was not taken.
 
 mod container;
 mod give;
@@ -77,15 +77,15 @@ impl Server {
         self.control.handover.set(Arc::new(handover)).unwrap_or_default();
     }
 
-    /// Takes the place of the process whose [heritage](super::Start::heritage) this one was started with: returns once that
-    /// accepts no more, and this one does. What lives there comes meanwhile. Nothing where there is none.
+    /// Takes over from the process whose [offer](super::StartOptions::takeover) this one was started with: returns
+    /// once that accepts no more, and this one does. What lives there comes meanwhile. Nothing where there is none.
     ///
     /// # Errors
     /// The old process does not stop, and goes on as if nothing had happened.
     pub fn take_over(&mut self) -> Result<(), TakeoverError> {
         let Some(takeover) = self.takeover.take() else { return Ok(()) };
         let start = clock::now();
-        // Sessions come at once, and must not find backends of which nobody knows anything.
+        // Sessions arrive at once, and must not find backends that are not probed or resolved.
         while self.live.is_starting() && clock::now().since(start) < PROBES {
             park_timeout(LOOK);
         }
@@ -106,7 +106,7 @@ impl Server {
                 Ok(()) => socket.iter().for_each(|socket| socket.own()),
                 Err(why) => {
                     // The old one accepts again: this one finishes what it has.
-                    tracing::error!(why, "the old process lives and goes on; this one drains");
+                    tracing::error!(why, "the previous process continues; this one drains");
                     serving.send_replace(false);
                     commands.pause();
                     drain.send_replace(true);

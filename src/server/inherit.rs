@@ -1,4 +1,4 @@
-//! Sockets that were bound before the process began, by systemd (`LISTEN_FDS`) or another process: each is used for the
+//! Sockets bound before the process started, by systemd (`LISTEN_FDS`) or another process: each is used for the
 //! address that it has.
 
 use std::io;
@@ -11,7 +11,7 @@ use listenfd::ListenFd;
 use rustix::net::sockopt::ipv6_v6only;
 use socket2::SockRef;
 
-/// Bound sockets, by what they are.
+/// Inherited sockets by type.
 #[derive(Debug, Default)]
 pub struct InheritedSockets {
     /// Listening sockets.
@@ -45,7 +45,7 @@ impl InheritedSockets {
             } else if let Ok(Some(socket)) = passed.take_unix_listener(place) {
                 all.unix.push(socket);
             } else {
-                let message = format!("descriptor {} is no socket for TCP, UDP or a path", 3 + place);
+                let message = format!("descriptor {} is not a TCP, UDP or unix socket", 3 + place);
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
             }
         }
@@ -92,7 +92,7 @@ impl InheritedSockets {
         Ok(taken)
     }
 
-    /// What nobody has taken, for an operator to read.
+    /// Sockets that were not used, as text for the operator.
     pub(super) fn rest(&self) -> Vec<String> {
         if self.may_be_more {
             return Vec::new();
@@ -121,7 +121,7 @@ fn path_of(socket: &UnixListener) -> Option<PathBuf> {
 /// in as IPv6's, which no trusted network has.
 fn hears_only(socket: impl AsFd, address: SocketAddr) -> io::Result<()> {
     if address.ip() == Ipv6Addr::UNSPECIFIED && !ipv6_v6only(socket)? {
-        let message = "a socket that takes IPv4 too; set BindIPv6Only=ipv6-only in its unit";
+        let message = "a socket that also accepts IPv4; set BindIPv6Only=ipv6-only in its unit";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     Ok(())

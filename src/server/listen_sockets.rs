@@ -1,4 +1,4 @@
-//! Listening sockets: every worker has its own of each address, and the kernel spreads connections over them.
+//! Listening sockets: every worker has its own socket for each address, and the kernel spreads connections over them.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -14,7 +14,7 @@ use crate::fault::{self, Syscall};
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
 
-/// Everything that workers accept on.
+/// The listening sockets of all workers.
 #[derive(Debug)]
 pub(super) struct ListenSockets {
     /// Every address, in the order of the configuration.
@@ -23,7 +23,7 @@ pub(super) struct ListenSockets {
     pub(super) sockets: Vec<Vec<(u32, BoundSocket)>>,
 }
 
-/// A listening address: every worker has a socket of its own there.
+/// A bound address of a listener; each worker has its own socket.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BoundListener {
     /// As it stands in the configuration, perhaps without a port.
@@ -53,7 +53,7 @@ impl ListenSockets {
     }
 }
 
-/// Binds every address of every listener, once for each worker, but for those that somebody has bound before.
+/// Binds every address of every listener, once for each worker, except inherited ones.
 pub(super) fn bind_all(
     config: &Config,
     workers: usize,
@@ -68,11 +68,12 @@ pub(super) fn bind_all(
     Ok(sockets)
 }
 
-/// Binds one address of a listener, once for each worker, but where somebody has bound it before.
+/// Binds one address of a listener, once for each worker, unless it is inherited.
 ///
-/// What is there already is spread over the workers, however many there are. Those that are left share it: one more would get
-/// connections at once, and nobody accepts before all is ready; and a low port they could not bind. But a flow's datagrams must
-/// come to one worker, which the kernel finds by how many sockets there are: of UDP no socket is shared, and none is added.
+/// What is there already is spread over the workers, however many there are. Those that are left share it: one more
+/// would get connections at once, and none is accepted before everything is ready; and a low port they could not
+/// bind. But a flow's datagrams must come to one worker, which the kernel finds by how many sockets there are: of UDP
+/// no socket is shared, and none is added.
 pub(super) fn bind(
     listener: &config::ListenerConfig,
     place: u32,
@@ -113,7 +114,7 @@ pub(super) fn bind(
     })
 }
 
-/// What somebody has bound before of an address; none where nobody has.
+/// The inherited sockets of an address, if any.
 fn given(
     protocol: Protocol,
     address: SocketAddr,
@@ -154,7 +155,7 @@ pub(super) fn reopen_udp(address: SocketAddr) -> io::Result<UdpSocket> {
     open_udp(address)
 }
 
-/// Binds a port of every source address once: one that is not this machine's would fail every session.
+/// Binds a port of every source address once: an address of another machine would fail every session.
 pub(super) fn try_sources<'a>(pools: impl IntoIterator<Item = &'a PoolConfig>) -> Result<(), StartError> {
     for pool in pools {
         for &source in &pool.source_addresses {

@@ -1,4 +1,4 @@
-//! The access log's writer: a thread of its own, so that a slow disk holds up no traffic.
+//! The access log's writer: its own thread, so that a slow disk does not delay traffic.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -27,7 +27,7 @@ const TELLING: Duration = Duration::from_secs(1);
 /// A new file is its owner's alone: it has the addresses of all tenants' clients. One that exists keeps its mode.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// A log that is on.
+/// The running access log.
 pub(super) struct AccessLogWriter {
     /// For the workers' journals; the thread ends with the last of them.
     pub(super) sender: LogSender,
@@ -69,7 +69,7 @@ pub(super) fn open(
     Ok(Some(AccessLogWriter { sender: outlet, written, reopener }))
 }
 
-/// The file of a log that starts. With a link in its place there is none: whoever may write to the folder must not keep
+/// The file of a log that starts. A symbolic link is not opened: a user that may write to the folder must not keep
 /// the process from serving, so lines are lost, and counted, until the link is removed and the file opened anew.
 fn first_file(path: &Path) -> Result<Option<File>, StartError> {
     match open_file(path) {
@@ -77,7 +77,8 @@ fn first_file(path: &Path) -> Result<Option<File>, StartError> {
         Err(error) if path.is_symlink() => {
             let error = refused(path)(error);
             tracing::error!(
-                "{error}; lines of the access log are lost until it is a file, and SIGUSR1 or a reload opens it"
+                "{error}; access log lines are lost until the path is a regular file and SIGUSR1 or a \
+                 reload opens it"
             );
             Ok(None)
         }
@@ -102,7 +103,7 @@ pub fn check(log: &AccessLogTarget) -> Result<(), StartError> {
 
 fn is_link() -> io::Error {
     io::Error::other(
-        "a symbolic link, which is not followed; name the file that it leads to, or write \"stdout\" for standard output",
+        "symbolic links are not followed; set the target path, or \"stdout\" for standard output",
     )
 }
 
@@ -159,7 +160,7 @@ fn open_file(path: &Path) -> io::Result<File> {
 /// The order to open the file anew, and where its result is awaited.
 type Asked = Arc<Mutex<Option<SyncSender<io::Result<()>>>>>;
 
-/// Has the access log's file opened anew, after it was renamed.
+/// Reopens the access log's file after it was renamed.
 #[derive(Debug)]
 pub(super) struct LogReopener {
     to_writer: SyncSender<LogBatch>,
@@ -178,7 +179,7 @@ impl LogReopener {
         let result = self.ask();
         let path = self.path.display();
         match &result {
-            Ok(()) => tracing::info!(%path, "the access log's file was opened anew"),
+            Ok(()) => tracing::info!(%path, "access log reopened"),
             Err(error) => tracing::error!("{error}"),
         }
         result
@@ -200,17 +201,18 @@ impl LogReopener {
         match answers.recv_timeout(REOPENING) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(format!(
-                "log.access: {path}: must be a file that can be appended to, found: {error}; the log goes on in the file that \
-                 is open, if any"
+                "log.access: cannot append to {path}: {error}; the log continues in the file that is \
+                 open, if any"
             )),
             Err(RecvTimeoutError::Timeout) => {
                 *awaited = Some(answers);
                 Err(format!(
-                    "log.access: {path}: the writer is behind; it opens the file anew once the lines that wait are written"
+                    "log.access: {path}: the writer is behind; it reopens the file once the queued lines \
+                     are written"
                 ))
             }
             Err(RecvTimeoutError::Disconnected) => {
-                Err(format!("log.access: {path}: the writer has ended, and opens no file"))
+                Err(format!("log.access: {path}: the writer ended and cannot open a file"))
             }
         }
     }
@@ -236,7 +238,7 @@ fn write_lines(to: &mut LogOutput, batch: &LogBatch, queue: &LogQueue, failing: 
         Ok(()) => *failing = false,
         // Said once, until it works again: a full disk must not fill the other log too.
         Err(error) if !std::mem::replace(failing, true) => {
-            tracing::error!(%error, lines = batch.lines(), "the access log cannot be written; its lines are lost");
+            tracing::error!(%error, lines = batch.lines(), "cannot write the access log; its lines are lost");
         }
         Err(_) => {}
     }
@@ -260,7 +262,7 @@ fn report(losses: &MissingLines) {
             sessions,
             rejections,
             strays,
-            "lines of the access log were dropped: its file or its reader is slow, or cannot be written"
+            "access log lines dropped: the file or its reader is slow or cannot be written"
         );
     }
     // Rejections are told of by their tenants' names.
@@ -268,7 +270,8 @@ fn report(losses: &MissingLines) {
     if strays > 0 {
         tracing::warn!(
             lines = strays,
-            "lines of connections without a tenant were dropped from the access log: a listener has 10 a second for each reason"
+            "access log lines of connections without a tenant suppressed: the limit is 10 per second for \
+             each listener and reason"
         );
     }
 }
@@ -280,7 +283,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn new_file_is_its_owners_alone_and_an_existing_one_keeps_its_mode_and_content() {
+    fn new_log_file_is_private_and_an_existing_one_keeps_mode_and_content() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("access.log");
         for text in ["one\n", "two\n"] {
@@ -302,10 +305,10 @@ mod tests {
         symlink(&target, &path).unwrap();
         let log = AccessLogTarget::File(path.clone());
         let refused = check(&log).unwrap_err().to_string();
-        assert!(refused.contains("a symbolic link, which is not followed"), "{refused}");
+        assert!(refused.contains("symbolic links are not followed"), "{refused}");
         let writer = open(&log, 1, Arc::new(LogQueue::new(0))).unwrap().unwrap();
         let reopener = writer.reopener.unwrap();
-        assert!(reopener.reopen().unwrap_err().contains("a symbolic link"));
+        assert!(reopener.reopen().unwrap_err().contains("symbolic links"));
         assert_eq!(std::fs::read_to_string(&target).unwrap(), "precious");
         std::fs::remove_file(&path).unwrap();
         reopener.reopen().unwrap();
@@ -328,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn file_is_opened_anew_and_a_failure_keeps_the_one_that_is_open() {
+    fn file_is_reopened_and_a_failure_keeps_the_open_one() {
         let dir = tempfile::tempdir().unwrap();
         let (path, old) = (dir.path().join("access.log"), dir.path().join("access.log.1"));
         let log = AccessLogTarget::File(path.clone());
@@ -361,7 +364,7 @@ mod tests {
         std::fs::rename(&path, &old).unwrap();
         std::fs::create_dir(&path).unwrap();
         let failure = reopener.reopen().unwrap_err();
-        assert!(failure.contains("the log goes on in the file that is open, if any"), "{failure}");
+        assert!(failure.contains("the log continues in the file that is open, if any"), "{failure}");
         write("four\n");
         drop((outlet, reopener));
         written.recv().unwrap_err();
@@ -374,6 +377,6 @@ mod tests {
         drop(batches);
         let (asked, path) = (Asked::default(), "access.log".into());
         let reopener = LogReopener { to_writer, asked, path, reply: Mutex::default() };
-        assert!(reopener.reopen().unwrap_err().contains("has ended"));
+        assert!(reopener.reopen().unwrap_err().contains("the writer ended"));
     }
 }

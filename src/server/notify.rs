@@ -1,4 +1,4 @@
-//! What systemd is told (`Type=notify`, `sd_notify(3)`): nothing where it has not asked.
+//! Notifications to systemd (`Type=notify`, `sd_notify(3)`), if `NOTIFY_SOCKET` is set.
 
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, LazyLock};
@@ -23,21 +23,21 @@ const SELDOM: u32 = 5;
 /// How much longer systemd is asked to wait for a drain each time: several times as long as it takes to ask again.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The process serves: at the start, and again after a reload.
+/// Reports readiness: at the start, and again after a reload.
 pub fn ready() {
     notify(&[NotifyState::Ready]);
 }
 
 /// A process serves in this one's place, once it says [`ready`] itself.
 ///
-/// Sent before this returns: who hands over may end at once.
+/// Sent before this returns: the process may end at once after a handover.
 pub fn main_pid(pid: u32) {
     if let Err(error) = sd_notify::notify(&[NotifyState::MainPid(pid)]) {
-        tracing::warn!(%error, "systemd cannot be told");
+        tracing::warn!(%error, "cannot notify systemd");
     }
 }
 
-/// The configuration is being read again; [`ready`] ends it.
+/// Reports a reload in progress; [`ready`] ends it.
 pub(super) fn reloading() {
     // The time, of systemd's own clock, is what Type=notify-reload tells this one from an earlier reload by.
     if let Ok(now) = NotifyState::monotonic_usec_now() {
@@ -45,7 +45,7 @@ pub(super) fn reloading() {
     }
 }
 
-/// The process goes.
+/// Reports that the process stops.
 pub(super) fn stopping() {
     notify(&[NotifyState::Stopping, more_time()]);
 }
@@ -59,14 +59,14 @@ fn more_time() -> NotifyState<'static> {
 const WAITING: usize = 64;
 
 /// A thread of its own, as a systemd that takes nothing in must hold up neither the health check nor a reload. `None`
-/// where nobody has asked to be told.
+/// where `NOTIFY_SOCKET` is not set.
 static TELLER: LazyLock<Option<SyncSender<String>>> = LazyLock::new(|| {
     std::env::var_os("NOTIFY_SOCKET")?;
     let (sender, messages) = sync_channel::<String>(WAITING);
     let tell_all = move || {
         for message in messages {
             if let Err(error) = sd_notify::notify(&[NotifyState::Custom(&message)]) {
-                tracing::warn!(%error, "systemd cannot be told");
+                tracing::warn!(%error, "cannot notify systemd");
             }
         }
     };
@@ -80,7 +80,7 @@ fn notify(states: &[NotifyState<'_>]) {
     teller.try_send(lines.join("\n")).unwrap_or_default();
 }
 
-/// Tells the status when it changes, and the watchdog, where there is one, that all workers go on. For as long as the
+/// Sends the status when it changes, and pings the watchdog, if any, that all workers go on. For as long as the
 /// process runs.
 pub(super) async fn run(live: Arc<LiveState>, loads: Arc<WorkerLoads>) {
     let watchdog = sd_notify::watchdog_enabled();
@@ -112,7 +112,7 @@ pub(super) async fn run(live: Arc<LiveState>, loads: Arc<WorkerLoads>) {
     }
 }
 
-/// What was told last.
+/// The status sent last.
 #[derive(Default)]
 struct LastStatus {
     /// What is told of at once where it changes.
@@ -141,7 +141,7 @@ impl LastStatus {
 }
 
 fn text((phase, successful): (DrainPhase, bool), sessions: usize, left: Option<Duration>) -> String {
-    let refused = if successful { "" } else { "; the last reload was refused, the log says why" };
+    let refused = if successful { "" } else { "; last reload refused, see the log" };
     let left = left.map_or(0, |left| left.as_secs());
     match phase {
         DrainPhase::Serving => format!("serving, {sessions} sessions{refused}"),
@@ -162,7 +162,7 @@ mod tests {
     fn the_status_is_one_line() {
         assert_eq!(text((DrainPhase::Serving, true), 12, None), "serving, 12 sessions");
         let refused = text((DrainPhase::Serving, false), 0, None);
-        assert_eq!(refused, "serving, 0 sessions; the last reload was refused, the log says why");
+        assert_eq!(refused, "serving, 0 sessions; last reload refused, see the log");
         let left = Some(Duration::from_secs(290));
         for (phase, said) in
             [(DrainPhase::Notice, "still accepting"), (DrainPhase::Closing, "listeners closed")]

@@ -1,4 +1,4 @@
-//! What the control thread does for pools: probes, lookups, and what is due by time alone.
+//! The control thread's work for pools: probes, lookups and timers.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -27,7 +27,7 @@ const EVERY: Duration = Duration::from_millis(100);
 /// time of the workers' pass.
 const SWEEPING: u32 = 10;
 
-/// What a pool's backends are looked after with.
+/// The shared tools of the pool supervisor.
 #[derive(Clone)]
 pub(super) struct PoolContext {
     pub(super) live: Arc<LiveState>,
@@ -36,10 +36,10 @@ pub(super) struct PoolContext {
     pub(super) resolver: Arc<OnceLock<Arc<Resolver>>>,
 }
 
-/// Who probes the backends of one pool, by address: a mark of whom, and the task.
+/// The probe tasks of one pool's backends, by address, with the identity of each backend.
 type Probes = Arc<Mutex<HashMap<SocketAddr, (usize, AbortHandle)>>>;
 
-/// A pool that is looked after.
+/// A supervised pool with its tasks.
 #[derive(Debug)]
 struct SupervisedPool {
     pool: Arc<Pool>,
@@ -64,7 +64,7 @@ pub(super) fn start(context: &PoolContext, changed: Arc<Notify>) {
     tokio::spawn(async move {
         // Without it no ejection would end.
         while let Err(error) = tokio::spawn(run_due(Arc::clone(&live))).await {
-            tracing::error!(%error, "a fault in vestibule itself while pools were tended; it goes on");
+            tracing::error!(%error, "internal error while maintaining pools; it continues");
         }
     });
 }
@@ -95,10 +95,7 @@ struct ProbeGuard(Arc<Backend>);
 impl Drop for ProbeGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            tracing::error!(
-                backend = self.0.label().name(),
-                "a fault in vestibule itself: a backend is not probed any more"
-            );
+            tracing::error!(backend = self.0.label().name(), "internal error: a backend is no longer probed");
             self.0.give_up_first_probe();
         }
     }
@@ -233,7 +230,7 @@ async fn run_due(live: Arc<LiveState>) {
         }
         let unused = live.unused();
         if !unused.is_empty() {
-            // Nobody waits for it: what a thread of its own does not free, the end of the process does.
+            // Not joined: what this thread does not free is freed when the process ends.
             let live = Arc::clone(&live);
             tokio::task::spawn_blocking(move || {
                 drop(unused);

@@ -1,4 +1,4 @@
-//! Another configuration while everything runs: what is new is bound first, then all of it is in force at once.
+//! Reload: binds new sockets first, then applies the whole configuration at once.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -25,7 +25,7 @@ use crate::resolve::Resolver;
 use crate::resolve::answer::LastAnswers;
 use crate::state::{ChangeCount, ConfigChanges, LiveState, RestartNeeded};
 
-/// How long a reload waits for names without which a pool would have nobody. What is not known by then is looked up later.
+/// How long a reload waits for names of pools without any other backend. The rest is resolved later.
 const NAMES: Duration = Duration::from_secs(5);
 
 /// What one reload may tell a worker: to open, and to close.
@@ -41,14 +41,14 @@ pub enum ReloadError {
     #[error(transparent)]
     Machine(#[from] StartError),
     /// Too many reloads before it are not carried out yet.
-    #[error("a worker has not yet opened and closed what the reloads before asked for; try again")]
+    #[error("a worker is still applying the previous reload; try again")]
     Busy,
     /// Everything is on its way to a successor, which would not know of it.
-    #[error("a takeover is under way: ask the successor, or again once it is over")]
-    Leaving,
+    #[error("a takeover is in progress: reload the successor, or try again later")]
+    TakeoverInProgress,
 }
 
-/// Puts configurations in force, from any thread.
+/// Applies configurations, from any thread.
 #[derive(Clone)]
 pub struct Reloader(Arc<ReloaderState>);
 
@@ -68,7 +68,7 @@ struct ReloaderState {
     changed: Arc<Notify>,
 }
 
-/// What is locked while a configuration is put in force.
+/// Locked while a configuration is applied.
 struct HeldListeners {
     /// Every listening address, each with a socket of every worker.
     sockets: Vec<BoundListener>,
@@ -76,7 +76,7 @@ struct HeldListeners {
     are_leaving: bool,
 }
 
-/// While this lives no configuration is put in force.
+/// Blocks reloads until dropped.
 pub(super) struct ReloadPause<'a>(&'a Reloader);
 
 impl Drop for ReloadPause<'_> {
@@ -85,7 +85,7 @@ impl Drop for ReloadPause<'_> {
     }
 }
 
-/// What a configuration's listeners need.
+/// The sockets to open and close for a configuration.
 #[derive(Debug, Default)]
 struct ListenerPlan {
     held: Vec<BoundListener>,
@@ -115,17 +115,17 @@ impl Reloader {
         }))
     }
 
-    /// The way to the workers' doors.
+    /// Sends commands to the workers.
     pub(super) fn commands(&self) -> WorkerCommands {
         WorkerCommands::new(&self.0.commands)
     }
 
-    /// Every listening address.
+    /// All bound addresses.
     pub(super) fn listeners(&self) -> Vec<BoundListener> {
         lock(&self.0.held).sockets.clone()
     }
 
-    /// Refuses every reload from now on; returns once one that is under way has come to its end.
+    /// Refuses reloads from now on; returns once one in progress has ended.
     pub(super) fn pause_reloads(&self) -> ReloadPause<'_> {
         lock(&self.0.held).are_leaving = true;
         ReloadPause(self)
@@ -163,7 +163,7 @@ impl ReloaderState {
         let mut held = lock(&self.held);
         // It may have been read before the takeover began.
         if held.are_leaving {
-            return Err(ReloadError::Leaving);
+            return Err(ReloadError::TakeoverInProgress);
         }
         let differing = config.pools.iter().filter(|pool| !present.pools.contains(pool));
         let differing: Vec<&PoolConfig> = differing.collect();
@@ -189,13 +189,13 @@ impl ReloaderState {
             .map(|listen_socket| (listen_socket, SocketRetirement::new(self.commands.len())))
             .collect();
         for (commands, sockets) in self.commands.iter().zip(plan.open) {
-            // Nobody else sends, so there is the room that there was. Closed is first: flows of an address that another listener
-            // has from now on stay where they are, and it goes on there.
+            // This is the only sender, so there is room as before. Close first: flows of an address that another
+            // listener has from now on stay where they are, and it goes on there.
             let closed =
                 if wanted.1 { commands.try_send(SocketCommand::Close(vacancies.clone())) } else { Ok(()) };
             let opened = if wanted.0 { commands.try_send(SocketCommand::Open(sockets)) } else { Ok(()) };
             if closed.and(opened).is_err() {
-                tracing::error!("a worker takes no orders: its doors are as they were");
+                tracing::error!("a worker does not respond: its listening sockets are unchanged");
             }
         }
         if changes.listeners != ChangeCount::default() {
@@ -258,7 +258,7 @@ impl ReloaderState {
                 tracing::warn!(
                     max_sessions = promised,
                     possible,
-                    "with these listeners, max-sessions is more than the file-descriptor limit allows"
+                    "with these listeners, max-sessions exceeds the file-descriptor limit"
                 );
             }
         }
@@ -269,12 +269,12 @@ fn has_names(pool: &PoolConfig) -> bool {
     pool.backends.iter().any(|backend| !matches!(backend.target, BackendTarget::Address(_)))
 }
 
-/// Looks up the names of pools that would have nobody without them. It waits for them on a thread of its own, as whoever
+/// Resolves the names of pools that have no other backend. It waits for them on its own thread, as the caller that
 /// reloads may stand in a task.
 fn answers(live: &Arc<LiveState>, config: &Config, changed: &[&PoolConfig]) -> Answers {
     let present = live.config.load_full();
     let before = |pool: &PoolConfig| present.pools.iter().find(|other| other.name == pool.name);
-    let has_somebody = |pool: &PoolConfig| {
+    let has_backends = |pool: &PoolConfig| {
         pool.backends.iter().any(|backend| {
             let is_kept = || {
                 before(pool)
@@ -283,7 +283,7 @@ fn answers(live: &Arc<LiveState>, config: &Config, changed: &[&PoolConfig]) -> A
             matches!(backend.target, BackendTarget::Address(_)) || is_kept()
         })
     };
-    let alone = changed.iter().filter(|pool| !has_somebody(pool));
+    let alone = changed.iter().filter(|pool| !has_backends(pool));
     let targets: Vec<_> =
         alone.flat_map(|pool| &pool.backends).map(|backend| backend.target.clone()).collect();
     if targets.is_empty() {
@@ -320,7 +320,9 @@ fn ask(live: &Arc<LiveState>, config: &Config, targets: Vec<BackendTarget>) -> A
             }
         };
         if timeout(NAMES, all).await.is_err() {
-            tracing::warn!("names of new pools are not known yet: they have nobody until then");
+            tracing::warn!(
+                "names of new pools are not resolved yet: these pools have no backends until then"
+            );
         }
     });
     answers

@@ -10,7 +10,7 @@ use crate::config::{BackendTarget, Config, PoolConfig, ProcessConfig, Protocol};
 use crate::forward::pipe;
 use crate::pool::MOST_ADDRESSES;
 
-/// How many sessions the process can carry, and what that was computed from.
+/// The session capacity of the process, and its inputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
     /// Sessions at once.
@@ -68,7 +68,7 @@ pub(super) fn capacity(config: &Config, workers: usize, listening: usize) -> Res
 }
 
 /// Probes that are under way at once where every backend of every pool takes its whole time: with so many, one pool's black
-/// holes make nobody else's probes late.
+/// holes do not delay the probes of others.
 fn probes(pools: &[PoolConfig]) -> u64 {
     let of_pool = |pool: &PoolConfig| {
         let Some(probe) = &pool.health else { return 0 };
@@ -84,7 +84,7 @@ fn probes(pools: &[PoolConfig]) -> u64 {
     pools.iter().map(of_pool).fold(FEWEST_PROBES, u64::saturating_add)
 }
 
-/// A pool that has fewer local ports than `max-sessions` needs.
+/// A pool with fewer local ports than `max-sessions` needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScarcePorts<'c> {
     /// The pool's name.
@@ -95,11 +95,13 @@ pub struct ScarcePorts<'c> {
     pub message: &'static str,
 }
 
-const SCARCE_TCP_PORTS: &str = "max-sessions is more than the local ports to the pool's backends allow: widen \
-     net.ipv4.ip_local_port_range, or give the pool more source-addresses or backends";
+const SCARCE_TCP_PORTS: &str = "max-sessions exceeds the local ports to the pool's backends: widen \
+                                net.ipv4.ip_local_port_range, or give the pool more source-addresses or \
+                                backends";
 
-const SCARCE_UDP_PORTS: &str = "max-sessions is more than the local ports of UDP flows allow, which all backends share: \
-     widen net.ipv4.ip_local_port_range, or give the pool more source-addresses";
+const SCARCE_UDP_PORTS: &str = "max-sessions exceeds the local ports for UDP flows, which all backends \
+                                share: widen net.ipv4.ip_local_port_range, or give the pool more \
+                                source-addresses";
 
 /// For TCP and for UDP the first pool whose local ports `max-sessions` needs more of than there are, where the operator has
 /// set that. What a pool's names lead to is not known: for TCP such a pool is left out.
@@ -301,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn workers_are_the_processors_unless_somebody_says_otherwise() {
+    fn workers_default_to_the_processors() {
         assert!(workers(0) >= 1);
         assert_eq!(workers(3), 3);
     }

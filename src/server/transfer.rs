@@ -1,4 +1,4 @@
-//! How live sessions and flows leave this process, and come from another one: what the process tells its workers.
+//! Commands to workers that transfer live sessions and flows to another process, or take them over.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ const UNDER_WAY: usize = 64;
 /// Orders that may wait for a worker.
 const ORDERS: usize = 64;
 
-/// What a worker is told.
+/// A command to a worker.
 #[derive(Debug)]
 pub(super) enum TransferCommand {
     /// Every session and flow leaves, through here; the other one is dropped once all flows have been answered for.
@@ -37,7 +37,7 @@ pub(super) enum TransferCommand {
     Flow(PendingTransfer, FlowSocketMatch, oneshot::Sender<Option<PendingTransfer>>),
 }
 
-/// Where a flow goes on.
+/// Which listening socket a flow may continue at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FlowSocketMatch {
     /// Behind the very socket that it came to.
@@ -46,7 +46,7 @@ pub(super) enum FlowSocketMatch {
     Alike,
 }
 
-/// The workers, as those who move sessions see them.
+/// Sends transfer commands to all workers.
 #[derive(Debug)]
 pub(super) struct TransferControl {
     loads: Arc<WorkerLoads>,
@@ -98,7 +98,7 @@ impl TransferControl {
             Ok(TransferKind::Session) => {
                 let PendingTransfer { transfer, answer } = leaving;
                 match transfer::decode(transfer) {
-                    // Who waits for no answer any more has it still.
+                    // If the receiver has given up, the session stays there.
                     Ok(transfer) if answer.send(TransferReply::Taken).is_ok() => self.carry(transfer).await,
                     Ok(_) => {}
                     Err(refused) => self.stays(&refused),
@@ -147,7 +147,7 @@ impl TransferControl {
     }
 }
 
-/// Does what a worker is told, until nobody tells it anything any more.
+/// Carries out a worker's transfer commands until the channel closes.
 pub(super) async fn run_commands(context: Rc<WorkerContext>, mut commands: mpsc::Receiver<TransferCommand>) {
     let _vital = context.essential_task("orders to move sessions");
     let mut told = false;
@@ -167,7 +167,7 @@ pub(super) async fn run_commands(context: Rc<WorkerContext>, mut commands: mpsc:
                     Some(flows) => (take_flow(flows, leaving), None),
                     None => (Ok(()), Some(leaving)),
                 };
-                // Nobody waits for it where the process ends.
+                // The receiver is gone when the process ends.
                 back.send(again).unwrap_or_default();
                 if let Err(refused) = taken
                     && !std::mem::replace(&mut told, true)
@@ -180,7 +180,7 @@ pub(super) async fn run_commands(context: Rc<WorkerContext>, mut commands: mpsc:
 }
 
 fn warn(refused: &TransferError) {
-    tracing::warn!(%refused, "a session of the other process stays there, and others may, too");
+    tracing::warn!(%refused, "a session cannot be taken over and stays with the previous process; others may follow");
 }
 
 impl WorkerContext {
@@ -219,7 +219,7 @@ impl WorkerContext {
 /// Goes on with a flow of another process.
 fn take_flow(flows: &FlowWorker<LoadGuard>, leaving: PendingTransfer) -> Result<(), TransferError> {
     let PendingTransfer { transfer, answer } = leaving;
-    // Who waits for no answer any more has it still.
+    // If the receiver has given up, the session stays there.
     if !answer.is_closed() {
         flows.take_over(flow::transfer::decode(transfer)?)?;
         answer.send(TransferReply::Taken).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! A worker: one thread, one runtime, its own listening sockets, its own sessions.
+//! A worker: one thread, one runtime, its own listening sockets and its own sessions.
 
 use std::cell::OnceCell;
 use std::io;
@@ -37,7 +37,7 @@ pub(super) const HANDED_OVER: usize = 256;
 /// Ticks from one telling of what was left out of the access log to the next: a second.
 const TELLING: u32 = 20;
 
-/// A fresh connection, already counted as a session of the worker that it goes to.
+/// A new connection, already counted for the worker that it goes to.
 #[derive(Debug)]
 pub(super) struct NewConnection {
     accepted: AcceptedConnection,
@@ -46,13 +46,13 @@ pub(super) struct NewConnection {
     load: LoadGuard,
 }
 
-/// What a worker is given at its start.
+/// The inputs of a worker's start.
 pub(super) struct WorkerSetup {
     pub(super) number: u16,
     pub(super) live: Arc<LiveState>,
     pub(super) loads: Arc<WorkerLoads>,
     pub(super) sockets: Vec<(u32, BoundSocket)>,
-    /// Whether the doors are heard from the start.
+    /// Whether it accepts from the start.
     pub(super) accepts: bool,
     pub(super) others: Vec<mpsc::Sender<NewConnection>>,
     pub(super) handed_over: mpsc::Receiver<NewConnection>,
@@ -62,7 +62,7 @@ pub(super) struct WorkerSetup {
     pub(super) access_log: Option<LogSender>,
 }
 
-/// Starts the thread of a worker.
+/// Starts a worker thread.
 pub(super) fn spawn(setup: WorkerSetup) -> io::Result<JoinHandle<()>> {
     // A worker without a runtime would have the fewest sessions, and be given all: nothing starts without one.
     let (started, starts) = sync_channel(1);
@@ -80,11 +80,11 @@ pub(super) fn spawn(setup: WorkerSetup) -> io::Result<JoinHandle<()>> {
             failure::end(&format!("the thread of worker {number}"));
         }
     })?;
-    starts.recv().map_err(|_| io::Error::other("the thread has ended"))??;
+    starts.recv().map_err(|_| io::Error::other("the thread ended"))??;
     Ok(thread)
 }
 
-/// What the tasks of one worker share.
+/// The state shared by the tasks of one worker.
 pub(super) struct WorkerContext {
     pub(super) worker: Rc<SessionWorker>,
     pub(super) live: Arc<LiveState>,
@@ -104,7 +104,7 @@ impl WorkerContext {
         usize::from(self.worker.number)
     }
 
-    /// Takes a fresh connection in, or hands it to a worker with fewer sessions.
+    /// Starts a session for a new connection, or hands it to a worker with fewer sessions.
     pub(super) fn receive(&self, accepted: AcceptedConnection, listener: u32) {
         let Some(lighter) = self.loads.less_loaded(self.number()) else {
             return self.start(accepted, listener);
@@ -123,13 +123,13 @@ impl WorkerContext {
         self.carry(NewConnection { accepted, listener, load: self.loads.count_session(self.number()) });
     }
 
-    /// Hands the lines of the access log on.
+    /// Flushes the lines of the access log to the writer.
     fn flush(&self) {
         self.worker.access_log.flush();
         self.existing_flows().iter().for_each(|flows| flows.flush());
     }
 
-    /// Tells what was left out of the access log.
+    /// Reports suppressed access log lines.
     fn report_suppressed(&self) {
         self.worker.rejections.report_suppressed();
         self.existing_flows().iter().for_each(|flows| {
@@ -138,7 +138,7 @@ impl WorkerContext {
         });
     }
 
-    /// The worker's flows, where there may be any.
+    /// The worker's flows, if any exist.
     pub(super) fn existing_flows(&self) -> Option<&Rc<FlowWorker<LoadGuard>>> {
         self.flows.get()
     }
@@ -165,7 +165,7 @@ impl WorkerContext {
         spawn_local(async move {
             let _vital = vital;
             if let Err(error) = answering.answer().await {
-                tracing::error!(worker, %error, "a worker cannot receive from the backends of its flows");
+                tracing::error!(worker, %error, "a worker cannot receive datagrams from backends");
                 failure::end(&format!("receiving from backends of worker {worker}"));
             }
         });
@@ -193,9 +193,9 @@ fn first_session() -> u64 {
 async fn work(mut setup: WorkerSetup) {
     let number = usize::from(setup.number);
     let Some(shard) = setup.live.shards.get(number) else { return };
-    let ledger = WorkerMetrics::new(Arc::clone(shard), setup.live.labels.intern(""));
-    ledger.start_session_numbers_at(first_session());
-    let local = WorkerLocal::new(ledger, clock::now());
+    let worker_metrics = WorkerMetrics::new(Arc::clone(shard), setup.live.labels.intern(""));
+    worker_metrics.start_session_numbers_at(first_session());
+    let local = WorkerLocal::new(worker_metrics, clock::now());
     let worker = SessionWorker::new(
         setup.number,
         &setup.live,
@@ -249,7 +249,7 @@ async fn work(mut setup: WorkerSetup) {
 }
 
 /// While sessions wait for their tenant's bandwidth, it is granted whenever about so many bytes have come in: the least
-/// that is worth a read. Everybody else's sessions wait for the end of what is granted at once, and what comes in during a
+/// that is worth a read. The other sessions wait until everything granted at once is done, and what comes in during a
 /// whole tick can be milliseconds of work.
 const PARCEL: u64 = QUANTUM;
 
@@ -288,7 +288,7 @@ async fn tick(context: Rc<WorkerContext>) {
     }
 }
 
-/// Waits for the next tick, and grants bandwidth meanwhile to those who wait for it.
+/// Waits for the next tick, and grants bandwidth to waiters meanwhile.
 async fn next(ticks: &mut Interval, context: &WorkerContext) {
     let queue = &context.worker.resources.bandwidth;
     while !queue.borrow().is_empty() {

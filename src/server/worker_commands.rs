@@ -1,12 +1,12 @@
-//! The workers' doors, as a thread sees them that may wait.
+//! Blocking commands to all workers, about their listening sockets.
 
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::worker_sockets::{Lent, SocketCommand};
+use super::worker_sockets::{ClonedSocket, SocketCommand};
 
-/// The way to each worker's ear. A worker that has ended hears nothing, and is left out.
+/// Sends commands to all workers. A worker that has ended is skipped.
 #[derive(Clone, Debug)]
 pub(super) struct WorkerCommands(Arc<[mpsc::Sender<SocketCommand>]>);
 
@@ -15,7 +15,7 @@ impl WorkerCommands {
         Self(commands.into())
     }
 
-    /// Tells all of them, and waits for all their answers.
+    /// Sends a command to all workers, and waits for all replies.
     fn ask<T>(&self, command: impl Fn(oneshot::Sender<T>) -> SocketCommand) -> Vec<T> {
         let ask = |worker: &mpsc::Sender<SocketCommand>| {
             let (sender, answer) = oneshot::channel();
@@ -27,11 +27,11 @@ impl WorkerCommands {
     }
 
     /// All listening sockets, those of each worker together, in the order of the workers.
-    pub(super) fn clone_sockets(&self) -> Vec<Lent> {
+    pub(super) fn clone_sockets(&self) -> Vec<ClonedSocket> {
         self.ask(SocketCommand::Lend).into_iter().flatten().collect()
     }
 
-    /// Returns once nobody accepts any more.
+    /// Returns once no worker accepts any more.
     pub(super) fn pause(&self) {
         self.ask(SocketCommand::Pause);
     }

@@ -1,20 +1,20 @@
-//! How many sessions each worker has, so that none is left with more than its share.
+//! The number of sessions of each worker, for balancing new connections between workers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The sessions of all workers.
+/// The number of sessions of each worker.
 #[derive(Debug)]
 pub(super) struct WorkerLoads {
     sessions: Vec<AtomicUsize>,
     open_sockets: AtomicUsize,
 }
 
-/// One open listening socket, counted as long as it lives.
+/// Counts one open listening socket until dropped.
 #[derive(Debug)]
 pub(super) struct OpenSocket(Arc<WorkerLoads>);
 
-/// One session of one worker, counted as long as it lives.
+/// Counts one session of a worker until dropped.
 #[derive(Debug)]
 pub(super) struct LoadGuard {
     loads: Arc<WorkerLoads>,

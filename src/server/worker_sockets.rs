@@ -1,4 +1,4 @@
-//! A worker's doors: opened and closed by order, each for itself, while all else goes on.
+//! A worker's listening sockets: opened and closed by command while sessions continue.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -27,7 +27,7 @@ use crate::state::StoppedListener;
 /// Orders that may wait for a worker; each is what one reload wants of it.
 pub(super) const ORDERS: usize = 64;
 
-/// Which door: the place of its listener, and what is bound.
+/// Identifies a listening socket: listener index, protocol and address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ListenSocketId {
     pub(super) listener: u32,
@@ -41,26 +41,26 @@ impl ListenSocketId {
     }
 }
 
-/// What a worker is told.
+/// A command to a worker.
 #[derive(Debug)]
 pub(super) enum SocketCommand {
     /// Serve these, too.
     Open(Vec<(u32, BoundSocket)>),
-    /// Accept nothing more here. What the kernel has accepted is served, and so are flows, whose door all workers close
-    /// together once none has any.
+    /// Accept nothing more here. What the kernel has accepted is served, and so are flows, whose socket all workers
+    /// close together once none has any.
     Close(Vec<(ListenSocketId, Arc<SocketRetirement>)>),
     /// Accept nothing and hear nothing, and say so once that holds: what comes waits in the sockets.
     Pause(oneshot::Sender<()>),
-    /// Accept again. Datagrams are heard by an order of those who move flows.
+    /// Accept again. Datagrams are received again by a transfer command.
     Resume,
     /// Show every socket, for another process to accept there too.
-    Lend(oneshot::Sender<Vec<Lent>>),
+    Lend(oneshot::Sender<Vec<ClonedSocket>>),
 }
 
-/// A copy of a socket, and which door it is of.
-pub(super) type Lent = (ListenSocketId, OwnedFd);
+/// A duplicate of a socket, and the id of the listening socket.
+pub(super) type ClonedSocket = (ListenSocketId, OwnedFd);
 
-/// A TCP door that is open.
+/// An open TCP listening socket.
 struct OpenTcpSocket {
     /// Gone once its task has closed it, and while it is broken.
     socket: Rc<RefCell<Weak<ListenSocket>>>,
@@ -68,11 +68,11 @@ struct OpenTcpSocket {
     _close: oneshot::Sender<()>,
 }
 
-/// The doors of one worker.
+/// The listening sockets of one worker.
 pub(super) struct WorkerSockets {
     context: Rc<WorkerContext>,
     stages: watch::Receiver<DrainStage>,
-    /// The TCP doors. There are several of one address where another process had more workers.
+    /// The TCP sockets. There are several of one address if a previous process had more workers.
     open: RefCell<HashMap<ListenSocketId, Vec<OpenTcpSocket>>>,
     /// Whether anything is accepted.
     accepts: watch::Sender<bool>,
@@ -88,7 +88,7 @@ impl WorkerSockets {
         Self { context: Rc::clone(context), stages: stages.clone(), open: RefCell::default(), accepts }
     }
 
-    /// Carries out what the worker is told, for as long as there is anybody to tell it something.
+    /// Carries out commands until the channel closes.
     pub(super) async fn run_commands(self, mut commands: mpsc::Receiver<SocketCommand>) {
         while let Some(command) = commands.recv().await {
             match command {
@@ -103,17 +103,17 @@ impl WorkerSockets {
                     }
                 }
                 SocketCommand::Pause(done) => {
-                    // Whoever accepts looks here first: from now on nobody does.
+                    // Every accept checks this first: from now on none accepts.
                     self.accepts.send_replace(false);
                     self.context.existing_flows().iter().for_each(|flows| flows.pause());
-                    // Who asked has given up.
+                    // The requester has given up.
                     done.send(()).unwrap_or_default();
                 }
                 SocketCommand::Resume => drop(self.accepts.send_replace(true)),
                 SocketCommand::Lend(to) => drop(to.send(self.clone_sockets())),
             }
         }
-        // The doors stay open without orders: what closes them must not go.
+        // The sockets stay open without commands: the senders that close them must not be dropped.
         std::future::pending::<()>().await;
     }
 
@@ -148,7 +148,7 @@ impl WorkerSockets {
     }
 
     /// A copy of each socket. One of which no copy can be made is left out: the other process binds its own.
-    fn clone_sockets(&self) -> Vec<Lent> {
+    fn clone_sockets(&self) -> Vec<ClonedSocket> {
         let open = self.open.borrow();
         let tcp = open.iter().flat_map(|(id, sockets)| sockets.iter().map(move |opened| (*id, opened)));
         let tcp = tcp.filter_map(|(id, opened)| {
@@ -173,7 +173,7 @@ impl WorkerSockets {
     }
 }
 
-/// How long a door is kept.
+/// Ends an accept loop: drain, close command or pause.
 struct AcceptLifetime {
     stages: watch::Receiver<DrainStage>,
     /// Until this is closed.
@@ -183,7 +183,7 @@ struct AcceptLifetime {
     guard: OpenSocket,
 }
 
-/// How a listening socket's work ended.
+/// Why an accept loop ended.
 enum AcceptEnd {
     /// The listener's address or the process goes: what the kernel has accepted is served.
     Closed,
@@ -217,7 +217,7 @@ async fn keep(
                 let Some(listen_socket) = reopen(label.name(), id.address, &mut commands).await else {
                     return;
                 };
-                tracing::info!(listener = label.name(), address = %id.address, "a listening socket is open again");
+                tracing::info!(listener = label.name(), address = %id.address, "listening socket opened again");
                 slot.replace(Rc::downgrade(&listen_socket));
                 listen_socket
             }
@@ -290,7 +290,7 @@ async fn reopen(name: &str, address: SocketAddr, commands: &mut AcceptLifetime) 
             _ = &mut commands.closes => return None,
             () = sleep(wait) => {}
         }
-        // While another process takes over, connections would come to a socket that nobody accepts from.
+        // During a takeover, connections would arrive at a socket that this process does not accept from.
         if *commands.accepts.borrow() {
             match listen_sockets::reopen(address).and_then(ListenSocket::new) {
                 Ok(listen_socket) => return Some(Rc::new(listen_socket)),
@@ -348,7 +348,7 @@ async fn keep_udp(
             if *accepts.borrow() {
                 match listen_sockets::reopen_udp(address) {
                     Ok(socket) => {
-                        tracing::info!(listener = label.name(), %address, "a listening socket is open again");
+                        tracing::info!(listener = label.name(), %address, "listening socket opened again");
                         return Some(socket);
                     }
                     Err(error) => cannot_open(label.name(), address, &error),
@@ -364,7 +364,7 @@ async fn keep_udp(
 }
 
 fn cannot_open(listener: &str, address: SocketAddr, error: &io::Error) {
-    tracing::warn!(listener, %address, %error, "a listening socket cannot be opened again yet; it is tried again");
+    tracing::warn!(listener, %address, %error, "cannot open a listening socket again; retrying");
 }
 
 /// A listener never dies in silence.
@@ -375,6 +375,6 @@ fn stopped(
     error: &io::Error,
 ) -> StoppedListener {
     let worker = context.worker.number;
-    tracing::error!(worker, listener, %address, %error, "a listening socket has stopped; it is opened again");
+    tracing::error!(worker, listener, %address, %error, "listening socket failed; opening it again");
     context.live.stopped_listeners.stop()
 }

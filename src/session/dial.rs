@@ -38,10 +38,10 @@ impl<'a> SessionSteps<'a> {
                     match pool.pick_for(log_context.tenant_number(), key, self.worker.random(), &mut tried) {
                         Ok(picked) => picked,
                         // A session that could not connect does not wait as well.
-                        Err(nobody @ (PickError::Free | PickError::Share)) if tried.is_empty() => {
+                        Err(error @ (PickError::Free | PickError::Share)) if tried.is_empty() => {
                             let place = pool
                                 .join_queue(log_context.tenant_number())
-                                .ok_or_else(|| pick_failed(nobody))?;
+                                .ok_or_else(|| pick_failed(error))?;
                             let start = clock::now();
                             let waited = wait(place, pool.queue_timeout, registered(client)?, session).await;
                             log_context.flags.queued_us = micros(clock::now().since(start)).max(1);
@@ -111,11 +111,11 @@ impl<'a> SessionSteps<'a> {
     }
 }
 
-/// There is neither a backend with room nor a place to wait.
-fn pick_failed(nobody: PickError) -> Outcome {
+/// No backend has room and the queue is full.
+fn pick_failed(error: PickError) -> Outcome {
     Outcome::reject(
         EndedAt::Pool,
-        if nobody == PickError::Share { Reason::PoolShare } else { Reason::PoolFull },
+        if error == PickError::Share { Reason::PoolShare } else { Reason::PoolFull },
     )
 }
 
@@ -129,7 +129,7 @@ async fn wait(
     session.wake_at(session.tick().after(TickSpan::of(at_most)));
     let reset = pin!(client.ready(Interest::ERROR));
     match session.watch(unless_reset(reset, place)).await {
-        // Room that is there because all sessions end is room for nobody.
+        // Room that appears because all sessions end is not given out.
         Ok(Some(_)) if session.is_over() => Err(Outcome::reject(EndedAt::Pool, Reason::Drained)),
         Ok(Some(picked)) => Ok(picked),
         Ok(None) => Err(Outcome::new(EndedBy::Client, EndedAt::Pool, Reason::Reset)),

@@ -1,4 +1,4 @@
-//! A session that leaves for another process, and one that comes from there: what is told of it, beside its bytes.
+//! Transfers sessions between processes: the record of a session, beside the state of its relay.
 
 use std::future::poll_fn;
 use std::io;
@@ -31,7 +31,7 @@ use crate::pool::PickedBackend;
 use crate::session_context::{Cancelled, SessionContext};
 use crate::state::{LiveState, Snapshot};
 
-/// What is told of a session.
+/// The record of a session that moves to another process.
 #[derive(Debug, Serialize, Deserialize)]
 struct SessionTransferRecord {
     listener: String,
@@ -56,7 +56,7 @@ struct SessionTransferRecord {
     relay: RelayRecord,
 }
 
-/// A session that has come from another process and can be carried on.
+/// A session received from another process, ready to be continued.
 #[derive(Debug)]
 pub struct TransferredSession {
     record: SessionTransferRecord,
@@ -138,7 +138,7 @@ impl TransferredSession {
         SessionContext::resumed(Rc::clone(&worker.shared), metrics, started)
     }
 
-    /// Goes on with its bytes.
+    /// Continues forwarding.
     pub(super) fn resume<'a>(
         self,
         timeouts: &'a IdleTimeouts,
@@ -149,7 +149,7 @@ impl TransferredSession {
     }
 }
 
-/// Reads what another process tells of a session. Nothing has happened to it yet: only who has this in hand may say that
+/// Reads the record of another process. The session is unchanged: only the holder of this may confirm that
 /// it is taken.
 ///
 /// # Errors
@@ -195,7 +195,7 @@ fn pack(
     Transfer::pack(TransferKind::Session, &record, &tail, fds)
 }
 
-/// What came first while a session waited for its turn to leave.
+/// The first event while a session waits to be transferred.
 enum FirstEvent {
     /// Its turn.
     Turn(OwnedPermit<PendingTransfer>),
@@ -203,7 +203,7 @@ enum FirstEvent {
     End(Outcome),
     /// Sessions are visited again.
     Again,
-    /// Nobody leaves any more.
+    /// No session leaves any more.
     Closed,
 }
 
@@ -237,7 +237,8 @@ pub(super) async fn depart(
     turn.send(PendingTransfer { transfer, answer });
     match wait_for_reply(relay.session(), answered).await {
         Ok(TransferReply::Taken) => {
-            // It lives, and counts: who says only now who it is does not get its place, unless nobody leaves any more.
+            // It is alive and counted: a connection identified only now does not get its slot, unless the transfer
+            // is over.
             if let Some(tenant) = log_context.tenant.filter(|_| worker.departures.borrow().is_some()) {
                 tenant.quota.reserve_session();
             }
@@ -247,7 +248,7 @@ pub(super) async fn depart(
             relay.resume();
             None
         }
-        // Nobody knows who has it; the end says nothing to anybody.
+        // Either process may have it: end it without a reset to client or backend.
         Err(outcome) => Some(outcome),
     }
 }

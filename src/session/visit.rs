@@ -1,4 +1,4 @@
-//! Sessions are visited when a reload may have taken something away from them, and each checks what it may still do.
+//! After a reload that may revoke endpoints, each session checks that it is still allowed.
 
 use std::time::Duration;
 

@@ -1,10 +1,10 @@
-//! How much of a configuration another one changes.
+//! Counts the differences between two configurations.
 
 use std::collections::HashMap;
 
 use crate::config::Config;
 
-/// How many there are of what a configuration has and the one before had not, and the other way around.
+/// The number of added, removed and changed objects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChangeCount {
     /// They are new.
@@ -15,7 +15,7 @@ pub struct ChangeCount {
     pub changed: usize,
 }
 
-/// What differs between two configurations.
+/// The differences between two configurations, as counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConfigChanges {
     /// Listeners, by name.
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_new_what_is_gone_and_what_differs() {
+    fn added_removed_and_changed_objects_are_counted() {
         let all = |names: &[(&str, u8)]| -> Vec<(String, u8)> {
             names.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
         };

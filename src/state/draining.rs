@@ -1,19 +1,19 @@
-//! How far the process has come to its end, for those who show it.
+//! The progress of the shutdown, for status and metrics.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::clock::Moment;
 
-/// A step of the way from serving to the end: a closed set.
+/// A phase of the shutdown: a closed set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum DrainPhase {
-    /// Nobody has asked for the end.
+    /// No drain has been requested.
     Serving,
     /// The health check says 503, and connections are still accepted.
     Notice,
-    /// Listening sockets are closed; who is there may finish.
+    /// Listening sockets are closed; existing sessions may finish.
     Closing,
 }
 
@@ -21,7 +21,7 @@ impl DrainPhase {
     /// All of them, in order.
     pub const ALL: [Self; 3] = [Self::Serving, Self::Notice, Self::Closing];
 
-    /// The word in log, metrics and status.
+    /// The label in log, metrics and status.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -32,7 +32,7 @@ impl DrainPhase {
     }
 }
 
-/// The way to the end.
+/// The progress of a drain.
 #[derive(Debug, Default)]
 pub struct DrainState {
     phase: AtomicU8,
@@ -54,7 +54,7 @@ impl DrainState {
         self.phase.store(DrainPhase::Closing as u8, Ordering::Release);
     }
 
-    /// How far it has come.
+    /// The phase.
     #[must_use]
     pub fn phase(&self) -> DrainPhase {
         let phase = self.phase.load(Ordering::Acquire);
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_goes_forward_and_tells_its_time() {
+    fn drain_phase_only_advances_and_reports_its_time() {
         let (draining, at) =
             (DrainState::default(), |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000));
         assert_eq!((draining.phase(), draining.time(at(9))), (DrainPhase::Serving, None));

@@ -1,4 +1,4 @@
-//! What is kept by name and is configured no more: workers fold its counts, and its name is forgotten.
+//! Removed names: workers fold their counters, then the names are dropped.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::account::lock;
 use crate::account::session_metrics::{ConfiguredLabels, WorkerCounters};
 use crate::pool::Pool;
 
-/// What tells whether there may be something to fold: it differs from the last time.
+/// Decides whether a fold may be needed: any value differs from the last pass.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct FoldTrigger {
     reloads: u64,

@@ -1,4 +1,4 @@
-//! Listeners by name: each keeps its place for the process's life, for doors and flows know it by that alone.
+//! Listeners by name: each keeps its index for the process's life, as sockets and flows refer to it by index.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use crate::admission::pending::PendingSlots;
 use crate::config::{self, ListenerIdentity, Protocol};
 use crate::state::rejection_log::StrayLogLimit;
 
-/// Every listener that there ever was, by place.
+/// All listeners of the process's life, by index.
 #[derive(Debug, Default)]
 pub(super) struct ListenerRows {
     all: Vec<ListenerRow>,

@@ -1,4 +1,4 @@
-//! Rejections and strays in the logs: a flood of them has a few lines, and the count of the others.
+//! Limits the log lines of rejections and strays: a few lines, and the count of the others.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::tenant::Tenant;
 /// Tenants that one telling names; of the others it says how many there are.
 const NAMED: usize = 20;
 
-/// What a worker has left out of the access log and not told yet.
+/// Suppressed access log lines that are not reported yet.
 #[derive(Debug, Default)]
 pub struct RejectionLog {
     unreported: RefCell<Vec<(Label, Arc<Quota>)>>,
@@ -61,7 +61,7 @@ impl StrayLogLimit {
     }
 }
 
-/// The line of an end.
+/// The access log line of an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogLine {
     /// What it tells of.
@@ -115,11 +115,11 @@ impl RejectionLog {
             .map(|(tenant, quota)| (tenant, quota.take_left_out()))
             .filter(|(_, lines)| *lines > 0);
         for (tenant, lines) in left_out.by_ref().take(NAMED) {
-            tracing::warn!(tenant = tenant.name(), lines, "rejections were left out of the access log");
+            tracing::warn!(tenant = tenant.name(), lines, "access log lines of rejections suppressed");
         }
         let (tenants, lines) = left_out.fold((0, 0), |(tenants, sum), (_, lines)| (tenants + 1, sum + lines));
         if tenants > 0 {
-            tracing::warn!(tenants, lines, "rejections of more tenants were left out of the access log");
+            tracing::warn!(tenants, lines, "access log lines of rejections of more tenants suppressed");
         }
     }
 }
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_has_a_few_lines_and_the_rest_is_told_once() {
+    fn flood_of_rejections_logs_few_lines_and_one_count() {
         let (rejections, acme) = (RejectionLog::default(), tenant());
         let rejected = Outcome::reject(EndedAt::Tenant, Reason::SessionRate);
         let ask = |now| rejections.line(rejected, Some(&acme), Some(&StrayLogLimit::default()), now);

@@ -1,4 +1,4 @@
-//! Another configuration in the place of the one in force: what it may change, and how often it did.
+//! Replaces the configuration in force: what a reload may change, and counts of reloads.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use crate::clock::Moment;
 use crate::config::Config;
 use crate::pool::{Answers, Pool};
 
-/// What goes from one reload to the next, and how often there was one.
+/// The state kept between reloads, and their counts.
 #[derive(Debug)]
 pub struct ReloadHistory {
     persistent: Mutex<PersistentNames>,
@@ -26,7 +26,7 @@ pub struct ReloadHistory {
     last_done: AtomicU64,
 }
 
-/// What is found again by name.
+/// Objects found again by name.
 #[derive(Debug)]
 struct PersistentNames {
     rows: ListenerRows,
@@ -34,7 +34,7 @@ struct PersistentNames {
     removed: HashMap<String, Weak<Pool>>,
 }
 
-/// The tables that a reload must not change, and that differ.
+/// The changed tables that need a restart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RestartNeeded(Vec<&'static str>);
 
@@ -72,15 +72,13 @@ impl RestartNeeded {
 
     /// What the operator is told, a message for each table.
     pub fn messages(&self) -> impl Iterator<Item = String> + '_ {
-        self.0.iter().map(|table| {
-            format!(
-                "{table}: must be as it was at the start, for no reload changes it; a change needs a restart"
-            )
-        })
+        self.0
+            .iter()
+            .map(|table| format!("{table} changed: this needs a restart or a takeover; reload refused"))
     }
 }
 
-/// The turn of one reload: what it would put in force, before it does so.
+/// A reload in progress. Holds the lock until dropped.
 #[derive(Debug)]
 pub struct PendingReload<'a> {
     live: &'a LiveState,
@@ -96,7 +94,7 @@ impl PendingReload<'_> {
         config.listeners.iter().map(|listener| rows.place(&listener.name, &mut new)).collect()
     }
 
-    /// Puts the configuration in force. Listeners accept at `bound`, by place; names lead to what `answers` has of them.
+    /// Applies the configuration. Listeners accept at `bound`, by place; names lead to what `answers` has of them.
     #[must_use]
     pub fn put(
         mut self,
@@ -134,7 +132,7 @@ impl PendingReload<'_> {
 }
 
 impl PersistentNames {
-    /// The pools of a configuration: those that are as they were, the heirs of those that are not, and new ones.
+    /// The pools of a configuration: unchanged ones, replacements of changed ones, and new ones.
     fn pools(
         &mut self,
         live: &LiveState,
@@ -265,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn what_needs_a_restart_is_told_table_by_table() {
+    fn change_that_needs_a_restart_is_reported_by_table() {
         let changes = [
             ("workers = 2", "workers = 3", "[process]"),
             ("127.0.0.1:9900", "127.0.0.1:9901", "[admin]"),
@@ -280,7 +278,7 @@ mod tests {
         }
         assert_eq!(frozen(TEXT, &all), changes.map(|(.., table)| table));
         let told = RestartNeeded(vec!["[process]", "[dns]"]).to_string();
-        let told: Vec<_> = told.lines().map(|line| line.split_once(':').unwrap().0).collect();
+        let told: Vec<_> = told.lines().map(|line| line.split_once(" changed: ").unwrap().0).collect();
         assert_eq!(told, ["[process]", "[dns]"]);
     }
 

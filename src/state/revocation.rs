@@ -1,4 +1,4 @@
-//! What a reload takes away: whether a live session or flow still belongs to the tenant that it began with.
+//! Revocation: whether a live session or flow still belongs to its tenant after a reload.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! Which pools several tenants may use: none of them may have all the room of such a pool's backends.
+//! Finds the pools that several tenants may use: no tenant may fill all backends of such a pool.
 
 use super::Snapshot;
 use crate::tenant::TenantRules;
@@ -64,7 +64,7 @@ mod tests {
             ("c", "endpoints = [\"vpce-0000000c\"]\npool = \"own\""),
             ("d", "endpoints = [\"vpce-0000000d\"]\npool = \"disabled\""),
             ("e", "endpoints = [\"vpce-0000000e\"]\npool = \"disabled\"\nstate = \"disabled\""),
-            // Without endpoints it is nobody's but the listener's whose tenant it is.
+            // Without endpoints it is used only by the listener that names the tenant.
             ("f", ""),
         ];
         let tenants = tenants.map(|(name, keys)| format!("[[tenant]]\nname = \"{name}\"\n{keys}\n"));

@@ -1,9 +1,9 @@
-//! Listening sockets that broke and are not open again yet.
+//! Counts listening sockets that failed and are not open again yet.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How many there are.
+/// The count.
 #[derive(Debug, Default)]
 pub struct StoppedListeners(Arc<AtomicUsize>);
 
@@ -19,7 +19,7 @@ impl StoppedListeners {
         StoppedListener(Arc::clone(&self.0))
     }
 
-    /// How many there are now.
+    /// The open connections.
     #[must_use]
     pub fn count(&self) -> usize {
         self.0.load(Ordering::Acquire)

@@ -1,8 +1,8 @@
-//! How often everything was to go from one process to another.
+//! Counts of takeovers.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Takeovers that this process was part of, on either side.
+/// Takeovers of this process, on either side.
 #[derive(Debug, Default)]
 pub struct TakeoverCounters {
     done: AtomicU64,

@@ -23,7 +23,7 @@ async fn is_served(proxy: &Proxy) {
 }
 
 #[tokio::test]
-async fn accepting_pauses_at_each_shortage_and_goes_on() {
+async fn accepting_pauses_at_each_shortage_and_continues() {
     let _kernel = alone().await;
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     for errno in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
@@ -43,7 +43,7 @@ async fn accepting_pauses_at_each_shortage_and_goes_on() {
 }
 
 #[tokio::test]
-async fn who_has_gone_in_the_queue_keeps_nobody_from_being_accepted() {
+async fn aborted_connection_in_accept_queue_is_skipped() {
     let _kernel = alone().await;
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
@@ -114,7 +114,7 @@ async fn a_shortage_at_the_header_is_not_the_clients_fault() {
 }
 
 #[tokio::test]
-async fn a_panic_in_a_session_ends_that_session_alone() {
+async fn panic_in_a_session_ends_only_that_session() {
     let _kernel = alone().await;
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf { workers: 1, ..Conf::default() }).await;

@@ -75,7 +75,7 @@ async fn without_a_local_port_to_one_backend_the_next_is_tried_and_none_is_blame
 }
 
 #[tokio::test]
-async fn a_shortage_on_the_way_to_a_backend_is_nobodys_fault_and_passes() {
+async fn shortage_while_connecting_does_not_count_against_the_backend() {
     let _kernel = alone().await;
     let acme = pair().await;
     for (call, errnos) in [
@@ -131,7 +131,7 @@ async fn a_backend_that_cannot_be_reached_is_blamed_and_the_next_is_tried() {
 }
 
 #[tokio::test]
-async fn a_client_socket_that_no_poll_takes_ends_its_session_alone() {
+async fn failed_registration_of_a_client_socket_ends_only_its_session() {
     let _kernel = alone().await;
     let acme = pair().await;
     let proxy = proxy(&acme, "attempts = 1").await;

@@ -90,7 +90,7 @@ const ONE: &str = "10.100.0.10:40000";
 const OTHER: &str = "10.100.0.11:40000";
 
 #[tokio::test]
-async fn a_datagram_that_cannot_be_sent_is_dropped_and_counted_and_its_flow_goes_on() {
+async fn unsendable_datagram_is_dropped_and_counted_and_its_flow_continues() {
     let _kernel = alone().await;
     for (errno, why) in [
         (Errno::NOBUFS, "shortage"),
@@ -113,7 +113,7 @@ async fn a_datagram_that_cannot_be_sent_is_dropped_and_counted_and_its_flow_goes
 }
 
 #[tokio::test]
-async fn a_listener_that_cannot_receive_pauses_and_goes_on() {
+async fn listener_that_cannot_receive_pauses_and_continues() {
     let _kernel = alone().await;
     for errno in [Errno::NOMEM, Errno::NOBUFS] {
         let world = World::start().await;
@@ -157,7 +157,7 @@ async fn a_flow_without_a_socket_begins_with_the_next_datagram() {
 }
 
 #[tokio::test]
-async fn an_answer_that_cannot_be_received_ends_its_flow_alone() {
+async fn answer_that_cannot_be_received_ends_only_its_flow() {
     let _kernel = alone().await;
     let mut world = World::start().await;
     world.ask(ONE, b"before").await;
@@ -174,7 +174,7 @@ async fn an_answer_that_cannot_be_received_ends_its_flow_alone() {
 }
 
 #[tokio::test]
-async fn a_panic_in_a_flow_ends_that_flow_alone() {
+async fn panic_in_a_flow_ends_only_that_flow() {
     let _kernel = alone().await;
     let world = World::start().await;
     world.ask(ONE, b"before").await;

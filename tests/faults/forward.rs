@@ -51,7 +51,7 @@ async fn a_splice_from_a_socket_that_is_refused_is_a_copy() {
 }
 
 #[tokio::test]
-async fn a_splice_to_a_socket_that_is_refused_loses_nothing_of_what_the_pipe_holds() {
+async fn refused_splice_loses_no_bytes_of_the_pipe() {
     let _kernel = alone().await;
     for errno in [Errno::INVAL, Errno::NOMEM, Errno::NOBUFS] {
         copies_meanwhile(inject(InjectedFault::new(Syscall::SpliceOut, &[errno]))).await;
@@ -91,7 +91,7 @@ async fn a_pipe_that_cannot_grow_is_used_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_write_or_read_that_meets_a_shortage_resets_its_session_and_says_why() {
+async fn shortage_in_a_read_or_write_resets_the_session_with_its_reason() {
     let _kernel = alone().await;
     for (call, errno, by_client) in [
         // What the client sends cannot be read, or cannot be written to the backend.
@@ -120,7 +120,7 @@ async fn a_write_or_read_that_meets_a_shortage_resets_its_session_and_says_why()
 }
 
 #[tokio::test]
-async fn a_connection_that_broke_resets_the_other_and_says_whose_it_was() {
+async fn broken_connection_resets_the_other_side_and_names_the_cause() {
     let _kernel = alone().await;
     for (errno, why) in
         [(Errno::CONNRESET, "reset"), (Errno::TIMEDOUT, "unanswered"), (Errno::HOSTUNREACH, "unanswered")]
@@ -163,7 +163,7 @@ async fn an_answer_that_was_sent_before_a_write_failed_arrives_and_then_the_rese
 }
 
 #[tokio::test]
-async fn bytes_that_were_lost_are_told_by_a_reset_however_long_nothing_follows() {
+async fn lost_bytes_are_reported_by_a_reset_after_any_silence() {
     let _kernel = alone().await;
     let raw = Raw::bind().await;
     let conf = Conf { timeouts: "half-close = \"300ms\"".to_owned(), ..Conf::default() };

@@ -32,7 +32,7 @@ async fn health(proxy: &Proxy, status: &str, word: &str) {
 }
 
 #[tokio::test]
-async fn listening_socket_that_broke_is_told_to_the_load_balancer_until_it_is_open_again() {
+async fn failed_listening_socket_fails_the_health_check_until_reopened() {
     let _kernel = alone().await;
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "").await;
@@ -77,7 +77,7 @@ async fn reload_that_gives_up_the_address_of_a_broken_socket_ends_the_alarm() {
 }
 
 #[tokio::test]
-async fn udp_socket_that_broke_is_opened_again_and_its_flows_go_on() {
+async fn failed_udp_socket_is_reopened_and_its_flows_continue() {
     let _kernel = alone().await;
     let backend = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let echo = {

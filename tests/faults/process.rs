@@ -31,7 +31,7 @@ async fn panic_in_a_workers_timers_or_the_control_thread_ends_the_process_with_a
 /// Runs this test in processes that panic.
 async fn ends() {
     for (part, told) in
-        [("worker", "what=\"the timers of worker "), ("control", "what=\"what systemd is told\"")]
+        [("worker", "what=\"the timers of worker "), ("control", "what=\"systemd notification\"")]
     {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let name = "process::panic_in_a_workers_timers_or_the_control_thread_ends_the_process_with_a_message";
@@ -50,7 +50,7 @@ async fn worker_without_a_runtime_is_a_failed_start() {
     let conf = || Conf { acme: vec![acme.address()], ..Conf::default() };
     let short = inject(InjectedFault::new(Syscall::WorkerStart, &[Errno::MFILE]).after(1).at_most(1));
     let error = conf().try_start().await.err().expect("no start");
-    assert!(error.to_string().starts_with("a worker thread could not be started: "), "{error}");
+    assert!(error.to_string().starts_with("cannot start a worker thread: "), "{error}");
     drop(short);
     let proxy = conf().start().await;
     proxy.others_are_unharmed().await;

@@ -188,7 +188,7 @@ async fn outcomes_in_metrics_are_of_the_closed_set() {
     for Sample { labels, value, .. } in ended {
         let known = Outcome::ALL.iter().any(|outcome| {
             [labels["by"].as_str(), &labels["at"], &labels["why"]]
-                == [outcome.by.as_str(), outcome.at.as_str(), outcome.why.word()]
+                == [outcome.by.as_str(), outcome.at.as_str(), outcome.why.as_str()]
         });
         assert!(known && *value > 0.5, "{labels:?} {value}");
     }
@@ -209,7 +209,7 @@ async fn carried(proxy: &Proxy) -> TcpStream {
 }
 
 #[tokio::test]
-async fn the_status_says_what_the_process_is_doing() {
+async fn status_reports_the_state_of_the_process() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf =
         Conf { acme: vec![acme.address()], process: "max-sessions = 77".to_owned(), ..Conf::default() };
@@ -257,7 +257,7 @@ async fn the_status_says_what_the_process_is_doing() {
 }
 
 #[tokio::test]
-async fn status_and_page_say_who_is_used_and_why() {
+async fn status_and_page_show_backends_in_use_and_causes() {
     let (refusing, failing, raw) = (Held::bind(), Held::bind(), Raw::bind().await);
     let conf = Conf {
         backends: vec![

@@ -97,7 +97,7 @@ async fn a_backup_is_used_while_no_other_can_be() {
 }
 
 #[tokio::test]
-async fn the_preferred_zone_has_all_and_others_have_what_it_is_missing() {
+async fn preferred_zone_gets_all_and_others_get_its_missing_weight() {
     let near = greeting("near-1").await;
     let (held, far) = (Held::bind(), greeting("far").await);
     let second = greeting_at(held.address(), "near-2").await;

@@ -166,7 +166,7 @@ async fn no_greedy_session_starves_on_either_of_two_workers() {
 }
 
 #[tokio::test]
-async fn a_session_that_sends_little_is_served_while_others_are_greedy() {
+async fn light_session_is_served_beside_greedy_ones() {
     let raw = Raw::bind().await;
     let proxy = proxy(&raw, &each_way("8MiB/s"), Conf::default()).await;
     let (mut client, mut backend) = session(&raw, &proxy).await;
@@ -242,7 +242,7 @@ async fn waiting_for_its_turn_is_not_silence() {
 }
 
 #[tokio::test]
-async fn a_reset_of_one_that_waits_is_noticed_and_passed_on() {
+async fn reset_of_a_waiting_session_is_detected() {
     for client_resets in [true, false] {
         let raw = Raw::bind().await;
         let proxy = proxy(&raw, &each_way("1KiB/s"), Conf::default()).await;
@@ -286,7 +286,7 @@ async fn a_session_that_waits_ends_with_the_process() {
 }
 
 #[tokio::test]
-async fn who_only_observes_is_not_delayed_and_knows_what_would_have_been() {
+async fn observe_mode_does_not_delay_and_counts_would_be_delays() {
     let raw = Raw::bind().await;
     let limits = format!("mode = \"observe\"\n{}", each_way("64KiB/s"));
     let proxy = proxy(&raw, &limits, Conf::default()).await;
@@ -305,7 +305,7 @@ async fn who_only_observes_is_not_delayed_and_knows_what_would_have_been() {
 }
 
 #[tokio::test]
-async fn the_one_tenants_limit_is_not_the_others() {
+async fn limits_of_two_tenants_are_independent() {
     let raw = Raw::bind().await;
     let proxy = proxy(&raw, &each_way("1MiB/s"), Conf::default()).await;
     let beside = async {

@@ -70,7 +70,7 @@ async fn each_verdict_has_its_word() {
 }
 
 #[tokio::test]
-async fn tls_where_plain_text_was_asked_is_told() {
+async fn tls_answer_to_a_plain_text_probe_is_detected() {
     let raw = Raw::bind().await;
     let proxy = start(raw.address(), "kind = \"http\"").await;
     // An alert of TLS 1.2: unexpected message.

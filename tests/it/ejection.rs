@@ -86,7 +86,7 @@ async fn it_comes_back_after_its_time() {
 }
 
 #[tokio::test]
-async fn a_success_between_failures_starts_the_count_anew() {
+async fn success_between_failures_resets_the_count() {
     let (held, good) = (Held::bind(), greeting("acme-1").await);
     let acme = vec![held.address(), good.address()];
     let proxy = conf(acme, "", "").start().await;
@@ -108,7 +108,7 @@ async fn a_success_between_failures_starts_the_count_anew() {
 }
 
 #[tokio::test]
-async fn resets_of_one_tenant_alone_eject_nobody_whom_others_need_and_those_of_two_do() {
+async fn resets_of_one_tenant_eject_no_shared_backend_and_resets_of_two_do() {
     let good = greeting("acme-1").await;
     let resetting = TestBackend::start("acme-2", BackendBehavior::ResetAfter(5)).await.unwrap();
     let acme = vec![good.address(), resetting.address()];
@@ -161,7 +161,7 @@ async fn in_a_pool_of_one_tenant_its_own_resets_are_enough() {
 }
 
 #[tokio::test]
-async fn no_more_are_out_at_once_than_may_be() {
+async fn no_more_backends_are_ejected_than_allowed() {
     let refusing = [Held::bind(), Held::bind()];
     let good = [greeting("acme-1").await, greeting("acme-2").await];
     let acme: Vec<_> =

@@ -194,7 +194,7 @@ async fn two_consumers_with_one_address_behind_one_load_balancer_never_meet() {
 }
 
 #[tokio::test]
-async fn without_a_header_only_the_one_known_flow_is_heard() {
+async fn datagram_without_a_header_belongs_to_the_only_flow_of_its_path() {
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
         listener.push_str(FOLLOW);
@@ -255,7 +255,7 @@ async fn bare_datagram_of_a_sender_that_had_two_speakers_reaches_no_flow() {
 }
 
 #[tokio::test]
-async fn what_leads_to_no_flow_is_counted_by_its_reason() {
+async fn datagram_without_a_flow_is_counted_by_reason() {
     let (proxy, _hooli) = world(&[], |conf, listener| {
         conf.acme = vec!["127.0.0.1:9".parse().unwrap()];
         *listener = listener.replace("127.0.0.0/8", "127.0.0.1/32");
@@ -341,7 +341,7 @@ async fn before_the_first_answer_a_flow_moves_on_from_a_backend_that_is_not_ther
 }
 
 #[tokio::test]
-async fn a_flow_whose_backend_has_gone_ends_and_the_next_datagram_begins_another() {
+async fn flow_of_a_dead_backend_ends_and_the_next_datagram_opens_another() {
     let acme = Echo::start("acme").await;
     let address = acme.address;
     let (proxy, _hooli) = world(&[address], |conf, _| soon(conf)).await;

@@ -55,7 +55,7 @@ async fn a_backend_that_ends_first_still_gets_all_the_clients_bytes() {
 }
 
 #[tokio::test]
-async fn a_backend_that_says_goodbye_at_once_hears_the_client_out() {
+async fn backend_that_ends_first_still_receives_the_clients_bytes() {
     let backend = TestBackend::start("acme-1", BackendBehavior::HalfClosing).await.unwrap();
     let proxy = Conf { acme: vec![backend.address()], ..Conf::default() }.start().await;
     let mut client = proxy.open(ACME, b"first").await;

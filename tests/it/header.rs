@@ -123,7 +123,7 @@ async fn exactly_one_header_is_taken_and_a_second_is_payload() {
 }
 
 #[tokio::test]
-async fn a_client_has_the_address_that_its_header_says_and_may_have_none() {
+async fn client_address_comes_from_the_header_and_may_be_absent() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let v6 = nlb::header("[fd00::7]:40000".parse().unwrap(), "[fd00::1]:80".parse().unwrap(), Some(ACME));

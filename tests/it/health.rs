@@ -126,7 +126,7 @@ async fn only_the_path_of_the_check_is_there() {
 }
 
 #[tokio::test]
-async fn without_a_usable_backend_it_says_so_until_there_is_one() {
+async fn health_check_answers_no_backend_until_one_is_usable() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (_kept, address) = closed_port(0).unwrap();
     let health =
@@ -184,7 +184,7 @@ fn full_port() -> (TcpListener, std::net::TcpStream, SocketAddr) {
 }
 
 #[tokio::test]
-async fn before_the_first_round_of_probes_it_says_starting() {
+async fn health_check_answers_starting_before_the_first_probes() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (full, _waiting, address) = full_port();
     let health = format!("interval = \"60s\"\ntimeout = \"60s\"\nport = {}", address.port());
@@ -228,7 +228,7 @@ fn reload_before_the_first_probes_does_not_leave_the_process_starting() {
 }
 
 #[tokio::test]
-async fn a_draining_process_says_so_and_carries_what_comes() {
+async fn draining_process_reports_it_and_accepts_sessions_during_the_notice() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     assert_eq!(check(&proxy).await, (200, "ok".to_owned()));
@@ -259,7 +259,7 @@ fn is_open(stream: &TcpStream) -> bool {
 }
 
 #[tokio::test]
-async fn half_a_request_and_silence_keeps_nobody_waiting() {
+async fn half_a_request_does_not_block_others() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     // A machine so busy that the silent are given up meanwhile says nothing of who waits for whom.

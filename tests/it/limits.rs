@@ -37,7 +37,7 @@ async fn all_are_carried(sessions: Vec<TcpStream>) {
 }
 
 #[tokio::test]
-async fn the_last_session_is_admitted_and_the_next_is_reset_before_a_backend_hears_of_it() {
+async fn session_beyond_the_limit_is_reset_before_a_backend_is_contacted() {
     let (acme, proxy) = limited("sessions = 2", "").await;
     let mut sessions = vec![carried(&proxy, ACME).await, carried(&proxy, ACME).await];
     rejected(&proxy, ACME).await;
@@ -105,7 +105,7 @@ async fn the_last_of_a_burst_is_admitted_and_the_next_gives_its_slot_back() {
 }
 
 #[tokio::test]
-async fn whom_the_limit_rejects_takes_nothing_of_the_rate() {
+async fn session_rejected_by_the_limit_uses_no_rate() {
     let (_acme, proxy) = limited("sessions = 1\nsession-rate = \"1/h\"\nsession-burst = 2", "").await;
     let first = carried(&proxy, ACME).await;
     for _ in 0..3 {
@@ -123,7 +123,7 @@ async fn whom_the_limit_rejects_takes_nothing_of_the_rate() {
 }
 
 #[tokio::test]
-async fn what_is_only_observed_is_counted_and_carried() {
+async fn observed_excess_is_counted_and_forwarded() {
     let limits = "mode = \"observe\"\nsessions = 2\nsession-rate = \"1/h\"\nsession-burst = 3";
     let (acme, proxy) = limited(limits, "").await;
     let mut sessions = Vec::new();
@@ -152,7 +152,7 @@ async fn what_is_only_observed_is_counted_and_carried() {
 }
 
 #[tokio::test]
-async fn near_the_end_of_the_process_those_who_hold_most_are_shed_first() {
+async fn near_the_process_limit_tenants_that_hold_most_are_shed_first() {
     let (_acme, proxy) = limited("", "max-sessions = 10").await;
     let mut sessions = Vec::new();
     for _ in 0..7 {
@@ -208,7 +208,7 @@ async fn a_disabled_tenant_is_rejected_and_takes_nothing() {
 }
 
 #[tokio::test]
-async fn a_flood_of_rejections_has_a_few_lines_and_the_count_of_the_others() {
+async fn flood_of_rejections_logs_few_lines_and_the_count_of_the_rest() {
     const FLOOD: usize = 300;
     let limits = "pool = \"acme\"\n[tenant.limits]\nsession-rate = \"1/h\"\n";
     let world = World::new().await;
@@ -223,7 +223,7 @@ async fn a_flood_of_rejections_has_a_few_lines_and_the_count_of_the_others() {
     for stream in &mut flood {
         is_reset(stream).await;
     }
-    let told = serve.says("rejections were left out of the access log").await;
+    let told = serve.says("access log lines of rejections suppressed").await;
     assert_eq!((&told["tenant"], &told["level"]), (&"acme".into(), &"WARN".into()));
     // Each rejection has its line, or is counted: by a later line, or by the process log.
     let sum = |lines: &[serde_json::Value], key: &str| {

@@ -62,7 +62,7 @@ fn counts(places: &Places) -> BTreeMap<&str, usize> {
 }
 
 #[tokio::test]
-async fn an_endpoint_comes_to_the_same_backend_whoever_its_clients_are_and_after_a_restart() {
+async fn endpoint_keeps_its_backend_for_all_clients_and_after_a_restart() {
     let backends = three().await;
     let start = async || Conf { more: tenant(), ..conf("maglev-endpoint", &backends) }.start().await;
     let proxy = start().await;
@@ -114,7 +114,7 @@ fn only_the_lost_move(first: &Places, now: &Places, lost: &str) {
 }
 
 #[tokio::test]
-async fn when_a_backend_dies_its_clients_come_to_others_and_the_others_keep_theirs() {
+async fn dead_backends_clients_move_and_other_clients_stay() {
     let good = [greeting("acme-1").await, greeting("acme-2").await];
     let held = Held::bind();
     let dying = greeting_at(held.address(), "acme-3").await;

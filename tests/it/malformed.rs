@@ -91,7 +91,7 @@ fn well_formed() -> Vec<Vec<u8>> {
 }
 
 #[tokio::test]
-async fn what_is_no_header_is_reset_counted_and_logged_once() {
+async fn malformed_header_is_reset_counted_and_logged_once() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     for (why, examples) in malformed() {
@@ -134,7 +134,7 @@ async fn the_neighbour_within_each_bound_is_read() {
 }
 
 #[tokio::test]
-async fn a_wrong_checksum_is_taken_where_nobody_asks_for_a_right_one() {
+async fn wrong_checksum_is_accepted_without_verify_crc() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], ..Conf::default() };
     let listener = format!("{}\nverify-crc = false", conf.listener);
@@ -203,7 +203,7 @@ async fn connections_without_a_byte_are_counted_and_not_logged() {
 }
 
 #[tokio::test]
-async fn a_connection_that_ends_in_its_header_is_told_from_one_without_a_byte() {
+async fn connection_that_ends_in_its_header_differs_from_one_without_a_byte() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let whole = header(ACME);

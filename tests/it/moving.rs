@@ -134,18 +134,18 @@ async fn held(conf: fn() -> Conf, what: &str, descriptors: usize) {
 }
 
 #[tokio::test]
-async fn what_is_held_in_a_pipe_goes_along() {
+async fn bytes_in_a_pipe_are_transferred() {
     held(Conf::default, "pipe", 4).await;
 }
 
 #[tokio::test]
-async fn what_is_held_in_a_buffer_goes_along() {
+async fn buffered_bytes_are_transferred() {
     let conf = || Conf { process: "pipe-memory = \"0B\"".to_owned(), ..Conf::default() };
     held(conf, "spill", 2).await;
 }
 
 #[tokio::test]
-async fn who_waits_for_bandwidth_waits_on_elsewhere() {
+async fn session_waiting_for_bandwidth_is_transferred_and_waits_on() {
     let raw = Raw::bind().await;
     let conf = || {
         let limits = "to-client = \"4MB/s\"\nto-backend = \"4MB/s\"".to_owned();
@@ -181,7 +181,7 @@ async fn who_waits_for_bandwidth_waits_on_elsewhere() {
 }
 
 #[tokio::test]
-async fn who_is_not_taken_goes_on_where_it_is() {
+async fn refused_session_continues_in_its_process() {
     let raw = Raw::bind().await;
     let one = raw.proxy(Conf::default()).await;
     let mut living = Vec::new();
@@ -202,7 +202,7 @@ async fn who_is_not_taken_goes_on_where_it_is() {
 }
 
 #[tokio::test]
-async fn a_record_that_is_not_known_stays_where_it_is() {
+async fn transfer_of_an_unknown_version_is_refused() {
     let raw = Raw::bind().await;
     let [one, other] = two(&raw, Conf::default).await;
     let (mut client, mut backend) = raw.session(&one).await;
@@ -232,7 +232,7 @@ async fn a_record_that_is_not_known_stays_where_it_is() {
 }
 
 #[tokio::test]
-async fn while_nobody_takes_anything_all_but_those_under_way_go_on() {
+async fn probes_in_progress_continue_while_no_lane_is_free() {
     const SESSIONS: usize = 70;
     let raw = Raw::bind().await;
     let one = raw.proxy(Conf::default()).await;
@@ -267,7 +267,7 @@ async fn while_nobody_takes_anything_all_but_those_under_way_go_on() {
 }
 
 #[tokio::test]
-async fn who_is_still_reading_its_header_leaves_once_it_forwards() {
+async fn session_reading_its_header_is_transferred_once_it_forwards() {
     let raw = Raw::bind().await;
     let [one, other] = two(&raw, Conf::default).await;
     let mut client = one.connect().await;
@@ -287,7 +287,7 @@ async fn who_is_still_reading_its_header_leaves_once_it_forwards() {
 }
 
 #[tokio::test]
-async fn who_moves_on_and_on_is_idle_all_the_same() {
+async fn repeated_transfers_do_not_reset_the_idle_time() {
     let raw = Raw::bind().await;
     let conf = || Conf { timeouts: "idle = \"2s\"".to_owned(), ..Conf::default() };
     let [one, other] = two(&raw, conf).await;
@@ -309,7 +309,7 @@ async fn who_moves_on_and_on_is_idle_all_the_same() {
 }
 
 #[tokio::test]
-async fn what_is_gone_there_ends_nothing_and_limits_let_in_who_is_alive() {
+async fn transferred_sessions_of_removed_objects_continue_and_limits_admit_them() {
     let raw = Raw::bind().await;
     let one = raw.proxy(Conf::default()).await;
     let strict = Conf {

@@ -167,7 +167,7 @@ impl Log {
 }
 
 #[tokio::test]
-async fn a_host_is_all_its_addresses_and_the_first_lookup_is_told_after_its_backends() {
+async fn host_resolves_to_all_addresses_and_the_first_lookup_is_reported_after_them() {
     let names = Names::start().await;
     names.host(HOST, 60, &["10.0.0.2", "10.0.0.1", "fd00::1"]);
     let kept = Kept::start(resolver(&[names.address()], Duration::from_secs(5)), host("DB.example.com"));
@@ -224,18 +224,18 @@ async fn no_answer_and_an_empty_one_keep_the_last_good() {
         assert_eq!(kept.pool.usable(), 1, "{name}");
         let said = log.lines(&format!("name=\"{name}\" reason=\"{}\"", lookup.as_str()));
         assert_eq!(said.len(), 1, "{:?}", log.lines(name));
-        assert!(said[0].contains("WARN") && said[0].contains("could not be resolved"), "{said:?}");
+        assert!(said[0].contains("WARN") && said[0].contains("cannot resolve a name"), "{said:?}");
         names.host(name, 0, &["10.0.1.1"]);
     }
     for (name, kept) in &all {
         kept.has(&["10.0.1.1:5432"]).await;
-        let said = log.lines(&format!("a name is resolved again pool=\"acme\" name=\"{name}\" addresses=1"));
+        let said = log.lines(&format!("name resolved again pool=\"acme\" name=\"{name}\" addresses=1"));
         assert_eq!(said.len(), 1, "{said:?}");
     }
 }
 
 #[tokio::test]
-async fn the_first_lookup_is_told_though_it_failed() {
+async fn failed_first_lookup_is_reported() {
     let names = Names::start().await;
     let kept = Kept::start(resolver(&[names.address()], Duration::from_secs(5)), host(HOST));
     let first = async || kept.calls.lock().unwrap().first().cloned();
@@ -246,7 +246,7 @@ async fn the_first_lookup_is_told_though_it_failed() {
 }
 
 #[tokio::test]
-async fn one_family_is_enough_and_the_other_is_what_it_was() {
+async fn failed_family_keeps_its_last_answer() {
     let names = Names::start().await;
     names.host(HOST, 0, &["10.0.0.1"]);
     names.say(HOST, RecordType::AAAA, Reply::Code(ResponseCode::ServFail));
@@ -312,7 +312,7 @@ async fn a_service_whose_hosts_all_fail_fails() {
 }
 
 #[tokio::test]
-async fn aliases_are_followed_whoever_follows_them() {
+async fn aliases_are_followed_by_server_or_resolver() {
     let names = Names::start().await;
     let whole = vec![alias(HOST, 9, "lb.example.com."), address("lb.example.com.", 30, [10, 0, 0, 1].into())];
     names.say(HOST, RecordType::A, Reply::Records(whole));
@@ -384,7 +384,7 @@ async fn more_addresses_than_are_used_are_cut_the_same_way_each_time() {
     kept.ends(LookupResult::Found).await;
     assert_eq!(kept.backends(), before);
     assert_eq!(kept.calls.lock().unwrap().len(), 65);
-    assert_eq!(log.lines("a name has more addresses than are used").len(), 1);
+    assert_eq!(log.lines("name has more addresses than the limit; the rest are ignored").len(), 1);
 }
 
 #[tokio::test]

@@ -86,7 +86,7 @@ async fn a_pool_follows_its_name_and_keeps_its_backends_where_that_fails() {
 }
 
 #[tokio::test]
-async fn a_session_of_a_backend_that_its_name_has_left_goes_on() {
+async fn session_of_an_address_removed_from_dns_continues() {
     let names = Names::start().await;
     let (one, other) = pair().await;
     names.host(HOST, 0, &["127.0.0.1"]);

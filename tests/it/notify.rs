@@ -53,7 +53,7 @@ impl Systemd {
 }
 
 #[tokio::test]
-async fn systemd_hears_of_the_start_of_reloads_and_of_the_end() {
+async fn systemd_is_notified_of_start_reloads_and_stop() {
     let world = World::new().await;
     let drain = "[drain]\nnotice = \"2s\"\nquiet = \"0s\"\nidle = \"300s\"\ndeadline = \"300s\"";
     let config = world.config(drain);
@@ -73,7 +73,7 @@ async fn systemd_hears_of_the_start_of_reloads_and_of_the_end() {
     let text = fs::read_to_string(&config.path).unwrap();
     fs::write(&config.path, "nonsense").unwrap();
     serve.signal(Signal::HUP);
-    systemd.hears_all(&["RELOADING=1\n", "READY=1\n", "; the last reload was refused"]).await;
+    systemd.hears_all(&["RELOADING=1\n", "READY=1\n", "; last reload refused"]).await;
     fs::write(&config.path, text).unwrap();
     serve.signal(Signal::HUP);
     systemd.hears("STATUS=serving, 0 sessions\n").await;
@@ -91,13 +91,13 @@ async fn systemd_hears_of_the_start_of_reloads_and_of_the_end() {
 }
 
 #[tokio::test]
-async fn a_systemd_that_is_gone_stops_nothing() {
+async fn missing_notify_socket_does_not_stop_the_process() {
     let world = World::new().await;
     let config = world.config("[drain]\nnotice = \"0s\"\nquiet = \"0s\"");
     let mut command = program(&config);
     command.env("NOTIFY_SOCKET", config.beside("absent"));
     let mut serve = Serve::of(command).await;
-    serve.says("systemd cannot be told").await;
+    serve.says("cannot notify systemd").await;
     serve.serves().await;
     serve.signal(Signal::TERM);
     assert_eq!(serve.ended().await.code(), Some(0));
@@ -135,9 +135,9 @@ async fn a_successor_that_fails_late_is_never_the_main_process() {
         heir
     });
     let heir = heir.await.unwrap();
-    old.says("sessions that cannot move yet are finished here").await;
+    old.says("sessions that cannot be handed over yet continue in this process").await;
     drop(heir);
-    old.says("the takeover failed; this process goes on").await;
+    old.says("takeover failed; this process continues").await;
     old.serves().await;
     old.signal(Signal::TERM);
     systemd.hears_all_without(&["STOPPING=1\n"], Some("MAINPID=")).await;

@@ -78,7 +78,7 @@ async fn newcomer_gets_the_place_of_the_longest_silent_session_where_all_are_tak
 }
 
 #[tokio::test]
-async fn silent_flood_keeps_no_client_out_whose_header_comes_later() {
+async fn silent_flood_does_not_block_clients_with_late_headers() {
     const ROUNDS: usize = 20;
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "", "max-pending = 64").await;
@@ -149,7 +149,7 @@ fn open_at_once(address: SocketAddr, bytes: &[u8]) -> TcpStream {
 }
 
 #[tokio::test]
-async fn session_whose_header_is_there_at_once_takes_no_place() {
+async fn session_with_an_immediate_header_takes_no_pending_slot() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "", "max-pending = 1").await;
     let bytes = [&header(ACME)[..], b"at once"].concat();

@@ -205,7 +205,7 @@ async fn an_answer_without_an_end_is_not_read_to_its_end() {
 }
 
 #[tokio::test]
-async fn an_answer_says_what_it_says() {
+async fn transfer_replies_are_read_back() {
     for (answer, expected) in [
         (&b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"[..], ProbeResult::Passed),
         (b"HTTP/1.0 204 No Content\r\n\r\n", ProbeResult::Passed),
@@ -244,7 +244,7 @@ async fn a_server_may_speak_first_and_in_pieces() {
 }
 
 #[tokio::test]
-async fn a_reset_and_an_end_are_told_apart() {
+async fn reset_and_end_are_distinguished() {
     for (ask, end, said, expected) in [
         (get(), &b"\r\n\r\n"[..], &b""[..], ProbeResult::Closed),
         (get(), b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n", ProbeResult::Closed),
@@ -271,7 +271,7 @@ async fn a_reset_and_an_end_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_header_comes_first_and_is_nobodys() {
+async fn probe_sends_a_local_header_first() {
     let local = [&SIGNATURE[..], &[0x20, 0, 0, 0]].concat();
     for (ask, rest) in [(ProbeCheck::Connect, ""), (ping(), "PING\r\n"), (get(), "GET /up HTTP/1.1\r\n")] {
         let serve = async |mut stream: TcpStream| {
@@ -362,7 +362,7 @@ fn count(backend: &Backend, verdict: ProbeResult) -> u64 {
 }
 
 #[tokio::test]
-async fn a_backend_is_probed_until_it_is_gone() {
+async fn backend_is_probed_until_it_is_removed() {
     let (_socket, address) = closed_port(0).unwrap();
     let probe = ProbeConfig { interval: Duration::from_millis(20), ..probe(ProbeCheck::Connect) };
     let (pool, backends) = pool(probe, Vec::new(), &[address]);
@@ -381,7 +381,7 @@ async fn a_backend_is_probed_until_it_is_gone() {
 }
 
 #[tokio::test]
-async fn who_is_gone_before_its_first_probe_is_not_waited_for() {
+async fn backend_removed_before_its_first_probe_does_not_delay_readiness() {
     let (_socket, address) = closed_port(0).unwrap();
     let (pool, backends) = pool(probe(ProbeCheck::Connect), Vec::new(), &[address]);
     pool.resolve(0, &[], &Labels::default(), clock::now());
@@ -393,7 +393,7 @@ async fn who_is_gone_before_its_first_probe_is_not_waited_for() {
 }
 
 #[tokio::test]
-async fn a_probe_that_could_not_be_sent_says_nothing_of_its_backend() {
+async fn unsent_probe_does_not_change_health() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let foreign = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
     let probe = ProbeConfig { interval: Duration::from_millis(20), ..probe(ProbeCheck::Connect) };
@@ -407,7 +407,7 @@ async fn a_probe_that_could_not_be_sent_says_nothing_of_its_backend() {
 }
 
 #[tokio::test]
-async fn so_many_are_probed_at_once_and_the_wait_is_not_held_against_the_others() {
+async fn probes_are_bounded_and_waiting_ones_do_not_fail() {
     const MORE: usize = 36;
     let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -479,7 +479,7 @@ async fn a_datagram_is_answered_by_one_and_the_first_decides() {
 }
 
 #[tokio::test]
-async fn who_says_nothing_to_a_datagram_is_late_and_who_is_not_there_refuses() {
+async fn udp_probe_without_answer_times_out_and_closed_port_is_refused() {
     let short = ProbeConfig { timeout: Duration::from_millis(100), ..knock(false) };
     assert_eq!(knocked(&short, None).await.0, ProbeResult::AnswerTimeout);
     let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();

@@ -72,7 +72,7 @@ async fn the_last_with_room_goes_through_the_next_wait_in_order_and_beyond_the_l
 }
 
 #[tokio::test]
-async fn without_a_queue_nobody_waits() {
+async fn without_a_queue_no_session_waits() {
     let raw = Raw::bind().await;
     let proxy = proxy(&raw, 1, "").await;
     let held = raw.session(&proxy).await;
@@ -88,7 +88,7 @@ async fn without_a_queue_nobody_waits() {
 }
 
 #[tokio::test]
-async fn who_waits_too_long_is_reset_and_the_next_is_served() {
+async fn queue_timeout_resets_the_session_and_the_next_is_served() {
     let raw = Raw::bind().await;
     let proxy = proxy(&raw, 1, "queue = { length = 2, timeout = \"300ms\" }").await;
     let held = raw.session(&proxy).await;
@@ -109,7 +109,7 @@ async fn who_waits_too_long_is_reset_and_the_next_is_served() {
 }
 
 #[tokio::test]
-async fn the_end_of_a_drain_ends_who_waits() {
+async fn drain_deadline_ends_waiting_sessions() {
     let raw = Raw::bind().await;
     let conf = Conf {
         // On two, one may still be served what the other's end has left.
@@ -223,7 +223,7 @@ async fn one_full_backend_is_passed_over_while_another_has_room() {
 }
 
 #[tokio::test]
-async fn who_could_not_connect_does_not_wait_as_well() {
+async fn session_that_failed_to_connect_does_not_queue() {
     let (refusing, raw) = (Held::bind(), Raw::bind().await);
     let backends = vec![with(raw.address(), "max-sessions = 1"), with(refusing.address(), "weight = 100")];
     let pool = format!("{ROUND_ROBIN}\nqueue = {{ length = 1, timeout = \"60s\" }}");

@@ -106,7 +106,7 @@ async fn two_tenants_at_their_most_and_silence_leave_room_for_a_third() {
 }
 
 #[tokio::test]
-async fn workers_share_what_comes_and_hand_over_what_is_too_much() {
+async fn workers_balance_new_connections() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let mut sessions = [Vec::new(), Vec::new()];

@@ -17,10 +17,10 @@ fn long_lines(config: &Written) {
 }
 
 #[tokio::test]
-async fn accepting_pauses_without_descriptors_and_goes_on_with_them() {
+async fn accepting_pauses_without_descriptors_and_continues_with_them() {
     let world = World::new().await;
     let mut serve = Serve::limited(&world.config("max-sessions = 500"), 312).await;
-    let warning = serve.says("max-sessions is more than the file-descriptor limit allows").await;
+    let warning = serve.says("max-sessions exceeds the file-descriptor limit").await;
     assert_eq!((&warning["level"], &warning["max_sessions"]), (&"WARN".into(), &500.into()));
     assert!(warning["possible"].as_u64().unwrap() < 60, "{warning}");
     let mut live = serve.carried().await;
@@ -59,7 +59,7 @@ async fn accepting_pauses_without_descriptors_and_goes_on_with_them() {
 }
 
 #[tokio::test]
-async fn a_session_without_a_descriptor_for_its_backend_is_reset_and_says_why() {
+async fn session_without_a_backend_descriptor_is_reset_with_its_reason() {
     let world = World::new().await;
     let mut serve = Serve::limited(&world.config("max-sessions = 500"), 312).await;
     // One descriptor more or less decides whether the last is short at accept or at connect: where accepting pauses,
@@ -106,7 +106,7 @@ async fn a_session_without_a_descriptor_for_its_backend_is_reset_and_says_why() 
 }
 
 #[tokio::test]
-async fn a_log_that_nobody_reads_holds_up_nobody() {
+async fn log_without_a_reader_blocks_no_session() {
     let world = World::new().await;
     let (mut serve, out) = Serve::unread(&world.config("")).await;
     let room = rustix::pipe::fcntl_setpipe_size(&out, 4096).unwrap();
@@ -129,7 +129,7 @@ async fn a_log_that_nobody_reads_holds_up_nobody() {
 }
 
 #[tokio::test]
-async fn the_soft_limit_of_descriptors_is_raised_and_the_start_says_what_was_found() {
+async fn soft_descriptor_limit_is_raised_and_logged() {
     let world = World::new().await;
     let mut serve = Serve::limited_softly(&world.config(""), 300, 2_000).await;
     let line = serve.says("serving").await;
@@ -147,7 +147,7 @@ async fn the_soft_limit_of_descriptors_is_raised_and_the_start_says_what_was_fou
 }
 
 #[tokio::test]
-async fn a_named_pipe_as_the_log_that_nobody_reads_drops_lines_and_no_session() {
+async fn named_pipe_log_without_a_reader_drops_lines_and_no_session() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("access.fifo");
     assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());

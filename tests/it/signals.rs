@@ -63,7 +63,7 @@ async fn signals_while_the_configuration_is_read_leave_the_process_alive_and_rel
     drop(to);
     let mut serve = Serve::at_work(child).await;
     counts(&serve, "vestibule_config_reloads_total", 1).await;
-    serve.says("SIGUSR2: must find an admin.socket").await;
+    serve.says("SIGUSR2 is refused: a takeover needs admin.socket").await;
     serve.serves().await;
     counts(&serve, "vestibule_config_reloads_total", 1).await;
     serve.end().await;
@@ -154,7 +154,7 @@ async fn process_that_is_pid_1_refuses_a_successor_that_would_end_with_it() {
     let output = spawn_blocking(move || successor.output()).await.unwrap().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("--takeover: the old process refuses: this process is PID 1"), "{said}");
+    assert!(said.contains("--takeover: the previous process refuses: this process is PID 1"), "{said}");
     counts(&serve, "vestibule_takeovers_total{result=\"failed\"}", 1).await;
     still_lives(&mut live).await;
     serve.serves().await;

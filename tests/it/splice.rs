@@ -237,7 +237,7 @@ async fn a_pipe_with_bytes_in_it_never_reaches_another_session() {
 }
 
 #[tokio::test]
-async fn a_session_that_rests_gives_its_pipes_back_and_goes_on() {
+async fn idle_session_releases_its_pipes_and_continues() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -259,7 +259,7 @@ async fn a_session_that_rests_gives_its_pipes_back_and_goes_on() {
 }
 
 #[tokio::test]
-async fn what_follows_an_urgent_byte_is_not_lost() {
+async fn bytes_after_an_urgent_byte_are_not_lost() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;

@@ -136,7 +136,7 @@ async fn a_successor_that_cannot_start_changes_nothing() {
     );
     for (from, to, says) in [
         ("workers = 2", "workers = \"two\"", "process: workers: must be"),
-        ("[[pool]]\nname = \"acme\"", &format!("{more}[[pool]]\nname = \"acme\""), "must be free and local"),
+        ("[[pool]]\nname = \"acme\"", &format!("{more}[[pool]]\nname = \"acme\""), "cannot bind "),
     ] {
         config.rewrite(from, to);
         let output = config.successor(&control);
@@ -154,13 +154,13 @@ async fn a_successor_that_cannot_start_changes_nothing() {
 }
 
 #[tokio::test]
-async fn nobody_to_take_over_from_is_said() {
+async fn takeover_without_a_running_process_names_the_error() {
     let world = World::new().await;
     let (config, control) = config(&world);
     let output = config.successor(&control);
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("must be the admin.socket of a running vestibule"), "{said}");
+    assert!(said.contains("cannot reach a running vestibule at "), "{said}");
 }
 
 /// A successor that is the test itself.
@@ -253,7 +253,7 @@ async fn the_heir_is_shown_every_socket() {
     assert_eq!(count(|role| matches!(role, SocketRole::Health { .. })), 1);
     assert_eq!(count(|role| matches!(role, SocketRole::Control { has_file: true, .. })), 1);
     // It has gone without a word.
-    old.says("the takeover failed; this process goes on").await;
+    old.says("takeover failed; this process continues").await;
     old.serves().await;
     is_empty(&old).await;
     old.end().await;
@@ -284,7 +284,7 @@ async fn one_successor_at_a_time() {
     assert_eq!(output.status.code(), Some(1));
     old.serves().await;
     drop(first);
-    old.says("the takeover failed; this process goes on").await;
+    old.says("takeover failed; this process continues").await;
     let mut new = Serve::successor(&config, &control).await;
     assert_eq!(old.ended().await.code(), Some(0));
     new.serves().await;
@@ -305,7 +305,7 @@ async fn a_successor_that_is_killed_before_it_answers_has_moved_nothing() {
         frame.tail.len()
     });
     assert!(seen.await.unwrap() > 0);
-    old.says("the takeover failed; this process goes on").await;
+    old.says("takeover failed; this process continues").await;
     for session in &mut sessions {
         still_lives(session).await;
     }
@@ -320,7 +320,7 @@ async fn a_successor_that_is_killed_before_it_answers_has_moved_nothing() {
 }
 
 #[tokio::test]
-async fn a_successor_that_is_killed_takes_along_what_it_had_taken_and_no_more() {
+async fn killed_successor_loses_only_the_sessions_it_had_taken() {
     let Before { config: _config, control, mut old, _world } = Before::start().await;
     let sessions = carried(&old, 5).await;
     let at = control.clone();
@@ -331,7 +331,7 @@ async fn a_successor_that_is_killed_takes_along_what_it_had_taken_and_no_more() 
         heir.link.send(&LinkMessage::Taken { id }, &[], &[]).unwrap();
     });
     taken.await.unwrap();
-    old.says("the takeover failed; this process goes on").await;
+    old.says("takeover failed; this process continues").await;
     let (mut alive, mut gone) = (Vec::new(), 0);
     for mut session in sessions {
         let told = session.write_all(b"still").await.is_ok();
@@ -408,7 +408,7 @@ async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
     let mut new = Serve::successor(&config, &control).await;
     played.await.unwrap();
     assert_eq!(new.web, address);
-    new.says("the old process has died").await;
+    new.says("the previous process died").await;
     new.serves().await;
     is_empty(&new).await;
     new.end().await;
@@ -450,7 +450,7 @@ async fn a_signal_has_a_process_start_its_own_successor() {
     let Before { config: _config, control: _control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
     old.signal(Signal::USR2);
-    let pid = i32::try_from(old.says("a successor is started").await["pid"].as_u64().unwrap()).unwrap();
+    let pid = i32::try_from(old.says("successor started").await["pid"].as_u64().unwrap()).unwrap();
     let heir = Orphan(rustix::process::Pid::from_raw(pid).unwrap());
     assert_eq!(old.ended().await.code(), Some(0));
     still_lives(&mut live).await;
@@ -465,11 +465,11 @@ async fn a_signal_has_a_process_start_its_own_successor() {
 }
 
 #[tokio::test]
-async fn a_signal_without_an_admin_socket_says_what_is_missing() {
+async fn takeover_signal_without_an_admin_socket_is_refused() {
     let world = World::new().await;
     let mut alone = Serve::start(&world.config("")).await;
     alone.signal(Signal::USR2);
-    alone.says("SIGUSR2: must find an admin.socket").await;
+    alone.says("SIGUSR2 is refused: a takeover needs admin.socket").await;
     alone.serves().await;
     alone.end().await;
 }

@@ -177,7 +177,7 @@ async fn a_disabled_tenant_is_rejected_by_name() {
 }
 
 #[tokio::test]
-async fn what_is_no_endpoint_id_is_an_unknown_endpoint_and_what_is_empty_is_none() {
+async fn malformed_endpoint_id_is_unknown_and_an_empty_one_is_absent() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], more: lenient(), ..Conf::default() };
     let proxy = conf.start().await;

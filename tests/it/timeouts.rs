@@ -55,7 +55,7 @@ async fn one_direction_that_moves_keeps_a_session_alive() {
 }
 
 #[tokio::test]
-async fn an_idle_session_whose_bytes_nobody_takes_is_reset() {
+async fn idle_session_with_unread_bytes_is_reset() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("idle = \"1s\"\nhalf-close = \"1h\"")).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -96,7 +96,7 @@ async fn peer_that_acknowledges_no_bytes_for_tcp_user_timeout_ends_as_unanswered
 }
 
 #[tokio::test]
-async fn a_half_that_stays_silent_is_ended_and_not_before_its_time() {
+async fn silent_half_closed_session_ends_at_its_timeout() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("idle = \"1h\"\nhalf-close = \"400ms\"")).await;
     for client_first in [true, false] {
@@ -116,7 +116,7 @@ async fn a_half_that_stays_silent_is_ended_and_not_before_its_time() {
 }
 
 #[tokio::test]
-async fn a_half_that_goes_on_sending_is_not_cut() {
+async fn half_closed_session_that_sends_is_not_ended() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("idle = \"1h\"\nhalf-close = \"1s\"")).await;
     let (mut client, mut backend) = raw.session(&proxy).await;

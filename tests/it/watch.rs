@@ -40,7 +40,7 @@ async fn a_file_that_is_written_or_replaced_is_put_in_force_and_a_faulty_one_is_
     fs::write(&config.path, format!("{text}{}", tenant("acme"))).unwrap();
     serve.counts(REFUSED, &[], 1).await;
     is_served(&serve, STRANGER).await;
-    serve.says("the reload is refused").await;
+    serve.says("reload refused; the configuration in force stays").await;
     // Replaced by rename, as editors do. The next change is the next attempt.
     let next = config.beside("next");
     fs::write(&next, &text).unwrap();

@@ -227,7 +227,7 @@ fn many_learn_of_a_shorter_patience_in_turn() {
 }
 
 #[test]
-fn who_is_only_put_off_takes_little_of_a_call() {
+fn rescheduled_flows_cost_little() {
     let (mut table, ids) = filled(500);
     ids[..490].iter().for_each(|id| assert!(table.answer(*id, START + IDLE / 2).is_some()));
     let mut gone = 0;

@@ -146,7 +146,7 @@ proptest! {
     }
 
     #[test]
-    fn who_was_busy_for_long_has_its_turns_again_and_no_more(
+    fn returning_backend_gets_its_turns_and_does_not_catch_up(
         count in 2..6_usize,
         weight in prop_oneof![Just(64_000_u32), Just(6_400), Just(64)],
         busy in 1..120_000_u32,

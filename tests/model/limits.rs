@@ -27,7 +27,7 @@ fn act() -> impl Strategy<Value = Act> {
 
 proptest! {
     #[test]
-    fn a_limit_that_moves_admits_below_it_and_ends_nobody(acts in prop::collection::vec(act(), 0..300)) {
+    fn changed_limit_admits_below_it_and_ends_no_session(acts in prop::collection::vec(act(), 0..300)) {
         let slots = Slots::new(5);
         let (mut held, mut limit) = (Vec::new(), 5);
         for act in acts {

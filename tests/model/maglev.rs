@@ -53,7 +53,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn every_share_is_what_is_due_and_nobody_without_a_weight_is_found(
+    fn maglev_shares_follow_weights_and_weight_zero_gets_none(
         wholes in prop::collection::vec((any::<u64>(), weight()), 1..24),
         weights in prop::collection::vec(weight(), 24),
     ) {
@@ -76,7 +76,7 @@ proptest! {
     }
 
     #[test]
-    fn who_is_partly_or_not_in_use_moves_what_must_move_and_no_more(
+    fn maglev_moves_only_keys_of_changed_backends(
         wholes in prop::collection::vec((any::<u64>(), weight()), 1..40),
         parts in prop::collection::vec(prop_oneof![3 => Just(64_u32), 1 => Just(0), 2 => 1..64_u32], 40),
     ) {

@@ -170,7 +170,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn whatever_sessions_do_they_get_the_rate_and_no_more(
+    fn sessions_never_get_more_than_the_rate(
         rate in prop_oneof![20_000..1_000_000_u64, 1_000_000..200_000_000_u64],
         burst_ms in 1..1000_u64,
         phases in prop::array::uniform2(0..50_u64),
@@ -244,7 +244,7 @@ proptest! {
     }
 
     #[test]
-    fn who_sends_little_waits_for_nobody(
+    fn light_session_does_not_wait(
         rate in 1_000_000..200_000_000_u64,
         phases in prop::array::uniform2(0..50_u64),
         greedy in 1..40_usize,

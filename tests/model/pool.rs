@@ -105,7 +105,7 @@ pub(super) fn believed(rules: HealthRules, start: HealthState, results: &[bool])
 
 proptest! {
     #[test]
-    fn health_is_what_the_last_results_say(
+    fn health_follows_the_last_results(
         rise in 1..6_u32,
         fall in 1..6_u32,
         start in prop::sample::select(vec![HealthState::Unknown, HealthState::Healthy, HealthState::Unhealthy]),
@@ -122,7 +122,7 @@ proptest! {
     }
 
     #[test]
-    fn who_comes_back_never_has_less_than_before_and_is_whole_at_the_end(
+    fn slow_start_never_shrinks_and_ends_at_full_weight(
         span in 1..100_000_u64,
         since in 0..100_000_u64,
         mut times in prop::collection::vec(0..150_000_u64, 1..30),

@@ -378,17 +378,17 @@ fn acts() -> impl Strategy<Value = Vec<(Act, u64)>> {
 
 proptest! {
     #[test]
-    fn round_robin_picks_only_who_may_be_picked(config in rules(), acts in acts()) {
+    fn round_robin_picks_only_eligible_backends(config in rules(), acts in acts()) {
         run(Balance::RoundRobin, config, acts)?;
     }
 
     #[test]
-    fn least_sessions_picks_only_who_may_be_picked(config in rules(), acts in acts()) {
+    fn least_sessions_picks_only_eligible_backends(config in rules(), acts in acts()) {
         run(Balance::LeastSessions, config, acts)?;
     }
 
     #[test]
-    fn p2c_picks_only_who_may_be_picked(config in rules(), acts in acts()) {
+    fn p2c_picks_only_eligible_backends(config in rules(), acts in acts()) {
         run(Balance::P2c, config, acts)?;
     }
 }
@@ -398,12 +398,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
-    fn maglev_picks_only_who_may_be_picked(config in rules(), acts in acts()) {
+    fn maglev_picks_only_eligible_backends(config in rules(), acts in acts()) {
         run(Balance::Maglev, config, acts)?;
     }
 
     #[test]
-    fn maglev_by_endpoint_picks_only_who_may_be_picked(config in rules(), acts in acts()) {
+    fn maglev_by_endpoint_picks_only_eligible_backends(config in rules(), acts in acts()) {
         run(Balance::MaglevEndpoint, config, acts)?;
     }
 }
@@ -414,7 +414,7 @@ proptest! {
     /// Found by the others: one of another zone is back from its ejection, a probe of it fails before the roster follows,
     /// and somebody waits.
     #[test]
-    fn who_is_down_helps_no_other_zone(first in any::<Index>().prop_filter("it is the first", |it| it.index(2) == 0)) {
+    fn unhealthy_backend_takes_no_spill_of_another_zone(first in any::<Index>().prop_filter("it is the first", |it| it.index(2) == 0)) {
         let mut config = config(Balance::P2c, &[100, 100]);
         (config.backends[1].zone, config.prefer_zone) = (Some("a".to_owned()), Some("a".to_owned()));
         config.queue.length = 1;

@@ -81,7 +81,7 @@ fn reasons_of_the_program_and_of_its_page_are_the_same() {
         |row: &String| row.trim_end_matches(" |").rsplit_once(" | ").map(|(row, _)| format!("{row} |"));
     let written: Vec<_> = written.iter().filter_map(without_last).collect();
     let known: Vec<_> =
-        Reason::ALL.iter().map(|why| format!("| `{}` | {} |", why.word(), why.meaning())).collect();
+        Reason::ALL.iter().map(|why| format!("| `{}` | {} |", why.as_str(), why.meaning())).collect();
     same("docs/observability.md", &known, &written);
 }
 

@@ -143,7 +143,7 @@ fn a_right_header_passed_on_is_the_same_header() {
 }
 
 #[test]
-fn headers_for_nobody_are_read_by_both_crates() {
+fn local_headers_are_read_by_both_crates() {
     for (input, command) in [
         (HeaderBuilder::local().build(), ProxyCommand::Local),
         (HeaderBuilder::unspecified().tlv(kind::NOOP, &[0; 9]).unwrap().build(), ProxyCommand::Proxy),
@@ -158,7 +158,7 @@ fn headers_for_nobody_are_read_by_both_crates() {
 
 proptest! {
     #[test]
-    fn what_we_write_is_read_alike_by_all(
+    fn encoded_headers_are_read_alike_by_all_parsers(
         pair in address_pair(),
         transport in transport(),
         tlvs in plain_tlvs(),
@@ -177,7 +177,7 @@ proptest! {
 
     /// The endpoints are those that `ppp` finds: one, however often, is the header's; two that differ are refused.
     #[test]
-    fn endpoints_are_those_that_another_parser_finds(
+    fn endpoints_agree_with_another_parser(
         pair in address_pair(),
         transport in transport(),
         tlvs in endpoint_tlvs(),
@@ -201,7 +201,7 @@ proptest! {
     }
 
     #[test]
-    fn what_proxy_protocol_writes_is_read_by_us(pair in address_pair(), datagram in any::<bool>()) {
+    fn headers_of_proxy_protocol_are_read(pair in address_pair(), datagram in any::<bool>()) {
         let addresses = match pair {
             (SocketAddr::V4(source), SocketAddr::V4(destination)) => ProxyAddresses::Ipv4 { source, destination },
             (SocketAddr::V6(source), SocketAddr::V6(destination)) => ProxyAddresses::Ipv6 { source, destination },
@@ -218,7 +218,7 @@ proptest! {
     }
 
     #[test]
-    fn what_ppp_writes_is_read_by_us(pair in address_pair(), datagram in any::<bool>(), tlvs in plain_tlvs()) {
+    fn headers_of_ppp_are_read(pair in address_pair(), datagram in any::<bool>(), tlvs in plain_tlvs()) {
         let (protocol, transport) = if datagram {
             (ppp2::Protocol::Datagram, Transport::Datagram)
         } else {

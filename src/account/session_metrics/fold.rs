@@ -1,7 +1,7 @@
-//! Counts of what is configured no more: once idle, they are added to an aggregate and forgotten.
+//! Counters of removed names: once idle, they are added to an aggregate and dropped.
 //!
 //! A name that is gone stands as [`REMOVED`] in the aggregate, so sums over the names that stay never fall. The worker folds
-//! its own cells, a slice at each of its ticks; a cell that a session counts in, or that a scrape reads, is left for later.
+//! its own counters, a slice at each tick; counters that a session or a scrape holds are left for a later pass.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -40,11 +40,11 @@ impl LabelNumbers {
     }
 }
 
-/// What is configured, by the numbers of labels. A number that is another name's by now does no harm: a cell is folded
+/// The configured names, by label number. A number that has been reused does no harm: a counter is folded
 /// early, or one pass later.
 #[derive(Debug)]
 pub struct ConfiguredLabels {
-    /// Which pass over the cells it is for.
+    /// The number of the pass.
     pass: u64,
     removed: Label,
     listeners: LabelNumbers,
@@ -79,7 +79,7 @@ impl ConfiguredLabels {
         }
     }
 
-    /// Which pass it is for.
+    /// The number of the pass.
     #[must_use]
     pub fn pass(&self) -> u64 {
         self.pass
@@ -92,16 +92,16 @@ impl ConfiguredLabels {
     }
 }
 
-/// Cells that can be folded.
+/// Counters that can be folded into an aggregate.
 trait Fold: Sized {
     type Key: Copy + Eq + Hash;
 
     fn key(&self) -> Self::Key;
 
-    /// Empty cells of the aggregate that these belong to; their own key where nothing that they are named after is gone.
+    /// Empty counters of the aggregate that these belong to; of their own key if no name of theirs is removed.
     fn aggregate(&self, configured: &ConfiguredLabels) -> Self;
 
-    /// Whether something that they are named after is gone.
+    /// Whether a name of their labels is removed.
     fn is_removed(&self, configured: &ConfiguredLabels) -> bool;
 
     fn add(&self, other: &Self);
@@ -235,7 +235,7 @@ impl Fold for PoolCounters {
     }
 }
 
-/// What a slice of a pass has done.
+/// The result of one slice of a pass.
 #[derive(Debug, Default)]
 struct FoldedSlice {
     /// Where the next slice begins; none after the last.
@@ -290,7 +290,7 @@ fn fold<C: Fold>(
 }
 
 impl WorkerMetrics {
-    /// Goes on with the pass over all cells that is due, where one is: to be called once in each tick, by the worker.
+    /// Continues a due pass over all counters, if any. Call it once in each tick, by the worker.
     pub fn fold(&self, configured: &ConfiguredLabels) {
         if self.folding.turn.get() == configured.pass {
             return;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{FreePort, PortSpace, TimeWaitPort};
 use crate::account::lock;
 
-/// A local port that a connection uses as long as this lives.
+/// A local port in use until this is dropped.
 #[derive(Debug)]
 pub struct LocalPort {
     pub(super) space: Arc<PortSpace>,

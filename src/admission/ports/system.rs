@@ -1,4 +1,4 @@
-//! What the system says of local ports: which there are, and when one in TIME_WAIT is free again.
+//! The system's settings of local ports: the range, and when a port in TIME_WAIT is free again.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ impl LocalPortRange {
         Self(first.chain(second).filter(is_free).collect())
     }
 
-    /// How many there are.
+    /// The count.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()

@@ -47,7 +47,8 @@ impl Quota {
         Ok(permit)
     }
 
-    /// Takes in a flow that another process has admitted, whatever the limits say. It has a place that is kept, where there is one.
+    /// Adopts a flow that another process has admitted, regardless of the limits. It has a slot that is kept, where
+    /// there is one.
     pub fn adopt_flow(self: &Arc<Self>, beyond: bool) -> FlowPermit {
         if self.flows.enter_reserved() {
             self.share.iter().for_each(|share| share.join());
@@ -70,7 +71,8 @@ impl Quota {
         self.has_share(flows) || self.has_equal_share(flows)
     }
 
-    /// Whether one datagram of so many bytes may pass now. It does not wait: who has to go is dropped, and has taken nothing.
+    /// Whether one datagram of so many bytes may pass now. Datagrams do not wait: one beyond a limit is dropped and
+    /// uses nothing.
     pub fn pass(&self, direction: Direction, bytes: u64, now: Moment) -> DatagramVerdict {
         let budget = self.budget(direction);
         let excess = if !budget.take_whole(bytes, now) {
@@ -97,7 +99,7 @@ impl Quota {
     }
 }
 
-/// Whose silent flow may end for a new one.
+/// Which flows may be evicted for a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EvictionScope {
     /// The tenant's own.
@@ -106,7 +108,7 @@ pub enum EvictionScope {
     OfProcess,
 }
 
-/// What becomes of a datagram by its tenant's limits.
+/// The verdict of the tenant's limits on a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatagramVerdict {
     /// It passes.
@@ -117,7 +119,7 @@ pub enum DatagramVerdict {
     Dropped(ExceededLimit),
 }
 
-/// Which limit a datagram is beyond.
+/// The limit that a datagram exceeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExceededLimit {
     /// `datagram-rate`.
@@ -126,7 +128,7 @@ pub enum ExceededLimit {
     Bandwidth,
 }
 
-/// One flow of a tenant, given back on drop.
+/// The admission of one flow of a tenant, released on drop.
 #[derive(Debug)]
 pub struct FlowPermit {
     quota: Arc<Quota>,
@@ -134,13 +136,13 @@ pub struct FlowPermit {
 }
 
 impl FlowPermit {
-    /// Whose flow it is.
+    /// The tenant's quota.
     #[must_use]
     pub fn quota(&self) -> &Arc<Quota> {
         &self.quota
     }
 
-    /// Why it would have been rejected, were the limits not only observed.
+    /// The reason for which it would have been rejected in enforce mode.
     #[must_use]
     pub fn would_reject(&self) -> Option<Reason> {
         self.beyond.then_some(Reason::FlowLimit)

@@ -1,4 +1,5 @@
-//! Places that are kept while sessions and flows go from one process to the other, so that nobody else gets them meanwhile.
+//! Slots that are reserved while sessions and flows move from one process to the other, so that new ones do not take
+//! them.
 
 use std::sync::Arc;
 
@@ -6,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Quota, Quotas, Slots, lock};
 
-/// What a process holds of its limits, as it tells its successor.
+/// The slots in use of the process and of each tenant, as sent to the successor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeldSlots {
     /// Sessions and flows of the process.
@@ -15,7 +16,8 @@ pub struct HeldSlots {
     pub tenants: Vec<(String, usize, usize)>,
 }
 
-/// Places for those that are to come; what nobody came for is given back with the last of those who hold this.
+/// Slots reserved for sessions that are still to be taken over. Unused ones are released when the last holder is
+/// dropped.
 #[derive(Debug)]
 pub struct ReservedSlots {
     slots: Arc<Slots>,
@@ -80,7 +82,7 @@ mod tests {
     use crate::outcome::Reason;
 
     #[test]
-    fn places_are_for_those_who_come_and_what_is_left_is_given_back() {
+    fn reserved_slots_serve_taken_over_sessions_and_the_rest_is_released() {
         let slots = Slots::new(10);
         let quota = quota(TenantLimits { sessions: Some(2), flows: Some(1), ..TenantLimits::default() });
         let holders = || quota.share.as_ref().unwrap().holders();

@@ -1,4 +1,4 @@
-//! What the story asks of its world: `curl` inside a network, and what load balancer and proxies say of themselves.
+//! Queries of the walkthrough: `curl` inside a network, and the state of the load balancer and the proxies.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -34,9 +34,9 @@ pub(super) async fn curl(network: &Network, words: &[&str]) -> io::Result<Output
 /// What a backend's nginx answers.
 #[derive(Debug, Deserialize)]
 pub(super) struct NginxAnswer {
-    /// Who it is.
+    /// The backend's name.
     pub(super) backend: String,
-    /// Whom it takes for the client.
+    /// The client address that it sees.
     pub(super) client: SocketAddr,
     /// Which proxy asked.
     pub(super) proxy: Ipv4Addr,
@@ -96,7 +96,7 @@ pub(super) async fn health(nlb: &Network, proxy: Ipv4Addr) -> io::Result<String>
     Ok(format!("{status} {word}"))
 }
 
-/// What the load balancer thinks of its targets.
+/// The load balancer's view of its targets.
 pub(super) struct TargetStates(Vec<TargetDescription>);
 
 impl TargetStates {
@@ -134,7 +134,7 @@ async fn tell(orders: &Path, request: &str) -> io::Result<String> {
     stream.read_to_string(&mut answer).await?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
     if !head.starts_with("HTTP/1.1 200 ") {
-        return Err(io::Error::other(format!("the NLB says {head}")));
+        return Err(io::Error::other(format!("the NLB answers {head}")));
     }
     Ok(body.to_owned())
 }
@@ -155,7 +155,7 @@ pub(super) async fn until<T>(
             let limit = LIMIT.as_secs();
             return Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("{what}: not within {limit} s{said}"),
+                format!("{what}: not reached within {limit} s{said}"),
             ));
         }
         sleep(LOOK).await;

@@ -35,7 +35,7 @@ impl Screen {
         if self.colours { format!("\x1b[{colour}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// Who is where.
+    /// The networks and addresses.
     pub(super) fn picture(&self, world: &LabWorld) {
         let title =
             format!("vestibule lab {}: three networks on one machine, all of them {CIDR}", world.name());
@@ -58,9 +58,10 @@ impl Screen {
         let interval = RULES.interval.as_secs();
         println!();
         note(&format!(
-            "The NLB asks each proxy's health every {interval} s, and two answers count. (An NLB: 30 s; 2 take out, 5 bring"
+            "The NLB checks each proxy's health every {interval} s; two results change its state. (A real \
+             NLB: 30 s; 2 take out, 5 bring"
         ));
-        note("back.) Proxies drain within seconds instead of minutes. All else is as in earnest.");
+        note("back.) Proxies drain within seconds instead of minutes. The rest is as in production.");
     }
 
     /// A heading. Times count from here.
@@ -126,22 +127,22 @@ impl Screen {
         println!("\n{}\n", self.paint(BOLD, "It is left running. Look around, as root:"));
         let line = |what: &str, command: &str| println!("  {what:<37}{command}");
         for tenant in TENANTS {
-            line(&format!("be {}'s consumer", tenant.name), &enter(tenant.name));
+            line(&format!("run commands as {}'s consumer", tenant.name), &enter(tenant.name));
         }
         line("  and there", &format!("curl http://{ENDPOINT}/"));
-        line("be in the provider's network", &enter("provider"));
+        line("run commands in the provider's network", &enter("provider"));
         for (name, address) in PROXIES {
             line(
                 &format!("  and there, {name}'s metrics"),
                 &format!("curl http://{address}:{ADMIN}/metrics"),
             );
         }
-        line("  the headers, as they come", &format!("tcpdump -X -i eth0 tcp dst port {PORT}"));
+        line("  the headers, as they arrive", &format!("tcpdump -X -i eth0 tcp dst port {PORT}"));
         let orders = world.orders();
         let nlb = |words: &str, path: &str| {
             format!("curl {words}--unix-socket {} http://nlb/{path}", orders.display())
         };
-        line("what the NLB thinks of its targets", &nlb("", "targets"));
+        line("the NLB's view of its targets", &nlb("", "targets"));
         for (name, address) in PROXIES.into_iter().take(1) {
             line(&format!("deregister {name}"), &nlb("-X POST ", &format!("deregister/{address}:{PORT}")));
             line("  and register it again", &nlb("-X POST ", &format!("register/{address}:{PORT}")));
@@ -152,7 +153,7 @@ impl Screen {
             }
         }
         line("configurations and logs", &format!("ls {}", world.folder().display()));
-        line("remove it all", &format!("{program} lab --down {run}"));
+        line("remove everything", &format!("{program} lab --down {run}"));
     }
 }
 

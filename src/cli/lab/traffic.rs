@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The downloads' ports in each consumer's network: by them the load balancer spreads them over its targets.
 pub(super) const PORTS: std::ops::Range<u16> = 41_001..41_004;
 
-/// How a download ended.
+/// The result of a download.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Download {
     /// The proxy that it went through.
@@ -103,14 +103,14 @@ impl ConsumerTraffic {
     }
 }
 
-/// The order to download.
+/// A request to start a download.
 struct DownloadRequest {
     /// Told by each download that has its first bytes, or will have none.
     begun: mpsc::Sender<()>,
     ended: mpsc::Sender<io::Result<Download>>,
 }
 
-/// Downloads under way.
+/// Downloads in progress.
 pub(super) struct Downloads(mpsc::Receiver<io::Result<Download>>);
 
 impl Downloads {
@@ -138,7 +138,7 @@ async fn consume(
     loop {
         let order = tokio::select! {
             Some(order) = orders.recv() => order,
-            // Whoever could say so is gone: that is the end, too.
+            // The sender is gone: that is the end, too.
             _ = stopped.wait_for(|stop| *stop) => break,
         };
         for port in PORTS {
@@ -146,7 +146,7 @@ async fn consume(
                 DownloadRequest { begun: order.begun.clone(), ended: order.ended.clone() };
             tasks.spawn(async move {
                 let end = download(port, begun).await;
-                // Nobody waits for it where the story is over.
+                // The receiver is gone once the walkthrough is over.
                 ended.send(end).await.unwrap_or_default();
             });
         }

@@ -48,7 +48,7 @@ impl<'w> Walkthrough<'w> {
     }
 
     async fn come_up(&mut self, provider: &Network) -> io::Result<()> {
-        self.screen.step("Everything comes up");
+        self.screen.step("The lab starts");
         self.world.start()?;
         let orders = self.world.orders();
         for (name, address) in PROXIES {
@@ -63,9 +63,9 @@ impl<'w> Walkthrough<'w> {
             })
             .await?;
             if let Some(ended) = ended {
-                return Err(io::Error::other(format!("{ended} has ended")));
+                return Err(io::Error::other(format!("{ended} ended")));
             }
-            self.screen.event(&format!("{name} has probed its backends, and the NLB finds it healthy"));
+            self.screen.event(&format!("{name} has probed its backends; the NLB finds it healthy"));
         }
         Ok(())
     }
@@ -78,7 +78,7 @@ impl<'w> Walkthrough<'w> {
         note(&format!("# ip netns exec {name} {shown}"));
         self.screen.head(&format!(
             "{:<10}{:<26}{:<14}through",
-            "consumer", "client, as nginx sees it", "answered by"
+            "consumer", "client address in nginx", "answered by"
         ));
         let mut right = true;
         for port in PORTS {
@@ -98,7 +98,7 @@ impl<'w> Walkthrough<'w> {
         }
         self.screen.claim(
             right,
-            "Each was answered by its own tenant's backends: the endpoint's ID tells who calls.",
+            "Each was answered by its own tenant's backends: the endpoint ID identifies the tenant.",
         );
         Ok(())
     }
@@ -116,7 +116,8 @@ impl<'w> Walkthrough<'w> {
         self.screen.claim(
             !output.status.success() && output.stdout.is_empty() && counted == 1,
             &format!(
-                "{name} ended it and counted one untrusted_source: a header from elsewhere could be forged."
+                "{name} ended it and counted one untrusted_source: a header from another source can be \
+                 forged."
             ),
         );
         Ok(())
@@ -134,24 +135,26 @@ impl<'w> Walkthrough<'w> {
         kill_process(Pid::from_child(child), Signal::TERM)?;
         self.screen
             .event(&format!("SIGTERM to {name}, which has {sessions} sessions open, downloads among them"));
-        let said = until("the health check's no", async || {
+        let said = until("the health check fails", async || {
             Ok(Some(health(&nlb, address).await?).filter(|said| said.starts_with("503")))
         })
         .await?;
-        self.screen.event(&format!("its health check says {said}; it still accepts what the NLB sends"));
-        let (sent, sent_other) = until("the NLB's verdict", async || {
+        self.screen
+            .event(&format!("its health check answers {said}; it still accepts connections from the NLB"));
+        let (sent, sent_other) = until("the NLB's target state", async || {
             let targets = TargetStates::of(&orders).await?;
             let out = targets.standing(address) == Some(TargetHealth::Unhealthy);
             Ok(out.then(|| (targets.flows(address), targets.flows(at_other))))
         })
         .await?;
-        self.screen.event(&format!("the NLB has heard no twice: new connections go to {other} alone"));
+        self.screen
+            .event(&format!("two failed health checks: the NLB sends new connections to {other} only"));
         let world = &mut *self.world;
         let status = until("the end of a drained proxy", async || {
             world.child(name).ok_or(io::ErrorKind::NotFound)?.try_wait()
         })
         .await?;
-        self.screen.event(&format!("{name} has had no session left, and ended: {status}"));
+        self.screen.event(&format!("{name} had no session left and ended: {status}"));
         let ends = downloads.end().await;
         let targets = TargetStates::of(&orders).await?;
         let whole = ends.iter().flatten().filter(|end| end.whole).count();
@@ -177,13 +180,13 @@ impl<'w> Walkthrough<'w> {
         self.screen.step(&format!("{name} comes back, as after an upgrade"));
         let orders = self.world.orders();
         self.world.start_proxy(name)?;
-        self.screen.event("it is started; its health check says 503 until its backends are probed");
-        let sent = until("the NLB's verdict", async || {
+        self.screen.event("it is started; its health check answers 503 until its backends are probed");
+        let sent = until("the NLB's target state", async || {
             let targets = TargetStates::of(&orders).await?;
             Ok((targets.standing(address) == Some(TargetHealth::Healthy)).then(|| targets.flows(address)))
         })
         .await?;
-        self.screen.event("the NLB has heard yes twice: it gets its share of new connections again");
+        self.screen.event("two health checks passed: it gets its share of new connections again");
         until("traffic over the new proxy", async || {
             Ok((TargetStates::of(&orders).await?.flows(address) >= sent + SOME).then_some(()))
         })
@@ -200,19 +203,19 @@ impl<'w> Walkthrough<'w> {
         let sent = TargetStates::of(&orders).await?.flows(address);
         self.busy(traffic).await?;
         let targets = TargetStates::of(&orders).await?;
-        self.screen.event("the NLB calls it draining: it keeps its flows, and gets no new ones");
+        self.screen.event("the NLB marks it draining: it keeps its flows and gets no new ones");
         self.screen.claim(
             targets.standing(address) == Some(TargetHealth::Draining) && targets.flows(address) == sent,
             &format!("The NLB sent {name} nothing more, though its health is good."),
         );
         order(&orders, "register", address).await?;
-        until("the NLB's verdict", async || {
+        until("the NLB's target state", async || {
             let targets = TargetStates::of(&orders).await?;
             let healthy = targets.standing(address) == Some(TargetHealth::Healthy);
             Ok((healthy && targets.flows(address) >= SOME).then_some(()))
         })
         .await?;
-        self.screen.event("it is registered, found healthy, and has its share again");
+        self.screen.event("it is registered and healthy, and gets its share again");
         self.none_failed(traffic);
         Ok(())
     }
@@ -228,14 +231,14 @@ impl<'w> Walkthrough<'w> {
         child.kill()?;
         child.wait()?;
         self.screen
-            .event(&format!("kill -9 of {name}'s nginx; sessions that find it refused try the pool's other"));
+            .event(&format!("kill -9 of {name}'s nginx; refused sessions try the pool's other backend"));
         for (proxy, at) in PROXIES {
-            let state = until("a proxy's verdict", async || {
+            let state = until("a proxy's health state", async || {
                 let status = ProxyStatus::of(provider, at).await?;
                 Ok(status.backend(&address).filter(|state| *state != "healthy").map(str::to_owned))
             })
             .await?;
-            self.screen.event(&format!("{proxy} has it {state}: no more sessions go there"));
+            self.screen.event(&format!("{proxy} has it {state}: it gets no more sessions"));
         }
         let out = traffic.failures();
         self.busy(traffic).await?;
@@ -248,7 +251,7 @@ impl<'w> Walkthrough<'w> {
             })
             .await?;
         }
-        self.screen.event(&format!("{name} is started again, and two good probes later it is back"));
+        self.screen.event(&format!("{name} is started again and is back after two successful probes"));
         self.busy(traffic).await?;
         let after = traffic.failures();
         let lost = |place: usize| after.get(place).zip(before.get(place)).map_or(0, |(now, then)| now - then);
@@ -256,13 +259,14 @@ impl<'w> Walkthrough<'w> {
         self.screen.claim(
             lost(0) <= most && out == after,
             &format!(
-                "{} of {}'s requests failed, of {most} at most: what {name} had in hand as it died cannot be asked twice.",
+                "{} of {}'s requests failed (limit {most}): requests in progress at {name} cannot be \
+                 retried.",
                 lost(0),
                 tenant.name
             ),
         );
         self.screen
-            .claim(lost(1) == 0, &format!("None of {}'s did: its backends are its own.", neighbour.name));
+            .claim(lost(1) == 0, &format!("None of {}'s failed: it has its own backends.", neighbour.name));
         Ok(())
     }
 
@@ -292,7 +296,7 @@ impl<'w> Walkthrough<'w> {
             let of_pool = |(name, _): &(&str, Ipv4Addr)| report.backends.contains_key(*name);
             right &= report.misrouted == 0 && tenant.backends.iter().all(of_pool);
         }
-        self.screen.claim(right, "All backends had traffic, and none had another tenant's.");
+        self.screen.claim(right, "All backends had traffic, and none received another tenant's.");
         Ok(())
     }
 

@@ -32,13 +32,13 @@ pub(super) fn as_text(report: &LoadReport, mode: LoadModeName, interval: Option<
         report.noise,
     );
     for (failure, count) in &report.failures {
-        writeln!(text, "  failed, {}: {count}", failure.word()).unwrap_or_default();
+        writeln!(text, "  {count} {}", failure.meaning()).unwrap_or_default();
     }
     if matches!(mode, LoadModeName::Udp) {
         let DatagramReport { lost, late, reordered, duplicates } = report.datagrams;
         writeln!(
             text,
-            "datagrams without an answer {lost}, answered late {late}, reordered {reordered}, twice {duplicates}"
+            "datagrams: {lost} unanswered, {late} answered late, {reordered} reordered, {duplicates} duplicated"
         )
         .unwrap_or_default();
     }
@@ -115,7 +115,7 @@ pub(super) fn as_json(report: &LoadReport, interval: Option<Duration>) -> serde_
         "operations_per_second": per_second(report.operations, report.took),
         "bytes": report.bytes,
         "bytes_per_second": per_second(report.bytes, report.took),
-        "failed": report.failures.iter().map(|(failure, count)| (failure.word(), *count))
+        "failed": report.failures.iter().map(|(failure, count)| (failure.as_str(), *count))
             .collect::<std::collections::BTreeMap<_, _>>(),
         "misrouted": report.misrouted,
         "not_sent": report.not_sent,

@@ -10,10 +10,10 @@ use crate::config::unit::BindPorts;
 
 use super::build::{ADMIN_BIND, HEALTH_BIND};
 
-/// Ports that something binds.
+/// Ports that a table binds.
 struct BindClaim<'w> {
     ports: BindPorts,
-    /// Who binds it, and at which byte that was written; none for a default.
+    /// The table that binds it, and the offset; none for a default.
     written: Option<(&'w TableHead, usize)>,
     /// `admin` or `health`, where it is the default of one.
     default: &'static str,
@@ -87,7 +87,7 @@ fn claims(written: &RawConfig) -> Vec<BindClaim<'_>> {
     let (admin, health) = (&written.admin, &written.health);
     claims.extend(single("admin", admin.head.as_ref(), &admin.bind, ADMIN_BIND));
     claims.extend(single("health", health.head.as_ref(), &health.bind, HEALTH_BIND));
-    // The fault is the later one's, and a default cannot have one: nobody wrote it.
+    // The error is reported at the later one; a default has no line.
     claims.sort_by_key(|claim| claim.written.is_some());
     for listener in &written.listeners {
         // Of one that is none of both it is said elsewhere.

@@ -32,7 +32,7 @@ fn the_least_time_to_live_is_at_most_the_most(head: &TableHead, dns: &RawDns) ->
         (None, max) => ("max-ttl", max?.span().start),
     };
     let message = format!(
-        "must leave min-ttl at most max-ttl, found a min-ttl of {} and a max-ttl of {}",
+        "must keep min-ttl at or below max-ttl, found a min-ttl of {} and a max-ttl of {}",
         shown(min, &dns.min_ttl),
         shown(max, &dns.max_ttl)
     );

@@ -78,8 +78,8 @@ pub(super) fn own_or_default<'f, T>(
     if own.is_absent() { default } else { own }
 }
 
-/// What holds for a tenant: each key that it does not set is the default's. A burst goes with its rate: who sets a
-/// rate does not take the burst that was meant for another.
+/// The effective limits of a tenant: each key that it does not set is the default's. A burst goes with its rate: a
+/// tenant that sets a rate does not take the burst that was meant for another.
 pub(super) fn effective(own: &raw::RawLimits, defaults: &raw::RawLimits) -> TenantLimits {
     let sessions = own_or_default(&own.sessions, &defaults.sessions);
     TenantLimits {
@@ -117,10 +117,10 @@ fn pair<'f, R, B>(
     Some((own_or_default(own.0, default.0).given()?, burst.given()))
 }
 
-type Pace<'f> = (&'f ParsedField<RateInterval>, &'f ParsedField<Count<1>>);
+type RateKeys<'f> = (&'f ParsedField<RateInterval>, &'f ParsedField<Count<1>>);
 
 /// A rate with its burst; by default that is what comes in during `worth`, and at least one.
-fn rate(own: Pace<'_>, defaults: Pace<'_>, worth: Duration) -> Option<RateLimit> {
+fn rate(own: RateKeys<'_>, defaults: RateKeys<'_>, worth: Duration) -> Option<RateLimit> {
     let (RateInterval(interval), burst) = pair(own, defaults)?;
     let default = u64::try_from(worth.as_nanos() / interval.as_nanos().max(1)).unwrap_or(u64::MAX).max(1);
     Some(RateLimit { interval: *interval, burst: burst.map_or(default, |burst| burst.0) })
@@ -129,9 +129,9 @@ fn rate(own: Pace<'_>, defaults: Pace<'_>, worth: Duration) -> Option<RateLimit>
 /// The least that a burst is by default: a read of a few segments, however slow the rate.
 const LEAST_BURST: u64 = 16 * 1024;
 
-type Way<'f> = (&'f ParsedField<BytesPerSecond>, &'f ParsedField<ByteSize>);
+type BandwidthKeys<'f> = (&'f ParsedField<BytesPerSecond>, &'f ParsedField<ByteSize>);
 
-fn bandwidth(own: Way<'_>, defaults: Way<'_>) -> Option<BandwidthLimit> {
+fn bandwidth(own: BandwidthKeys<'_>, defaults: BandwidthKeys<'_>) -> Option<BandwidthLimit> {
     let (BytesPerSecond(rate), burst) = pair(own, defaults)?;
     let default = (rate / 10).max(LEAST_BURST).min(*rate);
     Some(BandwidthLimit { bytes_per_second: *rate, burst: burst.map_or(default, |burst| burst.0) })

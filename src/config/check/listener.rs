@@ -16,7 +16,7 @@ pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
         match listener.proxy_protocol.effective(&ProxyProtocolMode::Require) {
             Some(ProxyProtocolMode::Require) => {
                 faults.extend(headers_count_from_trusted_sources_only(listener));
-                faults.extend(a_header_says_whose_traffic_it_is(listener));
+                faults.extend(header_identifies_the_tenant(listener));
             }
             Some(ProxyProtocolMode::Off) => {
                 faults.extend(without_headers_the_tenant_is_named(listener));
@@ -37,7 +37,8 @@ fn no_datagram_is_pending(listener: &RawListener) -> Option<ConfigError> {
     listener.protocol.given().filter(|protocol| **protocol == Protocol::Udp)?;
     let (offset, found) = listener.max_pending.said(|count| count.0.to_string())?;
     let message = format!(
-        "must be absent where protocol = \"udp\", because a datagram brings its header whole or not at all, found {found}"
+        "must be absent where protocol = \"udp\", because a datagram holds the whole header or none of \
+         it, found {found}"
     );
     Some(listener.head.fault_at(offset, "max-pending", message))
 }
@@ -47,7 +48,8 @@ fn bare_datagrams_are_of_udp(listener: &RawListener) -> Option<ConfigError> {
     let (offset, found) = listener.bare_datagrams.said(bare)?;
     let default = if listener.protocol.is_absent() { " (the default)" } else { "" };
     let message = format!(
-        "must be absent where protocol = \"tcp\"{default}, because no datagram comes there, found {found}"
+        "must be absent where protocol = \"tcp\"{default}, because a TCP listener receives no datagrams, \
+         found {found}"
     );
     Some(listener.head.fault_at(offset, "bare-datagrams", message))
 }
@@ -86,20 +88,20 @@ fn headers_count_from_trusted_sources_only(listener: &RawListener) -> Option<Con
     Some(listener.head.fault_at(trusted.span().start, key, message))
 }
 
-fn a_header_says_whose_traffic_it_is(listener: &RawListener) -> Option<ConfigError> {
+fn header_identifies_the_tenant(listener: &RawListener) -> Option<ConfigError> {
     let tenant = listener.tenant.spanned()?;
     let found = quoted(tenant.get_ref());
     let message = format!(
-        "must be absent where proxy-protocol = \"require\", because the header says whose traffic it is, found {found}: \
-         on-no-endpoint = \"tenant:NAME\" names who has the traffic without an endpoint ID"
+        "must be absent where proxy-protocol = \"require\", because the header identifies the tenant, \
+         found {found}: on-no-endpoint = \"tenant:NAME\" assigns the traffic without an endpoint ID"
     );
     Some(listener.head.fault_at(tenant.span().start, "tenant", message))
 }
 
 fn without_headers_the_tenant_is_named(listener: &RawListener) -> Option<ConfigError> {
     listener.tenant.is_absent().then(|| {
-        let message = "must be present where proxy-protocol = \"off\", because nothing else says whose traffic it is, \
-                       found none";
+        let message = "must be present where proxy-protocol = \"off\", because nothing else identifies \
+                       the tenant, found none";
         listener.head.fault("tenant", message.to_owned())
     })
 }
@@ -114,7 +116,7 @@ fn rules_of_headers_stand_with_headers_only(listener: &RawListener, faults: &mut
     for (key, written) in keys {
         let Some((offset, found)) = written else { continue };
         let message = format!(
-            "must be absent where proxy-protocol = \"off\", because no header is read there, found {found}"
+            "must be absent where proxy-protocol = \"off\", because no header is read, found {found}"
         );
         faults.push(listener.head.fault_at(offset, key, message));
     }

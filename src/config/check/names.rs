@@ -71,10 +71,10 @@ impl<'w> NameIndex<'w> {
         let kind = self.kind;
         let hint = match self.closest(wanted) {
             Some(close) => format!(": did you mean \"{close}\"?"),
-            None if self.by_name.is_empty() => format!(": there is no [[{kind}]] at all"),
+            None if self.by_name.is_empty() => format!(": no [[{kind}]] is configured"),
             None => String::new(),
         };
-        let message = format!("must name a {kind} that is there, found {}{hint}", quoted(wanted));
+        let message = format!("must name a configured {kind}, found {}{hint}", quoted(wanted));
         faults.push(head.fault_at(name.span().start, key, message));
     }
 

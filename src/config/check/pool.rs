@@ -55,7 +55,7 @@ fn no_backend_stands_twice(pool: &RawPool, faults: &mut Vec<ConfigError>) {
         let place = *first.entry(target).or_insert(offset);
         if place != offset {
             let other = pool.head.place(place);
-            let message = format!("must hold each address once, found {target} at {other} too");
+            let message = format!("must list each address once, found {target} at {other} too");
             faults.push(pool.head.fault_at(offset, "backends", message));
         }
     }
@@ -77,7 +77,7 @@ fn source_addresses_can_reach_a_backend(pool: &RawPool, faults: &mut Vec<ConfigE
         if !targets.iter().any(|target| may_be(target, address.is_ipv4())) {
             let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
             let message = format!(
-                "must be of a family that a backend has, found {address}, and no backend is {family}"
+                "must have the address family of a backend, found {address}, and no backend is {family}"
             );
             faults.push(pool.head.fault_at(source.span().start, "source-addresses", message));
         }
@@ -101,7 +101,7 @@ fn the_preferred_zone_has_a_backend(pool: &RawPool) -> Option<ConfigError> {
     }
     let hint = match suggest::closest(wanted, zones.iter().map(|zone| zone.0.as_str())) {
         Some(close) => format!(": did you mean \"{close}\"?"),
-        None if zones.is_empty() => ": no backend has a zone at all".to_owned(),
+        None if zones.is_empty() => ": no backend has a zone".to_owned(),
         None => String::new(),
     };
     let message = format!("must be the zone of at least one backend, found {}{hint}", quoted(wanted));
@@ -122,9 +122,8 @@ fn queue_needs_max_sessions(pool: &RawPool) -> Option<ConfigError> {
         return None;
     }
     let found = length.get_ref().0;
-    let message = format!(
-        "must be 0 where no backend has max-sessions, because none is ever full and nobody waits, found {found}"
-    );
+    let message =
+        format!("must be 0 where no backend has max-sessions, because no session ever waits, found {found}");
     Some(pool.head.fault_at(length.span().start, "queue.length", message))
 }
 
@@ -146,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn so_many_can_be_told_apart_and_one_more_cannot() {
+    fn largest_pool_is_accepted_and_one_more_backend_is_refused() {
         assert_eq!((fault(MOST_ADDRESSES, 0), fault(0, MOST_NAMES)), (None, None));
         for (addresses, names, found) in
             [(MOST_ADDRESSES + 1, 0, "found 32001 and 0"), (1, MOST_NAMES + 1, "found 1 and 257")]

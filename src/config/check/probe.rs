@@ -41,7 +41,7 @@ fn a_probe_ends_before_the_next(pool: &RawPool) -> Option<ConfigError> {
         (None, interval) => ("health.interval", interval?.span().start),
     };
     let message = format!(
-        "must leave a probe time to end before the next begins, found a timeout of {} and an interval of {}",
+        "must let a probe end before the next one begins, found a timeout of {} and an interval of {}",
         shown(timeout, &probe.timeout),
         shown(interval, &probe.interval)
     );
@@ -103,7 +103,7 @@ fn protocol_name(protocol: Protocol) -> &'static str {
     }
 }
 
-/// Where nothing but datagrams comes to a pool, nobody may accept connections at its ports.
+/// A pool that only UDP listeners use may have no TCP listener at its ports.
 pub(super) fn probe_protocol_has_a_listener(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     let (by_udp, by_tcp) = (reached(written, Protocol::Udp), reached(written, Protocol::Tcp));
     for pool in &written.pools {
@@ -121,8 +121,9 @@ pub(super) fn probe_protocol_has_a_listener(written: &RawConfig, faults: &mut Ve
             None => (pool.head.offset(), " (the default)"),
         };
         let message = format!(
-            "must ask by datagrams, or at a port of its own, because only UDP listeners lead here, found \"{}\"{default} at \
-             the traffic's port: kind = \"exchange\" with protocol = \"udp\", or port = 8080, or kind = \"none\"",
+            "must probe by UDP or at another port, because only UDP listeners use this pool, found \
+             \"{}\"{default} at the traffic's port: kind = \"exchange\" with protocol = \"udp\", or port = \
+             8080, or kind = \"none\"",
             kind.map_or("tcp", |kind| kind.as_str())
         );
         faults.push(pool.head.fault_at(at, "health.kind", message));

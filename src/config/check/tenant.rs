@@ -58,7 +58,7 @@ fn an_endpoint_belongs_to_one_tenant(written: &RawConfig, faults: &mut Vec<Confi
             let (id, offset) = (*endpoint.get_ref(), endpoint.span().start);
             let Some((owner, place)) = owners.insert(id, (&tenant.head, offset)) else { continue };
             let message = format!(
-                "must belong to one tenant and stand once, found {id} in {} ({}) too",
+                "must belong to one tenant and be listed once, found {id} in {} ({}) too",
                 owner.title(),
                 owner.place(place)
             );

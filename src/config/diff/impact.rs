@@ -28,7 +28,7 @@ pub struct BackendUsage {
     pub now: u64,
 }
 
-/// So many of each.
+/// A number of sessions and flows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct LiveCount {
@@ -65,14 +65,14 @@ impl fmt::Display for LiveCount {
     }
 }
 
-/// All of it, added up.
+/// Sessions and flows, added up by name.
 pub(super) struct LiveCounts<'n> {
     routes: Vec<(&'n RouteUsage, LiveCount)>,
     listeners: HashMap<&'n str, LiveCount>,
     pools: HashMap<&'n str, LiveCount>,
     tenants: HashMap<&'n str, LiveCount>,
     /// Of each tenant at each listener.
-    doors: HashMap<(&'n str, &'n str), LiveCount>,
+    at_listeners: HashMap<(&'n str, &'n str), LiveCount>,
     backends: HashMap<(&'n str, &'n str), u64>,
     /// Pools whose sessions are flows: a backend's row does not tell.
     flows: HashSet<&'n str>,
@@ -96,9 +96,9 @@ impl<'n> LiveCounts<'n> {
             sums
         };
         let pools = sum(|route| &route.pool);
-        let mut doors: HashMap<_, LiveCount> = HashMap::new();
+        let mut at_listeners: HashMap<_, LiveCount> = HashMap::new();
         for (route, now) in &routes {
-            *doors.entry((route.tenant.as_str(), route.listener.as_str())).or_default() += *now;
+            *at_listeners.entry((route.tenant.as_str(), route.listener.as_str())).or_default() += *now;
         }
         let mut backends = HashMap::new();
         for row in &now.backends {
@@ -109,7 +109,7 @@ impl<'n> LiveCounts<'n> {
             tenants: sum(|route| &route.tenant),
             flows: pools.iter().filter(|(_, now)| now.sessions == 0).map(|(pool, _)| *pool).collect(),
             pools,
-            doors,
+            at_listeners,
             backends,
             routes,
         }
@@ -134,7 +134,7 @@ impl<'n> LiveCounts<'n> {
     }
 
     pub(super) fn tenant_at(&self, tenant: &str, listener: &str) -> LiveCount {
-        self.doors.get(&(tenant, listener)).copied().unwrap_or_default()
+        self.at_listeners.get(&(tenant, listener)).copied().unwrap_or_default()
     }
 
     pub(super) fn backend(&self, pool: &str, backend: &str) -> LiveCount {
@@ -143,9 +143,9 @@ impl<'n> LiveCounts<'n> {
         LiveCount { sessions, flows }
     }
 
-    /// How many would end at most, because a tenant is removed or disabled, an endpoint is taken from it, or a listener
-    /// gives its traffic to another tenant. Where only some of a tenant's endpoints go, all of its sessions count: a row of
-    /// a route does not say which endpoint.
+    /// The most sessions that would end, because a tenant is removed or disabled, an endpoint is taken from it, or a
+    /// listener gives its traffic to another tenant. Where only some of a tenant's endpoints go, all of its sessions
+    /// count: a row of a route does not say which endpoint.
     pub(super) fn revoked(&self, now: &Config, next: &Config) -> LiveCount {
         let after: HashMap<&str, &TenantConfig> =
             next.tenants.iter().map(|tenant| (tenant.name.as_str(), tenant)).collect();
@@ -179,34 +179,34 @@ impl<'n> LiveCounts<'n> {
         sum
     }
 
-    /// What any of these changes concerns, each session once. Of a changed backend its whole pool, for a row of a route
-    /// does not say which backend.
+    /// The sessions affected by any of these changes, each counted once. Of a changed backend its whole pool, for a
+    /// row of a route does not say which backend.
     pub(super) fn concerned(&self, changes: &[ConfigChange]) -> LiveCount {
-        let (mut names, mut doors) = (HashSet::new(), HashSet::new());
-        let mut everybody = false;
+        let (mut names, mut at_listeners) = (HashSet::new(), HashSet::new());
+        let mut all_affected = false;
         for change in changes.iter().filter(|change| !change.now.is_nothing()) {
             let name = change.name.as_str();
             let moves = || change.keys.iter().filter(|key| key.from.is_some() && key.to.is_some());
             match (change.what, &change.pool) {
-                (ChangedObject::Table, _) => everybody = true,
+                (ChangedObject::Table, _) => all_affected = true,
                 (ChangedObject::Backend, Some(pool)) => {
                     names.insert((ChangedObject::Pool, pool.as_str()));
                 }
                 (ChangedObject::Tenant, _)
                     if change.kind == ChangeKind::Moved && moves().count() == change.keys.len() =>
                 {
-                    doors.extend(moves().map(|key| (name, key.key.as_str())));
+                    at_listeners.extend(moves().map(|key| (name, key.key.as_str())));
                 }
                 (what, _) => drop(names.insert((what, name))),
             }
         }
         let is_concerned = |route: &RouteUsage| {
             let (listener, tenant) = (route.listener.as_str(), route.tenant.as_str());
-            everybody
+            all_affected
                 || names.contains(&(ChangedObject::Listener, listener))
                 || names.contains(&(ChangedObject::Pool, route.pool.as_str()))
                 || names.contains(&(ChangedObject::Tenant, tenant))
-                || doors.contains(&(tenant, listener))
+                || at_listeners.contains(&(tenant, listener))
         };
         let mut sum = LiveCount::default();
         self.routes.iter().filter(|(route, _)| is_concerned(route)).for_each(|(_, now)| sum += *now);

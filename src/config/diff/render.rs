@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_told_as_they_are_written() {
+    fn values_are_printed_as_written() {
         assert_eq!(
             [0, 1023, 1024, 1 << 20, 50 << 20, 1 << 30].map(size),
             ["0B", "1023B", "1KiB", "1MiB", "50MiB", "1GiB"]

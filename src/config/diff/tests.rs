@@ -64,7 +64,7 @@ fn in_force() -> ActiveConfig {
     }
 }
 
-/// What the change of one text makes, line by line, and whom it concerns in all.
+/// The printed changes between two texts, and the number of affected sessions.
 fn changed(pairs: &[(&str, &str)]) -> (Vec<String>, String) {
     let mut text = TEXT.to_owned();
     for (from, to) in pairs {
@@ -81,7 +81,7 @@ fn one(from: &str, to: &str, line: &str, concerned: &str) {
 }
 
 #[test]
-fn what_is_the_same_is_no_change() {
+fn equal_configurations_have_no_change() {
     assert_eq!(changed(&[]).0, Vec::<String>::new());
     assert_eq!(changed(&[("0.0.0.0:8090-8091", "0.0.0.0:8090\", \"0.0.0.0:8091")]).0.len(), 0);
 }
@@ -89,20 +89,16 @@ fn what_is_the_same_is_no_change() {
 #[test]
 fn tables_that_need_a_restart_are_refused_and_others_are_not() {
     for (from, to, line) in [
-        (
-            "workers = 2",
-            "workers = 3",
-            "[process]: refused, for it needs a restart or a takeover: workers 2 -> 3",
-        ),
+        ("workers = 2", "workers = 3", "[process]: refused, needs a restart or a takeover: workers 2 -> 3"),
         (
             "[process]",
             "[admin]\nsocket = \"/run/x\"\n[process]",
-            "[admin]: refused, for it needs a restart or a takeover: socket none -> /run/x",
+            "[admin]: refused, needs a restart or a takeover: socket none -> /run/x",
         ),
         (
             "[process]",
             "[log]\naccess = \"/tmp/log\"\nlevel = \"warn\"\n[process]",
-            "[log]: refused, for it needs a restart or a takeover: access stdout -> /tmp/log, level info -> warn",
+            "[log]: refused, needs a restart or a takeover: access stdout -> /tmp/log, level info -> warn",
         ),
         ("[process]", "[drain]\nidle = \"31s\"\n[process]", "[drain]: changed: idle 30s -> 31s"),
     ] {
@@ -220,7 +216,7 @@ fn sessions_that_a_reload_would_end_are_counted() {
 }
 
 #[test]
-fn what_is_in_force_travels_as_json_and_stays_the_same() {
+fn active_configuration_survives_json() {
     let sent = in_force();
     let text = serde_json::to_string(&sent).unwrap();
     let read: ActiveConfig = serde_json::from_str(&text).unwrap();

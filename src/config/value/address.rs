@@ -24,7 +24,7 @@ pub(super) fn not_mapped(
 }
 
 fn mapped(found: &str, as_ipv4: &str) -> String {
-    format!("must be no IPv4-mapped IPv6 address, found {}: write {}", quoted(found), quoted(as_ipv4))
+    format!("must not be an IPv4-mapped IPv6 address, found {}: write {}", quoted(found), quoted(as_ipv4))
 }
 
 impl FromToml for BindPorts {
@@ -50,15 +50,14 @@ impl FromToml for SocketAddr {
     }
 }
 
-/// Who is asked for the addresses of names; the port is DNS's own where none is written.
+/// The address of a DNS server; the default port is 53.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::config) struct Nameserver(pub(in crate::config) SocketAddr);
 
 impl FromToml for Nameserver {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         const PORT: u16 = 53;
-        const WANTED: &str =
-            "an IP address, with a port or without, such as \"10.0.0.2\" or \"[fd00::2]:53\"";
+        const WANTED: &str = "an IP address with an optional port, such as \"10.0.0.2\" or \"[fd00::2]:53\"";
         let reachable = |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified();
         let address = text(value, WANTED, |text| {
             let address = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| SocketAddr::new(ip, PORT)));
@@ -158,7 +157,7 @@ mod tests {
         fn refused<T: FromToml>(found: &str, instead: &str) {
             let message = read::<T>(&format!("\"{found}\"")).map(|_| ()).unwrap_err();
             let expected =
-                format!("must be no IPv4-mapped IPv6 address, found \"{found}\": write \"{instead}\"");
+                format!("must not be an IPv4-mapped IPv6 address, found \"{found}\": write \"{instead}\"");
             assert_eq!(message, expected);
         }
         refused::<BindPorts>("[::ffff:127.0.0.1]:8099", "127.0.0.1:8099");

@@ -56,7 +56,7 @@ impl FromToml for PreferZone {
         }
         match TableName::from_toml(value) {
             Ok(zone) => Ok(Self(Some(zone.0))),
-            Err(_) => Err(must_be("the name of a zone that a backend has, or \"\" for none", value)),
+            Err(_) => Err(must_be("the zone of a backend, or \"\" for none", value)),
         }
     }
 }
@@ -113,14 +113,10 @@ impl FromToml for HostHeader {
         /// A name, a colon and a port.
         const LONGEST: usize = 253 + 6;
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte);
-        text(
-            value,
-            "a host, with a port or without, such as \"example.com\" or \"example.com:8080\"",
-            |text| {
-                let fits = (1..=LONGEST).contains(&text.len()) && text.bytes().all(plain);
-                fits.then(|| Self(text.to_owned()))
-            },
-        )
+        text(value, "a host with an optional port, such as \"example.com\" or \"example.com:8080\"", |text| {
+            let fits = (1..=LONGEST).contains(&text.len()) && text.bytes().all(plain);
+            fits.then(|| Self(text.to_owned()))
+        })
     }
 }
 
@@ -128,7 +124,7 @@ impl FromToml for HostHeader {
 impl FromToml for RangeInclusive<u16> {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         const WANTED: &str =
-            "a text with a status or a range of them, from 100 to 599, such as \"200\" or \"200-399\"";
+            "a text with a status or a range of statuses from 100 to 599, such as \"200\" or \"200-399\"";
         let statuses = text(value, WANTED, |text| {
             let (from, to) = text.split_once('-').unwrap_or((text, text));
             Some(status(from)?..=status(to)?)
@@ -205,10 +201,10 @@ mod tests {
     }
 
     #[test]
-    fn a_target_says_what_is_wrong_with_it() {
+    fn malformed_backend_target_names_its_error() {
         assert_eq!(read("\"[::1]:80\""), Ok(BackendTarget::Address("[::1]:80".parse().unwrap())));
         let wrong = refused::<BackendTarget>("\"10.0.0.1:0\"");
-        assert!(wrong.ends_with(", found \"10.0.0.1:0\", whose port is none from 1 to 65535"), "{wrong}");
+        assert!(wrong.ends_with(", found \"10.0.0.1:0\", whose port is not from 1 to 65535"), "{wrong}");
         let wrong = refused::<BackendTarget>("80");
         assert!(wrong.starts_with("must be an address and a port, such as") && wrong.ends_with(", found 80"));
     }
@@ -240,7 +236,7 @@ mod tests {
         assert_eq!(read("\"\""), Ok(PreferZone(None)));
         assert_eq!(read("\"usw2-az1\""), Ok(PreferZone(Some("usw2-az1".to_owned()))));
         for text in ["\"a b\"", "0", "false"] {
-            assert!(refused::<PreferZone>(text).starts_with("must be the name of a zone"), "{text}");
+            assert!(refused::<PreferZone>(text).starts_with("must be the zone of a backend"), "{text}");
         }
     }
 

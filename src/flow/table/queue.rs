@@ -8,7 +8,7 @@ use super::slab::{FlowList, FlowSlab, ListKind, NIL};
 use crate::clock::Moment;
 use crate::clock::wheel::Tick;
 
-/// Buckets of the wheel: with ticks of 50 ms, who is due later than in 204 s comes round more than once.
+/// Buckets of the wheel: with ticks of 50 ms, a flow that is due later than in 204 s comes round more than once.
 const BUCKETS: u32 = 4096;
 
 /// How many of a tenant's flows are looked at for the one that was idle longest.
@@ -62,7 +62,8 @@ impl IdleQueue {
         self.tenants.get(&tenant).map_or(0, |list| list.len as usize)
     }
 
-    /// Lets the wheel go back with the clock. Who hangs on it is looked at too early, or within a round, rather than never.
+    /// Lets the wheel go back with the clock. Flows are then looked at too early, or within a round, rather than
+    /// never.
     pub(super) fn rewind(&mut self, now: Moment) {
         self.tick = self.tick.min(tick(now));
     }
@@ -71,7 +72,7 @@ impl IdleQueue {
     pub(super) fn add<F>(&mut self, slab: &mut FlowSlab<F>, slot: u32, due: Moment) {
         let Some(tenant) = slab.at(slot).map(|flow| flow.tenant) else { return };
         if self.tenants.is_empty() {
-            // Nobody was here, and the wheel stood still meanwhile.
+            // The wheel was empty and stood still.
             self.tick = slab.at(slot).map_or(0, |flow| tick(flow.last));
         }
         let list = self.tenants.entry(tenant).or_insert(FlowList::EMPTY);
@@ -136,7 +137,7 @@ impl IdleQueue {
     pub(super) fn next_due<F>(&mut self, slab: &mut FlowSlab<F>, now: Moment) -> Option<u32> {
         self.rewind(now);
         let now = tick(now);
-        // Who has not been looked at for more than a round looks at each once.
+        // After more than a round without a look, each bucket is looked at once.
         self.tick = self.tick.max(now.saturating_sub(u64::from(BUCKETS) - 1));
         loop {
             self.tick = self.next_filled()?.min(now + 1);

@@ -6,7 +6,7 @@ use crate::clock::Moment;
 /// Flows of a chunk, as a power of two.
 const CHUNK_BITS: u32 = 8;
 
-/// Names a flow as long as it lives, and never another one after it.
+/// The id of a flow; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowId(u64);
 
@@ -58,7 +58,7 @@ struct ListLink {
     after: u32,
 }
 
-/// The ends of a list.
+/// A list of flows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FlowList {
     pub(super) head: u32,
@@ -70,7 +70,7 @@ impl FlowList {
     pub(super) const EMPTY: Self = Self { head: NIL, tail: NIL, len: 0 };
 }
 
-/// One flow, or the place where one was.
+/// One slot: a flow, or free.
 #[derive(Debug)]
 pub(super) struct FlowSlot<F> {
     pub(super) path: FlowPath,
@@ -169,7 +169,7 @@ impl<F> FlowSlab<F> {
         (number, 0)
     }
 
-    /// Takes a flow out, whose lists must not have it any more. Its name is nobody's from now on.
+    /// Removes a flow that is in no list any more. Its id is never used again.
     pub(super) fn remove(&mut self, number: u32) -> Option<F> {
         let slot = self.slot_mut(number)?;
         let flow = slot.flow.take()?;

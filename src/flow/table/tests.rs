@@ -61,7 +61,7 @@ fn one_address_behind_two_endpoints_is_two_flows() {
 }
 
 #[test]
-fn a_name_is_nobodys_after_its_flow() {
+fn flow_id_is_not_reused() {
     let (mut table, ids) = table(1);
     table.close(ids[0]).unwrap();
     let next = table.open(path(9), who(1), 7, 9, at(0));
@@ -70,7 +70,7 @@ fn a_name_is_nobodys_after_its_flow() {
 }
 
 #[test]
-fn who_spoke_since_is_put_off_and_the_others_go() {
+fn active_flow_is_rescheduled_and_idle_ones_expire() {
     let (mut table, ids) = table(3);
     assert!(table.deadline().unwrap() > at(119));
     table.answer(ids[1], at(100)).unwrap();
@@ -84,7 +84,7 @@ fn who_spoke_since_is_put_off_and_the_others_go() {
 }
 
 #[test]
-fn no_more_go_at_once_than_may() {
+fn no_more_flows_expire_at_once_than_allowed() {
     let (mut table, _) = table(100);
     let mut gone = 0;
     table.expire(at(200), 30, |_, _, _| gone += 1);
@@ -94,7 +94,7 @@ fn no_more_go_at_once_than_may() {
 }
 
 #[test]
-fn a_clock_that_goes_back_lets_nobody_live_for_ever() {
+fn clock_going_back_does_not_keep_flows_forever() {
     let (mut table, ids) = table(2);
     table.answer(ids[0], at(1_000_000)).unwrap();
     assert_eq!(expired(&mut table, at(1_000_000)), [1]);
@@ -132,7 +132,7 @@ fn a_deadline_goes_back_with_the_clock() {
 }
 
 #[test]
-fn who_has_most_is_known_whoever_else_there_is() {
+fn tenant_with_most_flows_is_known() {
     let (mut table, ids) = table(10);
     let mut port = 10;
     let mut open = |table: &mut FlowTable<u32>, tenant| {
@@ -154,7 +154,7 @@ fn who_has_most_is_known_whoever_else_there_is() {
 }
 
 #[test]
-fn where_the_first_of_many_spoke_just_now_the_next_look_is_at_others() {
+fn eviction_looks_past_recently_active_flows() {
     let (mut table, ids) = table(100);
     for id in &ids[..99] {
         table.answer(*id, at(99)).unwrap();
@@ -164,7 +164,7 @@ fn where_the_first_of_many_spoke_just_now_the_next_look_is_at_others() {
 }
 
 #[test]
-fn a_shorter_patience_holds_for_those_who_are_there() {
+fn shorter_idle_timeout_applies_to_existing_flows() {
     let (mut table, ids) = table(2);
     table.set_idle(Duration::from_secs(5));
     assert_eq!(table.idle(), Duration::from_secs(5));
@@ -174,7 +174,7 @@ fn a_shorter_patience_holds_for_those_who_are_there() {
 }
 
 #[test]
-fn the_longest_idle_of_a_tenant_gives_way_and_nobody_who_spoke_just_now() {
+fn longest_idle_flow_is_evicted_and_no_active_one() {
     let (mut table, ids) = table(5);
     for (id, second) in ids.iter().zip([30, 10, 40, 20, 50]) {
         table.answer(*id, at(second)).unwrap();
@@ -192,7 +192,7 @@ fn the_longest_idle_of_a_tenant_gives_way_and_nobody_who_spoke_just_now() {
 }
 
 #[test]
-fn silent_flow_gives_way_only_where_it_has_what_is_needed() {
+fn silent_flow_is_evicted_only_if_its_port_is_needed() {
     let (mut table, _) = table(2);
     let mut evict = |wanted: u32, second| {
         let is_it = |flow: &u32| *flow == wanted;

@@ -18,7 +18,8 @@ use crate::proxy_protocol::{self, ParsedHeader, ParserRules, Transport};
 pub enum DatagramBehavior {
     /// Sends it back; one that begins with [`LoadRequest::Echo`] with the backend's [`SessionTag`] there.
     Echo,
-    /// Says as JSON who it is and, where a PROXY header came first, who asks: what [`Http`](super::Temper::Http) says.
+    /// Answers with its name and, after a PROXY header, the client as JSON, like
+    /// [`Http`](super::BackendBehavior::Http).
     Introduction,
 }
 
@@ -55,7 +56,7 @@ impl DatagramBackend {
         tasks.spawn(async move {
             let mut room = ReceiveBuffer::default();
             while port.readable().await.is_ok() {
-                // An answer to somebody who has gone comes back as an error, and says nothing of this socket.
+                // An answer to a closed socket comes back as an ICMP error, and says nothing about this socket.
                 port.receive(&mut room, |from, bytes, each| {
                     let count = match manner {
                         DatagramBehavior::Echo => echo(&port, SessionTag::new(&own_name), from, bytes, each),
@@ -75,7 +76,7 @@ impl DatagramBackend {
         &self.name
     }
 
-    /// Where it listens.
+    /// The bound address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_says_who_it_is_and_who_asks() {
+    async fn http_answer_names_backend_and_client() {
         let backend = DatagramBackend::start("acme-1", DatagramBehavior::Introduction).await.unwrap();
         let port = DatagramPort::connect(backend.address()).await.unwrap();
         let (client, endpoint) = ("10.100.0.10:40000".parse().unwrap(), "vpce-08d2bf15fac5001c9");

@@ -1,7 +1,7 @@
 //! What the load generator and its backends say to each other.
 //!
 //! A session starts with a request of 16 bytes; the first 16 bytes that come back are the backend's tag, so that
-//! whoever asked knows who answered. An echo's tag stands in the place of the request.
+//! the client knows which backend answered. An echo's tag stands in the place of the request.
 
 use std::io;
 
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_are_told_apart() {
+    fn requests_are_distinguished() {
         for request in [LoadRequest::Echo, LoadRequest::Source, LoadRequest::Sink] {
             assert_eq!(LoadRequest::read(request.head()), Some(request));
         }

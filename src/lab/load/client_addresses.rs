@@ -1,4 +1,4 @@
-//! Who a connection or a flow claims to come from.
+//! The client address of a generated connection or flow.
 
 use std::net::SocketAddr;
 use std::rc::Rc;

@@ -1,4 +1,5 @@
-//! Load: requests one after another, over fresh connections or in datagrams, each checked for who answered.
+//! Load: requests one after another, over new connections or in datagrams, each checked for the backend that
+//! answered.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -126,7 +127,7 @@ impl ConsumerLoad {
     }
 }
 
-/// One HTTP request over a connection of its own; who answered.
+/// One HTTP request over its own connection; returns the backend that answered.
 async fn request(target: SocketAddr) -> io::Result<ConsumerAnswer> {
     let mut stream = TcpStream::connect(target).await?;
     stream.write_all(b"GET / HTTP/1.1\r\nhost: lab\r\nconnection: close\r\n\r\n").await?;
@@ -151,12 +152,12 @@ async fn ask(target: SocketAddr, flow: &mut Option<(UdpSocket, u32)>) -> io::Res
     let mut answer = [0; 1024];
     let count = socket.recv(&mut answer).await?;
     let answer = serde_json::from_slice(answer.get(..count).unwrap_or_default())?;
-    // After an error another flow asks: what comes late is nobody's answer.
+    // After an error another flow sends the next request: a late answer is ignored.
     *flow = Some((socket, left - 1));
     Ok(answer)
 }
 
-/// Who answered: the lab's backends say so in a JSON body.
+/// The backend that answered: the lab's backends state it in a JSON body.
 fn read(answer: &[u8]) -> Option<ConsumerAnswer> {
     let text = std::str::from_utf8(answer).ok()?;
     let (head, body) = text.split_once("\r\n\r\n")?;

@@ -46,7 +46,7 @@ pub enum RequestAnswer {
     Again,
     /// To a question that was given up.
     Late,
-    /// To a question that nobody asked.
+    /// To an unknown request.
     Unasked,
 }
 
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn each_answer_is_told_apart() {
+    fn each_answer_has_its_result() {
         let mut questions = DatagramRequests::new(Duration::from_millis(100));
         for number in 0..4 {
             assert_eq!(questions.next(), number);
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_bounded_and_what_is_open_is_kept() {
+    fn memory_of_ports_is_bounded_and_open_ones_are_kept() {
         let mut questions = DatagramRequests::new(Duration::from_secs(1));
         questions.ask(at(0), at(0));
         for number in 1..5_000 {

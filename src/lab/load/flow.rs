@@ -36,7 +36,7 @@ pub(super) struct LoadFlow {
     at_once: usize,
     /// What goes in front of each question.
     header: Vec<u8>,
-    /// The pool that has to answer; empty is anybody.
+    /// The pool that has to answer; empty accepts any.
     pool: String,
     /// The bytes of each question after its front: this flow's alone.
     body: Vec<u8>,

@@ -20,7 +20,7 @@ use crate::lab::nlb;
 /// An operation that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// An endpoint ID that nobody lists.
+/// An endpoint ID that no tenant lists.
 const STRANGER: &str = "vpce-0bad0bad0bad0bad0";
 
 pub(super) struct LoadSession {
@@ -100,7 +100,7 @@ impl LoadSession {
             LoadMode::Connect => {
                 let mut fresh = self.open(LoadRequest::Echo).await?;
                 let bytes = self.answer(&mut fresh, false).await?;
-                // The answer is whole: what the close says is nobody's concern.
+                // The answer is complete: an error of the close does not matter.
                 fresh.stream.shutdown().await.unwrap_or_default();
                 Ok(bytes)
             }
@@ -132,7 +132,7 @@ impl LoadSession {
         }
     }
 
-    /// A connection whose backend has said who it is.
+    /// A connection whose backend has identified itself.
     async fn tagged(&mut self, request: LoadRequest) -> Result<OpenLoadSession, LoadFailure> {
         let mut open = self.open(request).await?;
         let mut tag = [0; HEAD];

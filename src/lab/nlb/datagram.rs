@@ -39,10 +39,10 @@ impl Nlb {
         let (mut addresses, mut counts) = (Vec::new(), Vec::new());
         for endpoint in endpoints {
             let count = Arc::new(AtomicU64::new(0));
-            let door = NlbUdpSocket::open(target, endpoint, Arc::clone(&count)).await?;
-            addresses.push(door.socket.local_addr()?);
+            let listen_socket = NlbUdpSocket::open(target, endpoint, Arc::clone(&count)).await?;
+            addresses.push(listen_socket.socket.local_addr()?);
             counts.push(count);
-            tasks.spawn(Arc::new(door).serve());
+            tasks.spawn(Arc::new(listen_socket).serve());
         }
         Ok(Self { addresses, counts, _tasks: tasks })
     }
@@ -117,7 +117,8 @@ impl NlbUdpSocket {
     async fn answer(self: Arc<Self>, consumer: SocketAddr, flow: Arc<NlbFlow>) {
         let mut room = vec![0; ROOM];
         while let Some(left) = self.left(consumer, &flow) {
-            // Errors: nobody listens at the target; the flow goes on. And at the end of the time all is looked at anew.
+            // On an error no socket listens at the target; the flow continues. After the timeout everything is
+            // checked again.
             if let Ok(Ok(len)) = timeout(left, flow.socket.recv(&mut room)).await {
                 flow.hear();
                 self.socket.send_to(room.get(..len).unwrap_or_default(), consumer).await.unwrap_or_default();
@@ -177,7 +178,7 @@ mod tests {
 
     async fn consumer(asks: SocketAddr) -> UdpSocket {
         let socket = UdpSocket::bind(ANYWHERE).await.unwrap();
-        // It hears nobody but the address that it asks.
+        // A connected socket: it receives from the address that it sends to.
         socket.connect(asks).await.unwrap();
         socket
     }
@@ -189,7 +190,7 @@ mod tests {
         room
     }
 
-    /// What came to the target: who speaks, over which endpoint, what, and where an answer goes.
+    /// What the target received: client, endpoint, payload and the address for an answer.
     async fn arrived(target: &UdpSocket) -> (SocketAddr, String, Vec<u8>, SocketAddr) {
         let mut room = vec![0; ROOM];
         let (len, from) = timeout(LIMIT, target.recv_from(&mut room)).await.expect("a datagram").unwrap();
@@ -265,26 +266,30 @@ mod tests {
         assert_eq!(nlb.connections(0), 1);
     }
 
-    /// A door with other bounds, whose tasks end with the set.
-    async fn door(target: &UdpSocket, idle: Duration, most: usize) -> (Arc<NlbUdpSocket>, SocketAddr, Tasks) {
+    /// A socket with other bounds, whose tasks end with the set.
+    async fn listen_socket(
+        target: &UdpSocket,
+        idle: Duration,
+        most: usize,
+    ) -> (Arc<NlbUdpSocket>, SocketAddr, Tasks) {
         let opened =
             NlbUdpSocket::open(target.local_addr().unwrap(), endpoint("vpce-0aa"), Arc::default()).await;
-        let door = Arc::new(NlbUdpSocket { idle, most, ..opened.unwrap() });
+        let listen_socket = Arc::new(NlbUdpSocket { idle, most, ..opened.unwrap() });
         let mut tasks = Tasks::new();
-        tasks.spawn(Arc::clone(&door).serve());
-        let address = door.socket.local_addr().unwrap();
-        (door, address, tasks)
+        tasks.spawn(Arc::clone(&listen_socket).serve());
+        let address = listen_socket.socket.local_addr().unwrap();
+        (listen_socket, address, tasks)
     }
 
     #[tokio::test]
     async fn an_idle_flow_goes_and_its_consumers_next_datagram_begins_another() {
         let target = UdpSocket::bind(ANYWHERE).await.unwrap();
-        let (door, address, _tasks) = door(&target, Duration::from_millis(50), FLOWS).await;
+        let (listen_socket, address, _tasks) = listen_socket(&target, Duration::from_millis(50), FLOWS).await;
         let consumer = consumer(address).await;
         consumer.send(b"one").await.unwrap();
         assert_eq!(arrived(&target).await.0, "10.100.0.10:40000".parse().unwrap());
         let gone = async {
-            while !door.flows().is_empty() {
+            while !listen_socket.flows().is_empty() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
@@ -299,7 +304,7 @@ mod tests {
     #[tokio::test]
     async fn the_last_flow_has_a_place_and_the_next_has_none() {
         let target = UdpSocket::bind(ANYWHERE).await.unwrap();
-        let (door, address, _tasks) = door(&target, IDLE, 2).await;
+        let (listen_socket, address, _tasks) = listen_socket(&target, IDLE, 2).await;
         let [one, two, three] = [consumer(address).await, consumer(address).await, consumer(address).await];
         for (consumer, payload) in [(&one, b"one"), (&two, b"two"), (&three, b"too"), (&one, b"end")] {
             consumer.send(payload).await.unwrap();
@@ -307,6 +312,6 @@ mod tests {
         for expected in [b"one", b"two", b"end"] {
             assert_eq!(arrived(&target).await.2, expected);
         }
-        assert_eq!(door.flows().len(), 2);
+        assert_eq!(listen_socket.flows().len(), 2);
     }
 }

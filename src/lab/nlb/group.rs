@@ -1,4 +1,4 @@
-//! A target group: which targets there are, what their health checks say, and who gets the next flow.
+//! A target group: its targets, their health, and the choice of a target for a flow.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -79,7 +79,7 @@ struct GroupTarget {
     address: SocketAddr,
     standing: TargetHealth,
     reason: String,
-    /// Checks in a row that contradict the standing.
+    /// Checks in a row that contradict the present health.
     streak: u32,
     flows: u64,
     /// Its flows listen here for the order to end.
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_registered_again_starts_anew() {
+    fn target_registered_again_starts_fresh() {
         let mut group = group(TargetGroupRules::default());
         group.register(address(11));
         assert_eq!(standing(&group, 11), Some(TargetHealth::Healthy));

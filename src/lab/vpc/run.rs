@@ -1,4 +1,4 @@
-//! Runs of the lab: each has a name, a folder and a lock, so that two at once are in nobody's way, and what one left
+//! Runs of the lab: each has a name, a folder and a lock, so that two at once do not conflict, and what one left
 //! that was killed is found and removed.
 
 use std::fs::{self, File};
@@ -177,7 +177,7 @@ fn remove_all(name: &str) -> io::Result<()> {
     }
 }
 
-/// Nobody else begins or removes a run meanwhile: one that has a folder and no lock yet is not one that was killed.
+/// No other process creates or removes a run meanwhile: a folder without a lock is then a run that was killed.
 fn alone() -> io::Result<File> {
     fs::create_dir_all(FOLDER)?;
     let lock = File::create(Path::new(FOLDER).join(HELD))?;

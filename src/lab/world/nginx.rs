@@ -1,4 +1,4 @@
-//! The backends' nginx: each says who it is, which proxy asked, and whom it takes for the client.
+//! The backends' nginx: each answers with its name, the proxy and the client address that it sees.
 
 use std::fs;
 use std::io;

@@ -38,7 +38,7 @@ fn a_name_leads_to_backends_that_come_and_go() {
     let (fresh, changes) = pool.resolve(0, &found(&[2, 3]), &labels, at(5_000));
     assert_eq!((fresh.len(), changes[0].state, changes[0].why), (1, "gone", "not_resolved"));
     assert!(held.iter().any(|picked| picked.is_removed()), "its sessions may finish");
-    // What was given back by one that is gone is nobody else's.
+    // A slot of a removed address is not reused at once.
     drop(held);
     pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(6_000));
     pool.run_due(at(7_000));
@@ -90,7 +90,7 @@ fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its
     assert_eq!((of_name(), pool.usable()), (2, 2));
     pool.resolve(0, &found(&[]), &labels, at(1_050));
     assert_eq!(pool.usable(), 2, "the roster is 50 ms old");
-    assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "but nobody goes there");
+    assert!((0..20).all(|roll| pick(&pool, pick::hash(&[roll])) == Ok(1000)), "but it gets no session");
     pool.resolve(0, &found(&[1]), &labels, at(1_060));
     pool.run_due(at(1_100));
     assert_eq!((pool.usable(), pool.candidates().backends()[1].load()), (2, 2));
@@ -100,7 +100,7 @@ fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its
 }
 
 #[test]
-fn an_ordered_weight_counts_whatever_the_name_says() {
+fn operator_weight_overrides_the_resolved_weight() {
     let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
     let (fresh, _) = pool.resolve(0, &found(&[1]), &labels, at(1_000));
     pool.observe(&fresh[0], ProbeResult::Passed, SECOND, at(2_000));

@@ -15,7 +15,7 @@ fn one(pool: &Arc<Pool>) -> PickedBackend {
 }
 
 #[test]
-fn health_counters_and_ejections_go_on_and_who_is_added_waits_for_its_probe() {
+fn reload_keeps_health_and_ejections_and_a_new_backend_waits_for_its_probe() {
     let before = Arc::new(healthy(&config(Balance::P2c, 3)));
     assert!(probe(&before, 1, false, at(500)).is_none(), "one of two");
     assert!(fail(&before, 0, SessionFailure::Connect, 3, at(600)).is_some());
@@ -48,7 +48,7 @@ fn health_counters_and_ejections_go_on_and_who_is_added_waits_for_its_probe() {
 }
 
 #[test]
-fn what_comes_to_the_old_one_reaches_the_new_one() {
+fn sessions_of_the_old_pool_reach_the_new_one() {
     let before = Arc::new(healthy(&config(Balance::LeastSessions, 2)));
     let held = [one(&before), one(&before), one(&before)];
     let mut other = config(Balance::LeastSessions, 2);
@@ -58,7 +58,7 @@ fn what_comes_to_the_old_one_reaches_the_new_one() {
     drop(middle);
     let loads = || after.candidates().backends().iter().map(|backend| backend.load()).collect::<Vec<_>>();
     assert_eq!(loads().iter().sum::<u32>(), 3);
-    // Who has fewer is asked first, whoever the sessions were given by.
+    // The backend with fewer sessions is picked first, whichever pool counted them.
     let (full, other) = if loads()[0] == 2 { (1000, 1001) } else { (1001, 1000) };
     assert_eq!(port(&one(&after)), other);
     let more: Vec<_> = (0..4).map(|_| one(&before)).collect();
@@ -73,13 +73,13 @@ fn what_comes_to_the_old_one_reaches_the_new_one() {
     assert!(before.observe(&old, ProbeResult::ConnectRefused, SECOND, at(3_200)).is_none());
     assert!(before.observe(&old, ProbeResult::ConnectRefused, SECOND, at(3_300)).is_some());
     assert_eq!(backend(&after, 0).state(), HealthState::Unhealthy);
-    let (pool, heir) = before.follow(&old).unwrap();
-    assert!(Arc::ptr_eq(&pool, &after) && Arc::ptr_eq(&heir, &after.candidates().backends()[0]));
-    assert_eq!(heir.identity(), old.identity());
+    let (pool, replacement) = before.follow(&old).unwrap();
+    assert!(Arc::ptr_eq(&pool, &after) && Arc::ptr_eq(&replacement, &after.candidates().backends()[0]));
+    assert_eq!(replacement.identity(), old.identity());
 }
 
 #[test]
-fn where_all_are_others_they_count_as_healthy_until_the_first_probe_says_otherwise() {
+fn fully_replaced_backends_count_as_healthy_until_their_first_probe() {
     let before = Arc::new(healthy(&config(Balance::P2c, 2)));
     let mut other = config(Balance::P2c, 2);
     other.backends = vec![target(2000), target(2001)];
@@ -92,7 +92,7 @@ fn where_all_are_others_they_count_as_healthy_until_the_first_probe_says_otherwi
 }
 
 #[test]
-fn probes_that_are_switched_off_or_on_leave_nobody_down_or_unknown() {
+fn switching_probes_off_or_on_leaves_no_backend_down_or_unknown() {
     let before = Arc::new(healthy(&config(Balance::P2c, 2)));
     (1..3).for_each(|second| drop(probe(&before, 0, false, at(second * 1_000))));
     assert_eq!(ports(&before), [1001]);
@@ -105,7 +105,7 @@ fn probes_that_are_switched_off_or_on_leave_nobody_down_or_unknown() {
 }
 
 #[test]
-fn who_waits_in_the_old_ones_line_is_served_by_the_new_one_and_never_by_who_is_removed() {
+fn queue_of_a_replaced_pool_is_served_by_the_new_pool_and_no_removed_backend() {
     let mut config = config(Balance::P2c, 1);
     config.queue.length = 3;
     config.backends[0].max_sessions = Some(1);
@@ -116,13 +116,13 @@ fn who_waits_in_the_old_ones_line_is_served_by_the_new_one_and_never_by_who_is_r
     other.backends = vec![crate::config::BackendConfig { max_sessions: Some(1), ..target(2000) }];
     // It is served at once, as the new one has room.
     let after = succeed(&before, &other, at(1_000));
-    let picked = given(&mut place).expect("nobody serves it");
+    let picked = given(&mut place).expect("no backend serves it");
     assert_eq!((port(&picked), after.waiting(), before.waiting()), (2000, 0, 0));
     let (mut first, mut second) = (before.join_queue(1).unwrap(), after.join_queue(1).unwrap());
     drop(held);
-    assert!(given(&mut first).is_none() && given(&mut second).is_none(), "nobody goes to the old one");
+    assert!(given(&mut first).is_none() && given(&mut second).is_none(), "the old pool gets no session");
     drop(picked);
-    let picked = given(&mut first).expect("nobody serves it");
+    let picked = given(&mut first).expect("no backend serves it");
     // A line that is given up is served to its end.
     let none = crate::config::PoolConfig {
         queue: crate::config::QueueConfig { length: 0, timeout: SECOND },
@@ -156,7 +156,7 @@ fn an_address_that_comes_back_has_the_sessions_that_it_had() {
 }
 
 #[test]
-fn names_keep_what_they_led_to_and_new_ones_lead_where_somebody_has_asked() {
+fn reload_keeps_resolved_names_and_takes_answers_for_new_ones() {
     let host = |name: &str| BackendTarget::Host { name: name.to_owned(), port: 80 };
     let named = |names: &[&str]| {
         let backends =
@@ -224,7 +224,7 @@ fn served(places: &mut Vec<QueuePlace>) -> Vec<PickedBackend> {
 }
 
 #[test]
-fn whatever_is_reloaded_the_load_is_what_is_held_and_nobody_waits_beside_room() {
+fn after_any_reload_loads_match_and_no_session_waits_beside_free_room() {
     let mut random = fastrand::Rng::with_seed(7);
     for balance in ALL {
         let mut config = crate::config::PoolConfig { health: None, ..config(balance, 6) };

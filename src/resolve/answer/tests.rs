@@ -69,7 +69,7 @@ fn a_circle_of_aliases_has_an_end() {
 }
 
 #[test]
-fn each_address_is_told_once_with_the_shortest_life() {
+fn each_address_is_listed_once_with_the_shortest_ttl() {
     let texts = ["10.0.0.2", "fd00::1"];
     let mut records: Vec<_> = texts.iter().map(|text| address("a.", 7, text)).collect();
     records.push(address("a.", 3, "10.0.0.2"));
@@ -132,7 +132,7 @@ fn the_shortest_life_of_services_and_hosts_counts() {
 }
 
 #[test]
-fn what_failed_is_what_it_was() {
+fn failed_query_keeps_the_last_answer() {
     let (mut memory, host) = (LastAnswers::default(), name("a."));
     let (v4, v6) = (said(&["10.0.0.1"], 9), said(&["fd00::1"], 5));
     let known = memory.settle(&host, [Ok(v4.clone()), Ok(v6)]);

@@ -10,7 +10,7 @@ const INITS: [&str; 5] = ["tini", "docker-init", "dumb-init", "catatonit", "podm
 
 /// What to do where a takeover is refused.
 const REMEDY: &str =
-    "start another container with the new program instead, and send SIGTERM to this process, which drains it";
+    "start another container with the new program, and send SIGTERM to this process to drain it";
 
 /// Why a successor in the same PID namespace would end with this process, and what to do instead; `None` where it would not.
 /// A process that is a successor itself is no container's main process, unless it is PID 1.
@@ -35,10 +35,7 @@ fn reason(own: u32, parent: i32, is_successor: bool, init: impl Fn() -> String) 
     match parent {
         // Its parent is outside of the PID namespace: a container runtime, where the namespace is shared with other
         // containers. It ends what is left of a container whose main process has ended.
-        0 => Some(
-            "this process is the main process of its container, and a container runtime ends a container with it"
-                .to_owned(),
-        ),
+        0 => Some("this process is the main process of its container; the container ends with it".to_owned()),
         1 => {
             let init = init();
             let init = INITS.into_iter().find(|name| *name == init.trim_end())?;

@@ -1,4 +1,4 @@
-//! The old process's side: it shows its sockets, stops, and sends away what lives.
+//! The old process's side: offers its sockets, stops accepting, and sends its sessions.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -35,7 +35,7 @@ use crate::tenant::Tenant;
 /// How long the successor may take to be ready: it reads its configuration, looks names up and probes meanwhile.
 const READY: Duration = Duration::from_secs(60);
 
-/// How long it may take to answer for a parcel. Beyond it the sessions of this process have stood still for long enough.
+/// How long the reply to a transfer may take. Beyond it the frozen sessions have waited long enough.
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// How often is looked whether anything is left.
@@ -44,24 +44,24 @@ const LOOK: Duration = Duration::from_millis(5);
 /// How often what is left is told.
 const TELL: Duration = Duration::from_secs(2);
 
-/// Why a takeover came to nothing.
+/// Why a handover failed.
 #[derive(Debug, thiserror::Error)]
 enum HandoverError {
     #[error("{0}")]
     Refused(String),
-    #[error("the successor has gone")]
+    #[error("the successor closed the link")]
     Gone,
     #[error("the successor does not answer")]
     Late,
-    #[error("the configuration was changed, or the end ordered, after the successor had asked")]
+    #[error("the configuration changed or a drain began during the takeover")]
     Overtaken,
-    #[error("the successor said something else than was expected")]
+    #[error("unexpected message from the successor")]
     Confused,
-    #[error("the link to the successor broke: {0}")]
+    #[error("the link to the successor failed: {0}")]
     Link(#[from] io::Error),
 }
 
-/// All that a process gives away.
+/// The state needed to hand over to a successor.
 pub(in crate::server) struct Handover {
     pub(in crate::server) live: Arc<LiveState>,
     pub(in crate::server) loads: Arc<WorkerLoads>,
@@ -101,24 +101,24 @@ impl Handover {
     pub(in crate::server) fn run(&self, stream: UnixStream) {
         let is_alone = !self.busy.swap(true, Ordering::AcqRel);
         // 0 is a process outside of this one's PID namespace (pid_namespaces(7)).
-        let heir = getsockopt(&stream, PeerCredentials)
+        let successor = getsockopt(&stream, PeerCredentials)
             .ok()
             .and_then(|peer| u32::try_from(peer.pid()).ok())
             .filter(|pid| *pid > 0);
-        match self.give(stream, is_alone, heir.is_some()) {
+        match self.give(stream, is_alone, successor.is_some()) {
             Ok(()) => {
                 self.live.takeovers.count(true);
-                tracing::info!("everything is the successor's");
+                tracing::info!(pid = successor, "handover complete: all sessions moved to the successor");
                 // Not before: of a successor that fails it could not be taken back. Systemd believes it of the process that
                 // it knows.
-                if let Some(heir) = heir {
-                    notify::main_pid(heir);
+                if let Some(successor) = successor {
+                    notify::main_pid(successor);
                 }
                 self.stage.send_replace(DrainStage::Over);
             }
             Err(error) => {
                 self.live.takeovers.count(false);
-                tracing::error!(%error, "the takeover failed; this process goes on");
+                tracing::error!(%error, "takeover failed; this process continues");
                 if is_alone {
                     self.busy.store(false, Ordering::Release);
                 }
@@ -131,7 +131,7 @@ impl Handover {
         let link = HandoverLink::new(stream, ANSWER)?;
         match link.receive()?.map(|frame| frame.message) {
             Some(LinkMessage::Hello { version: VERSION, program }) => {
-                tracing::info!(program, "a successor asks for the sockets");
+                tracing::info!(program, "a successor requests the sockets");
             }
             Some(LinkMessage::Hello { version, program }) => {
                 let own = env!("CARGO_PKG_VERSION");
@@ -149,13 +149,13 @@ impl Handover {
             return refuse(&link, obstacle.clone());
         }
         if !is_alone {
-            return refuse(&link, "another takeover is under way".to_owned());
+            return refuse(&link, "another takeover is in progress".to_owned());
         }
         if self.live.takeovers.is_receiving() {
-            return refuse(&link, "the takeover before this one is not over".to_owned());
+            return refuse(&link, "the previous takeover is not finished".to_owned());
         }
         if self.live.is_draining() {
-            return refuse(&link, "the old process is draining already".to_owned());
+            return refuse(&link, "the previous process is already draining".to_owned());
         }
         let reloads = self.live.reloads.done();
         self.send_listeners(&link)?;
@@ -198,7 +198,7 @@ impl Handover {
         }
     }
 
-    /// Shows every listening socket.
+    /// Sends every listening socket.
     fn send_listeners(&self, link: &HandoverLink) -> Result<(), HandoverError> {
         let (snapshot, held) = (self.live.snapshot.load_full(), self.reloader.listeners());
         let configured = |bound: SocketAddr, listener: u32, udp: bool| {
@@ -234,7 +234,7 @@ impl Handover {
         Ok(())
     }
 
-    /// Sends away every session and flow, as each comes to where it can go.
+    /// Sends every session and flow, each as soon as it can be transferred.
     fn send_sessions(&self, link: &HandoverLink, runtime: &Runtime) -> Result<(), HandoverError> {
         let (pending, gone) = (Pending::default(), AtomicBool::new(false));
         link.set_read_timeout(None)?;
@@ -250,7 +250,7 @@ impl Handover {
             scope.spawn(|| receive_replies(link, &pending, &gone, &ended));
             let result = self.watch(&pending, &gone, &end);
             let result = result.and_then(|()| Ok(link.send(&LinkMessage::Done, &[], &[])?));
-            // What was answered until now counts, and who had no answer stays. The threads end with their senders.
+            // Replies so far count; sessions without a reply stay. The threads end with their senders.
             if result.is_ok() {
                 link.stop_receiving();
             } else {
@@ -261,7 +261,7 @@ impl Handover {
         })
     }
 
-    /// Looks until nothing is left, or the successor is gone.
+    /// Waits until nothing is left, or the successor is gone.
     fn watch(&self, pending: &Pending, gone: &AtomicBool, end: &Receiver<()>) -> Result<(), HandoverError> {
         let start = clock::now();
         let deadline = self.live.config.load().drain.deadline;
@@ -285,11 +285,14 @@ impl Handover {
                     left,
                     without_a_whole_header = pending.min(left),
                     waiting_for_a_backend = left.saturating_sub(pending),
-                    "sessions that cannot move yet are finished here"
+                    "sessions that cannot be handed over yet continue in this process"
                 );
             }
             if now.since(start) > deadline {
-                tracing::warn!(left, "the drain's deadline has passed: what cannot move is ended");
+                tracing::warn!(
+                    left,
+                    "the drain deadline passed: sessions that cannot be handed over are closed"
+                );
                 return Ok(());
             }
         }
@@ -301,7 +304,7 @@ fn refuse(link: &HandoverLink, why: String) -> Result<(), HandoverError> {
     Err(HandoverError::Refused(why))
 }
 
-/// Sends parcels.
+/// Sends transfers.
 fn send_transfers(
     link: &HandoverLink,
     mut leaving: mpsc::Receiver<PendingTransfer>,
@@ -321,19 +324,19 @@ fn send_transfers(
             // Not a whole frame has come: it stays.
             lock(pending).remove(&id);
             if !gone.swap(true, Ordering::AcqRel) {
-                tracing::warn!(%error, "a session could not be sent to the successor");
+                tracing::warn!(%error, "cannot send a session to the successor");
             }
         }
     }
 }
 
-/// Passes answers on until the link ends; then all that had none stay.
+/// Forwards replies until the link ends; sessions without a reply stay.
 fn receive_replies(link: &HandoverLink, pending: &Pending, gone: &AtomicBool, ended: &SyncSender<()>) {
     while let Ok(Some(frame)) = link.receive() {
         let (id, answer) = match frame.message {
             LinkMessage::Taken { id } => (id, TransferReply::Taken),
             LinkMessage::Stays { id, why } => {
-                tracing::warn!(why, "a session stays: the successor cannot carry it");
+                tracing::warn!(why, "a session stays in this process: the successor refused it");
                 (id, TransferReply::Stays)
             }
             LinkMessage::Hello { .. }
@@ -348,7 +351,7 @@ fn receive_replies(link: &HandoverLink, pending: &Pending, gone: &AtomicBool, en
         };
         let waits = lock(pending).remove(&id);
         if waits.is_some_and(|(sender, _)| sender.send(answer).is_err()) {
-            tracing::debug!(id, "an answer came for a session that has ended");
+            tracing::debug!(id, "the successor answered for a session that ended");
         }
     }
     gone.store(true, Ordering::Release);

@@ -1,4 +1,4 @@
-//! The successor's side: it asks for the sockets, says when it is ready, and takes in what lives.
+//! The successor's side: requests the sockets, reports readiness, and takes over the sessions.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,13 +33,13 @@ const MOST_ANSWER: usize = 16 * 1024;
 /// More sessions than any process has.
 const MOST_HELD: usize = u32::MAX as usize;
 
-/// Why a successor could not take over. The old process goes on.
+/// Why a takeover failed. The previous process continues.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeoverError {
-    /// Nobody is there.
+    /// No process answers at the path.
     #[error(
-        "--takeover {path}: must be the admin.socket of a running vestibule, found: {error}; without --takeover it starts \
-         on its own"
+        "--takeover: cannot reach a running vestibule at {path}: {error}; start without --takeover if \
+         none runs"
     )]
     Unavailable {
         /// The socket.
@@ -48,14 +48,14 @@ pub enum TakeoverError {
         error: io::Error,
     },
     /// The old process does not go.
-    #[error("--takeover: the old process refuses: {0}")]
+    #[error("--takeover: the previous process refuses: {0}")]
     Refused(String),
     /// It went, or said what it should not.
-    #[error("--takeover: the old process broke off: {0}")]
+    #[error("--takeover: the previous process closed the link: {0}")]
     Broken(#[from] io::Error),
 }
 
-/// What a successor has been shown, and the link to the old process.
+/// The offered sockets, and the link to the previous process.
 #[derive(Debug)]
 pub struct TakeoverOffer {
     link: HandoverLink,
@@ -71,7 +71,7 @@ impl TakeoverOffer {
     /// Asks the process behind its control socket for all that it has. It goes on until this one is ready.
     ///
     /// # Errors
-    /// Nobody is there, it refuses, or it breaks off.
+    /// No process answers, it refuses, or it closes the link.
     pub fn ask(path: &Path) -> Result<Self, TakeoverError> {
         let unavailable = |error| TakeoverError::Unavailable { path: path.display().to_string(), error };
         let stream = UnixStream::connect(path).map_err(unavailable)?;
@@ -140,8 +140,8 @@ impl TakeoverOffer {
     }
 
     /// Says that this process could serve now, and waits until the old one has stopped. A process that has died has
-    /// stopped too; its sockets live on here. Those that nobody wanted are closed with it. From now on there is a place for
-    /// each session and flow that it has.
+    /// stopped too; its sockets live on here. Those that are not configured are closed with it. From now on there is
+    /// a slot for each session and flow that it has.
     ///
     /// # Errors
     /// The old process does not stop, and goes on.
@@ -155,7 +155,7 @@ impl TakeoverOffer {
             }
             Ok(Some(_)) => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
             Ok(None) | Err(_) if is_dead(&old) => {
-                tracing::warn!("the old process has died; its listening sockets go on here");
+                tracing::warn!("the previous process died; this one serves its listening sockets");
             }
             Ok(None) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             Err(error) => return Err(error.into()),
@@ -170,7 +170,7 @@ fn read_held_slots(tail: &[u8]) -> HeldSlots {
         return HeldSlots::default();
     }
     serde_json::from_slice(tail).unwrap_or_else(|error| {
-        tracing::warn!(%error, "what the old process holds of its limits is not understood, and not kept free here");
+        tracing::warn!(%error, "cannot read the slots in use of the previous process; none are reserved");
         HeldSlots::default()
     })
 }
@@ -180,7 +180,7 @@ fn reserve(live: &LiveState, holding: &HeldSlots) -> Arc<ReservedSlots> {
     let known = |(name, sessions, flows): &(String, usize, usize)| {
         Some((live.quotas.known(&live.labels.intern(name))?, *sessions, *flows))
     };
-    // What it says beyond any bound would overflow: nobody has as many.
+    // A larger value would overflow; no process has as many.
     let is_sane = |(_, sessions, flows): &&(String, usize, usize)| (*sessions).max(*flows) <= MOST_HELD;
     let tenants = holding.tenants.iter().filter(is_sane).filter_map(known).collect();
     ReservedSlots::new(&live.sessions, holding.all.min(MOST_HELD), tenants)
@@ -204,7 +204,7 @@ fn upgrade(mut stream: &UnixStream) -> Result<(), TakeoverError> {
     Err(TakeoverError::Refused(answer.lines().next().unwrap_or_default().to_owned()))
 }
 
-/// What comes once the old process has stopped.
+/// Receives sessions after the previous process has stopped.
 #[derive(Debug)]
 pub(in crate::server) struct IncomingTransfers {
     link: HandoverLink,
@@ -213,7 +213,7 @@ pub(in crate::server) struct IncomingTransfers {
     reserved: Arc<ReservedSlots>,
 }
 
-/// Why nothing comes any more.
+/// Why the transfer ended.
 enum TransferEnd {
     /// Everything has come.
     Done,
@@ -242,7 +242,7 @@ impl IncomingTransfers {
         match end {
             TransferEnd::Done => tracing::info!(moved, "took over"),
             TransferEnd::Dead => {
-                tracing::error!(moved, "the old process has died before everything had come");
+                tracing::error!(moved, "the previous process died before all sessions were taken over");
             }
             TransferEnd::Lives(why) => return Err(why),
         }
@@ -267,8 +267,8 @@ impl IncomingTransfers {
                     continue;
                 }
                 Ok(Some(LinkFrame { message: LinkMessage::Done, .. })) => return TransferEnd::Done,
-                Ok(Some(_)) => "it says what is not understood here".to_owned(),
-                Ok(None) => "it has broken off".to_owned(),
+                Ok(Some(_)) => "unexpected message".to_owned(),
+                Ok(None) => "link closed".to_owned(),
                 Err(error) => error.to_string(),
             };
             return if is_dead(&self.old) { TransferEnd::Dead } else { TransferEnd::Lives(fault) };
@@ -287,14 +287,14 @@ impl IncomingTransfers {
                 control.take_over(PendingTransfer { transfer, answer }).await;
                 match answered.await {
                     Ok(TransferReply::Taken) => return self.confirm(id).map(|()| true),
-                    Ok(TransferReply::Stays) | Err(_) => "the flow cannot be carried here".to_owned(),
+                    Ok(TransferReply::Stays) | Err(_) => "this process cannot carry the flow".to_owned(),
                 }
             }
             Ok(TransferKind::Session) => match crate::session::transfer::decode(transfer) {
                 Ok(mut moved) => {
                     moved.may_use(&self.reserved);
-                    // Said before its first byte moves: who has this answer closes its own side, who has none goes on with
-                    // it. If it could not be said, the other one has it, unless it is dead.
+                    // Sent before its first byte moves: a process with this reply closes its own side, one without
+                    // continues with it. If it could not be said, the other one has it, unless it is dead.
                     self.confirm(id)?;
                     control.carry(moved).await;
                     return Ok(true);
@@ -303,12 +303,12 @@ impl IncomingTransfers {
             },
             Err(refused) => refused.to_string(),
         };
-        tracing::warn!(why = refused, "a session stays with the old process");
+        tracing::warn!(why = refused, "a session stays with the previous process");
         self.link.send(&LinkMessage::Stays { id, why: refused }, &[], &[])?;
         Ok(false)
     }
 
-    /// It is this process's from here on.
+    /// Confirms that this process has it.
     fn confirm(&self, id: u32) -> io::Result<()> {
         match self.link.send(&LinkMessage::Taken { id }, &[], &[]) {
             Err(error) if !is_dead(&self.old) => Err(error),

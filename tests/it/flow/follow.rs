@@ -69,7 +69,7 @@ async fn flow_moves_when_an_operator_sets_the_weight_of_its_backend_to_0() {
 }
 
 #[tokio::test]
-async fn flow_moves_when_its_backend_is_unhealthy_and_stays_with_it_where_all_are() {
+async fn flow_moves_from_an_unhealthy_backend_unless_all_are() {
     // Each backend is probed at the same port of its own address.
     let first = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = first.local_addr().unwrap().port();

@@ -79,7 +79,7 @@ async fn many_that_are_silent_all_end() {
 }
 
 #[tokio::test]
-async fn a_flow_that_speaks_is_not_idle() {
+async fn active_flow_is_not_idle() {
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
     let balancer = Balancer::to(proxy.address("dns")).await;

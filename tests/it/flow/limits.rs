@@ -60,7 +60,7 @@ async fn datagrams_beyond_the_rate_are_dropped_and_counted_and_observed_ones_pas
 }
 
 #[tokio::test]
-async fn a_tenant_at_its_own_limit_takes_nobody_elses_place_and_one_below_it_does() {
+async fn tenant_at_its_limit_evicts_no_other_flow_and_one_below_it_does() {
     let acme = Echo::start("acme").await;
     let (mut proxy, _hooli) = world(&[acme.address], |conf, _| {
         conf.limits = "flows = 2".to_owned();

@@ -225,7 +225,7 @@ async fn an_answer_that_is_under_way_arrives_by_the_other_process() {
 }
 
 #[tokio::test]
-async fn a_flow_that_is_not_taken_goes_on_where_it_is() {
+async fn refused_flow_continues_in_its_process() {
     let work = async {
         let world = world().await;
         let [one, other] = &world.sides;
@@ -251,7 +251,7 @@ async fn a_flow_that_is_not_taken_goes_on_where_it_is() {
 }
 
 #[tokio::test]
-async fn a_flow_whose_listening_socket_is_not_there_is_refused() {
+async fn transferred_flow_without_its_listening_socket_is_refused() {
     let work = async {
         let world = world().await;
         let [one, _] = &world.sides;
@@ -280,7 +280,7 @@ async fn a_flow_whose_listening_socket_is_not_there_is_refused() {
 }
 
 #[tokio::test]
-async fn the_older_flow_has_its_place_back_from_one_that_began_meanwhile() {
+async fn restored_flow_replaces_one_opened_meanwhile() {
     let work = async {
         let world = world().await;
         let [one, other] = &world.sides;

@@ -102,7 +102,7 @@ async fn an_address_that_is_not_free_refuses_all_of_it() {
     let extra = with("extra", &format!("[\"{free}\", \"{}\"]", taken.0));
     let refused = proxy.reload(BEFORE, &extra).unwrap_err();
     assert!(matches!(refused, ReloadError::Machine(_)), "{refused}");
-    let message = format!("listener \"extra\": {}: must be free and local", taken.0);
+    let message = format!("listener \"extra\": cannot bind {}: ", taken.0);
     assert!(refused.to_string().starts_with(&message), "{refused}");
     assert!(TcpStream::connect(free).await.is_err(), "what was bound for it is closed again");
     proxy.metric("vestibule_config_last_reload_successful", &[]).is(0).await;
@@ -153,7 +153,7 @@ fn elsewhere(proxy: &mut Proxy, listener: &str, name: &str) -> (String, SocketAd
 }
 
 #[tokio::test]
-async fn a_udp_listener_that_goes_hears_and_answers_its_flows_to_their_end() {
+async fn removed_udp_listener_serves_its_flows_to_their_end() {
     let acme = Echo::start("acme").await;
     let (mut proxy, _hooli, listener) = udp(&acme).await;
     let address = proxy.address("dns");
@@ -187,7 +187,7 @@ async fn a_udp_listener_that_goes_hears_and_answers_its_flows_to_their_end() {
 }
 
 #[tokio::test]
-async fn a_udp_listener_that_comes_back_goes_on_with_its_flows() {
+async fn udp_listener_that_returns_keeps_its_flows() {
     let acme = Echo::start("acme").await;
     let (mut proxy, _hooli, listener) = udp(&acme).await;
     let (more, address) = elsewhere(&mut proxy, &listener, "more");
@@ -206,7 +206,7 @@ async fn a_udp_listener_that_comes_back_goes_on_with_its_flows() {
 }
 
 #[tokio::test]
-async fn a_udp_listener_of_another_name_goes_on_with_the_flows_of_its_address() {
+async fn udp_listener_with_another_name_keeps_the_flows_of_its_address() {
     let acme = Echo::start("acme").await;
     let (mut proxy, _hooli, listener) = udp(&acme).await;
     let (before, address) = elsewhere(&mut proxy, &listener, "before");

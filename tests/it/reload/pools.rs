@@ -25,7 +25,7 @@ async fn answered(proxy: &Proxy) -> (TcpStream, String) {
 }
 
 #[tokio::test]
-async fn a_backend_in_anothers_place_gets_what_is_new_and_the_other_keeps_what_it_has() {
+async fn replaced_backend_gets_new_sessions_and_the_old_one_keeps_its_own() {
     let (one, two, mut proxy) = greeting("").await;
     let (mut old, name) = answered(&proxy).await;
     assert_eq!(name, "one");
@@ -51,7 +51,7 @@ async fn a_backend_in_anothers_place_gets_what_is_new_and_the_other_keeps_what_i
 }
 
 #[tokio::test]
-async fn an_ejection_and_what_a_backend_holds_outlive_a_change_of_the_pool() {
+async fn ejection_and_sessions_of_a_backend_outlive_a_pool_change() {
     let one = TestBackend::start("one", BackendBehavior::Greeting).await.unwrap();
     let (_socket, dead) = closed_port(0).unwrap();
     let pool = "balance = \"least-sessions\"\nretry-budget = 100\n\
@@ -181,7 +181,7 @@ async fn a_session_keeps_its_patience_and_the_next_has_the_new_one() {
 }
 
 #[tokio::test]
-async fn two_hundred_reloads_fail_nobody_and_misroute_nobody() {
+async fn two_hundred_reloads_fail_and_misroute_no_session() {
     let (one, two, mut proxy) = greeting("").await;
     let address = proxy.address("web");
     let pools = format!(

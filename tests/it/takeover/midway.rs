@@ -1,4 +1,4 @@
-//! What else happens while a takeover is under way, and what a failed one leaves behind.
+//! What else happens while a takeover is in progress, and what a failed one leaves behind.
 
 use std::fs;
 use std::io::Write;
@@ -17,7 +17,7 @@ use super::super::process::{Serve, World, Written};
 use super::{Before, Heir, carried, config, door, is_empty, play};
 
 #[tokio::test]
-async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_ones() {
+async fn successor_of_a_failed_takeover_ends_and_waiting_connections_stay() {
     let world = World::new().await;
     let (config, control) = config(&world);
     let door = door(&config);
@@ -42,7 +42,7 @@ async fn a_successor_whose_takeover_failed_ends_soon_and_what_waits_is_the_old_o
     new.serves().await;
     fail.send(()).unwrap();
     let (_listening, door) = played.await.unwrap();
-    new.says("the old process lives and goes on; this one drains").await;
+    new.says("the previous process continues; this one drains").await;
     new.says("draining").await;
     let waits = connect(address).await;
     assert_eq!(new.ended().await.code(), Some(0));
@@ -72,10 +72,10 @@ async fn a_reload_that_reads_while_a_takeover_begins_is_refused() {
     .unwrap();
     file.write_all(text.as_bytes()).unwrap();
     drop(file);
-    old.says("a takeover is under way").await;
-    old.says("the reload is refused; what was in force stays").await;
+    old.says("a takeover is in progress").await;
+    old.says("reload refused; the configuration in force stays").await;
     drop(heir);
-    old.says("the takeover failed; this process goes on").await;
+    old.says("takeover failed; this process continues").await;
     still_lives(&mut live).await;
     assert!(old.log().iter().all(|line| line["message"] != "reloaded"));
     fs::remove_file(&config.path).unwrap();
@@ -110,7 +110,7 @@ async fn is_full(serve: &Serve) {
 }
 
 #[tokio::test]
-async fn what_is_still_to_come_counts_for_the_limits_and_is_no_session_yet() {
+async fn reserved_slots_count_for_limits_and_are_no_sessions() {
     let world = World::new().await;
     let (config, control) = config(&world);
     limit(&config);
