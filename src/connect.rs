@@ -24,6 +24,7 @@ use crate::clock::wheel::TickSpan;
 use crate::fault::{self, Syscall};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::session_context::{Cancelled, SessionContext};
+use crate::socket_options::IpLocalPortRange;
 
 /// Why connecting failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,27 +221,10 @@ pub fn is_connected_to_itself(socket: &Socket, address: BackendAddr) -> bool {
     socket.local_addr().ok().and_then(|own| own.as_socket()).is_some_and(|own| own == address.0)
 }
 
-mod port_range {
-    //! An option that the nix crate does not name.
-
-    use nix::libc;
-    use nix::sys::socket::sockopt::SetStruct;
-
-    /// include/uapi/linux/in.h, since Linux 6.3.
-    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
-
-    /// The ports that the kernel chooses from at connect, for IPv6 as well: the highest in the upper 16 bits, the lowest in
-    /// the lower ones.
-    #[derive(Clone, Copy, Debug)]
-    pub(super) struct IpLocalPortRange;
-
-    nix::setsockopt_impl!(IpLocalPortRange, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, u32, SetStruct<u32>);
-}
-
 /// Has the kernel take this port and no other; whether it can.
 fn choose_port(socket: &Socket, port: u16) -> io::Result<bool> {
     let only = u32::from(port) << 16 | u32::from(port);
-    match setsockopt(socket, port_range::IpLocalPortRange, &only) {
+    match setsockopt(socket, IpLocalPortRange, &only) {
         Ok(()) => Ok(true),
         Err(nix::errno::Errno::ENOPROTOOPT) => Ok(false),
         Err(error) => Err(error.into()),

@@ -25,7 +25,8 @@
 //! - [`handover`] moves live sessions to another process.
 //! - [`lab`] emulates load balancer, VPCs and backends for the demo, the load generator and the tests;
 //!   only with the cargo feature `lab`, which is on by default.
-//! - [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`], [`build_info`] and [`session_context`] are values and
+//! - [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`], [`build_info`], [`socket_options`]
+//!   and [`session_context`] are values and
 //!   rules that the others use.
 //!
 //! A module imports only from modules on lower floors; docs/architecture.md has the table, and `tests/tidy.rs` checks it.
@@ -58,5 +59,6 @@ pub mod resolve;
 pub mod server;
 pub mod session;
 pub mod session_context;
+pub mod socket_options;
 pub mod state;
 pub mod tenant;

@@ -25,7 +25,7 @@ use std::process::Command;
 
 /// The modules of each floor, from the ground up: each imports from lower floors only.
 const FLOORS: [&[&str]; 9] = [
-    &["id", "addr", "clock", "outcome", "fault", "build_info", "atomic", "fair_share"],
+    &["id", "addr", "clock", "outcome", "fault", "build_info", "atomic", "fair_share", "socket_options"],
     &["config", "proxy_protocol", "account"],
     &["admission", "pool", "session_context"],
     &["accept", "header", "tenant", "connect", "forward"],

@@ -2,27 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use nix::libc::{self, c_int};
-use nix::sys::socket::getsockopt;
-use nix::{getsockopt_impl, sockopt_impl};
-
-/// Words of the answer (`SK_MEMINFO_VARS` in `include/uapi/linux/sock_diag.h`).
-const WORDS: usize = 9;
-
-/// The word with the count of drops.
-const DROPS: usize = libc::SK_MEMINFO_DROPS as usize;
-
-/// `SO_MEMINFO` in include/uapi/asm-generic/socket.h, since Linux 4.12.
-const SO_MEMINFO: c_int = 55;
-
-sockopt_impl!(
-    /// What the kernel holds for a socket, and what it dropped there.
-    MemoryInfo,
-    GetOnly,
-    libc::SOL_SOCKET,
-    SO_MEMINFO,
-    [u32; WORDS]
-);
+use crate::socket_options;
 
 /// The kernel's drop counter of one socket, as far as it is counted already.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,7 +23,7 @@ impl KernelDrops {
 }
 
 fn read(socket: &impl AsFd) -> Option<u32> {
-    getsockopt(socket, MemoryInfo).ok()?.get(DROPS).copied()
+    Some(socket_options::memory(socket)?.drops)
 }
 
 #[cfg(test)]

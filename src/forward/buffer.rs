@@ -5,12 +5,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::libc::{self, c_int};
-use nix::sys::socket::getsockopt;
-use nix::{getsockopt_impl, sockopt_impl};
-
 use crate::admission::quota::Quota;
 use crate::session_context::SCRATCH;
+use crate::socket_options;
 
 /// The first read of a direction brings no more, and so does the first after a short one: what the other side takes is not
 /// known yet, and what it does not take has to be kept. A message of 16 KiB does not fill it: after a short read the socket
@@ -81,62 +78,14 @@ impl Drop for BufferReservation {
     }
 }
 
-/// Words of the answer (`SK_MEMINFO_VARS` in `include/uapi/linux/sock_diag.h`).
-const WORDS: usize = 9;
-
-/// `SO_MEMINFO` in include/uapi/asm-generic/socket.h, since Linux 4.12.
-const SO_MEMINFO: c_int = 55;
-
-sockopt_impl!(
-    /// What the kernel holds for a socket.
-    MemoryInfo,
-    GetOnly,
-    libc::SOL_SOCKET,
-    SO_MEMINFO,
-    [u32; WORDS]
-);
-
-/// Words of what is asked of `struct tcp_info` in include/uapi/linux/tcp.h: up to `tcpi_notsent_bytes`, the last, since Linux 4.6.
-const TCP_WORDS: usize = 37;
-
-sockopt_impl!(
-    /// How a connection does.
-    TcpInfo,
-    GetOnly,
-    libc::IPPROTO_TCP,
-    libc::TCP_INFO,
-    [u32; TCP_WORDS]
-);
-
 /// The bytes that the socket's send queue takes beside those that are in it, where it is to have no more than `unsent` bytes that
 /// are not sent (0: any number); `None` where the kernel does not say. Where it is about to enlarge the queue it takes more.
 pub(super) fn room(sink: &impl AsFd, unsent: u32) -> Option<usize> {
-    let words = getsockopt(sink, MemoryInfo).ok()?;
-    let word = |name: c_int| words.get(usize::try_from(name).ok()?).copied();
-    let bound = word(libc::SK_MEMINFO_SNDBUF)?;
-    let room = bound.saturating_sub(word(libc::SK_MEMINFO_WMEM_QUEUED)?);
-    if unsent == 0 {
-        return usize::try_from(room).ok();
-    }
-    let waiting = *getsockopt(sink, TcpInfo).ok()?.last()?;
-    usize::try_from(room.min(unsent.saturating_sub(waiting))).ok()
-}
-
-/// What the kernel holds for a socket, in bytes of memory.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Queues {
-    /// The send queue: it falls as the other end acknowledges bytes.
-    pub(super) send: u32,
-    /// The receive queue: what has arrived and was not read.
-    pub(super) receive: u32,
-}
-
-/// The memory of a socket's queues; nothing where the kernel does not say.
-pub(super) fn queues(socket: &impl AsFd) -> Queues {
-    let Ok(words) = getsockopt(socket, MemoryInfo) else { return Queues::default() };
-    let word =
-        |name: c_int| usize::try_from(name).ok().and_then(|name| words.get(name)).copied().unwrap_or(0);
-    Queues { send: word(libc::SK_MEMINFO_WMEM_QUEUED), receive: word(libc::SK_MEMINFO_RMEM_ALLOC) }
+    let memory = socket_options::memory(sink)?;
+    let room = memory.send_limit.saturating_sub(memory.sending);
+    let room =
+        if unsent == 0 { room } else { room.min(unsent.saturating_sub(socket_options::unsent(sink)?)) };
+    usize::try_from(room).ok()
 }
 
 /// Has the kernel take no more for the socket than `unsent` bytes beyond what it has sent (`TCP_NOTSENT_LOWAT`, tcp(7)): a

@@ -19,6 +19,7 @@ use crate::admission::direction_limiter::DirectionLimiter;
 use crate::admission::quota::Quota;
 use crate::clock::wheel::Tick;
 use crate::session_context::{SCRATCH, SessionContext, WorkerLocal};
+use crate::socket_options;
 
 /// A read that fills at least this much of the scratch buffer is a large one.
 ///
@@ -188,12 +189,12 @@ impl DirectionState {
             self.forget_queues(quota);
             return;
         }
-        let (queue, behind) = (buffer::queues(sink), buffer::queues(source));
-        if queue.send < self.queued {
+        let [queue, behind] = [sink, source].map(|socket| socket_options::memory(socket).unwrap_or_default());
+        if queue.sending < self.queued {
             self.last_progress = now;
         }
-        self.queued = queue.send;
-        let pages = (u64::from(queue.send) + u64::from(behind.receive)).div_ceil(Quota::PAGE);
+        self.queued = queue.sending;
+        let pages = (u64::from(queue.sending) + u64::from(behind.received)).div_ceil(Quota::PAGE);
         self.count_pages(u16::try_from(pages).unwrap_or(u16::MAX), quota);
     }
 
