@@ -173,6 +173,11 @@ impl Relay<'_> {
         is_over.then(|| self.reset(Outcome::reject(EndedAt::Forward, Reason::Revoked)))
     }
 
+    /// Its first poll is a visit: what may have changed for it is checked before any byte is forwarded.
+    pub fn visit_first(&mut self) {
+        self.visits = self.session.worker().visits().wrapping_sub(1);
+    }
+
     /// Its endpoint is still valid.
     pub fn confirm(&mut self) {
         self.revoked_at = Tick::NEVER;

@@ -195,6 +195,10 @@ pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listen
         };
         let resources = worker.resources(&admitted.permit);
         let mut relay = forward::relay(pair, &snapshot.timeouts, resources, &mut session);
+        if log_context.flags.queued_us > 0 {
+            // A reload may have come while it waited in the pool's queue, and this worker's visit is yet to come.
+            relay.visit_first();
+        }
         let outcome = loop {
             if let RelayStop::Ended(outcome) = (&mut relay).await {
                 break outcome;

@@ -99,7 +99,7 @@ mod tests {
         let before = memory(&stream).unwrap();
         assert_eq!((before.sending, before.received, before.drops, unsent(&stream)), (0, 0, 0, Some(0)));
         stream.set_nonblocking(true).unwrap();
-        while stream.send(&[0; 65_536]).is_ok() {}
+        while stream.send(&[0; 4_096]).is_ok() {}
         let after = memory(&stream).unwrap();
         assert!(after.sending > 0 && after.send_limit > 0 && unsent(&stream).unwrap() > 0, "{after:?}");
     }

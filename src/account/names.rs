@@ -147,7 +147,7 @@ metrics! {
     TENANT_WAITING: Gauge "vestibule_tenant_waiting" ["tenant", "direction"]
         "Sessions of the tenant that wait for its bandwidth limit now.";
     TENANT_STALLED: Gauge "vestibule_tenant_stalled_memory_bytes" ["tenant"]
-        "Memory held for sessions of the tenant whose other side accepts no bytes: vestibule's buffers and the kernel's socket queues, read each second; no row while it is zero.";
+        "Memory held for sessions of the tenant whose other side accepts no bytes: vestibule's buffers and the kernel's socket queues, read each second; without limits a tenant has a row only while this is above zero.";
     TENANT_HELD: Gauge "vestibule_tenant_held_bytes" ["tenant", "direction"]
         "Bytes buffered by sessions of a tenant with a bandwidth limit because the other side does not accept them.";
     RELOADS: Counter "vestibule_config_reloads_total" []

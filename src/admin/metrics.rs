@@ -325,7 +325,7 @@ fn tenants(samples: &mut Samples, live: &LiveState) {
             samples.count(&names::TENANT_WOULD_REJECT, &[name, why.as_str()], count);
         }
         let stalled = quota.stalled_memory();
-        if stalled > 0 {
+        if stalled > 0 || quota.is_limited() {
             samples.count(&names::TENANT_STALLED, &[name], stalled);
         }
         for direction in Direction::ALL {

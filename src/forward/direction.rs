@@ -54,7 +54,7 @@ pub(super) struct DirectionState {
     pub(super) pipe: Option<Box<Pipe>>,
     /// Large reads in a row while copying, small splices in a row while splicing.
     pub(super) streak: u8,
-    /// Reads in a row while copying that were filled, or left bytes over, or for which the sink had little room: the next
+    /// Reads in a row while copying that were filled or large, or left bytes over, or for which the sink had little room: the next
     /// brings no more than what the sink takes.
     measured: u8,
     /// Whether the kernel takes a bounded number of unsent bytes for the sink.
@@ -248,7 +248,7 @@ impl DirectionState {
         let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
         self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
         let had_little_room = self.measured > 0 && most < FIRST;
-        let is_measured = had_little_room || count >= most || !self.pending_write.is_empty();
+        let is_measured = had_little_room || count >= most.min(FIRST) || !self.pending_write.is_empty();
         self.measured = if is_measured { self.measured.saturating_add(1) } else { 0 };
     }
 

@@ -124,8 +124,8 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
         names.address()
     );
     let health = "kind = \"tcp\"".to_owned();
-    let timeouts = "flow-idle = \"300ms\"".to_owned();
-    let proxy =
+    let timeouts = "flow-idle = \"1h\"".to_owned();
+    let mut proxy =
         Conf { acme: vec![acme.address()], health, limits, timeouts, more, ..Conf::default() }.start().await;
     proxy.metric("vestibule_backend_probes_total", &[("result", "passed")]).is_at_least(1).await;
     let lookup = [("pool", "named"), ("name", "app.example.com:80"), ("result", "no_such_name")];
@@ -144,6 +144,7 @@ async fn every_metric_has_a_value_after_one_session_and_the_page_is_well_formed(
     for metric in ["vestibule_datagrams_dropped_total", "vestibule_datagrams_would_drop_total"] {
         proxy.metric(metric, &[("why", "rate")]).is(1).await;
     }
+    proxy.reload("flow-idle = \"1h\"", "flow-idle = \"300ms\"").unwrap();
     let (head, page) = http(proxy.server().admin(), "/metrics", b"").await;
     assert!(head.to_lowercase().contains("\r\ncontent-type: text/plain; version=0.0.4"), "{head}");
     let families = parse(&page);

@@ -164,10 +164,13 @@ async fn session_waiting_for_bandwidth_is_transferred_and_waits_on() {
             vestibule::account::Direction::ALL.iter().map(|way| quota.budget(*way).waiters()).sum::<u64>()
         };
         eventually("somebody to wait", async || (waits(&one) > 0).then_some(())).await;
+        // A session that was handed over is counted once a worker has taken it.
         move_all(&one, &other, |_| were_moved += 1).await;
         assert_eq!(waits(&one), 0);
+        other.metric("vestibule_sessions_active", &[("tenant", "acme")]).is(3).await;
         move_all(&other, &one, |_| were_moved += 1).await;
         assert_eq!(waits(&other), 0);
+        one.metric("vestibule_sessions_active", &[("tenant", "acme")]).is(3).await;
     }
     assert_eq!(were_moved, 60);
     for session in living {
