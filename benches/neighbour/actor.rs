@@ -4,6 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::time::{interval, timeout};
@@ -12,8 +14,8 @@ use vestibule::lab::nlb;
 /// An attacker ends after so long at the latest, should the bench not end it.
 const LONGEST: Duration = Duration::from_secs(600);
 
-/// What it tries is done in turns of this length.
-const TURN: Duration = Duration::from_millis(10);
+/// What it tries is done in turns of this length: a longer one sends bursts, and the neighbour waits behind each.
+const TURN: Duration = Duration::from_millis(1);
 
 /// A connection of a churn is given up after so long.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -97,6 +99,9 @@ pub(super) fn act(arguments: &[String]) -> bool {
 /// A socket of one of 200 addresses: the attackers do not run out of ports, and take none of the neighbour's.
 fn from(number: u32) -> std::io::Result<TcpSocket> {
     let socket = TcpSocket::new_v4()?;
+    // A port that `bind` chooses is closed to every connection of this machine that names none, whatever its addresses
+    // (`__inet_hash_connect` in net/ipv4/inet_hashtables.c): to the neighbour's load and to the proxy.
+    setsockopt(&socket, IpBindAddressNoPort, &true)?;
     let ip = Ipv4Addr::new(127, 0, 1, u8::try_from(1 + number % 200).unwrap_or(1));
     socket.bind(SocketAddr::from((ip, 0)))?;
     Ok(socket)
