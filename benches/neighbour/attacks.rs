@@ -83,6 +83,7 @@ fn churn(world: &World, rate: u32, endpoint: &str, bytes: usize) -> Command {
     Act { kind: "churn", target: world.web, rate, most: 2_000, endpoint, bytes }.command()
 }
 
+/// Sessions without bytes behind the header stay: the backend waits for a message.
 fn hold(world: &World, rate: u32, most: u32, endpoint: &str, bytes: usize) -> Command {
     Act { kind: "hold", target: world.web, rate, most, endpoint, bytes }.command()
 }
@@ -114,7 +115,7 @@ impl Attack for LivePorts {
         Some(("net/ipv4/ip_local_port_range", "40000 44999"))
     }
     fn actors(&self, world: &World) -> Vec<Command> {
-        vec![hold(world, 1_000, 6_000, A, 16)]
+        vec![hold(world, 1_000, 6_000, A, 0)]
     }
 }
 
@@ -138,7 +139,7 @@ impl Attack for TwoTenants {
     }
     fn actors(&self, world: &World) -> Vec<Command> {
         let silence = hold(world, 1_000, 3_000, "-", 0);
-        vec![hold(world, 1_000, 3_000, A, 16), hold(world, 1_000, 3_000, C, 16), silence]
+        vec![hold(world, 1_000, 3_000, A, 0), hold(world, 1_000, 3_000, C, 0), silence]
     }
 }
 
@@ -185,12 +186,13 @@ impl Attack for PoolHeld {
         "shared-pool-held"
     }
     fn conf(&self, _dir: &Path) -> Conf {
-        let backend = "backends = [{ address = \"BACKEND\", max-sessions = 200 }]";
+        // The neighbour's flows, some 200, are in the pool, too.
+        let backend = "backends = [{ address = \"BACKEND\", max-sessions = 1000 }]";
         let queue = "queue = { length = 40, timeout = \"1s\" }";
         Conf { shared: Some(format!("{backend}\n{queue}")), ..Conf::default() }
     }
     fn actors(&self, world: &World) -> Vec<Command> {
-        vec![hold(world, 1_000, 600, A, 16)]
+        vec![hold(world, 1_000, 3_000, A, 0)]
     }
 }
 
