@@ -173,6 +173,10 @@ impl FrozenRelay {
                 return Err(error);
             }
         };
+        // The other process may have bounded a queue. Here it has no bound until its reader is found to be slow.
+        for socket in [&client, &backend] {
+            super::buffer::bound_unsent(socket, 0);
+        }
         Ok(Relay {
             client,
             backend,
