@@ -92,7 +92,7 @@ fn tenants_with_the_same_addresses_are_kept_apart() {
     shows_tenants_apart(&text);
     assert!(text.contains("\n  unknown endpoint: reset; no backend received it\n"), "{text}");
     let forged =
-        "\n  forged second header, acme claiming to be globex: was payload: acme's own backend got it";
+        "\n  forged second header, acme claiming to be globex: forwarded as payload to acme's own backend";
     assert!(text.contains(forged), "{text}");
 }
 
@@ -129,7 +129,7 @@ fn printed_commands_work_and_an_interrupt_ends_the_demo() {
         answer.contains("\"backend\":\"initech-") && answer.contains("\"client\":\"10.100.0.1"),
         "{answer}"
     );
-    assert_eq!(ask("stranger").unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(ask("unknown").unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     let page = ask("status").unwrap();
     assert!(page.starts_with("HTTP/1.1 200 ") && page.contains("<html"), "{page}");
     let metrics = ask("metrics").unwrap();

@@ -87,7 +87,7 @@ fn seeds_of_transfer_records_lack_only_descriptors() {
     let session = vestibule::session::transfer::decode(transfer("session")).unwrap_err();
     assert_eq!(session, TransferError::Misfit(RestoreError::Descriptors));
     let flow = vestibule::flow::transfer::decode(transfer("flow")).unwrap_err();
-    assert_eq!(flow, TransferError::Malformed("not one descriptor".to_owned()));
+    assert_eq!(flow, TransferError::Malformed("expected one descriptor".to_owned()));
 }
 
 #[test]

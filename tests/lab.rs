@@ -209,14 +209,14 @@ fn kept_lab_can_be_entered_and_removed() {
 
 #[test]
 fn an_interrupt_removes_everything() {
-    for (signal, at) in [(Signal::INT, "1  Everything"), (Signal::TERM, "2  "), (Signal::INT, "4  proxy-1")] {
+    for (signal, at) in [(Signal::INT, "1  The lab"), (Signal::TERM, "2  "), (Signal::INT, "4  proxy-1")] {
         let Some(mut lab) = Lab::start(&[]) else { return };
         lab.output.until(at);
         lab.signal(signal);
         let run = lab.run.clone();
         let (text, status) = lab.end();
         assert_eq!(status.code(), Some(130), "{text}");
-        assert!(text.contains("interrupted\n") && text.contains("All is removed"), "{text}");
+        assert!(text.contains("interrupted\n") && text.contains("Removed: namespaces"), "{text}");
         is_gone(&run);
     }
 }
@@ -254,7 +254,7 @@ fn lab_that_cannot_start_reports_the_error_and_is_removed() {
         text.lines().find_map(|line| line.split_once("✗ DOES NOT HOLD: The lab continues. ")).unwrap().1;
     let (nginx, _) = fault.split_once(" ended").unwrap();
     assert!(["acme-1", "acme-2", "globex-1", "globex-2"].contains(&nginx), "{text}");
-    assert!(text.contains(" broken by the test\n") && text.contains("All is removed"), "{text}");
+    assert!(text.contains(" broken by the test\n") && text.contains("Removed: namespaces"), "{text}");
     let (_, title) = text.split_once("vestibule lab ").unwrap();
     is_gone(&title[..4]);
 }

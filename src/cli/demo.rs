@@ -170,7 +170,7 @@ impl DemoSetup {
             println!("  {tenant:<8}{endpoint:<24}{NETWORK:<16}echo 'who?' | nc -u -w1 {ip} {port}   (UDP)");
         }
         if let Some(address) = self.nlb.address(TENANTS.len()) {
-            println!("  {:<8}{STRANGER:<24}{NETWORK:<16}curl http://{address}/   (is reset)", "stranger");
+            println!("  {:<8}{STRANGER:<24}{NETWORK:<16}curl http://{address}/   (is reset)", "unknown");
         }
         println!("\n  status   http://{}/", self.server.admin());
         println!("  metrics  http://{}/metrics", self.server.admin());

@@ -49,7 +49,7 @@ pub struct FlowClient {
 /// What to do with a client's datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatagramAction {
-    /// A flow is to be [opened](Table::open).
+    /// A flow is to be [opened](FlowTable::open).
     Open,
     /// It belongs to this flow, and is its backend's.
     ToBackend(FlowId),
@@ -158,7 +158,7 @@ impl<F> FlowTable<F> {
         self.paths.find(self.random.hash_one(path), is_it).copied()
     }
 
-    /// Opens a flow that [`hear`](Self::hear) asked for, and that there is not yet.
+    /// Opens a flow that [`on_datagram`](Self::on_datagram) asked for, and that there is not yet.
     pub fn open(
         &mut self,
         path: FlowPath,
