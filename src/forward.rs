@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 use self::bandwidth::TenantResources;
 use self::copy::PendingWrite;
 use self::direction::{DirectionPhase, DirectionState, EndError};
-use self::socket::{keepalive, reason, shut_down};
+use self::socket::{ends, keepalive, reason, shut_down};
 use crate::account::{Direction, PerDirection};
 use crate::clock::wheel::{Tick, TickSpan};
 use crate::fault;
@@ -82,21 +82,7 @@ pub fn relay<'a>(
     // The client's socket has TCP_NODELAY from the listening socket.
     directions.to_client.prompt = true;
     directions.to_backend.pending_write = PendingWrite::new(pair.first, resources);
-    Relay {
-        client: pair.client,
-        backend: pair.backend,
-        directions,
-        timeouts,
-        settles: now.after(SETTLED),
-        looks_at: Tick::NEVER,
-        first_end: None,
-        broken: None,
-        ended: false,
-        visits: 0,
-        revoked_at: Tick::NEVER,
-        resources,
-        session,
-    }
+    Relay::new([pair.client, pair.backend], directions, timeouts, resources, session)
 }
 
 /// Forwards a session in both directions, as one hand-written future.
@@ -158,6 +144,33 @@ impl Future for Relay<'_> {
             return Poll::Ready(RelayStop::Ended(this.both_ended()));
         }
         this.poll_time(context).map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+impl<'a> Relay<'a> {
+    /// One that has just begun: it settles later, and neither end has ended or broken.
+    fn new(
+        [client, backend]: [TcpStream; 2],
+        directions: PerDirection<DirectionState>,
+        timeouts: &'a IdleTimeouts,
+        resources: TenantResources<'a>,
+        session: &'a mut SessionContext,
+    ) -> Self {
+        Self {
+            client,
+            backend,
+            directions,
+            timeouts,
+            settles: session.tick().after(SETTLED),
+            looks_at: Tick::NEVER,
+            first_end: None,
+            broken: None,
+            ended: false,
+            visits: 0,
+            revoked_at: Tick::NEVER,
+            resources,
+            session,
+        }
     }
 }
 
@@ -266,7 +279,7 @@ impl Relay<'_> {
                 state.phase = DirectionPhase::Draining;
             } else {
                 state.last_progress = self.session.tick();
-                state.note_read(count, most);
+                state.note_read(count, want);
             }
         }
     }
@@ -481,13 +494,5 @@ impl Drop for Relay<'_> {
             self.resources.give_back(state.pipe.take(), self.session);
             self.resources.end(direction, &mut state.limiter);
         }
-    }
-}
-
-/// The source and the sink of a direction.
-const fn ends(direction: Direction) -> (EndedBy, EndedBy) {
-    match direction {
-        Direction::ToBackend => (EndedBy::Client, EndedBy::Backend),
-        Direction::ToClient => (EndedBy::Backend, EndedBy::Client),
     }
 }

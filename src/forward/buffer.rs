@@ -17,9 +17,6 @@ pub(super) const FIRST: usize = 20 * 1024;
 /// The least that is read where the other side has little room, or the memory is short.
 pub(super) const LEAST: usize = 4 * 1024;
 
-/// Parts are counted in this unit, rounded up.
-const KIB: u64 = 1024;
-
 /// Bounds the memory of all bytes that wait for slow readers.
 #[derive(Debug)]
 pub struct BufferBudget {
@@ -32,6 +29,7 @@ pub struct BufferBudget {
 pub(super) struct BufferReservation {
     buffers: Arc<BufferBudget>,
     tenant: Arc<Quota>,
+    /// Rounded up.
     kib: u32,
 }
 
@@ -59,13 +57,13 @@ impl BufferBudget {
     /// 1): half of all where it is alone, a third each where two are slow.
     pub(super) fn is_short(&self, tenant: &Quota) -> bool {
         let free = self.limit.saturating_sub(self.used());
-        u64::from(tenant.buffered.load(Ordering::Relaxed)) * KIB + SCRATCH as u64 > free
+        u64::from(tenant.buffered.load(Ordering::Relaxed)) * Quota::KIB + SCRATCH as u64 > free
     }
 
     /// Bytes that were read already take their part, whether there is room for them or not.
     pub(super) fn part(self: &Arc<Self>, tenant: &Arc<Quota>, bytes: usize) -> BufferReservation {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
-        self.used.fetch_add(u64::from(kib) * KIB, Ordering::Relaxed);
+        let kib = u32::try_from((bytes as u64).div_ceil(Quota::KIB)).unwrap_or(u32::MAX);
+        self.used.fetch_add(u64::from(kib) * Quota::KIB, Ordering::Relaxed);
         tenant.buffered.fetch_add(kib, Ordering::Relaxed);
         BufferReservation { buffers: Arc::clone(self), tenant: Arc::clone(tenant), kib }
     }
@@ -73,7 +71,7 @@ impl BufferBudget {
 
 impl Drop for BufferReservation {
     fn drop(&mut self) {
-        self.buffers.used.fetch_sub(u64::from(self.kib) * KIB, Ordering::Relaxed);
+        self.buffers.used.fetch_sub(u64::from(self.kib) * Quota::KIB, Ordering::Relaxed);
         self.tenant.buffered.fetch_sub(self.kib, Ordering::Relaxed);
     }
 }

@@ -243,12 +243,13 @@ impl DirectionState {
         self.streak = 0;
     }
 
-    /// Records how much one read or splice of up to `most` bytes brought.
-    pub(super) fn note_read(&mut self, count: usize, most: usize) {
+    /// Records how much one read or splice brought of the `want` that was asked for. A read that the tenant's bandwidth made
+    /// smaller says nothing of the sink's room.
+    pub(super) fn note_read(&mut self, count: usize, want: usize) {
         let counts = if self.pipe.is_some() { count < LARGE } else { count >= LARGE };
         self.streak = if counts { self.streak.saturating_add(1) } else { 0 };
-        let had_little_room = self.measured > 0 && most < FIRST;
-        let is_measured = had_little_room || count >= most.min(FIRST) || !self.pending_write.is_empty();
+        let had_little_room = self.measured > 0 && want < FIRST;
+        let is_measured = had_little_room || count >= want.min(FIRST) || !self.pending_write.is_empty();
         self.measured = if is_measured { self.measured.saturating_add(1) } else { 0 };
     }
 
@@ -271,7 +272,7 @@ impl DirectionState {
         self.bound_queue(sink, unsent);
     }
 
-    /// Bounds what the kernel holds for a slow sink. A short session never comes here, which saves it the call. One with a pipe
+    /// Bounds what the kernel holds for a slow sink. A short session makes no call for it. One with a pipe
     /// has no bound: it needs twice the CPU with one, as the kernel then wakes it for small parts, and pipes, of which each
     /// tenant has a share, bound how many such queues there are.
     fn bound_queue(&mut self, sink: &TcpStream, unsent: u32) {

@@ -1,4 +1,4 @@
-//! Socket options and errors of both connections of a session.
+//! Both connections of a session: which is which end of a direction, their options and their errors.
 
 use std::io;
 use std::time::Duration;
@@ -6,7 +6,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use tokio::net::TcpStream;
 
-use crate::outcome::Reason;
+use crate::account::Direction;
+use crate::outcome::{EndedBy, Reason};
 
 /// Keepalive of both connections. NLB and security groups drop an idle connection after 350 s, so the first probe
 /// is sent well before (AWS, "Connection idle timeout").
@@ -31,5 +32,13 @@ pub(super) fn reason(error: &io::Error) -> Reason {
         Some(Errno::CONNRESET | Errno::PIPE | Errno::CONNABORTED) => Reason::Reset,
         Some(Errno::NOBUFS | Errno::NOMEM) => Reason::Shortage,
         _ => Reason::Unanswered,
+    }
+}
+
+/// The source and the sink of a direction.
+pub(super) const fn ends(direction: Direction) -> (EndedBy, EndedBy) {
+    match direction {
+        Direction::ToBackend => (EndedBy::Client, EndedBy::Backend),
+        Direction::ToClient => (EndedBy::Backend, EndedBy::Client),
     }
 }

@@ -19,7 +19,7 @@ use super::bandwidth::TenantResources;
 use super::copy::PendingWrite;
 use super::direction::{DirectionPhase, DirectionState};
 use super::pipe::{CAPACITY, Pipe};
-use super::{IdleTimeouts, Relay, SETTLED};
+use super::{IdleTimeouts, Relay};
 use crate::account::{Direction, PerDirection};
 use crate::clock;
 use crate::clock::wheel::Tick;
@@ -164,7 +164,7 @@ impl FrozenRelay {
             to_backend: state(Direction::ToBackend, session),
             to_client: state(Direction::ToClient, session),
         };
-        let [client, backend] = match registered(self.client, self.backend) {
+        let both = match registered(self.client, self.backend) {
             Ok(both) => both,
             Err(error) => {
                 for state in [directions.to_backend, directions.to_client] {
@@ -174,25 +174,17 @@ impl FrozenRelay {
             }
         };
         // The other process may have bounded a queue. Here it has no bound until its reader is found to be slow.
-        for socket in [&client, &backend] {
+        for socket in &both {
             super::buffer::bound_unsent(socket, 0);
         }
-        Ok(Relay {
-            client,
-            backend,
-            directions,
-            timeouts,
-            settles: if self.record.settled { Tick::NEVER } else { now.after(SETTLED) },
-            looks_at: Tick::NEVER,
-            first_end: self.record.first_end,
-            broken: self.record.broken,
-            ended: false,
-            // Its tenant may not be here, or not have its endpoint: it is visited at once.
-            visits: session.worker().visits().wrapping_sub(1),
-            revoked_at: Tick::NEVER,
-            resources,
-            session,
-        })
+        let mut relay = Relay::new(both, directions, timeouts, resources, session);
+        if self.record.settled {
+            relay.settles = Tick::NEVER;
+        }
+        (relay.first_end, relay.broken) = (self.record.first_end, self.record.broken);
+        // Its tenant may not be here, or not have its endpoint.
+        relay.visit_first();
+        Ok(relay)
     }
 }
 

@@ -6,7 +6,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::sleep;
 
-use super::harness::{Began, Conf, end_of, read};
+use super::harness::{Began, Conf, Proxy, end_of, read};
 use super::raw::{Bytes, Raw, receive_all, send_all};
 
 fn conf(timeouts: &str) -> Conf {
@@ -72,19 +72,25 @@ async fn idle_session_with_unread_bytes_is_reset() {
     proxy.finish().await;
 }
 
+/// Two sessions, one in each direction, whose readers read nothing until the proxy has ended them: the silent ends.
+async fn ended_for_their_readers(raw: &Raw, proxy: &Proxy) -> (TcpStream, TcpStream) {
+    let (client, mut backend) = raw.session(proxy).await;
+    let (mut other_client, other_backend) = raw.session(proxy).await;
+    let (mut to_client, mut to_backend) = (Bytes::new(2), Bytes::new(3));
+    let (first, second) =
+        tokio::join!(to_client.send(&mut backend, 1 << 40), to_backend.send(&mut other_client, 1 << 40));
+    first.unwrap_err();
+    second.unwrap_err();
+    (client, other_backend)
+}
+
 /// The kernel counts a closed window as it counts a dead host (`tcp_probe_timer` in net/ipv4/`tcp_timer.c`), and that one can be
 /// had without another host.
 #[tokio::test]
 async fn peer_that_acknowledges_no_bytes_for_tcp_user_timeout_ends_as_unanswered() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("idle = \"1h\"\ntcp-user-timeout = \"1s\"")).await;
-    let (mut client, mut backend) = raw.session(&proxy).await;
-    let (mut other_client, mut other_backend) = raw.session(&proxy).await;
-    let (mut to_client, mut to_backend) = (Bytes::new(2), Bytes::new(3));
-    let (first, second) =
-        tokio::join!(to_client.send(&mut backend, 1 << 40), to_backend.send(&mut other_client, 1 << 40));
-    first.unwrap_err();
-    second.unwrap_err();
+    let (mut client, mut other_backend) = ended_for_their_readers(&raw, &proxy).await;
     for by in ["client", "backend"] {
         let labels = [("tenant", "acme"), ("by", by), ("at", "forward"), ("why", "unanswered")];
         proxy.ended(&labels).is(1).await;
@@ -163,13 +169,7 @@ async fn before_an_end_the_longer_patience_holds() {
 async fn session_whose_client_takes_no_bytes_for_stall_ends_as_stalled() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("idle = \"1h\"\ntcp-user-timeout = \"0s\"\nstall = \"1s\"")).await;
-    let (mut client, mut backend) = raw.session(&proxy).await;
-    let (mut other_client, mut other_backend) = raw.session(&proxy).await;
-    let (mut to_client, mut to_backend) = (Bytes::new(2), Bytes::new(3));
-    let (first, second) =
-        tokio::join!(to_client.send(&mut backend, 1 << 40), to_backend.send(&mut other_client, 1 << 40));
-    first.unwrap_err();
-    second.unwrap_err();
+    let (mut client, mut other_backend) = ended_for_their_readers(&raw, &proxy).await;
     let labels = [("tenant", "acme"), ("by", "proxy"), ("at", "forward"), ("why", "stalled")];
     proxy.ended(&labels).is(2).await;
     end_of(&mut client).await.unwrap_err();

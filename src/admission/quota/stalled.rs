@@ -4,6 +4,9 @@ use super::Quota;
 use crate::atomic::Ordering;
 
 impl Quota {
+    /// The unit in which bytes that were read are counted, in bytes.
+    pub const KIB: u64 = 1024;
+
     /// The unit in which the kernel's socket queues are counted, in bytes.
     pub const PAGE: u64 = 4096;
 
@@ -12,7 +15,7 @@ impl Quota {
     pub fn stalled_memory(&self) -> u64 {
         let [buffered, queued] =
             [&self.buffered, &self.queued].map(|held| u64::from(held.load(Ordering::Relaxed)));
-        buffered * 1024 + queued * Self::PAGE
+        buffered * Self::KIB + queued * Self::PAGE
     }
 }
 
