@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
+use slab::Slab;
+
 use super::bandwidth::{BandwidthBudget, PARTS};
 use super::quota::Quota;
 use crate::account::Direction;
@@ -29,7 +31,7 @@ impl WaiterKey {
     }
 }
 
-/// No place.
+/// No waiter.
 const NIL: u32 = u32::MAX;
 
 /// Whose queue it is: the address of a quota, which the queue keeps alive, and the direction.
@@ -45,7 +47,7 @@ struct Waiter {
     since: Option<Moment>,
     prev: u32,
     next: u32,
-    waker: Option<Waker>,
+    waker: Waker,
 }
 
 /// The waiters of one budget on this worker.
@@ -64,18 +66,10 @@ struct WaiterList {
 }
 
 /// One worker's queues.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct BandwidthQueue {
     queues: HashMap<Name, WaiterList, foldhash::fast::RandomState>,
-    places: Vec<Waiter>,
-    free: u32,
-    len: usize,
-}
-
-impl Default for BandwidthQueue {
-    fn default() -> Self {
-        Self { queues: HashMap::default(), places: Vec::new(), free: NIL, len: 0 }
-    }
+    waiters: Slab<Waiter>,
 }
 
 impl WaiterList {
@@ -106,13 +100,13 @@ impl BandwidthQueue {
     /// How many sessions and directions have joined.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.waiters.len()
     }
 
     /// Whether no session and direction has joined.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.waiters.is_empty()
     }
 
     /// Adds a session's direction to the end of a budget's queue.
@@ -124,18 +118,9 @@ impl BandwidthQueue {
         now: Moment,
     ) -> WaiterKey {
         let name = (Arc::as_ptr(quota).addr(), direction);
-        let place =
-            Waiter { name, granted: 0, since: Some(now), prev: NIL, next: NIL, waker: Some(waker.clone()) };
-        let number = if let Some(free) = self.places.get_mut(self.free as usize) {
-            let number = self.free;
-            self.free = free.next;
-            *free = place;
-            number
-        } else {
-            self.places.push(place);
-            u32::try_from(self.places.len() - 1).unwrap_or(NIL)
-        };
-        self.len += 1;
+        let waiter =
+            Waiter { name, granted: 0, since: Some(now), prev: NIL, next: NIL, waker: waker.clone() };
+        let number = u32::try_from(self.waiters.insert(waiter)).unwrap_or(NIL);
         let queue = self.queues.entry(name).or_insert_with(|| WaiterList::new(quota, direction));
         let level = queue.budget().join();
         queue.collect(level);
@@ -150,29 +135,26 @@ impl BandwidthQueue {
 
     /// How much the direction may still read; `None` while it waits, and `waker` is woken later.
     pub fn poll(&mut self, key: &WaiterKey, waker: &Waker, now: Moment) -> Option<u64> {
-        let place = self.places.get_mut(key.place() as usize)?;
-        if place.granted > 0 {
-            return Some(place.granted);
+        let waiter = self.waiters.get_mut(key.place() as usize)?;
+        if waiter.granted > 0 {
+            return Some(waiter.granted);
         }
-        match &mut place.waker {
-            Some(known) => known.clone_from(waker),
-            none => *none = Some(waker.clone()),
-        }
-        place.since.get_or_insert(now);
+        waiter.waker.clone_from(waker);
+        waiter.since.get_or_insert(now);
         None
     }
 
     /// Records the used part of a grant.
     pub fn spend(&mut self, key: &WaiterKey, bytes: u64) {
-        if let Some(place) = self.places.get_mut(key.place() as usize) {
-            place.granted = place.granted.saturating_sub(bytes);
+        if let Some(waiter) = self.waiters.get_mut(key.place() as usize) {
+            waiter.granted = waiter.granted.saturating_sub(bytes);
         }
     }
 
     /// Whether the direction waits without a grant.
     #[must_use]
     pub fn is_waiting(&self, key: &WaiterKey) -> bool {
-        self.places.get(key.place() as usize).is_some_and(|place| place.since.is_some())
+        self.waiters.get(key.place() as usize).is_some_and(|waiter| waiter.since.is_some())
     }
 
     /// Removes the direction from the queue, and returns the rest of its grant.
@@ -180,13 +162,9 @@ impl BandwidthQueue {
     pub fn leave(&mut self, key: WaiterKey, now: Moment) {
         let number = key.place();
         let next = self.unlink(number);
-        let Some(place) = self.places.get_mut(number as usize) else { return };
-        let waited = place.since.take().map_or(Duration::ZERO, |since| now.since(since));
-        let (name, granted) = (place.name, std::mem::take(&mut place.granted));
-        place.waker = None;
-        place.next = self.free;
-        self.free = number;
-        self.len -= 1;
+        let Some(waiter) = self.waiters.try_remove(number as usize) else { return };
+        let Waiter { name, granted, since, .. } = waiter;
+        let delay = since.map_or(Duration::ZERO, |since| now.since(since));
         if let Some(queue) = self.queues.get_mut(&name) {
             let level = queue.budget().leave();
             queue.collect(level);
@@ -195,13 +173,13 @@ impl BandwidthQueue {
                 queue.first = next;
             }
             queue.budget().give_back(granted);
-            queue.budget().add_delay(waited);
+            queue.budget().add_delay(delay);
             if queue.waiter_count == 0 {
                 queue.give_back(0);
                 self.queues.remove(&name);
             }
         }
-        if self.len == 0 {
+        if self.waiters.is_empty() {
             // A flood has passed: its memory goes back.
             *self = Self::default();
         }
@@ -212,7 +190,7 @@ impl BandwidthQueue {
     /// All waiters get equal parts, in the order in which they joined. Where that would be too little to be
     /// worth a read, the first get enough, and the others keep their turn.
     pub fn advance(&mut self, now: Moment) {
-        let Self { queues, places, .. } = self;
+        let Self { queues, waiters } = self;
         for queue in queues.values_mut() {
             let level = queue.budget().distribute(now);
             queue.collect(level);
@@ -220,25 +198,23 @@ impl BandwidthQueue {
             // Waiters that still use their last grant keep their part.
             let part = queue.kept.checked_div(queue.waiter_count).unwrap_or(0) / PARTS;
             let each = part.max(queue.budget().least_grant());
-            let mut waited = Duration::ZERO;
+            let mut delay = Duration::ZERO;
             for _ in 0..queue.waiter_count {
-                let Some(place) = places.get_mut(queue.first as usize) else { break };
+                let Some(waiter) = waiters.get_mut(queue.first as usize) else { break };
                 if !is_over && queue.kept < each * PARTS {
                     break;
                 }
-                queue.first = place.next;
-                let Some(since) = place.since.take() else { continue };
-                waited += now.since(since);
+                queue.first = waiter.next;
+                let Some(since) = waiter.since.take() else { continue };
+                delay += now.since(since);
                 if !is_over {
                     queue.kept -= each * PARTS;
-                    place.granted = each;
+                    waiter.granted = each;
                 }
-                if let Some(waker) = &place.waker {
-                    waker.wake_by_ref();
-                }
+                waiter.waker.wake_by_ref();
             }
-            if !waited.is_zero() {
-                queue.budget().add_delay(waited);
+            if !delay.is_zero() {
+                queue.budget().add_delay(delay);
             }
             queue.give_back(queue.budget().most_kept());
         }
@@ -256,29 +232,29 @@ impl BandwidthQueue {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
-    /// Links a new place in, as the last of its queue.
+    /// Links a new waiter in, as the last of its queue.
     fn link(&mut self, number: u32, first: u32) {
-        let last = self.places.get(first as usize).map_or(number, |place| place.prev);
+        let last = self.waiters.get(first as usize).map_or(number, |waiter| waiter.prev);
         let next = if last == number { number } else { first };
-        if let Some(place) = self.places.get_mut(number as usize) {
-            (place.prev, place.next) = (last, next);
+        if let Some(waiter) = self.waiters.get_mut(number as usize) {
+            (waiter.prev, waiter.next) = (last, next);
         }
-        if let Some(place) = self.places.get_mut(last as usize) {
-            place.next = number;
+        if let Some(waiter) = self.waiters.get_mut(last as usize) {
+            waiter.next = number;
         }
-        if let Some(place) = self.places.get_mut(next as usize) {
-            place.prev = number;
+        if let Some(waiter) = self.waiters.get_mut(next as usize) {
+            waiter.prev = number;
         }
     }
 
     /// Removes a waiter from its ring; returns the next one, if any.
     fn unlink(&mut self, number: u32) -> u32 {
-        let Some(place) = self.places.get(number as usize) else { return NIL };
-        let (prev, next) = (place.prev, place.next);
-        if let Some(before) = self.places.get_mut(prev as usize) {
+        let Some(waiter) = self.waiters.get(number as usize) else { return NIL };
+        let (prev, next) = (waiter.prev, waiter.next);
+        if let Some(before) = self.waiters.get_mut(prev as usize) {
             before.next = next;
         }
-        if let Some(after) = self.places.get_mut(next as usize) {
+        if let Some(after) = self.waiters.get_mut(next as usize) {
             after.prev = prev;
         }
         if next == number { NIL } else { next }
@@ -385,7 +361,6 @@ mod tests {
         assert_eq!((queue.len(), quota.budget(WAY).waiters()), (3, 3));
         assert_eq!(quota.budget(WAY).delayed(), Duration::from_millis(30), "three times 10 ms");
         let again = queue.join(&quota, WAY, Waker::noop(), at_ms(10));
-        assert_eq!(queue.places.len(), 6, "a place is used again");
         let order = [keys[1].take().unwrap(), keys[3].take().unwrap(), keys[4].take().unwrap(), again];
         for (turn, key) in order.iter().enumerate() {
             queue.advance(at_ms(50 * (turn as u64 + 1)));
@@ -397,7 +372,7 @@ mod tests {
         for key in order {
             queue.leave(key, at_ms(300));
         }
-        assert_eq!(queue.places.capacity(), 0, "a flood's memory goes back");
+        assert_eq!(queue.waiters.capacity(), 0, "a flood's memory goes back");
     }
 
     #[test]

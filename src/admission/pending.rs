@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::task::Waker;
 use std::time::Duration;
 
+use slab::Slab;
+
 use crate::account::lock;
 use crate::atomic::{AtomicUsize, Ordering};
 use crate::clock::Moment;
@@ -49,25 +51,23 @@ struct PendingNode {
     next: u32,
     since: Moment,
     standing: PendingState,
-    waker: Option<Waker>,
+    waker: Waker,
 }
 
 /// The waiting connections, in order of arrival.
 #[derive(Debug)]
 struct PendingTable {
-    nodes: Vec<PendingNode>,
-    free: u32,
+    /// Those that have lost their place and do not know it yet are here too.
+    nodes: Slab<PendingNode>,
     oldest: u32,
     newest: u32,
-    /// The number of waiting timers.
+    /// How many wait for their header.
     waiting: usize,
-    /// How many are here, with those that have lost their place and do not know it yet.
-    present: usize,
 }
 
 impl Default for PendingTable {
     fn default() -> Self {
-        Self { nodes: Vec::new(), free: NIL, oldest: NIL, newest: NIL, waiting: 0, present: 0 }
+        Self { nodes: Slab::new(), oldest: NIL, newest: NIL, waiting: 0 }
     }
 }
 
@@ -155,24 +155,15 @@ impl PendingTable {
             next: NIL,
             since: now,
             standing: PendingState::Waits,
-            waker: None,
+            waker: Waker::noop().clone(),
         };
-        let number = if let Some(free) = self.nodes.get_mut(self.free as usize) {
-            let number = self.free;
-            self.free = free.next;
-            *free = node;
-            number
-        } else {
-            self.nodes.push(node);
-            u32::try_from(self.nodes.len() - 1).unwrap_or(NIL)
-        };
+        let number = u32::try_from(self.nodes.insert(node)).unwrap_or(NIL);
         match self.nodes.get_mut(self.newest as usize) {
             Some(before) => before.next = number,
             None => self.oldest = number,
         }
         self.newest = number;
         self.waiting += 1;
-        self.present += 1;
         number
     }
 
@@ -182,7 +173,7 @@ impl PendingTable {
         self.unlink(number);
         if let Some(node) = self.nodes.get_mut(number as usize) {
             node.standing = standing;
-            node.waker.iter().for_each(Waker::wake_by_ref);
+            node.waker.wake_by_ref();
         }
     }
 
@@ -201,21 +192,17 @@ impl PendingTable {
         self.waiting -= 1;
     }
 
-    /// Forgets one that has gone; its waker is the caller's to drop, without the lock.
-    fn remove(&mut self, number: u32) -> Option<Waker> {
+    /// Forgets one that has gone. The caller drops it without the lock, for dropping a waker may run code of others.
+    fn remove(&mut self, number: u32) -> Option<PendingNode> {
         if self.nodes.get(number as usize)?.standing == PendingState::Waits {
             self.unlink(number);
         }
-        let node = self.nodes.get_mut(number as usize)?;
-        let waker = node.waker.take();
-        node.next = self.free;
-        self.free = number;
-        self.present -= 1;
-        if self.present == 0 {
+        let node = self.nodes.try_remove(number as usize);
+        if self.nodes.is_empty() {
             // A flood has passed: its memory goes back.
             *self = Self::default();
         }
-        waker
+        node
     }
 }
 
@@ -232,10 +219,7 @@ impl PendingSlot {
     pub fn poll(&self, waker: &Waker) -> PendingState {
         let mut table = lock(&self.places.table);
         let Some(node) = table.nodes.get_mut(self.number as usize) else { return PendingState::Displaced };
-        match &mut node.waker {
-            Some(known) => known.clone_from(waker),
-            empty => *empty = Some(waker.clone()),
-        }
+        node.waker.clone_from(waker);
         node.standing
     }
 }
@@ -243,10 +227,10 @@ impl PendingSlot {
 impl Drop for PendingSlot {
     fn drop(&mut self) {
         let mut table = lock(&self.places.table);
-        let waker = table.remove(self.number);
+        let node = table.remove(self.number);
         self.places.used.store(table.waiting, Ordering::Release);
         drop(table);
-        drop(waker);
+        drop(node);
     }
 }
 
@@ -353,7 +337,7 @@ mod tests {
         places.expire(timeout, at_ms(60_000));
         assert_eq!(places.used(), 2, "with half of the places free each has a deadline of its own");
         drop(held);
-        assert_eq!((places.used(), lock(&places.table).present), (0, 0));
+        assert_eq!((places.used(), lock(&places.table).nodes.len()), (0, 0));
     }
 
     #[test]
@@ -378,6 +362,6 @@ mod tests {
                 });
             }
         });
-        assert_eq!((places.used(), lock(&places.table).present), (0, 0));
+        assert_eq!((places.used(), lock(&places.table).nodes.len()), (0, 0));
     }
 }
