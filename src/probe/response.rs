@@ -3,6 +3,8 @@
 use std::ops::RangeInclusive;
 use std::task::Poll;
 
+use memchr::memmem;
+
 use crate::account::ProbeResult;
 use crate::config::ProbeCheck;
 
@@ -162,45 +164,26 @@ fn status(head: &[u8]) -> Option<u16> {
     response.code
 }
 
-/// Finds bytes in a stream of pieces (Knuth, Morris and Pratt).
+/// Finds bytes in a stream of pieces.
 #[derive(Debug)]
 struct BytesSearch<'a> {
     wanted: &'a [u8],
-    /// For each beginning of `wanted`, the length of its longest end, itself apart, that `wanted` begins with.
-    borders: Vec<usize>,
-    /// How much of `wanted` the bytes so far end with.
-    matched: usize,
+    /// The last bytes so far, fewer than `wanted`: it may begin in them.
+    tail: Vec<u8>,
 }
 
 impl<'a> BytesSearch<'a> {
     fn new(wanted: &'a [u8]) -> Self {
-        let mut search = Self { wanted, borders: Vec::with_capacity(wanted.len()), matched: 0 };
-        for (at, byte) in wanted.iter().enumerate() {
-            if at > 0 {
-                search.step(*byte);
-            }
-            search.borders.push(search.matched);
-        }
-        search.matched = 0;
-        search
+        Self { wanted, tail: Vec::new() }
     }
 
     fn feed(&mut self, bytes: &[u8]) -> Poll<ProbeResult> {
-        for byte in bytes {
-            self.step(*byte);
-            if self.matched == self.wanted.len() {
-                return Poll::Ready(ProbeResult::Passed);
-            }
+        self.tail.extend_from_slice(bytes);
+        if memmem::find(&self.tail, self.wanted).is_some() {
+            return Poll::Ready(ProbeResult::Passed);
         }
+        self.tail.drain(..(self.tail.len() + 1).saturating_sub(self.wanted.len()));
         Poll::Pending
-    }
-
-    fn step(&mut self, byte: u8) {
-        while self.wanted.get(self.matched) != Some(&byte) {
-            let Some(before) = self.matched.checked_sub(1) else { return };
-            self.matched = self.borders.get(before).copied().unwrap_or(0);
-        }
-        self.matched += 1;
     }
 }
 
