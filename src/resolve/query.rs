@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverOpts};
+use hickory_resolver::config::{NameServerConfig, ResolverOpts};
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::{Message, Query, ResponseCode};
 use hickory_resolver::proto::rr::domain::usage::LOCALHOST;
@@ -47,6 +47,11 @@ const HOSTS: &str = "/etc/hosts";
 pub struct NoServers(NetError);
 
 /// A DNS resolver without a cache.
+///
+/// Messages, retransmission, the change to TCP, and the files' formats are hickory's. Its `Resolver` is not used: questions
+/// share connections there, so that one slow answer delays others; it does not ask again without EDNS; after a timeout it goes
+/// on with the search list, whose next name may be another service; it reads the hosts file once; and it does not tell which
+/// addresses its filter removed.
 pub struct Resolver {
     servers: Vec<DnsServer>,
     /// The server that answered last.
@@ -79,11 +84,9 @@ impl Resolver {
             (servers, search, options.ndots, options.edns0)
         } else {
             let server = |address: &std::net::SocketAddr| {
-                let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
-                    connection.port = address.port();
-                    connection
-                });
-                NameServerConfig::new(address.ip(), true, connections.into())
+                let mut server = NameServerConfig::udp_and_tcp(address.ip());
+                server.connections.iter_mut().for_each(|connection| connection.port = address.port());
+                server
             };
             (config.servers.iter().map(server).collect(), Vec::new(), 0, true)
         };
@@ -217,9 +220,7 @@ impl Resolver {
 
     /// The names that a name may stand for, in the order in which they are asked for (resolv.conf(5)).
     fn names(&self, name: &str) -> Result<Vec<Name>, LookupResult> {
-        let name = Name::from_ascii(name).map_err(|_| LookupResult::NoSuchName)?;
-        let mut whole = name.clone();
-        whole.set_fqdn(true);
+        let (name, whole) = parsed(name)?;
         if name.is_fqdn() {
             return Ok(vec![whole]);
         }
@@ -232,15 +233,8 @@ impl Resolver {
 
     /// The same for a host: the hosts file knows names as they are written, and comes first.
     fn names_of_host(&self, name: &str) -> Result<Vec<Name>, LookupResult> {
-        let mut names = self.names(name)?;
-        let whole = Name::from_ascii(name).map(|mut name| {
-            name.set_fqdn(true);
-            name
-        });
-        if let Some(whole) = whole.ok().filter(|whole| self.hosts.knows(whole)) {
-            names = vec![whole];
-        }
-        Ok(names)
+        let (_, whole) = parsed(name)?;
+        if self.hosts.knows(&whole) { Ok(vec![whole]) } else { self.names(name) }
     }
 
     /// Both families of a host, without the addresses that no answer may contain, and those. What this machine knows of a name
@@ -334,6 +328,14 @@ impl Resolver {
         }
         Err(last)
     }
+}
+
+/// A name as it is written, and as one that is complete.
+fn parsed(name: &str) -> Result<(Name, Name), LookupResult> {
+    let name = Name::from_ascii(name).map_err(|_| LookupResult::NoSuchName)?;
+    let mut whole = name.clone();
+    whole.set_fqdn(true);
+    Ok((name, whole))
 }
 
 /// Whether the next name of the search list must not be asked for: it would be taken for one that may exist. A zone that its
