@@ -10,9 +10,6 @@ use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 /// Words of the answer (`SK_MEMINFO_VARS` in `include/uapi/linux/sock_diag.h`).
 const MEMORY_WORDS: usize = 9;
 
-/// `SO_MEMINFO` in include/uapi/asm-generic/socket.h, since Linux 4.12.
-const SO_MEMINFO: c_int = 55;
-
 /// Words of what is read of `struct tcp_info` in include/uapi/linux/tcp.h: up to `tcpi_notsent_bytes`, the last, since Linux 4.6.
 const TCP_WORDS: usize = 37;
 
@@ -20,11 +17,11 @@ const TCP_WORDS: usize = 37;
 const IP_LOCAL_PORT_RANGE: c_int = 51;
 
 sockopt_impl!(
-    /// The memory that the kernel holds for a socket, and what it dropped there.
+    /// The memory that the kernel holds for a socket, and what it dropped there; since Linux 4.12.
     MemoryInfo,
     GetOnly,
     libc::SOL_SOCKET,
-    SO_MEMINFO,
+    libc::SO_MEMINFO,
     [u32; MEMORY_WORDS]
 );
 
