@@ -17,16 +17,17 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::json;
 use tokio::sync::Semaphore;
 
 use self::allowed_hosts::AllowedHosts;
-use self::control::{Control, error_response};
+use self::control::Control;
 use self::page_cache::CachedPage;
 pub use self::serve::ServingSwitch;
 use self::status::Status;
@@ -92,6 +93,11 @@ fn routes(pages: PageContext) -> Router {
         .route("/status", get(status))
         .route("/config", get(config))
         .with_state(pages)
+}
+
+/// An error, as JSON.
+fn error_response(status: StatusCode, error: impl Into<String>) -> Response {
+    (status, Json(json!({ "error": error.into() }))).into_response()
 }
 
 async fn not_found(uri: Uri) -> Response {

@@ -1,6 +1,7 @@
 //! UDP: a shell around the pure flow table. Datagrams of a worker come in here and go out again, and every flow is
 //! accounted for.
 
+mod closing;
 mod drops;
 mod entry;
 mod follow;
@@ -34,8 +35,8 @@ use tokio::time::sleep;
 use self::entry::{Flow, FlowLogs};
 use self::open::ClientDatagram;
 pub use self::retirement::SocketRetirement;
-use self::send_runs::{SendRuns, Span};
-use self::socket::{BATCH, ROOM, UdpListenSocket};
+use self::send_runs::SendRuns;
+use self::socket::{BATCH, ROOM, Span, UdpListenSocket, datagrams};
 use self::table::{FlowId, FlowPath, FlowTable};
 use crate::accept::PAUSE;
 use crate::account::PerDirection;
@@ -481,12 +482,4 @@ impl<A> FlowWorkerState<A> {
             flow.end(outcome, path.peer, flow_client, &logs, now);
         }
     }
-}
-
-/// Where the datagrams lie that the kernel put together, one by one: all of one length, but for a shorter last one.
-fn datagrams(at: usize, len: usize, each: usize) -> impl Iterator<Item = Span> {
-    let each = each.max(1);
-    // One of no bytes is one.
-    let count = len.div_ceil(each).max(1);
-    (0..count).map(move |place| at + place * each..at + len.min((place + 1) * each))
 }

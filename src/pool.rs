@@ -16,6 +16,7 @@ pub mod queue;
 mod replacement;
 pub mod retry;
 pub mod selection;
+mod tenant_pick;
 mod tenant_shares;
 
 use std::net::{IpAddr, SocketAddr};
@@ -25,17 +26,18 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
-use self::backend::{Backend, BackendSettings};
+use self::backend::{Backend, BackendLoad, BackendSettings, WaitingSessions};
 use self::backend_name::{BackendName, SLOTS};
 pub use self::backend_name::{MOST_ADDRESSES, ResolvedAddress};
 use self::candidates::PickState;
-pub use self::candidates::{Candidates, PickError, TriedBackends};
+pub use self::candidates::{Candidates, TriedBackends};
 use self::cause::ChangeCause;
 pub use self::cause::SessionFailure;
 pub use self::change::BackendChange;
 use self::change::backend_change;
 use self::health::{HealthRules, HealthState, ProbeHealth};
-use self::health_record::{BackendLoad, HealthRecord};
+use self::health_record::HealthRecord;
+pub use self::pick::PickError;
 pub use self::picked::PickedBackend;
 use self::queue::{PoolQueue, QueuePlace};
 pub use self::replacement::Answers;
@@ -199,7 +201,8 @@ impl Pool {
     ) -> Backend {
         let label = labels.intern(&address.to_string());
         let mut backend = Backend::new(address, label, slot, settings, health, load);
-        (backend.tournament, backend.queue) = (self.pick_state.tournament(), self.queue.clone());
+        backend.tournament = self.pick_state.tournament();
+        backend.queue = self.queue.clone().map(|queue| queue as Arc<dyn WaitingSessions>);
         backend.shares = Arc::clone(&self.persistent.shares);
         backend
     }

@@ -7,13 +7,15 @@ mod crc;
 mod encode;
 mod family;
 mod header;
+mod malformed;
 mod nlb;
+mod parse;
 mod tlv;
 
 pub use self::encode::{HeaderBuilder, HeaderTooLong, reseal};
-pub use self::header::{
-    Addresses, Header, HeaderCommand, MalformedHeader, ParsedHeader, ParserRules, Transport, parse,
-};
+pub use self::header::{Addresses, Header, HeaderCommand, ParsedHeader, ParserRules, Transport};
+pub use self::malformed::MalformedHeader;
+pub use self::parse::parse;
 pub use self::tlv::{Tlv, Tlvs};
 
 /// The twelve bytes that open every version 2 header.

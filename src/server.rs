@@ -15,6 +15,7 @@ mod rlimits;
 mod transfer;
 mod worker;
 mod worker_commands;
+mod worker_context;
 mod worker_loads;
 mod worker_sockets;
 
@@ -277,7 +278,7 @@ impl Server {
             access_log = Some(log.sender);
         }
         let (setups, boxes): (Vec<_>, Vec<_>) =
-            sockets.iter().map(|_| mpsc::channel(worker::HANDED_OVER)).unzip();
+            sockets.iter().map(|_| mpsc::channel(worker_context::HANDED_OVER)).unzip();
         for (((number, sockets), handed_over), (orders, moves)) in (0_u16..).zip(sockets).zip(boxes).zip(ears)
         {
             let setup = WorkerSetup {

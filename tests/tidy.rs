@@ -1,4 +1,5 @@
-//! Rules that no compiler knows: who may import whom, how long files are, and, in `words`, which words are used; `pages` checks the documents.
+//! Rules that no compiler knows: who may import whom (`circles`: inside a room), how long files are, and, in `words`, which
+//! words are used; `pages` checks the documents.
 
 #![expect(
     clippy::unwrap_used,
@@ -8,6 +9,8 @@
     reason = "a test that cannot go on says so by panicking"
 )]
 
+#[path = "tidy/circles.rs"]
+mod circles;
 #[path = "tidy/dependencies.rs"]
 mod dependencies;
 #[path = "tidy/markdown.rs"]

@@ -9,7 +9,7 @@ use axum::http::{StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use super::control::error_response;
+use super::error_response;
 
 /// The names that are accepted beside IP addresses and `localhost`, which no foreign page can have: `[admin] hosts`.
 #[derive(Debug)]

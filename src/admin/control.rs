@@ -18,8 +18,8 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::allowed_hosts;
 use super::connection_slots::TrackedStream;
+use super::{allowed_hosts, error_response};
 use crate::addr::BackendAddr;
 use crate::clock;
 use crate::state::LiveState;
@@ -96,11 +96,6 @@ pub(super) fn routes(live: &Arc<LiveState>, control: Arc<dyn Control>) -> Router
         .layer(DefaultBodyLimit::max(BODY))
         .route_layer(middleware::from_fn(allowed_hosts::refuse_web_pages))
         .with_state(ControlRoutes { live: Arc::clone(live), control })
-}
-
-/// An error response.
-pub(super) fn error_response(status: StatusCode, error: impl Into<String>) -> Response {
-    (status, Json(json!({ "error": error.into() }))).into_response()
 }
 
 async fn post_required(method: Method) -> Response {

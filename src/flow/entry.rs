@@ -23,10 +23,8 @@ use crate::state::Snapshot;
 use crate::state::rejection_log::{LogLine, RejectionLog};
 use crate::tenant::Tenant;
 
-use super::datagrams;
 use super::drops::KernelDrops;
-use super::send_runs::Span;
-use super::socket::{self, ROOM, UdpListenSocket};
+use super::socket::{self, ROOM, Span, UdpListenSocket, datagrams};
 use super::table::FlowClient;
 
 /// One flow. The guards count it at its worker and at its listening socket.

@@ -9,8 +9,8 @@ use rustix::event::epoll;
 
 use super::entry::{ConnectedBackend, Flow, FlowLogContext, FlowLogDetails, FlowLogs, NOWHERE};
 use super::search::{BackendSearch, PortOwner};
-use super::send_runs::{DatagramHeaders, Span, drop_reason};
-use super::socket::{self, ROOM, UdpListenSocket};
+use super::send_runs::{DatagramHeaders, drop_reason};
+use super::socket::{self, ROOM, Span, UdpListenSocket};
 use super::table::{DatagramAction, FlowClient, FlowId, FlowPath, StrayDatagram};
 use super::{FlowWorkerState, Poll, TURN};
 use crate::account::Direction;

@@ -1,19 +1,15 @@
 //! Datagrams of one flow that came together and leave together: a call of the kernel for many.
 
 use std::io::IoSlice;
-use std::ops::Range;
 
 use super::entry::Flow;
-use super::socket::{self, EACH, LONGEST, SEGMENTS, TOGETHER, UdpListenSocket};
+use super::socket::{self, EACH, LONGEST, SEGMENTS, Span, TOGETHER, UdpListenSocket};
 use super::table::{FlowId, FlowPath};
 use crate::account::Direction;
 use crate::account::udp_drops::DatagramDrop;
 use crate::admission::quota::{DatagramVerdict, ExceededLimit};
 use crate::clock::Moment;
 use crate::proxy_protocol::{self, ParsedHeader, Transport};
-
-/// Where a datagram lies in what was received.
-pub(super) type Span = Range<usize>;
 
 /// The datagrams of one batch, to be sent to backends.
 #[derive(Debug, Default)]

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -51,7 +52,18 @@ pub(super) const LONGEST: usize = 65_507;
 /// `net.core.rmem_max`.
 const QUEUE: usize = 4 * 1024 * 1024;
 
-/// A TCP listening socket of one worker.
+/// Where a datagram lies in what was received.
+pub(super) type Span = Range<usize>;
+
+/// Where the datagrams lie that the kernel put together, one by one: all of one length, but for a shorter last one.
+pub(super) fn datagrams(at: usize, len: usize, each: usize) -> impl Iterator<Item = Span> {
+    let each = each.max(1);
+    // One of no bytes is one.
+    let count = len.div_ceil(each).max(1);
+    (0..count).map(move |place| at + place * each..at + len.min((place + 1) * each))
+}
+
+/// A UDP listening socket of one worker.
 #[derive(Debug)]
 pub(super) struct UdpListenSocket {
     socket: AsyncFd<UdpSocket>,

@@ -1,19 +1,19 @@
 //! One address of a pool: what probes and sessions say of it, and how many sessions it has over all workers.
 
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use super::cause::ChangeCause;
 use super::health::{FULL, HealthState};
 #[cfg(test)]
 use super::health::{HealthRules, ProbeHealth};
-use super::health_record::{BackendLoad, HealthRecord};
+use super::health_record::HealthRecord;
 use super::least::Tournament;
-use super::queue::PoolQueue;
 use super::selection::SelectionState;
 use super::tenant_shares::TenantShares;
-use crate::account::{Label, ProbeResult};
+use crate::account::{Label, ProbeResult, lock};
 use crate::addr::BackendAddr;
 use crate::clock::Moment;
 
@@ -36,6 +36,33 @@ impl Default for BackendSettings {
     fn default() -> Self {
         Self { weight: 100, is_backup: false, max_sessions: None, zone: None, is_preferred: false }
     }
+}
+
+/// The sessions of an address, including connecting ones: kept over reloads for the backend of that address.
+#[derive(Debug, Default)]
+pub(super) struct BackendLoad {
+    pub(super) sessions: Arc<AtomicU32>,
+    /// The present backend of the address.
+    holder: Mutex<Weak<Backend>>,
+}
+
+impl BackendLoad {
+    /// The backend of the address, while there is one.
+    fn holder(&self) -> Option<Arc<Backend>> {
+        lock(&self.holder).upgrade()
+    }
+
+    /// From now on this one stands for the address.
+    pub(super) fn hand_to(&self, backend: &Arc<Backend>) {
+        *lock(&self.holder) = Arc::downgrade(backend);
+    }
+}
+
+/// The sessions that wait for room at a backend of their pool.
+pub(super) trait WaitingSessions: fmt::Debug + Send + Sync {
+    /// Gives away what room a backend has; of one whose pool was replaced, none. `false` where some is left that none of those
+    /// that wait may have, because their tenants hold their shares.
+    fn serve(&self, backend: &Arc<Backend>) -> bool;
 }
 
 /// A backend.
@@ -64,8 +91,7 @@ pub struct Backend {
     pub(super) load: Arc<BackendLoad>,
     /// Where its pool looks for the least loaded.
     pub(super) tournament: Option<Arc<Tournament>>,
-    /// The sessions that wait for room.
-    pub(super) queue: Option<Arc<PoolQueue>>,
+    pub(super) queue: Option<Arc<dyn WaitingSessions>>,
     /// Which tenant holds how many places at the pool's backends.
     pub(super) shares: Arc<TenantShares>,
 }

@@ -1,14 +1,13 @@
 //! The backends of a pool, those in use, and the pick of one for a session.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use super::backend::Backend;
 use super::health::{FULL, HealthState};
-use super::health_record::BackendLoad;
 use super::least::Tournament;
 use super::maglev::{MaglevEntry, MaglevPlan, MaglevTable};
-use super::pick::{self, WeightTable};
+use super::pick::{self, PickError, WeightTable};
 use super::picked::PickedBackend;
 use super::selection::{SelectionState, SelectionTier, effective_weights};
 use crate::config::Balance;
@@ -35,17 +34,6 @@ pub(super) struct PickState {
     balance: Balance,
     turn: AtomicUsize,
     tournament: Option<Arc<Tournament>>,
-}
-
-/// Why no backend was picked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PickError {
-    /// No backend may be used, or each that may was tried.
-    Usable,
-    /// Each that may be used has as many sessions as it may have.
-    Free,
-    /// The tenant holds its share of what they have room for.
-    Share,
 }
 
 /// The backends that a session has tried, by slot. Small, as a session has room for it while it connects.
@@ -185,10 +173,12 @@ impl Candidates {
     }
 
     /// The sessions of each that gets any, and the most that it may have.
-    pub(super) fn capacities(&self) -> Vec<(Arc<BackendLoad>, u32)> {
+    pub(super) fn capacities(&self) -> Vec<(Arc<AtomicU32>, u32)> {
         let spare = self.backends.iter().filter(|backend| backend.is_spare());
         let rooms = self.used.iter().chain(spare);
-        rooms.map(|backend| (Arc::clone(&backend.load), backend.room.load(Ordering::SeqCst))).collect()
+        rooms
+            .map(|backend| (Arc::clone(&backend.load.sessions), backend.room.load(Ordering::SeqCst)))
+            .collect()
     }
 
     /// Why they are used.

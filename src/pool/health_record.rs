@@ -1,35 +1,14 @@
-//! Health and sessions of one address, kept over reloads for the backend of that address in its pool.
+//! Health of one address, kept over reloads for the backend of that address in its pool.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use super::backend::Backend;
 use super::cause::{ChangeCause, SessionFailure};
 use super::ejection::{EjectionRules, EjectionState};
 use super::health::{FULL, HealthState, ProbeHealth, ramp};
 use crate::account::{ProbeResult, lock};
 use crate::clock::Moment;
-
-/// The sessions of an address, including connecting ones.
-#[derive(Debug, Default)]
-pub(super) struct BackendLoad {
-    pub(super) sessions: AtomicU32,
-    /// The present backend of the address.
-    holder: Mutex<Weak<Backend>>,
-}
-
-impl BackendLoad {
-    /// The backend of the address, while there is one.
-    pub(super) fn holder(&self) -> Option<Arc<Backend>> {
-        lock(&self.holder).upgrade()
-    }
-
-    /// From now on this one stands for the address.
-    pub(super) fn hand_to(&self, backend: &Arc<Backend>) {
-        *lock(&self.holder) = Arc::downgrade(backend);
-    }
-}
 
 /// The health of an address, from probes and sessions.
 #[derive(Debug)]

@@ -5,6 +5,17 @@ use std::net::IpAddr;
 use crate::addr::ClientAddr;
 use crate::id::EndpointClaim;
 
+/// Why no backend was picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PickError {
+    /// No backend may be used, or each that may was tried.
+    Usable,
+    /// Each that may be used has as many sessions as it may have.
+    Free,
+    /// The tenant holds its share of what they have room for.
+    Share,
+}
+
 /// Cumulative weights: a number below their sum selects an entry, in proportion to its weight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WeightTable {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
-use super::backend::Backend;
+use super::backend::{Backend, WaitingSessions};
 use super::picked::PickedBackend;
 use crate::account::lock;
 use crate::fair_share;
@@ -94,10 +94,10 @@ impl PoolQueue {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         Some(QueuePlace { queue: Arc::clone(self), ticket })
     }
+}
 
-    /// Gives away what room a backend has; of one whose pool was replaced, none. `false` where some is left that none of those
-    /// in the queue may have, because their tenants hold their shares.
-    pub fn serve(&self, backend: &Arc<Backend>) -> bool {
+impl WaitingSessions for PoolQueue {
+    fn serve(&self, backend: &Arc<Backend>) -> bool {
         if backend.is_retired() {
             return true;
         }
@@ -213,7 +213,7 @@ mod tests {
             "10.0.0.1:80",
             BackendSettings { max_sessions: Some(most), ..BackendSettings::default() },
         );
-        backend.queue = Some(Arc::clone(queue));
+        backend.queue = Some(Arc::<PoolQueue>::clone(queue));
         Arc::new(backend)
     }
 

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use super::backend::{Backend, BackendSettings};
+use super::backend::{Backend, BackendLoad, BackendSettings};
 use super::backend_name::{MOST_ADDRESSES, ResolvedAddress};
 use super::cause::ChangeCause;
 use super::health::ProbeHealth;
-use super::health_record::{BackendLoad, HealthRecord};
+use super::health_record::HealthRecord;
 use super::queue::PoolQueue;
 use super::retry::RetryBudget;
 use super::tenant_shares::TenantShares;

@@ -1,15 +1,13 @@
 //! What a pool's backends with `max-sessions` have room for, shared among its tenants by the rule of [`fair_share`].
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use arc_swap::ArcSwap;
 
-use super::health_record::BackendLoad;
-use super::{PickError, PickedBackend, Pool, TriedBackends};
+use super::pick::PickError;
 use crate::account::lock;
 use crate::fair_share;
 
@@ -19,8 +17,8 @@ use crate::fair_share;
 pub(super) struct TenantShares {
     /// Whether several tenants may use the pool. One alone may have all of it.
     is_shared: AtomicBool,
-    /// The sessions of each backend that gets any, and the most that it may have.
-    rooms: ArcSwap<Vec<(Arc<BackendLoad>, u32)>>,
+    /// The number of sessions of each backend that gets any, and the most that it may have.
+    rooms: ArcSwap<Vec<(Arc<AtomicU32>, u32)>>,
     counts: Mutex<ShareCounts>,
 }
 
@@ -38,21 +36,25 @@ impl TenantShares {
         self.is_shared.load(Ordering::Relaxed)
     }
 
+    /// From now on one tenant may use the pool, or several may; whether several might before.
+    pub(super) fn set_shared(&self, is_shared: bool) -> bool {
+        self.is_shared.swap(is_shared, Ordering::Relaxed)
+    }
+
     /// Sets the backends that get sessions, with their limits.
-    pub(super) fn set_rooms(&self, rooms: Vec<(Arc<BackendLoad>, u32)>) {
+    pub(super) fn set_rooms(&self, rooms: Vec<(Arc<AtomicU32>, u32)>) {
         self.rooms.store(Arc::new(rooms));
     }
 
     /// What all backends together may have, and what of that is free; `None` where one has no limit, or no other tenant may
     /// use the pool. Reads each backend's count, as any of them may have become free.
-    fn room(&self) -> Option<(usize, usize)> {
+    pub(super) fn room(&self) -> Option<(usize, usize)> {
         let rooms = self.rooms.load();
         if !self.is_shared() || rooms.is_empty() || rooms.iter().any(|(_, room)| *room == u32::MAX) {
             return None;
         }
-        let free = |(load, room): &(Arc<BackendLoad>, u32)| {
-            room.saturating_sub(load.sessions.load(Ordering::SeqCst)) as usize
-        };
+        let free =
+            |(load, room): &(Arc<AtomicU32>, u32)| room.saturating_sub(load.load(Ordering::SeqCst)) as usize;
         Some((rooms.iter().map(|(_, room)| *room as usize).sum(), rooms.iter().map(free).sum()))
     }
 
@@ -104,94 +106,22 @@ impl TenantShares {
     }
 }
 
-impl Pool {
-    /// Picks a backend for a session of the tenant, by its label's serial number. Where several tenants may use the pool, and
-    /// its backends have `max-sessions`, the tenant gets none beyond its share of them. Locks once, for that count.
-    ///
-    /// # Errors
-    /// Why no backend can be picked.
-    pub fn pick_for(
-        &self,
-        tenant: u32,
-        key: u64,
-        roll: u64,
-        tried: &mut TriedBackends,
-    ) -> Result<PickedBackend, PickError> {
-        if !tried.is_empty() {
-            // It has got its place already, and tries another backend.
-            return self.pick_again(tenant, key, roll, tried);
-        }
-        let shares = &self.persistent.shares;
-        // Waiting sessions are served first. Those that still wait hold more than their share of what is left.
-        let passes_line = self.waiting() > 0 && shares.room().is_some();
-        if passes_line {
-            self.serve_queue();
-        }
-        shares.enter([tenant])?;
-        let picked = self.pick_skipping_queue(passes_line, key, roll, tried);
-        shares.settle();
-        let picked = picked.map(|picked| picked.of(tenant)).inspect_err(|_| shares.leave(tenant));
-        // Meanwhile it was counted twice, which may have kept out one that waits.
-        self.serve_queue();
-        picked
-    }
-
-    /// The same for a session or a flow that was in the pool before, at another backend: neither its tenant's share nor the line
-    /// keeps it out.
-    ///
-    /// # Errors
-    /// Why no backend can be picked.
-    pub fn pick_again(
-        &self,
-        tenant: u32,
-        key: u64,
-        roll: u64,
-        tried: &mut TriedBackends,
-    ) -> Result<PickedBackend, PickError> {
-        let picked = self.pick_skipping_queue(true, key, roll, tried)?;
-        self.persistent.shares.enter_anyway(tenant);
-        Ok(picked.of(tenant))
-    }
-
-    /// Takes in a session of the tenant that is connected to one of its backends already.
-    #[must_use]
-    pub fn adopt(&self, address: SocketAddr, tenant: u32) -> Option<PickedBackend> {
-        let candidates = self.candidates();
-        let backend = candidates.backends().iter().find(|own| own.address().0 == address)?;
-        self.persistent.shares.enter_anyway(tenant);
-        Some(PickedBackend::adopt(backend).of(tenant))
-    }
-
-    /// From now on one tenant may use it, or several may: then none of them gets all the room of its backends.
-    pub fn set_shared(&self, is_shared: bool) {
-        if self.persistent.shares.is_shared.swap(is_shared, Ordering::Relaxed) && !is_shared {
-            self.serve_queue();
-        }
-    }
-
-    /// How many places at its backends a tenant holds.
-    #[must_use]
-    pub fn held(&self, tenant: u32) -> usize {
-        self.persistent.shares.held(tenant)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn shares(room: u32) -> (TenantShares, Arc<BackendLoad>) {
-        let (shares, load) = (TenantShares::default(), Arc::new(BackendLoad::default()));
+    fn shares(room: u32) -> (TenantShares, Arc<AtomicU32>) {
+        let (shares, load) = (TenantShares::default(), Arc::new(AtomicU32::new(0)));
         shares.set_rooms(vec![(Arc::clone(&load), room)]);
         shares.is_shared.store(true, Ordering::Relaxed);
         (shares, load)
     }
 
     /// A tenant takes every place that it gets; how many.
-    fn fill(shares: &TenantShares, load: &BackendLoad, tenant: u32) -> usize {
+    fn fill(shares: &TenantShares, load: &AtomicU32, tenant: u32) -> usize {
         let gets = || shares.enter([tenant]).is_ok();
         let take = || {
-            load.sessions.fetch_add(1, Ordering::SeqCst);
+            load.fetch_add(1, Ordering::SeqCst);
             shares.settle();
         };
         std::iter::from_fn(|| gets().then(take)).count()
@@ -234,7 +164,7 @@ mod tests {
             (shares.enter([1, 2]), shares.enter([3]), shares.enter([4])),
             (Err(PickError::Share), Ok(3), Err(PickError::Free))
         );
-        load.sessions.store(2, Ordering::SeqCst);
+        load.store(2, Ordering::SeqCst);
         (0..3).for_each(|_| shares.settle());
         shares.leave(3);
         assert_eq!(shares.enter([1, 3]), Ok(3));

@@ -4,9 +4,8 @@
 //! It is documented nowhere, so anything else goes to the general parser, and the tests hold the two to one result.
 
 use super::family::AddressFamily;
-use super::header::{
-    Header, HeaderCommand, HeaderParts, MalformedHeader, ParsedHeader, ParserRules, Transport, place,
-};
+use super::header::{Header, HeaderCommand, HeaderParts, ParsedHeader, ParserRules, Transport, place};
+use super::malformed::MalformedHeader;
 use super::{FIXED_LEN, SIGNATURE, crc};
 
 /// The length of the header.

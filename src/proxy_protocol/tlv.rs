@@ -1,6 +1,6 @@
 //! Type-length-value fields of a header.
 
-use super::header::MalformedHeader;
+use super::malformed::MalformedHeader;
 
 /// One TLV of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

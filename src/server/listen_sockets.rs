@@ -7,12 +7,25 @@ use socket2::{Domain, Socket, Type};
 
 use super::StartError;
 use super::inherit::InheritedSockets;
-use super::worker_sockets::ListenSocketId;
 use crate::config::{self, Config, PoolConfig, Protocol};
 use crate::fault::{self, Syscall};
 
 /// Connections that may wait to be accepted, for each socket; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
+
+/// Identifies a listening socket: listener index, protocol and address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ListenSocketId {
+    pub(super) listener: u32,
+    pub(super) protocol: Protocol,
+    pub(super) address: SocketAddr,
+}
+
+impl ListenSocketId {
+    pub(super) fn is_udp(&self) -> bool {
+        self.protocol == Protocol::Udp
+    }
+}
 
 /// The listening sockets of all workers.
 #[derive(Debug)]

@@ -12,9 +12,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::inherit::InheritedSockets;
-use super::listen_sockets::{self, BoundListener, BoundSocket};
+use super::listen_sockets::{self, BoundListener, BoundSocket, ListenSocketId};
 use super::worker_commands::WorkerCommands;
-use super::worker_sockets::{ListenSocketId, SocketCommand};
+use super::worker_sockets::SocketCommand;
 use super::{Capacity, StartError, rlimits};
 use crate::account::lock;
 use crate::clock;

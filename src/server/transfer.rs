@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_local;
 
-use super::worker::WorkerContext;
+use super::worker_context::WorkerContext;
 use super::worker_loads::{LoadGuard, WorkerLoads};
 use crate::flow::{self, FlowWorker};
 use crate::handover::{PendingTransfer, TransferError, TransferKind, TransferReply};

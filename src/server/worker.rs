@@ -1,6 +1,5 @@
 //! A worker: one thread, one runtime, its own listening sockets and its own sessions.
 
-use std::cell::OnceCell;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,34 +16,21 @@ use super::drain::{self, DrainStage};
 use super::failure::{self, EssentialTask};
 use super::listen_sockets::BoundSocket;
 use super::transfer;
-use super::worker_loads::{LoadGuard, WorkerLoads};
+use super::worker_context::{NewConnection, WorkerContext};
+use super::worker_loads::WorkerLoads;
 use super::worker_sockets::{SocketCommand, WorkerSockets};
-use crate::accept::AcceptedConnection;
 use crate::account::log::{AccessLogger, LogSender};
 use crate::account::session_metrics::WorkerMetrics;
 use crate::admission::bandwidth::QUANTUM;
 use crate::clock;
 use crate::clock::wheel::Tick;
 use crate::fault::{self, Syscall};
-use crate::flow::FlowWorker;
-use crate::session::{self, SessionWorker};
+use crate::session::SessionWorker;
 use crate::session_context::WorkerLocal;
 use crate::state::LiveState;
 
-/// Fresh connections that may be on their way to a worker; beyond it, they stay where they were accepted.
-pub(super) const HANDED_OVER: usize = 256;
-
 /// Ticks from one telling of what was left out of the access log to the next: a second.
 const TELLING: u32 = 20;
-
-/// A new connection, already counted for the worker that it goes to.
-#[derive(Debug)]
-pub(super) struct NewConnection {
-    accepted: AcceptedConnection,
-    /// The place of its listener.
-    listener: u32,
-    load: LoadGuard,
-}
 
 /// The inputs of a worker's start.
 pub(super) struct WorkerSetup {
@@ -84,106 +70,6 @@ pub(super) fn spawn(setup: WorkerSetup) -> io::Result<JoinHandle<()>> {
     Ok(thread)
 }
 
-/// The state shared by the tasks of one worker.
-pub(super) struct WorkerContext {
-    pub(super) worker: Rc<SessionWorker>,
-    pub(super) live: Arc<LiveState>,
-    pub(super) loads: Arc<WorkerLoads>,
-    others: Vec<mpsc::Sender<NewConnection>>,
-    /// Once a listener is UDP.
-    flows: OnceCell<Rc<FlowWorker<LoadGuard>>>,
-    access_log: Option<LogSender>,
-}
-
-impl WorkerContext {
-    pub(super) fn essential_task(&self, what: &'static str) -> EssentialTask {
-        EssentialTask::of_worker(self.worker.number, what)
-    }
-
-    fn number(&self) -> usize {
-        usize::from(self.worker.number)
-    }
-
-    /// Starts a session for a new connection, or hands it to a worker with fewer sessions.
-    pub(super) fn receive(&self, accepted: AcceptedConnection, listener: u32) {
-        let Some(lighter) = self.loads.less_loaded(self.number()) else {
-            return self.start(accepted, listener);
-        };
-        let fresh = NewConnection { accepted, listener, load: self.loads.count_session(lighter) };
-        let Some(other) = self.others.get(lighter) else { return };
-        match other.try_send(fresh) {
-            Ok(()) => self.worker.shared.metrics.worker().handed_over.add(1),
-            Err(mpsc::error::TrySendError::Full(fresh) | mpsc::error::TrySendError::Closed(fresh)) => {
-                self.start(fresh.accepted, listener);
-            }
-        }
-    }
-
-    pub(super) fn start(&self, accepted: AcceptedConnection, listener: u32) {
-        self.carry(NewConnection { accepted, listener, load: self.loads.count_session(self.number()) });
-    }
-
-    /// Flushes the lines of the access log to the writer.
-    fn flush(&self) {
-        self.worker.access_log.flush();
-        self.existing_flows().iter().for_each(|flows| flows.flush());
-    }
-
-    /// Reports suppressed access log lines.
-    fn report_suppressed(&self) {
-        self.worker.rejections.report_suppressed();
-        self.existing_flows().iter().for_each(|flows| {
-            flows.report_suppressed();
-            flows.count_all_drops();
-        });
-    }
-
-    /// The worker's flows, if any exist.
-    pub(super) fn existing_flows(&self) -> Option<&Rc<FlowWorker<LoadGuard>>> {
-        self.flows.get()
-    }
-
-    /// The worker's flows, from the first UDP listener on.
-    ///
-    /// # Errors
-    /// What is short for them now.
-    pub(super) fn flows(&self) -> io::Result<Rc<FlowWorker<LoadGuard>>> {
-        if let Some(flows) = self.existing_flows() {
-            return Ok(Rc::clone(flows));
-        }
-        let flows = self.create_flows()?;
-        self.flows.set(Rc::clone(&flows)).unwrap_or_default();
-        Ok(flows)
-    }
-
-    fn create_flows(&self) -> io::Result<Rc<FlowWorker<LoadGuard>>> {
-        let (loads, number, live) = (Arc::clone(&self.loads), self.number(), Arc::clone(&self.live));
-        let board = Box::new(move || loads.count_session(number));
-        let (worker, local) = (self.worker.number, Rc::clone(&self.worker.shared));
-        let flows = FlowWorker::new(worker, &live, local, self.access_log.clone(), board)?;
-        let (answering, vital) = (Rc::clone(&flows), self.essential_task("receiving from backends"));
-        spawn_local(async move {
-            let _vital = vital;
-            if let Err(error) = answering.answer().await {
-                tracing::error!(worker, %error, "a worker cannot receive datagrams from backends");
-                failure::end(&format!("receiving from backends of worker {worker}"));
-            }
-        });
-        let (ending, vital) = (Rc::clone(&flows), self.essential_task("ending idle flows"));
-        spawn_local(async move {
-            let _vital = vital;
-            ending.end_idle().await;
-        });
-        Ok(flows)
-    }
-
-    fn carry(&self, fresh: NewConnection) {
-        let worker = Rc::clone(&self.worker);
-        // Boxed, because a task moves what it runs three times at its end.
-        spawn_local(Box::pin(session::run(worker, fresh.accepted, fresh.listener, fresh.load)));
-    }
-}
-
 /// The number of a process's first session: beyond all that the process before it has given, which would have had to take on
 /// 65,536 in each second.
 fn first_session() -> u64 {
@@ -202,14 +88,8 @@ async fn work(mut setup: WorkerSetup) {
         Rc::clone(&local),
         AccessLogger::new(setup.access_log.clone()),
     );
-    let context = Rc::new(WorkerContext {
-        worker: Rc::new(worker),
-        live: Arc::clone(&setup.live),
-        loads: Arc::clone(&setup.loads),
-        others: setup.others,
-        flows: OnceCell::new(),
-        access_log: setup.access_log,
-    });
+    let context =
+        WorkerContext::new(worker, setup.live, Arc::clone(&setup.loads), setup.others, setup.access_log);
     spawn_local(tick(Rc::clone(&context)));
     let sockets = WorkerSockets::new(&context, &setup.stages, setup.accepts);
     for (listener, socket) in setup.sockets {

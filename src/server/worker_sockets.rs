@@ -15,8 +15,8 @@ use tokio::task::spawn_local;
 use tokio::time::sleep;
 
 use super::drain::DrainStage;
-use super::listen_sockets::{self, BoundSocket};
-use super::worker::WorkerContext;
+use super::listen_sockets::{self, BoundSocket, ListenSocketId};
+use super::worker_context::WorkerContext;
 use super::worker_loads::OpenSocket;
 use crate::accept::{AcceptError, ListenSocket, PAUSE};
 use crate::account::session_metrics::ListenerCounters;
@@ -26,20 +26,6 @@ use crate::state::StoppedListener;
 
 /// Orders that may wait for a worker; each is what one reload wants of it.
 pub(super) const ORDERS: usize = 64;
-
-/// Identifies a listening socket: listener index, protocol and address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct ListenSocketId {
-    pub(super) listener: u32,
-    pub(super) protocol: Protocol,
-    pub(super) address: SocketAddr,
-}
-
-impl ListenSocketId {
-    pub(super) fn is_udp(&self) -> bool {
-        self.protocol == Protocol::Udp
-    }
-}
 
 /// A command to a worker.
 #[derive(Debug)]
