@@ -270,8 +270,8 @@ fn report(losses: &MissingLines) {
     if strays > 0 {
         tracing::warn!(
             lines = strays,
-            "access log lines of connections without a tenant suppressed: the limit is 10 per second for \
-             each listener and reason"
+            "access log lines of connections without a tenant suppressed: lines beyond 10 per second for \
+             each listener and reason are dropped"
         );
     }
 }
