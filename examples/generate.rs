@@ -1,4 +1,4 @@
-//! Writes the manual pages and shell completions of the command line to a directory:
+//! Writes the manual pages, the shell completions and the configuration reference to a directory:
 //! `cargo run --example generate -- target/generated`.
 //!
 //! It is an example, not a subcommand or a build script, because only the packaging needs it.
@@ -11,8 +11,9 @@ use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
+use vestibule::config::{TABLES, reference};
 
-/// vestibule.toml(5) consists of the commented reference; a test keeps it complete.
+/// The reference as it is.
 const REFERENCE: &str = include_str!("../config/reference.toml");
 
 const SOURCE: &str = concat!("vestibule ", env!("CARGO_PKG_VERSION"));
@@ -35,6 +36,7 @@ fn main() -> io::Result<()> {
         page(child, &["vestibule".to_owned()], &pages)?;
     }
     page(command, &names, &pages)?;
+    fs::write(folder.join("reference.toml"), reference::renewed(REFERENCE, &TABLES))?;
     configuration(&pages)
 }
 
@@ -79,14 +81,17 @@ fn configuration(folder: &Path) -> io::Result<()> {
     section(
         &mut page,
         "DESCRIPTION",
-        "A TOML file. Below is each key with its default. vestibule check reports all errors of a file, each with its line. Documents \
-         with examples are in /usr/share/doc/vestibule/docs.",
+        "A TOML file. Below is each key with its default or, where it has none, with an example. vestibule check reports all errors of a \
+         file, each with its line. A complete file is /usr/share/doc/vestibule/examples/reference.toml; documents with examples are in \
+         /usr/share/doc/vestibule/docs.",
     );
     page.control("SH", ["KEYS"]);
-    as_it_is(&mut page, REFERENCE);
-    see_also(&mut page, [("vestibule", "1"), ("vestibule-check", "1"), ("vestibule-serve", "1")].into_iter());
     let mut file = File::create(folder.join("vestibule.toml.5"))?;
     page.to_writer(&mut file)?;
+    file.write_all(reference::manual(&TABLES).as_bytes())?;
+    let mut rest = Roff::new();
+    see_also(&mut rest, [("vestibule", "1"), ("vestibule-check", "1"), ("vestibule-serve", "1")].into_iter());
+    rest.to_writer(&mut file)?;
     file.flush()
 }
 

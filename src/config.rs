@@ -1,30 +1,34 @@
 //! The configuration as checked: what the rest of the program may rely on.
 
-mod admin;
 mod backend_target;
 mod check;
 pub mod diff;
 mod error;
 mod file;
 mod raw;
+pub mod reference;
 mod section;
 pub mod sources;
 mod suggest;
+mod table;
+mod tables;
 pub mod unit;
 mod value;
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-pub use self::admin::{AdminConfig, HealthConfig};
 pub use self::error::{ConfigError, ConfigErrors};
-use crate::id::EndpointId;
+pub use self::table::{Key, Presence, Table};
+pub use self::tables::{
+    AdminConfig, BackendConfig, BandwidthLimit, DnsConfig, DrainConfig, EjectionConfig, HealthConfig,
+    ListenerConfig, LogConfig, PoolConfig, ProbeConfig, ProcessConfig, QueueConfig, RateLimit, TABLES,
+    TenantConfig, TenantLimits, TimeoutConfig,
+};
 
 /// A configuration that passed every check: names resolve, addresses do not overlap, units are units.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,34 +73,6 @@ impl Config {
     }
 }
 
-/// Workers, limits and memory of the process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessConfig {
-    /// Data-plane threads; 0 is one for each CPU.
-    pub workers: usize,
-    /// Sessions at once; 0 is what the file-descriptor limit allows.
-    pub max_sessions: usize,
-    /// Bytes of all splice pipes together.
-    pub pipe_memory: u64,
-    /// Bytes that wait for slow readers, of all sessions together, beside those in pipes.
-    pub buffer_memory: u64,
-    /// Bytes that the kernel takes for one connection beyond what it has sent; 0 leaves it to the kernel.
-    pub unsent_memory: u64,
-    /// Whether a configuration file that changes is put in force by itself.
-    pub watch: bool,
-}
-
-/// The process log and the access log.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LogConfig {
-    /// The lowest level that is written.
-    pub level: LogLevel,
-    /// How the process log is written; the access log is always JSON.
-    pub format: LogFormat,
-    /// Where the access log goes.
-    pub access: AccessLogTarget,
-}
-
 /// The level of the process log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names say it")]
@@ -130,53 +106,6 @@ pub enum AccessLogTarget {
     File(PathBuf),
 }
 
-/// The timeouts of each step of a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TimeoutConfig {
-    /// From accept to a complete PROXY header.
-    pub header: Duration,
-    /// One attempt at one backend.
-    pub connect: Duration,
-    /// No byte in either direction.
-    pub idle: Duration,
-    /// One side has ended and the other sends nothing.
-    pub half_close: Duration,
-    /// No datagram of a flow in either direction.
-    pub flow_idle: Duration,
-    /// Bytes that the other end of a connection does not acknowledge; 0 leaves it to the kernel.
-    pub tcp_user_timeout: Duration,
-    /// Bytes wait for one side of a session, and it takes none of them; 0 leaves it to the other times.
-    pub stall: Duration,
-}
-
-/// The phases of a graceful shutdown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DrainConfig {
-    /// Health says 503 and accepting goes on, at least this long.
-    pub notice: Duration,
-    /// Accepting goes on until no new session came for this long.
-    pub quiet: Duration,
-    /// After that, sessions silent for this long are ended.
-    pub idle: Duration,
-    /// After the start of the drain, what is left is ended.
-    pub deadline: Duration,
-}
-
-/// DNS resolution of backend names.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DnsConfig {
-    /// The DNS servers; empty means those of `/etc/resolv.conf`.
-    pub servers: Vec<SocketAddr>,
-    /// What one question to one server may take; never zero.
-    pub timeout: Duration,
-    /// An answer counts at least this long, whatever its own time to live; never zero, and at most `max_ttl`.
-    pub min_ttl: Duration,
-    /// An answer counts at most this long.
-    pub max_ttl: Duration,
-    /// Networks whose special addresses (loopback, link-local and the cloud's metadata) an answer may contain.
-    pub allow_answers: Vec<IpNet>,
-}
-
 /// The transport protocol of a listener or probe.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -186,23 +115,6 @@ pub enum Protocol {
     Tcp,
     /// Datagrams: flows.
     Udp,
-}
-
-/// A listener: its addresses and its rules.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ListenerConfig {
-    /// Its name, unique among listeners.
-    pub name: String,
-    /// Every address, port ranges spelled out. Never empty.
-    pub bind: Vec<SocketAddr>,
-    /// What is spoken there.
-    pub protocol: Protocol,
-    /// How the tenant is identified.
-    pub identity: ListenerIdentity,
-    /// The pool of a tenant that names none.
-    pub pool: Option<String>,
-    /// Sessions that have not yet sent a whole header.
-    pub max_pending: usize,
 }
 
 /// How a listener identifies the tenant.
@@ -264,52 +176,6 @@ pub enum Fallback {
     Tenant(String),
 }
 
-/// A pool: interchangeable backends with one policy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PoolConfig {
-    /// Its name, unique among pools.
-    pub name: String,
-    /// The load-balancing algorithm.
-    pub balance: Balance,
-    /// The backends. Never empty; no target twice.
-    pub backends: Vec<BackendConfig>,
-    /// A zone whose backends are used first; at least one backend is in it.
-    pub prefer_zone: Option<String>,
-    /// Whether the client's header is passed on.
-    pub send_proxy: bool,
-    /// Backends tried before the first byte is forwarded; at least 1.
-    pub attempts: u32,
-    /// Attempts beyond the first, for each hundred sessions; 0 to 100.
-    pub retry_budget: u32,
-    /// How long a backend that comes back takes to get its whole weight.
-    pub slow_start: Duration,
-    /// Local addresses to connect from; empty is the system's choice.
-    pub source_addresses: Vec<IpAddr>,
-    /// The queue while every backend is full.
-    pub queue: QueueConfig,
-    /// Percent of the backends that must be sound for their health to count; 0 to 100.
-    pub panic_threshold: u32,
-    /// The active check; `None` takes every backend for healthy.
-    pub health: Option<ProbeConfig>,
-    /// The passive check.
-    pub ejection: EjectionConfig,
-}
-
-/// One backend of a pool, or all that a name leads to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BackendConfig {
-    /// The zone.
-    pub target: BackendTarget,
-    /// Its share in relation to the others'; 0 to 1,000, and 0 gives it no new sessions.
-    pub weight: u32,
-    /// The zone that it is in.
-    pub zone: Option<String>,
-    /// Sessions at once; at least 1.
-    pub max_sessions: Option<u32>,
-    /// Whether it is used only where no other can be.
-    pub backup: bool,
-}
-
 /// The address of a backend.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum BackendTarget {
@@ -326,26 +192,6 @@ pub enum BackendTarget {
     Service(String),
 }
 
-/// The queue for sessions while every backend is at `max-sessions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct QueueConfig {
-    /// How many may wait; 0 is none.
-    pub length: usize,
-    /// How long each may wait.
-    pub timeout: Duration,
-}
-
-/// The passive health check: ejection after failed sessions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EjectionConfig {
-    /// Failures in a row that eject a backend; 0 is never.
-    pub consecutive_failures: u32,
-    /// The first time out; it doubles with each ejection that follows.
-    pub base_time: Duration,
-    /// Percent of the pool's backends that may be out at once; 0 to 100.
-    pub max_percent: u32,
-}
-
 /// The load-balancing algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -360,25 +206,6 @@ pub enum Balance {
     Maglev,
     /// By the endpoint's ID: the same endpoint, the same backend.
     MaglevEndpoint,
-}
-
-/// The active check of a pool's backends.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProbeConfig {
-    /// From one probe of a backend to its next.
-    pub interval: Duration,
-    /// What one probe may take; at most the interval.
-    pub timeout: Duration,
-    /// Successes in a row that make a backend healthy; at least 1.
-    pub rise: u32,
-    /// Failures in a row that make it unhealthy; at least 1.
-    pub fall: u32,
-    /// Another port than the traffic's.
-    pub port: Option<u16>,
-    /// Whether a PROXY header with the command LOCAL comes first.
-    pub send_proxy: bool,
-    /// What is asked.
-    pub ask: ProbeCheck,
 }
 
 /// What a probe checks after it is connected.
@@ -408,29 +235,6 @@ pub enum ProbeCheck {
     },
 }
 
-/// A tenant.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TenantConfig {
-    /// Its name, unique among tenants.
-    pub name: String,
-    /// Its endpoints; each ID belongs to one tenant only.
-    pub endpoints: Vec<EndpointId>,
-    /// Overrides the listener's pool.
-    pub pool: Option<String>,
-    /// Listener name to pool; overrides both.
-    pub routes: BTreeMap<String, String>,
-    /// Whether its traffic is carried.
-    pub enabled: bool,
-    /// Carried into the access log.
-    pub labels: BTreeMap<String, String>,
-    /// What it may take at most.
-    pub limits: TenantLimits,
-    /// What happens to its sessions and flows once a reload takes their endpoint or the tenant away.
-    pub on_revoke: OnRevoke,
-    /// How long they may go on where they end.
-    pub revoke_grace: Duration,
-}
-
 /// What happens to a session or a flow whose tenant is removed or disabled, or whose endpoint no longer belongs to that
 /// tenant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -443,25 +247,6 @@ pub enum OnRevoke {
     Keep,
 }
 
-/// A tenant's limits: its own keys, and the defaults of those that it does not set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TenantLimits {
-    /// Whether the limits hold or are only counted.
-    pub mode: LimitMode,
-    /// Sessions at once; at least 1.
-    pub sessions: Option<usize>,
-    /// New sessions.
-    pub session_rate: Option<RateLimit>,
-    /// Bytes from clients to backends.
-    pub to_backend: Option<BandwidthLimit>,
-    /// Bytes from backends to clients.
-    pub to_client: Option<BandwidthLimit>,
-    /// Flows at once; at least 1.
-    pub flows: Option<usize>,
-    /// Datagrams of flows, both directions together.
-    pub datagram_rate: Option<RateLimit>,
-}
-
 /// What happens beyond a limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -471,22 +256,4 @@ pub enum LimitMode {
     Enforce,
     /// It passes, and is counted.
     Observe,
-}
-
-/// A rate limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RateLimit {
-    /// From one to the next, on average; never zero.
-    pub interval: Duration,
-    /// So many at once after a silence; at least 1.
-    pub burst: u64,
-}
-
-/// A bandwidth limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BandwidthLimit {
-    /// Bytes in each second, on average; at least 1,024.
-    pub bytes_per_second: u64,
-    /// Bytes at once after a silence; at least 1, and at most a second's worth.
-    pub burst: u64,
 }

@@ -1,7 +1,6 @@
 //! What the configuration means: one function for each rule, and every fault of every rule.
 
 mod address;
-mod build;
 mod dns;
 mod limits;
 mod listener;
@@ -14,7 +13,7 @@ use std::time::Duration;
 
 use super::error::{ConfigError, ConfigErrors};
 use super::raw::RawConfig;
-use super::section::ParsedField;
+use super::table::{Field, Headed, Kind};
 use super::{Config, Fallback};
 use names::NameIndex;
 
@@ -27,17 +26,15 @@ pub(super) fn check(mut written: RawConfig) -> Result<Config, ConfigErrors> {
     let known = names_are_unique(&written, &mut faults);
     every_listener_names_a_known_pool_and_tenant(&written, &known, &mut faults);
     every_tenant_names_known_pools_and_listeners(&written, &known, &mut faults);
-    timeouts_are_more_than_0s(&written, &mut faults);
-    tcp_user_timeout_is_one_that_the_kernel_takes(&written, &mut faults);
     there_is_a_listener(&written, &mut faults);
     listener::rules(&written, &mut faults);
     address::listener_addresses_do_not_overlap(&written, &mut faults);
-    dns::rules(&written, &mut faults);
+    faults.extend(written.dns.as_ref().and_then(dns::min_ttl_is_at_most_max_ttl));
     pool::rules(&written, &mut faults);
     probe::probe_protocol_has_a_listener(&written, &mut faults);
     tenant::rules(&written, &mut faults);
     limits::rules(&written, &mut faults);
-    if faults.is_empty() { Ok(build::config(written)) } else { Err(ConfigErrors::sorted(faults)) }
+    if faults.is_empty() { Ok(build(written)) } else { Err(ConfigErrors::sorted(faults)) }
 }
 
 /// The names of listeners, pools and tenants.
@@ -71,15 +68,11 @@ fn every_listener_names_a_known_pool_and_tenant(
         let head = &listener.head;
         known.pools.require(head, "pool", listener.pool.spanned(), faults);
         known.tenants.require(head, "tenant", listener.tenant.spanned(), faults);
-        let fallbacks = [
-            ("on-no-endpoint", &listener.on_no_endpoint),
-            ("on-unknown-endpoint", &listener.on_unknown_endpoint),
-        ];
-        for (key, fallback) in fallbacks {
-            let Some(fallback) = fallback.spanned() else { continue };
+        for field in [&listener.on_no_endpoint, &listener.on_unknown_endpoint] {
+            let Some(fallback) = field.spanned() else { continue };
             if let Fallback::Tenant(name) = fallback.get_ref() {
                 let name = toml::Spanned::new(fallback.span(), name.clone());
-                known.tenants.require(head, key, Some(&name), faults);
+                known.tenants.require(head, field.key.name, Some(&name), faults);
             }
         }
     }
@@ -92,7 +85,7 @@ fn every_tenant_names_known_pools_and_listeners(
 ) {
     for tenant in &written.tenants {
         known.pools.require(&tenant.head, "pool", tenant.pool.spanned(), faults);
-        for (listener, pool) in tenant.routes.given().into_iter().flatten() {
+        for (listener, pool) in tenant.routes.given().into_iter().flat_map(|routes| &routes.0) {
             known.listeners.require(&tenant.head, "routes", Some(listener), faults);
             known.pools.require(&tenant.head, "routes", Some(pool), faults);
         }
@@ -106,42 +99,29 @@ fn there_is_a_listener(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     }
 }
 
-fn timeouts_are_more_than_0s(written: &RawConfig, faults: &mut Vec<ConfigError>) {
-    let timeouts = &written.timeouts;
-    let Some(head) = &timeouts.head else { return };
-    let keys = [
-        ("header", &timeouts.header),
-        ("connect", &timeouts.connect),
-        ("idle", &timeouts.idle),
-        ("half-close", &timeouts.half_close),
-        ("flow-idle", &timeouts.flow_idle),
-    ];
-    for (key, timeout) in keys {
-        faults.extend(no_time(timeout).map(|(offset, message)| head.fault_at(offset, key, message)));
+/// Makes the configuration. Called where no fault was found.
+fn build(written: RawConfig) -> Config {
+    let defaults = written.tenant_defaults.map(|defaults| defaults.keys).unwrap_or_default();
+    Config {
+        process: keys(written.process).into(),
+        admin: keys(written.admin).into(),
+        health: keys(written.health).into(),
+        log: keys(written.log).into(),
+        timeouts: keys(written.timeouts).into(),
+        drain: keys(written.drain).into(),
+        dns: keys(written.dns).into(),
+        listeners: written.listeners.into_iter().map(|listener| listener.keys.into()).collect(),
+        pools: written.pools.into_iter().map(|pool| pool.keys.into()).collect(),
+        tenants: written.tenants.into_iter().map(|own| own.keys.with_defaults(&defaults).into()).collect(),
     }
 }
 
-/// The longest `tcp-user-timeout`: the kernel counts it in milliseconds and keeps it in 31 bits (tcp(7)).
-const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
-
-fn tcp_user_timeout_is_one_that_the_kernel_takes(written: &RawConfig, faults: &mut Vec<ConfigError>) {
-    let timeouts = &written.timeouts;
-    let (Some(head), Some(time)) = (&timeouts.head, timeouts.tcp_user_timeout.spanned()) else { return };
-    let longest = LONGEST_USER_TIMEOUT;
-    if *time.get_ref() > longest {
-        let message =
-            format!("must be at most 24h, or 0s for the kernel's own rules, found {:?}", time.get_ref());
-        faults.push(head.fault_at(time.span().start, "tcp-user-timeout", message));
-    }
+/// The keys of a table that stands once; where it is absent, all of them are.
+fn keys<R: Default>(table: Option<Headed<R>>) -> R {
+    table.map(|table| table.keys).unwrap_or_default()
 }
 
-/// A time in words, marked where it is the default.
-fn shown(time: Duration, field: &ParsedField<Duration>) -> String {
-    format!("{time:?}{}", if field.is_absent() { " (the default)" } else { "" })
-}
-
-/// What is wrong with a time that must not be 0.
-fn no_time(field: &ParsedField<Duration>) -> Option<(usize, String)> {
-    let time = field.spanned().filter(|time| time.get_ref().is_zero())?;
-    Some((time.span().start, "must be more than 0s, found 0s".to_owned()))
+/// The time that counts, in words, marked where it is the default.
+fn shown<K: Kind<Parsed = Duration>>(field: &Field<K>) -> String {
+    format!("{:?}{}", field.effective().unwrap_or_default(), field.default_note())
 }

@@ -1,21 +1,22 @@
 //! The differences between two configurations and the sessions that they affect: what a reload would change.
 
 mod impact;
-mod render;
+pub(super) mod render;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::hash::Hash;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use self::impact::LiveCounts;
 pub use self::impact::{BackendUsage, LiveCount, RouteUsage};
-use self::render::{keys, limits};
-use super::{BackendConfig, Config, ListenerConfig, OnRevoke, PoolConfig, Protocol, TenantConfig};
+use self::render::keys;
+use super::table::{RawTable, Table};
+use super::tables::{RawAdmin, RawDns, RawDrain, RawHealth, RawLog, RawProcess, RawTimeouts};
+use super::{BackendConfig, Config, ListenerConfig, PoolConfig, Protocol, TenantConfig, TenantLimits};
 
 /// The configuration in force, and the sessions that use it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -183,29 +184,32 @@ impl fmt::Display for KeyChange {
     }
 }
 
-/// The tables that stand once.
-fn tables(now: &Config, next: &Config, uses: &LiveCounts<'_>) -> Vec<ConfigChange> {
+/// The tables that stand once and differ, with the keys that do.
+pub(crate) fn changed_tables(now: &Config, next: &Config) -> Vec<(Table, Vec<KeyChange>)> {
     // Every field by name, so that a new one is not forgotten here.
     let Config { process, admin, health, log, timeouts, drain, dns, listeners: _, pools: _, tenants: _ } =
         now;
-    let all = uses.all();
-    let tables = [
-        ("[process]", ChangeKind::Refused, keys(process, &next.process)),
-        ("[admin]", ChangeKind::Refused, keys(admin, &next.admin)),
-        ("[health]", ChangeKind::Refused, keys(health, &next.health)),
-        ("[log]", ChangeKind::Refused, keys(log, &next.log)),
-        ("[dns]", ChangeKind::Refused, keys(dns, &next.dns)),
-        ("[timeouts]", ChangeKind::Changed, keys(timeouts, &next.timeouts)),
-        ("[drain]", ChangeKind::Changed, keys(drain, &next.drain)),
+    let mut tables = vec![
+        (RawProcess::TABLE, keys(process, &next.process)),
+        (RawAdmin::TABLE, keys(admin, &next.admin)),
+        (RawHealth::TABLE, keys(health, &next.health)),
+        (RawLog::TABLE, keys(log, &next.log)),
+        (RawDns::TABLE, keys(dns, &next.dns)),
+        (RawTimeouts::TABLE, keys(timeouts, &next.timeouts)),
+        (RawDrain::TABLE, keys(drain, &next.drain)),
     ];
-    let changed = tables.into_iter().filter(|(_, _, keys)| !keys.is_empty());
-    changed
-        .map(|(name, kind, keys)| {
-            // Timeouts apply to new sessions; the other tables affect no existing session.
-            let now = if name == "[timeouts]" { all } else { LiveCount::default() };
-            ConfigChange::new(ChangedObject::Table, name, kind, now).with(keys)
-        })
-        .collect()
+    tables.retain(|(_, keys)| !keys.is_empty());
+    tables
+}
+
+fn tables(now: &Config, next: &Config, uses: &LiveCounts<'_>) -> Vec<ConfigChange> {
+    let change = |(table, keys): (Table, _)| {
+        let kind = if table.needs_restart { ChangeKind::Refused } else { ChangeKind::Changed };
+        // Timeouts apply to new sessions; the other tables affect no existing session.
+        let now = if table.heading == RawTimeouts::TABLE.heading { uses.all() } else { LiveCount::default() };
+        ConfigChange::new(ChangedObject::Table, table.heading, kind, now).with(keys)
+    };
+    changed_tables(now, next).into_iter().map(change).collect()
 }
 
 /// The same thing before and after, where it is there.
@@ -331,7 +335,10 @@ fn tenant(
             changes.push(ConfigChange { now, ..of_tenant(after, ChangeKind::Moved, uses) }.with(differing));
         }
     }
-    let limits = limits(&before.limits, &after.limits);
+    if before == after {
+        return;
+    }
+    let limits = keys(&before.limits, &after.limits);
     if !limits.is_empty() {
         changes.push(of_tenant(after, ChangeKind::Limits, uses).with(limits));
     }
@@ -340,26 +347,18 @@ fn tenant(
         let key = KeyChange { key: "state".to_owned(), from: Some(from.to_owned()), to: Some(to.to_owned()) };
         changes.push(of_tenant(after, ChangeKind::State, uses).with(vec![key]));
     }
-    let revoke = keys(&RevokeKeys::of(before), &RevokeKeys::of(after));
-    if !revoke.is_empty() {
-        changes.push(of_tenant(after, ChangeKind::Changed, uses).with(revoke));
-    }
-    if before.labels != after.labels {
-        let labels = |tenant: &TenantConfig| BTreeMap::from([("labels", tenant.labels.clone())]);
-        changes.push(of_tenant(after, ChangeKind::Changed, uses).with(keys(&labels(before), &labels(after))));
-    }
-}
-
-/// The keys of a tenant that say how its sessions end once they are revoked.
-#[derive(Serialize)]
-struct RevokeKeys {
-    on_revoke: OnRevoke,
-    revoke_grace: Duration,
-}
-
-impl RevokeKeys {
-    fn of(tenant: &TenantConfig) -> Self {
-        Self { on_revoke: tenant.on_revoke, revoke_grace: tenant.revoke_grace }
+    // What is left when all of the above is equal.
+    let rest = |tenant: &TenantConfig| TenantConfig {
+        endpoints: Vec::new(),
+        pool: None,
+        routes: BTreeMap::new(),
+        enabled: true,
+        limits: TenantLimits::default(),
+        ..tenant.clone()
+    };
+    let others = keys(&rest(before), &rest(after));
+    if !others.is_empty() {
+        changes.push(of_tenant(after, ChangeKind::Changed, uses).with(others));
     }
 }
 

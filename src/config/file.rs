@@ -7,11 +7,10 @@ use std::sync::Arc;
 use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigErrors, SourceText};
-use super::raw::{
-    RawAdmin, RawConfig, RawDns, RawDrain, RawHealth, RawListener, RawLog, RawPool, RawProcess, RawTenant,
-    RawTenantDefaults, RawTimeouts,
-};
+use super::raw::RawConfig;
 use super::section::{ParsedField, ParsedList, Section, TableHead, into_array, into_table, quoted, shown};
+use super::table::{Headed, RawTable, Table};
+use super::tables::{RawInclude, TABLES};
 
 /// Reads a file and all that it includes. Faults of form are handed on with what could be read.
 ///
@@ -100,7 +99,7 @@ impl ConfigReader {
         let head = TableHead::single("", source, 0);
         let mut faults = std::mem::take(&mut self.written.faults);
         let mut section = Section::open(&head, tables, &mut faults);
-        let include = section.take_list::<String>("include");
+        let include = RawInclude::take(&mut section).include;
         self.singles(source, &mut section);
         self.many(source, &mut section);
         section.finish();
@@ -121,7 +120,7 @@ impl ConfigReader {
                 format!("must be in the main file; an included file cannot include others, found {found}");
             section.fault_at(include.span().start, "include", message);
         }
-        for key in SINGLES {
+        for key in TABLES.iter().filter(|table| is_single(table)).map(Table::name) {
             if let ParsedField::Given(single) = section.take_raw(key) {
                 let message = format!(
                     "must be in the main file; an included file holds only {INCLUDED}, found [{key}]"
@@ -154,46 +153,34 @@ impl ConfigReader {
 
     /// Takes the tables that stand once.
     fn singles(&mut self, source: &Arc<SourceText>, section: &mut Section<'_, '_>) {
-        for key in SINGLES {
-            let ParsedField::Given(table) = section.take_table(key) else { continue };
-            let (head, table) = (TableHead::single(key, source, table.span().start), table.into_inner());
-            let (written, faults) = (&mut self.written, section.faults());
-            match key {
-                "process" => written.process = RawProcess::read(&head, table, faults),
-                "admin" => written.admin = RawAdmin::read(head, table, faults),
-                "health" => written.health = RawHealth::read(head, table, faults),
-                "log" => written.log = RawLog::read(&head, table, faults),
-                "timeouts" => written.timeouts = RawTimeouts::read(head, table, faults),
-                "drain" => written.drain = RawDrain::read(&head, table, faults),
-                "dns" => written.dns = RawDns::read(head, table, faults),
-                _ => {
-                    written.tenant_defaults = RawTenantDefaults::read(&head, table, faults);
-                    written.defaults = Some(head);
-                }
-            }
-        }
+        let written = &mut self.written;
+        written.process = single(source, section);
+        written.admin = single(source, section);
+        written.health = single(source, section);
+        written.log = single(source, section);
+        written.timeouts = single(source, section);
+        written.drain = single(source, section);
+        written.dns = single(source, section);
+        written.tenant_defaults = single(source, section);
     }
 
     /// Takes the tables that stand many times.
     fn many(&mut self, source: &Arc<SourceText>, section: &mut Section<'_, '_>) {
-        for (head, table) in self.each(source, section, "listener") {
-            self.written.listeners.push(RawListener::read(head, table, section.faults()));
-        }
-        for (head, table) in self.each(source, section, "pool") {
-            self.written.pools.push(RawPool::read(head, table, section.faults()));
-        }
-        for (head, table) in self.each(source, section, "tenant") {
-            self.written.tenants.push(RawTenant::read(head, table, section.faults()));
-        }
+        let listeners = self.each(source, section);
+        self.written.listeners.extend(listeners);
+        let pools = self.each(source, section);
+        self.written.pools.extend(pools);
+        let tenants = self.each(source, section);
+        self.written.tenants.extend(tenants);
     }
 
-    /// Takes every table of a kind, with its head.
-    fn each<'i>(
+    /// Takes every table of a kind.
+    fn each<R: RawTable>(
         &mut self,
         source: &Arc<SourceText>,
-        section: &mut Section<'i, '_>,
-        kind: &'static str,
-    ) -> Vec<(TableHead, DeTable<'i>)> {
+        section: &mut Section<'_, '_>,
+    ) -> Vec<Headed<R>> {
+        let kind = R::TABLE.name();
         let value = match section.take_raw(kind) {
             ParsedField::Given(value) => value,
             ParsedField::Absent => return Vec::new(),
@@ -217,7 +204,10 @@ impl ConfigReader {
         for (before, value) in values.into_iter().enumerate() {
             let offset = value.span().start;
             match into_table(value.into_inner()) {
-                Ok(table) => tables.push((TableHead::named(kind, before + 1, source, offset, &table), table)),
+                Ok(table) => {
+                    let head = TableHead::named(kind, before + 1, source, offset, &table);
+                    tables.push(Headed::read(head, table, section.faults()));
+                }
                 Err(other) => {
                     self.broken = true;
                     section.fault_at(offset, kind, format!("{must}, found {}", shown(&other)));
@@ -250,9 +240,17 @@ impl ConfigReader {
     }
 }
 
-/// The tables of the main file that stand once.
-const SINGLES: [&str; 8] =
-    ["process", "admin", "health", "log", "timeouts", "drain", "dns", "tenant-defaults"];
+/// Whether a table stands once, and in the main file only.
+fn is_single(table: &Table) -> bool {
+    !table.name().is_empty() && !table.heading.starts_with("[[") && !table.name().contains('.')
+}
+
+/// Takes a table that stands once.
+fn single<R: RawTable>(source: &Arc<SourceText>, section: &mut Section<'_, '_>) -> Option<Headed<R>> {
+    let ParsedField::Given(table) = section.take_table(R::TABLE.name()) else { return None };
+    let head = TableHead::single(R::TABLE.name(), source, table.span().start);
+    Some(Headed::read(head, table.into_inner(), section.faults()))
+}
 
 /// What the TOML parser says of a key that stands twice.
 const DUPLICATE: &str = "duplicate key";

@@ -1,5 +1,6 @@
 //! A reader of one TOML table that collects every fault instead of stopping at the first.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use toml::Spanned;
@@ -8,17 +9,25 @@ use toml::de::{DeArray, DeTable, DeValue};
 use super::error::{ConfigError, SourceText};
 use super::suggest;
 
-/// A value that a key may hold.
-pub(super) trait FromToml: Sized {
+/// What a key may hold where it is one value.
+pub(super) trait FromToml {
+    /// The value.
+    type Value;
+
     /// Reads the value.
     ///
     /// # Errors
     /// What must hold and what was found, for the operator to read.
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String>;
+    fn from_toml(value: &DeValue<'_>) -> Result<Self::Value, String>;
+
+    /// What the value must be, to follow "must be"; empty where the type says enough.
+    fn range() -> String {
+        String::new()
+    }
 }
 
 /// The value of a key.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) enum ParsedField<T> {
     /// Nothing: the default holds.
     #[default]
@@ -43,23 +52,9 @@ impl<T> ParsedField<T> {
         }
     }
 
-    /// Where the value stands, and the value in words.
-    pub(super) fn said(&self, words: impl Fn(&T) -> String) -> Option<(usize, String)> {
-        self.spanned().map(|value| (value.span().start, words(value.get_ref())))
-    }
-
     /// Whether the key is absent.
     pub(super) fn is_absent(&self) -> bool {
         matches!(self, Self::Absent)
-    }
-
-    /// The value that counts: the given one or the default; none where it is a fault already.
-    pub(super) fn effective<'f>(&'f self, default: &'f T) -> Option<&'f T> {
-        match self {
-            Self::Given(value) => Some(value.get_ref()),
-            Self::Absent => Some(default),
-            Self::Faulty => None,
-        }
     }
 
     /// The value, where there is one.
@@ -69,15 +64,10 @@ impl<T> ParsedField<T> {
             Self::Absent | Self::Faulty => None,
         }
     }
-
-    /// The value, or the default.
-    pub(super) fn or(self, default: T) -> T {
-        self.value().unwrap_or(default)
-    }
 }
 
 /// A list of values, as far as they could be read.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ParsedList<T> {
     /// Those that could be read.
     pub(super) items: Vec<Spanned<T>>,
@@ -92,8 +82,21 @@ impl<T> ParsedList<T> {
     }
 }
 
-/// Keys and their values.
-pub(super) type Pairs<T> = Vec<(Spanned<String>, Spanned<T>)>;
+impl<T> From<ParsedList<T>> for Vec<T> {
+    fn from(list: ParsedList<T>) -> Self {
+        list.items.into_iter().map(Spanned::into_inner).collect()
+    }
+}
+
+/// Keys that the operator chose, and their texts.
+#[derive(Clone, Debug)]
+pub(super) struct ParsedPairs(pub(super) Vec<(Spanned<String>, Spanned<String>)>);
+
+impl From<ParsedPairs> for BTreeMap<String, String> {
+    fn from(pairs: ParsedPairs) -> Self {
+        pairs.0.into_iter().map(|(key, value)| (key.into_inner(), value.into_inner())).collect()
+    }
+}
 
 /// The kind, name and place of a table.
 #[derive(Clone, Debug)]
@@ -186,10 +189,9 @@ impl<'i, 'f> Section<'i, 'f> {
         Section { head: self.head, prefix, offset, table, known: Vec::new(), faults: self.faults }
     }
 
-    /// Declares the known keys beforehand. Needed if two of them are similar: one is no typo for the other.
-    pub(super) fn knowing(mut self, keys: &[&'static str]) -> Self {
-        self.known.extend_from_slice(keys);
-        self
+    /// Declares known keys beforehand: one that is there is no typo for a similar one that is absent.
+    pub(super) fn know(&mut self, keys: impl Iterator<Item = &'static str>) {
+        self.known.extend(keys);
     }
 
     /// Records a fault of a key, at a byte.
@@ -225,63 +227,52 @@ impl<'i, 'f> Section<'i, 'f> {
     }
 
     /// Takes the value of a key.
-    pub(super) fn take<T: FromToml>(&mut self, key: &'static str) -> ParsedField<T> {
+    pub(super) fn take<T: FromToml>(&mut self, key: &'static str) -> ParsedField<T::Value> {
         match self.take_raw(key) {
             ParsedField::Given(value) => {
-                self.read(key, &value).map_or(ParsedField::Faulty, ParsedField::Given)
+                self.read::<T>(key, &value).map_or(ParsedField::Faulty, ParsedField::Given)
             }
             ParsedField::Absent => ParsedField::Absent,
             ParsedField::Faulty => ParsedField::Faulty,
         }
     }
 
-    /// Takes the value of a key that must be there, with an example of one.
-    pub(super) fn require<T: FromToml>(&mut self, key: &'static str, example: &str) -> ParsedField<T> {
-        let field = self.take(key);
-        if field.is_absent() {
-            self.missing(key, example);
-            return ParsedField::Faulty;
-        }
-        field
-    }
-
     /// Takes a list; every value of it is read, and each that is malformed is a fault of its own.
-    pub(super) fn take_list<T: FromToml>(&mut self, key: &'static str) -> ParsedField<ParsedList<T>> {
+    pub(super) fn take_list<T: FromToml>(&mut self, key: &'static str) -> ParsedField<ParsedList<T::Value>> {
         match self.take_raw(key) {
-            ParsedField::Given(value) => self.list(key, value),
+            ParsedField::Given(value) => self.list::<T>(key, value),
             ParsedField::Absent => ParsedField::Absent,
             ParsedField::Faulty => ParsedField::Faulty,
         }
     }
 
     /// Takes a list that may stand without its brackets where it is one value.
-    pub(super) fn require_one_or_many<T: FromToml>(
+    pub(super) fn take_one_or_many<T: FromToml>(
         &mut self,
         key: &'static str,
-        example: &str,
-    ) -> ParsedField<ParsedList<T>> {
+    ) -> ParsedField<ParsedList<T::Value>> {
         match self.take_raw(key) {
-            ParsedField::Given(value) if value.get_ref().is_array() => self.list(key, value),
-            ParsedField::Given(value) => match self.read(key, &value) {
-                Some(item) => ParsedField::Given(Spanned::new(
+            ParsedField::Given(value) if value.get_ref().is_array() => self.list::<T>(key, value),
+            ParsedField::Given(value) => self.read::<T>(key, &value).map_or(ParsedField::Faulty, |item| {
+                ParsedField::Given(Spanned::new(
                     item.span(),
                     ParsedList { items: vec![item], complete: true },
-                )),
-                None => ParsedField::Faulty,
-            },
-            ParsedField::Absent => {
-                self.missing(key, example);
-                ParsedField::Faulty
-            }
+                ))
+            }),
+            ParsedField::Absent => ParsedField::Absent,
             ParsedField::Faulty => ParsedField::Faulty,
         }
     }
 
-    fn list<T: FromToml>(&mut self, key: &str, value: Spanned<DeValue<'i>>) -> ParsedField<ParsedList<T>> {
+    fn list<T: FromToml>(
+        &mut self,
+        key: &str,
+        value: Spanned<DeValue<'i>>,
+    ) -> ParsedField<ParsedList<T::Value>> {
         let span = value.span();
         let Some(values) = self.array(key, value) else { return ParsedField::Faulty };
         let written = values.len();
-        let items: Vec<_> = values.iter().filter_map(|value| self.read(key, value)).collect();
+        let items: Vec<_> = values.iter().filter_map(|value| self.read::<T>(key, value)).collect();
         let complete = items.len() == written;
         ParsedField::Given(Spanned::new(span, ParsedList { items, complete }))
     }
@@ -299,7 +290,7 @@ impl<'i, 'f> Section<'i, 'f> {
     }
 
     /// Takes a table whose keys are the operator's own.
-    pub(super) fn take_pairs<T: FromToml>(&mut self, key: &'static str) -> ParsedField<Pairs<T>> {
+    pub(super) fn take_pairs(&mut self, key: &'static str) -> ParsedField<ParsedPairs> {
         let table = match self.take_table(key) {
             ParsedField::Given(table) => table,
             ParsedField::Absent => return ParsedField::Absent,
@@ -309,11 +300,11 @@ impl<'i, 'f> Section<'i, 'f> {
         let mut pairs = Vec::with_capacity(table.len());
         for (name, value) in table {
             let within = format!("{key}.{}", bare_or_quoted(name.get_ref()));
-            if let Some(value) = self.read(&within, &value) {
+            if let Some(value) = self.read::<String>(&within, &value) {
                 pairs.push((Spanned::new(name.span(), name.into_inner().into_owned()), value));
             }
         }
-        ParsedField::Given(Spanned::new(span, pairs))
+        ParsedField::Given(Spanned::new(span, ParsedPairs(pairs)))
     }
 
     /// Takes a table and the byte where it begins.
@@ -333,7 +324,7 @@ impl<'i, 'f> Section<'i, 'f> {
         }
     }
 
-    fn read<T: FromToml>(&mut self, key: &str, value: &Spanned<DeValue<'i>>) -> Option<Spanned<T>> {
+    fn read<T: FromToml>(&mut self, key: &str, value: &Spanned<DeValue<'i>>) -> Option<Spanned<T::Value>> {
         match T::from_toml(value.get_ref()) {
             Ok(read) => Some(Spanned::new(value.span(), read)),
             Err(message) => {

@@ -2,10 +2,9 @@
 
 mod address;
 mod pool;
-mod word;
+mod quantity;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use toml::de::DeValue;
 
@@ -13,40 +12,77 @@ pub(super) use self::address::{HostName, Nameserver};
 pub(super) use self::pool::{
     HostHeader, MatchKind, PathAndQuery, PreferZone, ProbeBytes, ProbeKind, SendProxy,
 };
+pub(super) use self::quantity::{
+    ByteSize, BytesPerSecond, Count, Hours, Int, PositiveTime, RateInterval, SessionCount,
+};
 use super::section::{FromToml, quoted, shown};
 use super::suggest;
-use super::unit::{self, MalformedValue};
-use super::{AccessLogTarget, Fallback, LimitMode, LogFormat, LogLevel, Protocol};
+use super::{
+    AccessLogTarget, Balance, BareDatagrams, Fallback, LimitMode, LogFormat, LogLevel, OnRevoke, Protocol,
+};
 use crate::id::EndpointId;
 
 fn must_be(wanted: &str, value: &DeValue<'_>) -> String {
     format!("must be {wanted}, found {}", shown(value))
 }
 
-/// Reads a text with a unit in it; a bare number has forgotten the unit.
-fn with_unit<T>(
-    value: &DeValue<'_>,
-    wanted: &str,
-    read: fn(&str) -> Result<T, MalformedValue>,
-) -> Result<T, String> {
-    if value.is_integer() || value.is_float() {
-        return Err(format!("must be {wanted}, found the bare number {}", shown(value)));
+/// A value that is one of a few words.
+pub(super) trait Keyword {
+    /// What the word means.
+    type Meaning: Copy + PartialEq + 'static;
+    /// Each word and its meaning.
+    const WORDS: &'static [(&'static str, Self::Meaning)];
+
+    /// The word of a meaning, in quotes.
+    fn word(meaning: &Self::Meaning) -> String {
+        let word = Self::WORDS.iter().find(|(_, known)| known == meaning).map(|(word, _)| *word);
+        quoted(word.unwrap_or_default())
     }
-    let text = value.as_str().ok_or_else(|| must_be(wanted, value))?;
-    read(text).map_err(|malformed| format!("{malformed}, found {}{}", quoted(text), malformed.because))
 }
 
-/// Reads one of a few words.
-fn word<T: Copy>(value: &DeValue<'_>, words: &[(&str, T)]) -> Result<T, String> {
-    if let Some((_, meaning)) = words.iter().find(|(word, _)| value.as_str() == Some(*word)) {
-        return Ok(*meaning);
+impl<T: Keyword> FromToml for T {
+    type Value = T::Meaning;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<T::Meaning, String> {
+        if let Some((_, meaning)) = T::WORDS.iter().find(|(word, _)| value.as_str() == Some(*word)) {
+            return Ok(*meaning);
+        }
+        let message = must_be(&Self::range(), value);
+        match value.as_str().and_then(|text| suggest::closest(text, T::WORDS.iter().map(|(word, _)| *word))) {
+            Some(close) => Err(format!("{message}: did you mean \"{close}\"?")),
+            None => Err(message),
+        }
     }
-    let known: Vec<String> = words.iter().map(|(word, _)| quoted(word)).collect();
-    let message = must_be(&one_of(&known), value);
-    match value.as_str().and_then(|text| suggest::closest(text, words.iter().map(|(word, _)| *word))) {
-        Some(close) => Err(format!("{message}: did you mean \"{close}\"?")),
-        None => Err(message),
+
+    fn range() -> String {
+        one_of(&T::WORDS.iter().map(|(word, _)| quoted(word)).collect::<Vec<_>>())
     }
+}
+
+/// Declares the words of keys: `Type => Meaning: "word" meaning, ...`.
+macro_rules! keywords {
+    ($($kind:ty => $meaning:ty: $($word:literal $value:expr),+;)+) => {
+        $(impl Keyword for $kind {
+            type Meaning = $meaning;
+            const WORDS: &'static [(&'static str, $meaning)] = &[$(($word, $value)),+];
+        })+
+    };
+}
+
+keywords! {
+    LogLevel => LogLevel: "error" LogLevel::Error, "warn" LogLevel::Warn, "info" LogLevel::Info, "debug" LogLevel::Debug, "trace" LogLevel::Trace;
+    LogFormat => LogFormat: "json" LogFormat::Json, "text" LogFormat::Text;
+    Protocol => Protocol: "tcp" Protocol::Tcp, "udp" Protocol::Udp;
+    ProxyProtocolMode => ProxyProtocolMode: "require" ProxyProtocolMode::Require, "off" ProxyProtocolMode::Off;
+    BareDatagrams => BareDatagrams: "refuse" BareDatagrams::Refuse, "follow" BareDatagrams::Follow;
+    Balance => Balance: "p2c" Balance::P2c, "round-robin" Balance::RoundRobin, "least-sessions" Balance::LeastSessions,
+        "maglev" Balance::Maglev, "maglev-endpoint" Balance::MaglevEndpoint;
+    SendProxy => bool: "off" false, "v2" true;
+    ProbeKind => ProbeKind: "tcp" ProbeKind::Tcp, "http" ProbeKind::Http, "exchange" ProbeKind::Exchange, "none" ProbeKind::None;
+    MatchKind => MatchKind: "contains" MatchKind::Contains, "prefix" MatchKind::Prefix;
+    TenantState => bool: "enabled" true, "disabled" false;
+    OnRevoke => OnRevoke: "end" OnRevoke::End, "keep" OnRevoke::Keep;
+    LimitMode => LimitMode: "enforce" LimitMode::Enforce, "observe" LimitMode::Observe;
 }
 
 /// `a, b or c`.
@@ -57,123 +93,37 @@ fn one_of(words: &[String]) -> String {
     }
 }
 
-/// A whole number from `LEAST` to `MOST`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BoundedInt<const LEAST: u64, const MOST: u64>(pub(super) u64);
-
-/// A whole number from `LEAST` to what 32 bits count.
-pub(super) type Count<const LEAST: u64> = BoundedInt<LEAST, { u32::MAX as u64 }>;
-
-impl<const LEAST: u64, const MOST: u64> FromToml for BoundedInt<LEAST, MOST> {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let number = value.as_integer().and_then(|n| u64::from_str_radix(n.as_str(), n.radix()).ok());
-        match number {
-            Some(number) if (LEAST..=MOST).contains(&number) => Ok(Self(number)),
-            _ => Err(must_be(&format!("a whole number from {LEAST} to {MOST}"), value)),
-        }
-    }
-}
-
-impl<const LEAST: u64, const MOST: u64> BoundedInt<LEAST, MOST> {
-    /// As a number of things in memory.
-    pub(super) fn as_usize(self) -> usize {
-        usize::try_from(self.0).unwrap_or(usize::MAX)
-    }
-
-    /// As a small number, where `MOST` is one.
-    pub(super) fn as_u32(self) -> u32 {
-        u32::try_from(self.0).unwrap_or(u32::MAX)
-    }
-
-    /// As a port, where `MOST` is one.
-    pub(super) fn as_u16(self) -> u16 {
-        u16::try_from(self.0).unwrap_or(u16::MAX)
-    }
-}
-
 impl FromToml for bool {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         value.as_bool().ok_or_else(|| must_be("true or false", value))
     }
 }
 
 impl FromToml for String {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         value.as_str().map(str::to_owned).ok_or_else(|| must_be("a text in quotes", value))
     }
 }
 
 /// The name of a table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct TableName(pub(super) String);
+pub(super) struct TableName;
 
 impl FromToml for TableName {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = String;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<String, String> {
         const LONGEST: usize = 64;
         let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
         match value.as_str() {
             Some(name) if (1..=LONGEST).contains(&name.len()) && name.chars().all(fits) => {
-                Ok(Self(name.to_owned()))
+                Ok(name.to_owned())
             }
             _ => Err(must_be("a name of 1 to 64 letters, digits, \"_\", \".\" and \"-\"", value)),
         }
-    }
-}
-
-impl FromToml for Duration {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        with_unit(value, unit::DURATION, unit::duration)
-    }
-}
-
-/// A number of bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ByteSize(pub(super) u64);
-
-impl FromToml for ByteSize {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        with_unit(value, unit::SIZE, unit::size).map(Self)
-    }
-}
-
-/// A number of concurrent sessions, at least one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct SessionCount(pub(super) usize);
-
-impl FromToml for SessionCount {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let sessions = Count::<1>::from_toml(value).map(|sessions| Self(sessions.as_usize()));
-        let is_none = BoundedInt::<0, 0>::from_toml(value).is_ok();
-        sessions.map_err(|message| if is_none { message + NOTHING } else { message })
-    }
-}
-
-/// The remedy for a limit of nothing.
-const NOTHING: &str = ": state = \"disabled\" stops all traffic of the tenant";
-
-/// The interval of a rate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct RateInterval(pub(super) Duration);
-
-impl FromToml for RateInterval {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        with_unit(value, unit::RATE, unit::rate).map(Self)
-    }
-}
-
-/// A number of bytes in each second.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BytesPerSecond(pub(super) u64);
-
-impl FromToml for BytesPerSecond {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        with_unit(value, unit::BANDWIDTH, unit::bandwidth).map(Self)
-    }
-}
-
-impl FromToml for LimitMode {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("enforce", Self::Enforce), ("observe", Self::Observe)])
     }
 }
 
@@ -183,6 +133,8 @@ fn text<T>(value: &DeValue<'_>, wanted: &str, read: impl Fn(&str) -> Option<T>) 
 }
 
 impl FromToml for EndpointId {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let wanted = "the ID of a VPC endpoint: \"vpce-\" and 17 (or 8) lower-case hexadecimal digits";
         let written = value.as_str().ok_or_else(|| must_be(wanted, value))?;
@@ -209,19 +161,9 @@ pub(super) enum ProxyProtocolMode {
     Off,
 }
 
-impl FromToml for ProxyProtocolMode {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("require", Self::Require), ("off", Self::Off)])
-    }
-}
-
-impl FromToml for Protocol {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("tcp", Self::Tcp), ("udp", Self::Udp)])
-    }
-}
-
 impl FromToml for Fallback {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         text(value, "\"reject\", or \"tenant:\" and the name of a tenant", |text| {
             match text.strip_prefix("tenant:") {
@@ -233,26 +175,9 @@ impl FromToml for Fallback {
     }
 }
 
-impl FromToml for LogLevel {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let levels = [
-            ("error", Self::Error),
-            ("warn", Self::Warn),
-            ("info", Self::Info),
-            ("debug", Self::Debug),
-            ("trace", Self::Trace),
-        ];
-        word(value, &levels)
-    }
-}
-
-impl FromToml for LogFormat {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("json", Self::Json), ("text", Self::Text)])
-    }
-}
-
 impl FromToml for AccessLogTarget {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         text(value, "\"stdout\", \"off\" or the path of a file", |text| match text {
             "" => None,
@@ -264,40 +189,35 @@ impl FromToml for AccessLogTarget {
 }
 
 /// The path of the admin socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SocketPath(pub(super) PathBuf);
+pub(super) struct SocketPath;
 
 impl FromToml for SocketPath {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = PathBuf;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<PathBuf, String> {
         /// `sun_path` of unix(7), without the zero at its end.
         const LONGEST: usize = 107;
         let wanted = "an absolute path of at most 107 bytes, such as \"/run/vestibule/admin.sock\"";
         text(value, wanted, |text| {
             let fits = text.len() <= LONGEST && text.starts_with('/') && !text.ends_with('/');
-            (fits && !text.contains('\0')).then(|| Self(PathBuf::from(text)))
+            (fits && !text.contains('\0')).then(|| PathBuf::from(text))
         })
     }
 }
 
 /// Whether a tenant is enabled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct TenantState(pub(super) bool);
-
-impl FromToml for TenantState {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("enabled", Self(true)), ("disabled", Self(false))])
-    }
-}
+pub(super) struct TenantState;
 
 /// The path of a URL, without a query.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct UrlPath(pub(super) String);
+pub(super) struct UrlPath;
 
 impl FromToml for UrlPath {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = String;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<String, String> {
         let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'?' && byte != b'#';
         text(value, "a path that begins with \"/\", such as \"/healthz\"", |text| {
-            (text.starts_with('/') && text.bytes().all(plain)).then(|| Self(text.to_owned()))
+            (text.starts_with('/') && text.bytes().all(plain)).then(|| text.to_owned())
         })
     }
 }
@@ -306,56 +226,12 @@ impl FromToml for UrlPath {
 mod tests {
     use super::*;
 
-    fn read<T: FromToml>(text: &str) -> Result<T, String> {
+    fn read<T: FromToml>(text: &str) -> Result<T::Value, String> {
         T::from_toml(DeValue::parse(text).unwrap().get_ref())
     }
 
     fn refused<T: FromToml>(text: &str) -> String {
         read::<T>(text).map(|_| ()).unwrap_err()
-    }
-
-    #[test]
-    fn whole_numbers_have_both_bounds() {
-        type Percent = BoundedInt<1, 100>;
-        for (text, number) in [("1", 1), ("100", 100), ("0x10", 16), ("1_0", 10)] {
-            assert_eq!(read(text), Ok(BoundedInt::<1, 100>(number)));
-        }
-        for text in ["0", "101", "-1", "99999999999999999999999", "1.5", "\"4\"", "true"] {
-            assert!(
-                refused::<Percent>(text).starts_with("must be a whole number from 1 to 100, found "),
-                "{text}"
-            );
-        }
-        assert_eq!(read::<Count<0>>("4294967295").map(BoundedInt::as_u32), Ok(u32::MAX));
-        assert!(read::<Count<0>>("4294967296").is_err());
-        let most = BoundedInt::<0, { u64::MAX }>(u64::MAX);
-        assert_eq!((most.as_u16(), most.as_u32()), (u16::MAX, u32::MAX));
-        assert_eq!(most.as_usize(), usize::MAX);
-    }
-
-    #[test]
-    fn number_without_a_unit_is_refused() {
-        assert!(
-            refused::<Duration>("5").ends_with("such as \"5s\" (ms, s, m or h), found the bare number 5")
-        );
-        assert!(refused::<Duration>("0.5").ends_with("found the bare number 0.5"));
-        assert!(refused::<ByteSize>("64").ends_with("found the bare number 64"));
-        assert!(refused::<Duration>("true").ends_with("found true"));
-        assert!(refused::<Duration>("\"5\"").ends_with("found \"5\", which has no unit"));
-        assert_eq!(read("\"2KiB\""), Ok(ByteSize(2048)));
-        assert!(refused::<RateInterval>("200").ends_with("(s, m or h), found the bare number 200"));
-        assert_eq!(
-            refused::<RateInterval>("\"0/s\""),
-            "must be more than 0, found \"0/s\": state = \"disabled\" stops all traffic of the tenant"
-        );
-        assert_eq!(read("1"), Ok(SessionCount(1)));
-        assert!(
-            refused::<SessionCount>("0")
-                .ends_with("found 0: state = \"disabled\" stops all traffic of the tenant")
-        );
-        assert!(refused::<SessionCount>("-1").ends_with("from 1 to 4294967295, found -1"));
-        assert!(refused::<BytesPerSecond>("5000").ends_with("found the bare number 5000"));
-        assert_eq!(read("\"2KiB/s\""), Ok(BytesPerSecond(2048)));
     }
 
     #[test]
@@ -380,12 +256,13 @@ mod tests {
             "must be \"json\" or \"text\", found the date 1979-05-27"
         );
         assert_eq!(one_of(&[]), "");
+        assert_eq!(TenantState::word(&false), "\"disabled\"");
     }
 
     #[test]
     fn a_fallback_rejects_or_names_a_tenant() {
-        assert_eq!(read("\"reject\""), Ok(Fallback::Reject));
-        assert_eq!(read("\"tenant:acme\""), Ok(Fallback::Tenant("acme".into())));
+        assert_eq!(read::<Fallback>("\"reject\""), Ok(Fallback::Reject));
+        assert_eq!(read::<Fallback>("\"tenant:acme\""), Ok(Fallback::Tenant("acme".into())));
         for text in ["\"tenant:\"", "\"acme\"", "\"Reject\"", "\"\"", "false"] {
             assert!(read::<Fallback>(text).is_err(), "{text}");
         }
@@ -406,9 +283,12 @@ mod tests {
 
     #[test]
     fn the_access_log_goes_somewhere() {
-        assert_eq!(read("\"off\""), Ok(AccessLogTarget::Off));
-        assert_eq!(read("\"stdout\""), Ok(AccessLogTarget::Stdout));
-        assert_eq!(read("\"/var/log/access\""), Ok(AccessLogTarget::File("/var/log/access".into())));
+        assert_eq!(read::<AccessLogTarget>("\"off\""), Ok(AccessLogTarget::Off));
+        assert_eq!(read::<AccessLogTarget>("\"stdout\""), Ok(AccessLogTarget::Stdout));
+        assert_eq!(
+            read::<AccessLogTarget>("\"/var/log/access\""),
+            Ok(AccessLogTarget::File("/var/log/access".into()))
+        );
         assert!(read::<AccessLogTarget>("\"\"").is_err());
     }
 
@@ -425,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_path_begins_with_a_slash() {
-        assert_eq!(read("\"/\""), Ok(UrlPath("/".into())));
+        assert_eq!(read::<UrlPath>("\"/\""), Ok("/".to_owned()));
         for text in ["\"\"", "\"healthz\"", "\"/a b\"", "\"/a?b\"", "\"/a#b\"", "\"/é\""] {
             assert!(read::<UrlPath>(text).is_err(), "{text}");
         }

@@ -13,6 +13,7 @@ use crate::account::lock;
 use crate::clock;
 use crate::clock::Moment;
 use crate::config::Config;
+use crate::config::diff::changed_tables;
 use crate::pool::{Answers, Pool};
 
 /// The state kept between reloads, and their counts.
@@ -51,16 +52,9 @@ impl std::fmt::Display for RestartNeeded {
 impl RestartNeeded {
     /// Finds every table that differs and must not.
     pub(super) fn judge(present: &Config, config: &Config) -> Result<(), Self> {
-        let Config { process, admin, health, log, dns, .. } = present;
-        let tables = [
-            ("[process]", *process == config.process),
-            ("[admin]", *admin == config.admin),
-            ("[health]", *health == config.health),
-            ("[log]", *log == config.log),
-            ("[dns]", *dns == config.dns),
-        ];
+        let tables = changed_tables(present, config).into_iter();
         let differing: Vec<_> =
-            tables.into_iter().filter(|(_, same)| !same).map(|(table, _)| table).collect();
+            tables.filter(|(table, _)| table.needs_restart).map(|(table, _)| table.heading).collect();
         if differing.is_empty() { Ok(()) } else { Err(Self(differing)) }
     }
 

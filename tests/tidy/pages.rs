@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use vestibule::account::names::{self, MetricKind};
-use vestibule::config::Config;
+use vestibule::config::{Config, Presence, TABLES};
 use vestibule::outcome::Reason;
 
 use super::markdown::{anchors, blocks, commands, rows};
@@ -145,54 +145,33 @@ fn every_metric_that_a_document_names_exists() {
 
 #[test]
 fn keys_of_the_program_and_of_its_page_are_the_same() {
-    let mut known = BTreeSet::new();
-    for path in
-        ["config/reference.toml", "tests/config/valid/everything.toml", "tests/config/valid/operations.toml"]
-    {
-        let table = fs::read_to_string(path).unwrap().parse::<toml::Table>().unwrap();
-        collect_keys("", &toml::Value::Table(table), &mut known);
-    }
-    // Written once, for tenants and defaults alike.
-    known.retain(|key| !key.starts_with("tenant-defaults.limits"));
-    let mut written = BTreeSet::new();
-    for section in page("docs/configuration.md").text.split("\n### ").skip(1) {
-        let heading = section.lines().next().unwrap();
-        let table = match heading {
-            "Top level" => String::new(),
-            "Backends of a pool" => "pool.backends.".to_owned(),
-            _ => format!("{}.", heading.split('`').nth(1).unwrap().trim_matches(['[', ']'])),
-        };
-        let keys = section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
-        written.extend(keys.map(|(key, _)| format!("{table}{key}")));
-    }
-    same(
-        "docs/configuration.md",
-        &known.into_iter().collect::<Vec<_>>(),
-        &written.into_iter().collect::<Vec<_>>(),
-    );
-}
-
-/// The keys of a table, with the tables that they are in; not those that are tables themselves.
-fn collect_keys(prefix: &str, value: &toml::Value, keys: &mut BTreeSet<String>) {
-    if let Some(table) = value.as_table() {
-        for (key, value) in table {
-            let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-            // Below these the names are the operator's. A queue and a backend are a key and a table at once.
-            let is_map = matches!(path.as_str(), "tenant.labels" | "tenant.routes");
-            let is_both = matches!(path.as_str(), "pool.queue" | "pool.backends");
-            let has_tables = value.is_table()
-                || value.as_array().is_some_and(|rows| rows.iter().any(toml::Value::is_table));
-            if is_map || is_both || !has_tables {
-                keys.insert(path.clone());
+    let text = page("docs/configuration.md").text;
+    let written = text.split("\n### ").skip(1).flat_map(|section| {
+        let (heading, rows) = section.split_once('\n').unwrap();
+        let rows = rows.lines().filter(|line| line.starts_with("| `"));
+        rows.map(move |row| {
+            let cells: Vec<_> = row.split(" | ").collect();
+            format!("{heading}: {} = {}", cells[0].trim_start_matches("| "), cells[1].trim_matches('`'))
+        })
+    });
+    let known = TABLES.iter().flat_map(|table| {
+        let name =
+            if table.heading.is_empty() { "Top level".to_owned() } else { format!("`{}`", table.heading) };
+        let heading = name + if table.needs_restart { " (restart)" } else { "" };
+        table.keys.iter().map(move |key| (format!("{heading}: `{}` = ", key.name), key.presence))
+    });
+    let written: Vec<_> = written.collect();
+    // What holds without a value has words of its own.
+    let known: Vec<_> = known
+        .map(|(row, presence)| match presence {
+            Presence::Default(value) | Presence::Conditional(value) => row + value,
+            Presence::Required(_) => row + "required",
+            Presence::Optional(_) | Presence::Usual(_) => {
+                written.iter().find(|written| written.starts_with(&row)).cloned().unwrap_or(row)
             }
-            if !is_map {
-                collect_keys(&path, value, keys);
-            }
-        }
-    }
-    for row in value.as_array().into_iter().flatten() {
-        collect_keys(prefix, row, keys);
-    }
+        })
+        .collect();
+    same("docs/configuration.md", &known, &written);
 }
 
 #[test]

@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use crate::config::Protocol;
 use crate::config::error::ConfigError;
 use crate::config::raw::RawConfig;
-use crate::config::section::{ParsedField, TableHead};
+use crate::config::section::TableHead;
+use crate::config::table::Field;
+use crate::config::tables::{RawAdmin, RawHealth};
 use crate::config::unit::BindPorts;
-
-use super::build::{ADMIN_BIND, HEALTH_BIND};
 
 /// Ports that a table binds.
 struct BindClaim<'w> {
@@ -83,15 +83,28 @@ pub(super) fn listener_addresses_do_not_overlap(written: &RawConfig, faults: &mu
 }
 
 fn claims(written: &RawConfig) -> Vec<BindClaim<'_>> {
-    let mut claims = Vec::new();
-    let (admin, health) = (&written.admin, &written.health);
-    claims.extend(single("admin", admin.head.as_ref(), &admin.bind, ADMIN_BIND));
-    claims.extend(single("health", health.head.as_ref(), &health.bind, HEALTH_BIND));
+    let (admin, health) = (written.admin.as_ref(), written.health.as_ref());
+    let (default_admin, default_health) = (RawAdmin::default(), RawHealth::default());
+    let mut claims: Vec<_> = [
+        single(
+            "admin",
+            admin.map(|table| &table.head),
+            admin.map_or(&default_admin.bind, |table| &table.bind),
+        ),
+        single(
+            "health",
+            health.map(|table| &table.head),
+            health.map_or(&default_health.bind, |table| &table.bind),
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     // The error is reported at the later one; a default has no line.
     claims.sort_by_key(|claim| claim.written.is_some());
     for listener in &written.listeners {
         // Of one that is none of both it is said elsewhere.
-        let Some(protocol) = listener.protocol.effective(&Protocol::Tcp).copied() else { continue };
+        let Some(protocol) = listener.protocol.effective() else { continue };
         for ports in listener.bind.given().map(|list| list.items.as_slice()).unwrap_or_default() {
             let at = Some((&listener.head, ports.span().start));
             claims.push(BindClaim { ports: *ports.get_ref(), written: at, default: "", protocol });
@@ -103,10 +116,9 @@ fn claims(written: &RawConfig) -> Vec<BindClaim<'_>> {
 fn single<'w>(
     name: &'static str,
     head: Option<&'w TableHead>,
-    bind: &'w ParsedField<SocketAddr>,
-    default: SocketAddr,
+    bind: &Field<SocketAddr>,
 ) -> Option<BindClaim<'w>> {
-    let first = *bind.effective(&default)?;
+    let first = bind.effective()?;
     let written = bind.spanned().and_then(|bind| Some((head?, bind.span().start)));
     Some(BindClaim {
         ports: BindPorts { first, last: first.port() },

@@ -8,7 +8,6 @@ use toml::Spanned;
 use crate::config::error::ConfigError;
 use crate::config::section::{ParsedField, TableHead, quoted};
 use crate::config::suggest;
-use crate::config::value::TableName;
 
 /// The tables of one kind, by their names.
 pub(super) struct NameIndex<'w> {
@@ -33,7 +32,7 @@ impl<'w> NameIndex<'w> {
     pub(super) fn add(
         &mut self,
         head: &'w TableHead,
-        name: &ParsedField<TableName>,
+        name: &ParsedField<String>,
         faults: &mut Vec<ConfigError>,
     ) {
         let Some(written) = head.name() else {

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 
 use crate::config::error::ConfigError;
-use crate::config::raw::{RawBackend, RawConfig, RawPool};
+use crate::config::raw::RawConfig;
 use crate::config::section::{ParsedField, quoted};
-use crate::config::value::{PreferZone, TableName};
+use crate::config::table::Headed;
+use crate::config::tables::{RawBackend, RawPool};
 use crate::config::{BackendTarget, suggest};
 
-use super::{no_time, probe};
+use super::probe;
 
 /// Addresses, and names, of one pool at most.
 const MOST_ADDRESSES: usize = 32_000;
@@ -22,50 +23,49 @@ pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
         no_backend_stands_twice(pool, faults);
         source_addresses_can_reach_a_backend(pool, faults);
         faults.extend(the_preferred_zone_has_a_backend(pool));
-        waiting_and_ejection_take_time(pool, faults);
         faults.extend(queue_needs_max_sessions(pool));
         probe::rules(pool, faults);
     }
 }
 
-fn a_pool_has_a_backend(pool: &RawPool) -> Option<ConfigError> {
-    let backends = pool.backends.spanned().filter(|backends| backends.get_ref().is_empty())?;
+fn a_pool_has_a_backend(pool: &Headed<RawPool>) -> Option<ConfigError> {
+    pool.backends.given().filter(|backends| backends.is_empty())?;
     let message = "must hold at least one backend, such as \"10.0.1.10:80\", found an empty list";
-    Some(pool.head.fault_at(backends.span().start, "backends", message.to_owned()))
+    Some(pool.fault(&pool.backends, message.to_owned()))
 }
 
 /// Backends are numbered in 16 bits, and each name has 128 numbers for its addresses to come and go.
-fn no_pool_has_more_than_can_be_told_apart(pool: &RawPool) -> Option<ConfigError> {
-    let list = pool.backends.spanned()?;
-    let targets = || pool.backends().filter_map(|backend| backend.address.given());
+fn no_pool_has_more_than_can_be_told_apart(pool: &Headed<RawPool>) -> Option<ConfigError> {
+    pool.backends.given()?;
+    let targets = || pool.backends().filter_map(|backend| backend.target.given());
     let addresses = targets().filter(|target| matches!(target, BackendTarget::Address(_))).count();
     let names = targets().count() - addresses;
     let message = format!(
         "must hold at most {MOST_ADDRESSES} addresses and {MOST_NAMES} names, found {addresses} and {names}; give a tenant or \
          a listener a pool of its own"
     );
-    let fault = || pool.head.fault_at(list.span().start, "backends", message);
+    let fault = || pool.fault(&pool.backends, message);
     (addresses > MOST_ADDRESSES || names > MOST_NAMES).then(fault)
 }
 
-fn no_backend_stands_twice(pool: &RawPool, faults: &mut Vec<ConfigError>) {
+fn no_backend_stands_twice(pool: &Headed<RawPool>, faults: &mut Vec<ConfigError>) {
     let mut first: HashMap<&BackendTarget, usize> = HashMap::new();
-    for address in pool.backends().filter_map(|backend| backend.address.spanned()) {
+    for address in pool.backends().filter_map(|backend| backend.target.spanned()) {
         let (target, offset) = (address.get_ref(), address.span().start);
         let place = *first.entry(target).or_insert(offset);
         if place != offset {
             let other = pool.head.place(place);
             let message = format!("must list each address once, found {target} at {other} too");
-            faults.push(pool.head.fault_at(offset, "backends", message));
+            faults.push(pool.fault_at(offset, &pool.backends, message));
         }
     }
 }
 
-fn source_addresses_can_reach_a_backend(pool: &RawPool, faults: &mut Vec<ConfigError>) {
+fn source_addresses_can_reach_a_backend(pool: &Headed<RawPool>, faults: &mut Vec<ConfigError>) {
     let Some(sources) = pool.source_addresses.given() else { return };
     // Where a backend could not be read, or there is none at all, that is a fault already.
     let targets: Option<Vec<&BackendTarget>> =
-        pool.backends().map(|backend| backend.address.given()).collect();
+        pool.backends().map(|backend| backend.target.given()).collect();
     let Some(targets) = targets.filter(|targets| !targets.is_empty()) else { return };
     // A name may have addresses of both families, and others tomorrow.
     let may_be = |target: &BackendTarget, ipv4: bool| match target {
@@ -79,52 +79,43 @@ fn source_addresses_can_reach_a_backend(pool: &RawPool, faults: &mut Vec<ConfigE
             let message = format!(
                 "must have the address family of a backend, found {address}, and no backend is {family}"
             );
-            faults.push(pool.head.fault_at(source.span().start, "source-addresses", message));
+            faults.push(pool.fault_at(source.span().start, &pool.source_addresses, message));
         }
     }
 }
 
 /// The values of a key of the backends; none where one of them is a fault already, or there is no backend at all.
-fn of_each<T>(pool: &RawPool, key: fn(&RawBackend) -> &ParsedField<T>) -> Option<Vec<&T>> {
+fn of_each<T>(pool: &Headed<RawPool>, key: fn(&RawBackend) -> &ParsedField<T>) -> Option<Vec<&T>> {
     let faulty = |field: &&ParsedField<T>| matches!(field, ParsedField::Faulty);
     let fields: Vec<&ParsedField<T>> = pool.backends().map(key).collect();
     let readable = !fields.is_empty() && !fields.iter().any(faulty);
     readable.then(|| fields.into_iter().filter_map(ParsedField::given).collect())
 }
 
-fn the_preferred_zone_has_a_backend(pool: &RawPool) -> Option<ConfigError> {
-    let prefer = pool.prefer_zone.spanned()?;
-    let PreferZone(Some(wanted)) = prefer.get_ref() else { return None };
-    let zones: Vec<&TableName> = of_each(pool, |backend| &backend.zone)?;
-    if zones.iter().any(|zone| zone.0 == *wanted) {
+fn the_preferred_zone_has_a_backend(pool: &Headed<RawPool>) -> Option<ConfigError> {
+    let wanted = pool.prefer_zone.given()?.as_ref()?;
+    let zones: Vec<&String> = of_each(pool, |backend| &backend.zone)?;
+    if zones.contains(&wanted) {
         return None;
     }
-    let hint = match suggest::closest(wanted, zones.iter().map(|zone| zone.0.as_str())) {
+    let hint = match suggest::closest(wanted, zones.iter().map(|zone| zone.as_str())) {
         Some(close) => format!(": did you mean \"{close}\"?"),
         None if zones.is_empty() => ": no backend has a zone".to_owned(),
         None => String::new(),
     };
     let message = format!("must be the zone of at least one backend, found {}{hint}", quoted(wanted));
-    Some(pool.head.fault_at(prefer.span().start, "prefer-zone", message))
+    Some(pool.fault(&pool.prefer_zone, message))
 }
 
-fn waiting_and_ejection_take_time(pool: &RawPool, faults: &mut Vec<ConfigError>) {
-    let keys = [("queue.timeout", &pool.queue.timeout), ("ejection.base-time", &pool.ejection.base_time)];
-    for (key, time) in keys {
-        faults.extend(no_time(time).map(|(offset, message)| pool.head.fault_at(offset, key, message)));
-    }
-}
-
-fn queue_needs_max_sessions(pool: &RawPool) -> Option<ConfigError> {
-    let length = pool.queue.length.spanned().filter(|length| length.get_ref().0 > 0)?;
+fn queue_needs_max_sessions(pool: &Headed<RawPool>) -> Option<ConfigError> {
+    let found = pool.queue.length.given().filter(|length| **length > 0)?;
     let most = of_each(pool, |backend| &backend.max_sessions)?;
     if !most.is_empty() {
         return None;
     }
-    let found = length.get_ref().0;
     let message =
         format!("must be 0 where no backend has max-sessions, because no session ever waits, found {found}");
-    Some(pool.head.fault_at(length.span().start, "queue.length", message))
+    Some(pool.fault(&pool.queue.length, message))
 }
 
 #[cfg(test)]

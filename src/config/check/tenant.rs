@@ -1,53 +1,39 @@
 //! The rules of a tenant, and of a tenant on a listener.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
-use super::limits::own_or_default;
 use crate::config::OnRevoke;
 use crate::config::error::ConfigError;
-use crate::config::raw::{RawConfig, RawListener, RawRevoke, RawTenant};
+use crate::config::raw::RawConfig;
 use crate::config::section::{ParsedField, TableHead};
-use crate::config::value::ProxyProtocolMode;
+use crate::config::table::{Field, Headed};
+use crate::config::tables::{RawListener, RawTenant};
+use crate::config::value::{Hours, ProxyProtocolMode};
 use crate::id::EndpointId;
 
 /// Every rule, for every tenant.
 pub(super) fn rules(written: &RawConfig, faults: &mut Vec<ConfigError>) {
     an_endpoint_belongs_to_one_tenant(written, faults);
     every_tenant_has_a_pool_on_every_listener(written, faults);
-    if let Some(head) = &written.defaults {
-        a_revoke_grace_is_used(head, &written.tenant_defaults.revoke, &RawRevoke::default(), faults);
+    let defaults = written.tenant_defaults.as_ref();
+    if let Some(table) = defaults {
+        faults.extend(a_revoke_grace_is_used(table, &table.on_revoke, &table.revoke_grace));
     }
     for tenant in &written.tenants {
-        a_revoke_grace_is_used(&tenant.head, &tenant.revoke, &written.tenant_defaults.revoke, faults);
+        let inherited = defaults.map(|defaults| &defaults.on_revoke).filter(|_| tenant.on_revoke.is_absent());
+        let on_revoke = inherited.unwrap_or(&tenant.on_revoke);
+        faults.extend(a_revoke_grace_is_used(tenant, on_revoke, &tenant.revoke_grace));
     }
 }
 
-/// The longest grace that a session or a flow may have after its endpoint was taken away.
-const LONGEST_GRACE: Duration = Duration::from_secs(3600);
-
-/// What holds for a tenant.
-pub(super) fn on_revoke(own: &RawRevoke, defaults: &RawRevoke) -> OnRevoke {
-    own_or_default(&own.on_revoke, &defaults.on_revoke).given().copied().unwrap_or_default()
-}
-
-/// A grace has an end, and stands where sessions end.
-fn a_revoke_grace_is_used(
-    head: &TableHead,
-    own: &RawRevoke,
-    defaults: &RawRevoke,
-    faults: &mut Vec<ConfigError>,
-) {
-    let Some(grace) = own.grace.spanned() else { return };
-    let (offset, grace) = (grace.span().start, *grace.get_ref());
-    let message = if grace > LONGEST_GRACE {
-        format!("must be at most 1h, found {grace:?}")
-    } else if on_revoke(own, defaults) == OnRevoke::Keep {
-        format!("must be absent where on-revoke is \"keep\", found {grace:?}")
-    } else {
-        return;
-    };
-    faults.push(head.fault_at(offset, "revoke-grace", message));
+/// A grace stands where sessions end.
+fn a_revoke_grace_is_used<R>(
+    table: &Headed<R>,
+    on_revoke: &Field<OnRevoke>,
+    grace: &Field<Hours<1>>,
+) -> Option<ConfigError> {
+    let found = grace.given().filter(|_| on_revoke.given() == Some(&OnRevoke::Keep))?;
+    Some(table.fault(grace, format!("must be absent where on-revoke is \"keep\", found {found:?}")))
 }
 
 fn an_endpoint_belongs_to_one_tenant(written: &RawConfig, faults: &mut Vec<ConfigError>) {
@@ -62,7 +48,7 @@ fn an_endpoint_belongs_to_one_tenant(written: &RawConfig, faults: &mut Vec<Confi
                 owner.title(),
                 owner.place(place)
             );
-            faults.push(tenant.head.fault_at(offset, "endpoints", message));
+            faults.push(tenant.fault_at(offset, &tenant.endpoints, message));
         }
     }
 }
@@ -90,17 +76,17 @@ fn every_tenant_has_a_pool_on_every_listener(written: &RawConfig, faults: &mut V
             "must be present, or a route for the listener, or a pool of the listener, found none of them on {}",
             named.join(", ")
         );
-        faults.push(tenant.head.fault("pool", message));
+        faults.push(tenant.fault(&tenant.pool, message));
     }
 }
 
-fn place(listener: &RawListener) -> String {
+fn place(listener: &Headed<RawListener>) -> String {
     format!("{} ({})", listener.head.title(), listener.head.place(listener.head.offset()))
 }
 
 /// Whether a listener can carry a tenant's traffic; where that is a fault already, it is not judged.
-fn arrives(tenant: &RawTenant, listener: &RawListener) -> bool {
-    match listener.proxy_protocol.effective(&ProxyProtocolMode::Require) {
+fn arrives(tenant: &Headed<RawTenant>, listener: &Headed<RawListener>) -> bool {
+    match listener.proxy_protocol.effective() {
         Some(ProxyProtocolMode::Require) => true,
         Some(ProxyProtocolMode::Off) => {
             listener.tenant.given().is_some_and(|name| tenant.head.name() == Some(name))
@@ -109,10 +95,10 @@ fn arrives(tenant: &RawTenant, listener: &RawListener) -> bool {
     }
 }
 
-fn routed(tenant: &RawTenant, listener: &RawListener) -> bool {
-    match (&tenant.routes, listener.head.name()) {
+fn routed(tenant: &Headed<RawTenant>, listener: &Headed<RawListener>) -> bool {
+    match (&*tenant.routes, listener.head.name()) {
         (ParsedField::Given(routes), Some(name)) => {
-            routes.get_ref().iter().any(|(route, _)| route.get_ref() == name)
+            routes.get_ref().0.iter().any(|(route, _)| route.get_ref() == name)
         }
         (ParsedField::Absent, Some(_)) => false,
         // A route or a name that could not be read may well be the missing one.

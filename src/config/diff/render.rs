@@ -7,14 +7,14 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::KeyChange;
-use crate::config::{BandwidthLimit, LimitMode, RateLimit, TenantLimits};
+use crate::config::{BandwidthLimit, RateLimit};
 
 /// Steps on the way to a value that are names of variants and no keys of a file.
 const NO_KEYS: [&str; 7] = ["identity", "Header", "Fixed", "ask", "Http", "Exchange", "file"];
 
 /// The keys of a table that are different. They are found in whatever the table serialises to, so that no new key can
 /// be forgotten here.
-pub(super) fn keys<T: Serialize>(before: &T, after: &T) -> Vec<KeyChange> {
+pub(in crate::config) fn keys<T: Serialize>(before: &T, after: &T) -> Vec<KeyChange> {
     let [mut old, new] = [before, after].map(|table| {
         let mut flat = BTreeMap::new();
         flatten(String::new(), &serde_json::to_value(table).unwrap_or_default(), &mut flat);
@@ -69,8 +69,13 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// What serialises to a table and is one value: durations and ranges.
+/// What serialises to a table and is one value: durations, ranges and limits.
 fn leaf(object: &Map<String, Value>) -> Option<String> {
+    let whole = || Value::Object(object.clone());
+    if object.contains_key("burst") {
+        let a_rate = serde_json::from_value(whole()).map(rate);
+        return a_rate.or_else(|_| serde_json::from_value(whole()).map(bandwidth)).ok();
+    }
     let number = |key: &str| object.get(key).and_then(Value::as_u64);
     if let (Some(secs), Some(nanos), 2) = (number("secs"), number("nanos"), object.len()) {
         return Some(duration(Duration::new(secs, u32::try_from(nanos).ok()?)));
@@ -81,36 +86,6 @@ fn leaf(object: &Map<String, Value>) -> Option<String> {
 
 fn duration(duration: Duration) -> String {
     humantime::format_duration(duration).to_string()
-}
-
-/// The limits that are different.
-pub(super) fn limits(before: &TenantLimits, after: &TenantLimits) -> Vec<KeyChange> {
-    let (old, new) = (texts(before), texts(after));
-    let differing = old.into_iter().zip(new).filter(|((_, from), (_, to))| from != to);
-    differing
-        .map(|((key, from), (_, to))| {
-            let said = |side: Option<String>| Some(side.unwrap_or_else(none));
-            KeyChange { key: key.to_owned(), from: said(from), to: said(to) }
-        })
-        .collect()
-}
-
-/// Each limit in words.
-fn texts(limits: &TenantLimits) -> [(&'static str, Option<String>); 7] {
-    let TenantLimits { mode, sessions, session_rate, to_backend, to_client, flows, datagram_rate } = limits;
-    let mode = match mode {
-        LimitMode::Enforce => "enforce",
-        LimitMode::Observe => "observe",
-    };
-    [
-        ("mode", Some(mode.to_owned())),
-        ("sessions", sessions.map(|sessions| sessions.to_string())),
-        ("session-rate", session_rate.map(rate)),
-        ("to-backend", to_backend.map(bandwidth)),
-        ("to-client", to_client.map(bandwidth)),
-        ("flows", flows.map(|flows| flows.to_string())),
-        ("datagram-rate", datagram_rate.map(rate)),
-    ]
 }
 
 fn rate(rate: RateLimit) -> String {

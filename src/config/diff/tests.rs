@@ -159,7 +159,7 @@ fn tenants_come_go_move_and_change_limits_and_state() {
     let (lines, concerned) = changed(&[("name = \"globex\"", "name = \"initech\"")]);
     assert_eq!(lines, ["tenant \"initech\": added", "tenant \"globex\": removed; 1 session now"]);
     assert_eq!(concerned, "1 session");
-    let limits = "tenant \"acme\": limits: sessions 2000 -> 3000, session-rate 200/s (burst 200) -> none; \
+    let limits = "tenant \"acme\": limits: session-rate 200/s (burst 200) -> none, sessions 2000 -> 3000; \
                   120 sessions and 7 flows now";
     let (lines, concerned) =
         changed(&[("sessions = 2000", "sessions = 3000"), ("session-rate = \"200/s\"", "")]);

@@ -28,6 +28,8 @@ fn mapped(found: &str, as_ipv4: &str) -> String {
 }
 
 impl FromToml for BindPorts {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| must_be(unit::PORTS, value))?;
         let ports = unit::ports(text)
@@ -41,6 +43,8 @@ impl FromToml for BindPorts {
 }
 
 impl FromToml for SocketAddr {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         const WANTED: &str = "an IP address and a port, such as \"127.0.0.1:9900\" or \"[::]:9900\"";
         let address: Self = text(value, WANTED, |text| text.parse().ok())?;
@@ -51,11 +55,12 @@ impl FromToml for SocketAddr {
 }
 
 /// The address of a DNS server; the default port is 53.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::config) struct Nameserver(pub(in crate::config) SocketAddr);
+pub(in crate::config) struct Nameserver;
 
 impl FromToml for Nameserver {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = SocketAddr;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<SocketAddr, String> {
         const PORT: u16 = 53;
         const WANTED: &str = "an IP address with an optional port, such as \"10.0.0.2\" or \"[fd00::2]:53\"";
         let reachable = |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified();
@@ -65,11 +70,13 @@ impl FromToml for Nameserver {
         })?;
         let found = value.as_str().unwrap_or_default();
         not_mapped(address.ip(), found, |ip| SocketAddr::new(ip, address.port()).to_string())?;
-        Ok(Self(address))
+        Ok(address)
     }
 }
 
 impl FromToml for IpAddr {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let ip: Self = text(value, "an IP address, such as \"10.0.0.5\"", |text| text.parse().ok())?;
         not_mapped(ip, value.as_str().unwrap_or_default(), |ip| ip.to_string())?;
@@ -78,6 +85,8 @@ impl FromToml for IpAddr {
 }
 
 impl FromToml for IpNet {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let network = text(value, unit::NETWORK, |text| unit::network(text).ok())?;
         let canonical = network.network().to_canonical();
@@ -92,11 +101,12 @@ impl FromToml for IpNet {
 }
 
 /// A name by which a browser or a scraper asks, in lower case.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::config) struct HostName(pub(in crate::config) String);
+pub(in crate::config) struct HostName;
 
 impl FromToml for HostName {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = String;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<String, String> {
         const WANTED: &str =
             "a host name without a port, such as \"proxy.internal\" (IP addresses are always accepted)";
         /// Of a name and of a label (RFC 1035, section 2.3.4).
@@ -105,7 +115,7 @@ impl FromToml for HostName {
             let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
             let is_label = |label: &str| (1..=LONGEST.1).contains(&label.len()) && label.bytes().all(plain);
             let is_name = text.len() <= LONGEST.0 && text.split('.').all(is_label);
-            (is_name && text.parse::<IpAddr>().is_err()).then(|| Self(text.to_ascii_lowercase()))
+            (is_name && text.parse::<IpAddr>().is_err()).then(|| text.to_ascii_lowercase())
         })
     }
 }
@@ -115,7 +125,7 @@ mod tests {
     use super::*;
     use crate::config::BackendTarget;
 
-    fn read<T: FromToml>(text: &str) -> Result<T, String> {
+    fn read<T: FromToml>(text: &str) -> Result<T::Value, String> {
         T::from_toml(DeValue::parse(text).unwrap().get_ref())
     }
 
@@ -127,7 +137,7 @@ mod tests {
             ("\"fd00::2\"", "[fd00::2]:53"),
             ("\"[fd00::2]:65535\"", "[fd00::2]:65535"),
         ] {
-            assert_eq!(read(text), Ok(Nameserver(address.parse().unwrap())), "{text}");
+            assert_eq!(read::<Nameserver>(text), Ok(address.parse().unwrap()), "{text}");
         }
         for text in ["\"10.0.0.2:0\"", "\"0.0.0.0\"", "\"[::]:53\"", "\"ns.example\"", "\"\"", "53"] {
             assert!(read::<Nameserver>(text).is_err(), "{text}");
@@ -136,7 +146,7 @@ mod tests {
 
     #[test]
     fn host_name_has_no_port_and_is_no_address() {
-        assert_eq!(read("\"Proxy-1.Internal\""), Ok(HostName("proxy-1.internal".to_owned())));
+        assert_eq!(read::<HostName>("\"Proxy-1.Internal\""), Ok("proxy-1.internal".to_owned()));
         for text in [
             "",
             "proxy:9900",

@@ -6,11 +6,13 @@ use std::ops::RangeInclusive;
 use toml::de::DeValue;
 
 use super::address::not_mapped;
-use super::{TableName, must_be, text, word};
+use super::{TableName, must_be, text};
 use crate::config::section::{FromToml, quoted};
-use crate::config::{BackendTarget, Balance, backend_target};
+use crate::config::{BackendTarget, backend_target};
 
 impl FromToml for BackendTarget {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or_else(|| must_be(backend_target::TARGET, value))?;
         let target = backend_target::target(text)
@@ -22,40 +24,21 @@ impl FromToml for BackendTarget {
     }
 }
 
-impl FromToml for Balance {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let ways = [
-            ("p2c", Self::P2c),
-            ("round-robin", Self::RoundRobin),
-            ("least-sessions", Self::LeastSessions),
-            ("maglev", Self::Maglev),
-            ("maglev-endpoint", Self::MaglevEndpoint),
-        ];
-        word(value, &ways)
-    }
-}
-
 /// Whether the client's header is passed on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::config) struct SendProxy(pub(in crate::config) bool);
-
-impl FromToml for SendProxy {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[("off", Self(false)), ("v2", Self(true))])
-    }
-}
+pub(in crate::config) struct SendProxy;
 
 /// The zone whose backends are used first, or none.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::config) struct PreferZone(pub(in crate::config) Option<String>);
+pub(in crate::config) struct PreferZone;
 
 impl FromToml for PreferZone {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = Option<String>;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Option<String>, String> {
         if value.as_str() == Some("") {
-            return Ok(Self(None));
+            return Ok(None);
         }
         match TableName::from_toml(value) {
-            Ok(zone) => Ok(Self(Some(zone.0))),
+            Ok(zone) => Ok(Some(zone)),
             Err(_) => Err(must_be("the zone of a backend, or \"\" for none", value)),
         }
     }
@@ -70,58 +53,41 @@ pub(in crate::config) enum ProbeKind {
     Exchange,
 }
 
-impl ProbeKind {
-    const WORDS: [(&str, Self); 4] =
-        [("tcp", Self::Tcp), ("http", Self::Http), ("exchange", Self::Exchange), ("none", Self::None)];
-
-    /// As it is written.
-    pub(in crate::config) fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Tcp => "tcp",
-            Self::Http => "http",
-            Self::Exchange => "exchange",
-        }
-    }
-}
-
-impl FromToml for ProbeKind {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &Self::WORDS)
-    }
-}
-
 /// The path of a URL, with or without a query.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::config) struct PathAndQuery(pub(in crate::config) String);
+pub(in crate::config) struct PathAndQuery;
 
 impl FromToml for PathAndQuery {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = String;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<String, String> {
         let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'#';
         text(value, "a path that begins with \"/\", such as \"/healthz\" or \"/healthz?deep=1\"", |text| {
-            (text.starts_with('/') && text.bytes().all(plain)).then(|| Self(text.to_owned()))
+            (text.starts_with('/') && text.bytes().all(plain)).then(|| text.to_owned())
         })
     }
 }
 
 /// What the Host header of a probe says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::config) struct HostHeader(pub(in crate::config) String);
+pub(in crate::config) struct HostHeader;
 
 impl FromToml for HostHeader {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = String;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<String, String> {
         /// A name, a colon and a port.
         const LONGEST: usize = 253 + 6;
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte);
         text(value, "a host with an optional port, such as \"example.com\" or \"example.com:8080\"", |text| {
             let fits = (1..=LONGEST).contains(&text.len()) && text.bytes().all(plain);
-            fits.then(|| Self(text.to_owned()))
+            fits.then(|| text.to_owned())
         })
     }
 }
 
 /// Statuses of HTTP: one, or all from one to another.
 impl FromToml for RangeInclusive<u16> {
+    type Value = Self;
+
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         const WANTED: &str =
             "a text with a status or a range of statuses from 100 to 599, such as \"200\" or \"200-399\"";
@@ -139,11 +105,12 @@ fn status(digits: &str) -> Option<u16> {
 }
 
 /// Bytes that a probe sends or expects, at least so many: a text, or hexadecimal digits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::config) struct ProbeBytes<const LEAST: usize>(pub(in crate::config) Vec<u8>);
+pub(in crate::config) struct ProbeBytes<const LEAST: usize>;
 
 impl<const LEAST: usize> FromToml for ProbeBytes<LEAST> {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+    type Value = Vec<u8>;
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Vec<u8>, String> {
         /// A probe holds so much at once.
         const MOST: usize = 4096;
         let wanted = "a text, or \"hex:\" and pairs of hexadecimal digits, such as \"hex:0a0b\"";
@@ -152,7 +119,7 @@ impl<const LEAST: usize> FromToml for ProbeBytes<LEAST> {
             None => Some(text.as_bytes().to_vec()),
         })?;
         if (LEAST..=MOST).contains(&bytes.len()) {
-            return Ok(Self(bytes));
+            return Ok(bytes);
         }
         Err(format!("must be {LEAST} to {MOST} bytes long, found {}", bytes.len()))
     }
@@ -172,27 +139,12 @@ pub(in crate::config) enum MatchKind {
     Prefix,
 }
 
-impl MatchKind {
-    /// As it is written.
-    pub(in crate::config) fn as_str(self) -> &'static str {
-        match self {
-            Self::Contains => "contains",
-            Self::Prefix => "prefix",
-        }
-    }
-}
-
-impl FromToml for MatchKind {
-    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        word(value, &[Self::Contains, Self::Prefix].map(|way| (way.as_str(), way)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Balance;
 
-    fn read<T: FromToml>(text: &str) -> Result<T, String> {
+    fn read<T: FromToml>(text: &str) -> Result<T::Value, String> {
         T::from_toml(DeValue::parse(text).unwrap().get_ref())
     }
 
@@ -202,7 +154,10 @@ mod tests {
 
     #[test]
     fn malformed_backend_target_names_its_error() {
-        assert_eq!(read("\"[::1]:80\""), Ok(BackendTarget::Address("[::1]:80".parse().unwrap())));
+        assert_eq!(
+            read::<BackendTarget>("\"[::1]:80\""),
+            Ok(BackendTarget::Address("[::1]:80".parse().unwrap()))
+        );
         let wrong = refused::<BackendTarget>("\"10.0.0.1:0\"");
         assert!(wrong.ends_with(", found \"10.0.0.1:0\", whose port is not from 1 to 65535"), "{wrong}");
         let wrong = refused::<BackendTarget>("80");
@@ -218,23 +173,15 @@ mod tests {
             ("\"maglev\"", Balance::Maglev),
             ("\"maglev-endpoint\"", Balance::MaglevEndpoint),
         ] {
-            assert_eq!(read(text), Ok(way));
+            assert_eq!(read::<Balance>(text), Ok(way));
         }
         assert!(refused::<Balance>("\"magleb\"").ends_with("did you mean \"maglev\"?"));
     }
 
     #[test]
-    fn every_word_of_a_kind_is_read_as_that_kind() {
-        for (word, kind) in ProbeKind::WORDS {
-            assert_eq!(kind.as_str(), word);
-            assert_eq!(read(&format!("\"{word}\"")), Ok(kind));
-        }
-    }
-
-    #[test]
     fn a_preferred_zone_may_be_none() {
-        assert_eq!(read("\"\""), Ok(PreferZone(None)));
-        assert_eq!(read("\"usw2-az1\""), Ok(PreferZone(Some("usw2-az1".to_owned()))));
+        assert_eq!(read::<PreferZone>("\"\""), Ok(None));
+        assert_eq!(read::<PreferZone>("\"usw2-az1\""), Ok(Some("usw2-az1".to_owned())));
         for text in ["\"a b\"", "0", "false"] {
             assert!(refused::<PreferZone>(text).starts_with("must be the zone of a backend"), "{text}");
         }
@@ -243,7 +190,7 @@ mod tests {
     #[test]
     fn a_path_may_have_a_query() {
         for path in ["/", "/healthz", "/healthz?deep=1&a=%20"] {
-            assert_eq!(read(&format!("\"{path}\"")), Ok(PathAndQuery(path.to_owned())));
+            assert_eq!(read::<PathAndQuery>(&format!("\"{path}\"")), Ok(path.to_owned()));
         }
         for text in ["\"\"", "\"healthz\"", "\"/a b\"", "\"/a#b\"", "\"/\\r\\n\"", "\"/\u{e9}\"", "5"] {
             assert!(read::<PathAndQuery>(text).is_err(), "{text}");
@@ -253,7 +200,7 @@ mod tests {
     #[test]
     fn a_host_header_is_a_host_and_perhaps_a_port() {
         for host in ["example.com", "example.com:8080", "10.0.0.1", "[fd00::1]:80", "a_b", &"a".repeat(259)] {
-            assert_eq!(read(&format!("\"{host}\"")), Ok(HostHeader(host.to_owned())));
+            assert_eq!(read::<HostHeader>(&format!("\"{host}\"")), Ok(host.to_owned()));
         }
         for host in ["", "a b", "a/b", "a\\r\\nb: c", "a@b", &"a".repeat(260)] {
             assert!(read::<HostHeader>(&format!("\"{host}\"")).is_err(), "{host}");
@@ -268,7 +215,7 @@ mod tests {
             ("\"100-599\"", 100..=599),
             ("\"204-204\"", 204..=204),
         ] {
-            assert_eq!(read(text), Ok(statuses), "{text}");
+            assert_eq!(read::<RangeInclusive<u16>>(text), Ok(statuses), "{text}");
         }
         for text in [
             "\"99\"",
@@ -289,7 +236,7 @@ mod tests {
 
     #[test]
     fn bytes_are_a_text_or_hexadecimal() {
-        let bytes = |bytes: &[u8]| Ok(ProbeBytes::<0>(bytes.to_vec()));
+        let bytes = |bytes: &[u8]| Ok(bytes.to_vec());
         for (text, expected) in [
             ("\"\"", bytes(b"")),
             ("\"PING\\r\\n\"", bytes(b"PING\r\n")),
@@ -298,7 +245,7 @@ mod tests {
             ("\"hex:fF00\"", bytes(b"\xff\x00")),
             ("\"Hex:0\"", bytes(b"Hex:0")),
         ] {
-            assert_eq!(read(text), expected, "{text}");
+            assert_eq!(read::<ProbeBytes<0>>(text), expected, "{text}");
         }
         for text in ["\"hex:0\"", "\"hex:0g\"", "\"hex:0a 0b\"", "\"hex:\u{e9}\"", "\"hex:+1\"", "5"] {
             assert!(refused::<ProbeBytes<0>>(text).starts_with("must be a text, or \"hex:\""), "{text}");
@@ -322,8 +269,8 @@ mod tests {
 
     #[test]
     fn an_answer_is_matched_in_one_of_two_ways() {
-        assert_eq!(read("\"contains\""), Ok(MatchKind::Contains));
-        assert_eq!(read("\"prefix\""), Ok(MatchKind::Prefix));
+        assert_eq!(read::<MatchKind>("\"contains\""), Ok(MatchKind::Contains));
+        assert_eq!(read::<MatchKind>("\"prefix\""), Ok(MatchKind::Prefix));
         assert_eq!(
             refused::<MatchKind>("\"suffix\""),
             "must be \"contains\" or \"prefix\", found \"suffix\""
