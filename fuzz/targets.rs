@@ -4,10 +4,10 @@ use std::task::Poll;
 
 use vestibule::account::ProbeResult;
 use vestibule::config::{Config, ProbeCheck, Protocol};
-use vestibule::handover::Transfer;
+use vestibule::flow::freeze::FrozenFlow;
+use vestibule::handover::records::{Transfer, TransferKind};
 use vestibule::probe::response::ProbeResponse;
 use vestibule::proxy_protocol::{MAX_LEN, ParsedHeader, ParserRules, Transport, parse};
-use vestibule::{flow, session};
 
 /// A PROXY header. The first byte chooses the parser's rules.
 ///
@@ -40,13 +40,13 @@ pub(crate) fn header(input: &[u8]) {
 /// Each kind of record is refused by the decoder of the other one, and a record that is not JSON by both.
 pub(crate) fn transfer_record(input: &[u8]) {
     let transfer = || Transfer { record: input.to_vec(), fds: Vec::new() };
-    let kind = transfer().kind();
-    // Without descriptors neither can be complete.
-    assert!(session::transfer::decode(transfer()).is_err());
-    assert!(flow::transfer::decode(transfer()).is_err());
-    if kind.is_err() {
-        assert_eq!(flow::transfer::worker(&transfer()), None);
+    let flow = transfer().read(TransferKind::Flow);
+    if transfer().kind().is_err() {
+        assert!(flow.is_err());
     }
+    // Without descriptors neither can be complete.
+    assert!(transfer().session().is_err());
+    assert!(flow.ok().is_none_or(|frozen| FrozenFlow::new(frozen).is_err()));
 }
 
 /// The bytes that a probed backend answers. The first byte chooses the check, the second one the size of the pieces.

@@ -5,6 +5,7 @@ mod closing;
 mod drops;
 mod entry;
 mod follow;
+pub mod freeze;
 mod open;
 mod retirement;
 mod revoke;
@@ -12,7 +13,6 @@ mod search;
 mod send_runs;
 mod socket;
 pub mod table;
-pub mod transfer;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -7,10 +7,10 @@ pub mod bandwidth;
 pub mod buffer;
 mod copy;
 mod direction;
+pub mod freeze;
 pub mod pipe;
 mod socket;
 mod splice;
-pub mod transfer;
 
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};

@@ -1,209 +1,49 @@
-//! The transfers between two processes during a takeover, each with one live session or flow.
+//! Takeover: a successor gets the listening sockets, then every live session and flow; the old process ends.
 //!
-//! A transfer's record is a line of JSON followed by the bytes that are held. A process that does not know the
-//! record's version leaves the session where it is.
+//! No connection is accepted twice and no session moves twice: the old process stops before the successor starts, and
+//! a transfer belongs to the process that holds its reply. Until the successor has reported that it is ready, nothing
+//! has changed; if it exits later, the old process goes on with all that was not taken.
+//!
+//! The old process [gives](give), the successor [takes](take). Both speak [messages](message) over a [link]; a session or flow
+//! travels as a [record](records). What [sessions](crate::session) and [flows](crate::flow) have to do for that is to freeze
+//! and thaw, for which the workers have their [orders](transfers).
 
+mod container;
+pub mod give;
 pub mod link;
 pub mod message;
+pub mod records;
+pub mod take;
+pub mod transfers;
 
+use std::fmt::Debug;
+use std::io;
 use std::os::fd::OwnedFd;
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+pub use self::container::takeover_obstacle;
+use self::message::OfferedSocket;
+pub use self::take::{TakeoverError, TakeoverOffer};
 
-use crate::forward::transfer::RestoreError;
-
-/// The version of all records. A record that means something else than before has another one; one that only says more
-/// has not.
-pub const VERSION: u32 = 1;
-
-/// The bytes that a record's line may have.
-pub const MOST_TOLD: usize = 64 * 1024;
-
-/// A session or flow in transfer: its record, and its descriptors in the record's order.
-#[derive(Debug)]
-pub struct Transfer {
-    /// What is told of it, and the bytes that it holds.
-    pub record: Vec<u8>,
-    /// Its sockets, and its pipes where they hold bytes.
-    pub fds: Vec<OwnedFd>,
-}
-
-/// The other side's reply to a transfer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TransferReply {
-    /// It carries what was in it from here on.
-    Taken,
-    /// It does not, and never will.
-    Stays,
-}
-
-/// A transfer that waits for its reply; dropping the sender of the reply means [`TransferReply::Stays`].
-#[derive(Debug)]
-pub struct PendingTransfer {
-    /// What leaves.
-    pub transfer: Transfer,
-    /// Where the answer goes.
-    pub answer: oneshot::Sender<TransferReply>,
-}
-
-/// What is transferred.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TransferKind {
-    /// A TCP session.
-    Session,
-    /// A UDP flow.
-    Flow,
-}
-
-/// Why a transfer is refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TransferError {
-    /// Its record is none.
-    #[error("the record is malformed: {0}")]
-    Malformed(String),
-    /// Its record is of another version.
-    #[error("the record's version is {0}, and only {VERSION} is known")]
-    Version(u32),
-    /// There is something else in it than was asked for.
-    #[error("the transfer is of another kind")]
-    Kind,
-    /// What came with the record is not what it says.
-    #[error(transparent)]
-    Misfit(#[from] RestoreError),
-    /// A flow whose listening socket this worker does not have.
-    #[error("this process has no listening socket for the flow")]
-    NoDoor,
-    /// A flow whose socket the worker's poll has no room for.
-    #[error("out of descriptors or memory")]
-    Shortage,
-}
-
-/// The fields that every version's record starts with.
-#[derive(Serialize, Deserialize)]
-struct RecordHeading {
-    version: u32,
-    kind: TransferKind,
-}
-
-/// The record's whole line.
-#[derive(Serialize, Deserialize)]
-struct VersionedRecord<T> {
-    version: u32,
-    kind: TransferKind,
-    told: T,
-}
-
-fn malformed(error: &impl ToString) -> TransferError {
-    TransferError::Malformed(error.to_string())
-}
-
-impl Transfer {
-    /// Packs what is told of a session or flow, the bytes that it holds, and copies of its descriptors.
+/// What a takeover asks of the process around the sessions.
+pub trait ServerProcess: Debug + Send + Sync {
+    /// Copies of all of its sockets.
     ///
     /// # Errors
-    /// Where more is told than may be.
-    pub fn pack<T: Serialize>(
-        kind: TransferKind,
-        told: &T,
-        tail: &[u8],
-        fds: Vec<OwnedFd>,
-    ) -> Result<Self, TransferError> {
-        let versioned = VersionedRecord { version: VERSION, kind, told };
-        let mut record = serde_json::to_vec(&versioned).map_err(|error| malformed(&error))?;
-        if record.len() > MOST_TOLD {
-            return Err(malformed(&"too long"));
-        }
-        record.push(b'\n');
-        record.extend_from_slice(tail);
-        Ok(Self { record, fds })
-    }
+    /// Where there is no descriptor left for a copy.
+    fn sockets(&self) -> io::Result<Vec<(OfferedSocket, OwnedFd)>>;
 
-    /// The record's line, and the bytes behind it.
-    fn parts(&self) -> Result<(&[u8], &[u8]), TransferError> {
-        let within = self.record.iter().take(MOST_TOLD + 1);
-        let end = within.copied().position(|byte| byte == b'\n').ok_or_else(|| malformed(&"no end"))?;
-        let (line, tail) = self.record.split_at_checked(end).unwrap_or_default();
-        Ok((line, tail.get(1..).unwrap_or_default()))
-    }
+    /// Lets reloads through, or refuses them and returns once one that is under way has ended.
+    fn allow_reloads(&self, are_allowed: bool);
 
-    /// What is in it.
-    ///
-    /// # Errors
-    /// Where that cannot be read.
-    pub fn kind(&self) -> Result<TransferKind, TransferError> {
-        let (line, _) = self.parts()?;
-        let heading: RecordHeading = serde_json::from_slice(line).map_err(|error| malformed(&error))?;
-        if heading.version == VERSION {
-            Ok(heading.kind)
-        } else {
-            Err(TransferError::Version(heading.version))
-        }
-    }
+    /// Accepts and serves the pages, or does neither and returns once that holds.
+    fn serve(&self, is_serving: bool);
 
-    /// What is told in it, and the bytes that are held.
-    ///
-    /// # Errors
-    /// Where it is of another kind or version, or cannot be read.
-    pub fn read<T: DeserializeOwned>(&self, kind: TransferKind) -> Result<(T, &[u8]), TransferError> {
-        if self.kind()? != kind {
-            return Err(TransferError::Kind);
-        }
-        let (line, tail) = self.parts()?;
-        let versioned: VersionedRecord<T> =
-            serde_json::from_slice(line).map_err(|error| malformed(&error))?;
-        Ok((versioned.told, tail))
-    }
-}
+    /// Whether this process removes the admin socket's file at its end.
+    fn own_socket_file(&self, is_own: bool);
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    /// Starts to drain.
+    fn drain(&self);
 
-    fn transfer(record: &[u8]) -> Transfer {
-        Transfer { record: record.to_vec(), fds: Vec::new() }
-    }
-
-    #[test]
-    fn transfer_is_read_back_with_any_bytes() {
-        let told = vec!["a\nb".to_owned(), "ü".to_owned()];
-        let packed = Transfer::pack(TransferKind::Session, &told, b"\n{}\n", Vec::new()).unwrap();
-        assert_eq!(packed.kind(), Ok(TransferKind::Session));
-        assert_eq!(packed.read(TransferKind::Session), Ok((told, &b"\n{}\n"[..])));
-        assert_eq!(packed.read::<Vec<String>>(TransferKind::Flow), Err(TransferError::Kind));
-    }
-
-    #[test]
-    fn malformed_transfer_is_refused() {
-        let newer = br#"{"version":2,"kind":"stream","told":{}}"#;
-        assert!(matches!(transfer(newer).kind(), Err(TransferError::Malformed(_))), "no line's end");
-        for (record, is_version) in [
-            (&b"{\"version\":2,\"kind\":\"session\",\"told\":7}\n"[..], true),
-            (b"{\"version\":0,\"kind\":\"session\"}\n", true),
-            (b"{\"version\":1,\"kind\":\"session\"}\n", false),
-            (b"{\"version\":1,\"kind\":\"session\",\"told\":\"7\"}\n", false),
-            (b"{}\n", false),
-            (b"\n", false),
-            (b"", false),
-        ] {
-            let refused = transfer(record).read::<u32>(TransferKind::Session).unwrap_err();
-            assert_eq!(matches!(refused, TransferError::Version(_)), is_version, "{refused}");
-        }
-        let more = b"{\"version\":1,\"kind\":\"session\",\"told\":7,\"more\":1}\n";
-        assert_eq!(
-            transfer(more).read(TransferKind::Session),
-            Ok((7, &b""[..])),
-            "one that only says more is known"
-        );
-    }
-
-    #[test]
-    fn transfer_record_has_a_length_bound() {
-        let long = "x".repeat(MOST_TOLD);
-        assert!(Transfer::pack(TransferKind::Flow, &long, b"", Vec::new()).is_err());
-        let record = [long.as_bytes(), b"\n"].concat();
-        assert!(matches!(transfer(&record).kind(), Err(TransferError::Malformed(_))));
-    }
+    /// Ends: everything is the successor's, whose process this is where it is known.
+    fn end(&self, successor: Option<u32>);
 }

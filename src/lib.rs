@@ -22,7 +22,7 @@
 //! - [`config`] reads and checks the configuration; [`state`] holds the running one as a snapshot.
 //! - [`probe`] checks backends, [`resolve`] looks names up.
 //! - [`admin`] serves the pages, the health check and the admin socket; [`cli`] is the command line.
-//! - [`handover`] moves live sessions to another process.
+//! - [`handover`] is the whole takeover: it moves sockets, sessions and flows to another process, [`frozen`] in between.
 //! - [`lab`] emulates load balancer, VPCs and backends for the demo, the load generator and the tests;
 //!   only with the cargo feature `lab`, which is on by default.
 //! - [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`], [`build_info`], [`socket_options`]
@@ -46,6 +46,7 @@ pub mod fair_share;
 pub mod fault;
 pub mod flow;
 pub mod forward;
+pub mod frozen;
 pub mod handover;
 pub mod header;
 pub mod id;

@@ -4,7 +4,6 @@ mod admin_socket;
 mod control;
 mod drain;
 pub mod failure;
-pub mod handover;
 pub mod inherit;
 mod listen_sockets;
 pub mod log_writer;
@@ -12,11 +11,10 @@ pub mod notify;
 mod pool_supervisor;
 mod reload;
 mod rlimits;
-mod transfer;
+mod takeover;
 mod worker;
 mod worker_commands;
 mod worker_context;
-mod worker_loads;
 mod worker_sockets;
 
 use std::io;
@@ -33,19 +31,21 @@ use tokio::sync::{Notify, mpsc, watch};
 
 use self::drain::DrainStage;
 use self::failure::EssentialTask;
-use self::handover::{TakeoverError, TakeoverOffer};
 use self::inherit::InheritedSockets;
 use self::listen_sockets::BoundSocket;
 use self::pool_supervisor::PoolContext;
-use self::transfer::TransferControl;
+use self::takeover::TakeoverProcess;
 use self::worker::WorkerSetup;
-use self::worker_loads::WorkerLoads;
 use self::worker_sockets::ORDERS;
 use crate::admin::{self, AdminListeners, ServingSwitch};
 use crate::config::{Config, HealthConfig};
-use crate::handover::PendingTransfer;
+use crate::handover::give::Handover;
+use crate::handover::records::PendingTransfer;
+use crate::handover::transfers::{Departures, TransferCommand, TransferControl};
+use crate::handover::{self, TakeoverError, TakeoverOffer};
 use crate::probe::ProbeSlots;
 use crate::resolve::{NoServers, Resolver};
+use crate::state::worker_loads::WorkerLoads;
 use crate::state::{ConfigChanges, ListenerState, LiveState, ProcessLimits};
 
 pub use self::admin_socket::SocketFile;
@@ -117,20 +117,15 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Server {
     live: Arc<LiveState>,
-    reloader: Reloader,
     admin: SocketAddr,
     health: SocketAddr,
-    stage: watch::Sender<DrainStage>,
-    drain: watch::Sender<bool>,
     transfer: Arc<TransferControl>,
     capacity: Capacity,
     threads: Vec<JoinHandle<()>>,
     /// Closed once the access log is written to its end.
     written: Option<Receiver<()>>,
     control: Arc<ProcessControl>,
-    socket: Option<Arc<SocketFile>>,
-    /// Whether the pages are served here.
-    serving: watch::Sender<bool>,
+    process: Arc<TakeoverProcess>,
     loads: Arc<WorkerLoads>,
     takeover: Option<TakeoverOffer>,
 }
@@ -194,7 +189,7 @@ impl Server {
         let StartOptions { source, mut inherited, mut takeover } = start;
         let obstacle = handover::takeover_obstacle(takeover.is_some());
         if let Some(takeover) = &mut takeover {
-            inherited = takeover.inherited();
+            inherited = InheritedSockets::offered(takeover.take_sockets());
         }
         let workers = rlimits::workers(config.process.workers);
         let sockets: usize = config.listeners.iter().map(|listener| listener.bind.len()).sum();
@@ -204,15 +199,11 @@ impl Server {
         let live = LiveState::of(Arc::clone(config), workers, most);
         let BoundSockets { admin, health, control, file, listeners: sockets } =
             BoundSockets::bind(config, workers, &mut inherited)?;
-        let resolver = Arc::new(OnceLock::new());
-        if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {
-            let first = Arc::new(Resolver::new(&config.dns, live.own_addresses())?);
-            resolver.get_or_init(|| first);
-        }
+        let resolver = first_resolver(config, &live)?;
         let (stage, stages) = watch::channel(DrainStage::Serving);
         let (drain, drains) = watch::channel(false);
         let (serving, turn) = watch::channel(takeover.is_none());
-        let pages = handover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
+        let pages = takeover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
         live.pages.set([local_address(&admin)?, local_address(&health)?]).unwrap_or_default();
         live.bound.store(Arc::new(sockets.addresses(config.listeners.len())));
         let loads = WorkerLoads::new(workers);
@@ -220,26 +211,31 @@ impl Server {
         let (to_doors, told): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(ORDERS)).unzip();
         let changed = Arc::new(Notify::new());
         let reloader = Reloader::new(&live, sockets.held, to_doors, &resolver, capacity, &changed);
-        let orders =
-            Arc::new(ProcessControl::new(Arc::clone(&live), reloader.clone(), source, drain.clone()));
-        let mut server = Self {
+        let process = Arc::new(TakeoverProcess {
             live: Arc::clone(&live),
             reloader,
-            admin: local_address(&admin)?,
-            health: local_address(&health)?,
+            pages,
+            serving,
             stage: stage.clone(),
             drain,
-            transfer: Arc::new(transfer),
+            file,
+        });
+        let handover =
+            Handover::new(&live, &loads, &transfer, Arc::<TakeoverProcess>::clone(&process), obstacle);
+        let orders = Arc::new(ProcessControl::new(Arc::clone(&process), source, handover));
+        let mut server = Self {
+            live: Arc::clone(&live),
+            admin: local_address(&admin)?,
+            health: local_address(&health)?,
+            transfer,
             capacity,
             threads: Vec::new(),
             written: None,
             control: Arc::clone(&orders),
-            socket: file.map(Arc::new),
-            serving,
+            process,
             loads: Arc::clone(&loads),
             takeover,
         };
-        server.allow_takeover(pages, obstacle);
         let ears = told.into_iter().zip(ears);
         server.start_workers(config, sockets.sockets, ears, &stages)?;
         let control = ControlThread {
@@ -267,7 +263,7 @@ impl Server {
         config: &Config,
         sockets: Vec<Vec<(u32, BoundSocket)>>,
         ears: impl Iterator<
-            Item = (mpsc::Receiver<worker_sockets::SocketCommand>, mpsc::Receiver<transfer::TransferCommand>),
+            Item = (mpsc::Receiver<worker_sockets::SocketCommand>, mpsc::Receiver<TransferCommand>),
         >,
         stages: &watch::Receiver<DrainStage>,
     ) -> Result<(), StartError> {
@@ -310,7 +306,7 @@ impl Server {
     /// # Errors
     /// Why it was refused; nothing has changed then.
     pub fn reload(&self, config: &Arc<Config>) -> Result<ConfigChanges, ReloadError> {
-        self.reloader.reload(config)
+        self.process.reloader.reload(config)
     }
 
     /// Every address that a listener accepts on, ports filled in. Empty for a name that is no listener's.
@@ -348,8 +344,8 @@ impl Server {
 
     /// From now on every session that forwards, and every flow, leaves through what this returns, and ends here once its
     /// answer says that it was taken. Clients' datagrams wait in the listening sockets meanwhile.
-    pub async fn start_transfer(&self) -> mpsc::Receiver<PendingTransfer> {
-        self.transfer.start().await.0
+    pub async fn start_transfer(&self) -> Departures {
+        self.transfer.start().await
     }
 
     /// Whatever has not left stays, and all goes on as before.
@@ -362,19 +358,29 @@ impl Server {
         self.transfer.take_over(leaving).await;
     }
 
+    /// Takes over from the process whose [offer](StartOptions::takeover) this one was started with: returns once that accepts
+    /// no more, and this one does. What lives there comes meanwhile. Nothing where there is none.
+    ///
+    /// # Errors
+    /// The old process does not stop, and goes on as if nothing had happened.
+    pub fn take_over(&mut self) -> Result<(), TakeoverError> {
+        let Some(takeover) = self.takeover.take() else { return Ok(()) };
+        takeover.complete(&self.live, &self.transfer, Arc::<TakeoverProcess>::clone(&self.process))
+    }
+
     /// Starts to drain: notice, quiet, idle, deadline as configured. A second call changes nothing.
     pub fn drain(&self) {
-        self.drain.send_replace(true);
+        self.process.drain.send_replace(true);
     }
 
     /// Ends every session at once.
     pub fn end(&self) {
-        self.stage.send_replace(DrainStage::Over);
+        self.process.stage.send_replace(DrainStage::Over);
     }
 
     /// A closure that does [`end`](Self::end), while another thread waits in [`join`](Self::join).
     pub fn end_fn(&self) -> impl Fn() + use<> {
-        let stage = self.stage.clone();
+        let stage = self.process.stage.clone();
         move || {
             stage.send_replace(DrainStage::Over);
         }
@@ -408,6 +414,16 @@ impl Drop for Server {
     }
 }
 
+/// A resolver, where names are configured.
+fn first_resolver(config: &Config, live: &Arc<LiveState>) -> Result<Arc<OnceLock<Arc<Resolver>>>, NoServers> {
+    let resolver = Arc::new(OnceLock::new());
+    if live.snapshot.load().pools.iter().any(|pool| pool.names().count() > 0) {
+        let first = Arc::new(Resolver::new(&config.dns, live.own_addresses())?);
+        resolver.get_or_init(|| first);
+    }
+    Ok(resolver)
+}
+
 fn local_address(socket: &TcpListener) -> Result<SocketAddr, StartError> {
     Ok(socket.local_addr()?)
 }
@@ -433,7 +449,7 @@ fn admin_socket(
 struct ControlThread {
     pools: PoolContext,
     changed: Arc<Notify>,
-    loads: Arc<worker_loads::WorkerLoads>,
+    loads: Arc<WorkerLoads>,
     admin: AdminListeners,
     health: (TcpListener, HealthConfig),
     stage: watch::Sender<DrainStage>,

@@ -1,7 +1,7 @@
 //! One TCP session, from accept to its log line: the only place that knows the order of the steps.
 
 mod dial;
-pub mod transfer;
+pub mod freeze;
 mod visit;
 
 use std::cell::{Cell, RefCell};
@@ -26,7 +26,7 @@ use crate::connect::ConnectPurpose;
 use crate::forward::bandwidth::{TenantResources, WorkerResources};
 use crate::forward::pipe::PipeCache;
 use crate::forward::{self, ConnectionPair, RelayStop};
-use crate::handover::PendingTransfer;
+use crate::frozen::Departure;
 use crate::header::{self, IdentifiedClient};
 use crate::id::{EndpointClaim, SessionId};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
@@ -36,7 +36,7 @@ use crate::state::rejection_log::{LogLine, RejectionLog};
 use crate::state::{ListenerState, LiveState, Snapshot};
 use crate::tenant::Tenant;
 
-use self::transfer::TransferredSession;
+use self::freeze::{FrozenSession, SessionRecord};
 
 /// The worker's state that its sessions use.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ pub struct SessionWorker {
     /// What it has left out of that.
     pub rejections: RejectionLog,
     /// Where sessions leave for another process, while they do.
-    pub departures: RefCell<Option<mpsc::Sender<PendingTransfer>>>,
+    pub departures: RefCell<Option<mpsc::Sender<Departure<SessionRecord>>>>,
     live: Arc<LiveState>,
     slots: Arc<Slots>,
     snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
@@ -209,7 +209,7 @@ pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listen
             // Apart, because few sessions ever leave, and each would keep room for it for its whole life.
             if worker.shared.is_transferring()
                 && let Some(outcome) =
-                    boxed(transfer::depart(&worker, &mut relay, &log_context, &admitted.permit, id)).await
+                    boxed(freeze::depart(&worker, &mut relay, &log_context, &admitted.permit, id)).await
             {
                 break outcome;
             }
@@ -285,23 +285,23 @@ fn write(
     worker.access_log.write(entry.class, number, &record);
 }
 
-/// Carries on with a session that another process has begun, from what that has told to its last byte. `load` is held as
+/// Thaws a session that another process has begun, and carries it from what that has told to its last byte. `load` is held as
 /// long.
 ///
 /// Where its tenant, pool or backend is not here any more it goes on all the same, and is counted under their names.
 ///
 /// Boxed, so that what was told of it takes no room while it lives.
-pub async fn resume(worker: Rc<SessionWorker>, mut transfer: Box<TransferredSession>, load: impl Sized) {
-    let (snapshot, id, _slot) = (worker.snapshot(), transfer.session(), worker.slots.take_anyway());
-    let mut log_context = transfer.log_context(&snapshot, &worker.live.labels);
-    let permit = transfer.adopt(&log_context, &worker.live);
-    let picked = transfer.pick(&log_context);
-    log_context.adopt_port(&transfer, &worker.live);
-    let mut session = transfer.session_context(&worker);
+pub async fn thaw(worker: Rc<SessionWorker>, mut frozen: Box<FrozenSession>, load: impl Sized) {
+    let (snapshot, id, _slot) = (worker.snapshot(), frozen.session(), worker.slots.take_anyway());
+    let mut log_context = frozen.log_context(&snapshot, &worker.live.labels);
+    let permit = frozen.adopt(&log_context, &worker.live);
+    let picked = frozen.pick(&log_context);
+    log_context.adopt_port(&frozen, &worker.live);
+    let mut session = frozen.session_context(&worker);
     log_context.flags.would_reject = permit.would_reject();
     let outcome = 'life: {
         let resources = worker.resources(&permit);
-        let Ok(mut relay) = transfer.resume(&snapshot.timeouts, resources, &mut session) else {
+        let Ok(mut relay) = frozen.thaw(&snapshot.timeouts, resources, &mut session) else {
             break 'life Outcome::reject(EndedAt::Connect, Reason::Shortage);
         };
         loop {
@@ -313,7 +313,7 @@ pub async fn resume(worker: Rc<SessionWorker>, mut transfer: Box<TransferredSess
             }
             if worker.shared.is_transferring()
                 && let Some(outcome) =
-                    boxed(transfer::depart(&worker, &mut relay, &log_context, &permit, id)).await
+                    boxed(freeze::depart(&worker, &mut relay, &log_context, &permit, id)).await
             {
                 break outcome;
             }
@@ -466,7 +466,7 @@ mod tests {
 
     #[test]
     fn taken_over_session_is_no_larger() {
-        let size = size(|worker, transfer: Box<TransferredSession>| resume(worker, transfer, ()));
+        let size = size(|worker, frozen: Box<FrozenSession>| thaw(worker, frozen, ()));
         assert!(size <= 608, "{size} bytes");
     }
 }

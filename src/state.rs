@@ -41,6 +41,7 @@ mod revocation;
 mod shared_pools;
 mod stopped_listeners;
 mod takeovers;
+pub mod worker_loads;
 
 pub use self::changes::{ChangeCount, ConfigChanges};
 use self::draining::{DrainPhase, DrainState};

@@ -9,8 +9,10 @@
 use std::fs;
 
 use fastrand::Rng;
-use vestibule::forward::transfer::RestoreError;
-use vestibule::handover::{Transfer, TransferError};
+use vestibule::flow::freeze::FrozenFlow;
+use vestibule::forward::freeze::RestoreError;
+use vestibule::frozen::ThawError;
+use vestibule::handover::records::{Transfer, TransferError, TransferKind};
 
 #[path = "../fuzz/targets.rs"]
 mod targets;
@@ -84,10 +86,10 @@ fn seeds_of_transfer_records_lack_only_descriptors() {
         let record = fs::read(format!("fuzz/seeds/transfer_record/{name}")).unwrap();
         Transfer { record, fds: Vec::new() }
     };
-    let session = vestibule::session::transfer::decode(transfer("session")).unwrap_err();
-    assert_eq!(session, TransferError::Misfit(RestoreError::Descriptors));
-    let flow = vestibule::flow::transfer::decode(transfer("flow")).unwrap_err();
-    assert_eq!(flow, TransferError::Malformed("expected one descriptor".to_owned()));
+    let session = transfer("session").session().unwrap_err();
+    assert_eq!(session, TransferError::Thaw(RestoreError::Descriptors.into()));
+    let flow = FrozenFlow::new(transfer("flow").read(TransferKind::Flow).unwrap()).unwrap_err();
+    assert_eq!(flow, ThawError::Malformed("expected one descriptor".to_owned()));
 }
 
 #[test]

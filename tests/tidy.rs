@@ -32,9 +32,9 @@ const FLOORS: [&[&str]; 9] = [
     &["config", "proxy_protocol", "account"],
     &["admission", "pool", "session_context"],
     &["accept", "header", "tenant", "connect", "forward"],
-    &["state", "probe", "resolve", "handover"],
+    &["state", "probe", "resolve", "frozen"],
     &["session", "flow"],
-    &["admin", "lab"],
+    &["admin", "lab", "handover"],
     &["server"],
     &["cli"],
 ];

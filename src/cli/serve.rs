@@ -17,7 +17,7 @@ use crate::admin::control::Control as _;
 use crate::build_info;
 use crate::config::sources::ConfigSources;
 use crate::config::{Config, ConfigErrors, LogConfig, LogFormat, LogLevel};
-use crate::server::handover::TakeoverOffer;
+use crate::handover::TakeoverOffer;
 use crate::server::inherit::InheritedSockets;
 use crate::server::{
     ProcessControl, ScarcePorts, Server, StartError, StartOptions, failure, notify, scarce_ports,

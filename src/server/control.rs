@@ -2,51 +2,34 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
-use tokio::sync::watch;
-
-use super::handover::Handover;
 use super::log_writer::LogReopener;
 use super::notify;
-use super::reload::{ReloadError, Reloader};
+use super::reload::ReloadError;
+use super::takeover::TakeoverProcess;
 use crate::account::lock;
 use crate::admin::control::{self, RefusalDetail, ReloadRefusal, ReloadSummary};
 use crate::config::{Config, ConfigErrors};
-use crate::state::LiveState;
+use crate::handover::give::Handover;
 
 /// Carries out the operations of the control API.
 #[derive(Debug)]
 pub struct ProcessControl {
-    live: Arc<LiveState>,
-    reloader: Reloader,
+    process: Arc<TakeoverProcess>,
     /// The file that the process was started with.
     source: Option<PathBuf>,
-    drain: watch::Sender<bool>,
     /// One reload at a time, from reading to the end: what was read last is in force.
     serial: Mutex<()>,
-    /// Once everything runs.
-    pub(super) handover: OnceLock<Arc<Handover>>,
+    handover: Arc<Handover>,
     /// While the access log is a file that is written.
     access_log: Mutex<Option<Arc<LogReopener>>>,
 }
 
 impl ProcessControl {
-    pub(super) fn new(
-        live: Arc<LiveState>,
-        reloader: Reloader,
-        source: Option<PathBuf>,
-        drain: watch::Sender<bool>,
-    ) -> Self {
-        Self {
-            live,
-            reloader,
-            source,
-            drain,
-            serial: Mutex::default(),
-            handover: OnceLock::new(),
-            access_log: Mutex::default(),
-        }
+    pub(super) fn new(process: Arc<TakeoverProcess>, source: Option<PathBuf>, handover: Handover) -> Self {
+        let (serial, access_log) = (Mutex::default(), Mutex::default());
+        Self { process, source, serial, handover: Arc::new(handover), access_log }
     }
 
     /// Sets the access log to reopen.
@@ -57,27 +40,27 @@ impl ProcessControl {
     /// Why a successor that this process starts would end with it, and what to do instead; `None` where it would not.
     #[must_use]
     pub fn takeover_obstacle(&self) -> Option<&str> {
-        self.handover.get()?.obstacle.as_deref()
+        self.handover.obstacle()
     }
 
     fn read(&self) -> Result<Config, ReloadRefusal> {
         let Some(source) = &self.source else {
-            self.live.reloads.refuse();
+            self.process.live.reloads.refuse();
             return Err(refused_for("no configuration file to reload: the process was started without one"));
         };
         Config::load(source).map_err(|faults| {
-            self.live.reloads.refuse();
+            self.process.live.reloads.refuse();
             ReloadRefusal::from(&faults)
         })
     }
 
     fn put_in_force(&self) -> Result<ReloadSummary, ReloadRefusal> {
-        if self.handover.get().is_some_and(|handover| handover.is_busy()) {
-            self.live.reloads.refuse();
+        if self.handover.is_busy() {
+            self.process.live.reloads.refuse();
             return Err(refused_for(&ReloadError::TakeoverInProgress.to_string()));
         }
         let config = Arc::new(self.read()?);
-        self.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
+        self.process.reloader.reload(&config).map_err(|error| refused_for(&error.to_string()))?;
         Ok(ReloadSummary {
             listeners: config.listeners.len(),
             pools: config.pools.len(),
@@ -91,7 +74,7 @@ impl control::Control for ProcessControl {
     fn reload(&self) -> Result<ReloadSummary, ReloadRefusal> {
         let _turn = lock(&self.serial);
         // After STOPPING=1 systemd accepts no other state.
-        let goes = self.live.is_draining();
+        let goes = self.process.live.is_draining();
         if !goes {
             notify::reloading();
         }
@@ -123,11 +106,11 @@ impl control::Control for ProcessControl {
     }
 
     fn drain(&self) {
-        self.drain.send_replace(true);
+        self.process.drain.send_replace(true);
     }
 
     fn hand_over(&self, to: UnixStream) {
-        let Some(handover) = self.handover.get().map(Arc::clone) else { return };
+        let handover = Arc::clone(&self.handover);
         let spawned = std::thread::Builder::new().name("takeover".to_owned()).spawn(move || handover.run(to));
         if let Err(error) = spawned {
             tracing::error!(%error, "takeover failed; this process continues");

@@ -6,11 +6,11 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::notify;
-use super::worker_loads::WorkerLoads;
 use crate::clock::wheel::TickSpan;
 use crate::clock::{self, Moment};
 use crate::config::DrainConfig;
 use crate::state::LiveState;
+use crate::state::worker_loads::WorkerLoads;
 
 /// The stage of the shutdown. It only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

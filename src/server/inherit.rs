@@ -3,13 +3,15 @@
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
 use rustix::net::sockopt::ipv6_v6only;
 use socket2::SockRef;
+
+use crate::handover::message::{OfferedSocket, SocketRole};
 
 /// Inherited sockets by type.
 #[derive(Debug, Default)]
@@ -50,6 +52,38 @@ impl InheritedSockets {
             }
         }
         Ok(all)
+    }
+
+    /// What the previous process offers, for the addresses of this one's configuration.
+    pub(super) fn offered(sockets: Vec<(OfferedSocket, OwnedFd)>) -> Self {
+        let mut all = Self { may_be_more: true, ..Self::default() };
+        for (OfferedSocket { role, bound }, socket) in sockets {
+            let (name, configured) = match role {
+                SocketRole::Listener { name, udp: true, configured } => {
+                    all.udp.push(socket.into());
+                    (name, configured)
+                }
+                SocketRole::Listener { name, udp: false, configured } => {
+                    all.tcp.push(socket.into());
+                    (name, configured)
+                }
+                SocketRole::Admin { configured } => {
+                    all.tcp.push(socket.into());
+                    ("admin".to_owned(), configured)
+                }
+                SocketRole::Health { configured } => {
+                    all.tcp.push(socket.into());
+                    ("health".to_owned(), configured)
+                }
+                SocketRole::Control { has_file, .. } => {
+                    all.has_file = has_file;
+                    all.unix.push(socket.into());
+                    continue;
+                }
+            };
+            all.ports.extend(bound.map(|bound| (name, configured, bound)));
+        }
+        all
     }
 
     /// The address that was bound where this one is configured.

@@ -8,11 +8,11 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::worker_loads::WorkerLoads;
 use crate::clock;
 use crate::fault::{self, Syscall};
 use crate::state::LiveState;
 use crate::state::draining::DrainPhase;
+use crate::state::worker_loads::WorkerLoads;
 
 /// How often it is looked whether there is something to tell.
 const LOOK: Duration = Duration::from_secs(1);

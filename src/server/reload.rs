@@ -76,15 +76,6 @@ struct HeldListeners {
     are_leaving: bool,
 }
 
-/// Blocks reloads until dropped.
-pub(super) struct ReloadPause<'a>(&'a Reloader);
-
-impl Drop for ReloadPause<'_> {
-    fn drop(&mut self) {
-        lock(&self.0.0.held).are_leaving = false;
-    }
-}
-
 /// The sockets to open and close for a configuration.
 #[derive(Debug, Default)]
 struct ListenerPlan {
@@ -125,10 +116,9 @@ impl Reloader {
         lock(&self.0.held).sockets.clone()
     }
 
-    /// Refuses reloads from now on; returns once one in progress has ended.
-    pub(super) fn pause_reloads(&self) -> ReloadPause<'_> {
-        lock(&self.0.held).are_leaving = true;
-        ReloadPause(self)
+    /// Lets reloads through, or refuses them from now on and returns once one in progress has ended.
+    pub(super) fn allow(&self, are_allowed: bool) {
+        lock(&self.0.held).are_leaving = !are_allowed;
     }
 
     /// Puts another configuration in force, as a whole or not at all. Sessions keep what they were born with, but for their

@@ -15,9 +15,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 use super::drain::{self, DrainStage};
 use super::failure::{self, EssentialTask};
 use super::listen_sockets::BoundSocket;
-use super::transfer;
 use super::worker_context::{NewConnection, WorkerContext};
-use super::worker_loads::WorkerLoads;
 use super::worker_sockets::{SocketCommand, WorkerSockets};
 use crate::account::log::{AccessLogger, LogSender};
 use crate::account::session_metrics::WorkerMetrics;
@@ -25,9 +23,11 @@ use crate::admission::bandwidth::QUANTUM;
 use crate::clock;
 use crate::clock::wheel::Tick;
 use crate::fault::{self, Syscall};
+use crate::handover::transfers::TransferCommand;
 use crate::session::SessionWorker;
 use crate::session_context::WorkerLocal;
 use crate::state::LiveState;
+use crate::state::worker_loads::WorkerLoads;
 
 /// Ticks from one telling of what was left out of the access log to the next: a second.
 const TELLING: u32 = 20;
@@ -43,7 +43,7 @@ pub(super) struct WorkerSetup {
     pub(super) others: Vec<mpsc::Sender<NewConnection>>,
     pub(super) handed_over: mpsc::Receiver<NewConnection>,
     pub(super) commands: mpsc::Receiver<SocketCommand>,
-    pub(super) transfers: mpsc::Receiver<transfer::TransferCommand>,
+    pub(super) transfers: mpsc::Receiver<TransferCommand>,
     pub(super) stages: watch::Receiver<DrainStage>,
     pub(super) access_log: Option<LogSender>,
 }
@@ -96,7 +96,11 @@ async fn work(mut setup: WorkerSetup) {
         sockets.open(listener, socket);
     }
     spawn_local(sockets.run_commands(setup.commands));
-    let commands = spawn_local(transfer::run_commands(Rc::clone(&context), setup.transfers));
+    let (transfers, vital) = (context.transfers(), context.essential_task("orders to move sessions"));
+    let commands = spawn_local(async move {
+        let _vital = vital;
+        transfers.run_commands(setup.transfers).await;
+    });
     let handed_over = {
         let context = Rc::clone(&context);
         spawn_local(async move {

@@ -9,12 +9,13 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 
 use super::failure::{self, EssentialTask};
-use super::worker_loads::{LoadGuard, WorkerLoads};
 use crate::accept::AcceptedConnection;
 use crate::account::log::LogSender;
 use crate::flow::FlowWorker;
+use crate::handover::transfers::WorkerTransfers;
 use crate::session::{self, SessionWorker};
 use crate::state::LiveState;
+use crate::state::worker_loads::{LoadGuard, WorkerLoads};
 
 /// Fresh connections that may be on their way to a worker; beyond it, they stay where they were accepted.
 pub(super) const HANDED_OVER: usize = 256;
@@ -35,7 +36,7 @@ pub(super) struct WorkerContext {
     pub(super) loads: Arc<WorkerLoads>,
     others: Vec<mpsc::Sender<NewConnection>>,
     /// Once a listener is UDP.
-    flows: OnceCell<Rc<FlowWorker<LoadGuard>>>,
+    flows: Rc<OnceCell<Rc<FlowWorker<LoadGuard>>>>,
     access_log: Option<LogSender>,
 }
 
@@ -47,7 +48,14 @@ impl WorkerContext {
         others: Vec<mpsc::Sender<NewConnection>>,
         access_log: Option<LogSender>,
     ) -> Rc<Self> {
-        Rc::new(Self { worker: Rc::new(worker), live, loads, others, flows: OnceCell::new(), access_log })
+        Rc::new(Self { worker: Rc::new(worker), live, loads, others, flows: Rc::default(), access_log })
+    }
+
+    /// What has to leave in a takeover, and what comes.
+    pub(super) fn transfers(&self) -> WorkerTransfers {
+        let (sessions, flows, live) =
+            (Rc::clone(&self.worker), Rc::clone(&self.flows), Arc::clone(&self.live));
+        WorkerTransfers { sessions, flows, live }
     }
 
     pub(super) fn essential_task(&self, what: &'static str) -> EssentialTask {

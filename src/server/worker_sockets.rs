@@ -17,12 +17,12 @@ use tokio::time::sleep;
 use super::drain::DrainStage;
 use super::listen_sockets::{self, BoundSocket, ListenSocketId};
 use super::worker_context::WorkerContext;
-use super::worker_loads::OpenSocket;
 use crate::accept::{AcceptError, ListenSocket, PAUSE};
 use crate::account::session_metrics::ListenerCounters;
 use crate::config::Protocol;
 use crate::flow::SocketRetirement;
 use crate::state::StoppedListener;
+use crate::state::worker_loads::OpenSocket;
 
 /// Orders that may wait for a worker; each is what one reload wants of it.
 pub(super) const ORDERS: usize = 64;

@@ -8,7 +8,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use vestibule::handover::PendingTransfer;
+use vestibule::handover::records::PendingTransfer;
+use vestibule::handover::transfers::{Departures, NextDeparture};
 
 use super::harness::{LIMIT, Proxy};
 use super::raw::Bytes;
@@ -117,11 +118,20 @@ async fn receive(mut from: OwnedReadHalf, seed: u64) -> u64 {
     }
 }
 
+/// The next session or flow to leave.
+pub async fn next(leaving: &mut Departures) -> Option<PendingTransfer> {
+    loop {
+        if let NextDeparture::Transfer(transfer) = leaving.next().await? {
+            return Some(transfer);
+        }
+    }
+}
+
 /// Moves everything that forwards from one proxy to another, until nothing is left; `look` sees each parcel.
 pub async fn move_all(from: &Proxy, to: &Proxy, mut look: impl FnMut(&PendingTransfer)) {
     let mut leaving = from.server().start_transfer().await;
     let ferry = async {
-        while let Some(parcel) = leaving.recv().await {
+        while let Some(parcel) = next(&mut leaving).await {
             look(&parcel);
             to.server().accept_transfer(parcel).await;
         }
@@ -137,7 +147,7 @@ pub async fn move_all(from: &Proxy, to: &Proxy, mut look: impl FnMut(&PendingTra
 pub async fn refuse(from: &Proxy, count: usize) {
     let mut leaving = from.server().start_transfer().await;
     for _ in 0..count {
-        drop(timeout(LIMIT, leaving.recv()).await.expect("an offer in time").unwrap());
+        drop(timeout(LIMIT, next(&mut leaving)).await.expect("an offer in time").unwrap());
     }
     from.server().stop_transfer().await;
 }

@@ -4,9 +4,10 @@ use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use vestibule::handover::{PendingTransfer, TransferReply};
+use vestibule::frozen::TransferReply;
+use vestibule::handover::records::PendingTransfer;
 
-use super::ferry::{Habit, Living, move_all, refuse};
+use super::ferry::{Habit, Living, move_all, next, refuse};
 use super::harness::{ACME, Conf, LIMIT, Proxy, are_read, end_of, eventually, is_reset, read};
 use super::raw::{Bytes, Raw, ping_pong};
 use super::sessions::{is_turned_away, umbrella, with};
@@ -221,7 +222,7 @@ async fn transfer_of_an_unknown_version_is_refused() {
     ];
     for change in changes {
         let mut leaving = one.server().start_transfer().await;
-        let mut transfer = timeout(LIMIT, leaving.recv()).await.unwrap().unwrap();
+        let mut transfer = timeout(LIMIT, next(&mut leaving)).await.unwrap().unwrap();
         change(&mut transfer);
         other.server().accept_transfer(transfer).await;
         alive(&mut client, &mut backend).await;
@@ -245,7 +246,7 @@ async fn probes_in_progress_continue_while_no_lane_is_free() {
     }
     let leaving = one.server().start_transfer().await;
     // As many as the channel has room for stand still; the last to come find none.
-    eventually("the channel to be full", async || (leaving.len() == 64).then_some(())).await;
+    eventually("the channel to be full", async || (leaving.waiting() == 64).then_some(())).await;
     for (client, _) in &mut sessions {
         client.write_all(b"hello").await.unwrap();
     }
@@ -359,7 +360,7 @@ async fn a_process_that_ends_takes_nothing_with_it_that_is_elsewhere() {
     let (mut stays, _kept) = raw.session(&one).await;
     alive(&mut client, &mut backend).await;
     let mut leaving = one.server().start_transfer().await;
-    let (first, second) = (leaving.recv().await.unwrap(), leaving.recv().await.unwrap());
+    let (first, second) = (next(&mut leaving).await.unwrap(), next(&mut leaving).await.unwrap());
     let client_port = |leaving: &PendingTransfer| told(leaving)["peer"].as_str().unwrap().to_owned();
     let is_first = client_port(&first) == client.local_addr().unwrap().to_string();
     let (goes, unanswered) = if is_first { (first, second) } else { (second, first) };

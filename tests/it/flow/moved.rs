@@ -13,8 +13,9 @@ use tokio::time::{interval, timeout};
 use vestibule::account::session_metrics::WorkerMetrics;
 use vestibule::clock;
 use vestibule::config::Config;
-use vestibule::flow::{FlowWorker, transfer};
-use vestibule::handover::{PendingTransfer, TransferError, TransferReply};
+use vestibule::flow::FlowWorker;
+use vestibule::flow::freeze::{FlowRecord, FrozenFlow};
+use vestibule::frozen::{Departure, ThawError, TransferReply};
 use vestibule::outcome::Reason;
 use vestibule::session_context::WorkerLocal;
 use vestibule::state::{LiveState, ProcessLimits};
@@ -80,7 +81,7 @@ impl Side {
     }
 
     /// Moves all flows; each answer is `answer`'s.
-    async fn move_to(&self, other: &Self, answer: impl Fn(PendingTransfer)) {
+    async fn move_to(&self, other: &Self, answer: impl Fn(Departure<FlowRecord>)) {
         other.flows.pause();
         self.local.start_transfer();
         let (departures, mut leaving) = mpsc::channel(8);
@@ -91,14 +92,14 @@ impl Side {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::join!(self.flows.transfer_out(departures), ferry);
+        tokio::join!(self.flows.freeze_all(departures), ferry);
         self.local.stop_transfer();
         other.flows.resume();
     }
 
-    fn take(&self, PendingTransfer { transfer, answer }: PendingTransfer) {
-        self.flows.take_over(transfer::decode(transfer).unwrap()).unwrap();
-        answer.send(TransferReply::Taken).unwrap();
+    fn take(&self, Departure { frozen, reply }: Departure<FlowRecord>) {
+        self.flows.thaw(FrozenFlow::new(frozen).unwrap()).unwrap();
+        reply.send(TransferReply::Taken).unwrap();
     }
 }
 
@@ -260,14 +261,13 @@ async fn transferred_flow_without_its_listening_socket_is_refused() {
         let stranger = Side::start(&text("127.0.0.1:9".parse().unwrap()), &elsewhere);
         let balancer = world.balancer().await;
         balancer.ask(&datagram("10.100.0.10:40000", ACME, b"hello")).await;
-        one.move_to(&stranger, |PendingTransfer { transfer, answer }| {
+        one.move_to(&stranger, |Departure { frozen, reply }| {
             assert_eq!(
-                (transfer::worker(&transfer), stranger.flows.has_socket(&transfer, false)),
-                (Some(0), false)
+                (frozen.record.worker(), stranger.flows.has_socket(&frozen.record, false)),
+                (0, false)
             );
-            let decoded = transfer::decode(transfer).unwrap();
-            assert_eq!(stranger.flows.take_over(decoded), Err(TransferError::NoDoor));
-            drop(answer);
+            assert_eq!(stranger.flows.thaw(FrozenFlow::new(frozen).unwrap()), Err(ThawError::NoListenSocket));
+            drop(reply);
         })
         .await;
         one.flows.resume();

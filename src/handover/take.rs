@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::{self, park_timeout};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,13 +14,21 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use tokio::runtime::Runtime;
 
+use super::ServerProcess;
+use super::link::{HandoverLink, LinkFrame};
+use super::message::{LinkMessage, OfferedSocket, VERSION};
+use super::records::{PendingTransfer, Transfer, TransferKind};
+use super::transfers::TransferControl;
 use crate::admission::quota::{HeldSlots, ReservedSlots};
-use crate::handover::link::{HandoverLink, LinkFrame};
-use crate::handover::message::{LinkMessage, OfferedSocket, SocketRole, VERSION};
-use crate::handover::{PendingTransfer, Transfer, TransferKind, TransferReply};
-use crate::server::inherit::InheritedSockets;
-use crate::server::transfer::TransferControl;
+use crate::clock;
+use crate::frozen::TransferReply;
 use crate::state::LiveState;
+
+/// How long a successor waits for its backends to be known; a backend that is not by then is unknown to it at first.
+const PROBES: Duration = Duration::from_secs(30);
+
+/// How often it looks whether they are.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// How long the old process may take to show its sockets, and to stop.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -108,35 +117,48 @@ impl TakeoverOffer {
         }
     }
 
-    /// What it was shown, for the addresses of its own configuration. What none of them wants is closed with this process's
-    /// start.
-    pub(in crate::server) fn inherited(&mut self) -> InheritedSockets {
-        let mut all = InheritedSockets { may_be_more: true, ..InheritedSockets::default() };
-        for (OfferedSocket { role, bound }, socket) in std::mem::take(&mut self.sockets) {
-            match role {
-                SocketRole::Listener { name, udp, configured, .. } => {
-                    if udp {
-                        all.udp.push(socket.into());
-                    } else {
-                        all.tcp.push(socket.into());
-                    }
-                    all.ports.extend(bound.map(|bound| (name, configured, bound)));
-                }
-                SocketRole::Admin { configured } => {
-                    all.tcp.push(socket.into());
-                    all.ports.extend(bound.map(|bound| ("admin".to_owned(), configured, bound)));
-                }
-                SocketRole::Health { configured } => {
-                    all.tcp.push(socket.into());
-                    all.ports.extend(bound.map(|bound| ("health".to_owned(), configured, bound)));
-                }
-                SocketRole::Control { has_file, .. } => {
-                    all.has_file = has_file;
-                    all.unix.push(socket.into());
+    /// The sockets that it was shown, once. What is not used of them is closed.
+    #[must_use]
+    pub fn take_sockets(&mut self) -> Vec<(OfferedSocket, OwnedFd)> {
+        std::mem::take(&mut self.sockets)
+    }
+
+    /// Takes over: returns once the previous process accepts no more, and this one does. What lives there comes meanwhile.
+    ///
+    /// # Errors
+    /// The previous process does not stop, and goes on as if nothing had happened.
+    pub fn complete(
+        self,
+        live: &Arc<LiveState>,
+        transfers: &Arc<TransferControl>,
+        process: Arc<dyn ServerProcess>,
+    ) -> Result<(), TakeoverError> {
+        let start = clock::now();
+        // Sessions arrive at once, and must not find backends that are not probed or resolved.
+        while live.is_starting() && clock::now().since(start) < PROBES {
+            park_timeout(LOOK);
+        }
+        let arrivals = self.ready(live)?;
+        let (live, transfers) = (Arc::clone(live), Arc::clone(transfers));
+        live.takeovers.set_receiving(true);
+        // First: where the takeover fails, nothing may be accepted after that.
+        process.serve(true);
+        // Not one of the threads that the end waits for: it ends with the old process.
+        thread::Builder::new().name("takeover".to_owned()).spawn(move || {
+            let all = arrivals.run(&live, &transfers);
+            live.takeovers.set_receiving(false);
+            match all {
+                // Not before: an old process that goes on needs its file, however this one ends.
+                Ok(()) => process.own_socket_file(true),
+                Err(why) => {
+                    // The old one accepts again: this one finishes what it has.
+                    tracing::error!(why, "the previous process continues; this one drains");
+                    process.serve(false);
+                    process.drain();
                 }
             }
-        }
-        all
+        })?;
+        Ok(())
     }
 
     /// Says that this process could serve now, and waits until the old one has stopped. A process that has died has
@@ -145,7 +167,7 @@ impl TakeoverOffer {
     ///
     /// # Errors
     /// The old process does not stop, and goes on.
-    pub(in crate::server) fn ready(self, live: &LiveState) -> Result<IncomingTransfers, TakeoverError> {
+    fn ready(self, live: &LiveState) -> Result<IncomingTransfers, TakeoverError> {
         let Self { link, old, .. } = self;
         let said = link.send(&LinkMessage::Ready, &[], &[]).and_then(|()| link.receive());
         let mut holding = HeldSlots::default();
@@ -206,7 +228,7 @@ fn upgrade(mut stream: &UnixStream) -> Result<(), TakeoverError> {
 
 /// Receives sessions after the previous process has stopped.
 #[derive(Debug)]
-pub(in crate::server) struct IncomingTransfers {
+struct IncomingTransfers {
     link: HandoverLink,
     old: OwnedFd,
     /// The places of those that are to come.
@@ -229,7 +251,7 @@ impl IncomingTransfers {
     ///
     /// # Errors
     /// What is wrong with the link.
-    pub(in crate::server) fn run(self, live: &LiveState, control: &TransferControl) -> Result<(), String> {
+    fn run(self, live: &LiveState, control: &TransferControl) -> Result<(), String> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().build().map_err(|error| error.to_string())?;
         // What cannot move yet may take its whole time; an old process that dies is noticed all the same.
@@ -290,13 +312,13 @@ impl IncomingTransfers {
                     Ok(TransferReply::Stays) | Err(_) => "this process cannot carry the flow".to_owned(),
                 }
             }
-            Ok(TransferKind::Session) => match crate::session::transfer::decode(transfer) {
-                Ok(mut moved) => {
-                    moved.may_use(&self.reserved);
+            Ok(TransferKind::Session) => match transfer.session() {
+                Ok(mut session) => {
+                    session.may_use(&self.reserved);
                     // Sent before its first byte moves: a process with this reply closes its own side, one without
                     // continues with it. If it could not be said, the other one has it, unless it is dead.
                     self.confirm(id)?;
-                    control.carry(moved).await;
+                    control.carry(session).await;
                     return Ok(true);
                 }
                 Err(refused) => refused.to_string(),

@@ -1,4 +1,4 @@
-//! A session that goes on in another process: how it stands still, what is told of it, and how it is taken up again.
+//! Freezes a relay for another process, and thaws one that came from there.
 //!
 //! Between two polls a relay is consistent: what it has read is in its pending write or its pipe. So a
 //! record of it, both sockets and a pipe that holds bytes are all that another process needs.
@@ -141,7 +141,7 @@ impl FrozenRelay {
     ///
     /// # Errors
     /// Where the worker's poll has no room for its sockets: both are reset then.
-    pub fn resume<'a>(
+    pub fn thaw<'a>(
         mut self,
         timeouts: &'a IdleTimeouts,
         resources: TenantResources<'a>,
@@ -213,8 +213,13 @@ impl Relay<'_> {
     }
 
     /// Freezes: leaves the queue; from here on dropping it does not reset client and backend, for another
-    /// process may hold them. Must not be polled before it is [resumed](Self::resume).
-    pub fn freeze(&mut self) {
+    /// process may hold them. Must not be polled before it is [thawed](Self::thaw).
+    ///
+    /// Returns its record, the pending bytes of both directions, and duplicates of its descriptors.
+    ///
+    /// # Errors
+    /// Where there is no descriptor left for a copy; it goes on then.
+    pub fn freeze(&mut self) -> io::Result<(RelayRecord, Vec<u8>, Vec<OwnedFd>)> {
         self.ended = true;
         let now = self.session.tick();
         for direction in Direction::ALL {
@@ -227,18 +232,15 @@ impl Relay<'_> {
         }
         // A deadline that passes meanwhile is looked at when it goes on.
         self.session.wake_at(Tick::NEVER);
+        self.pack().inspect_err(|_| self.thaw())
     }
 
     /// Continues here: no other process holds it.
-    pub fn resume(&mut self) {
+    pub fn thaw(&mut self) {
         self.ended = false;
     }
 
-    /// Its record, the pending bytes of both directions, and duplicates of its descriptors.
-    ///
-    /// # Errors
-    /// Where there is no descriptor left for a copy.
-    pub fn pack(&self) -> io::Result<(RelayRecord, Vec<u8>, Vec<OwnedFd>)> {
+    fn pack(&self) -> io::Result<(RelayRecord, Vec<u8>, Vec<OwnedFd>)> {
         let mut fds = vec![copy(&self.client)?, copy(&self.backend)?];
         let mut tail = Vec::new();
         let now = self.session.tick();

@@ -1,4 +1,4 @@
-//! Transfers sessions between processes: the record of a session, beside the state of its relay.
+//! Freezes sessions for another process, and thaws those that came from there.
 
 use std::future::poll_fn;
 use std::io;
@@ -22,9 +22,9 @@ use crate::admission::quota::{ReservedSlots, RevokePolicy, SessionPermit};
 use crate::clock::wheel::Tick;
 use crate::clock::{self, StartTime};
 use crate::forward::bandwidth::TenantResources;
-use crate::forward::transfer::{FrozenRelay, RelayRecord};
+use crate::forward::freeze::{FrozenRelay, RelayRecord};
 use crate::forward::{IdleTimeouts, Relay, RelayStop};
-use crate::handover::{PendingTransfer, Transfer, TransferError, TransferKind, TransferReply};
+use crate::frozen::{Departure, Frozen, ThawError, TransferReply};
 use crate::id::{EndpointClaim, SessionId};
 use crate::outcome::{EndedAt, Outcome, Reason};
 use crate::pool::PickedBackend;
@@ -33,7 +33,7 @@ use crate::state::{LiveState, Snapshot};
 
 /// The record of a session that moves to another process.
 #[derive(Debug, Serialize, Deserialize)]
-struct SessionTransferRecord {
+pub struct SessionRecord {
     listener: String,
     tenant: String,
     pool: String,
@@ -56,10 +56,10 @@ struct SessionTransferRecord {
     relay: RelayRecord,
 }
 
-/// A session received from another process, ready to be continued.
+/// A session of another process, which can go on here.
 #[derive(Debug)]
-pub struct TransferredSession {
-    record: SessionTransferRecord,
+pub struct FrozenSession {
+    record: SessionRecord,
     relay: FrozenRelay,
     /// Held until it has its own place.
     reserved: Option<Arc<ReservedSlots>>,
@@ -67,7 +67,7 @@ pub struct TransferredSession {
 
 impl LogContext<'_> {
     /// Counts the local port that its connection to the backend has already.
-    pub(super) fn adopt_port(&mut self, moved: &TransferredSession, live: &LiveState) {
+    pub(super) fn adopt_port(&mut self, moved: &FrozenSession, live: &LiveState) {
         let is_ours = |own: &IpAddr| self.pool.is_some_and(|pool| pool.sources.contains(own));
         let source = moved.relay.backend_source().filter(is_ours);
         let space = live.ports.space(source, moved.record.backend);
@@ -75,7 +75,16 @@ impl LogContext<'_> {
     }
 }
 
-impl TransferredSession {
+impl FrozenSession {
+    /// Puts together what arrived. The session is unchanged: only the holder of this may confirm that it is taken.
+    ///
+    /// # Errors
+    /// Why it cannot go on here.
+    pub fn new(frozen: Frozen<SessionRecord>) -> Result<Box<Self>, ThawError> {
+        let relay = FrozenRelay::new(frozen.record.relay, &frozen.held, frozen.fds)?;
+        Ok(Box::new(Self { record: frozen.record, relay, reserved: None }))
+    }
+
     /// Its place may be among these.
     pub fn may_use(&mut self, kept: &Arc<ReservedSlots>) {
         self.reserved = Some(Arc::clone(kept));
@@ -139,41 +148,28 @@ impl TransferredSession {
     }
 
     /// Continues forwarding.
-    pub(super) fn resume<'a>(
+    pub(super) fn thaw<'a>(
         self,
         timeouts: &'a IdleTimeouts,
         resources: TenantResources<'a>,
         session: &'a mut SessionContext,
     ) -> io::Result<Relay<'a>> {
-        self.relay.resume(timeouts, resources, session)
+        self.relay.thaw(timeouts, resources, session)
     }
 }
 
-/// Reads the record of another process. The session is unchanged: only the holder of this may confirm that
-/// it is taken.
-///
-/// # Errors
-/// Why it cannot be carried on here.
-pub fn decode(transfer: Transfer) -> Result<Box<TransferredSession>, TransferError> {
-    let (record, tail) = transfer.read::<SessionTransferRecord>(TransferKind::Session)?;
-    let tail = tail.to_vec();
-    let still = FrozenRelay::new(record.relay, &tail, transfer.fds)?;
-    Ok(Box::new(TransferredSession { record, relay: still, reserved: None }))
-}
-
-fn pack(
+/// Freezes a session; `None` where it goes on, as there is no descriptor left for a copy.
+fn freeze(
     relay: &mut Relay<'_>,
     log_context: &LogContext<'_>,
     permit: &SessionPermit,
     id: SessionId,
-) -> Result<Transfer, TransferError> {
-    let (record, tail, fds) = relay.pack().map_err(|_| TransferError::Shortage)?;
+) -> Option<Frozen<SessionRecord>> {
+    let backend = log_context.backend()?.0;
+    let (record, held, fds) = relay.freeze().ok()?;
     let session = relay.session();
     let [listener, tenant, pool] = session.metrics.labels().map(|label| label.name().to_owned());
-    let Some(backend) = log_context.backend().map(|backend| backend.0) else {
-        return Err(TransferError::Malformed("it has no backend".to_owned()));
-    };
-    let record = SessionTransferRecord {
+    let record = SessionRecord {
         listener,
         tenant,
         pool,
@@ -192,13 +188,13 @@ fn pack(
         age_us: u64::try_from(session.started.age(clock::now()).as_micros()).unwrap_or(u64::MAX),
         relay: record,
     };
-    Transfer::pack(TransferKind::Session, &record, &tail, fds)
+    Some(Frozen { record, held, fds })
 }
 
 /// The first event while a session waits to be transferred.
 enum FirstEvent {
     /// Its turn.
-    Turn(OwnedPermit<PendingTransfer>),
+    Turn(OwnedPermit<Departure<SessionRecord>>),
     /// Its end.
     End(Outcome),
     /// Sessions are visited again.
@@ -228,13 +224,9 @@ pub(super) async fn depart(
             FirstEvent::Closed => return None,
         }
     };
-    relay.freeze();
-    let Ok(transfer) = pack(relay, log_context, permit, id) else {
-        relay.resume();
-        return None;
-    };
-    let (answer, answered) = oneshot::channel();
-    turn.send(PendingTransfer { transfer, answer });
+    let frozen = freeze(relay, log_context, permit, id)?;
+    let (reply, answered) = oneshot::channel();
+    turn.send(Departure { frozen, reply });
     match wait_for_reply(relay.session(), answered).await {
         Ok(TransferReply::Taken) => {
             // It is alive and counted: a connection identified only now does not get its slot, unless the transfer
@@ -245,7 +237,7 @@ pub(super) async fn depart(
             Some(Outcome::reject(EndedAt::Forward, Reason::Moved))
         }
         Ok(TransferReply::Stays) => {
-            relay.resume();
+            relay.thaw();
             None
         }
         // Either process may have it: end it without a reset to client or backend.

@@ -5,54 +5,67 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The number of sessions of each worker.
 #[derive(Debug)]
-pub(super) struct WorkerLoads {
+pub struct WorkerLoads {
     sessions: Vec<AtomicUsize>,
     open_sockets: AtomicUsize,
 }
 
 /// Counts one open listening socket until dropped.
 #[derive(Debug)]
-pub(super) struct OpenSocket(Arc<WorkerLoads>);
+pub struct OpenSocket(Arc<WorkerLoads>);
 
 /// Counts one session of a worker until dropped.
 #[derive(Debug)]
-pub(super) struct LoadGuard {
+pub struct LoadGuard {
     loads: Arc<WorkerLoads>,
     worker: usize,
 }
 
 impl WorkerLoads {
-    pub(super) fn new(workers: usize) -> Arc<Self> {
+    /// Of so many workers.
+    #[must_use]
+    pub fn new(workers: usize) -> Arc<Self> {
         let sessions = (0..workers).map(|_| AtomicUsize::new(0)).collect();
         Arc::new(Self { sessions, open_sockets: AtomicUsize::new(0) })
     }
 
-    pub(super) fn count_socket(self: &Arc<Self>) -> OpenSocket {
+    /// Counts an open listening socket.
+    #[must_use]
+    pub fn count_socket(self: &Arc<Self>) -> OpenSocket {
         self.open_sockets.fetch_add(1, Ordering::AcqRel);
         OpenSocket(Arc::clone(self))
     }
 
-    pub(super) fn open_sockets(&self) -> usize {
+    /// The open listening sockets.
+    #[must_use]
+    pub fn open_sockets(&self) -> usize {
         self.open_sockets.load(Ordering::Acquire)
     }
 
-    pub(super) fn count_session(self: &Arc<Self>, worker: usize) -> LoadGuard {
+    /// Counts a session of a worker.
+    #[must_use]
+    pub fn count_session(self: &Arc<Self>, worker: usize) -> LoadGuard {
         if let Some(count) = self.sessions.get(worker) {
             count.fetch_add(1, Ordering::Relaxed);
         }
         LoadGuard { loads: Arc::clone(self), worker }
     }
 
-    pub(super) fn count(&self, worker: usize) -> usize {
+    /// The sessions of a worker.
+    #[must_use]
+    pub fn count(&self, worker: usize) -> usize {
         self.sessions.get(worker).map_or(0, |count| count.load(Ordering::Relaxed))
     }
 
-    pub(super) fn total(&self) -> usize {
+    /// The sessions of all workers.
+    #[must_use]
+    pub fn total(&self) -> usize {
         (0..self.sessions.len()).map(|worker| self.count(worker)).sum()
     }
 
     /// The worker with the fewest sessions.
-    pub(super) fn least_loaded(&self) -> Option<usize> {
+    #[must_use]
+    pub fn least_loaded(&self) -> Option<usize> {
         (0..self.sessions.len()).min_by_key(|worker| self.count(*worker))
     }
 
@@ -60,7 +73,8 @@ impl WorkerLoads {
     ///
     /// SO_REUSEPORT spreads connections by a hash of their addresses, and a load balancer has few of them; left
     /// alone, one worker can have twice the sessions of another.
-    pub(super) fn less_loaded(&self, own: usize) -> Option<usize> {
+    #[must_use]
+    pub fn less_loaded(&self, own: usize) -> Option<usize> {
         let mine = self.count(own);
         let lightest = self.least_loaded()?;
         let least = self.count(lightest);

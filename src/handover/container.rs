@@ -14,7 +14,8 @@ const REMEDY: &str =
 
 /// Why a successor in the same PID namespace would end with this process, and what to do instead; `None` where it would not.
 /// A process that is a successor itself is no container's main process, unless it is PID 1.
-pub(in crate::server) fn takeover_obstacle(is_successor: bool) -> Option<String> {
+#[must_use]
+pub fn takeover_obstacle(is_successor: bool) -> Option<String> {
     let init = || fs::read_to_string("/proc/1/comm").unwrap_or_default();
     let parent = getppid().map_or(0, |parent| parent.as_raw_nonzero().get());
     let why = reason(process::id(), parent, is_successor, init)?;

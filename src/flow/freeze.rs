@@ -1,4 +1,4 @@
-//! Flows that leave for another process, and flows that come from there.
+//! Freezes flows for another process, and thaws those that came from there.
 //!
 //! A flow that leaves is out of the table and the poll until the reply comes: nothing is sent, received or expired.
 //! The listening sockets must not be read meanwhile, or a datagram would open another flow: it waits in the sockets,
@@ -28,7 +28,7 @@ use crate::admission::ports::EVERY_BACKEND;
 use crate::admission::quota::RevokePolicy;
 use crate::clock::wheel::Tick;
 use crate::clock::{self, Moment, StartTime};
-use crate::handover::{PendingTransfer, Transfer, TransferError, TransferKind, TransferReply};
+use crate::frozen::{Departure, Frozen, ThawError, TransferReply};
 use crate::id::{EndpointClaim, SessionId};
 use crate::outcome::{EndedAt, Outcome, Reason};
 use crate::pool::TriedBackends;
@@ -40,7 +40,7 @@ const AT_ONCE: usize = 32;
 /// The record of a flow that moves to another process.
 #[derive(Debug, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "what is told of a flow, each by its name")]
-struct FlowTransferRecord {
+pub struct FlowRecord {
     worker: u16,
     listener: String,
     tenant: String,
@@ -78,10 +78,10 @@ struct FlowTransferRecord {
     first: Option<usize>,
 }
 
-/// A flow received from another process, ready to be continued.
+/// A flow of another process, which can go on here.
 #[derive(Debug)]
-pub struct TransferredFlow {
-    record: FlowTransferRecord,
+pub struct FrozenFlow {
+    record: FlowRecord,
     socket: UdpSocket,
     header: Box<[u8]>,
     first: Option<Box<[u8]>>,
@@ -96,31 +96,32 @@ struct DepartingFlow<A> {
     shares_path: bool,
 }
 
-/// Reads the record of a flow of another process. The flow is unchanged so far.
-///
-/// # Errors
-/// Why it cannot be carried on here.
-pub fn decode(transfer: Transfer) -> Result<TransferredFlow, TransferError> {
-    let malformed = |what: &str| TransferError::Malformed(what.to_owned());
-    let (record, tail) = transfer.read::<FlowTransferRecord>(TransferKind::Flow)?;
-    let (header, rest) =
-        tail.split_at_checked(record.header).ok_or_else(|| malformed("incomplete header"))?;
-    if rest.len() != record.first.unwrap_or(0) {
-        return Err(malformed("incomplete datagram"));
+impl FlowRecord {
+    /// The number of the worker that carried the flow: the one that most likely has its listening socket here, too.
+    #[must_use]
+    pub fn worker(&self) -> u16 {
+        self.worker
     }
-    let (header, first) = (Box::from(header), record.first.map(|_| Box::from(rest)));
-    let [socket] =
-        <[OwnedFd; 1]>::try_from(transfer.fds).map_err(|_| malformed("expected one descriptor"))?;
-    Ok(TransferredFlow { record, socket: socket.into(), header, first })
 }
 
-/// The number of the worker that carried a flow: the one that most likely has its listening socket here, too.
-#[must_use]
-pub fn worker(transfer: &Transfer) -> Option<u16> {
-    transfer.read::<FlowTransferRecord>(TransferKind::Flow).ok().map(|(record, _)| record.worker)
-}
+impl FrozenFlow {
+    /// Puts together what arrived. The flow is unchanged so far.
+    ///
+    /// # Errors
+    /// Why it cannot go on here.
+    pub fn new(frozen: Frozen<FlowRecord>) -> Result<Self, ThawError> {
+        let malformed = |what: &str| ThawError::Malformed(what.to_owned());
+        let Frozen { record, held, fds } = frozen;
+        let (header, rest) =
+            held.split_at_checked(record.header).ok_or_else(|| malformed("incomplete header"))?;
+        if rest.len() != record.first.unwrap_or(0) {
+            return Err(malformed("incomplete datagram"));
+        }
+        let (header, first) = (Box::from(header), record.first.map(|_| Box::from(rest)));
+        let [socket] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| malformed("expected one descriptor"))?;
+        Ok(Self { record, socket: socket.into(), header, first })
+    }
 
-impl TransferredFlow {
     fn client(&self) -> FlowClient {
         let endpoint = EndpointClaim::from_tlv(self.record.endpoint.as_ref().map(String::as_bytes));
         FlowClient { client: self.record.client.map(ClientAddr), endpoint }
@@ -128,10 +129,10 @@ impl TransferredFlow {
 }
 
 impl<A> FlowWorker<A> {
-    /// Transfers every flow to another process, some at once, while sessions are transferred. Those that stay go on.
+    /// Freezes every flow and sends it off, some at once, while sessions are transferred. Those that stay go on.
     /// Receiving stops when this starts, and the caller decides whether it is resumed
     /// [again](Self::resume).
-    pub async fn transfer_out(&self, departures: mpsc::Sender<PendingTransfer>) {
+    pub async fn freeze_all(&self, departures: mpsc::Sender<Departure<FlowRecord>>) {
         self.pause();
         let ids = self.state.borrow().table.ids();
         for some in ids.chunks(AT_ONCE) {
@@ -145,9 +146,9 @@ impl<A> FlowWorker<A> {
                     }
                     state.freeze(*id, &self.sockets.borrow(), &self.poll)
                 };
-                let Some((departing, transfer)) = sent else { continue };
-                let (answer, answered) = oneshot::channel();
-                turn.send(PendingTransfer { transfer, answer });
+                let Some((departing, frozen)) = sent else { continue };
+                let (reply, answered) = oneshot::channel();
+                turn.send(Departure { frozen, reply });
                 under_way.push((departing, answered));
             }
             for (departing, answered) in under_way {
@@ -174,31 +175,29 @@ impl<A> FlowWorker<A> {
     ///
     /// # Errors
     /// Why not; it is still the other's then, and comes back.
-    pub fn take_over(&self, moved: TransferredFlow) -> Result<(), TransferError> {
+    pub fn thaw(&self, flow: FrozenFlow) -> Result<(), ThawError> {
         let sockets = self.sockets.borrow();
-        let place = place(&sockets, &moved.record).ok_or(TransferError::NoDoor)?;
+        let place = place(&sockets, &flow.record).ok_or(ThawError::NoListenSocket)?;
         let Some(Some(listen_socket)) = sockets.get(usize::from(place)) else {
-            return Err(TransferError::NoDoor);
+            return Err(ThawError::NoListenSocket);
         };
-        self.state.borrow_mut().adopt(moved, place, listen_socket, &self.poll)
+        self.state.borrow_mut().adopt(flow, place, listen_socket, &self.poll)
     }
 
     /// Whether the listening socket of a flow that comes is here: the very same, or one of the same address.
     #[must_use]
-    pub fn has_socket(&self, transfer: &Transfer, the_same: bool) -> bool {
-        let record = transfer.read::<FlowTransferRecord>(TransferKind::Flow);
+    pub fn has_socket(&self, record: &FlowRecord, the_same: bool) -> bool {
         let sockets = self.sockets.borrow();
-        let is_same = |record: &FlowTransferRecord| {
+        if the_same {
             sockets.iter().flatten().any(|listen_socket| listen_socket.cookie == record.listen_socket)
-        };
-        record.is_ok_and(
-            |(record, _)| if the_same { is_same(&record) } else { place(&sockets, &record).is_some() },
-        )
+        } else {
+            place(&sockets, record).is_some()
+        }
     }
 }
 
 /// The index of a flow's listening socket: the same socket, or else one of the same address.
-fn place(sockets: &[Option<Rc<UdpListenSocket>>], record: &FlowTransferRecord) -> Option<u16> {
+fn place(sockets: &[Option<Rc<UdpListenSocket>>], record: &FlowRecord) -> Option<u16> {
     let find = |is_it: &dyn Fn(&UdpListenSocket) -> bool| {
         sockets.iter().position(|listen_socket| listen_socket.as_deref().is_some_and(is_it))
     };
@@ -208,13 +207,13 @@ fn place(sockets: &[Option<Rc<UdpListenSocket>>], record: &FlowTransferRecord) -
 }
 
 impl<A> FlowWorkerState<A> {
-    /// Takes a flow out of the table and off the poll, and packs it; `None` where it has to stay, or is gone.
+    /// Takes a flow out of the table and off the poll; `None` where it has to stay, or is gone.
     fn freeze(
         &mut self,
         id: FlowId,
         sockets: &[Option<Rc<UdpListenSocket>>],
         poll: &Poll,
-    ) -> Option<(DepartingFlow<A>, Transfer)> {
+    ) -> Option<(DepartingFlow<A>, Frozen<FlowRecord>)> {
         let last = self.table.last(id)?;
         let shares_path = self.table.shares_path(id);
         let (path, flow_client, flow) = self.table.close(id)?;
@@ -226,7 +225,7 @@ impl<A> FlowWorkerState<A> {
             self.restore(departing, poll);
             return None;
         }
-        packed.map(|transfer| (departing, transfer))
+        packed.map(|frozen| (departing, frozen))
     }
 
     fn restore(&mut self, departing: DepartingFlow<A>, poll: &Poll) {
@@ -234,7 +233,7 @@ impl<A> FlowWorkerState<A> {
         if let DatagramAction::ToBackend(_) =
             self.table.on_datagram(departing.path, Some(departing.client), now)
         {
-            // Doors were heard after all, and another one has begun.
+            // Listening sockets were heard after all, and another one has begun.
             return self.finish(departing, Reason::Evicted);
         }
         let [_, tenant, _] = departing.flow.log_context.metrics.labels();
@@ -269,13 +268,13 @@ impl<A> FlowWorkerState<A> {
 
     fn adopt(
         &mut self,
-        moved: TransferredFlow,
+        moved: FrozenFlow,
         socket: u16,
         listen_socket: &UdpListenSocket,
         poll: &Poll,
-    ) -> Result<(), TransferError> {
+    ) -> Result<(), ThawError> {
         let (snapshot, now, flow_client) = (self.snapshot(), clock::now(), moved.client());
-        let TransferredFlow { record, socket: connected, header, first } = moved;
+        let FrozenFlow { record, socket: connected, header, first } = moved;
         let labels = &self.live.labels;
         let [own, tenant, to] =
             [&record.listener, &record.tenant, &record.pool].map(|name| labels.intern(name));
@@ -330,7 +329,7 @@ impl<A> FlowWorkerState<A> {
             self.table.set_shares_path(id);
         }
         if !self.watch(id, poll, now) {
-            return Err(TransferError::Shortage);
+            return Err(ThawError::Shortage);
         }
         self.check(id, now);
         Ok(())
@@ -338,12 +337,12 @@ impl<A> FlowWorkerState<A> {
 }
 
 impl<A> DepartingFlow<A> {
-    fn pack(&self, worker: u16, sockets: &[Option<Rc<UdpListenSocket>>]) -> Option<Transfer> {
+    fn pack(&self, worker: u16, sockets: &[Option<Rc<UdpListenSocket>>]) -> Option<Frozen<FlowRecord>> {
         let (flow, log_context, now) = (&self.flow, &self.flow.log_context, clock::now());
         let listen_socket = sockets.get(usize::from(self.path.socket))?.as_ref()?;
         let micros = |span: Duration| u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
         let [listener, tenant, pool] = log_context.metrics.labels().map(|label| label.name().to_owned());
-        let record = FlowTransferRecord {
+        let record = FlowRecord {
             worker,
             listener,
             tenant,
@@ -370,8 +369,8 @@ impl<A> DepartingFlow<A> {
             header: flow.header.len(),
             first: flow.first.as_ref().map(|first| first.len()),
         };
-        let tail = [&flow.header[..], flow.first.as_deref().unwrap_or_default()].concat();
+        let held = [&flow.header[..], flow.first.as_deref().unwrap_or_default()].concat();
         let socket = flow.socket.try_clone().ok()?;
-        Transfer::pack(TransferKind::Flow, &record, &tail, vec![socket.into()]).ok()
+        Some(Frozen { record, held, fds: vec![socket.into()] })
     }
 }

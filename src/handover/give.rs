@@ -1,10 +1,8 @@
 //! The old process's side: offers its sockets, stops accepting, and sends its sessions.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::io;
-use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -14,22 +12,19 @@ use std::time::Duration;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use tokio::runtime::Runtime;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::oneshot;
 
+use super::ServerProcess;
+use super::link::{HandoverLink, MOST_FDS, MOST_TAIL};
+use super::message::{LinkMessage, VERSION};
+use super::records::PendingTransfer;
+use super::transfers::{Departures, NextDeparture, TransferControl};
 use crate::account::lock;
 use crate::admission::quota::HeldSlots;
 use crate::clock::{self, Moment};
-use crate::handover::link::{HandoverLink, MOST_FDS, MOST_TAIL};
-use crate::handover::message::{LinkMessage, OfferedSocket, SocketRole, VERSION};
-use crate::handover::{PendingTransfer, TransferReply};
-use crate::server::admin_socket::SocketFile;
-use crate::server::drain::DrainStage;
-use crate::server::notify;
-use crate::server::reload::Reloader;
-use crate::server::transfer::TransferControl;
-use crate::server::worker_commands::WorkerCommands;
-use crate::server::worker_loads::WorkerLoads;
+use crate::frozen::TransferReply;
 use crate::state::LiveState;
+use crate::state::worker_loads::WorkerLoads;
 use crate::tenant::Tenant;
 
 /// How long the successor may take to be ready: it reads its configuration, looks names up and probes meanwhile.
@@ -61,44 +56,50 @@ enum HandoverError {
     Link(#[from] io::Error),
 }
 
-/// The state needed to hand over to a successor.
-pub(in crate::server) struct Handover {
-    pub(in crate::server) live: Arc<LiveState>,
-    pub(in crate::server) loads: Arc<WorkerLoads>,
-    pub(in crate::server) commands: WorkerCommands,
-    pub(in crate::server) transfer: Arc<TransferControl>,
-    /// Knows how addresses are configured.
-    pub(in crate::server) reloader: Reloader,
-    /// Sockets of the pages.
-    pub(in crate::server) pages: Vec<(OfferedSocket, OwnedFd)>,
-    /// Whether the pages are served here.
-    pub(in crate::server) serving: watch::Sender<bool>,
-    pub(in crate::server) stage: watch::Sender<DrainStage>,
-    /// The file of the admin socket; it is the successor's once everything is.
-    pub(in crate::server) file: Option<Arc<SocketFile>>,
+/// Hands everything over to a successor that asks for it.
+#[derive(Debug)]
+pub struct Handover {
+    live: Arc<LiveState>,
+    loads: Arc<WorkerLoads>,
+    transfers: Arc<TransferControl>,
+    process: Arc<dyn ServerProcess>,
     /// One takeover at a time.
-    pub(in crate::server) busy: AtomicBool,
+    busy: AtomicBool,
     /// Why a successor in the same PID namespace would end with this process, if it would.
-    pub(in crate::server) obstacle: Option<String>,
-}
-
-impl fmt::Debug for Handover {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Giver").finish_non_exhaustive()
-    }
+    obstacle: Option<String>,
 }
 
 /// Parcels that wait for their answer, each with the time since when.
 type Pending = Mutex<HashMap<u32, (oneshot::Sender<TransferReply>, Moment)>>;
 
 impl Handover {
+    /// Of this process.
+    #[must_use]
+    pub fn new(
+        live: &Arc<LiveState>,
+        loads: &Arc<WorkerLoads>,
+        transfers: &Arc<TransferControl>,
+        process: Arc<dyn ServerProcess>,
+        obstacle: Option<String>,
+    ) -> Self {
+        let (live, loads, transfers) = (Arc::clone(live), Arc::clone(loads), Arc::clone(transfers));
+        Self { live, loads, transfers, process, busy: AtomicBool::new(false), obstacle }
+    }
+
     /// Whether a successor is being served.
-    pub(in crate::server) fn is_busy(&self) -> bool {
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
         self.busy.load(Ordering::Acquire)
     }
 
+    /// Why a successor in the same PID namespace would end with this process, if it would.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<&str> {
+        self.obstacle.as_deref()
+    }
+
     /// Serves a successor that has connected; returns when all is its, or when that has failed and this process goes on.
-    pub(in crate::server) fn run(&self, stream: UnixStream) {
+    pub fn run(&self, stream: UnixStream) {
         let is_alone = !self.busy.swap(true, Ordering::AcqRel);
         // 0 is a process outside of this one's PID namespace (pid_namespaces(7)).
         let successor = getsockopt(&stream, PeerCredentials)
@@ -109,12 +110,8 @@ impl Handover {
             Ok(()) => {
                 self.live.takeovers.count(true);
                 tracing::info!(pid = successor, "handover complete: all sessions moved to the successor");
-                // Not before: of a successor that fails it could not be taken back. Systemd believes it of the process that
-                // it knows.
-                if let Some(successor) = successor {
-                    notify::main_pid(successor);
-                }
-                self.stage.send_replace(DrainStage::Over);
+                // Not before: of a successor that fails it could not be taken back.
+                self.process.end(successor);
             }
             Err(error) => {
                 self.live.takeovers.count(false);
@@ -158,7 +155,7 @@ impl Handover {
             return refuse(&link, "the previous process is already draining".to_owned());
         }
         let reloads = self.live.reloads.done();
-        self.send_listeners(&link)?;
+        self.send_sockets(&link)?;
         link.set_read_timeout(Some(READY))?;
         match link.receive()?.map(|frame| frame.message) {
             Some(LinkMessage::Ready) => {}
@@ -166,7 +163,7 @@ impl Handover {
             None => return Err(HandoverError::Gone),
         }
         // It has read what was in force before. A reload that is under way is over then, or refused.
-        let no_reloads = self.reloader.pause_reloads();
+        let no_reloads = ReloadsRefused::new(&*self.process);
         if self.live.is_draining() || self.live.reloads.done() != reloads {
             return Err(HandoverError::Overtaken);
         }
@@ -198,31 +195,9 @@ impl Handover {
         }
     }
 
-    /// Sends every listening socket.
-    fn send_listeners(&self, link: &HandoverLink) -> Result<(), HandoverError> {
-        let (snapshot, held) = (self.live.snapshot.load_full(), self.reloader.listeners());
-        let configured = |bound: SocketAddr, listener: u32, udp: bool| {
-            let is_it = |held: &&crate::server::listen_sockets::BoundListener| {
-                let listen_socket = held.socket;
-                listen_socket.address == bound
-                    && listen_socket.listener == listener
-                    && listen_socket.is_udp() == udp
-            };
-            held.iter().find(is_it).map_or(bound, |held| held.configured)
-        };
-        let mut sockets = Vec::new();
-        for (listen_socket, socket) in self.commands.clone_sockets() {
-            let Some(listener) = snapshot.listeners.get(listen_socket.listener as usize) else { continue };
-            let role = SocketRole::Listener {
-                name: listener.label.name().to_owned(),
-                udp: listen_socket.is_udp(),
-                configured: configured(listen_socket.address, listen_socket.listener, listen_socket.is_udp()),
-            };
-            sockets.push((OfferedSocket { role, bound: Some(listen_socket.address) }, socket));
-        }
-        for (offered, socket) in &self.pages {
-            sockets.push((offered.clone(), socket.try_clone()?));
-        }
+    /// Sends every socket.
+    fn send_sockets(&self, link: &HandoverLink) -> Result<(), HandoverError> {
+        let sockets = self.process.sockets()?;
         for some in sockets.chunks(MOST_FDS) {
             let (offered, fds): (Vec<_>, Vec<_>) =
                 some.iter().map(|(offered, socket)| (offered.clone(), socket.as_fd())).unzip();
@@ -240,13 +215,8 @@ impl Handover {
         link.set_read_timeout(None)?;
         let (ended, end) = sync_channel(1);
         std::thread::scope(|scope| {
-            let (leaving, mut flows_left) = runtime.block_on(self.transfer.start());
-            scope.spawn(|| send_transfers(link, leaving, &pending, &gone));
-            scope.spawn(move || {
-                while flows_left.blocking_recv().is_some() {}
-                // Where it cannot be said, the others will notice.
-                link.send(&LinkMessage::FlowsSent, &[], &[]).unwrap_or_default();
-            });
+            let leaving = runtime.block_on(self.transfers.start());
+            scope.spawn(|| send_transfers(link, runtime, leaving, &pending, &gone));
             scope.spawn(|| receive_replies(link, &pending, &gone, &ended));
             let result = self.watch(&pending, &gone, &end);
             let result = result.and_then(|()| Ok(link.send(&LinkMessage::Done, &[], &[])?));
@@ -256,7 +226,7 @@ impl Handover {
             } else {
                 link.shut_down();
             }
-            runtime.block_on(self.transfer.stop(result.is_err()));
+            runtime.block_on(self.transfers.stop(result.is_err()));
             result
         })
     }
@@ -304,15 +274,24 @@ fn refuse(link: &HandoverLink, why: String) -> Result<(), HandoverError> {
     Err(HandoverError::Refused(why))
 }
 
-/// Sends transfers.
+/// Sends what leaves.
 fn send_transfers(
     link: &HandoverLink,
-    mut leaving: mpsc::Receiver<PendingTransfer>,
+    runtime: &Runtime,
+    mut leaving: Departures,
     pending: &Pending,
     gone: &AtomicBool,
 ) {
-    for id in 0.. {
-        let Some(PendingTransfer { transfer, answer }) = leaving.blocking_recv() else { return };
+    let mut id = 0;
+    while let Some(next) = runtime.block_on(leaving.next()) {
+        let PendingTransfer { transfer, answer } = match next {
+            NextDeparture::Transfer(transfer) => transfer,
+            NextDeparture::FlowsGone => {
+                // Where it cannot be said, the others will notice.
+                link.send(&LinkMessage::FlowsSent, &[], &[]).unwrap_or_default();
+                continue;
+            }
+        };
         if gone.load(Ordering::Acquire) {
             // Dropped without an answer: it stays.
             continue;
@@ -327,6 +306,7 @@ fn send_transfers(
                 tracing::warn!(%error, "cannot send a session to the successor");
             }
         }
+        id += 1;
     }
 }
 
@@ -359,16 +339,32 @@ fn receive_replies(link: &HandoverLink, pending: &Pending, gone: &AtomicBool, en
     ended.try_send(()).unwrap_or_default();
 }
 
+/// The time in which reloads are refused.
+struct ReloadsRefused<'a>(&'a dyn ServerProcess);
+
+impl<'a> ReloadsRefused<'a> {
+    /// Returns once a reload that is under way has ended.
+    fn new(process: &'a dyn ServerProcess) -> Self {
+        process.allow_reloads(false);
+        Self(process)
+    }
+}
+
+impl Drop for ReloadsRefused<'_> {
+    fn drop(&mut self) {
+        self.0.allow_reloads(true);
+    }
+}
+
 /// The time in which this process accepts nothing, serves no page and leaves the admin socket's file where it is: it goes
 /// on with all of that, unless everything has gone.
 struct PausedService<'a>(Option<(&'a Handover, &'a Runtime)>);
 
 impl<'a> PausedService<'a> {
     fn new(handover: &'a Handover, runtime: &'a Runtime) -> Self {
-        handover.serving.send_replace(false);
-        handover.commands.pause();
+        handover.process.serve(false);
         // Also where this process ends meanwhile: the successor is asked there then.
-        handover.file.iter().for_each(|file| file.keep());
+        handover.process.own_socket_file(false);
         Self(Some((handover, runtime)))
     }
 
@@ -380,10 +376,9 @@ impl<'a> PausedService<'a> {
 impl Drop for PausedService<'_> {
     fn drop(&mut self) {
         if let Some((handover, runtime)) = self.0 {
-            handover.commands.resume();
-            runtime.block_on(handover.transfer.set_receiving(true));
-            handover.file.iter().for_each(|file| file.own());
-            handover.serving.send_replace(true);
+            runtime.block_on(handover.transfers.set_receiving(true));
+            handover.process.own_socket_file(true);
+            handover.process.serve(true);
         }
     }
 }
