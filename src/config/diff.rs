@@ -189,17 +189,20 @@ pub(crate) fn changed_tables(now: &Config, next: &Config) -> Vec<(Table, Vec<Key
     // Every field by name, so that a new one is not forgotten here.
     let Config { process, admin, health, log, timeouts, drain, dns, listeners: _, pools: _, tenants: _ } =
         now;
-    let mut tables = vec![
-        (RawProcess::TABLE, keys(process, &next.process)),
-        (RawAdmin::TABLE, keys(admin, &next.admin)),
-        (RawHealth::TABLE, keys(health, &next.health)),
-        (RawLog::TABLE, keys(log, &next.log)),
-        (RawDns::TABLE, keys(dns, &next.dns)),
-        (RawTimeouts::TABLE, keys(timeouts, &next.timeouts)),
-        (RawDrain::TABLE, keys(drain, &next.drain)),
+    let tables = [
+        changed(RawProcess::TABLE, process, &next.process),
+        changed(RawAdmin::TABLE, admin, &next.admin),
+        changed(RawHealth::TABLE, health, &next.health),
+        changed(RawLog::TABLE, log, &next.log),
+        changed(RawDns::TABLE, dns, &next.dns),
+        changed(RawTimeouts::TABLE, timeouts, &next.timeouts),
+        changed(RawDrain::TABLE, drain, &next.drain),
     ];
-    tables.retain(|(_, keys)| !keys.is_empty());
-    tables
+    tables.into_iter().flatten().collect()
+}
+
+fn changed<T: PartialEq + Serialize>(table: Table, now: &T, next: &T) -> Option<(Table, Vec<KeyChange>)> {
+    (now != next).then(|| (table, keys(now, next)))
 }
 
 fn tables(now: &Config, next: &Config, uses: &LiveCounts<'_>) -> Vec<ConfigChange> {

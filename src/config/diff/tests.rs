@@ -128,9 +128,11 @@ fn listeners_come_go_and_change_their_addresses_and_keys() {
         ["listener \"names\": added: bind +0.0.0.0:53", "listener \"dns\": removed; 7 flows now"]
     );
     assert_eq!(concerned, "7 flows");
+    let key = "listener \"dns\": changed: on-no-endpoint reject -> tenant:acme; 7 flows now";
+    one("protocol = \"udp\"", "protocol = \"udp\"\non-no-endpoint = \"tenant:acme\"", key, "7 flows");
     let fixed = "proxy-protocol = \"off\"\ntenant = \"acme\"";
     let line = "listener \"web\": changed: bare-datagrams refuse -> none, on-no-endpoint reject -> none, \
-                on-unknown-endpoint reject -> none, tenant none -> acme, trusted 10.0.0.0/16 -> none, verify-crc true -> none; 125 sessions now";
+                on-unknown-endpoint reject -> none, tenant none -> acme, trusted-sources 10.0.0.0/16 -> none, verify-crc true -> none; 125 sessions now";
     one("trusted-sources = [\"10.0.0.0/16\"]", fixed, line, "125 sessions");
 }
 
@@ -140,6 +142,10 @@ fn pools_and_each_of_their_backends_come_go_and_change() {
     one("[process]", new, "pool \"more\": added", "0 sessions");
     let line = "pool \"gold\": changed: balance p2c -> maglev, health.interval 5s -> 6s; 1 session now";
     let keys = "name = \"gold\"\nbalance = \"maglev\"\nhealth = { interval = \"6s\" }";
+    one("name = \"gold\"", keys, line, "1 session");
+    let line = "pool \"gold\": changed: health.expect none -> 43, health.kind tcp -> exchange, health.match none -> prefix, \
+                health.protocol none -> tcp; 1 session now";
+    let keys = "name = \"gold\"\nhealth = { kind = \"exchange\", expect = \"+\", match = \"prefix\" }";
     one("name = \"gold\"", keys, line, "1 session");
     let (lines, concerned) = changed(&[("10.0.1.20:80", "10.0.1.22:80"), ("weight = 50", "weight = 60")]);
     assert_eq!(
