@@ -10,15 +10,12 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::unix::AsyncFd;
 
-use crate::addr::{ListenAddr, PeerAddr};
+use crate::addr::PeerAddr;
 use crate::fault::{self, Syscall};
 
 /// A TCP listening socket of one worker.
 #[derive(Debug)]
-pub struct ListenSocket {
-    socket: AsyncFd<TcpListener>,
-    address: ListenAddr,
-}
+pub(crate) struct ListenSocket(AsyncFd<TcpListener>);
 
 /// An accepted connection that is not registered with a worker's poll yet, so that another worker can still take it.
 #[derive(Debug)]
@@ -31,9 +28,9 @@ pub struct AcceptedConnection {
 
 /// An accept error, in three classes.
 #[derive(Debug)]
-pub enum AcceptError {
+pub(crate) enum AcceptError {
     /// This peer's own: it has gone. The next one may be fine.
-    Peer(io::Error),
+    Peer,
     /// Descriptors or memory ran out: wait, then go on.
     Shortage(io::Error),
     /// The listening socket itself is broken.
@@ -41,7 +38,7 @@ pub enum AcceptError {
 }
 
 /// How long accepting rests when descriptors or memory have run out.
-pub const PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const PAUSE: Duration = Duration::from_millis(100);
 
 /// Connections taken in one go before other tasks get their turn. Each costs a session's beginning, and what live sessions
 /// have to forward waits for all of them; but where all are busy, what waits to be accepted gets only so many of a round.
@@ -52,28 +49,21 @@ impl ListenSocket {
     ///
     /// # Errors
     /// Where the runtime cannot register it.
-    pub fn new(socket: TcpListener) -> io::Result<Self> {
-        let address = ListenAddr(socket.local_addr()?);
+    pub(crate) fn new(socket: TcpListener) -> io::Result<Self> {
         #[expect(
             deprecated,
             reason = "its successor is unsafe; a std TcpListener keeps its descriptor, as both ask"
         )]
         let socket = AsyncFd::new(socket)?;
-        Ok(Self { socket, address })
-    }
-
-    /// The bound address.
-    #[must_use]
-    pub fn address(&self) -> ListenAddr {
-        self.address
+        Ok(Self(socket))
     }
 
     /// Waits for connections and passes each to `take`, until the queue is empty or the batch is full.
     ///
     /// # Errors
     /// The trouble that ended the batch; what was accepted before has been handed over.
-    pub async fn accept(&self, mut take: impl FnMut(AcceptedConnection)) -> Result<(), AcceptError> {
-        let mut ready = self.socket.readable().await.map_err(AcceptError::Fatal)?;
+    pub(crate) async fn accept(&self, mut take: impl FnMut(AcceptedConnection)) -> Result<(), AcceptError> {
+        let mut ready = self.0.readable().await.map_err(AcceptError::Fatal)?;
         for _ in 0..BATCH {
             match self.next() {
                 Ok(accepted) => accepted.into_iter().for_each(&mut take),
@@ -90,11 +80,11 @@ impl ListenSocket {
     }
 
     /// Passes on what the kernel has accepted already, before the socket is closed: it would be reset.
-    pub fn close(&self, mut take: impl FnMut(AcceptedConnection)) {
+    pub(crate) fn close(&self, mut take: impl FnMut(AcceptedConnection)) {
         loop {
             match self.next() {
                 Ok(accepted) => accepted.into_iter().for_each(&mut take),
-                Err(errno) if matches!(classify(errno), AcceptError::Peer(_)) => {}
+                Err(errno) if matches!(classify(errno), AcceptError::Peer) => {}
                 Err(_) => return,
             }
         }
@@ -103,7 +93,7 @@ impl ListenSocket {
     /// Accepts one connection; `None` if its peer has closed already.
     fn next(&self) -> Result<Option<AcceptedConnection>, Errno> {
         fault::at(Syscall::Accept)?;
-        let (socket, peer) = acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+        let (socket, peer) = acceptfrom_with(&self.0, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
         let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
         Ok(peer.map(|peer| AcceptedConnection { socket: TcpStream::from(socket), peer: PeerAddr(peer) }))
     }
@@ -111,14 +101,14 @@ impl ListenSocket {
 
 impl AsFd for ListenSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.get_ref().as_fd()
+        self.0.get_ref().as_fd()
     }
 }
 
 /// The three classes of accept errors. The list of the peer's is the one in accept(2), "Error handling": Linux
 /// passes pending network errors of the new socket on as errors of accept.
 #[must_use]
-pub fn classify(errno: Errno) -> AcceptError {
+pub(crate) fn classify(errno: Errno) -> AcceptError {
     match errno {
         Errno::CONNABORTED
         | Errno::INTR
@@ -131,7 +121,7 @@ pub fn classify(errno: Errno) -> AcceptError {
         | Errno::HOSTUNREACH
         | Errno::OPNOTSUPP
         | Errno::NETUNREACH
-        | Errno::TIMEDOUT => AcceptError::Peer(errno.into()),
+        | Errno::TIMEDOUT => AcceptError::Peer,
         Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => AcceptError::Shortage(errno.into()),
         _ => AcceptError::Fatal(errno.into()),
     }
@@ -139,7 +129,7 @@ pub fn classify(errno: Errno) -> AcceptError {
 
 /// Whether the peer is in one of the networks.
 #[must_use]
-pub fn is_trusted(peer: PeerAddr, trusted: &[IpNet]) -> bool {
+pub(crate) fn is_trusted(peer: PeerAddr, trusted: &[IpNet]) -> bool {
     trusted.iter().any(|network| network.contains(&peer.0.ip()))
 }
 
@@ -149,7 +139,7 @@ mod tests {
 
     #[test]
     fn errors_fall_in_three_classes() {
-        assert!(matches!(classify(Errno::CONNABORTED), AcceptError::Peer(_)));
+        assert!(matches!(classify(Errno::CONNABORTED), AcceptError::Peer));
         for errno in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
             assert!(matches!(classify(errno), AcceptError::Shortage(_)));
         }

@@ -3,13 +3,13 @@
 mod active_config;
 mod allowed_hosts;
 mod connection_slots;
-pub mod control;
-pub mod health;
-pub mod metrics;
+pub(crate) mod control;
+pub(crate) mod health;
+pub(crate) mod metrics;
 mod page;
 mod page_cache;
 mod serve;
-pub mod status;
+pub(crate) mod status;
 
 use std::io;
 use std::net::TcpListener;
@@ -29,7 +29,7 @@ use tokio::sync::Semaphore;
 use self::allowed_hosts::AllowedHosts;
 use self::control::Control;
 use self::page_cache::CachedPage;
-pub use self::serve::ServingSwitch;
+pub(crate) use self::serve::ServingSwitch;
 use self::status::Status;
 use crate::account::admin_connections::AdminEndpoint;
 use crate::state::LiveState;
@@ -39,7 +39,7 @@ const BUFFERS: usize = 256 * 1024;
 
 /// The sockets and the handle that the admin server is started with.
 #[derive(Debug)]
-pub struct AdminListeners {
+pub(crate) struct AdminListeners {
     /// Where the pages are read.
     pub address: TcpListener,
     /// The names, beside IP addresses and `localhost`, by which that may be asked.
@@ -53,7 +53,7 @@ pub struct AdminListeners {
 }
 
 /// Serves pages and the control API until its task is dropped.
-pub async fn serve(listeners: AdminListeners, live: Arc<LiveState>) {
+pub(crate) async fn serve(listeners: AdminListeners, live: Arc<LiveState>) {
     if let Err(error) = open(listeners, live).await {
         tracing::error!(%error, "the admin listener stopped");
     }

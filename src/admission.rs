@@ -3,9 +3,9 @@
 pub mod bandwidth;
 pub mod bandwidth_queue;
 pub mod direction_limiter;
-pub mod pending;
+pub(crate) mod pending;
 pub mod ports;
 pub mod quota;
 pub mod rate_limiter;
-pub mod session_share;
+pub(crate) mod session_share;
 pub mod slots;

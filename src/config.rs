@@ -2,17 +2,17 @@
 
 mod backend_target;
 mod check;
-pub mod diff;
+pub(crate) mod diff;
 mod error;
 mod file;
 mod raw;
 pub mod reference;
 mod section;
-pub mod sources;
+pub(crate) mod sources;
 mod suggest;
 mod table;
 mod tables;
-pub mod unit;
+pub(crate) mod unit;
 mod value;
 
 use std::net::SocketAddr;

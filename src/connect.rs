@@ -28,7 +28,7 @@ use crate::socket_options::IpLocalPortRange;
 
 /// Why connecting failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// This backend could not be reached; another may be.
     Backend(ConnectResult),
     /// The process drains, and cannot wait.
@@ -40,7 +40,7 @@ pub enum ConnectError {
 impl ConnectError {
     /// The outcome of a session whose last attempt failed like this.
     #[must_use]
-    pub const fn outcome(self) -> Outcome {
+    pub(crate) const fn outcome(self) -> Outcome {
         let (by, why) = match self {
             Self::Drained => (EndedBy::Proxy, Reason::Drained),
             Self::ClientReset => (EndedBy::Client, Reason::Reset),
@@ -62,7 +62,7 @@ const CANDIDATES: usize = 4;
 
 /// The source address and local ports of a connection.
 #[derive(Clone, Copy, Debug)]
-pub struct SourcePorts<'a> {
+pub(crate) struct SourcePorts<'a> {
     /// The source address; the system's choice where there is none.
     pub source: Option<IpAddr>,
     /// The local ports in use.
@@ -75,7 +75,7 @@ pub struct SourcePorts<'a> {
 
 /// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConnectPurpose {
+pub(crate) enum ConnectPurpose {
     /// The first bytes are at hand, and are written as soon as it stands.
     Speaks,
     /// Nothing may be written for a while.
@@ -87,7 +87,7 @@ pub enum ConnectPurpose {
 ///
 /// An end alone (FIN) is no reset: a client may have sent its whole request and wait for the answer. Once it has closed its
 /// socket, its kernel answers the first byte of ours with a reset.
-pub fn unless_reset<'a, F: Future + Unpin + 'a>(
+pub(crate) fn unless_reset<'a, F: Future + Unpin + 'a>(
     mut reset: Pin<&'a mut (impl Future<Output = io::Result<Ready>> + 'a)>,
     mut step: F,
 ) -> impl Future<Output = Option<F::Output>> + Unpin + 'a {
@@ -106,7 +106,7 @@ pub fn unless_reset<'a, F: Future + Unpin + 'a>(
 /// Why not; nothing has been sent then.
 ///
 /// Not an `async fn`: that would keep a place for the origin as long as it waits.
-pub fn dial<'a>(
+pub(crate) fn dial<'a>(
     origin: SourcePorts<'_>,
     opening: ConnectPurpose,
     client: &'a TcpStream,
@@ -146,7 +146,7 @@ pub fn dial<'a>(
 
 /// The source addresses of a backend's family, each once, from the `start`-th on; the system's choice alone where
 /// there is none. Never empty.
-pub fn sources(
+pub(crate) fn sources(
     all: &[IpAddr],
     address: BackendAddr,
     start: usize,
@@ -165,7 +165,7 @@ pub fn sources(
 ///
 /// # Errors
 /// What the system says at once.
-pub fn start(origin: SourcePorts<'_>, opening: ConnectPurpose) -> io::Result<(TcpStream, LocalPort)> {
+pub(crate) fn start(origin: SourcePorts<'_>, opening: ConnectPurpose) -> io::Result<(TcpStream, LocalPort)> {
     let SourcePorts { source, ports, space, tenant } = origin;
     let address = BackendAddr(space.backend());
     let no_port = || io::Error::from(Errno::ADDRNOTAVAIL);
@@ -217,7 +217,7 @@ pub fn start(origin: SourcePorts<'_>, opening: ConnectPurpose) -> io::Result<(Tc
 /// host within the range of local ports, the kernel may choose that very port, and TCP's simultaneous open then connects
 /// the socket to itself (RFC 9293 section 3.5).
 #[must_use]
-pub fn is_connected_to_itself(socket: &Socket, address: BackendAddr) -> bool {
+pub(crate) fn is_connected_to_itself(socket: &Socket, address: BackendAddr) -> bool {
     socket.local_addr().ok().and_then(|own| own.as_socket()).is_some_and(|own| own == address.0)
 }
 
@@ -234,7 +234,7 @@ fn choose_port(socket: &Socket, port: u16) -> io::Result<bool> {
 /// The local ports that the system lets connections use, as its sysctls say at this moment; the kernel's defaults where
 /// they cannot be read.
 #[must_use]
-pub fn system_ports() -> LocalPorts {
+pub(crate) fn system_ports() -> LocalPorts {
     let read = |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
     let reuse = match read("tcp_tw_reuse").trim() {
         "0" => TimeWaitReuse::Never,
@@ -267,7 +267,7 @@ fn nanos(span: Duration) -> u64 {
 
 /// Classifies an error.
 #[must_use]
-pub fn classify(error: &io::Error) -> ConnectResult {
+pub(crate) fn classify(error: &io::Error) -> ConnectResult {
     match Errno::from_io_error(error) {
         Some(Errno::CONNREFUSED) => ConnectResult::Refused,
         Some(Errno::TIMEDOUT) => ConnectResult::Timeout,

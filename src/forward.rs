@@ -3,8 +3,8 @@
 //! Small messages are copied through the worker's scratch buffer, large transfers are spliced through a pipe that
 //! the session borrows. An idle session owns neither.
 
-pub mod bandwidth;
-pub mod buffer;
+pub(crate) mod bandwidth;
+pub(crate) mod buffer;
 mod copy;
 mod direction;
 pub mod freeze;

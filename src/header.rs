@@ -25,11 +25,11 @@ use crate::proxy_protocol::{self, HeaderBuilder, HeaderCommand, ParsedHeader};
 use crate::session_context::{Cancelled, SessionContext};
 
 /// The most that is read before a backend is connected: a header, and the start of what follows it.
-pub const FIRST_READ: usize = 16 * 1024;
+pub(crate) const FIRST_READ: usize = 16 * 1024;
 
 /// A client whose header has been read.
 #[derive(Debug)]
-pub struct IdentifiedClient {
+pub(crate) struct IdentifiedClient {
     /// The connection.
     pub connection: ClientSocket,
     /// The client, as the header states it.
@@ -45,7 +45,7 @@ pub struct IdentifiedClient {
 /// A client's socket: registered with the worker only once something has to be waited for, so that a connection
 /// that is rejected at its first bytes costs no epoll call.
 #[derive(Debug)]
-pub enum ClientSocket {
+pub(crate) enum ClientSocket {
     /// As it was accepted.
     Fresh(Fresh),
     /// Known to the worker's poll.
@@ -59,7 +59,7 @@ impl ClientSocket {
     ///
     /// # Errors
     /// Where the kernel has no room for it.
-    pub fn registered(&mut self) -> io::Result<&TcpStream> {
+    pub(crate) fn registered(&mut self) -> io::Result<&TcpStream> {
         if let Self::Fresh(_) = self
             && let Self::Fresh(socket) = std::mem::replace(self, Self::Closed)
         {
@@ -76,7 +76,7 @@ impl ClientSocket {
     ///
     /// # Errors
     /// Where the kernel has no room for it.
-    pub fn into_registered(mut self) -> io::Result<TcpStream> {
+    pub(crate) fn into_registered(mut self) -> io::Result<TcpStream> {
         self.registered()?;
         match self {
             Self::Registered(socket) => Ok(socket),
@@ -85,7 +85,7 @@ impl ClientSocket {
     }
 
     /// Makes the coming close a reset.
-    pub fn reset_on_close(&self) {
+    pub(crate) fn reset_on_close(&self) {
         let set = match self {
             Self::Fresh(socket) => socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO)),
             Self::Registered(socket) => socket.set_zero_linger(),
@@ -97,7 +97,7 @@ impl ClientSocket {
 
     /// The pending error of the socket (`SO_ERROR`).
     #[must_use]
-    pub fn take_error(&self) -> Option<io::Error> {
+    pub(crate) fn take_error(&self) -> Option<io::Error> {
         let error = match self {
             Self::Fresh(socket) => socket.take_error(),
             Self::Registered(socket) => socket.take_error(),
@@ -128,7 +128,7 @@ impl ClientSocket {
 impl IdentifiedClient {
     /// A client of a listener without headers: its address is the socket's peer.
     #[must_use]
-    pub fn without_header(socket: Fresh, peer: PeerAddr) -> Self {
+    pub(crate) fn without_header(socket: Fresh, peer: PeerAddr) -> Self {
         Self {
             connection: ClientSocket::Fresh(socket),
             address: Some(ClientAddr(peer.0)),
@@ -144,7 +144,7 @@ impl IdentifiedClient {
 
     /// The bytes of payload that came with the header.
     #[must_use]
-    pub fn payload_len(&self) -> usize {
+    pub(crate) fn payload_len(&self) -> usize {
         self.first.len().saturating_sub(self.header_len)
     }
 
@@ -152,7 +152,7 @@ impl IdentifiedClient {
     /// `send_proxy` holds, the header in front of it, its checksum computed anew. A client that sent none gets one
     /// made of its socket's addresses. What was read ends here: a session must not keep it for its whole life.
     #[must_use]
-    pub fn into_parts(mut self, send_proxy: bool) -> (ClientSocket, Vec<u8>) {
+    pub(crate) fn into_parts(mut self, send_proxy: bool) -> (ClientSocket, Vec<u8>) {
         let header_len = self.header_len.min(self.first.len());
         if send_proxy {
             let header = self.header();
@@ -216,7 +216,7 @@ impl Drop for PendingGuard<'_> {
 /// # Errors
 /// The outcome, where there is no client to serve. A peer that had sent something is reset, and learns that it was
 /// not heard; the others see a plain close.
-pub async fn read(
+pub(crate) async fn read(
     socket: Fresh,
     rules: &HeaderRules,
     session: &mut SessionContext,
@@ -351,7 +351,8 @@ impl HeaderReader {
 
 /// The optional header at the start of a connection: of a health check, or at a test backend.
 #[derive(Debug, Default)]
-pub struct OptionalHeader {
+#[cfg_attr(not(feature = "lab"), allow(dead_code, reason = "only test backends look at client and endpoint"))]
+pub(crate) struct OptionalHeader {
     /// The client that a header names.
     pub client: Option<ClientAddr>,
     /// The endpoint that it names.
@@ -365,7 +366,7 @@ pub struct OptionalHeader {
 ///
 /// # Errors
 /// What the socket says.
-pub async fn read_optional(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<OptionalHeader> {
+pub(crate) async fn read_optional(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<OptionalHeader> {
     let rules =
         proxy_protocol::ParserRules { transport: proxy_protocol::Transport::Stream, verify_crc: false };
     let mut first = Vec::with_capacity(512);

@@ -7,8 +7,8 @@ mod datagram;
 pub mod day;
 pub mod load;
 pub mod nlb;
-pub mod vpc;
-pub mod world;
+pub(crate) mod vpc;
+pub(crate) mod world;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

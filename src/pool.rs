@@ -2,7 +2,7 @@
 
 pub mod backend;
 mod backend_name;
-pub mod candidates;
+pub(crate) mod candidates;
 pub mod cause;
 mod change;
 pub mod ejection;
@@ -11,7 +11,7 @@ mod health_record;
 pub mod least;
 pub mod maglev;
 pub mod pick;
-pub mod picked;
+pub(crate) mod picked;
 pub mod queue;
 mod replacement;
 pub mod retry;

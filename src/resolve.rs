@@ -3,7 +3,7 @@
 mod address_filter;
 pub mod answer;
 mod query;
-pub mod schedule;
+pub(crate) mod schedule;
 mod server;
 
 use std::collections::BTreeSet;

@@ -9,7 +9,6 @@ use std::time::Duration;
 use crate::account::session_metrics::{SessionMetrics, WorkerMetrics};
 use crate::clock::wheel::{Tick, TickSpan, TimerKey, TimerWheel};
 use crate::clock::{Moment, StartTime};
-use crate::outcome::Outcome;
 
 /// The bytes of a worker's scratch buffer: one read at most.
 ///
@@ -192,12 +191,6 @@ impl SessionContext {
         self.timer.worker.drain_idle.get().map_or(idle, |drain| drain.min(idle))
     }
 
-    /// Whether the process drains.
-    #[must_use]
-    pub fn is_draining(&self) -> bool {
-        self.timer.worker.drain_idle.get().is_some()
-    }
-
     /// Whether the drain's deadline has passed, and every session is ended.
     #[must_use]
     pub fn is_over(&self) -> bool {
@@ -229,14 +222,6 @@ impl SessionContext {
     pub fn watch<F: Future + Unpin>(&self, step: F) -> WithDeadline<'_, F> {
         WithDeadline { session: self, step }
     }
-
-    /// Ends the life at `now` and counts it; returns how long it took.
-    #[must_use]
-    pub fn end(self, outcome: Outcome, now: Moment) -> Duration {
-        let took = self.started.age(now);
-        self.metrics.end(outcome, took);
-        took
-    }
 }
 
 /// A future that is cancelled at the session's deadline.
@@ -266,7 +251,6 @@ mod tests {
     use super::*;
     use crate::account::Labels;
     use crate::account::session_metrics::CounterShard;
-    use crate::outcome::{EndedAt, Reason};
 
     fn at_ms(ms: u64) -> Moment {
         Moment::from_nanos(ms * 1_000_000)
@@ -304,10 +288,8 @@ mod tests {
         session.wake_at(deadline);
         assert_eq!(poll(&mut session.watch(pending::<()>())), Poll::Pending);
         let local = Rc::clone(session.worker());
-        assert_eq!(
-            session.end(Outcome::reject(EndedAt::Header, Reason::HeaderTimeout), at_ms(150)),
-            Duration::from_millis(150)
-        );
+        assert_eq!(session.started.age(at_ms(150)), Duration::from_millis(150));
+        drop(session);
         assert_eq!(local.waiting(), 0);
     }
 
@@ -346,9 +328,9 @@ mod tests {
         let (labels, shard) = (Labels::default(), Arc::default());
         let mut session = session(&labels, &shard);
         session.wake_at(session.tick().after(span_ms(9000)));
-        assert_eq!((session.idle(span_ms(5000)), session.is_draining()), (span_ms(5000), false));
+        assert_eq!(session.idle(span_ms(5000)), span_ms(5000));
         session.worker().drain(span_ms(1000));
-        assert_eq!((session.idle(span_ms(5000)), session.is_draining()), (span_ms(1000), true));
+        assert_eq!(session.idle(span_ms(5000)), span_ms(1000));
         assert_eq!(session.idle(span_ms(5)), span_ms(5));
         assert_eq!(poll(&mut session.watch(pending::<()>())), Poll::Pending);
         assert!(!session.is_over());

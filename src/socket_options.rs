@@ -37,13 +37,13 @@ sockopt_impl!(
 /// The ports that the kernel chooses from at connect, for IPv6 as well: the highest in the upper 16 bits, the lowest in the
 /// lower ones.
 #[derive(Clone, Copy, Debug)]
-pub struct IpLocalPortRange;
+pub(crate) struct IpLocalPortRange;
 
 setsockopt_impl!(IpLocalPortRange, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, u32, SetStruct<u32>);
 
 /// What the kernel holds for a socket. Sizes are bytes of memory, which a queued byte takes up to four of.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct SocketMemory {
+pub(crate) struct SocketMemory {
     /// In the send queue: it falls as the other end acknowledges bytes.
     pub sending: u32,
     /// In the receive queue: what has arrived and was not read.
@@ -56,7 +56,7 @@ pub struct SocketMemory {
 
 /// Asks the kernel for the memory of a socket; `None` where it does not say.
 #[must_use]
-pub fn memory(socket: &impl AsFd) -> Option<SocketMemory> {
+pub(crate) fn memory(socket: &impl AsFd) -> Option<SocketMemory> {
     let words = getsockopt(socket, MemoryInfo).ok()?;
     let word = |name: c_int| words.get(usize::try_from(name).ok()?).copied();
     Some(SocketMemory {
@@ -69,7 +69,7 @@ pub fn memory(socket: &impl AsFd) -> Option<SocketMemory> {
 
 /// The bytes of a TCP connection that were written and not sent yet; `None` where the kernel does not say.
 #[must_use]
-pub fn unsent(socket: &impl AsFd) -> Option<u32> {
+pub(crate) fn unsent(socket: &impl AsFd) -> Option<u32> {
     getsockopt(socket, TcpInfo).ok()?.last().copied()
 }
 

@@ -35,7 +35,7 @@ mod changes;
 pub mod draining;
 mod fold;
 mod listener_rows;
-pub mod rejection_log;
+pub(crate) mod rejection_log;
 mod reload;
 mod revocation;
 mod shared_pools;

@@ -209,10 +209,10 @@ impl LogBatch {
 const FULL: usize = 32 * 1024;
 
 /// Bytes of lines that may wait, in the journals and for the writer, for each worker.
-pub const QUEUE: usize = 2 * 1024 * 1024;
+pub(crate) const QUEUE: usize = 2 * 1024 * 1024;
 
 /// Batches that may be on their way to the writer, for each worker; the others wait in their journals.
-pub const BATCHES: usize = 64;
+pub(crate) const BATCHES: usize = 64;
 
 /// The sending side of the channel to the writer.
 #[derive(Clone, Debug)]

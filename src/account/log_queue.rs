@@ -36,7 +36,7 @@ impl LineClass {
 }
 
 /// Lines by class.
-pub type Lines = [u64; LineClass::ALL.len()];
+pub(crate) type Lines = [u64; LineClass::ALL.len()];
 
 /// Places of tenants in the queue's account; tenants whose labels' numbers differ by a multiple of it share one.
 const TENANTS: usize = 1024;

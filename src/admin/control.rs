@@ -25,7 +25,7 @@ use crate::clock;
 use crate::state::LiveState;
 
 /// The operations of the control API.
-pub trait Control: Debug + Send + Sync {
+pub(crate) trait Control: Debug + Send + Sync {
     /// Reads the configuration again and applies it, as a whole or not at all. It may take seconds.
     ///
     /// # Errors
@@ -47,8 +47,7 @@ pub trait Control: Debug + Send + Sync {
 
 /// The configuration in force after a reload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
-pub struct ReloadSummary {
+pub(crate) struct ReloadSummary {
     pub listeners: usize,
     pub pools: usize,
     pub tenants: usize,
@@ -59,14 +58,14 @@ pub struct ReloadSummary {
 
 /// Why a reload was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct ReloadRefusal {
+pub(crate) struct ReloadRefusal {
     /// Each fault; never empty.
     pub faults: Vec<RefusalDetail>,
 }
 
 /// One error of a refused configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct RefusalDetail {
+pub(crate) struct RefusalDetail {
     /// The file; none where no line of a file is at fault, but that the process cannot change so.
     pub file: Option<String>,
     /// The line, from 1.

@@ -46,7 +46,12 @@ const FOR_OTHERS: usize = 32;
 const BUFFERS: usize = 16 * 1024;
 
 /// Answers health checks until its task is dropped.
-pub async fn serve(socket: TcpListener, config: HealthConfig, live: Arc<LiveState>, turn: ServingSwitch) {
+pub(crate) async fn serve(
+    socket: TcpListener,
+    config: HealthConfig,
+    live: Arc<LiveState>,
+    turn: ServingSwitch,
+) {
     let socket = match serve::tcp(socket, BUFFERS) {
         Ok(socket) => socket,
         Err(error) => {

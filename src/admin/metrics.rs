@@ -57,7 +57,7 @@ const DURATION_BOUNDS: [Duration; 10] = [
 ///
 /// # Errors
 /// What the prometheus crate refuses: a name or label that breaks its rules.
-pub fn text(live: &Arc<LiveState>) -> prometheus::Result<String> {
+pub(crate) fn text(live: &Arc<LiveState>) -> prometheus::Result<String> {
     let registry = Registry::new();
     registry.register(Box::new(ProcessCollector::for_self()))?;
     registry.register(Box::new(MetricsCollector::new(Arc::clone(live))?))?;

@@ -58,12 +58,12 @@ const BATCH: usize = 8;
 
 /// Whether this process serves its pages. During a takeover the other process accepts at the same sockets.
 #[derive(Clone, Debug)]
-pub struct ServingSwitch(watch::Receiver<bool>);
+pub(crate) struct ServingSwitch(watch::Receiver<bool>);
 
 impl ServingSwitch {
     /// As this says.
     #[must_use]
-    pub fn new(serving: watch::Receiver<bool>) -> Self {
+    pub(crate) fn new(serving: watch::Receiver<bool>) -> Self {
         Self(serving)
     }
 
@@ -151,7 +151,7 @@ pub(super) async fn accept<L, F>(
                 Err(error) => {
                     let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
                     // Descriptor shortage: wait. A peer that closed: accept the next one at once.
-                    if !matches!(accept::classify(errno), AcceptError::Peer(_)) {
+                    if !matches!(accept::classify(errno), AcceptError::Peer) {
                         sleep(accept::PAUSE).await;
                     }
                     continue;

@@ -18,7 +18,7 @@ const TENANTS_SHOWN: usize = 500;
 
 /// The whole status document.
 #[derive(Debug, Serialize)]
-pub struct Status {
+pub(crate) struct Status {
     /// The version of the program.
     pub version: &'static str,
     /// Whether the health check is answered with 200.
@@ -51,7 +51,7 @@ pub struct Status {
 
 /// The progress of a drain.
 #[derive(Debug, Serialize)]
-pub struct DrainStatus {
+pub(crate) struct DrainStatus {
     /// `notice`: connections are still accepted; `closing`: listeners are closed.
     pub stage: &'static str,
     /// Sessions and flows that are left.
@@ -64,7 +64,7 @@ pub struct DrainStatus {
 
 /// One listener.
 #[derive(Debug, Serialize)]
-pub struct ListenerStatus {
+pub(crate) struct ListenerStatus {
     /// Its name.
     pub name: String,
     /// The address.
@@ -77,7 +77,7 @@ pub struct ListenerStatus {
 
 /// One pool.
 #[derive(Debug, Serialize)]
-pub struct PoolStatus {
+pub(crate) struct PoolStatus {
     /// Its name.
     pub name: String,
     /// Backends that get new sessions.
@@ -96,7 +96,7 @@ pub struct PoolStatus {
 
 /// One backend.
 #[derive(Debug, Serialize)]
-pub struct BackendStatus {
+pub(crate) struct BackendStatus {
     /// Its address.
     pub address: String,
     /// What probes say: `unknown`, `healthy` or `unhealthy`; or `ejected`, by sessions.
@@ -136,7 +136,7 @@ pub struct BackendStatus {
 
 /// One tenant, over all its listeners and pools.
 #[derive(Debug, Default, Serialize)]
-pub struct TenantStatus {
+pub(crate) struct TenantStatus {
     /// Its name.
     pub name: String,
     /// Sessions now.
@@ -161,7 +161,7 @@ pub struct TenantStatus {
 impl Status {
     /// The status now.
     #[must_use]
-    pub fn of(live: &LiveState) -> Self {
+    pub(crate) fn of(live: &LiveState) -> Self {
         let readiness = live.readiness();
         let snapshot = live.snapshot.load();
         let workers: Vec<u64> = live

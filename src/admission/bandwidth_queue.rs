@@ -97,12 +97,6 @@ impl WaiterList {
 }
 
 impl BandwidthQueue {
-    /// How many sessions and directions have joined.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.waiters.len()
-    }
-
     /// Whether no session and direction has joined.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -358,7 +352,7 @@ mod tests {
         for gone in [0, 2, 5] {
             queue.leave(keys[gone].take().unwrap(), at_ms(10));
         }
-        assert_eq!((queue.len(), quota.budget(WAY).waiters()), (3, 3));
+        assert_eq!((queue.waiters.len(), quota.budget(WAY).waiters()), (3, 3));
         assert_eq!(quota.budget(WAY).delayed(), Duration::from_millis(30), "three times 10 ms");
         let again = queue.join(&quota, WAY, Waker::noop(), at_ms(10));
         let order = [keys[1].take().unwrap(), keys[3].take().unwrap(), keys[4].take().unwrap(), again];

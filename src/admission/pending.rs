@@ -19,7 +19,7 @@ use crate::atomic::{AtomicUsize, Ordering};
 use crate::clock::Moment;
 
 /// The time that a connection has for its header where all places are taken.
-pub const LEAST_TIME: Duration = Duration::from_secs(2);
+pub(crate) const LEAST_TIME: Duration = Duration::from_secs(2);
 
 /// The slots of one listener for connections without a complete header.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use std::hash::Hash;
 use serde::{Deserialize, Serialize};
 
 use self::impact::LiveCounts;
-pub use self::impact::{BackendUsage, LiveCount, RouteUsage};
+pub(crate) use self::impact::{BackendUsage, LiveCount, RouteUsage};
 use self::render::keys;
 use super::table::{RawTable, Table};
 use super::tables::{RawAdmin, RawDns, RawDrain, RawHealth, RawLog, RawProcess, RawTimeouts};
@@ -20,7 +20,7 @@ use super::{BackendConfig, Config, ListenerConfig, PoolConfig, Protocol, TenantC
 
 /// The configuration in force, and the sessions that use it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct ActiveConfig<C = Config> {
+pub(crate) struct ActiveConfig<C = Config> {
     /// The version of the program that it is in force in.
     pub version: String,
     /// The configuration as checked.
@@ -34,8 +34,7 @@ pub struct ActiveConfig<C = Config> {
 /// The object of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum ChangedObject {
+pub(crate) enum ChangedObject {
     Table,
     Listener,
     Pool,
@@ -46,7 +45,7 @@ pub enum ChangedObject {
 /// The kind of change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum ChangeKind {
+pub(crate) enum ChangeKind {
     /// It comes.
     Added,
     /// It goes.
@@ -65,7 +64,7 @@ pub enum ChangeKind {
 
 /// A key whose value differs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct KeyChange {
+pub(crate) struct KeyChange {
     /// The key as the file has it.
     pub key: String,
     /// What is in force; none where that is nothing.
@@ -76,7 +75,7 @@ pub struct KeyChange {
 
 /// One changed object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct ConfigChange {
+pub(crate) struct ConfigChange {
     /// What it is.
     pub what: ChangedObject,
     /// Its name; of a backend its address, of a table its name in brackets.
@@ -96,7 +95,7 @@ pub struct ConfigChange {
 
 /// The changes of a reload.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct ConfigDiff {
+pub(crate) struct ConfigDiff {
     /// Each of it: tables, listeners, pools with their backends, tenants.
     pub changes: Vec<ConfigChange>,
     /// Sessions and flows that any of it concerns now, each counted once.
@@ -109,7 +108,7 @@ pub struct ConfigDiff {
 impl ConfigDiff {
     /// The changes if `next` replaced the configuration in force.
     #[must_use]
-    pub fn between(now: &ActiveConfig, next: &Config) -> Self {
+    pub(crate) fn between(now: &ActiveConfig, next: &Config) -> Self {
         let uses = LiveCounts::of(now);
         let mut changes = tables(&now.config, next, &uses);
         listeners(&now.config, next, &uses, &mut changes);
@@ -120,15 +119,9 @@ impl ConfigDiff {
         Self { changes, now: concerned, ends }
     }
 
-    /// Whether there is no change.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.changes.is_empty()
-    }
-
     /// Whether a reload would be refused.
     #[must_use]
-    pub fn is_refused(&self) -> bool {
+    pub(crate) fn is_refused(&self) -> bool {
         self.changes.iter().any(|change| change.kind == ChangeKind::Refused)
     }
 }

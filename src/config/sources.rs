@@ -10,7 +10,7 @@ use super::file;
 
 /// The files of a configuration, and the folders in which they come and go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ConfigSources {
+pub(crate) struct ConfigSources {
     /// The main file and what it includes, each with what the system says of it; `None` where it cannot be looked at.
     files: Vec<(PathBuf, Option<FileStamp>)>,
     /// What to watch: a file is replaced by another one in its folder, and a link by a link in its own.
@@ -44,7 +44,7 @@ impl ConfigSources {
     /// The sources of the configuration in this file, as they are now. Where its `include` cannot be read, those of
     /// `before` count: what a faulty file includes is not known.
     #[must_use]
-    pub fn of(main: &Path, before: &Self) -> Self {
+    pub(crate) fn of(main: &Path, before: &Self) -> Self {
         let patterns = file::includes(main);
         let home = main.parent().unwrap_or(Path::new(""));
         let mut files = vec![main.to_owned()];
@@ -71,7 +71,7 @@ impl ConfigSources {
 
     /// Whether the files are the same ones, with the same content as far as the system tells.
     #[must_use]
-    pub fn are_as(&self, before: &Self) -> bool {
+    pub(crate) fn are_as(&self, before: &Self) -> bool {
         self.files == before.files
     }
 }

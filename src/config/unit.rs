@@ -8,7 +8,7 @@ use ipnet::IpNet;
 /// Why a text cannot be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be {must}")]
-pub struct MalformedValue {
+pub(crate) struct MalformedValue {
     /// What it must be, to follow "must be".
     pub must: &'static str,
     /// What is wrong with the text, to follow the text itself; often empty.
@@ -16,18 +16,18 @@ pub struct MalformedValue {
 }
 
 /// What a duration must be.
-pub const DURATION: &str = "a duration with a unit, such as \"5s\" (ms, s, m or h)";
+pub(crate) const DURATION: &str = "a duration with a unit, such as \"5s\" (ms, s, m or h)";
 /// What a size must be.
-pub const SIZE: &str = "a size with a unit, such as \"64MiB\" (B, KiB, MiB, GiB, KB, MB or GB)";
+pub(crate) const SIZE: &str = "a size with a unit, such as \"64MiB\" (B, KiB, MiB, GiB, KB, MB or GB)";
 /// What a rate must be.
-pub const RATE: &str = "a rate with a unit of time, such as \"200/s\" (s, m or h)";
+pub(crate) const RATE: &str = "a rate with a unit of time, such as \"200/s\" (s, m or h)";
 /// What a bandwidth must be.
-pub const BANDWIDTH: &str = "a size with a unit in each second, such as \"50MiB/s\"";
+pub(crate) const BANDWIDTH: &str = "a size with a unit in each second, such as \"50MiB/s\"";
 /// What a bind must be.
-pub const PORTS: &str =
+pub(crate) const PORTS: &str =
     "an IP address and a port or a range of ports, such as \"0.0.0.0:8080\" or \"[::]:8080-8083\"";
 /// What a network must be.
-pub const NETWORK: &str = "a network, such as \"10.0.0.0/16\", or one IP address";
+pub(crate) const NETWORK: &str = "a network, such as \"10.0.0.0/16\", or one IP address";
 
 /// Nanoseconds of each unit of time.
 const TIMES: [(&str, u64); 4] =
@@ -47,7 +47,7 @@ const SIZES: [(&str, u64); 7] = [
 ///
 /// # Errors
 /// Where it is no number, has no unit or another one, or is longer.
-pub fn duration(text: &str) -> Result<Duration, MalformedValue> {
+pub(crate) fn duration(text: &str) -> Result<Duration, MalformedValue> {
     counted(text, &TIMES, DURATION, "at most 5124095h").map(Duration::from_nanos)
 }
 
@@ -55,7 +55,7 @@ pub fn duration(text: &str) -> Result<Duration, MalformedValue> {
 ///
 /// # Errors
 /// Where it is no number, has no unit or another one, or is more than 64 bits count.
-pub fn size(text: &str) -> Result<u64, MalformedValue> {
+pub(crate) fn size(text: &str) -> Result<u64, MalformedValue> {
     counted(text, &SIZES, SIZE, "at most 17179869183GiB")
 }
 
@@ -91,7 +91,7 @@ fn counted(
 ///
 /// # Errors
 /// Where it has another form, or is slower or faster.
-pub fn rate(text: &str) -> Result<Duration, MalformedValue> {
+pub(crate) fn rate(text: &str) -> Result<Duration, MalformedValue> {
     const FASTEST: u64 = 1_000;
     let (count, unit) =
         text.split_once('/').ok_or(MalformedValue { must: RATE, because: ", which has no unit" })?;
@@ -115,7 +115,7 @@ pub fn rate(text: &str) -> Result<Duration, MalformedValue> {
 ///
 /// # Errors
 /// Where it has another form, or is less than a KiB.
-pub fn bandwidth(text: &str) -> Result<u64, MalformedValue> {
+pub(crate) fn bandwidth(text: &str) -> Result<u64, MalformedValue> {
     const LEAST: u64 = 1 << 10;
     let per_second = text.strip_suffix("/s");
     let size =
@@ -128,7 +128,7 @@ pub fn bandwidth(text: &str) -> Result<u64, MalformedValue> {
 
 /// One address with a port, or with several in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BindPorts {
+pub(crate) struct BindPorts {
     /// The address with its first port; port 0 is the system's choice.
     pub first: SocketAddr,
     /// The last port, at least the first.
@@ -138,12 +138,12 @@ pub struct BindPorts {
 impl BindPorts {
     /// How many ports there are, at least one.
     #[must_use]
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         usize::from(self.last - self.first.port()) + 1
     }
 
     /// Each address with its port, in order.
-    pub fn iter(&self) -> impl Iterator<Item = SocketAddr> + use<> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = SocketAddr> + use<> {
         let first = self.first;
         (first.port()..=self.last).map(move |port| {
             let mut address = first;
@@ -157,7 +157,7 @@ impl BindPorts {
 ///
 /// # Errors
 /// Where the address or a port is none, or the range is reversed or holds port 0.
-pub fn ports(text: &str) -> Result<BindPorts, MalformedValue> {
+pub(crate) fn ports(text: &str) -> Result<BindPorts, MalformedValue> {
     let form = MalformedValue { must: PORTS, because: "" };
     let (host, range) = text.rsplit_once(':').ok_or(form)?;
     let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -193,7 +193,7 @@ fn without_brackets(host: &str) -> Option<MalformedValue> {
 ///
 /// # Errors
 /// Where it is neither.
-pub fn network(text: &str) -> Result<IpNet, MalformedValue> {
+pub(crate) fn network(text: &str) -> Result<IpNet, MalformedValue> {
     let network = match text.parse::<IpAddr>() {
         Ok(address) => Ok(IpNet::from(address)),
         Err(_) => text.parse::<IpNet>(),

@@ -72,8 +72,6 @@ pub struct TakeoverOffer {
     sockets: Vec<(OfferedSocket, OwnedFd)>,
     /// Readable once the old process is dead.
     old: OwnedFd,
-    /// The version of the old program.
-    pub program: String,
 }
 
 impl TakeoverOffer {
@@ -98,11 +96,11 @@ impl TakeoverOffer {
                 }
                 // Some were cut off: this process may not have so many descriptors.
                 LinkMessage::Sockets(_) => return Err(io::Error::from(Errno::MFILE).into()),
-                LinkMessage::AllSockets { program, pid } => {
+                LinkMessage::AllSockets { pid, .. } => {
                     let pid =
                         Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                     let old = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
-                    return Ok(Self { link, sockets, old, program });
+                    return Ok(Self { link, sockets, old });
                 }
                 LinkMessage::Refused { why } => return Err(TakeoverError::Refused(why)),
                 LinkMessage::Hello { .. }

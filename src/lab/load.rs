@@ -4,8 +4,8 @@
 //! are due at a fixed pace, and latency counts from when they were due.
 
 mod client_addresses;
-pub mod consumer;
-pub mod datagram_requests;
+pub(crate) mod consumer;
+pub(crate) mod datagram_requests;
 mod flow;
 pub mod schedule;
 mod session;

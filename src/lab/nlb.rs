@@ -3,9 +3,9 @@
 //! Its headers are encoded by the crate `proxy-protocol`, and the TLVs added here, so that what vestibule parses was
 //! not written by its own encoder.
 
-pub mod balancer;
+pub(crate) mod balancer;
 mod datagram;
-pub mod group;
+pub(crate) mod group;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};

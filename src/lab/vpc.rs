@@ -1,7 +1,7 @@
 //! Networks of their own on one machine: Linux network namespaces, made with iproute2's `ip`, and removed with all that
 //! runs in them. Nothing outside of them is touched: each pair of interfaces is made inside the two that it joins.
 
-pub mod run;
+pub(crate) mod run;
 
 use std::fs::File;
 use std::io;
@@ -21,14 +21,14 @@ const KILLED: Duration = Duration::from_secs(10);
 
 /// A network namespace, by its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Network(String);
+pub(crate) struct Network(String);
 
 impl Network {
     /// Makes it, with its loopback.
     ///
     /// # Errors
     /// What `ip` said.
-    pub fn make(name: &str) -> io::Result<Self> {
+    pub(crate) fn make(name: &str) -> io::Result<Self> {
         ip(&["netns", "add", name])?;
         let network = Self(name.to_owned());
         network.ip(&["link", "set", "lo", "up"])?;
@@ -39,7 +39,7 @@ impl Network {
     ///
     /// # Errors
     /// Where the folder cannot be read; that there is none is no error.
-    pub fn all(start: &str) -> io::Result<Vec<Self>> {
+    pub(crate) fn all(start: &str) -> io::Result<Vec<Self>> {
         let folder = match std::fs::read_dir(NAMED) {
             Ok(folder) => folder,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -57,7 +57,7 @@ impl Network {
 
     /// Its name.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.0
     }
 
@@ -65,7 +65,7 @@ impl Network {
     ///
     /// # Errors
     /// What `ip` said.
-    pub fn join(&self, addresses: &[&str], other: &Self, others: &[&str]) -> io::Result<()> {
+    pub(crate) fn join(&self, addresses: &[&str], other: &Self, others: &[&str]) -> io::Result<()> {
         self.ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", other.name()])?;
         for (network, addresses) in [(self, addresses), (other, others)] {
             for address in addresses {
@@ -82,7 +82,7 @@ impl Network {
 
     /// A program that will run in it, away from the terminal and from the group that Ctrl-C reaches.
     #[must_use]
-    pub fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(IP);
         command.args(["netns", "exec", self.name(), program]);
         // What a service manager has told this process is not for its children.
@@ -98,7 +98,7 @@ impl Network {
     ///
     /// # Errors
     /// Where there is none of its name, or the process may not.
-    pub fn enter(&self) -> io::Result<()> {
+    pub(crate) fn enter(&self) -> io::Result<()> {
         let link = File::open(format!("{NAMED}/{}", self.name()))?;
         Ok(move_into_link_name_space(link.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
@@ -107,7 +107,7 @@ impl Network {
     ///
     /// # Errors
     /// What the thread met.
-    pub fn inside<T: Send + 'static>(
+    pub(crate) fn inside<T: Send + 'static>(
         &self,
         act: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
@@ -123,7 +123,7 @@ impl Network {
     ///
     /// # Errors
     /// What `ip` said, or that a process does not end.
-    pub fn remove(&self) -> io::Result<()> {
+    pub(crate) fn remove(&self) -> io::Result<()> {
         let start = clock::now();
         loop {
             let output = ip(&["netns", "pids", self.name()])?;

@@ -17,29 +17,29 @@ use super::nlb::group::TargetGroupRules;
 use super::vpc::Network;
 use super::vpc::run::{self, LabRun, network_name};
 
-pub use self::nginx::{DOWNLOAD, LEN};
+pub(crate) use self::nginx::{DOWNLOAD, LEN};
 
 /// What all three networks are called by their owners.
-pub const CIDR: &str = "10.100.0.0/16";
+pub(crate) const CIDR: &str = "10.100.0.0/16";
 /// The client of each consumer: the same.
-pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 100, 0, 10);
+pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 100, 0, 10);
 /// The endpoint's interface in each consumer's network: the same.
-pub const ENDPOINT: Ipv4Addr = Ipv4Addr::new(10, 100, 0, 200);
+pub(crate) const ENDPOINT: Ipv4Addr = Ipv4Addr::new(10, 100, 0, 200);
 /// The load balancer's address in the provider's network.
-pub const NLB: Ipv4Addr = Ipv4Addr::new(10, 100, 1, 5);
+pub(crate) const NLB: Ipv4Addr = Ipv4Addr::new(10, 100, 1, 5);
 /// Where a proxy is the load balancer's target.
-pub const PORT: u16 = 8080;
+pub(crate) const PORT: u16 = 8080;
 /// Where a proxy's health is asked.
-pub const HEALTH: u16 = 8081;
+pub(crate) const HEALTH: u16 = 8081;
 /// Where a proxy's metrics and status are.
-pub const ADMIN: u16 = 9900;
+pub(crate) const ADMIN: u16 = 9900;
 /// The port of the endpoints and of the backends.
-pub const HTTP: u16 = 80;
+pub(crate) const HTTP: u16 = 80;
 /// The proxies.
-pub const PROXIES: [(&str, Ipv4Addr); 2] =
+pub(crate) const PROXIES: [(&str, Ipv4Addr); 2] =
     [("proxy-1", Ipv4Addr::new(10, 100, 2, 11)), ("proxy-2", Ipv4Addr::new(10, 100, 2, 12))];
 /// The tenants.
-pub const TENANTS: [LabTenant; 2] = [
+pub(crate) const TENANTS: [LabTenant; 2] = [
     LabTenant {
         name: "acme",
         endpoint: "vpce-0acce0000acce0000",
@@ -56,7 +56,7 @@ const ORDERS: &str = "nlb.sock";
 
 /// What the load balancer's target group is set to. Times are shorter than an NLB allows: the hands-on is watched. What
 /// drains by its health check must not have its flows reset when the check fails.
-pub const RULES: TargetGroupRules = TargetGroupRules {
+pub(crate) const RULES: TargetGroupRules = TargetGroupRules {
     interval: Duration::from_secs(1),
     timeout: Duration::from_secs(3),
     healthy: 2,
@@ -69,7 +69,7 @@ pub const RULES: TargetGroupRules = TargetGroupRules {
 
 /// A tenant, with its consumer on one side and its pool on the other.
 #[derive(Clone, Copy, Debug)]
-pub struct LabTenant {
+pub(crate) struct LabTenant {
     /// Its name.
     pub name: &'static str,
     /// Its interface endpoint's ID.
@@ -80,7 +80,7 @@ pub struct LabTenant {
 
 /// The programs to run.
 #[derive(Clone, Debug)]
-pub struct LabPrograms {
+pub(crate) struct LabPrograms {
     /// This one.
     pub vestibule: PathBuf,
     /// nginx, which may lie where an ordinary PATH does not look.
@@ -89,7 +89,7 @@ pub struct LabPrograms {
 
 /// The world, which ends with this unless it is kept.
 #[derive(Debug)]
-pub struct LabWorld {
+pub(crate) struct LabWorld {
     run: LabRun,
     provider: Network,
     programs: LabPrograms,
@@ -102,7 +102,7 @@ impl LabWorld {
     ///
     /// # Errors
     /// What the system refused; nothing is left then.
-    pub fn make(programs: LabPrograms) -> io::Result<Self> {
+    pub(crate) fn make(programs: LabPrograms) -> io::Result<Self> {
         let run = LabRun::begin()?;
         let provider = run.network("provider")?;
         let with_mask = |address: &Ipv4Addr| format!("{address}/16");
@@ -121,7 +121,7 @@ impl LabWorld {
     ///
     /// # Errors
     /// What the system refused.
-    pub fn start(&mut self) -> io::Result<()> {
+    pub(crate) fn start(&mut self) -> io::Result<()> {
         nginx::write_download(&self.folder())?;
         for (backend, _) in TENANTS.into_iter().flat_map(|tenant| tenant.backends) {
             self.start_backend(backend)?;
@@ -139,7 +139,7 @@ impl LabWorld {
     ///
     /// # Errors
     /// What the system refused, or that there is none of this name.
-    pub fn start_backend(&mut self, name: &str) -> io::Result<()> {
+    pub(crate) fn start_backend(&mut self, name: &str) -> io::Result<()> {
         let mut backends = TENANTS.into_iter().flat_map(|tenant| tenant.backends);
         let (name, address) =
             backends.find(|(backend, _)| *backend == name).ok_or(io::ErrorKind::NotFound)?;
@@ -154,7 +154,7 @@ impl LabWorld {
     ///
     /// # Errors
     /// What the system refused.
-    pub fn start_proxy(&mut self, name: &str) -> io::Result<()> {
+    pub(crate) fn start_proxy(&mut self, name: &str) -> io::Result<()> {
         let mut command = self.provider.command(&self.programs.vestibule.to_string_lossy());
         command.args(["serve", "--config"]).arg(self.folder().join(format!("{name}.toml")));
         self.spawn(name, command)
@@ -170,12 +170,12 @@ impl LabWorld {
     }
 
     /// One that was started.
-    pub fn child(&mut self, name: &str) -> Option<&mut Child> {
+    pub(crate) fn child(&mut self, name: &str) -> Option<&mut Child> {
         self.children.iter_mut().find(|(known, _)| known == name).map(|(_, child)| child)
     }
 
     /// The first program that has exited unexpectedly.
-    pub fn ended(&mut self) -> Option<String> {
+    pub(crate) fn ended(&mut self) -> Option<String> {
         let ended = |child: &mut Child| child.try_wait().is_ok_and(|status| status.is_some());
         self.children.iter_mut().find_map(|(name, child)| ended(child).then(|| name.clone()))
     }
@@ -184,31 +184,31 @@ impl LabWorld {
     ///
     /// # Errors
     /// Where it is not there.
-    pub fn network(&self, name: &str) -> io::Result<Network> {
+    pub(crate) fn network(&self, name: &str) -> io::Result<Network> {
         network(self.run.name(), name)
     }
 
     /// The run's name.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.run.name()
     }
 
     /// Where configurations, logs and the load balancer's socket are.
     #[must_use]
-    pub fn folder(&self) -> PathBuf {
+    pub(crate) fn folder(&self) -> PathBuf {
         self.run.folder()
     }
 
     /// What a process has said.
     #[must_use]
-    pub fn log(&self, name: &str) -> PathBuf {
+    pub(crate) fn log(&self, name: &str) -> PathBuf {
         self.folder().join(format!("{name}.log"))
     }
 
     /// Where the load balancer takes orders.
     #[must_use]
-    pub fn orders(&self) -> PathBuf {
+    pub(crate) fn orders(&self) -> PathBuf {
         self.folder().join(ORDERS)
     }
 
@@ -216,7 +216,7 @@ impl LabWorld {
     ///
     /// # Errors
     /// Where that cannot be noted.
-    pub fn keep(mut self) -> io::Result<()> {
+    pub(crate) fn keep(mut self) -> io::Result<()> {
         self.children.clear();
         self.run.keep()
     }
@@ -225,7 +225,7 @@ impl LabWorld {
     ///
     /// # Errors
     /// What could not be removed.
-    pub fn remove(mut self) -> io::Result<()> {
+    pub(crate) fn remove(mut self) -> io::Result<()> {
         self.kill();
         self.run.remove()
     }
@@ -256,7 +256,7 @@ fn network(run: &str, name: &str) -> io::Result<Network> {
 ///
 /// # Errors
 /// Why it cannot go on.
-pub async fn balance(run: &str) -> io::Result<()> {
+pub(crate) async fn balance(run: &str) -> io::Result<()> {
     let targets = PROXIES.map(|(_, address)| SocketAddr::from((address, PORT)));
     let balancer = Balancer::new(RULES, &targets, HEALTH, "/healthz");
     let mut tasks = JoinSet::new();

@@ -7,7 +7,7 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 
 /// The schedule of lookups of one name.
 #[derive(Clone, Copy, Debug)]
-pub struct LookupSchedule {
+pub(crate) struct LookupSchedule {
     min: Duration,
     max: Duration,
     /// After the next failure; `None` where the last lookup did not fail.
@@ -17,24 +17,24 @@ pub struct LookupSchedule {
 impl LookupSchedule {
     /// An answer holds `min` at least and `max` at most.
     #[must_use]
-    pub const fn new(min: Duration, max: Duration) -> Self {
+    pub(crate) const fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, retry: None }
     }
 
     /// Whether the last lookup failed.
     #[must_use]
-    pub const fn is_failing(self) -> bool {
+    pub(crate) const fn is_failing(self) -> bool {
         self.retry.is_some()
     }
 
     /// The time to the next question after an answer that holds for `ttl`.
-    pub fn found(&mut self, ttl: Duration) -> Duration {
+    pub(crate) fn found(&mut self, ttl: Duration) -> Duration {
         self.retry = None;
         ttl.min(self.max).max(self.min)
     }
 
     /// The time to the next question after a failure: it doubles with each that follows.
-    pub fn failed(&mut self) -> Duration {
+    pub(crate) fn failed(&mut self) -> Duration {
         let first = self.min.max(FIRST_RETRY);
         let time = self.retry.unwrap_or(first);
         self.retry = Some(time.saturating_mul(2).min(self.max.max(first)));
@@ -44,7 +44,7 @@ impl LookupSchedule {
 
 /// `time` and up to a tenth more, by a `roll` from 0 to 1: names that were asked for at once do not stay together.
 #[must_use]
-pub fn spread(time: Duration, roll: f64) -> Duration {
+pub(crate) fn spread(time: Duration, roll: f64) -> Duration {
     time.saturating_add((time / 10).mul_f64(roll.clamp(0.0, 1.0)))
 }
 

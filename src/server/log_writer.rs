@@ -94,7 +94,7 @@ fn refused(path: &Path) -> impl Fn(io::Error) -> StartError {
 ///
 /// # Errors
 /// Why it could not be opened.
-pub fn check(log: &AccessLogTarget) -> Result<(), StartError> {
+pub(crate) fn check(log: &AccessLogTarget) -> Result<(), StartError> {
     match log {
         AccessLogTarget::File(path) if path.is_symlink() => Err(refused(path)(is_link())),
         AccessLogTarget::Off | AccessLogTarget::Stdout | AccessLogTarget::File(_) => Ok(()),

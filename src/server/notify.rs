@@ -24,14 +24,14 @@ const SELDOM: u32 = 5;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Reports readiness: at the start, and again after a reload.
-pub fn ready() {
+pub(crate) fn ready() {
     notify(&[NotifyState::Ready]);
 }
 
 /// A process serves in this one's place, once it says [`ready`] itself.
 ///
 /// Sent before this returns: the process may end at once after a handover.
-pub fn main_pid(pid: u32) {
+pub(crate) fn main_pid(pid: u32) {
     if let Err(error) = sd_notify::notify(&[NotifyState::MainPid(pid)]) {
         tracing::warn!(%error, "cannot notify systemd");
     }

@@ -250,7 +250,7 @@ async fn accept(
         };
         match accepted {
             Ok(()) => short = false,
-            Err(AcceptError::Peer(_)) => cells.errors_peer.add(1),
+            Err(AcceptError::Peer) => cells.errors_peer.add(1),
             Err(AcceptError::Shortage(error)) => {
                 cells.errors_shortage.add(1);
                 if !std::mem::replace(&mut short, true) {

@@ -58,12 +58,6 @@ impl RestartNeeded {
         if differing.is_empty() { Ok(()) } else { Err(Self(differing)) }
     }
 
-    /// The tables.
-    #[must_use]
-    pub fn tables(&self) -> &[&'static str] {
-        &self.0
-    }
-
     /// What the operator is told, a message for each table.
     pub fn messages(&self) -> impl Iterator<Item = String> + '_ {
         self.0

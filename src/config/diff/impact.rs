@@ -11,8 +11,7 @@ use crate::config::{Config, OnRevoke, TenantConfig};
 
 /// Sessions or flows of a listener, a tenant and a pool now. Before a session's tenant is known, the two are empty.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
-pub struct RouteUsage {
+pub(crate) struct RouteUsage {
     pub listener: String,
     pub tenant: String,
     pub pool: String,
@@ -21,8 +20,7 @@ pub struct RouteUsage {
 
 /// Sessions and flows of a backend now.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
-pub struct BackendUsage {
+pub(crate) struct BackendUsage {
     pub pool: String,
     pub backend: String,
     pub now: u64,
@@ -30,8 +28,7 @@ pub struct BackendUsage {
 
 /// A number of sessions and flows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
-pub struct LiveCount {
+pub(crate) struct LiveCount {
     pub sessions: u64,
     pub flows: u64,
 }
@@ -39,7 +36,7 @@ pub struct LiveCount {
 impl LiveCount {
     /// Whether there is none of either.
     #[must_use]
-    pub fn is_nothing(self) -> bool {
+    pub(crate) fn is_nothing(self) -> bool {
         self == Self::default()
     }
 }

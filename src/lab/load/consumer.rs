@@ -23,7 +23,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// What a load has seen so far.
 #[derive(Clone, Debug, Default)]
-pub struct ConsumerReport {
+pub(crate) struct ConsumerReport {
     /// Requests that were answered by the right pool.
     pub answered: u64,
     /// Requests that got no answer, or one that could not be read.
@@ -38,7 +38,7 @@ pub struct ConsumerReport {
 
 /// What one backend has answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct AnswerCounts {
+pub(crate) struct AnswerCounts {
     /// How often.
     pub count: u64,
     /// The clients that it saw, as the header tells, at most 16 of them.
@@ -50,7 +50,7 @@ const CLIENTS: usize = 16;
 
 /// How it is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConsumerRequest {
+pub(crate) enum ConsumerRequest {
     /// An HTTP request over a connection of its own.
     Http,
     /// A datagram. Every so often another port asks, and so another flow.
@@ -59,7 +59,7 @@ pub enum ConsumerRequest {
 
 /// One consumer's load.
 #[derive(Debug)]
-pub struct ConsumerLoad {
+pub(crate) struct ConsumerLoad {
     target: SocketAddr,
     asks: ConsumerRequest,
     /// What the names of the right pool's backends start with.
@@ -78,18 +78,18 @@ impl ConsumerLoad {
     /// A load on `target`, whose answers should come from backends whose names start with `expected`; `pause` lies
     /// between an answer and the next request.
     #[must_use]
-    pub fn new(target: SocketAddr, asks: ConsumerRequest, expected: &str, pause: Duration) -> Self {
+    pub(crate) fn new(target: SocketAddr, asks: ConsumerRequest, expected: &str, pause: Duration) -> Self {
         Self { target, asks, expected: expected.to_owned(), pause, report: Mutex::default() }
     }
 
     /// What it has seen so far.
     #[must_use]
-    pub fn report(&self) -> ConsumerReport {
+    pub(crate) fn report(&self) -> ConsumerReport {
         lock(&self.report).clone()
     }
 
     /// Sends requests until `stop` says so; the one under way then is finished.
-    pub async fn run(&self, stop: watch::Receiver<bool>) {
+    pub(crate) async fn run(&self, stop: watch::Receiver<bool>) {
         let mut flow = None;
         while !*stop.borrow() {
             let start = clock::now();

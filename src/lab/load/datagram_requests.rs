@@ -10,7 +10,7 @@ const REMEMBERED: usize = 1024;
 
 /// The numbered questions of one flow.
 #[derive(Debug)]
-pub struct DatagramRequests {
+pub(crate) struct DatagramRequests {
     /// When an answer no longer counts.
     timeout: Duration,
     all: VecDeque<DatagramRequest>,
@@ -39,7 +39,7 @@ enum RequestFate {
 
 /// What an answer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RequestAnswer {
+pub(crate) enum RequestAnswer {
     /// The first to its question, which was due then; whether a later question was answered before.
     First(Moment, bool),
     /// One more to a question that has its answer.
@@ -53,30 +53,30 @@ pub enum RequestAnswer {
 impl DatagramRequests {
     /// None yet. An answer after `timeout` is late.
     #[must_use]
-    pub fn new(timeout: Duration) -> Self {
+    pub(crate) fn new(timeout: Duration) -> Self {
         Self { timeout, all: VecDeque::new(), first: 0, oldest: 0, open: 0, highest: None }
     }
 
     /// When an answer no longer counts.
     #[must_use]
-    pub fn timeout(&self) -> Duration {
+    pub(crate) fn timeout(&self) -> Duration {
         self.timeout
     }
 
     /// Questions without an answer.
     #[must_use]
-    pub fn open(&self) -> usize {
+    pub(crate) fn open(&self) -> usize {
         self.open
     }
 
     /// The number of the next question.
     #[must_use]
-    pub fn next(&self) -> u64 {
+    pub(crate) fn next(&self) -> u64 {
         self.first + self.all.len() as u64
     }
 
     /// The next question has been sent; it was due then.
-    pub fn ask(&mut self, due: Moment, now: Moment) {
+    pub(crate) fn ask(&mut self, due: Moment, now: Moment) {
         self.all.push_back(DatagramRequest { due, sent: now, fate: RequestFate::Open });
         self.open += 1;
         while self.first < self.oldest && self.all.len() > self.open + REMEMBERED {
@@ -86,7 +86,7 @@ impl DatagramRequests {
     }
 
     /// An answer to the question of this number has come.
-    pub fn answer(&mut self, number: u64) -> RequestAnswer {
+    pub(crate) fn answer(&mut self, number: u64) -> RequestAnswer {
         let Some(place) = number.checked_sub(self.first) else { return RequestAnswer::Late };
         let question = usize::try_from(place).ok().and_then(|place| self.all.get_mut(place));
         let Some(question) = question else { return RequestAnswer::Unasked };
@@ -104,7 +104,7 @@ impl DatagramRequests {
     }
 
     /// Gives up what was sent too long ago: `lost` is told when each was due.
-    pub fn expire(&mut self, now: Moment, mut lost: impl FnMut(Moment)) {
+    pub(crate) fn expire(&mut self, now: Moment, mut lost: impl FnMut(Moment)) {
         while let Some(place) = usize::try_from(self.oldest - self.first).ok()
             && let Some(question) = self.all.get_mut(place)
         {

@@ -33,7 +33,7 @@ const ANSWER: u64 = 1024;
 
 /// A load balancer. Its flows end with it.
 #[derive(Clone, Debug)]
-pub struct Balancer {
+pub(crate) struct Balancer {
     rules: TargetGroupRules,
     /// Where targets' health is asked: the path, and the port.
     health: (u16, Arc<str>),
@@ -43,7 +43,7 @@ pub struct Balancer {
 impl Balancer {
     /// A load balancer for these targets, whose health is asked at `path` of another port.
     #[must_use]
-    pub fn new(rules: TargetGroupRules, targets: &[SocketAddr], health: u16, path: &str) -> Self {
+    pub(crate) fn new(rules: TargetGroupRules, targets: &[SocketAddr], health: u16, path: &str) -> Self {
         let mut group = TargetGroup::new(rules);
         for target in targets {
             group.register(*target);
@@ -53,12 +53,12 @@ impl Balancer {
 
     /// What is thought of the targets.
     #[must_use]
-    pub fn describe(&self) -> Vec<TargetDescription> {
+    pub(crate) fn describe(&self) -> Vec<TargetDescription> {
         lock(&self.group).describe()
     }
 
     /// Serves an endpoint: each connection that `socket` accepts goes to a target, behind a header.
-    pub async fn serve(self, socket: TcpListener, endpoint: String) {
+    pub(crate) async fn serve(self, socket: TcpListener, endpoint: String) {
         let mut flows = Tasks::new();
         loop {
             let consumer = accept(&socket).await;
@@ -72,7 +72,7 @@ impl Balancer {
     }
 
     /// Checks every target, one round after the other.
-    pub async fn check(self) {
+    pub(crate) async fn check(self) {
         loop {
             let targets: Vec<_> = lock(&self.group).checked().collect();
             let mut checks = tokio::task::JoinSet::new();
@@ -97,7 +97,7 @@ impl Balancer {
     ///
     /// # Errors
     /// Where the socket cannot be made, or fails.
-    pub async fn obey(self, socket: &Path) -> io::Result<()> {
+    pub(crate) async fn obey(self, socket: &Path) -> io::Result<()> {
         let router = Router::new()
             .route("/targets", get(async |State(balancer): State<Self>| Json(balancer.describe())))
             .route("/register/{target}", post(register))

@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 /// What the group is set to. The defaults are those of an NLB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TargetGroupRules {
+pub(crate) struct TargetGroupRules {
     /// From one health check of a target to its next.
     pub interval: Duration,
     /// What one check may take.
@@ -47,7 +47,7 @@ impl Default for TargetGroupRules {
 /// What the load balancer thinks of a target, in its own words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum TargetHealth {
+pub(crate) enum TargetHealth {
     /// No check has ended yet.
     Initial,
     /// It gets flows.
@@ -60,7 +60,7 @@ pub enum TargetHealth {
 
 /// One target, as the load balancer tells of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct TargetDescription {
+pub(crate) struct TargetDescription {
     /// Where flows go.
     pub address: SocketAddr,
     /// What is thought of it.
@@ -87,11 +87,11 @@ struct GroupTarget {
 }
 
 /// A flow's target, and the order that ends the flow early.
-pub type Chosen = (SocketAddr, watch::Receiver<bool>);
+pub(crate) type Chosen = (SocketAddr, watch::Receiver<bool>);
 
 /// The targets of a listener.
 #[derive(Debug)]
-pub struct TargetGroup {
+pub(crate) struct TargetGroup {
     rules: TargetGroupRules,
     targets: Vec<GroupTarget>,
 }
@@ -99,12 +99,12 @@ pub struct TargetGroup {
 impl TargetGroup {
     /// A group without targets.
     #[must_use]
-    pub fn new(rules: TargetGroupRules) -> Self {
+    pub(crate) fn new(rules: TargetGroupRules) -> Self {
         Self { rules, targets: Vec::new() }
     }
 
     /// Takes a target in, as a new one where it was draining.
-    pub fn register(&mut self, address: SocketAddr) {
+    pub(crate) fn register(&mut self, address: SocketAddr) {
         self.targets.retain(|target| target.address != address || target.standing != TargetHealth::Draining);
         if self.find(address).is_none() {
             let (standing, reason) = (TargetHealth::Initial, "registered".to_owned());
@@ -114,14 +114,14 @@ impl TargetGroup {
     }
 
     /// Gives a target no new flows. Whether there is one.
-    pub fn deregister(&mut self, address: SocketAddr) -> bool {
+    pub(crate) fn deregister(&mut self, address: SocketAddr) -> bool {
         let Some(target) = self.find(address) else { return false };
         (target.standing, target.reason) = (TargetHealth::Draining, "deregistered".to_owned());
         true
     }
 
     /// The end of the deregistration delay: the target is forgotten, where it was not registered again meanwhile.
-    pub fn forget(&mut self, address: SocketAddr) {
+    pub(crate) fn forget(&mut self, address: SocketAddr) {
         let over =
             |target: &GroupTarget| target.address == address && target.standing == TargetHealth::Draining;
         for target in self.targets.iter().filter(|target| over(target) && self.rules.reset_deregistered) {
@@ -131,7 +131,7 @@ impl TargetGroup {
     }
 
     /// Takes in what a check of a target said.
-    pub fn note(&mut self, address: SocketAddr, said: Result<String, String>) {
+    pub(crate) fn note(&mut self, address: SocketAddr, said: Result<String, String>) {
         let rules = self.rules;
         let Some(target) = self.find(address) else { return };
         let (passed, reason) = match said {
@@ -161,7 +161,7 @@ impl TargetGroup {
 
     /// The target of a flow: the same for the same flow as long as the same targets are healthy. Where none is, all
     /// are used, as an NLB fails open.
-    pub fn choose(&mut self, flow: &[u8]) -> Option<Chosen> {
+    pub(crate) fn choose(&mut self, flow: &[u8]) -> Option<Chosen> {
         let any_healthy = self.targets.iter().any(|target| target.standing == TargetHealth::Healthy);
         let usable = |target: &&mut GroupTarget| match target.standing {
             TargetHealth::Healthy => true,
@@ -177,7 +177,7 @@ impl TargetGroup {
     }
 
     /// Those that are checked.
-    pub fn checked(&self) -> impl Iterator<Item = SocketAddr> {
+    pub(crate) fn checked(&self) -> impl Iterator<Item = SocketAddr> {
         self.targets
             .iter()
             .filter(|target| target.standing != TargetHealth::Draining)
@@ -186,7 +186,7 @@ impl TargetGroup {
 
     /// What an operator is told.
     #[must_use]
-    pub fn describe(&self) -> Vec<TargetDescription> {
+    pub(crate) fn describe(&self) -> Vec<TargetDescription> {
         let describe = |target: &GroupTarget| TargetDescription {
             address: target.address,
             state: target.standing,

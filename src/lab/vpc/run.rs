@@ -22,7 +22,7 @@ const NAMES: usize = 100;
 
 /// A run: all that it has made is removed with it, unless it is kept.
 #[derive(Debug)]
-pub struct LabRun {
+pub(crate) struct LabRun {
     name: String,
     /// The lock.
     _held: File,
@@ -31,7 +31,7 @@ pub struct LabRun {
 
 /// What became of a run that was to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Removal {
+pub(crate) enum Removal {
     /// It is gone.
     Removed,
     /// A command is using it.
@@ -43,7 +43,7 @@ impl LabRun {
     ///
     /// # Errors
     /// Where the folder cannot be made.
-    pub fn begin() -> io::Result<Self> {
+    pub(crate) fn begin() -> io::Result<Self> {
         let _alone = alone()?;
         for _ in 0..NAMES {
             let name = format!("{:04x}", fastrand::u16(1..));
@@ -61,13 +61,13 @@ impl LabRun {
 
     /// Its name.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Its folder.
     #[must_use]
-    pub fn folder(&self) -> PathBuf {
+    pub(crate) fn folder(&self) -> PathBuf {
         folder(&self.name)
     }
 
@@ -75,7 +75,7 @@ impl LabRun {
     ///
     /// # Errors
     /// What `ip` said.
-    pub fn network(&self, name: &str) -> io::Result<Network> {
+    pub(crate) fn network(&self, name: &str) -> io::Result<Network> {
         Network::make(&network_name(&self.name, name))
     }
 
@@ -83,7 +83,7 @@ impl LabRun {
     ///
     /// # Errors
     /// Where its folder cannot be written to.
-    pub fn keep(&mut self) -> io::Result<()> {
+    pub(crate) fn keep(&mut self) -> io::Result<()> {
         File::create(self.folder().join(KEPT))?;
         self.kept = true;
         Ok(())
@@ -93,7 +93,7 @@ impl LabRun {
     ///
     /// # Errors
     /// What could not be removed.
-    pub fn remove(&mut self) -> io::Result<()> {
+    pub(crate) fn remove(&mut self) -> io::Result<()> {
         // Tried once: what cannot be removed here can be by the next run, or by hand.
         self.kept = true;
         remove_all(&self.name)
@@ -112,7 +112,7 @@ impl Drop for LabRun {
 
 /// What a network of a run is called.
 #[must_use]
-pub fn network_name(run: &str, network: &str) -> String {
+pub(crate) fn network_name(run: &str, network: &str) -> String {
     format!("{PREFIX}-{run}-{network}")
 }
 
@@ -120,7 +120,7 @@ pub fn network_name(run: &str, network: &str) -> String {
 ///
 /// # Errors
 /// Where the folder cannot be read.
-pub fn all() -> io::Result<Vec<(String, bool)>> {
+pub(crate) fn all() -> io::Result<Vec<(String, bool)>> {
     let mut found = Vec::new();
     fs::create_dir_all(FOLDER)?;
     for entry in fs::read_dir(FOLDER)? {
@@ -138,7 +138,7 @@ pub fn all() -> io::Result<Vec<(String, bool)>> {
 ///
 /// # Errors
 /// What could not be removed.
-pub fn sweep() -> io::Result<Vec<String>> {
+pub(crate) fn sweep() -> io::Result<Vec<String>> {
     let mut removed = Vec::new();
     for (name, _) in all()?.into_iter().filter(|(_, kept)| !kept) {
         if remove(&name)? == Removal::Removed {
@@ -152,7 +152,7 @@ pub fn sweep() -> io::Result<Vec<String>> {
 ///
 /// # Errors
 /// What could not be removed.
-pub fn remove(name: &str) -> io::Result<Removal> {
+pub(crate) fn remove(name: &str) -> io::Result<Removal> {
     let _alone = alone()?;
     match File::open(folder(name).join(HELD)) {
         Ok(held) => match flock(&held, FlockOperation::NonBlockingLockExclusive) {
@@ -187,6 +187,6 @@ fn alone() -> io::Result<File> {
 
 /// Where a run has its files.
 #[must_use]
-pub fn folder(name: &str) -> PathBuf {
+pub(crate) fn folder(name: &str) -> PathBuf {
     Path::new(FOLDER).join(name)
 }

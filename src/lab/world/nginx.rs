@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// What a long download is called, in the folder that all backends share.
-pub const DOWNLOAD: &str = "download";
+pub(crate) const DOWNLOAD: &str = "download";
 /// How long it is: half a dozen seconds at nginx's limit.
-pub const LEN: usize = 1024 * 1024;
+pub(crate) const LEN: usize = 1024 * 1024;
 /// How fast a backend sends it.
 const RATE: &str = "160k";
 
