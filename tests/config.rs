@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use vestibule::config::{
     AccessLogTarget, BackendConfig, BackendTarget, Balance, BandwidthLimit, BareDatagrams, Config,
     ConfigErrors, DnsConfig, EjectionConfig, Fallback, LimitMode, ListenerIdentity, LogFormat, LogLevel,
-    OnRevoke, ProbeCheck, ProbeConfig, Protocol, QueueConfig, RateLimit, TenantLimits,
+    OnRevoke, Presence, ProbeCheck, ProbeConfig, Protocol, QueueConfig, RateLimit, TABLES, TenantLimits,
 };
 
 fn load(path: impl AsRef<Path>) -> Result<Config, ConfigErrors> {
@@ -134,6 +134,32 @@ fn the_reference_is_valid_and_says_the_defaults() {
     let all =
         Config::parse("config/all.toml", &text.replace("# include = [\"", "include = [\"config/")).unwrap();
     assert_eq!(all.tenants[2].labels["plan"], "silver", "the include is read");
+}
+
+#[test]
+fn keys_that_are_comments_in_the_reference_are_valid_or_belong_to_another_value() {
+    let reference = std::fs::read_to_string("config/reference.toml").unwrap();
+    let mut keys = 0;
+    for line in reference.lines() {
+        let Some(key) =
+            line.strip_prefix("# ").filter(|key| key.split("  # ").next().unwrap().contains(" = "))
+        else {
+            continue;
+        };
+        // The table of the backends follows.
+        if key.starts_with("backends") {
+            continue;
+        }
+        keys += 1;
+        let faults = Config::parse("reference.toml", &reference.replacen(line, key, 1)).err();
+        let faults = faults.iter().flatten().map(ToString::to_string);
+        let others: Vec<_> = faults.filter(|fault| !fault.contains(": must be absent where ")).collect();
+        assert!(others.is_empty(), "{key}: {others:?}");
+    }
+    let optional = TABLES.iter().flat_map(|table| table.keys);
+    let optional =
+        optional.filter(|key| matches!(key.presence, Presence::Optional(_) | Presence::Conditional(_)));
+    assert_eq!(keys, optional.count());
 }
 
 #[test]
