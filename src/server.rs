@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 
-use self::drain::DrainStage;
+use self::drain::WorkerStage;
 use self::failure::EssentialTask;
 use self::inherit::InheritedSockets;
 use self::listen_sockets::BoundSocket;
@@ -200,7 +200,7 @@ impl Server {
         let BoundSockets { admin, health, control, file, listeners: sockets } =
             BoundSockets::bind(config, workers, &mut inherited)?;
         let resolver = first_resolver(config, &live)?;
-        let (stage, stages) = watch::channel(DrainStage::Serving);
+        let (stage, stages) = watch::channel(WorkerStage::Serving);
         let (drain, drains) = watch::channel(false);
         let (serving, turn) = watch::channel(takeover.is_none());
         let pages = takeover::pages(config, [&admin, &health], control.as_ref(), file.is_some())?;
@@ -265,7 +265,7 @@ impl Server {
         ears: impl Iterator<
             Item = (mpsc::Receiver<worker_sockets::SocketCommand>, mpsc::Receiver<TransferCommand>),
         >,
-        stages: &watch::Receiver<DrainStage>,
+        stages: &watch::Receiver<WorkerStage>,
     ) -> Result<(), StartError> {
         let mut access_log = None;
         if let Some(log) = log_writer::open(&config.log.access, sockets.len(), Arc::clone(&self.live.log))? {
@@ -375,14 +375,14 @@ impl Server {
 
     /// Ends every session at once.
     pub fn end(&self) {
-        self.process.stage.send_replace(DrainStage::Over);
+        self.process.stage.send_replace(WorkerStage::Over);
     }
 
     /// A closure that does [`end`](Self::end), while another thread waits in [`join`](Self::join).
     pub fn end_fn(&self) -> impl Fn() + use<> {
         let stage = self.process.stage.clone();
         move || {
-            stage.send_replace(DrainStage::Over);
+            stage.send_replace(WorkerStage::Over);
         }
     }
 
@@ -452,7 +452,7 @@ struct ControlThread {
     loads: Arc<WorkerLoads>,
     admin: AdminListeners,
     health: (TcpListener, HealthConfig),
-    stage: watch::Sender<DrainStage>,
+    stage: watch::Sender<WorkerStage>,
     drains: watch::Receiver<bool>,
 }
 

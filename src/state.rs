@@ -32,11 +32,11 @@ use crate::pool::Pool;
 use crate::tenant::{self, Tenant, TenantDirectory};
 
 mod changes;
-pub mod draining;
+mod config_replacement;
+pub mod drain_progress;
 mod fold;
 mod listener_rows;
 pub(crate) mod rejection_log;
-mod reload;
 mod revocation;
 mod shared_pools;
 mod stopped_listeners;
@@ -44,10 +44,10 @@ mod takeovers;
 pub mod worker_loads;
 
 pub use self::changes::{ChangeCount, ConfigChanges};
-use self::draining::{DrainPhase, DrainState};
+pub use self::config_replacement::{ConfigReplacement, ReloadHistory, RestartNeeded};
+use self::drain_progress::{DrainPhase, DrainProgress};
 use self::listener_rows::ListenerRows;
 use self::rejection_log::StrayLogLimit;
-pub use self::reload::{PendingReload, ReloadHistory, RestartNeeded};
 pub use self::stopped_listeners::{StoppedListener, StoppedListeners};
 pub use self::takeovers::TakeoverCounters;
 
@@ -302,7 +302,7 @@ pub struct LiveState {
     /// Connections of the health port, the admin address and the admin socket.
     pub admin_connections: AdminConnections,
     /// How far the process has come to its end.
-    pub draining: DrainState,
+    pub draining: DrainProgress,
     /// What is configured, for the workers to fold the counts of all else.
     pub configured: ArcSwap<ConfiguredLabels>,
     swept: Mutex<fold::FoldTrigger>,
@@ -376,7 +376,7 @@ impl LiveState {
             replaced: Mutex::default(),
             takeovers: TakeoverCounters::default(),
             admin_connections: AdminConnections::default(),
-            draining: DrainState::default(),
+            draining: DrainProgress::default(),
             configured,
             swept: Mutex::default(),
         })
@@ -386,7 +386,7 @@ impl LiveState {
     ///
     /// # Errors
     /// What it must not change.
-    pub fn begin_reload(&self, config: &Config) -> Result<PendingReload<'_>, RestartNeeded> {
+    pub fn begin_reload(&self, config: &Config) -> Result<ConfigReplacement<'_>, RestartNeeded> {
         // One at a time, so that the last one that was asked for is in force.
         let turn = self.reloads.turn(self);
         RestartNeeded::judge(&self.config.load(), config)?;

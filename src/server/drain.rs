@@ -12,9 +12,10 @@ use crate::config::DrainConfig;
 use crate::state::LiveState;
 use crate::state::worker_loads::WorkerLoads;
 
-/// The stage of the shutdown. It only goes forward.
+/// What workers do in the shutdown. It only goes forward. What status and metrics say of it is the
+/// [phase](crate::state::drain_progress::DrainPhase).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum DrainStage {
+pub(super) enum WorkerStage {
     /// Connections are accepted.
     Serving,
     /// Listening sockets are closed; sessions that are silent for `idle` are ended.
@@ -36,7 +37,7 @@ const TELL: Duration = Duration::from_secs(5);
 pub(super) async fn run(
     live: &LiveState,
     loads: &WorkerLoads,
-    stage: watch::Sender<DrainStage>,
+    stage: watch::Sender<WorkerStage>,
     mut orders: watch::Receiver<bool>,
 ) {
     let mut stages = stage.subscribe();
@@ -55,12 +56,12 @@ pub(super) async fn run(
         () = drain(&rules, live, loads, &stage) => {}
         () = over(&mut stages) => {}
     }
-    stage.send_replace(DrainStage::Over);
+    stage.send_replace(WorkerStage::Over);
 }
 
 /// Waits until the process is over. A closed channel is its end too.
-pub(super) async fn over(stages: &mut watch::Receiver<DrainStage>) {
-    let reached = stages.wait_for(|stage| *stage == DrainStage::Over).await;
+pub(super) async fn over(stages: &mut watch::Receiver<WorkerStage>) {
+    let reached = stages.wait_for(|stage| *stage == WorkerStage::Over).await;
     drop(reached);
 }
 
@@ -68,14 +69,14 @@ async fn drain(
     rules: &DrainConfig,
     live: &LiveState,
     loads: &WorkerLoads,
-    stage: &watch::Sender<DrainStage>,
+    stage: &watch::Sender<WorkerStage>,
 ) {
     let start = clock::now();
     let left = |now: Moment| rules.deadline.saturating_sub(now.since(start));
     tracing::info!(sessions = loads.total(), notice = ?rules.notice, quiet = ?rules.quiet, "draining");
     let mut last_new = start;
     let mut seen = identified(live);
-    let mut progress = DrainProgress { live, loads, told: start };
+    let mut progress = ProgressLog { live, loads, told: start };
     loop {
         let now = clock::now();
         progress.tell(now);
@@ -90,7 +91,7 @@ async fn drain(
     }
     tracing::info!(sessions = loads.total(), idle = ?rules.idle, "listeners closed");
     live.draining.close();
-    stage.send_replace(DrainStage::Closing { idle: TickSpan::of(rules.idle) });
+    stage.send_replace(WorkerStage::Closing { idle: TickSpan::of(rules.idle) });
     // A socket that closes first serves what the kernel had accepted: until all have, new sessions may still come.
     while loads.open_sockets() + loads.total() > 0 && !left(clock::now()).is_zero() {
         progress.tell(clock::now());
@@ -100,13 +101,13 @@ async fn drain(
 }
 
 /// Logs the progress of a drain.
-struct DrainProgress<'l> {
+struct ProgressLog<'l> {
     live: &'l LiveState,
     loads: &'l WorkerLoads,
     told: Moment,
 }
 
-impl DrainProgress<'_> {
+impl ProgressLog<'_> {
     fn tell(&mut self, now: Moment) {
         let Some((_, left)) = self.live.draining.time(now).filter(|_| now.since(self.told) >= TELL) else {
             return;

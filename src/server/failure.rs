@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
-use super::drain::DrainStage;
+use super::drain::WorkerStage;
 
 /// The exit status: an internal software error (`EX_SOFTWARE`, sysexits.h).
 pub const STATUS: i32 = 70;
@@ -76,7 +76,7 @@ pub async fn essential(what: &'static str, task: impl Future<Output = ()>) {
 /// The same of one that goes on for as long as the process serves: where it returns before, that ends the process too.
 pub(super) async fn lasting(
     what: &'static str,
-    stages: tokio::sync::watch::Receiver<DrainStage>,
+    stages: tokio::sync::watch::Receiver<WorkerStage>,
     task: impl Future<Output = ()>,
 ) {
     essential(what, task).await;
@@ -86,6 +86,6 @@ pub(super) async fn lasting(
 }
 
 /// Whether the process has not been told to end. A closed channel is its end.
-pub(super) fn is_serving(stages: &tokio::sync::watch::Receiver<DrainStage>) -> bool {
-    stages.has_changed().is_ok() && matches!(*stages.borrow(), DrainStage::Serving)
+pub(super) fn is_serving(stages: &tokio::sync::watch::Receiver<WorkerStage>) -> bool {
+    stages.has_changed().is_ok() && matches!(*stages.borrow(), WorkerStage::Serving)
 }

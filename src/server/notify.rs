@@ -11,7 +11,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::clock;
 use crate::fault::{self, Syscall};
 use crate::state::LiveState;
-use crate::state::draining::DrainPhase;
+use crate::state::drain_progress::DrainPhase;
 use crate::state::worker_loads::WorkerLoads;
 
 /// How often it is looked whether there is something to tell.

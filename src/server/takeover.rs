@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::admin_socket::SocketFile;
-use super::drain::DrainStage;
+use super::drain::WorkerStage;
 use super::listen_sockets::{BoundListener, ListenSocketId};
 use super::notify;
 use super::reload::Reloader;
@@ -53,7 +53,7 @@ pub(super) struct TakeoverProcess {
     pub(super) pages: Pages,
     /// Whether the pages are served here.
     pub(super) serving: watch::Sender<bool>,
-    pub(super) stage: watch::Sender<DrainStage>,
+    pub(super) stage: watch::Sender<WorkerStage>,
     pub(super) drain: watch::Sender<bool>,
     /// The file of the admin socket; it is the successor's once everything is.
     pub(super) file: Option<SocketFile>,
@@ -107,6 +107,6 @@ impl ServerProcess for TakeoverProcess {
         if let Some(successor) = successor {
             notify::main_pid(successor);
         }
-        self.stage.send_replace(DrainStage::Over);
+        self.stage.send_replace(WorkerStage::Over);
     }
 }

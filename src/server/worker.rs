@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 
-use super::drain::{self, DrainStage};
+use super::drain::{self, WorkerStage};
 use super::failure::{self, EssentialTask};
 use super::listen_sockets::BoundSocket;
 use super::worker_context::{NewConnection, WorkerContext};
@@ -44,7 +44,7 @@ pub(super) struct WorkerSetup {
     pub(super) handed_over: mpsc::Receiver<NewConnection>,
     pub(super) commands: mpsc::Receiver<SocketCommand>,
     pub(super) transfers: mpsc::Receiver<TransferCommand>,
-    pub(super) stages: watch::Receiver<DrainStage>,
+    pub(super) stages: watch::Receiver<WorkerStage>,
     pub(super) access_log: Option<LogSender>,
 }
 
@@ -113,10 +113,10 @@ async fn work(mut setup: WorkerSetup) {
     // A closed channel is the process's own end.
     let reached = setup
         .stages
-        .wait_for(|stage| *stage != DrainStage::Serving)
+        .wait_for(|stage| *stage != WorkerStage::Serving)
         .await
-        .map_or(DrainStage::Over, |stage| *stage);
-    if let DrainStage::Closing { idle } = reached {
+        .map_or(WorkerStage::Over, |stage| *stage);
+    if let WorkerStage::Closing { idle } = reached {
         local.drain(idle);
         context.existing_flows().iter().for_each(|flows| flows.drain(idle.duration()));
         drain::over(&mut setup.stages).await;

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_local;
 use tokio::time::sleep;
 
-use super::drain::DrainStage;
+use super::drain::WorkerStage;
 use super::listen_sockets::{self, BoundSocket, ListenSocketId};
 use super::worker_context::WorkerContext;
 use crate::accept::{AcceptError, ListenSocket, PAUSE};
@@ -57,7 +57,7 @@ struct OpenTcpSocket {
 /// The listening sockets of one worker.
 pub(super) struct WorkerSockets {
     context: Rc<WorkerContext>,
-    stages: watch::Receiver<DrainStage>,
+    stages: watch::Receiver<WorkerStage>,
     /// The TCP sockets. There are several of one address if a previous process had more workers.
     open: RefCell<HashMap<ListenSocketId, Vec<OpenTcpSocket>>>,
     /// Whether anything is accepted.
@@ -67,7 +67,7 @@ pub(super) struct WorkerSockets {
 impl WorkerSockets {
     pub(super) fn new(
         context: &Rc<WorkerContext>,
-        stages: &watch::Receiver<DrainStage>,
+        stages: &watch::Receiver<WorkerStage>,
         accepts: bool,
     ) -> Self {
         let accepts = watch::Sender::new(accepts);
@@ -161,7 +161,7 @@ impl WorkerSockets {
 
 /// Ends an accept loop: drain, close command or pause.
 struct AcceptLifetime {
-    stages: watch::Receiver<DrainStage>,
+    stages: watch::Receiver<WorkerStage>,
     /// Until this is closed.
     closes: oneshot::Receiver<()>,
     accepts: watch::Receiver<bool>,
@@ -236,7 +236,7 @@ async fn accept(
         if !*commands.accepts.borrow() {
             tokio::select! {
                 // Another process has the socket, and what waits there is its: only this copy is closed.
-                _ = commands.stages.wait_for(|stage| !matches!(stage, DrainStage::Serving)) => return AcceptEnd::Given,
+                _ = commands.stages.wait_for(|stage| !matches!(stage, WorkerStage::Serving)) => return AcceptEnd::Given,
                 _ = commands.accepts.wait_for(|accepts| *accepts) => {}
             }
         }
@@ -244,7 +244,7 @@ async fn accept(
             // In this order: once it is paused, nothing is accepted here.
             biased;
             _ = commands.accepts.wait_for(|accepts| !accepts) => continue,
-            _ = commands.stages.wait_for(|stage| !matches!(stage, DrainStage::Serving)) => return AcceptEnd::Closed,
+            _ = commands.stages.wait_for(|stage| !matches!(stage, WorkerStage::Serving)) => return AcceptEnd::Closed,
             _ = &mut commands.closes => return AcceptEnd::Closed,
             accepted = listen_socket.accept(|accepted| context.receive(accepted, listener)) => accepted,
         };
@@ -272,7 +272,7 @@ async fn reopen(name: &str, address: SocketAddr, commands: &mut AcceptLifetime) 
     let mut wait = FIRST_RETRY;
     loop {
         tokio::select! {
-            _ = commands.stages.wait_for(|stage| !matches!(stage, DrainStage::Serving)) => return None,
+            _ = commands.stages.wait_for(|stage| !matches!(stage, WorkerStage::Serving)) => return None,
             _ = &mut commands.closes => return None,
             () = sleep(wait) => {}
         }

@@ -16,7 +16,7 @@ use vestibule::outcome::{Outcome, Reason};
 use vestibule::pool::cause::ChangeCause;
 use vestibule::pool::selection::SelectionTier;
 use vestibule::state::LiveState;
-use vestibule::state::draining::DrainPhase;
+use vestibule::state::drain_progress::DrainPhase;
 
 /// Labels whose values are names of the configuration under test.
 const NAMES: [&str; 5] = ["listener", "tenant", "pool", "backend", "name"];

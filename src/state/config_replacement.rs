@@ -68,12 +68,12 @@ impl RestartNeeded {
 
 /// A reload in progress. Holds the lock until dropped.
 #[derive(Debug)]
-pub struct PendingReload<'a> {
+pub struct ConfigReplacement<'a> {
     live: &'a LiveState,
     persistent: MutexGuard<'a, PersistentNames>,
 }
 
-impl PendingReload<'_> {
+impl ConfigReplacement<'_> {
     /// The places that these listeners will have.
     #[must_use]
     pub fn places(&self, config: &Config) -> Vec<u32> {
@@ -164,8 +164,8 @@ impl ReloadHistory {
         }
     }
 
-    pub(super) fn turn<'a>(&'a self, live: &'a LiveState) -> PendingReload<'a> {
-        PendingReload { live, persistent: lock(&self.persistent) }
+    pub(super) fn turn<'a>(&'a self, live: &'a LiveState) -> ConfigReplacement<'a> {
+        ConfigReplacement { live, persistent: lock(&self.persistent) }
     }
 
     pub(super) fn accept(&self) {

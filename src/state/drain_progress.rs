@@ -34,14 +34,14 @@ impl DrainPhase {
 
 /// The progress of a drain.
 #[derive(Debug, Default)]
-pub struct DrainState {
+pub struct DrainProgress {
     phase: AtomicU8,
     /// When it began, and when it is over at the latest, in nanoseconds.
     since: AtomicU64,
     deadline: AtomicU64,
 }
 
-impl DrainState {
+impl DrainProgress {
     /// The notice begins; what is left after `deadline` is ended.
     pub fn begin(&self, now: Moment, deadline: Duration) {
         self.since.store(now.as_nanos(), Ordering::Release);
@@ -77,7 +77,7 @@ mod tests {
     #[test]
     fn drain_phase_only_advances_and_reports_its_time() {
         let (draining, at) =
-            (DrainState::default(), |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000));
+            (DrainProgress::default(), |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000));
         assert_eq!((draining.phase(), draining.time(at(9))), (DrainPhase::Serving, None));
         draining.begin(at(10), Duration::from_secs(300));
         let seconds = |moment| draining.time(moment).map(|(took, left)| (took.as_secs(), left.as_secs()));
