@@ -44,7 +44,6 @@ use crate::account::log::{AccessLogger, LogSender};
 use crate::account::session_metrics::ListenerCounters;
 use crate::account::udp_drops::DatagramDrop;
 use crate::addr::PeerAddr;
-use crate::admission::slots::Slots;
 use crate::clock::{self, Moment};
 use crate::outcome::{EndedAt, Outcome, Reason};
 use crate::proxy_protocol::{self, Transport};
@@ -90,7 +89,6 @@ struct FlowWorkerState<A> {
     live: Arc<LiveState>,
     worker: Rc<WorkerLocal>,
     snapshot: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
-    slots: Arc<Slots>,
     access_log: AccessLogger,
     rejections: RejectionLog,
     table: FlowTable<Flow<A>>,
@@ -139,7 +137,6 @@ impl<A> FlowWorker<A> {
             live: Arc::clone(live),
             worker: local,
             snapshot: Cache::new(Arc::clone(&live.snapshot)),
-            slots: Arc::clone(&live.sessions),
             access_log: AccessLogger::new(access_log),
             rejections: RejectionLog::default(),
             table: FlowTable::new(live.snapshot.load().flow_idle),

@@ -20,7 +20,7 @@ use crate::account::session_metrics::SessionMetrics;
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::admission::ports::{LocalPort, PortSpace};
 use crate::admission::quota::SessionPermit;
-use crate::admission::slots::{self, Slots};
+use crate::admission::slots;
 use crate::clock::{self, Moment};
 use crate::connect::ConnectPurpose;
 use crate::forward::bandwidth::{TenantResources, WorkerResources};
@@ -53,8 +53,8 @@ pub struct SessionWorker {
     pub rejections: RejectionLog,
     /// Where sessions leave for another process, while they do.
     pub departures: RefCell<Option<mpsc::Sender<Departure<SessionRecord>>>>,
-    live: Arc<LiveState>,
-    slots: Arc<Slots>,
+    /// What all workers share.
+    pub live: Arc<LiveState>,
     snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     random: RefCell<fastrand::Rng>,
     /// The snapshot's number of revocations that sessions were last visited for, and when they may be visited again.
@@ -78,7 +78,6 @@ impl SessionWorker {
             rejections: RejectionLog::default(),
             departures: RefCell::default(),
             live: Arc::clone(live),
-            slots: Arc::clone(&live.sessions),
             snapshot: RefCell::new(Cache::new(Arc::clone(&live.snapshot))),
             random: RefCell::new(fastrand::Rng::new()),
             revocations: Cell::new(live.snapshot.load().revocations),
@@ -292,7 +291,7 @@ fn write(
 ///
 /// Boxed, so that what was told of it takes no room while it lives.
 pub async fn thaw(worker: Rc<SessionWorker>, mut frozen: Box<FrozenSession>, load: impl Sized) {
-    let (snapshot, id, _slot) = (worker.snapshot(), frozen.session(), worker.slots.take_anyway());
+    let (snapshot, id, _slot) = (worker.snapshot(), frozen.session(), worker.live.sessions.take_anyway());
     let mut log_context = frozen.log_context(&snapshot, &worker.live.labels);
     let permit = frozen.adopt(&log_context, &worker.live);
     let picked = frozen.pick(&log_context);
@@ -421,7 +420,8 @@ impl<'a> SessionSteps<'a> {
         let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         let reject = |why| Outcome::reject(EndedAt::Tenant, why);
         // Before the tenant is asked: without a slot nothing is taken of its rate.
-        let slot = self.worker.slots.take().ok_or_else(|| reject(tenant.quota.reject(Reason::Shed)))?;
+        let slot =
+            self.worker.live.sessions.take().ok_or_else(|| reject(tenant.quota.reject(Reason::Shed)))?;
         let permit = tenant.quota.admit(clock::now()).map_err(reject)?;
         log_context.flags.would_reject = permit.would_reject();
         Ok((pool, AdmittedSession { permit, _slot: slot }))

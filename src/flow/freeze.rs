@@ -311,7 +311,7 @@ impl<A> FlowWorkerState<A> {
         let permit = quota.adopt_flow(record.beyond);
         let found = ConnectedBackend { socket: connected, port, picked, tried, attempts: record.attempts };
         let guard = ((self.count_flow)(), Rc::clone(&listen_socket.flows));
-        let mut flow = Flow::new(found, permit, self.slots.take_anyway(), guard, log_context);
+        let mut flow = Flow::new(found, permit, self.live.sessions.take_anyway(), guard, log_context);
         (flow.is_answered, flow.first, flow.header) = (record.is_answered, first, header);
         flow.datagrams = record.datagrams;
         flow.drops = KernelDrops::new(&flow.socket);

@@ -262,13 +262,13 @@ impl<A> FlowWorkerState<A> {
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         charge_first(&tenant.quota, payload, &mut log_context.metrics, now)?;
-        let mut slot = self.slots.take();
+        let mut slot = self.live.sessions.take();
         let permit = tenant.quota.admit_flow(|room| {
             let evicted =
                 self.evict((room == EvictionScope::OfTenant).then(|| tenant.label.serial()), |_| true, now);
             if slot.is_none() && evicted {
                 // The place that this left, before the tenant's share is reckoned with what is free.
-                slot = self.slots.take();
+                slot = self.live.sessions.take();
             }
             evicted
         });
@@ -315,8 +315,8 @@ impl<A> FlowWorkerState<A> {
 
     /// A place in the process, where need be that of the flow that was silent longest.
     fn slot(&mut self, now: Moment) -> Option<slots::SlotPermit> {
-        let slot = self.slots.take();
-        slot.or_else(|| if self.evict(None, |_| true, now) { self.slots.take() } else { None })
+        let slot = self.live.sessions.take();
+        slot.or_else(|| if self.evict(None, |_| true, now) { self.live.sessions.take() } else { None })
     }
 
     /// Ends the flow of this tenant, or of the one that has most, that was silent longest, if it is one of these; whether it

@@ -14,7 +14,6 @@ use crate::flow::freeze::{FlowRecord, FrozenFlow};
 use crate::frozen::{Departure, ThawError, TransferReply};
 use crate::session::freeze::{FrozenSession, SessionRecord};
 use crate::session::{self, SessionWorker};
-use crate::state::LiveState;
 use crate::state::worker_loads::{LoadGuard, WorkerLoads};
 
 /// Sessions, and flows, that may wait for the other process: they stand still, and all others go on meanwhile.
@@ -205,8 +204,6 @@ pub struct WorkerTransfers {
     pub sessions: Rc<SessionWorker>,
     /// Its flows, once it has any.
     pub flows: Rc<OnceCell<Rc<FlowWorker<LoadGuard>>>>,
-    /// What all workers share.
-    pub live: Arc<LiveState>,
 }
 
 impl WorkerTransfers {
@@ -261,7 +258,7 @@ impl WorkerTransfers {
         *self.sessions.departures.borrow_mut() = None;
         self.sessions.shared.stop_transfer();
         // Those of this worker's sessions, too: none that leaves after this keeps its place.
-        self.live.quotas.release_reserved();
+        self.sessions.live.quotas.release_reserved();
         self.set_receiving(hear);
     }
 

@@ -88,8 +88,7 @@ async fn work(mut setup: WorkerSetup) {
         Rc::clone(&local),
         AccessLogger::new(setup.access_log.clone()),
     );
-    let context =
-        WorkerContext::new(worker, setup.live, Arc::clone(&setup.loads), setup.others, setup.access_log);
+    let context = WorkerContext::new(worker, Arc::clone(&setup.loads), setup.others, setup.access_log);
     spawn_local(tick(Rc::clone(&context)));
     let sockets = WorkerSockets::new(&context, &setup.stages, setup.accepts);
     for (listener, socket) in setup.sockets {
@@ -162,7 +161,7 @@ async fn tick(context: Rc<WorkerContext>) {
         context.worker.end_late_headers(now);
         context.worker.resources.bandwidth.borrow_mut().advance(now);
         context.existing_flows().iter().for_each(|flows| flows.advance(now));
-        context.worker.shared.metrics.fold(&context.live.configured.load());
+        context.worker.shared.metrics.fold(&context.worker.live.configured.load());
         context.flush();
         untold += 1;
         if untold == TELLING {

@@ -14,7 +14,6 @@ use crate::account::log::LogSender;
 use crate::flow::FlowWorker;
 use crate::handover::transfers::WorkerTransfers;
 use crate::session::{self, SessionWorker};
-use crate::state::LiveState;
 use crate::state::worker_loads::{LoadGuard, WorkerLoads};
 
 /// Fresh connections that may be on their way to a worker; beyond it, they stay where they were accepted.
@@ -32,7 +31,6 @@ pub(super) struct NewConnection {
 /// The state shared by the tasks of one worker.
 pub(super) struct WorkerContext {
     pub(super) worker: Rc<SessionWorker>,
-    pub(super) live: Arc<LiveState>,
     pub(super) loads: Arc<WorkerLoads>,
     others: Vec<mpsc::Sender<NewConnection>>,
     /// Once a listener is UDP.
@@ -43,19 +41,16 @@ pub(super) struct WorkerContext {
 impl WorkerContext {
     pub(super) fn new(
         worker: SessionWorker,
-        live: Arc<LiveState>,
         loads: Arc<WorkerLoads>,
         others: Vec<mpsc::Sender<NewConnection>>,
         access_log: Option<LogSender>,
     ) -> Rc<Self> {
-        Rc::new(Self { worker: Rc::new(worker), live, loads, others, flows: Rc::default(), access_log })
+        Rc::new(Self { worker: Rc::new(worker), loads, others, flows: Rc::default(), access_log })
     }
 
     /// What has to leave in a takeover, and what comes.
     pub(super) fn transfers(&self) -> WorkerTransfers {
-        let (sessions, flows, live) =
-            (Rc::clone(&self.worker), Rc::clone(&self.flows), Arc::clone(&self.live));
-        WorkerTransfers { sessions, flows, live }
+        WorkerTransfers { sessions: Rc::clone(&self.worker), flows: Rc::clone(&self.flows) }
     }
 
     pub(super) fn essential_task(&self, what: &'static str) -> EssentialTask {
@@ -119,10 +114,10 @@ impl WorkerContext {
     }
 
     fn create_flows(&self) -> io::Result<Rc<FlowWorker<LoadGuard>>> {
-        let (loads, number, live) = (Arc::clone(&self.loads), self.number(), Arc::clone(&self.live));
+        let (loads, number) = (Arc::clone(&self.loads), self.number());
         let board = Box::new(move || loads.count_session(number));
         let (worker, local) = (self.worker.number, Rc::clone(&self.worker.shared));
-        let flows = FlowWorker::new(worker, &live, local, self.access_log.clone(), board)?;
+        let flows = FlowWorker::new(worker, &self.worker.live, local, self.access_log.clone(), board)?;
         let (answering, vital) = (Rc::clone(&flows), self.essential_task("receiving from backends"));
         spawn_local(async move {
             let _vital = vital;

@@ -188,7 +188,7 @@ async fn keep(
     mut commands: AcceptLifetime,
 ) {
     let listener = id.listener;
-    let snapshot = context.live.snapshot.load_full();
+    let snapshot = context.worker.live.snapshot.load_full();
     let Some(label) = snapshot.listeners.get(listener as usize).map(|listener| listener.label.clone()) else {
         return;
     };
@@ -296,12 +296,12 @@ async fn keep_udp(
 ) {
     let Ok(address) = socket.local_addr() else { return };
     let _vital = context.essential_task("datagrams");
-    let snapshot = context.live.snapshot.load_full();
+    let snapshot = context.worker.live.snapshot.load_full();
     let label = snapshot.listeners.get(listener as usize).map(|listener| listener.label.clone());
     drop(snapshot);
     let Some(label) = label else { return };
     let is_in_force = || {
-        let bound = context.live.bound.load();
+        let bound = context.worker.live.bound.load();
         bound.get(listener as usize).is_some_and(|addresses| addresses.contains(&address))
     };
     let (mut wait, mut is_stopped) = (FIRST_RETRY, None);
@@ -362,5 +362,5 @@ fn stopped(
 ) -> StoppedListener {
     let worker = context.worker.number;
     tracing::error!(worker, listener, %address, %error, "listening socket failed; opening it again");
-    context.live.stopped_listeners.stop()
+    context.worker.live.stopped_listeners.stop()
 }
