@@ -206,7 +206,7 @@ pub(crate) fn start(origin: SourcePorts<'_>, opening: ConnectPurpose) -> io::Res
             _ => return Err(error),
         }
     }
-    if ports.range().contains(address.0.port()) && is_connected_to_itself(&socket, address) {
+    if ports.range().spans(address.0.port()) && is_connected_to_itself(&socket, address) {
         return Err(Errno::CONNREFUSED.into());
     }
     fault::at(Syscall::Register)?;

@@ -42,7 +42,7 @@ const RATE: &str = "200/s";
 /// One interval has a hundred of them.
 const INTERVAL: &str = "500ms";
 
-/// Turns of alone and beside.
+/// Turns of alone and beside, as long as each other: what a machine does besides changes within minutes.
 const ROUNDS: u32 = 3;
 
 /// Set where this process is in a network namespace of its own.
@@ -153,7 +153,7 @@ fn run(attack: &dyn Attack, options: &Options, faults: &mut Vec<String>) -> Valu
     std::thread::scope(|scope| {
         let mut watch = None;
         for round in 0..rounds {
-            neighbour(&world, beside / 3, &mut turns.alone);
+            neighbour(&world, beside, &mut turns.alone);
             if round == 0 {
                 watch = Some(scope.spawn(|| world.watch(&stop)));
                 scope.spawn(|| attack.beside(&world, &stop));

@@ -40,9 +40,11 @@ const UDP_RESERVE: usize = 64;
 /// One unit of the time that ports wait, a tenth of a second, in nanoseconds.
 const TICK_NANOS: u64 = 100_000_000;
 
-/// Ticks that the kernel keeps a connection in TIME_WAIT (`TCP_TIMEWAIT_LEN` in include/net/tcp.h), and that a free port
-/// rests where there are others: the backend may keep the connection for as long.
-const TIME_WAIT: u32 = 600;
+/// Ticks that the kernel may keep a connection in TIME_WAIT, and that a free port rests where there are others: the backend
+/// may keep the connection for as long. They are the 60 s of `TCP_TIMEWAIT_LEN` (include/net/tcp.h) and what a timer of that
+/// length may be late: 5.12 s with `CONFIG_HZ=100`, 4.1 s with 1000 (the levels in kernel/time/timer.c). A port that is
+/// taken earlier is refused by the kernel.
+const TIME_WAIT: u32 = 660;
 
 /// Ticks after which the kernel reuses a port in TIME_WAIT where `tcp_tw_reuse` allows it: a second
 /// (`tcp_twsk_unique` in net/ipv4/`tcp_ipv4.c`), and the inaccuracy of a tick.

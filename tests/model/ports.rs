@@ -13,7 +13,7 @@ const COUNT: usize = 40;
 
 /// Time is counted in tenths of a second.
 const TICK_MS: u64 = 100;
-const TIME_WAIT: u64 = 600;
+const TIME_WAIT: u64 = 660;
 const REUSE_WAIT: u64 = 12;
 
 #[derive(Clone, Debug)]

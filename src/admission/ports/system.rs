@@ -1,11 +1,12 @@
 //! The system's settings of local ports: the range, and when a port in TIME_WAIT is free again.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// When the kernel reuses a port in TIME_WAIT, as `net.ipv4.tcp_tw_reuse` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimeWaitReuse {
-    /// 0: not before its 60 seconds are over.
+    /// 0: not before its 60 seconds are over, and a few more until the kernel notices that.
     Never,
     /// 1: after a second.
     Always,
@@ -16,7 +17,7 @@ pub enum TimeWaitReuse {
 /// The local ports that there are, in the order in which they are used first: every second one, then the rest. The kernel
 /// does the same (`__inet_hash_connect`), so that `bind()` without a port finds some that are free.
 #[derive(Clone, Debug)]
-pub struct LocalPortRange(pub(super) Arc<[u16]>);
+pub struct LocalPortRange(pub(super) Arc<[u16]>, RangeInclusive<u16>);
 
 impl LocalPortRange {
     /// The ports from `low` to `high` that are not reserved.
@@ -25,7 +26,7 @@ impl LocalPortRange {
         let is_free = |port: &u16| *port > 0 && !is_reserved(*port);
         let first = (low..=high).step_by(2);
         let second = (low..=high).skip(1).step_by(2);
-        Self(first.chain(second).filter(is_free).collect())
+        Self(first.chain(second).filter(is_free).collect(), low..=high)
     }
 
     /// The count.
@@ -40,10 +41,10 @@ impl LocalPortRange {
         self.0.is_empty()
     }
 
-    /// Whether the port is among them.
+    /// Whether the port is within their bounds; reserved ports between them are, too.
     #[must_use]
-    pub fn contains(&self, port: u16) -> bool {
-        self.0.contains(&port)
+    pub fn spans(&self, port: u16) -> bool {
+        self.1.contains(&port)
     }
 }
 
