@@ -14,6 +14,7 @@
 //! ports are counted by source address alone, and the kernel chooses them.
 
 mod local_port;
+mod order;
 mod system;
 
 use std::collections::{HashMap, VecDeque};
@@ -22,6 +23,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use self::local_port::LocalPort;
+use self::order::{PortOrder, UsedPorts};
 pub use self::system::{LocalPortRange, TimeWaitReuse};
 use crate::account::lock;
 use crate::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -206,8 +208,8 @@ pub struct PortSpace {
     backend: SocketAddr,
     /// Ticks that a port waits after our side closed first.
     wait: u32,
-    /// Where the range is entered: not at one place for all backends.
-    start: usize,
+    /// The order in which ports are used first: not the same for all backends.
+    order: PortOrder,
     state: Mutex<PortSpaceState>,
 }
 
@@ -218,12 +220,11 @@ impl PortSpace {
             TimeWaitReuse::Always => true,
             TimeWaitReuse::Loopback => backend.ip().to_canonical().is_loopback(),
         };
-        let first_half = shared.range.len().div_ceil(2).max(1);
         Self {
             shared: Arc::clone(shared),
             backend,
             wait: if reuses { REUSE_WAIT } else { TIME_WAIT },
-            start: usize::try_from(hash >> 8).unwrap_or(0) % first_half,
+            order: PortOrder::new(&shared.range, hash),
             state: Mutex::default(),
         }
     }
@@ -238,12 +239,23 @@ impl PortSpace {
     /// A port for a session of this tenant; `None` where none is free, or the tenant holds its share.
     #[must_use]
     pub fn take(self: &Arc<Self>, tenant: u32) -> Option<LocalPort> {
+        self.take_one(tenant, false)
+    }
+
+    /// Another port, after the kernel refused one: a process before this one may have left its ports in TIME_WAIT, and has
+    /// used fewer of the half that comes last.
+    #[must_use]
+    pub fn take_instead(self: &Arc<Self>, tenant: u32) -> Option<LocalPort> {
+        self.take_one(tenant, true)
+    }
+
+    fn take_one(self: &Arc<Self>, tenant: u32, is_instead: bool) -> Option<LocalPort> {
         let mut state = self.settled();
         if !state.allows(tenant, self.shared.limit()) {
             return None;
         }
         let number = if self.shared.chooses() {
-            state.choose(&self.shared.range, self.start, self.backend.port(), self.shared.tick())?
+            state.choose(self, is_instead)?
         } else {
             state.may_search(self.shared.tick())?
         };
@@ -324,8 +336,8 @@ struct TimeWaitPort {
 
 #[derive(Debug, Default)]
 struct PortSpaceState {
-    /// How many of the range have been used at least once.
-    entered: usize,
+    /// Which of the range have been used at least once.
+    entered: UsedPorts,
     live: usize,
     /// Free ports that were used before, the one that is free for longest first.
     resting: VecDeque<FreePort>,
@@ -378,27 +390,20 @@ impl PortSpaceState {
         (held, self.held.len() + usize::from(held == 0))
     }
 
-    /// The port that is free for longest. One equal to the backend's own port is left out: on the same host such a
+    /// The port that is free for longest; instead of a refused one, one that was not used before. One equal to the backend's own port is left out: on the same host such a
     /// connection could connect to itself (simultaneous open, RFC 9293 section 3.5).
-    fn choose(&mut self, range: &LocalPortRange, start: usize, own: u16, tick: u32) -> Option<u16> {
-        let rested = self.resting.front().is_some_and(|rest| tick.wrapping_sub(rest.since) >= TIME_WAIT);
-        while !rested && let Some(number) = self.enter(range, start) {
-            if number != own {
+    fn choose(&mut self, space: &PortSpace, is_instead: bool) -> Option<u16> {
+        let tick = space.shared.tick();
+        let has_rested = |rest: &FreePort| tick.wrapping_sub(rest.since) >= TIME_WAIT;
+        let is_rested = !is_instead && self.resting.front().is_some_and(has_rested);
+        while !is_rested
+            && let Some(number) = self.entered.next(&space.shared.range, &space.order, is_instead)
+        {
+            if number != space.backend.port() {
                 return Some(number);
             }
         }
         self.resting.pop_front().map(|rest| rest.number)
-    }
-
-    /// The next port of the range that was not used before.
-    fn enter(&mut self, range: &LocalPortRange, start: usize) -> Option<u16> {
-        let count = range.len();
-        let half = count.div_ceil(2);
-        let place = self.entered;
-        let place = if place < half { (start + place) % half } else { place };
-        let number = range.0.get(place).copied()?;
-        self.entered += 1;
-        Some(number)
     }
 
     /// Where the kernel chooses: 0, unless its search has just failed.

@@ -123,6 +123,27 @@ async fn ports_in_time_wait_run_out_for_their_backend_alone() {
 }
 
 #[tokio::test]
+async fn ports_that_an_earlier_process_left_in_time_wait_are_passed_over() {
+    if !has_few_ports("ports_that_an_earlier_process_left_in_time_wait_are_passed_over", "40000 40255") {
+        return;
+    }
+    let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
+    let earlier = pool_of(&acme, "").await;
+    let served = use_up(&earlier).await;
+    assert!((160..=201).contains(&served), "{served} of 256 ports");
+    earlier.finish().await;
+    let proxy = pool_of(&acme, "").await;
+    // The kernel refuses more than three quarters of the ports, and every one of those that come first.
+    for number in 0..20 {
+        assert!(is_served(&proxy, ACME, number).await && is_served(&proxy, GLOBEX, number).await);
+    }
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(20).await;
+    proxy.ended(&[("why", "no_local_port")]).is(0).await;
+    no_backend_is_blamed(&proxy).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
 async fn ports_of_live_sessions_run_out_for_their_backend_alone_and_come_back() {
     if !has_few_ports("ports_of_live_sessions_run_out_for_their_backend_alone_and_come_back", "40000 40063") {
         return;
