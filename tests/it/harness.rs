@@ -244,6 +244,14 @@ impl Proxy {
         scrape::sum(&page, name, labels, &known)
     }
 
+    /// The ends that were counted, for the message of a test that fails.
+    pub async fn ends(&self) -> Vec<String> {
+        let page = http_get(self.server().admin(), "/metrics").await;
+        let is_one =
+            |line: &&str| line.starts_with("vestibule_sessions_ended_total{") && !line.ends_with(" 0");
+        page.lines().filter(is_one).map(str::to_owned).collect()
+    }
+
     /// A backend that DNS leads to later, or led to once: its series may have no row.
     pub fn knows(&self, backend: SocketAddr) {
         self.known.lock().unwrap().backend(backend);

@@ -126,7 +126,10 @@ async fn the_neighbour_within_each_bound_is_read() {
     let proxy = Conf { listener, ..conf }.start().await;
     for bytes in well_formed() {
         let stream = proxy.send(&[&bytes[..], b"payload"].concat()).await;
-        assert_eq!(exchange(stream).await.unwrap(), b"payload", "{bytes:?}");
+        match exchange(stream).await {
+            Ok(answer) => assert_eq!(answer, b"payload", "{bytes:?}"),
+            Err(error) => panic!("{error} after {bytes:?}; ends: {:?}", proxy.ends().await),
+        }
     }
     proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(8).await;
     proxy.others_are_unharmed().await;
