@@ -390,8 +390,9 @@ impl PortSpaceState {
         (held, self.held.len() + usize::from(held == 0))
     }
 
-    /// The port that is free for longest; instead of a refused one, one that was not used before. One equal to the backend's own port is left out: on the same host such a
-    /// connection could connect to itself (simultaneous open, RFC 9293 section 3.5).
+    /// The port that is free for longest; instead of a refused one, one that was not used before. One equal to the backend's
+    /// own port is left out: on the same host such a connection could connect to itself (simultaneous open, RFC 9293
+    /// section 3.5).
     fn choose(&mut self, space: &PortSpace, is_instead: bool) -> Option<u16> {
         let tick = space.shared.tick();
         let has_rested = |rest: &FreePort| tick.wrapping_sub(rest.since) >= TIME_WAIT;
