@@ -22,17 +22,15 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, Cache};
 use quinn_udp::RecvMeta;
 use rustix::event::{Timespec, epoll};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use self::entry::{Flow, FlowLogs};
+use self::entry::Flow;
 use self::open::ClientDatagram;
 pub use self::retirement::SocketRetirement;
 use self::send_runs::SendRuns;
@@ -40,16 +38,13 @@ use self::socket::{BATCH, ROOM, Span, UdpListenSocket, datagrams};
 use self::table::{FlowId, FlowPath, FlowTable};
 use crate::accept::PAUSE;
 use crate::account::PerDirection;
-use crate::account::log::{AccessLogger, LogSender};
 use crate::account::session_metrics::ListenerCounters;
 use crate::account::udp_drops::DatagramDrop;
 use crate::addr::PeerAddr;
 use crate::clock::{self, Moment};
 use crate::outcome::{EndedAt, Outcome, Reason};
 use crate::proxy_protocol::{self, Transport};
-use crate::session_context::WorkerLocal;
-use crate::state::rejection_log::RejectionLog;
-use crate::state::{LiveState, Snapshot};
+use crate::state::WorkerContext;
 
 /// Flows that are closed for their idleness in one go: a tenth of a millisecond.
 const EXPIRED_AT_ONCE: usize = 32;
@@ -85,15 +80,9 @@ pub struct FlowWorker<A> {
 }
 
 struct FlowWorkerState<A> {
-    number: u16,
-    live: Arc<LiveState>,
-    worker: Rc<WorkerLocal>,
-    snapshot: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
-    access_log: AccessLogger,
-    rejections: RejectionLog,
+    context: Rc<WorkerContext>,
     table: FlowTable<Flow<A>>,
     count_flow: Box<dyn Fn() -> A>,
-    random: fastrand::Rng,
     room: Vec<u8>,
     metas: Vec<RecvMeta>,
     runs: SendRuns,
@@ -101,7 +90,6 @@ struct FlowWorkerState<A> {
     copy: Vec<u8>,
     /// Whether datagrams go to backends together; not where the kernel or a driver has refused that.
     together: bool,
-    draining: bool,
     /// Whose turn it is.
     turn: Option<FlowId>,
     /// Flows that are revoked and have a grace: when each ends. No more than there are flows.
@@ -115,17 +103,11 @@ impl<A> fmt::Debug for FlowWorker<A> {
 }
 
 impl<A> FlowWorker<A> {
-    /// No flows yet. `board` makes what each has aboard.
+    /// No flows yet. `count_flow` counts one at its worker, and what it returns is held as long as the flow lives.
     ///
     /// # Errors
     /// Where the system has no descriptor left.
-    pub fn new(
-        number: u16,
-        live: &Arc<LiveState>,
-        local: Rc<WorkerLocal>,
-        access_log: Option<LogSender>,
-        board: Box<dyn Fn() -> A>,
-    ) -> io::Result<Rc<Self>> {
+    pub fn new(context: &Rc<WorkerContext>, count_flow: Box<dyn Fn() -> A>) -> io::Result<Rc<Self>> {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         #[expect(
             deprecated,
@@ -133,22 +115,15 @@ impl<A> FlowWorker<A> {
         )]
         let poll = AsyncFd::new(poll)?;
         let state = FlowWorkerState {
-            number,
-            live: Arc::clone(live),
-            worker: local,
-            snapshot: Cache::new(Arc::clone(&live.snapshot)),
-            access_log: AccessLogger::new(access_log),
-            rejections: RejectionLog::default(),
-            table: FlowTable::new(live.snapshot.load().flow_idle),
-            count_flow: board,
-            random: fastrand::Rng::new(),
+            context: Rc::clone(context),
+            table: FlowTable::new(context.with_snapshot(|snapshot| snapshot.flow_idle)),
+            count_flow,
             room: vec![0; BATCH * ROOM],
             metas: vec![RecvMeta::default(); BATCH],
             runs: SendRuns::default(),
             spans: Vec::new(),
             copy: Vec::new(),
             together: true,
-            draining: false,
             turn: None,
             revoked: HashMap::new(),
         };
@@ -264,10 +239,9 @@ impl<A> FlowWorker<A> {
     /// Counts what the kernel has dropped at a listening socket since the last time: in another process it may have been
     /// another's, whose counter goes on here.
     fn count_drops(&self, listen_socket: &UdpListenSocket) {
-        let mut state = self.state.borrow_mut();
-        let snapshot = state.snapshot();
-        if let Some(rules) = snapshot.listeners.get(listen_socket.listener() as usize) {
-            let cells = state.worker.metrics.listener(&rules.label);
+        let context = &self.state.borrow().context;
+        if let Some(label) = context.listener_label(listen_socket.listener()) {
+            let cells = context.metrics.listener(&label);
             cells.overflowed.get_or_init(PerDirection::default).to_backend.add(listen_socket.take_drops());
         }
     }
@@ -282,10 +256,9 @@ impl<A> FlowWorker<A> {
     /// Counts what went wrong at a listener. What could not be received is still in the socket's queue, or is lost there and
     /// counted by the kernel.
     fn count_error(&self, listener: u32, add: impl FnOnce(&ListenerCounters)) {
-        let mut state = self.state.borrow_mut();
-        let snapshot = state.snapshot();
-        if let Some(rules) = snapshot.listeners.get(listener as usize) {
-            add(&state.worker.metrics.listener(&rules.label));
+        let context = &self.state.borrow().context;
+        if let Some(label) = context.listener_label(listener) {
+            add(&context.metrics.listener(&label));
         }
     }
 
@@ -387,56 +360,33 @@ impl<A> FlowWorker<A> {
         }
     }
 
-    /// Reports suppressed access log lines.
-    pub fn report_suppressed(&self) {
-        self.state.borrow().rejections.report_suppressed();
-    }
-
-    /// Flushes the lines of the access log to the writer.
-    pub fn flush(&self) {
-        self.state.borrow().access_log.flush();
-    }
-
-    /// Starts draining: no new flows, and a flow that is idle for `idle` is ended.
-    pub fn drain(&self, idle: Duration) {
-        let mut state = self.state.borrow_mut();
-        state.draining = true;
-        let idle = idle.min(state.table.idle());
-        state.table.set_idle(idle);
-    }
-
     /// Ends every flow.
     pub fn end_all(&self) {
         let (mut state, now) = (self.state.borrow_mut(), clock::now());
-        // Doors may be heard for a while yet.
-        state.draining = true;
         let outcome = Outcome::reject(EndedAt::Forward, Reason::Drained);
-        let FlowWorkerState { table, access_log, rejections, .. } = &mut *state;
-        let logs = FlowLogs { access_log, rejections };
+        let FlowWorkerState { table, context, .. } = &mut *state;
         for (path, flow_client, flow) in table.drain() {
-            flow.end(outcome, path.peer, flow_client, &logs, now);
+            flow.end(outcome, path.peer, flow_client, context, now);
         }
     }
 }
 
 impl<A> FlowWorkerState<A> {
-    fn snapshot(&mut self) -> Arc<Snapshot> {
-        Arc::clone(self.snapshot.load())
-    }
-
     /// What is asked of a header at a listener, and whether a datagram may come without one; `None` where there is none.
-    fn header_rules(&mut self, listener: u32) -> Option<(proxy_protocol::ParserRules, bool)> {
-        let listener = self.snapshot.load().listeners.get(listener as usize)?;
-        let rules = listener.header.as_ref()?;
-        let rules =
-            proxy_protocol::ParserRules { transport: Transport::Datagram, verify_crc: rules.verify_crc };
-        Some((rules, listener.follows_bare))
+    fn header_rules(&self, listener: u32) -> Option<(proxy_protocol::ParserRules, bool)> {
+        self.context.with_snapshot(|snapshot| {
+            let listener = snapshot.listeners.get(listener as usize)?;
+            let verify_crc = listener.header.as_ref()?.verify_crc;
+            let rules = proxy_protocol::ParserRules { transport: Transport::Datagram, verify_crc };
+            Some((rules, listener.follows_bare))
+        })
     }
 
-    /// How long a flow may be silent, as it is in force now; while the process drains, that is decided already.
+    /// How long a flow may be silent now.
     fn follow_idle(&mut self) {
-        let idle = self.snapshot.load().flow_idle;
-        if !self.draining && idle != self.table.idle() {
+        let idle = self.context.with_snapshot(|snapshot| snapshot.flow_idle);
+        let idle = self.context.local.drain_idle().map_or(idle, |drain| drain.duration().min(idle));
+        if idle != self.table.idle() {
             self.table.set_idle(idle);
         }
     }
@@ -448,11 +398,10 @@ impl<A> FlowWorkerState<A> {
 
     /// Ends some idle flows; returns whether there may be more.
     fn expire(&mut self, now: Moment) -> bool {
-        let Self { table, access_log, rejections, draining, .. } = self;
-        let why = if *draining { Reason::Drained } else { Reason::IdleTimeout };
-        let logs = FlowLogs { access_log, rejections };
+        let Self { table, context, .. } = self;
+        let why = if context.local.is_draining() { Reason::Drained } else { Reason::IdleTimeout };
         table.expire(now, EXPIRED_AT_ONCE, |path, flow_client, flow| {
-            flow.end(Outcome::reject(EndedAt::Forward, why), path.peer, flow_client, &logs, now);
+            flow.end(Outcome::reject(EndedAt::Forward, why), path.peer, flow_client, context, now);
         });
         self.is_due(now)
     }
@@ -475,8 +424,7 @@ impl<A> FlowWorkerState<A> {
             self.revoked.remove(&id);
         }
         if let Some((path, flow_client, flow)) = self.table.close(id) {
-            let logs = FlowLogs { access_log: &self.access_log, rejections: &self.rejections };
-            flow.end(outcome, path.peer, flow_client, &logs, now);
+            flow.end(outcome, path.peer, flow_client, &self.context, now);
         }
     }
 }

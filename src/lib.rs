@@ -28,7 +28,7 @@
 //! | [`probe`], [`resolve`] | checks of backends; DNS |
 //! | [`handover`] | the whole takeover: sockets, sessions and flows move to another process, [`frozen`] in between |
 //! | `admin`, [`cli`] | pages, health check and admin socket; the command line |
-//! | [`session_context`] | a session's deadline and counters, and what the sessions of a worker share |
+//! | [`session_context`] | a session's deadline and counters, and what its steps share with other sessions of the worker |
 //! | [`id`], [`addr`], [`clock`], [`outcome`], [`fair_share`], [`fault`], [`build_info`], `socket_options`, `atomic` | values and rules that the others use |
 //! | [`lab`] | load balancer, VPCs and backends for the demo, the load generator and the tests; cargo feature `lab`, on by default |
 //!

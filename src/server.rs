@@ -11,10 +11,10 @@ pub(crate) mod notify;
 mod pool_supervisor;
 mod reload;
 mod rlimits;
+mod server_worker;
 mod takeover;
 mod worker;
 mod worker_commands;
-mod worker_context;
 mod worker_sockets;
 
 use std::io;
@@ -274,7 +274,7 @@ impl Server {
             access_log = Some(log.sender);
         }
         let (setups, boxes): (Vec<_>, Vec<_>) =
-            sockets.iter().map(|_| mpsc::channel(worker_context::HANDED_OVER)).unzip();
+            sockets.iter().map(|_| mpsc::channel(server_worker::HANDED_OVER)).unzip();
         for (((number, sockets), handed_over), (orders, moves)) in (0_u16..).zip(sockets).zip(boxes).zip(ears)
         {
             let setup = WorkerSetup {

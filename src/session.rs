@@ -10,12 +10,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, Cache};
 use tokio::sync::mpsc;
 
 use crate::accept::AcceptedConnection;
 use crate::account::Label;
-use crate::account::log::{AccessLogRecord, AccessLogger, LogFlags};
+use crate::account::log::{AccessLogRecord, LogFlags};
 use crate::account::session_metrics::SessionMetrics;
 use crate::addr::{BackendAddr, ClientAddr, PeerAddr};
 use crate::admission::ports::{LocalPort, PortSpace};
@@ -31,67 +30,49 @@ use crate::header::{self, IdentifiedClient};
 use crate::id::{EndpointClaim, SessionId};
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::pool::{PickedBackend, Pool, SessionFailure, pick};
-use crate::session_context::{SessionContext, WorkerLocal};
-use crate::state::rejection_log::{LogLine, RejectionLog};
-use crate::state::{ListenerState, LiveState, Snapshot};
+use crate::session_context::SessionContext;
+use crate::state::rejection_log::LogLine;
+use crate::state::{ListenerState, Snapshot, WorkerContext};
 use crate::tenant::Tenant;
 
 use self::freeze::{FrozenSession, SessionRecord};
 
-/// The worker's state that its sessions use.
+/// What only the sessions of a worker use.
 #[derive(Debug)]
 pub struct SessionWorker {
-    /// Its number, from 0.
-    pub number: u16,
-    /// What its sessions share.
-    pub shared: Rc<WorkerLocal>,
-    /// What its sessions use for forwarding.
+    /// What they share with its flows.
+    pub context: Rc<WorkerContext>,
+    /// What they use for forwarding.
     pub resources: WorkerResources,
-    /// Its end of the access log.
-    pub access_log: AccessLogger,
-    /// What it has left out of that.
-    pub rejections: RejectionLog,
     /// Where sessions leave for another process, while they do.
     pub departures: RefCell<Option<mpsc::Sender<Departure<SessionRecord>>>>,
-    /// What all workers share.
-    pub live: Arc<LiveState>,
-    snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
-    random: RefCell<fastrand::Rng>,
     /// The snapshot's number of revocations that sessions were last visited for, and when they may be visited again.
     revocations: Cell<u32>,
     next_visit: Cell<Moment>,
 }
 
 impl SessionWorker {
-    /// A worker without sessions.
+    /// No sessions yet.
     #[must_use]
-    pub fn new(number: u16, live: &Arc<LiveState>, local: Rc<WorkerLocal>, access_log: AccessLogger) -> Self {
-        Self {
-            number,
-            shared: local,
+    pub fn new(context: &Rc<WorkerContext>) -> Rc<Self> {
+        let live = &context.live;
+        Rc::new(Self {
+            context: Rc::clone(context),
             resources: WorkerResources {
                 pipes: PipeCache::new(Arc::clone(&live.pipes)),
                 buffers: Arc::clone(&live.buffers),
                 bandwidth: RefCell::default(),
             },
-            access_log,
-            rejections: RejectionLog::default(),
             departures: RefCell::default(),
-            live: Arc::clone(live),
-            snapshot: RefCell::new(Cache::new(Arc::clone(&live.snapshot))),
-            random: RefCell::new(fastrand::Rng::new()),
-            revocations: Cell::new(live.snapshot.load().revocations),
+            revocations: Cell::new(context.with_snapshot(|snapshot| snapshot.revocations)),
             next_visit: Cell::default(),
-        }
-    }
-
-    fn snapshot(&self) -> Arc<Snapshot> {
-        Arc::clone(self.snapshot.borrow_mut().load())
+        })
     }
 
     /// Ends sessions without a whole header that have waited too long for how many there are.
     pub fn end_late_headers(&self, now: Moment) {
-        for header in self.snapshot().listeners.iter().filter_map(|listener| listener.header.as_ref()) {
+        let snapshot = self.context.snapshot();
+        for header in snapshot.listeners.iter().filter_map(|listener| listener.header.as_ref()) {
             header.pending.expire(header.timeout.duration(), now);
         }
     }
@@ -99,10 +80,6 @@ impl SessionWorker {
     /// The worker's resources for a session of this tenant.
     fn resources<'a>(&'a self, permit: &'a SessionPermit) -> TenantResources<'a> {
         TenantResources { worker: &self.resources, quota: permit.quota() }
-    }
-
-    fn random(&self) -> u64 {
-        self.random.borrow_mut().u64(..)
     }
 }
 
@@ -167,11 +144,12 @@ impl LogContext<'_> {
 ///
 /// One future for all of it: each that is awaited within another keeps a place for its arguments, for life.
 pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listener: u32, load: impl Sized) {
-    let snapshot = worker.snapshot();
+    let context = &worker.context;
+    let snapshot = context.snapshot();
     let Some(rules) = snapshot.listeners.get(listener as usize) else { return };
-    let metrics = SessionMetrics::new(Rc::clone(&worker.shared.metrics), &rules.label);
-    let id = SessionId::new(worker.number, worker.shared.metrics.next_session());
-    let mut session = SessionContext::new(Rc::clone(&worker.shared), metrics, clock::now());
+    let metrics = SessionMetrics::new(Rc::clone(&context.metrics), &rules.label);
+    let id = SessionId::new(context.number, context.metrics.next_session());
+    let mut session = SessionContext::new(Rc::clone(&context.local), metrics, clock::now());
     let mut log_context = LogContext {
         peer: accepted.peer,
         client: None,
@@ -206,7 +184,7 @@ pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listen
                 break outcome;
             }
             // Apart, because few sessions ever leave, and each would keep room for it for its whole life.
-            if worker.shared.is_transferring()
+            if worker.context.local.is_transferring()
                 && let Some(outcome) =
                     boxed(freeze::depart(&worker, &mut relay, &log_context, &admitted.permit, id)).await
             {
@@ -218,24 +196,24 @@ pub async fn run(worker: Rc<SessionWorker>, accepted: AcceptedConnection, listen
         log_context.leave_port(outcome);
         outcome
     };
-    account_for(&worker, session, outcome, id, (&log_context, &snapshot));
+    account_for(&worker.context, session, outcome, id, (&log_context, &snapshot));
     drop(load);
 }
 
 /// Counts a session's end and writes its line, once.
 fn account_for(
-    worker: &SessionWorker,
+    context: &WorkerContext,
     session: SessionContext,
     outcome: Outcome,
     id: SessionId,
     (log_context, snapshot): (&LogContext<'_>, &Snapshot),
 ) {
-    if outcome.is_logged() && worker.access_log.is_on() {
+    if outcome.is_logged() && context.access_log.is_on() {
         let strays = || snapshot.strays(session.metrics.labels()[0]);
         let strays = if log_context.tenant.is_none() { strays() } else { None };
-        match worker.rejections.line(outcome, log_context.tenant, strays, clock::now()) {
-            Ok(entry) => write(worker, &session, outcome, id, log_context, entry),
-            Err(class) => worker.access_log.leave_out(class),
+        match context.rejections.line(outcome, log_context.tenant, strays, clock::now()) {
+            Ok(entry) => write(context, &session, outcome, id, log_context, entry),
+            Err(class) => context.access_log.leave_out(class),
         }
     }
     let total = session.started.age(clock::now());
@@ -244,7 +222,7 @@ fn account_for(
 
 /// Writes the line of a session's end.
 fn write(
-    worker: &SessionWorker,
+    context: &WorkerContext,
     session: &SessionContext,
     outcome: Outcome,
     id: SessionId,
@@ -281,7 +259,7 @@ fn write(
         },
         labels: log_context.tenant.and_then(|tenant| tenant.labels.as_deref()),
     };
-    worker.access_log.write(entry.class, number, &record);
+    context.access_log.write(entry.class, number, &record);
 }
 
 /// Thaws a session that another process has begun, and carries it from what that has told to its last byte. `load` is held as
@@ -291,12 +269,13 @@ fn write(
 ///
 /// Boxed, so that what was told of it takes no room while it lives.
 pub async fn thaw(worker: Rc<SessionWorker>, mut frozen: Box<FrozenSession>, load: impl Sized) {
-    let (snapshot, id, _slot) = (worker.snapshot(), frozen.session(), worker.live.sessions.take_anyway());
-    let mut log_context = frozen.log_context(&snapshot, &worker.live.labels);
-    let permit = frozen.adopt(&log_context, &worker.live);
+    let live = &worker.context.live;
+    let (snapshot, id, _slot) = (worker.context.snapshot(), frozen.session(), live.sessions.take_anyway());
+    let mut log_context = frozen.log_context(&snapshot, &live.labels);
+    let permit = frozen.adopt(&log_context, live);
     let picked = frozen.pick(&log_context);
-    log_context.adopt_port(&frozen, &worker.live);
-    let mut session = frozen.session_context(&worker);
+    log_context.adopt_port(&frozen, live);
+    let mut session = frozen.session_context(&worker.context);
     log_context.flags.would_reject = permit.would_reject();
     let outcome = 'life: {
         let resources = worker.resources(&permit);
@@ -310,7 +289,7 @@ pub async fn thaw(worker: Rc<SessionWorker>, mut frozen: Box<FrozenSession>, loa
             if let Some(outcome) = worker.check(&mut relay, &log_context, &permit) {
                 break outcome;
             }
-            if worker.shared.is_transferring()
+            if worker.context.local.is_transferring()
                 && let Some(outcome) =
                     boxed(freeze::depart(&worker, &mut relay, &log_context, &permit, id)).await
             {
@@ -322,7 +301,7 @@ pub async fn thaw(worker: Rc<SessionWorker>, mut frozen: Box<FrozenSession>, loa
         report_result(picked, outcome, &session, &log_context);
     }
     log_context.leave_port(outcome);
-    account_for(&worker, session, outcome, id, (&log_context, &snapshot));
+    account_for(&worker.context, session, outcome, id, (&log_context, &snapshot));
     drop(load);
 }
 
@@ -420,8 +399,8 @@ impl<'a> SessionSteps<'a> {
         let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         let reject = |why| Outcome::reject(EndedAt::Tenant, why);
         // Before the tenant is asked: without a slot nothing is taken of its rate.
-        let slot =
-            self.worker.live.sessions.take().ok_or_else(|| reject(tenant.quota.reject(Reason::Shed)))?;
+        let slot = self.worker.context.live.sessions.take();
+        let slot = slot.ok_or_else(|| reject(tenant.quota.reject(Reason::Shed)))?;
         let permit = tenant.quota.admit(clock::now()).map_err(reject)?;
         log_context.flags.would_reject = permit.would_reject();
         Ok((pool, AdmittedSession { permit, _slot: slot }))

@@ -1,4 +1,4 @@
-//! What a session carries through all its steps: its deadline on the worker's wheel, and its counters.
+//! What a session carries through all its steps, its deadline on the worker's wheel and its counters; and that wheel.
 
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::account::session_metrics::{SessionMetrics, WorkerMetrics};
+use crate::account::session_metrics::SessionMetrics;
 use crate::clock::wheel::{Tick, TickSpan, TimerKey, TimerWheel};
 use crate::clock::{Moment, StartTime};
 
@@ -21,13 +21,11 @@ pub const SCRATCH: usize = 64 * 1024;
 /// this one began.
 const HEAD_START: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// State that all sessions of one worker share. It is never borrowed across an await.
+/// What the steps of one worker's sessions share. It is never borrowed across an await.
 #[derive(Debug)]
 pub struct WorkerLocal {
     /// The buffer that every read goes to first.
     pub scratch: RefCell<Box<[u8]>>,
-    /// The worker's counters.
-    pub metrics: Rc<WorkerMetrics>,
     wheel: RefCell<TimerWheel>,
     started: Moment,
     /// While draining: how long a session may be silent.
@@ -41,14 +39,13 @@ pub struct WorkerLocal {
 }
 
 impl WorkerLocal {
-    /// The shared part of a new worker.
+    /// That of a new worker.
     #[must_use]
-    pub fn new(worker_metrics: Rc<WorkerMetrics>, now: Moment) -> Rc<Self> {
+    pub fn new(now: Moment) -> Rc<Self> {
         let mut wheel = TimerWheel::default();
         wheel.advance(Tick::at(HEAD_START), std::task::Waker::wake_by_ref);
         Rc::new(Self {
             scratch: RefCell::new(vec![0; SCRATCH].into_boxed_slice()),
-            metrics: worker_metrics,
             wheel: RefCell::new(wheel),
             started: now,
             drain_idle: Cell::new(None),
@@ -95,10 +92,22 @@ impl WorkerLocal {
         self.wheel.borrow_mut().advance(tick, std::task::Waker::wake_by_ref);
     }
 
-    /// Starts draining: a session that is idle for `idle` is ended.
+    /// Starts draining: no flow begins, and a session or flow that is idle for `idle` is ended.
     pub fn drain(&self, idle: TickSpan) {
         self.drain_idle.set(Some(idle));
         self.wheel.borrow().wake_all(std::task::Waker::wake_by_ref);
+    }
+
+    /// Whether the worker is draining, or over.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.drain_idle.get().is_some() || self.is_over.get()
+    }
+
+    /// While draining: how long a session or flow may be silent.
+    #[must_use]
+    pub fn drain_idle(&self) -> Option<TickSpan> {
+        self.drain_idle.get()
     }
 
     /// Ends every session at its next step.
@@ -250,7 +259,7 @@ mod tests {
 
     use super::*;
     use crate::account::Labels;
-    use crate::account::session_metrics::CounterShard;
+    use crate::account::session_metrics::{CounterShard, WorkerMetrics};
 
     fn at_ms(ms: u64) -> Moment {
         Moment::from_nanos(ms * 1_000_000)
@@ -262,8 +271,8 @@ mod tests {
 
     fn session(labels: &Labels, shard: &Arc<CounterShard>) -> SessionContext {
         let worker_metrics = WorkerMetrics::new(Arc::clone(shard), labels.intern(""));
-        let local = WorkerLocal::new(Rc::clone(&worker_metrics), at_ms(0));
-        SessionContext::new(local, SessionMetrics::new(worker_metrics, &labels.intern("web")), at_ms(0))
+        let metrics = SessionMetrics::new(worker_metrics, &labels.intern("web"));
+        SessionContext::new(WorkerLocal::new(at_ms(0)), metrics, at_ms(0))
     }
 
     fn poll<F: Future + Unpin>(step: &mut F) -> Poll<F::Output> {

@@ -41,6 +41,7 @@ mod revocation;
 mod shared_pools;
 mod stopped_listeners;
 mod takeovers;
+mod worker_context;
 pub mod worker_loads;
 
 pub use self::changes::{ChangeCount, ConfigChanges};
@@ -50,6 +51,7 @@ use self::listener_rows::ListenerRows;
 use self::rejection_log::StrayLogLimit;
 pub use self::stopped_listeners::{StoppedListener, StoppedListeners};
 pub use self::takeovers::TakeoverCounters;
+pub use self::worker_context::WorkerContext;
 
 /// The immutable state of the configuration in force; replaced as a whole.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use quinn_udp::RecvMeta;
 
-use crate::account::log::{AccessLogRecord, AccessLogger, LogFlags};
+use crate::account::log::{AccessLogRecord, LogFlags};
 use crate::account::session_metrics::SessionMetrics;
 use crate::account::{Direction, Label, PerDirection};
 use crate::addr::{BackendAddr, PeerAddr};
@@ -19,8 +19,8 @@ use crate::clock::{self, Moment, StartTime};
 use crate::id::SessionId;
 use crate::outcome::Outcome;
 use crate::pool::{PickedBackend, Pool, TriedBackends};
-use crate::state::Snapshot;
-use crate::state::rejection_log::{LogLine, RejectionLog};
+use crate::state::rejection_log::LogLine;
+use crate::state::{Snapshot, WorkerContext};
 use crate::tenant::Tenant;
 
 use super::drops::KernelDrops;
@@ -148,12 +148,6 @@ pub(super) struct ConnectedBackend {
     pub(super) attempts: u32,
 }
 
-/// The logs for ended flows.
-pub(super) struct FlowLogs<'a> {
-    pub(super) access_log: &'a AccessLogger,
-    pub(super) rejections: &'a RejectionLog,
-}
-
 impl FlowLogContext {
     pub(super) fn tenant(&self) -> Option<&Tenant> {
         self.snapshot.directory.tenants().get(self.tenant as usize)
@@ -169,14 +163,20 @@ impl FlowLogContext {
     }
 
     /// Counts the end, and writes its line, where it has one.
-    pub(super) fn end(self, outcome: Outcome, flow_client: FlowLogDetails, logs: &FlowLogs<'_>, now: Moment) {
+    pub(super) fn end(
+        self,
+        outcome: Outcome,
+        flow_client: FlowLogDetails,
+        worker: &WorkerContext,
+        now: Moment,
+    ) {
         let took = self.began.age(now);
-        if outcome.is_logged() && logs.access_log.is_on() {
+        if outcome.is_logged() && worker.access_log.is_on() {
             let rules = self.snapshot.listeners.get(self.listener as usize);
             let strays = rules.map(|rules| &*rules.strays);
-            match logs.rejections.line(outcome, self.tenant(), strays, now) {
-                Ok(line) => self.write(outcome, flow_client, logs.access_log, line, took),
-                Err(class) => logs.access_log.leave_out(class),
+            match worker.rejections.line(outcome, self.tenant(), strays, now) {
+                Ok(line) => self.write(outcome, flow_client, worker, line, took),
+                Err(class) => worker.access_log.leave_out(class),
             }
         }
         self.metrics.end(outcome, took);
@@ -186,7 +186,7 @@ impl FlowLogContext {
         &self,
         outcome: Outcome,
         flow_client: FlowLogDetails,
-        access_log: &AccessLogger,
+        worker: &WorkerContext,
         line: LogLine,
         took: Duration,
     ) {
@@ -218,7 +218,7 @@ impl FlowLogContext {
             },
             labels,
         };
-        access_log.write(line.class, number, &record);
+        worker.access_log.write(line.class, number, &record);
     }
 }
 
@@ -318,7 +318,7 @@ impl<A> Flow<A> {
         outcome: Outcome,
         peer: PeerAddr,
         flow_client: FlowClient,
-        logs: &FlowLogs<'_>,
+        worker: &WorkerContext,
         now: Moment,
     ) {
         self.count_drops();
@@ -333,7 +333,7 @@ impl<A> Flow<A> {
             datagrams: self.datagrams,
             would_reject: self.permit.would_reject(),
         };
-        self.log_context.end(outcome, told, logs, now);
+        self.log_context.end(outcome, told, worker, now);
     }
 }
 

@@ -31,8 +31,7 @@ impl<A> FlowWorkerState<A> {
         if flow.stays_over_reload() {
             return;
         }
-        let Some(found) = flow.search(&latest, flow_client, &self.live.udp_ports, &mut self.random, now)
-        else {
+        let Some(found) = flow.search(&latest, flow_client, &self.context.live.udp_ports, now) else {
             return;
         };
         flow.move_to(found);
@@ -61,7 +60,6 @@ impl<A> Flow<A> {
         pool: &Arc<Pool>,
         flow_client: FlowClient,
         ports: &LocalPorts,
-        random: &mut fastrand::Rng,
         now: Moment,
     ) -> Option<ConnectedBackend> {
         let key = pool.key(
@@ -70,9 +68,9 @@ impl<A> Flow<A> {
         );
         let mut tried = TriedBackends::default();
         let tenant = self.log_context.tenant_number();
-        let picked = pool.pick_again(tenant, key, random.u64(..), &mut tried).ok();
+        let picked = pool.pick_again(tenant, key, fastrand::u64(..), &mut tried).ok();
         let picked = picked.filter(|picked| picked.keeps_flows())?;
-        match BackendSearch::new(pool, flow_client, (ports, PortOwner::Holder(&self.port)), random, now)
+        match BackendSearch::new(pool, flow_client, (ports, PortOwner::Holder(&self.port)), now)
             .connect(&picked)
         {
             Ok((socket, port)) => {

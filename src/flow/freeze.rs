@@ -17,7 +17,7 @@ use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::drops::KernelDrops;
-use super::entry::{ConnectedBackend, Flow, FlowLogContext, FlowLogs, NOWHERE, ReceiveMode};
+use super::entry::{ConnectedBackend, Flow, FlowLogContext, NOWHERE, ReceiveMode};
 use super::socket::UdpListenSocket;
 use super::table::{DatagramAction, FlowClient, FlowId, FlowPath};
 use super::{FlowWorker, FlowWorkerState, Poll};
@@ -141,7 +141,7 @@ impl<A> FlowWorker<A> {
                 let Ok(turn) = departures.reserve().await else { break };
                 let sent = {
                     let mut state = self.state.borrow_mut();
-                    if !state.worker.is_transferring() {
+                    if !state.context.local.is_transferring() {
                         break;
                     }
                     state.freeze(*id, &self.sockets.borrow(), &self.poll)
@@ -165,7 +165,7 @@ impl<A> FlowWorker<A> {
         loop {
             match timeout(Tick::SPAN, &mut answered).await {
                 Ok(answer) => return Some(answer.unwrap_or(TransferReply::Stays)),
-                Err(_) if self.state.borrow().worker.is_over() => return None,
+                Err(_) if self.state.borrow().context.local.is_over() => return None,
                 Err(_) => {}
             }
         }
@@ -220,7 +220,7 @@ impl<A> FlowWorkerState<A> {
         let departing = DepartingFlow { path, client: flow_client, flow, last, shares_path };
         // Not by closing it: the other process's copy would keep it on the poll.
         let packed = epoll::delete(poll.get_ref(), &departing.flow.socket).ok();
-        let packed = packed.and_then(|()| departing.pack(self.number, sockets));
+        let packed = packed.and_then(|()| departing.pack(self.context.number, sockets));
         if packed.is_none() {
             self.restore(departing, poll);
             return None;
@@ -248,7 +248,9 @@ impl<A> FlowWorkerState<A> {
 
     fn settle(&mut self, departing: DepartingFlow<A>, answer: Option<TransferReply>, poll: &Poll) {
         let why = match answer {
-            Some(TransferReply::Stays) if !self.worker.is_over() => return self.restore(departing, poll),
+            Some(TransferReply::Stays) if !self.context.local.is_over() => {
+                return self.restore(departing, poll);
+            }
             Some(TransferReply::Taken) => Reason::Moved,
             Some(TransferReply::Stays) | None => Reason::Drained,
         };
@@ -256,12 +258,11 @@ impl<A> FlowWorkerState<A> {
     }
 
     fn finish(&self, departing: DepartingFlow<A>, why: Reason) {
-        let logs = FlowLogs { access_log: &self.access_log, rejections: &self.rejections };
         departing.flow.end(
             Outcome::reject(EndedAt::Forward, why),
             departing.path.peer,
             departing.client,
-            &logs,
+            &self.context,
             clock::now(),
         );
     }
@@ -273,20 +274,20 @@ impl<A> FlowWorkerState<A> {
         listen_socket: &UdpListenSocket,
         poll: &Poll,
     ) -> Result<(), ThawError> {
-        let (snapshot, now, flow_client) = (self.snapshot(), clock::now(), moved.client());
+        let (snapshot, now, flow_client) = (self.context.snapshot(), clock::now(), moved.client());
         let FrozenFlow { record, socket: connected, header, first } = moved;
-        let labels = &self.live.labels;
+        let labels = &self.context.live.labels;
         let [own, tenant, to] =
             [&record.listener, &record.tenant, &record.pool].map(|name| labels.intern(name));
         let backend = labels.intern(&record.backend.to_string());
-        let worker_metrics = Rc::clone(&self.worker.metrics);
+        let worker_metrics = Rc::clone(&self.context.metrics);
         let mut metrics =
             SessionMetrics::taken_over(worker_metrics, [&own, &tenant, &to, &backend], record.bytes);
         metrics.would_delay = record.would_delay;
         let tenant_place = snapshot.known_place(&tenant, flow_client.endpoint, &own);
         let known = tenant_place.and_then(|place| snapshot.directory.tenants().get(place as usize));
         let gone = || {
-            let quota = self.live.quotas.find(&tenant);
+            let quota = self.context.live.quotas.find(&tenant);
             quota.set_revocation(record.revocation);
             quota
         };
@@ -296,7 +297,7 @@ impl<A> FlowWorkerState<A> {
         let picked = own_pool.and_then(|pool| pool.adopt(record.backend, tenant.serial()));
         let local = connected.local_addr().ok().map(|local| local.ip());
         let source = local.filter(|ip| own_pool.is_some_and(|pool| pool.sources.contains(ip)));
-        let port = self.live.udp_ports.space(source, EVERY_BACKEND).adopt(tenant.serial());
+        let port = self.context.live.udp_ports.space(source, EVERY_BACKEND).adopt(tenant.serial());
         let mut tried = TriedBackends::default();
         let picked = picked.map(|picked| tried.add_picked(picked));
         let log_context = FlowLogContext {
@@ -311,7 +312,7 @@ impl<A> FlowWorkerState<A> {
         let permit = quota.adopt_flow(record.beyond);
         let found = ConnectedBackend { socket: connected, port, picked, tried, attempts: record.attempts };
         let guard = ((self.count_flow)(), Rc::clone(&listen_socket.flows));
-        let mut flow = Flow::new(found, permit, self.live.sessions.take_anyway(), guard, log_context);
+        let mut flow = Flow::new(found, permit, self.context.live.sessions.take_anyway(), guard, log_context);
         (flow.is_answered, flow.first, flow.header) = (record.is_answered, first, header);
         flow.datagrams = record.datagrams;
         flow.drops = KernelDrops::new(&flow.socket);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::event::epoll;
 
-use super::entry::{ConnectedBackend, Flow, FlowLogContext, FlowLogDetails, FlowLogs, NOWHERE};
+use super::entry::{ConnectedBackend, Flow, FlowLogContext, FlowLogDetails, NOWHERE};
 use super::search::{BackendSearch, PortOwner};
 use super::send_runs::{DatagramHeaders, drop_reason};
 use super::socket::{self, ROOM, Span, UdpListenSocket};
@@ -135,11 +135,11 @@ impl<A> FlowWorkerState<A> {
         self.runs.add(id, payload);
     }
 
-    fn log_context(&mut self, listener: u32, now: Moment) -> Option<FlowLogContext> {
-        let snapshot = self.snapshot();
+    fn log_context(&self, listener: u32, now: Moment) -> Option<FlowLogContext> {
+        let snapshot = self.context.snapshot();
         let rules = snapshot.listeners.get(listener as usize)?;
-        let metrics = SessionMetrics::new(Rc::clone(&self.worker.metrics), &rules.label);
-        let session = SessionId::new(self.number, self.worker.metrics.next_session());
+        let metrics = SessionMetrics::new(Rc::clone(&self.context.metrics), &rules.label);
+        let session = SessionId::new(self.context.number, self.context.metrics.next_session());
         Some(FlowLogContext {
             snapshot,
             metrics,
@@ -176,8 +176,7 @@ impl<A> FlowWorkerState<A> {
         outcome: Outcome,
         now: Moment,
     ) {
-        let logs = FlowLogs { access_log: &self.access_log, rejections: &self.rejections };
-        log_context.end(outcome, FlowLogDetails::stray(path.peer, flow_client), &logs, now);
+        log_context.end(outcome, FlowLogDetails::stray(path.peer, flow_client), &self.context, now);
     }
 
     /// Opens a flow for a datagram.
@@ -249,7 +248,7 @@ impl<A> FlowWorkerState<A> {
         if !rules.trusts(path.peer) {
             return Err(Outcome::reject(EndedAt::Accept, Reason::UntrustedSource));
         }
-        if self.draining {
+        if self.context.local.is_draining() {
             return Err(Outcome::reject(EndedAt::Header, Reason::Drained));
         }
         let (place, why) = snapshot.directory.place(flow_client.endpoint, rules.tenants);
@@ -262,13 +261,13 @@ impl<A> FlowWorkerState<A> {
         tenant.admit()?;
         let pool = pool.ok_or(Outcome::reject(EndedAt::Tenant, Reason::NoPool))?;
         charge_first(&tenant.quota, payload, &mut log_context.metrics, now)?;
-        let mut slot = self.live.sessions.take();
+        let mut slot = self.context.live.sessions.take();
         let permit = tenant.quota.admit_flow(|room| {
             let evicted =
                 self.evict((room == EvictionScope::OfTenant).then(|| tenant.label.serial()), |_| true, now);
             if slot.is_none() && evicted {
                 // The place that this left, before the tenant's share is reckoned with what is free.
-                slot = self.live.sessions.take();
+                slot = self.context.live.sessions.take();
             }
             evicted
         });
@@ -291,19 +290,15 @@ impl<A> FlowWorkerState<A> {
         metrics: &mut SessionMetrics,
         now: Moment,
     ) -> Result<ConnectedBackend, Outcome> {
-        let live = Arc::clone(&self.live);
+        let live = Arc::clone(&self.context.live);
         let ports = (&*live.udp_ports, PortOwner::Tenant(tenant));
-        let mut search = BackendSearch::new(pool, flow_client, ports, &mut self.random, now);
+        let mut search = BackendSearch::new(pool, flow_client, ports, now);
         let found = search.run(TriedBackends::default(), 0, metrics);
         let Some(short) = search.short.take().filter(|short| self.free_port(tenant, short, now)) else {
             return found;
         };
         short.search_again();
-        BackendSearch::new(pool, flow_client, ports, &mut self.random, now).run(
-            TriedBackends::default(),
-            0,
-            metrics,
-        )
+        BackendSearch::new(pool, flow_client, ports, now).run(TriedBackends::default(), 0, metrics)
     }
 
     /// Ends a silent flow that uses one of these local ports: of this tenant, or else, where the tenant holds less than an
@@ -315,8 +310,10 @@ impl<A> FlowWorkerState<A> {
 
     /// A place in the process, where need be that of the flow that was silent longest.
     fn slot(&mut self, now: Moment) -> Option<slots::SlotPermit> {
-        let slot = self.live.sessions.take();
-        slot.or_else(|| if self.evict(None, |_| true, now) { self.live.sessions.take() } else { None })
+        let slot = self.context.live.sessions.take();
+        slot.or_else(
+            || if self.evict(None, |_| true, now) { self.context.live.sessions.take() } else { None },
+        )
     }
 
     /// Ends the flow of this tenant, or of the one that has most, that was silent longest, if it is one of these; whether it
@@ -324,8 +321,13 @@ impl<A> FlowWorkerState<A> {
     fn evict(&mut self, tenant: Option<u32>, is_it: impl FnOnce(&Flow<A>) -> bool, now: Moment) -> bool {
         let evicted = self.table.evict_if(tenant, GIVES_WAY, now, is_it);
         let Some((path, flow_client, flow)) = evicted else { return false };
-        let logs = FlowLogs { access_log: &self.access_log, rejections: &self.rejections };
-        flow.end(Outcome::reject(EndedAt::Forward, Reason::Evicted), path.peer, flow_client, &logs, now);
+        flow.end(
+            Outcome::reject(EndedAt::Forward, Reason::Evicted),
+            path.peer,
+            flow_client,
+            &self.context,
+            now,
+        );
         true
     }
 
@@ -370,12 +372,8 @@ impl<A> FlowWorkerState<A> {
     fn refused(&mut self, id: FlowId, unsent: usize, poll: &Poll, now: Moment) {
         let Some((_, flow_client, flow)) = self.table.find(id) else { return };
         let is_answered = flow.is_answered;
-        let ports = &self.live.udp_ports;
-        let found = if is_answered {
-            None
-        } else {
-            BackendSearch::again(flow, flow_client, ports, &mut self.random, now)
-        };
+        let ports = &self.context.live.udp_ports;
+        let found = if is_answered { None } else { BackendSearch::again(flow, flow_client, ports, now) };
         if let Some(found) = found {
             flow.move_to(found);
             if self.watch(id, poll, now)

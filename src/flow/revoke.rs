@@ -20,7 +20,7 @@ impl<A> FlowWorker<A> {
 impl<A> FlowWorkerState<A> {
     /// Ends a flow whose endpoint is no longer its tenant's, now or once its grace is over.
     pub(super) fn check(&mut self, id: FlowId, now: Moment) {
-        let snapshot = self.snapshot();
+        let snapshot = self.context.snapshot();
         let Some((_, flow_client, flow)) = self.table.find(id) else { return };
         let [listener, tenant, _] = flow.log_context.metrics.labels();
         let is_admitted = snapshot.admits(listener, flow_client.endpoint, tenant);

@@ -38,7 +38,6 @@ pub(super) struct BackendSearch<'a> {
     client: FlowClient,
     ports: &'a LocalPorts,
     holder: PortOwner<'a>,
-    random: &'a mut fastrand::Rng,
     now: Moment,
     /// The local ports that the last attempt found none free of.
     pub(super) short: Option<Arc<PortSpace>>,
@@ -49,10 +48,9 @@ impl<'a> BackendSearch<'a> {
         pool: &'a Pool,
         flow_client: FlowClient,
         (ports, holder): (&'a LocalPorts, PortOwner<'a>),
-        random: &'a mut fastrand::Rng,
         now: Moment,
     ) -> Self {
-        Self { pool, client: flow_client, ports, holder, random, now, short: None }
+        Self { pool, client: flow_client, ports, holder, now, short: None }
     }
 
     /// Another backend for a flow whose own is not there; none for one from another process whose pool is unknown here.
@@ -60,7 +58,6 @@ impl<'a> BackendSearch<'a> {
         flow: &mut Flow<A>,
         flow_client: FlowClient,
         ports: &'a LocalPorts,
-        random: &'a mut fastrand::Rng,
         now: Moment,
     ) -> Option<ConnectedBackend> {
         let born = flow.log_context.pool()?;
@@ -71,8 +68,7 @@ impl<'a> BackendSearch<'a> {
         }
         flow.log_context.metrics.count_assumed(ConnectResult::Refused);
         flow.picked.iter().for_each(|picked| report_failure(&own, picked, now));
-        let mut search =
-            BackendSearch::new(&own, flow_client, (ports, PortOwner::Holder(&flow.port)), random, now);
+        let mut search = BackendSearch::new(&own, flow_client, (ports, PortOwner::Holder(&flow.port)), now);
         search.run(std::mem::take(&mut flow.tried), flow.attempts, &mut flow.log_context.metrics).ok()
     }
 
@@ -90,7 +86,7 @@ impl<'a> BackendSearch<'a> {
         );
         let mut failed = Outcome::reject(EndedAt::Pool, Reason::NoBackend);
         while attempts < pool.attempts {
-            let (tenant, roll) = (self.holder.tenant(), self.random.u64(..));
+            let (tenant, roll) = (self.holder.tenant(), fastrand::u64(..));
             let picked = if attempts == 0 {
                 pool.pick_for(tenant, key, roll, &mut tried)
             } else {
@@ -138,7 +134,7 @@ impl<'a> BackendSearch<'a> {
         picked: &PickedBackend,
     ) -> Result<(UdpSocket, LocalPort), ConnectResult> {
         let address = picked.address();
-        let start = usize::try_from(self.random.u64(..)).unwrap_or(0);
+        let start = fastrand::usize(..);
         self.short = None;
         for source in connect::sources(&self.pool.sources, address, start) {
             let space = self.ports.space(source, EVERY_BACKEND);

@@ -234,8 +234,6 @@ fn release(tenant: &Quota) {
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
-
     use super::*;
     use crate::account::Labels;
     use crate::account::session_metrics::{CounterShard, SessionMetrics, WorkerMetrics};
@@ -245,12 +243,8 @@ mod tests {
     fn session(shard: &Arc<CounterShard>) -> SessionContext {
         let labels = Labels::default();
         let worker_metrics = WorkerMetrics::new(Arc::clone(shard), labels.intern(""));
-        let local = WorkerLocal::new(Rc::clone(&worker_metrics), Moment::default());
-        SessionContext::new(
-            local,
-            SessionMetrics::new(worker_metrics, &labels.intern("web")),
-            Moment::default(),
-        )
+        let metrics = SessionMetrics::new(worker_metrics, &labels.intern("web"));
+        SessionContext::new(WorkerLocal::new(Moment::default()), metrics, Moment::default())
     }
 
     #[test]

@@ -245,7 +245,7 @@ impl WorkerTransfers {
         flows_leave: mpsc::Sender<Departure<FlowRecord>>,
     ) {
         *self.sessions.departures.borrow_mut() = Some(sessions);
-        self.sessions.shared.start_transfer();
+        self.sessions.context.local.start_transfer();
         if let Some(flows) = self.flows.get().cloned() {
             // Here, and not in the task: an order to hear may be the next.
             flows.pause();
@@ -256,9 +256,9 @@ impl WorkerTransfers {
     /// Whatever has not left stays. Datagrams are heard again, or not.
     fn stop(&self, hear: bool) {
         *self.sessions.departures.borrow_mut() = None;
-        self.sessions.shared.stop_transfer();
+        self.sessions.context.local.stop_transfer();
         // Those of this worker's sessions, too: none that leaves after this keeps its place.
-        self.sessions.live.quotas.release_reserved();
+        self.sessions.context.live.quotas.release_reserved();
         self.set_receiving(hear);
     }
 

@@ -15,19 +15,16 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 use super::drain::{self, WorkerStage};
 use super::failure::{self, EssentialTask};
 use super::listen_sockets::BoundSocket;
-use super::worker_context::{NewConnection, WorkerContext};
+use super::server_worker::{NewConnection, ServerWorker};
 use super::worker_sockets::{SocketCommand, WorkerSockets};
-use crate::account::log::{AccessLogger, LogSender};
-use crate::account::session_metrics::WorkerMetrics;
+use crate::account::log::LogSender;
 use crate::admission::bandwidth::QUANTUM;
 use crate::clock;
 use crate::clock::wheel::Tick;
 use crate::fault::{self, Syscall};
 use crate::handover::transfers::TransferCommand;
-use crate::session::SessionWorker;
-use crate::session_context::WorkerLocal;
-use crate::state::LiveState;
 use crate::state::worker_loads::WorkerLoads;
+use crate::state::{LiveState, WorkerContext};
 
 /// Ticks from one telling of what was left out of the access log to the next: a second.
 const TELLING: u32 = 20;
@@ -70,42 +67,28 @@ pub(super) fn spawn(setup: WorkerSetup) -> io::Result<JoinHandle<()>> {
     Ok(thread)
 }
 
-/// The number of a process's first session: beyond all that the process before it has given, which would have had to take on
-/// 65,536 in each second.
-fn first_session() -> u64 {
-    clock::unix().as_secs() << 16
-}
-
 async fn work(mut setup: WorkerSetup) {
     let number = usize::from(setup.number);
-    let Some(shard) = setup.live.shards.get(number) else { return };
-    let worker_metrics = WorkerMetrics::new(Arc::clone(shard), setup.live.labels.intern(""));
-    worker_metrics.start_session_numbers_at(first_session());
-    let local = WorkerLocal::new(worker_metrics, clock::now());
-    let worker = SessionWorker::new(
-        setup.number,
-        &setup.live,
-        Rc::clone(&local),
-        AccessLogger::new(setup.access_log.clone()),
-    );
-    let context = WorkerContext::new(worker, Arc::clone(&setup.loads), setup.others, setup.access_log);
-    spawn_local(tick(Rc::clone(&context)));
-    let sockets = WorkerSockets::new(&context, &setup.stages, setup.accepts);
+    let Some(context) = WorkerContext::new(setup.number, &setup.live, setup.access_log) else { return };
+    let local = Rc::clone(&context.local);
+    let worker = ServerWorker::new(context, Arc::clone(&setup.loads), setup.others);
+    spawn_local(tick(Rc::clone(&worker)));
+    let sockets = WorkerSockets::new(&worker, &setup.stages, setup.accepts);
     for (listener, socket) in setup.sockets {
         sockets.open(listener, socket);
     }
     spawn_local(sockets.run_commands(setup.commands));
-    let (transfers, vital) = (context.transfers(), context.essential_task("orders to move sessions"));
+    let (transfers, vital) = (worker.transfers(), worker.essential_task("orders to move sessions"));
     let commands = spawn_local(async move {
         let _vital = vital;
         transfers.run_commands(setup.transfers).await;
     });
     let handed_over = {
-        let context = Rc::clone(&context);
+        let worker = Rc::clone(&worker);
         spawn_local(async move {
-            let _vital = context.essential_task("taking connections of other workers");
+            let _vital = worker.essential_task("taking connections of other workers");
             while let Some(fresh) = setup.handed_over.recv().await {
-                context.carry(fresh);
+                worker.carry(fresh);
             }
         })
     };
@@ -117,18 +100,17 @@ async fn work(mut setup: WorkerSetup) {
         .map_or(WorkerStage::Over, |stage| *stage);
     if let WorkerStage::Closing { idle } = reached {
         local.drain(idle);
-        context.existing_flows().iter().for_each(|flows| flows.drain(idle.duration()));
         drain::over(&mut setup.stages).await;
     }
     local.end_all();
-    context.existing_flows().iter().for_each(|flows| flows.end_all());
+    worker.existing_flows().iter().for_each(|flows| flows.end_all());
     handed_over.abort();
     commands.abort();
     while setup.loads.count(number) > 0 {
         sleep(Tick::SPAN / 10).await;
     }
-    context.report_suppressed();
-    context.flush();
+    worker.report_suppressed();
+    worker.flush();
 }
 
 /// While sessions wait for their tenant's bandwidth, it is granted whenever about so many bytes have come in: the least
@@ -141,39 +123,39 @@ const OFTEN: Duration = Duration::from_millis(1);
 const SELDOM: Duration = Duration::from_millis(5);
 
 /// Drives the worker's coarse time, and hands its lines of the access log on.
-async fn tick(context: Rc<WorkerContext>) {
-    let _vital = context.essential_task("the timers");
+async fn tick(worker: Rc<ServerWorker>) {
+    let _vital = worker.essential_task("the timers");
     let mut ticks = interval(Tick::SPAN);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut untold = 0;
     loop {
-        next(&mut ticks, &context).await;
+        next(&mut ticks, &worker).await;
         fault::panic_at(Syscall::WorkerPanic);
-        context.worker.shared.metrics.worker().ticks.add(1);
+        worker.context.metrics.worker().ticks.add(1);
         let now = clock::now();
-        context.worker.shared.advance(now);
+        worker.context.local.advance(now);
         // A worker without sessions keeps no old one.
-        let is_visit = context.worker.renew(now);
+        let is_visit = worker.sessions.renew(now);
         if is_visit {
-            context.worker.shared.visit();
-            context.existing_flows().iter().for_each(|flows| flows.visit(now));
+            worker.context.local.visit();
+            worker.existing_flows().iter().for_each(|flows| flows.visit(now));
         }
-        context.worker.end_late_headers(now);
-        context.worker.resources.bandwidth.borrow_mut().advance(now);
-        context.existing_flows().iter().for_each(|flows| flows.advance(now));
-        context.worker.shared.metrics.fold(&context.worker.live.configured.load());
-        context.flush();
+        worker.sessions.end_late_headers(now);
+        worker.sessions.resources.bandwidth.borrow_mut().advance(now);
+        worker.existing_flows().iter().for_each(|flows| flows.advance(now));
+        worker.context.metrics.fold(&worker.context.live.configured.load());
+        worker.flush();
         untold += 1;
         if untold == TELLING {
             untold = 0;
-            context.report_suppressed();
+            worker.report_suppressed();
         }
     }
 }
 
 /// Waits for the next tick, and grants bandwidth to waiters meanwhile.
-async fn next(ticks: &mut Interval, context: &WorkerContext) {
-    let queue = &context.worker.resources.bandwidth;
+async fn next(ticks: &mut Interval, worker: &ServerWorker) {
+    let queue = &worker.sessions.resources.bandwidth;
     while !queue.borrow().is_empty() {
         let span = queue.borrow().span_of(PARCEL).clamp(OFTEN, SELDOM);
         if timeout(span, ticks.tick()).await.is_ok() {

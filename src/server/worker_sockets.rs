@@ -16,7 +16,7 @@ use tokio::time::sleep;
 
 use super::drain::WorkerStage;
 use super::listen_sockets::{self, BoundSocket, ListenSocketId};
-use super::worker_context::WorkerContext;
+use super::server_worker::ServerWorker;
 use crate::accept::{AcceptError, ListenSocket, PAUSE};
 use crate::account::session_metrics::ListenerCounters;
 use crate::config::Protocol;
@@ -56,7 +56,7 @@ struct OpenTcpSocket {
 
 /// The listening sockets of one worker.
 pub(super) struct WorkerSockets {
-    context: Rc<WorkerContext>,
+    worker: Rc<ServerWorker>,
     stages: watch::Receiver<WorkerStage>,
     /// The TCP sockets. There are several of one address if a previous process had more workers.
     open: RefCell<HashMap<ListenSocketId, Vec<OpenTcpSocket>>>,
@@ -66,12 +66,12 @@ pub(super) struct WorkerSockets {
 
 impl WorkerSockets {
     pub(super) fn new(
-        context: &Rc<WorkerContext>,
+        worker: &Rc<ServerWorker>,
         stages: &watch::Receiver<WorkerStage>,
         accepts: bool,
     ) -> Self {
         let accepts = watch::Sender::new(accepts);
-        Self { context: Rc::clone(context), stages: stages.clone(), open: RefCell::default(), accepts }
+        Self { worker: Rc::clone(worker), stages: stages.clone(), open: RefCell::default(), accepts }
     }
 
     /// Carries out commands until the channel closes.
@@ -91,7 +91,7 @@ impl WorkerSockets {
                 SocketCommand::Pause(done) => {
                     // Every accept checks this first: from now on none accepts.
                     self.accepts.send_replace(false);
-                    self.context.existing_flows().iter().for_each(|flows| flows.pause());
+                    self.worker.existing_flows().iter().for_each(|flows| flows.pause());
                     // The requester has given up.
                     done.send(()).unwrap_or_default();
                 }
@@ -113,22 +113,22 @@ impl WorkerSockets {
                 let id = ListenSocketId { listener, protocol: Protocol::Tcp, address };
                 let opened = OpenTcpSocket { socket: Rc::clone(&slot), _close: close };
                 self.open.borrow_mut().entry(id).or_default().push(opened);
-                let open = self.context.loads.count_socket();
+                let open = self.worker.loads.count_socket();
                 let (stages, accepts) = (self.stages.clone(), self.accepts.subscribe());
                 let commands = AcceptLifetime { stages, closes, accepts, guard: open };
                 let listen_socket = ListenSocket::new(socket).map(Rc::new);
                 // Before the next order: it may be to lend it.
                 slot.replace(listen_socket.as_ref().map_or_else(|_| Weak::new(), Rc::downgrade));
-                spawn_local(keep(listen_socket, slot, id, Rc::clone(&self.context), commands));
+                spawn_local(keep(listen_socket, slot, id, Rc::clone(&self.worker), commands));
             }
             BoundSocket::Udp(socket) => {
-                let (context, accepts) = (Rc::clone(&self.context), self.accepts.subscribe());
-                if let Ok(flows) = context.flows()
+                let (worker, accepts) = (Rc::clone(&self.worker), self.accepts.subscribe());
+                if let Ok(flows) = worker.flows()
                     && !*accepts.borrow()
                 {
                     flows.pause();
                 }
-                spawn_local(keep_udp(socket, listener, context, accepts));
+                spawn_local(keep_udp(socket, listener, worker, accepts));
             }
         }
     }
@@ -140,7 +140,7 @@ impl WorkerSockets {
         let tcp = tcp.filter_map(|(id, opened)| {
             Some((id, opened.socket.borrow().upgrade()?.as_fd().try_clone_to_owned().ok()?))
         });
-        let udp = self.context.existing_flows().map_or_else(Vec::new, |flows| flows.clone_sockets());
+        let udp = self.worker.existing_flows().map_or_else(Vec::new, |flows| flows.clone_sockets());
         let udp = udp.into_iter().map(|(listener, address, socket)| {
             (ListenSocketId { listener, protocol: Protocol::Udp, address }, socket)
         });
@@ -151,7 +151,7 @@ impl WorkerSockets {
         match listen_socket.protocol {
             // Its task closes it; where that has ended, it is closed.
             Protocol::Tcp => drop(self.open.borrow_mut().remove(&listen_socket)),
-            Protocol::Udp => match self.context.existing_flows() {
+            Protocol::Udp => match self.worker.existing_flows() {
                 Some(flows) => flows.close(listen_socket.listener, listen_socket.address, last),
                 None => last.worker_done(),
             },
@@ -184,22 +184,18 @@ async fn keep(
     mut opened: io::Result<Rc<ListenSocket>>,
     slot: Rc<RefCell<Weak<ListenSocket>>>,
     id: ListenSocketId,
-    context: Rc<WorkerContext>,
+    worker: Rc<ServerWorker>,
     mut commands: AcceptLifetime,
 ) {
     let listener = id.listener;
-    let snapshot = context.worker.live.snapshot.load_full();
-    let Some(label) = snapshot.listeners.get(listener as usize).map(|listener| listener.label.clone()) else {
-        return;
-    };
-    drop(snapshot);
-    let _vital = context.essential_task("accepting");
-    let cells = context.worker.shared.metrics.listener(&label);
+    let Some(label) = worker.context.listener_label(listener) else { return };
+    let _vital = worker.essential_task("accepting");
+    let cells = worker.context.metrics.listener(&label);
     loop {
         let listen_socket = match opened {
             Ok(listen_socket) => listen_socket,
             Err(error) => {
-                let _stopped = stopped(&context, label.name(), id.address, &error);
+                let _stopped = stopped(&worker, label.name(), id.address, &error);
                 let Some(listen_socket) = reopen(label.name(), id.address, &mut commands).await else {
                     return;
                 };
@@ -208,9 +204,9 @@ async fn keep(
                 listen_socket
             }
         };
-        match accept(&listen_socket, label.name(), &cells, listener, &context, &mut commands).await {
+        match accept(&listen_socket, label.name(), &cells, listener, &worker, &mut commands).await {
             AcceptEnd::Closed => {
-                listen_socket.close(|accepted| context.start(accepted, listener));
+                listen_socket.close(|accepted| worker.start(accepted, listener));
                 // What was accepted is counted by now.
                 return drop(commands.guard);
             }
@@ -228,7 +224,7 @@ async fn accept(
     name: &str,
     cells: &ListenerCounters,
     listener: u32,
-    context: &Rc<WorkerContext>,
+    worker: &Rc<ServerWorker>,
     commands: &mut AcceptLifetime,
 ) -> AcceptEnd {
     let mut short = false;
@@ -246,7 +242,7 @@ async fn accept(
             _ = commands.accepts.wait_for(|accepts| !accepts) => continue,
             _ = commands.stages.wait_for(|stage| !matches!(stage, WorkerStage::Serving)) => return AcceptEnd::Closed,
             _ = &mut commands.closes => return AcceptEnd::Closed,
-            accepted = listen_socket.accept(|accepted| context.receive(accepted, listener)) => accepted,
+            accepted = listen_socket.accept(|accepted| worker.receive(accepted, listener)) => accepted,
         };
         match accepted {
             Ok(()) => short = false,
@@ -291,25 +287,22 @@ async fn reopen(name: &str, address: SocketAddr, commands: &mut AcceptLifetime) 
 async fn keep_udp(
     mut socket: UdpSocket,
     listener: u32,
-    context: Rc<WorkerContext>,
+    worker: Rc<ServerWorker>,
     accepts: watch::Receiver<bool>,
 ) {
     let Ok(address) = socket.local_addr() else { return };
-    let _vital = context.essential_task("datagrams");
-    let snapshot = context.worker.live.snapshot.load_full();
-    let label = snapshot.listeners.get(listener as usize).map(|listener| listener.label.clone());
-    drop(snapshot);
-    let Some(label) = label else { return };
+    let _vital = worker.essential_task("datagrams");
+    let Some(label) = worker.context.listener_label(listener) else { return };
     let is_in_force = || {
-        let bound = context.worker.live.bound.load();
+        let bound = worker.context.live.bound.load();
         bound.get(listener as usize).is_some_and(|addresses| addresses.contains(&address))
     };
     let (mut wait, mut is_stopped) = (FIRST_RETRY, None);
     let flows = loop {
-        match context.flows() {
+        match worker.flows() {
             Ok(flows) => break flows,
             Err(error) if is_stopped.is_none() => {
-                is_stopped = Some(stopped(&context, label.name(), address, &error));
+                is_stopped = Some(stopped(&worker, label.name(), address, &error));
             }
             Err(error) => cannot_open(label.name(), address, &error),
         }
@@ -324,7 +317,7 @@ async fn keep_udp(
         flows.pause();
     }
     let mend = async |error: &io::Error, is_closing: &dyn Fn() -> bool| {
-        let _stopped = stopped(&context, label.name(), address, error);
+        let _stopped = stopped(&worker, label.name(), address, error);
         let mut wait = FIRST_RETRY;
         loop {
             sleep(wait).await;
@@ -354,13 +347,7 @@ fn cannot_open(listener: &str, address: SocketAddr, error: &io::Error) {
 }
 
 /// A listener never dies in silence.
-fn stopped(
-    context: &WorkerContext,
-    listener: &str,
-    address: SocketAddr,
-    error: &io::Error,
-) -> StoppedListener {
-    let worker = context.worker.number;
-    tracing::error!(worker, listener, %address, %error, "listening socket failed; opening it again");
-    context.worker.live.stopped_listeners.stop()
+fn stopped(worker: &ServerWorker, listener: &str, address: SocketAddr, error: &io::Error) -> StoppedListener {
+    tracing::error!(worker = worker.context.number, listener, %address, %error, "listening socket failed; opening it again");
+    worker.context.live.stopped_listeners.stop()
 }

@@ -35,7 +35,7 @@ impl<'a> SessionSteps<'a> {
             let mut failed = Outcome::reject(EndedAt::Pool, Reason::NoBackend);
             while log_context.attempts < pool.attempts {
                 let picked =
-                    match pool.pick_for(log_context.tenant_number(), key, self.worker.random(), &mut tried) {
+                    match pool.pick_for(log_context.tenant_number(), key, fastrand::u64(..), &mut tried) {
                         Ok(picked) => picked,
                         // A session that could not connect does not wait as well.
                         Err(error @ (PickError::Free | PickError::Share)) if tried.is_empty() => {
@@ -93,9 +93,9 @@ impl<'a> SessionSteps<'a> {
     ) -> Result<TcpStream, ConnectError> {
         let (address, tenant) = (picked.address(), log_context.tenant_number());
         let mut result = Err(ConnectError::Backend(ConnectResult::NoLocalPort));
-        let start = usize::try_from(self.worker.random()).unwrap_or(0);
+        let start = fastrand::usize(..);
         for source in connect::sources(&pool.sources, address, start) {
-            let ports = &self.worker.live.ports;
+            let ports = &self.worker.context.live.ports;
             let path = log_context.path.insert(BackendPath::Tried(ports.space(source, address.0)));
             let origin = SourcePorts { source, ports, space: path.space(), tenant };
             let dialled = connect::dial(origin, opening, client, self.snapshot.connect, session).await;

@@ -29,7 +29,7 @@ use crate::id::{EndpointClaim, SessionId};
 use crate::outcome::{EndedAt, Outcome, Reason};
 use crate::pool::PickedBackend;
 use crate::session_context::{Cancelled, SessionContext};
-use crate::state::{LiveState, Snapshot};
+use crate::state::{LiveState, Snapshot, WorkerContext};
 
 /// The record of a session that moves to another process.
 #[derive(Debug, Serialize, Deserialize)]
@@ -134,17 +134,17 @@ impl FrozenSession {
     }
 
     /// Its life, from its accept on.
-    pub(super) fn session_context(&self, worker: &SessionWorker) -> SessionContext {
+    pub(super) fn session_context(&self, worker: &WorkerContext) -> SessionContext {
         let (record, labels) = (&self.record, &worker.live.labels);
         let names = [&record.listener, &record.tenant, &record.pool].map(|name| labels.intern(name));
         let backend = labels.intern(&record.backend.to_string());
         let [listener, tenant, pool] = &names;
-        let worker_metrics = Rc::clone(&worker.shared.metrics);
+        let worker_metrics = Rc::clone(&worker.metrics);
         let mut metrics =
             SessionMetrics::taken_over(worker_metrics, [listener, tenant, pool, &backend], record.bytes);
         metrics.would_delay = record.would_delay;
         let started = StartTime::before(clock::now(), Duration::from_micros(record.age_us));
-        SessionContext::resumed(Rc::clone(&worker.shared), metrics, started)
+        SessionContext::resumed(Rc::clone(&worker.local), metrics, started)
     }
 
     /// Continues forwarding.
@@ -249,7 +249,7 @@ async fn first_event(worker: &SessionWorker, relay: &mut Relay<'_>) -> FirstEven
     let Some(departures) = worker.departures.borrow().clone() else { return FirstEvent::Closed };
     let mut turn = pin!(departures.reserve_owned());
     poll_fn(|context| {
-        if !worker.shared.is_transferring() {
+        if !worker.context.local.is_transferring() {
             return Poll::Ready(FirstEvent::Closed);
         }
         if let Poll::Ready(turn) = turn.as_mut().poll(context) {

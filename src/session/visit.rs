@@ -15,7 +15,7 @@ impl SessionWorker {
     /// Lets go of a snapshot that is no more in force. Whether sessions are to be visited, because a reload may have taken
     /// their endpoint away from their tenant; at most once in `VISIT_INTERVAL`, however many reloads there are.
     pub fn renew(&self, now: Moment) -> bool {
-        let revocations = self.snapshot.borrow_mut().load().revocations;
+        let revocations = self.context.with_snapshot(|snapshot| snapshot.revocations);
         let is_due = revocations != self.revocations.get() && now >= self.next_visit.get();
         if is_due {
             self.revocations.set(revocations);
@@ -32,7 +32,8 @@ impl SessionWorker {
         permit: &SessionPermit,
     ) -> Option<Outcome> {
         let [listener, tenant, _] = relay.session().metrics.labels();
-        let is_admitted = self.snapshot.borrow_mut().load().admits(listener, log_context.endpoint, tenant);
+        let is_admitted =
+            self.context.with_snapshot(|snapshot| snapshot.admits(listener, log_context.endpoint, tenant));
         let grace = permit.quota().revocation().grace().filter(|_| !is_admitted);
         if grace.is_none() {
             relay.confirm();

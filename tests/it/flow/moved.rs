@@ -3,30 +3,26 @@
 use std::cell::Cell;
 use std::net::UdpSocket as Bound;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{interval, timeout};
-use vestibule::account::session_metrics::WorkerMetrics;
 use vestibule::clock;
 use vestibule::config::Config;
 use vestibule::flow::FlowWorker;
 use vestibule::flow::freeze::{FlowRecord, FrozenFlow};
 use vestibule::frozen::{Departure, ThawError, TransferReply};
 use vestibule::outcome::Reason;
-use vestibule::session_context::WorkerLocal;
-use vestibule::state::{LiveState, ProcessLimits};
+use vestibule::state::{LiveState, ProcessLimits, WorkerContext};
 
 use super::super::harness::{ACME, GLOBEX, LIMIT, eventually};
 use super::{Balancer, datagram};
 
 /// One worker of one process, with flows alone.
 struct Side {
-    live: Arc<LiveState>,
-    local: Rc<WorkerLocal>,
+    context: Rc<WorkerContext>,
     flows: Rc<FlowWorker<()>>,
 }
 
@@ -37,9 +33,8 @@ impl Side {
             1,
             ProcessLimits { sessions: 10_000, pending: 1_000, pipes: 0 },
         );
-        let ledger = WorkerMetrics::new(Arc::clone(&live.shards[0]), live.labels.intern(""));
-        let local = WorkerLocal::new(ledger, clock::now());
-        let flows = FlowWorker::new(0, &live, Rc::clone(&local), None, Box::new(|| ())).unwrap();
+        let context = WorkerContext::new(0, &live, None).unwrap();
+        let flows = FlowWorker::new(&context, Box::new(|| ())).unwrap();
         let [keeps, answers, ticks, ends] = [(); 4].map(|()| Rc::clone(&flows));
         let door = door.try_clone().unwrap();
         spawn_local(async move {
@@ -57,33 +52,33 @@ impl Side {
                 ticks.advance(clock::now());
             }
         });
-        Self { live, local, flows }
+        Self { context, flows }
     }
 
     fn ended(&self, why: Reason) -> u64 {
-        let routes = self.live.shards[0].routes();
+        let routes = self.context.live.shards[0].routes();
         let ended = routes.iter().flat_map(|route| route.ended().collect::<Vec<_>>());
         ended.filter(|(outcome, _)| outcome.why == why).map(|(_, count)| count).sum()
     }
 
     /// All of its flows' places and gauges.
     fn held(&self) -> [u64; 6] {
-        let tenants = self.live.snapshot.load();
+        let tenants = self.context.live.snapshot.load();
         let of_tenants = tenants.directory.tenants().iter().map(|tenant| tenant.quota.flows()).sum::<usize>();
         let backends = tenants.pools.iter().flat_map(|pool| pool.candidates().backends().to_vec());
-        let shard = &self.live.shards[0];
+        let shard = &self.context.live.shards[0];
         let active = shard.routes().iter().map(|route| route.active.value()).sum();
         let at_backends = shard.backends().iter().map(|backend| backend.active.value()).sum::<u64>();
         let load = backends.map(|backend| u64::from(backend.load())).sum::<u64>();
         assert_eq!(self.ended(Reason::IdleTimeout), 0, "nobody is idle for so long");
-        let ports = self.live.udp_ports.usage().iter().map(|usage| usage.live as u64).sum();
-        [self.live.sessions.used() as u64, of_tenants as u64, active, at_backends, load, ports]
+        let ports = self.context.live.udp_ports.usage().iter().map(|usage| usage.live as u64).sum();
+        [self.context.live.sessions.used() as u64, of_tenants as u64, active, at_backends, load, ports]
     }
 
     /// Moves all flows; each answer is `answer`'s.
     async fn move_to(&self, other: &Self, answer: impl Fn(Departure<FlowRecord>)) {
         other.flows.pause();
-        self.local.start_transfer();
+        self.context.local.start_transfer();
         let (departures, mut leaving) = mpsc::channel(8);
         let ferry = async {
             while let Some(leaving) = leaving.recv().await {
@@ -93,7 +88,7 @@ impl Side {
             }
         };
         tokio::join!(self.flows.freeze_all(departures), ferry);
-        self.local.stop_transfer();
+        self.context.local.stop_transfer();
         other.flows.resume();
     }
 
@@ -198,7 +193,7 @@ async fn flows_go_there_and_back_while_they_talk_and_nothing_is_lost() {
             timeout(3 * LIMIT, talk).await.expect("every answer").unwrap();
         }
         assert_eq!((one.ended(Reason::Moved), other.ended(Reason::Moved)), (500, 500));
-        assert_eq!(one.live.shards[0].listeners()[0].taken_over.value(), 500);
+        assert_eq!(one.context.live.shards[0].listeners()[0].taken_over.value(), 500);
         world.finish();
     };
     LocalSet::new().run_until(work).await;

@@ -1,4 +1,4 @@
-//! What the tasks of one worker share, and where a new connection goes.
+//! What the server's tasks of one worker share, and where a new connection goes.
 
 use std::cell::OnceCell;
 use std::io;
@@ -10,10 +10,10 @@ use tokio::task::spawn_local;
 
 use super::failure::{self, EssentialTask};
 use crate::accept::AcceptedConnection;
-use crate::account::log::LogSender;
 use crate::flow::FlowWorker;
 use crate::handover::transfers::WorkerTransfers;
 use crate::session::{self, SessionWorker};
+use crate::state::WorkerContext;
 use crate::state::worker_loads::{LoadGuard, WorkerLoads};
 
 /// Fresh connections that may be on their way to a worker; beyond it, they stay where they were accepted.
@@ -28,37 +28,37 @@ pub(super) struct NewConnection {
     load: LoadGuard,
 }
 
-/// The state shared by the tasks of one worker.
-pub(super) struct WorkerContext {
-    pub(super) worker: Rc<SessionWorker>,
+/// What only the server's tasks of a worker use: its sessions, its flows, and the other workers.
+pub(super) struct ServerWorker {
+    pub(super) context: Rc<WorkerContext>,
+    pub(super) sessions: Rc<SessionWorker>,
     pub(super) loads: Arc<WorkerLoads>,
     others: Vec<mpsc::Sender<NewConnection>>,
     /// Once a listener is UDP.
     flows: Rc<OnceCell<Rc<FlowWorker<LoadGuard>>>>,
-    access_log: Option<LogSender>,
 }
 
-impl WorkerContext {
+impl ServerWorker {
     pub(super) fn new(
-        worker: SessionWorker,
+        context: Rc<WorkerContext>,
         loads: Arc<WorkerLoads>,
         others: Vec<mpsc::Sender<NewConnection>>,
-        access_log: Option<LogSender>,
     ) -> Rc<Self> {
-        Rc::new(Self { worker: Rc::new(worker), loads, others, flows: Rc::default(), access_log })
+        let sessions = SessionWorker::new(&context);
+        Rc::new(Self { context, sessions, loads, others, flows: Rc::default() })
     }
 
     /// What has to leave in a takeover, and what comes.
     pub(super) fn transfers(&self) -> WorkerTransfers {
-        WorkerTransfers { sessions: Rc::clone(&self.worker), flows: Rc::clone(&self.flows) }
+        WorkerTransfers { sessions: Rc::clone(&self.sessions), flows: Rc::clone(&self.flows) }
     }
 
     pub(super) fn essential_task(&self, what: &'static str) -> EssentialTask {
-        EssentialTask::of_worker(self.worker.number, what)
+        EssentialTask::of_worker(self.context.number, what)
     }
 
     fn number(&self) -> usize {
-        usize::from(self.worker.number)
+        usize::from(self.context.number)
     }
 
     /// Starts a session for a new connection, or hands it to a worker with fewer sessions.
@@ -69,7 +69,7 @@ impl WorkerContext {
         let fresh = NewConnection { accepted, listener, load: self.loads.count_session(lighter) };
         let Some(other) = self.others.get(lighter) else { return };
         match other.try_send(fresh) {
-            Ok(()) => self.worker.shared.metrics.worker().handed_over.add(1),
+            Ok(()) => self.context.metrics.worker().handed_over.add(1),
             Err(mpsc::error::TrySendError::Full(fresh) | mpsc::error::TrySendError::Closed(fresh)) => {
                 self.start(fresh.accepted, listener);
             }
@@ -82,17 +82,13 @@ impl WorkerContext {
 
     /// Flushes the lines of the access log to the writer.
     pub(super) fn flush(&self) {
-        self.worker.access_log.flush();
-        self.existing_flows().iter().for_each(|flows| flows.flush());
+        self.context.access_log.flush();
     }
 
     /// Reports suppressed access log lines.
     pub(super) fn report_suppressed(&self) {
-        self.worker.rejections.report_suppressed();
-        self.existing_flows().iter().for_each(|flows| {
-            flows.report_suppressed();
-            flows.count_all_drops();
-        });
+        self.context.rejections.report_suppressed();
+        self.existing_flows().iter().for_each(|flows| flows.count_all_drops());
     }
 
     /// The worker's flows, if any exist.
@@ -115,9 +111,9 @@ impl WorkerContext {
 
     fn create_flows(&self) -> io::Result<Rc<FlowWorker<LoadGuard>>> {
         let (loads, number) = (Arc::clone(&self.loads), self.number());
-        let board = Box::new(move || loads.count_session(number));
-        let (worker, local) = (self.worker.number, Rc::clone(&self.worker.shared));
-        let flows = FlowWorker::new(worker, &self.worker.live, local, self.access_log.clone(), board)?;
+        let count_flow = Box::new(move || loads.count_session(number));
+        let flows = FlowWorker::new(&self.context, count_flow)?;
+        let worker = self.context.number;
         let (answering, vital) = (Rc::clone(&flows), self.essential_task("receiving from backends"));
         spawn_local(async move {
             let _vital = vital;
@@ -136,8 +132,8 @@ impl WorkerContext {
 
     /// Carries a connection that is counted for this worker.
     pub(super) fn carry(&self, fresh: NewConnection) {
-        let worker = Rc::clone(&self.worker);
+        let sessions = Rc::clone(&self.sessions);
         // Boxed, because a task moves what it runs three times at its end.
-        spawn_local(Box::pin(session::run(worker, fresh.accepted, fresh.listener, fresh.load)));
+        spawn_local(Box::pin(session::run(sessions, fresh.accepted, fresh.listener, fresh.load)));
     }
 }
