@@ -12,6 +12,8 @@ pub(crate) mod sources;
 mod suggest;
 mod table;
 mod tables;
+#[cfg(test)]
+pub(crate) mod test_text;
 pub(crate) mod unit;
 mod value;
 

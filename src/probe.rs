@@ -147,8 +147,8 @@ mod tests {
     const START: Moment = Moment::from_nanos(1_000_000_000);
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn schedule(interval: Duration, timeout: Duration, place: usize, of: usize) -> ProbeSchedule {
-        let probe = ProbeConfig {
+    fn config(interval: Duration, timeout: Duration) -> ProbeConfig {
+        ProbeConfig {
             interval,
             timeout,
             rise: 1,
@@ -156,8 +156,11 @@ mod tests {
             port: None,
             send_proxy: false,
             ask: ProbeCheck::Connect,
-        };
-        ProbeSchedule::new(&probe, ProbeStagger { place, of }, START)
+        }
+    }
+
+    fn schedule(interval: Duration, timeout: Duration, place: usize, of: usize) -> ProbeSchedule {
+        ProbeSchedule::new(&config(interval, timeout), ProbeStagger { place, of }, START)
     }
 
     #[test]
@@ -228,18 +231,9 @@ mod tests {
 
     #[test]
     fn a_waiting_probe_takes_little_memory() {
-        let (interval, timeout) = (5 * SECOND, SECOND);
-        let probe = ProbeConfig {
-            interval,
-            timeout,
-            rise: 1,
-            fall: 1,
-            port: None,
-            send_proxy: false,
-            ask: ProbeCheck::Connect,
-        };
         let backend = crate::addr::BackendAddr("127.0.0.1:1".parse().unwrap());
-        let size = size_of_val(&exchange::ask(backend, (&[], &LocalPorts::default()), &probe));
+        let size =
+            size_of_val(&exchange::ask(backend, (&[], &LocalPorts::default()), &config(5 * SECOND, SECOND)));
         assert!(size < 2_048, "{size} bytes for each backend");
     }
 }

@@ -3,6 +3,8 @@
 mod address;
 mod pool;
 mod quantity;
+#[cfg(test)]
+mod test_read;
 
 use std::path::PathBuf;
 
@@ -224,15 +226,8 @@ impl FromToml for UrlPath {
 
 #[cfg(test)]
 mod tests {
+    use super::test_read::{read, refused};
     use super::*;
-
-    fn read<T: FromToml>(text: &str) -> Result<T::Value, String> {
-        T::from_toml(DeValue::parse(text).unwrap().get_ref())
-    }
-
-    fn refused<T: FromToml>(text: &str) -> String {
-        read::<T>(text).map(|_| ()).unwrap_err()
-    }
 
     #[test]
     fn names_have_a_length_and_an_alphabet() {

@@ -181,6 +181,7 @@ fn compute(
 mod tests {
     use super::*;
     use crate::admission::ports::LocalPortRange;
+    use crate::config::test_text::LISTENER;
 
     fn process(max_sessions: usize, pipe_memory: u64) -> ProcessConfig {
         ProcessConfig {
@@ -230,12 +231,7 @@ mod tests {
 
     #[test]
     fn probes_have_room_for_every_backend_to_take_its_time() {
-        let text = r#"
-            [[listener]]
-            name = "web"
-            bind = "0.0.0.0:8080"
-            trusted-sources = ["10.0.0.0/16"]
-            pool = "app"
+        let pools = r#"
             [[pool]]
             name = "app"
             backends = ["10.0.1.10:80", "10.0.1.11:80", "app.example.com:80"]
@@ -250,7 +246,7 @@ mod tests {
             [[tenant]]
             name = "acme"
         "#;
-        let config = Config::parse("test.toml", text).unwrap();
+        let config = Config::parse("test.toml", &[LISTENER, pools].concat()).unwrap();
         assert_eq!(probes(&config.pools), 16 + 27, "66 backends, two fifths of the time");
         let most = compute(&config.process, PER_SESSION, u64::MAX, 2, 3, 20_000).unwrap();
         assert_eq!(most.probes, 2_500);
@@ -263,12 +259,8 @@ mod tests {
                 r#"
                 [process]
                 max-sessions = {max_sessions}
-                [[listener]]
-                name = "web"
-                bind = "0.0.0.0:8080"
+                {LISTENER}
                 protocol = "{protocol}"
-                trusted-sources = ["10.0.0.0/16"]
-                pool = "app"
                 [[pool]]
                 name = "named"
                 backends = ["app.example.com:80"]

@@ -217,8 +217,9 @@ fn unix_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::test_text::{LISTENER, POOL};
 
-    const TEXT: &str = r#"
+    const TABLES: &str = r#"
         [process]
         workers = 2
         [admin]
@@ -233,17 +234,13 @@ mod tests {
         idle = "30s"
         [dns]
         servers = ["10.0.0.2"]
-        [[listener]]
-        name = "web"
-        bind = "0.0.0.0:8080"
-        trusted-sources = ["10.0.0.0/16"]
-        pool = "app"
-        [[pool]]
-        name = "app"
-        backends = ["10.0.1.10:80"]
         [[tenant]]
         name = "acme"
     "#;
+
+    fn text() -> String {
+        [TABLES, LISTENER, POOL].concat()
+    }
 
     fn frozen(first: &str, next: &str) -> Vec<&'static str> {
         let [first, next] = [first, next].map(|text| Config::parse("test.toml", text).unwrap());
@@ -259,12 +256,13 @@ mod tests {
             ("\"info\"", "\"warn\"", "[log]"),
             ("10.0.0.2", "10.0.0.3", "[dns]"),
         ];
-        let mut all = TEXT.to_owned();
+        let text = text();
+        let mut all = text.clone();
         for (before, after, table) in changes {
-            assert_eq!(frozen(TEXT, &TEXT.replace(before, after)), [table]);
+            assert_eq!(frozen(&text, &text.replace(before, after)), [table]);
             all = all.replace(before, after);
         }
-        assert_eq!(frozen(TEXT, &all), changes.map(|(.., table)| table));
+        assert_eq!(frozen(&text, &all), changes.map(|(.., table)| table));
         let told = RestartNeeded(vec!["[process]", "[dns]"]).to_string();
         let told: Vec<_> = told.lines().map(|line| line.split_once(" changed: ").unwrap().0).collect();
         assert_eq!(told, ["[process]", "[dns]"]);
@@ -279,7 +277,7 @@ mod tests {
             ("10.0.1.10:80", "10.0.1.11:80"),
             ("acme", "globex"),
         ] {
-            assert!(frozen(TEXT, &TEXT.replace(before, after)).is_empty());
+            assert!(frozen(&text(), &text().replace(before, after)).is_empty());
         }
     }
 }

@@ -79,16 +79,9 @@ fn loses(before: &TenantConfig, after: &TenantConfig) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::test_text::{LISTENER, POOL};
 
-    const TEXT: &str = r#"
-        [[listener]]
-        name = "web"
-        bind = "0.0.0.0:8080"
-        trusted-sources = ["10.0.0.0/16"]
-        pool = "app"
-        [[pool]]
-        name = "app"
-        backends = ["10.0.1.10:80"]
+    const TENANTS: &str = r#"
         [[tenant]]
         name = "acme"
         endpoints = ["vpce-00000001", "vpce-00000002"]
@@ -96,6 +89,10 @@ mod tests {
         name = "globex"
         endpoints = ["vpce-00000003"]
     "#;
+
+    fn text() -> String {
+        [LISTENER, POOL, TENANTS].concat()
+    }
 
     fn takes_away(text: &str, from: &str, to: &str) -> bool {
         assert!(text.contains(from), "{from}");
@@ -114,7 +111,7 @@ mod tests {
             ("8080", "8082"),
             ("[[tenant]]\n        name = \"globex\"\n        endpoints = [\"vpce-00000003\"]", ""),
         ] {
-            assert!(takes_away(TEXT, from, to), "{from} -> {to}");
+            assert!(takes_away(&text(), from, to), "{from} -> {to}");
         }
         for (from, to) in [
             ("\"vpce-00000001\"", "\"vpce-00000009\", \"vpce-00000001\""),
@@ -123,13 +120,13 @@ mod tests {
             ("[[tenant]]", "[[tenant]]\nname = \"initech\"\n[[tenant]]"),
             ("10.0.1.10", "10.0.1.11"),
         ] {
-            assert!(!takes_away(TEXT, from, to), "{from} -> {to}");
+            assert!(!takes_away(&text(), from, to), "{from} -> {to}");
         }
     }
 
     #[test]
     fn addition_is_seen_where_unknown_endpoints_have_a_tenant() {
-        let text = TEXT.replace("pool = \"app\"", "pool = \"app\"\non-unknown-endpoint = \"tenant:acme\"");
+        let text = text().replace("pool = \"app\"", "pool = \"app\"\non-unknown-endpoint = \"tenant:acme\"");
         for (from, to) in [
             ("[[tenant]]", "[[tenant]]\nname = \"initech\"\nendpoints = [\"vpce-00000008\"]\n[[tenant]]"),
             ("\"vpce-00000003\"", "\"vpce-00000003\", \"vpce-00000004\""),

@@ -146,6 +146,17 @@ pub fn soon(conf: &mut Conf) {
     conf.timeouts += "flow-idle = \"300ms\"\n";
 }
 
+/// A proxy that assigns datagrams without a header to the flow of their path, and its load balancer.
+async fn following(acme: SocketAddr) -> (Proxy, Echo, Balancer) {
+    let (proxy, hooli) = world(&[acme], |conf, listener| {
+        listener.push_str(FOLLOW);
+        soon(conf);
+    })
+    .await;
+    let balancer = Balancer::to(proxy.address("dns")).await;
+    (proxy, hooli, balancer)
+}
+
 #[tokio::test]
 async fn a_flow_goes_there_and_back_and_is_accounted_for() {
     let acme = Echo::start("acme").await;
@@ -196,12 +207,7 @@ async fn two_consumers_with_one_address_behind_one_load_balancer_never_meet() {
 #[tokio::test]
 async fn datagram_without_a_header_belongs_to_the_only_flow_of_its_path() {
     let acme = Echo::start("acme").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
-        listener.push_str(FOLLOW);
-        soon(conf);
-    })
-    .await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
+    let (proxy, _hooli, balancer) = following(acme.address).await;
     balancer.send(b"who am I").await;
     proxy.ended(&[("listener", "dns"), ("by", "proxy"), ("at", "header"), ("why", "no_header")]).is(1).await;
     assert_eq!(balancer.ask(&datagram(CLIENT, ACME, b"one")).await, b"acme one");
@@ -232,12 +238,7 @@ async fn bare_datagram_is_refused_by_default() {
 #[tokio::test]
 async fn bare_datagram_of_a_sender_that_had_two_speakers_reaches_no_flow() {
     let acme = Echo::start("acme").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
-        listener.push_str(FOLLOW);
-        soon(conf);
-    })
-    .await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
+    let (proxy, _hooli, balancer) = following(acme.address).await;
     balancer.ask(&datagram(CLIENT, HOOLI, b"one")).await;
     // The second speaker goes on until the first one's flow is over.
     eventually("the end of the first flow", async || {
@@ -295,12 +296,7 @@ async fn datagram_without_a_flow_is_counted_by_reason() {
 #[tokio::test]
 async fn datagrams_of_every_length_pass_whole() {
     let acme = Echo::start("").await;
-    let (proxy, _hooli) = world(&[acme.address], |conf, listener| {
-        listener.push_str(FOLLOW);
-        soon(conf);
-    })
-    .await;
-    let balancer = Balancer::to(proxy.address("dns")).await;
+    let (proxy, _hooli, balancer) = following(acme.address).await;
     for len in [0, 1, 1_400, 1_472, 1_473, 9_000, 65_407] {
         let payload: Vec<u8> = (0..len).map(|at| u8::try_from(at % 251).unwrap()).collect();
         assert!(balancer.ask(&datagram(CLIENT, ACME, &payload)).await == payload, "{len} bytes");

@@ -71,6 +71,17 @@ async fn the_last_with_room_goes_through_the_next_wait_in_order_and_beyond_the_l
     assert!(waited.iter().all(|span| *span > 0.0));
 }
 
+/// Once the session that fills the backend has ended, another one is served. Ends the test.
+async fn next_session_is_served(proxy: Proxy, raw: &Raw, held: (TcpStream, TcpStream)) {
+    drop(held);
+    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 0).await;
+    let next = raw.session(&proxy).await;
+    proxy.others_are_unharmed().await;
+    drop(next);
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
+    proxy.finish().await;
+}
+
 #[tokio::test]
 async fn without_a_queue_no_session_waits() {
     let raw = Raw::bind().await;
@@ -78,13 +89,7 @@ async fn without_a_queue_no_session_waits() {
     let held = raw.session(&proxy).await;
     is_turned_away(&proxy).await;
     ended(&proxy, "pool_full", 1).await;
-    drop(held);
-    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 0).await;
-    let held = raw.session(&proxy).await;
-    proxy.others_are_unharmed().await;
-    drop(held);
-    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
-    proxy.finish().await;
+    next_session_is_served(proxy, &raw, held).await;
 }
 
 #[tokio::test]
@@ -99,13 +104,7 @@ async fn queue_timeout_resets_the_session_and_the_next_is_served() {
     let line = proxy.logged("queue_timeout").await;
     assert!(line["queued_ms"].as_f64().unwrap() >= 250.0, "a tick of 50 ms may have passed: {line}");
     assert_eq!((&line["attempts"], line["backend"].is_null()), (&0.into(), true));
-    drop(held);
-    is(&proxy, "vestibule_backend_sessions_active", raw.address(), 0).await;
-    let held = raw.session(&proxy).await;
-    proxy.others_are_unharmed().await;
-    drop(held);
-    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(2).await;
-    proxy.finish().await;
+    next_session_is_served(proxy, &raw, held).await;
 }
 
 #[tokio::test]

@@ -122,14 +122,14 @@ fn queue_needs_max_sessions(pool: &Headed<RawPool>) -> Option<ConfigError> {
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::config::test_text::LISTENER;
 
     fn fault(addresses: usize, names: usize) -> Option<String> {
         let address = |number: usize| format!("\"10.0.{}.{}:80\"", number / 256, number % 256);
         let name = |number: usize| format!("\"app-{number}.example.com:80\"");
         let backends: Vec<_> = (0..addresses).map(address).chain((0..names).map(name)).collect();
         let text = format!(
-            "[[listener]]\nname = \"web\"\nbind = \"0.0.0.0:8080\"\ntrusted-sources = [\"10.0.0.0/16\"]\npool = \"app\"\n\
-             [[pool]]\nname = \"app\"\nbackends = [{}]\n[[tenant]]\nname = \"acme\"\n",
+            "{LISTENER}[[pool]]\nname = \"app\"\nbackends = [{}]\n[[tenant]]\nname = \"acme\"\n",
             backends.join(", ")
         );
         Config::parse("test.toml", &text).err().map(|faults| faults.to_string())

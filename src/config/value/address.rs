@@ -122,12 +122,9 @@ impl FromToml for HostName {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_read::read;
     use super::*;
     use crate::config::BackendTarget;
-
-    fn read<T: FromToml>(text: &str) -> Result<T::Value, String> {
-        T::from_toml(DeValue::parse(text).unwrap().get_ref())
-    }
 
     #[test]
     fn a_name_server_has_a_port_by_default() {

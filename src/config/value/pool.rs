@@ -141,16 +141,9 @@ pub(in crate::config) enum MatchKind {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_read::{read, refused};
     use super::*;
     use crate::config::Balance;
-
-    fn read<T: FromToml>(text: &str) -> Result<T::Value, String> {
-        T::from_toml(DeValue::parse(text).unwrap().get_ref())
-    }
-
-    fn refused<T: FromToml>(text: &str) -> String {
-        read::<T>(text).map(|_| ()).unwrap_err()
-    }
 
     #[test]
     fn malformed_backend_target_names_its_error() {

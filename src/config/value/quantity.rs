@@ -153,15 +153,8 @@ impl FromToml for BytesPerSecond {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_read::{read, refused};
     use super::*;
-
-    fn read<T: FromToml>(text: &str) -> Result<T::Value, String> {
-        T::from_toml(DeValue::parse(text).unwrap().get_ref())
-    }
-
-    fn refused<T: FromToml>(text: &str) -> String {
-        read::<T>(text).map(|_| ()).unwrap_err()
-    }
 
     #[test]
     fn whole_numbers_have_both_bounds() {
