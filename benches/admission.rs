@@ -16,7 +16,7 @@ use vestibule::clock::{self, wheel::Tick};
 use vestibule::config::{BandwidthLimit, Config, LimitMode, RateLimit, TenantLimits};
 use vestibule::state::{LiveState, ProcessLimits};
 
-/// Limits that nobody reaches, so that every session takes the whole way.
+/// Limits that no tenant reaches, so that every session takes all steps.
 fn all() -> TenantLimits {
     let bandwidth = Some(BandwidthLimit { bytes_per_second: 1 << 40, burst: 1 << 36 });
     let session_rate =
@@ -69,7 +69,7 @@ fn all_limits_contended(bencher: Bencher) {
     bencher.bench(|| drop(black_box(quota.admit(clock::now()))));
 }
 
-/// What is rejected is dear to nobody: this is what a flood costs.
+/// A rejected session: the cost of each in a flood.
 #[divan::bench]
 fn rejected_by_the_rate(bencher: Bencher) {
     let session_rate = Some(RateLimit { interval: std::time::Duration::from_secs(3600), burst: 1 });

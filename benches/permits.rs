@@ -157,7 +157,7 @@ fn main() {
                     if over.load(Ordering::SeqCst) {
                         return;
                     }
-                    let mut hold = hold.lock().expect("nobody else holds it now");
+                    let mut hold = hold.lock().expect("no other thread holds the lock");
                     // Now more come than go, now more go.
                     let going = random.choice([40, 100, 128, 200]).unwrap_or(128);
                     (0..STEPS).for_each(|_| hold.step(going, live, &mut random));
@@ -195,12 +195,12 @@ fn main() {
         eprintln!("after {stops} stop points: {fault}");
         std::process::exit(1);
     }
-    tell(&live, holds, &all);
+    print_totals(&live, holds, &all);
     println!("{stops} stop points, at most {most} sessions at once");
 }
 
-/// Gives everything back, and tells what there was.
-fn tell(live: &LiveState, holds: Vec<Mutex<Hold>>, all: &[TenantConfig]) {
+/// Releases all sessions, and prints the totals.
+fn print_totals(live: &LiveState, holds: Vec<Mutex<Hold>>, all: &[TenantConfig]) {
     let (mut admitted, mut rejected, mut full) = (0, [0; 3], 0);
     for hold in holds {
         let hold = hold.into_inner().expect("a thread that did not panic");

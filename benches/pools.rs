@@ -1,5 +1,5 @@
-//! A day of 20 hosts that die, fall silent, flap and come back, under load: who is served, by whom, and how fast pools
-//! notice. `cargo bench --bench pools` takes about twelve minutes (`-- --minutes N`).
+//! A day of 20 hosts that die, fall silent, flap and come back, under load: which backend serves which sessions, and how
+//! fast pools notice. `cargo bench --bench pools` takes about twelve minutes (`-- --minutes N`).
 //!
 //! Each host serves one backend for each of four algorithms. Before the day, with all hosts up, each backend's part of the
 //! sessions is held against its weight. During it no client may see a failure, and a host that went may not be used longer
@@ -64,7 +64,7 @@ struct Options {
 }
 
 /// The proxy and the hosts behind it.
-struct World {
+struct Environment {
     _proxy: Proc,
     target: SocketAddr,
     admin: SocketAddr,
@@ -107,10 +107,10 @@ fn main() {
 
 async fn run(options: &Options) {
     let dir = tempfile::tempdir().expect("a folder for configurations");
-    let mut world = World::start(dir.path()).await;
+    let mut environment = Environment::start(dir.path()).await;
     println!("kernel {}, vestibule {}", stage::kernel(), env!("CARGO_PKG_VERSION"));
     let steady = if options.test { 1 } else { 60 };
-    let shares = world.steady(Duration::from_secs(steady)).await;
+    let shares = environment.steady(Duration::from_secs(steady)).await;
     println!(
         "\nall hosts up, {steady} s of sessions as fast as they go: the farthest from a backend's weight"
     );
@@ -121,8 +121,8 @@ async fn run(options: &Options) {
     }
     let length = Duration::from_secs_f64(options.minutes * 60.0);
     let events = script(options.seed, HOSTS, length);
-    let (report, looks) = world.day(&events, length, options.rate).await;
-    let outages = outages(&events, &looks, &world.hosts);
+    let (report, looks) = environment.day(&events, length, options.rate).await;
+    let outages = outages(&events, &looks, &environment.hosts);
     let operations = stage::number(&report, "operations");
     println!(
         "\nday {} of {:.1} minutes at {}/s: {operations:.0} sessions, none failed, none misrouted; {} outages",
@@ -133,7 +133,7 @@ async fn run(options: &Options) {
     );
     let times = summary(&outages);
     for (pool, place) in POOLS.iter().zip(0..) {
-        draw(place, &looks, &outages, &world.hosts, &picture(pool)).expect("a picture");
+        draw(place, &looks, &outages, &environment.hosts, &picture(pool)).expect("a picture");
     }
     println!("pictures: target/pools-*.svg");
     let rows: Vec<_> =
@@ -145,7 +145,7 @@ async fn run(options: &Options) {
     );
 }
 
-impl World {
+impl Environment {
     async fn start(dir: &Path) -> Self {
         let mut hosts = Vec::new();
         for _ in 0..HOSTS {
@@ -159,11 +159,11 @@ impl World {
         let mut command = Command::new(VESTIBULE);
         command.args(["serve", "--config"]).arg(&path);
         let proxy = Proc::start(&command);
-        let world = Self { _proxy: proxy, target, admin, hosts };
+        let environment = Self { _proxy: proxy, target, admin, hosts };
         let start = clock::now();
         loop {
-            if TcpStream::connect(admin).await.is_ok() && world.look(start).await.is_healthy {
-                return world;
+            if TcpStream::connect(admin).await.is_ok() && environment.look(start).await.is_healthy {
+                return environment;
             }
             assert!(clock::now().since(start) < Duration::from_secs(10), "the proxy does not start");
             sleep(LOOK).await;
@@ -275,7 +275,7 @@ impl Host {
             DayAction::Stall => self.hear(false),
             DayAction::Kill => {
                 self.hear(false);
-                // Whoever has come is served.
+                // Connections accepted so far are served.
                 let start = clock::now();
                 sleep(Duration::from_millis(50)).await;
                 while self.backends.iter().any(|backend| backend.open() > 0)

@@ -131,14 +131,14 @@ fn swap(effort: Effort) -> Value {
 }
 
 /// Three backends, and a proxy in front of them.
-struct World {
+struct Environment {
     backends: [SocketAddr; 3],
     server: Server,
     _running: tokio::runtime::Runtime,
     _backends: Vec<TestBackend>,
 }
 
-impl World {
+impl Environment {
     fn start() -> Self {
         let running = Builder::new_multi_thread()
             .worker_threads(1)
@@ -198,16 +198,16 @@ fn judge(what: &str, report: &LoadReport) {
 
 /// A hundred reloads a second, while sessions are held and others come and go.
 fn churn(effort: Effort) -> Value {
-    let world = World::start();
-    let configs = ["old", "new"].map(|pool| Arc::new(parse(&text(world.backends, pool, ""))));
+    let environment = Environment::start();
+    let configs = ["old", "new"].map(|pool| Arc::new(parse(&text(environment.backends, pool, ""))));
     // The held ones say something now and then.
     let talk = Some(f64::from(u32::try_from(effort.held).unwrap_or(u32::MAX)));
-    let held = world.load(LoadMode::RoundTrip, effort.held, talk, effort.seconds);
-    let fresh = world.load(LoadMode::Connect, 64, Some(effort.rate), effort.seconds);
+    let held = environment.load(LoadMode::RoundTrip, effort.held, talk, effort.seconds);
+    let fresh = environment.load(LoadMode::Connect, 64, Some(effort.rate), effort.seconds);
     let (start, mut done) = (clock::now(), 0_u32);
     while !(held.is_finished() && fresh.is_finished()) {
         let config = &configs[(done as usize + 1) % 2];
-        world.server.reload(config).expect("a reload");
+        environment.server.reload(config).expect("a reload");
         done += 1;
         let due = start + Duration::from_secs(1) / RELOADS * done;
         thread::park_timeout(due.since(clock::now()));
@@ -216,7 +216,7 @@ fn churn(effort: Effort) -> Value {
     let (held, fresh) = (held.join().expect("the held"), fresh.join().expect("the fresh"));
     judge("held sessions", &held);
     judge("new sessions", &fresh);
-    let unfreed = world.server.live().replaced();
+    let unfreed = environment.server.live().replaced();
     let (reloads, sessions) = (
         f64::from(done) / took.as_secs_f64(),
         f64::from(u32::try_from(fresh.operations).unwrap_or(u32::MAX)) / fresh.took.as_secs_f64(),
@@ -235,16 +235,16 @@ fn beside(effort: Effort) -> Value {
     let mut quantiles = Vec::new();
     let more = tenants(effort.tenants);
     for with in [false, true] {
-        let world = World::start();
-        let texts = ["old", "new"].map(|pool| text(world.backends, pool, &more));
-        world.server.reload(&Arc::new(parse(&texts[0]))).expect("a reload");
-        let load = world.load(LoadMode::RoundTrip, 16, Some(effort.rate / 5.0), effort.seconds);
+        let environment = Environment::start();
+        let texts = ["old", "new"].map(|pool| text(environment.backends, pool, &more));
+        environment.server.reload(&Arc::new(parse(&texts[0]))).expect("a reload");
+        let load = environment.load(LoadMode::RoundTrip, 16, Some(effort.rate / 5.0), effort.seconds);
         let (start, mut turn) = (clock::now(), 0_u32);
         while !load.is_finished() {
             if with && clock::now() >= start + Duration::from_secs(1) * turn {
                 turn += 1;
                 let text = if turn % 2 == 0 { &texts[0] } else { &texts[1] };
-                world.server.reload(&Arc::new(parse(text))).expect("a reload");
+                environment.server.reload(&Arc::new(parse(text))).expect("a reload");
             }
             thread::park_timeout(Duration::from_millis(20));
         }

@@ -1,7 +1,7 @@
 //! Long work through one proxy, and what it leaves behind: nothing. `cargo bench --bench soak` takes about ten minutes.
 //!
 //! 100 GB to the client through one session and 100 GB to the backend through another (`-- --gigabytes N`), then
-//! 1,000,000 short sessions with noise over 1,000 tenants and four pools (`-- --sessions N`). Nobody may be misrouted and
+//! 1,000,000 short sessions with noise over 1,000 tenants and four pools (`-- --sessions N`). No session may be misrouted and
 //! nothing may fail; descriptors, gauges and anonymous memory have to be back where they were after a warm-up.
 //! `-- --test` is over in seconds.
 #![allow(
@@ -60,7 +60,7 @@ struct Options {
 }
 
 /// The proxy, its backends, and where they are.
-struct World {
+struct Environment {
     proxy: Proc,
     target: SocketAddr,
     admin: SocketAddr,
@@ -85,22 +85,22 @@ fn main() {
     let bytes = (options.gigabytes * 1e9) as u64;
     let slice = if options.test { "500ms" } else { "10s" };
     let dir = tempfile::tempdir().expect("a folder for configurations");
-    let world = World::start(dir.path());
+    let environment = Environment::start(dir.path());
     println!("kernel {}, vestibule {}, workers as many as CPUs", stage::kernel(), env!("CARGO_PKG_VERSION"));
 
     // What is taken once and kept (counters of each tenant, pipes of each worker) is taken first.
-    world.bulk(bytes / 20);
-    world.short(if options.test { WARM / 10 } else { WARM }, "uniform", slice);
-    let mut samples = vec![world.sample("start")];
-    let (spliced, all) = world.forwarded();
-    let rates = world.bulk(bytes);
-    let (spliced, all) = (world.forwarded().0 - spliced, world.forwarded().1 - all);
+    environment.bulk(bytes / 20);
+    environment.short(if options.test { WARM / 10 } else { WARM }, "uniform", slice);
+    let mut samples = vec![environment.sample("start")];
+    let (spliced, all) = environment.forwarded();
+    let rates = environment.bulk(bytes);
+    let (spliced, all) = (environment.forwarded().0 - spliced, environment.forwarded().1 - all);
     let spliced = spliced / all;
-    samples.push(world.sample("after the bulk"));
-    let first = world.short(options.sessions / 2, "zipf:1.1", slice);
-    samples.push(world.sample("middle"));
-    let second = world.short(options.sessions - options.sessions / 2, "zipf:1.1", slice);
-    samples.push(world.sample("end"));
+    samples.push(environment.sample("after the bulk"));
+    let first = environment.short(options.sessions / 2, "zipf:1.1", slice);
+    samples.push(environment.sample("middle"));
+    let second = environment.short(options.sessions - options.sessions / 2, "zipf:1.1", slice);
+    samples.push(environment.sample("end"));
 
     println!("\n{:<16}{:>12}{:>8}{:>15}{:>14}", "", "descriptors", "pipes", "anonymous KiB", "resident KiB");
     for sample in &samples {
@@ -124,7 +124,7 @@ fn main() {
         sessions.0,
         sessions.1
     );
-    world.check(&samples, spliced, !options.test);
+    environment.check(&samples, spliced, !options.test);
     let rows = samples.iter().map(|sample| {
         json!({ "at": sample.at, "descriptors": sample.descriptors, "pipes": sample.pipes,
             "anonymous": sample.anonymous, "resident": sample.resident })
@@ -139,7 +139,7 @@ fn main() {
     println!("descriptors, gauges and memory are back where they were");
 }
 
-impl World {
+impl Environment {
     fn start(dir: &Path) -> Self {
         let addresses = POOLS.map(|pool| (pool, stage::free()));
         let mut command = Command::new(VESTIBULE);

@@ -1,18 +1,18 @@
-//! Who is measured over UDP. HAProxy carries none; Envoy is in no Debian package.
+//! The contenders over UDP. HAProxy forwards no UDP; Envoy has no Debian package.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::stage::contender::{Contender, How, OURS, Other};
+use super::stage::contender::{ConfigLines, Contender, OURS, Other};
 use super::stage::{STREAM_MODULE, VESTIBULE, bound, free, version};
 
-/// An address of loopback for each proxy to speak to backends from: the ports of one are too few for everybody's flows.
+/// A source address on loopback for each proxy: one address has too few ports for the flows of all.
 fn source() -> String {
     static COUNT: AtomicU8 = AtomicU8::new(2);
     format!("127.0.0.{}", COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A flow that was silent for so long ends.
+/// The idle timeout of flows.
 const IDLE: &str = "10s";
 
 /// The limits of every tenant: all of them are on, and none is ever reached.
@@ -24,7 +24,7 @@ to-backend = "100GiB/s"
 to-client = "100GiB/s"
 "#;
 
-/// Everybody who is installed, and these builds of ours.
+/// Every proxy that is installed, and these builds of vestibule.
 pub(crate) fn all(dir: &Path, peers: bool, others: &[Other]) -> Vec<Contender> {
     let mut all = vec![Contender::direct(free()), ours(dir, OURS, VESTIBULE)];
     all.extend(others.iter().map(|other| ours(dir, other.name, &other.program)));
@@ -44,7 +44,7 @@ fn ours(dir: &Path, name: &'static str, program: &str) -> Contender {
         dir,
         name,
         program,
-        &How { listener: "protocol = \"udp\"", pool: &pool, rest: &rest },
+        &ConfigLines { listener: "protocol = \"udp\"", pool: &pool, rest: &rest },
     );
     bound(ours.target);
     ours

@@ -137,8 +137,8 @@ fn measure(work: &Work, contenders: &[Contender], rounds: usize, span: &str) -> 
         assert!(rounds == 1 || lost <= MOST_LOST, "{}: {lost} of a thousand lost: {report}", contender.name);
         losses.entry(contender.name).or_default().push(lost);
     });
-    let beside = vec![("per_second", speeds), ("lost_per_thousand", losses)];
-    Row { name: work.name.to_owned(), unit: "CPU us", figures, beside }
+    let further = vec![("per_second", speeds), ("lost_per_thousand", losses)];
+    Row { name: work.name.to_owned(), unit: "CPU us", figures, further }
 }
 
 /// Anonymous memory for each of many flows that have had a datagram there and back.
@@ -160,7 +160,7 @@ fn memory(contenders: &[Contender], flows: u32) -> Row {
         figures.entry(contender.name).or_default().push(grown / f64::from(flows));
     }
     // What follows has flows of its own.
-    contenders.iter().for_each(Contender::rest);
+    contenders.iter().for_each(Contender::wait_until_idle);
     let name = format!("anonymous memory, {flows} flows");
-    Row { name, unit: "bytes", figures, beside: Vec::new() }
+    Row { name, unit: "bytes", figures, further: Vec::new() }
 }

@@ -1,5 +1,5 @@
-//! B beside each neighbour, in pairs: each measurement is set against B alone just before and just after it, so that the
-//! machine's good and bad minutes fall on both. Of many such ratios the median is told, and how sure it is.
+//! B with each neighbour, in pairs: each measurement is divided by that of B alone just before and just after it, so that
+//! disturbances of the machine affect both. The result is the median of many such ratios with its confidence interval.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use super::neighbour::{self, Neighbour};
 use super::stage::median;
 use super::{Bench, Figures, Options};
 
-/// What is told of B, and whether more is better.
+/// The figures of B, and whether more is better.
 const COLUMNS: [(&str, bool); 6] = [
     ("p95", false),
     ("p99", false),
@@ -19,7 +19,7 @@ const COLUMNS: [(&str, bool); 6] = [
     ("new sessions/s", true),
 ];
 
-/// What a neighbour may cost.
+/// The highest acceptable ratio.
 const MOST: f64 = 1.10;
 
 /// The ratios of one neighbour, round by round.
@@ -31,12 +31,12 @@ struct Ratios {
     apart: Vec<Figures>,
     /// The first to the second: what sharing the proxy costs beyond sharing the machine.
     sharing: Vec<Figures>,
-    /// What the neighbour did, through B's proxy.
+    /// The neighbour's activity through B's proxy.
     did: Vec<f64>,
 }
 
-/// In each round B is alone, then beside the first neighbour, who comes through B's proxy and through a proxy of its own,
-/// then alone again, and so on; from round to round forwards and backwards.
+/// In each round B is measured alone, then with the first neighbour through B's proxy and through a proxy of its own, then
+/// alone again, and so on. The order of neighbours is reversed from round to round.
 pub(super) fn measure(bench: &Bench, other: &Bench, options: &Options) -> Vec<Value> {
     let (effort, neighbours) = (options.effort(), options.neighbours());
     let _awake = neighbour::awake(bench);
@@ -52,7 +52,7 @@ pub(super) fn measure(bench: &Bench, other: &Bench, options: &Options) -> Vec<Va
         let mut before = b_beside(None, bench).0;
         alone.push(before);
         for (turn, (place, neighbour)) in order.into_iter().enumerate() {
-            // Whoever comes first is nearer to the one side; that changes, too.
+            // The first of the two is nearer in time to the measurement before; the order alternates.
             let ((shared, did), (apart, _)) = if (round / 2 + turn) % 2 == 0 {
                 let shared = b_beside(Some(neighbour), bench);
                 (shared, b_beside(Some(neighbour), other))
@@ -72,11 +72,11 @@ pub(super) fn measure(bench: &Bench, other: &Bench, options: &Options) -> Vec<Va
             before = after;
         }
     }
-    tell(&neighbours, &all, &alone, &noise)
+    print_rows(&neighbours, &all, &alone, &noise)
 }
 
-/// The table, and the same as JSON.
-fn tell(neighbours: &[Neighbour], all: &[Ratios], alone: &[Figures], noise: &[Figures]) -> Vec<Value> {
+/// Prints the table, and returns it as JSON.
+fn print_rows(neighbours: &[Neighbour], all: &[Ratios], alone: &[Figures], noise: &[Figures]) -> Vec<Value> {
     println!(
         "B at half of its limits: 4 KiB round trips at 2,000/s, and 1,000 new sessions/s, in intervals of a hundred; \
          beside A over alone just before and after: the median of {} rounds, and where it lies with 95 %",
@@ -93,13 +93,13 @@ fn tell(neighbours: &[Neighbour], all: &[Ratios], alone: &[Figures], noise: &[Fi
     let figures = COLUMNS.iter().enumerate();
     let figures: BTreeMap<_, _> = figures.map(|(column, (name, _))| (*name, usual(column))).collect();
     let mut report = vec![json!({ "name": "alone", "figures": figures })];
-    report.push(row("is not there, over the time before", noise));
+    report.push(print_row("is not there, over the time before", noise));
     let mut verdicts = Vec::new();
     for (neighbour, ratios) in neighbours.iter().zip(all) {
-        let did = neighbour.did(median(ratios.did.clone()));
-        report.push(row(&format!("{} ({did})", neighbour.name()), &ratios.shared));
-        report.push(row("  through a proxy of its own", &ratios.apart));
-        report.push(row("  the first over the second", &ratios.sharing));
+        let did = neighbour.activity_text(median(ratios.did.clone()));
+        report.push(print_row(&format!("{} ({did})", neighbour.name()), &ratios.shared));
+        report.push(print_row("  through a proxy of its own", &ratios.apart));
+        report.push(print_row("  the first over the second", &ratios.sharing));
         verdicts.extend(COLUMNS.iter().enumerate().map(|(column, (name, is_more_better))| {
             let (low, median, high) = middle(&ratios.shared, column);
             let (best, median, worst) =
@@ -117,7 +117,7 @@ fn tell(neighbours: &[Neighbour], all: &[Ratios], alone: &[Figures], noise: &[Fi
     report
 }
 
-fn row(name: &str, ratios: &[Figures]) -> Value {
+fn print_row(name: &str, ratios: &[Figures]) -> Value {
     print!("  {name:<52}");
     let mut columns = Vec::new();
     for (column, (figure, _)) in COLUMNS.into_iter().enumerate() {

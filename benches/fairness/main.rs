@@ -1,10 +1,10 @@
-//! Limits at full speed: how exact a bandwidth is, how equally sessions share it, and what tenants do to each other.
+//! Limits at full speed: how exact a bandwidth is, how equally sessions share it, and how tenants affect each other.
 //!
-//! `cargo bench --bench fairness` takes a quarter of an hour; `-- --only greedy --rounds 20` sets one neighbour beside B, and
-//! more often; `-- --test` takes some seconds. Bandwidths are the proxy's own counts of bytes that it passed on, of two
-//! workers; nothing is pinned. For what tenants do to each other the proxy has one worker and one core to itself, so that
-//! both have all that they do in the same thread. On the other core whoever disturbs runs in the scheduler's idle class,
-//! and both ends of whom it disturbs before all others. The table is also written to target/fairness.json.
+//! `cargo bench --bench fairness` takes a quarter of an hour; `-- --only greedy --rounds 20` measures one neighbour in
+//! more rounds; `-- --test` takes some seconds. Bandwidths are the proxy's own counts of bytes that it passed on, of two
+//! workers; nothing is pinned. To measure how tenants affect each other the proxy has one worker and one core to itself, so
+//! that both tenants are served by the same thread. On the other core the neighbour runs in the scheduler's idle class, and
+//! client and backend of the measured tenant run with real-time priority. The table is also written to target/fairness.json.
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use self::neighbour::Neighbour;
 use self::stage::{PROXY_CORE, Proc, VESTIBULE, free, ready};
 
-/// The tenant that does what it likes, the one beside it, and the one whose bandwidth is measured.
+/// The neighbour, the tenant measured with it, and the tenant whose bandwidth is measured.
 const A: &str = "vpce-0aaaaaaaaaaaaaaaa";
 const B: &str = "vpce-0bbbbbbbbbbbbbbbb";
 const METERED: &str = "vpce-0cccccccccccccccc";
@@ -38,8 +38,8 @@ const METERED: &str = "vpce-0cccccccccccccccc";
 /// The metered tenant's bandwidth each way, in bytes.
 const RATE: u64 = 32 << 20;
 
-/// New sessions in a second that A may have. It tries fifty times as many: all that it does has to fit beside everybody
-/// else on a machine of two cores, as floods fit beside others on a large one.
+/// A's limit of new sessions per second. It tries fifty times as many: a machine of two cores must have CPU time for that flood
+/// besides everything else, as a large machine has for a larger one.
 const RATE_OF_A: u32 = 40;
 
 #[derive(clap::Parser)]
@@ -70,7 +70,7 @@ struct Effort {
     left_out: Duration,
     /// The sessions that share it.
     sessions: &'static [usize],
-    /// B for each of its measurements, beside somebody or alone.
+    /// The time of each measurement of B, with a neighbour or alone.
     beside: Duration,
 }
 
@@ -171,11 +171,11 @@ impl Bench {
             command.args(["backend", "--listen"]).arg(format!("{name}={address}"));
             command
         };
-        // A's has no thread in common with B's, and is A's doing like its load.
-        let (of_b, humble) = (of("app", backend), neighbour::humble(&of("other", of_a)));
+        // A's backend is a process of its own, with the same priority as A's load.
+        let (of_b, low_priority) = (of("app", backend), neighbour::low_priority(&of("other", of_a)));
         let (behind, behind_a) = match place {
             Place::Anywhere => (Proc::start(&of_b), Proc::start(&of("other", of_a))),
-            Place::Alone => (Proc::start(&neighbour::urgent(&of_b)), Proc::start(&humble)),
+            Place::Alone => (Proc::start(&neighbour::high_priority(&of_b)), Proc::start(&low_priority)),
         };
         ready(backend);
         ready(of_a);
@@ -226,7 +226,7 @@ impl Bench {
         let run = |options: &[&str]| {
             let mut command = self.load(B, options);
             command.args(["--duration", &time, "--warmup", "500ms", "--sessions", "32"]);
-            let output = neighbour::urgent(&command).output().expect("the load generator");
+            let output = neighbour::high_priority(&command).output().expect("the load generator");
             let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
             let figure = |value: &Value| value.as_f64().expect("a number");
             let intervals = report["intervals"].as_array().expect("intervals");

@@ -1,5 +1,5 @@
-//! What A does while B is measured: always in processes of its own, in the scheduler's idle class, so that what B feels
-//! is the proxy's and the kernel's doing and not A's load generator on the same cores.
+//! The load of tenant A while tenant B is measured. It runs in its own processes in the scheduler's idle class, so that B is
+//! affected by the proxy and the kernel only, and not by A's load generator on the same cores.
 
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -16,9 +16,9 @@ use super::{A, Bench, Figures, RATE_OF_A, now};
 /// One kind of neighbour.
 #[derive(Clone, Copy, ValueEnum)]
 pub(super) enum Neighbour {
-    /// All the bytes that it may, and more.
+    /// More bytes than its bandwidth limit allows.
     Greedy,
-    /// New sessions, 50 times as many as it may.
+    /// 50 times as many new sessions as its limit allows.
     Sessions,
     /// Connections that are closed at once.
     Connections,
@@ -32,7 +32,7 @@ const FLOOD: u32 = 50 * RATE_OF_A;
 /// Connections with half a header at once; they stay until the proxy ends them.
 const HALVES: usize = 500;
 
-/// How long a neighbour goes on at most, whoever forgets it.
+/// A neighbour ends after this time, even if it is not stopped.
 const LONGEST: Duration = Duration::from_secs(60);
 
 impl Neighbour {
@@ -45,8 +45,8 @@ impl Neighbour {
         }
     }
 
-    /// What the proxy says that it does: a metric, and whether that counts up.
-    fn doing(self) -> (&'static str, &'static [(&'static str, &'static str)], bool) {
+    /// The metric that shows the neighbour's activity, and whether it is a counter.
+    fn activity(self) -> (&'static str, &'static [(&'static str, &'static str)], bool) {
         match self {
             Self::Greedy => ("vestibule_forwarded_bytes_total", &[("tenant", "a")], true),
             Self::Sessions => ("vestibule_tenant_rejected_total", &[("tenant", "a")], true),
@@ -55,8 +55,8 @@ impl Neighbour {
         }
     }
 
-    /// The same in words.
-    pub(super) fn did(self, figure: f64) -> String {
+    /// The value of that metric as text.
+    pub(super) fn activity_text(self, figure: f64) -> String {
         match self {
             Self::Greedy => format!("{:.2} MiB/s", figure / f64::from(1 << 20)),
             Self::Sessions => format!("{figure:.0} rejected/s"),
@@ -82,7 +82,7 @@ impl Neighbour {
     }
 }
 
-/// What `measure` has measured while the neighbour, if any, used `bench`'s proxy, and what that did meanwhile.
+/// The result of `measure` while the neighbour, if any, uses `bench`'s proxy, and the neighbour's activity meanwhile.
 pub(super) fn beside(
     neighbour: Option<Neighbour>,
     bench: &Bench,
@@ -90,10 +90,10 @@ pub(super) fn beside(
     measure: impl FnOnce() -> Figures,
 ) -> (Figures, f64) {
     let commands = neighbour.map_or_else(Vec::new, |neighbour| neighbour.commands(bench));
-    let _processes: Vec<_> = commands.iter().map(|command| Proc::start(&humble(command))).collect();
-    // Time for it to begin, and for what its beginning upsets to settle; as long where nobody is there.
+    let _processes: Vec<_> = commands.iter().map(|command| Proc::start(&low_priority(command))).collect();
+    // Lets the neighbour start and the effects of its start settle. Without a neighbour the wait is the same.
     std::thread::park_timeout(beforehand);
-    let Some((name, labels, counts)) = neighbour.map(Neighbour::doing) else { return (measure(), 0.0) };
+    let Some((name, labels, counts)) = neighbour.map(Neighbour::activity) else { return (measure(), 0.0) };
     let (start, before) = (now(), bench.metric(name, labels));
     let figures = measure();
     let (took, after) = ((now() - start).as_secs_f64(), bench.metric(name, labels));
@@ -104,23 +104,23 @@ pub(super) fn beside(
 /// keeps its core to the end of its slice, some milliseconds.
 const IDLE: &[&str] = &["chrt", "--idle", "0"];
 
-/// Before all others of the ordinary classes (sched(7), `SCHED_RR`), where that is allowed.
+/// Before all tasks of the ordinary classes (sched(7), `SCHED_RR`), if permitted.
 const FIRST: &[&str] = &["chrt", "--rr", "1"];
 
-/// The same command on a core, started by another.
+/// The same command on a core and in a scheduler class.
 pub(super) fn on(core: &str, class: &[&str], command: &Command) -> Command {
     let mut there = stage::pinned(core);
     there.args(class).arg(command.get_program()).args(command.get_args());
     there
 }
 
-/// The same command beside the proxy's core, after everybody.
-pub(super) fn humble(command: &Command) -> Command {
+/// The same command on the load's core, with the lowest priority.
+pub(super) fn low_priority(command: &Command) -> Command {
     on(LOAD_CORE, IDLE, command)
 }
 
-/// The same command there, before everybody.
-pub(super) fn urgent(command: &Command) -> Command {
+/// The same command on the load's core, with the highest priority.
+pub(super) fn high_priority(command: &Command) -> Command {
     static CLASS: LazyLock<&[&str]> = LazyLock::new(|| {
         let tried = Command::new(FIRST[0]).args(&FIRST[1..]).arg("true").status();
         if tried.is_ok_and(|status| status.success()) { FIRST } else { &[] }
@@ -128,14 +128,14 @@ pub(super) fn urgent(command: &Command) -> Command {
     on(LOAD_CORE, *CLASS, command)
 }
 
-/// This bench as a neighbour.
+/// This program in the role of a neighbour.
 fn ourselves(kind: &str, target: SocketAddr) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command.args(["--neighbour", kind, &target.to_string()]);
     command
 }
 
-/// Acts as a neighbour, where the arguments ask for it; whether they did.
+/// Runs as a neighbour if the arguments ask for it; returns whether they do.
 pub(super) fn act(arguments: &[String]) -> bool {
     let Some(at) = arguments.iter().position(|argument| argument == "--neighbour") else { return false };
     let target = arguments[at + 2].parse().expect("an address");
@@ -147,8 +147,8 @@ pub(super) fn act(arguments: &[String]) -> bool {
     true
 }
 
-/// Keeps both cores from falling asleep, in the idle class. Waking up takes a core of a virtual machine longer than what is
-/// measured here: B alone would wait for that, and B beside somebody not.
+/// Keeps both cores awake with tasks of the idle class. Waking up a core of a virtual machine takes longer than what is
+/// measured here: B alone would wait for it, and B with a neighbour would not.
 pub(super) fn awake(bench: &Bench) -> [Proc; 2] {
     let nothing = ourselves("nothing", bench.target);
     [PROXY_CORE, LOAD_CORE].map(|core| Proc::start(&on(core, IDLE, &nothing)))
@@ -166,7 +166,7 @@ fn flood(target: SocketAddr) {
     let start = now();
     let mut due = start;
     while due < start + LONGEST {
-        // A port that is not to be had is no reason to stop.
+        // A failed connect, such as without a free port, does not stop the flood.
         drop(TcpStream::connect(target));
         due += Duration::from_secs(1) / FLOOD;
         std::thread::park_timeout(due.saturating_duration_since(now()));

@@ -1,4 +1,4 @@
-//! A tenant's backends: they take nobody else's bytes, and say so where some come.
+//! A tenant's backends: they report an error if bytes of another tenant arrive.
 
 use std::io;
 use std::net::SocketAddr;
@@ -51,7 +51,7 @@ async fn serve(tenant: u32, mut stream: TcpStream) -> Result<(), String> {
     let mut first = [0; HEAD];
     match stream.read_exact(&mut first).await {
         Ok(_) => {}
-        // Nobody spoke, or was reset before it had spoken. Of a plain end after a part no reader can tell more.
+        // The client sent nothing, or was reset before it sent. After a part, a plain end says no more to the reader.
         Err(error) if error.kind() != io::ErrorKind::UnexpectedEof || first == [0; HEAD] => return Ok(()),
         Err(_) => return Err(format!("tenant {tenant}: a plain end within the first block")),
     }

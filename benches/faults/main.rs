@@ -78,11 +78,11 @@ pub(crate) struct Tally {
 
 impl Tally {
     pub(crate) fn fault(&self, fault: String) {
-        self.faults.lock().expect("nobody panicked").push(fault);
+        self.faults.lock().expect("no thread panicked").push(fault);
     }
 
     fn first_fault(&self) -> Option<String> {
-        self.faults.lock().expect("nobody panicked").first().cloned()
+        self.faults.lock().expect("no thread panicked").first().cloned()
     }
 
     fn count(cell: &AtomicU64) -> u64 {
@@ -177,7 +177,7 @@ impl Clients {
         for number in 0..count {
             let payload = head.block(Toward::Backend, number);
             let payload = payload.get(..random.usize(64..1_200)).unwrap_or_default();
-            // An answer of before that came to nobody comes back as an error.
+            // The ICMP error for an earlier answer that had no receiver is reported here.
             drop(socket.send(&[&header, payload].concat()).await);
             let Ok(Ok(count)) = timeout(patience, socket.recv(&mut room)).await else {
                 continue;
@@ -314,7 +314,7 @@ fn backends(tally: &Arc<Tally>) -> Vec<[SocketAddr; 2]> {
                 let start = async || backend::start(tenant, Arc::clone(&tally)).await;
                 all.push([start().await, start().await]);
             }
-            sender.send(all).expect("somebody waits for it");
+            sender.send(all).expect("the receiver waits");
             std::future::pending::<()>().await;
         });
     });

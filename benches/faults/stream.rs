@@ -127,7 +127,7 @@ impl Head {
     }
 
     /// How a stream ended, given how the other direction's sending over the same connection did; its bytes, where it was not
-    /// whole. A reset is told once, to whoever writes or reads first: after the writer, the reader sees a plain end.
+    /// whole. The kernel reports a reset once, to the first write or read: after the writer, the reader sees a plain end.
     pub(crate) fn judge(
         self,
         toward: Toward,

@@ -1,32 +1,32 @@
-//! Who is measured over TCP.
+//! The contenders over TCP.
 
 use std::net::SocketAddr;
 use std::path::Path;
 
-use super::stage::contender::{Contender, How, OURS, Other};
+use super::stage::contender::{ConfigLines, Contender, OURS, Other};
 use super::stage::{STREAM_MODULE, VESTIBULE, free, ready, version};
 
-/// Ours without limits: what they cost.
+/// vestibule without limits: shows what limits cost.
 const UNLIMITED: &str = "no limits";
-/// nginx that passes a half-close on, as everybody else here does.
+/// nginx that forwards a half-close, as the other contenders do.
 const HALF_CLOSING: &str = "nginx half-close";
 
-/// Who else may be measured.
+/// Further contenders.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Also {
-    /// Ours without limits
+pub(crate) enum Further {
+    /// vestibule without limits
     Unlimited,
     /// nginx with `proxy_half_close on`
     HalfClosing,
 }
 
-/// Everybody who is installed, and `also` these.
-pub(crate) fn all(dir: &Path, peers: bool, also: &[Also], others: &[Other]) -> Vec<Contender> {
-    // Nobody listens there between two loads, and nobody probes it. Each has one of its own: the ports that one's closed
-    // connections leave in TIME_WAIT are those that the next one's `connect` would have to search through.
+/// Every proxy that is installed, and these further ones.
+pub(crate) fn all(dir: &Path, peers: bool, further: &[Further], others: &[Other]) -> Vec<Contender> {
+    // Between two loads nothing listens there, and it is not probed. Each contender has its own backend address: ports left
+    // in TIME_WAIT by one contender's connections would slow down the next contender's `connect`.
     let backend = free();
     let mut all = vec![Contender::direct(backend), ours(dir, OURS, VESTIBULE, LIMITS)];
-    if also.contains(&Also::Unlimited) {
+    if further.contains(&Further::Unlimited) {
         all.push(ours(dir, UNLIMITED, VESTIBULE, ""));
     }
     all.extend(others.iter().map(|other| ours(dir, other.name, &other.program, LIMITS)));
@@ -42,7 +42,7 @@ pub(crate) fn all(dir: &Path, peers: bool, also: &[Also], others: &[Other]) -> V
     }
     match version("nginx", "-v") {
         Some(version) if Path::new(STREAM_MODULE).exists() => {
-            if also.contains(&Also::HalfClosing) {
+            if further.contains(&Further::HalfClosing) {
                 all.push(nginx(dir, free(), HALF_CLOSING, version.clone(), "proxy_half_close on;"));
             }
             all.push(nginx(dir, free(), "nginx", version, ""));
@@ -62,7 +62,7 @@ to-client = "100GiB/s"
 "#;
 
 fn ours(dir: &Path, name: &'static str, program: &str, limits: &str) -> Contender {
-    started(Contender::ours(dir, name, program, &How { rest: limits, ..How::default() }))
+    started(Contender::ours(dir, name, program, &ConfigLines { rest: limits, ..ConfigLines::default() }))
 }
 
 fn started(contender: Contender) -> Contender {

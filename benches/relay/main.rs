@@ -1,7 +1,7 @@
-//! The whole path on loopback: ours against a direct connection, HAProxy and nginx, in alternating rounds.
+//! The whole path on loopback: vestibule against a direct connection, HAProxy and nginx, in alternating rounds.
 //!
-//! `cargo bench --bench relay` takes some ten minutes. `-- --only short --rounds 15` measures one kind of work, and more
-//! often; `-- --test` runs ours once, briefly. The proxy is pinned to one core; load and backend, one process, to the
+//! `cargo bench --bench relay` takes some ten minutes. `-- --only short --rounds 15` measures one kind of work in more
+//! rounds; `-- --test` runs vestibule once, briefly. The proxy is pinned to one core; load and backend, one process, to the
 //! other. Figures are the proxy's CPU time from /proc (all threads), medians of the rounds, the first of which is
 //! dropped; ratios are taken within each round. All of it, round by round, is also written to target/relay.json.
 #![allow(
@@ -20,7 +20,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
-use self::contender::Also;
+use self::contender::Further;
 use self::stage::contender::{Contender, DIRECT, Other, TENANTS, alternate};
 use self::stage::table::{self, Rounds, Row};
 use self::stage::{Proc, median, number};
@@ -30,9 +30,9 @@ struct Options {
     /// Measure these alone
     #[arg(long, value_enum, num_args = 1.., value_delimiter = ',')]
     only: Vec<Kind>,
-    /// Measure these too
+    /// Measure these contenders too
     #[arg(long, value_enum, num_args = 1.., value_delimiter = ',')]
-    also: Vec<Also>,
+    also: Vec<Further>,
     /// Measure this build of vestibule too
     #[arg(long, value_name = "NAME=PATH")]
     other: Vec<Other>,
@@ -224,18 +224,18 @@ fn measure(work: &Work, contenders: &[Contender], effort: &Effort) -> Row {
         Unit::PerOperation => ("CPU us", "per_second"),
         Unit::PerGigabyte => ("s/GB", "gigabytes_per_second"),
     };
-    Row { name: work.name.to_owned(), unit, figures, beside: vec![(speed, speeds)] }
+    Row { name: work.name.to_owned(), unit, figures, further: vec![(speed, speeds)] }
 }
 
-/// The least of the proxies' speeds.
+/// The lowest speed of all proxies.
 fn slowest(row: &Row) -> f64 {
-    let speeds = row.beside.iter().flat_map(|(_, speeds)| speeds);
+    let speeds = row.further.iter().flat_map(|(_, speeds)| speeds);
     let proxies = speeds.filter(|(name, _)| **name != DIRECT);
     proxies.map(|(_, speeds)| median(speeds.clone())).fold(f64::INFINITY, f64::min)
 }
 
-/// What each adds to a direct connection's latency of the same round, at a fixed rate in open loop. The direct
-/// connection's own stands in its column.
+/// The latency that each contender adds to the direct connection's of the same round, at a fixed rate in open loop. The
+/// column of the direct connection has its own latency.
 fn latency(contenders: &[Contender], effort: &Effort, rate: f64, percent: u8) -> Vec<Row> {
     let rate = format!("{:.0}/s", rate.max(1.0));
     let mut absolute = PERCENTILES.map(|_| Rounds::new());
@@ -262,17 +262,17 @@ fn latency(contenders: &[Contender], effort: &Effort, rate: f64, percent: u8) ->
             rounds.iter_mut().zip(&direct).for_each(|(figure, direct)| *figure -= direct);
         }
         let name = format!("{percentile} added, open loop, {percent} %");
-        let beside = vec![("absolute", absolute), ("max", late.clone()), ("not_sent", not_sent.clone())];
-        Row { name, unit: "us", figures, beside }
+        let further = vec![("absolute", absolute), ("max", late.clone()), ("not_sent", not_sent.clone())];
+        Row { name, unit: "us", figures, further }
     });
     rows.collect()
 }
 
-/// Anonymous memory for each idle session that has had traffic, of processes that have had little.
+/// Anonymous memory for each idle session that has had traffic, measured before other work.
 fn memory(contenders: &[Contender], effort: &Effort) -> Row {
     let mut figures = Rounds::new();
     for contender in contenders.iter().filter(|contender| contender.name != DIRECT) {
-        // What is taken once for each tenant is no session's.
+        // Allocates what each tenant needs once, so that it is not counted for sessions.
         contender.load(&["--mode", "connect", "--sessions", "32", "--duration", "300ms", "--warmup", "0s"]);
         let before = contender.anonymous();
         let sessions = effort.idle.to_string();
@@ -289,5 +289,5 @@ fn memory(contenders: &[Contender], effort: &Effort) -> Row {
         figures.entry(contender.name).or_default().push(grown / f64::from(effort.idle) / 1024.0);
     }
     let name = format!("anonymous memory, {} idle sessions", effort.idle);
-    Row { name, unit: "KiB", figures, beside: Vec::new() }
+    Row { name, unit: "KiB", figures, further: Vec::new() }
 }

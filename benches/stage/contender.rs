@@ -1,4 +1,4 @@
-//! Who is measured: each as a child process, pinned to the proxy's core; and in which order.
+//! The contenders of a comparison: each is a child process, pinned to the proxy's core. They are measured in alternation.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -7,27 +7,27 @@ use std::time::Duration;
 
 use super::{LOAD_CORE, PROXY_CORE, Proc, VESTIBULE, free, pinned};
 
-/// The endpoints that the load plays, each a tenant.
+/// The number of endpoints that the load sends in its headers, each a tenant.
 pub(crate) const TENANTS: &str = "1000";
 
-/// One who is measured.
+/// A proxy, or the direct connection, that is measured.
 pub(crate) struct Contender {
     pub(crate) name: &'static str,
     pub(crate) version: String,
     pub(crate) target: SocketAddr,
-    /// Where the load has to serve the backend.
+    /// The address at which the load serves the backend.
     backend: SocketAddr,
-    /// Whether it wants a header, and knows endpoints.
-    hears_endpoints: bool,
+    /// Whether the load sends a PROXY header with an endpoint.
+    sends_header: bool,
     process: Option<Proc>,
 }
 
-/// The load's connection to the backend without anybody between.
+/// The load's connection to the backend without a proxy.
 pub(crate) const DIRECT: &str = "direct";
-/// Ours, with every limit on.
+/// vestibule with every limit on.
 pub(crate) const OURS: &str = "vestibule";
 
-/// Another build of ours, to see what a change does.
+/// Another build of vestibule, to measure a change.
 #[derive(Clone)]
 pub(crate) struct Other {
     pub(crate) name: &'static str,
@@ -38,32 +38,32 @@ impl std::str::FromStr for Other {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (name, program) = text.split_once('=').ok_or("NAME=PATH is meant")?;
+        let (name, program) = text.split_once('=').ok_or("must be NAME=PATH")?;
         Ok(Self { name: name.to_owned().leak(), program: program.to_owned() })
     }
 }
 
-/// What is added to the configuration of ours: to its listener, to its pool, and behind them.
+/// Lines added to vestibule's configuration: to its listener, to its pool, and at the end.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct How<'a> {
+pub(crate) struct ConfigLines<'a> {
     pub(crate) listener: &'a str,
     pub(crate) pool: &'a str,
     pub(crate) rest: &'a str,
 }
 
-/// Whether it is somebody else's proxy.
+/// Whether this is a proxy other than vestibule.
 pub(crate) fn is_peer(name: &str) -> bool {
     name.starts_with("haproxy") || name.starts_with("nginx")
 }
 
 impl Contender {
-    /// Nobody: the load's connection to this backend.
+    /// A direct connection from the load to this backend.
     pub(crate) fn direct(backend: SocketAddr) -> Self {
         let version = DIRECT.to_owned();
-        Self { name: DIRECT, version, target: backend, backend, hears_endpoints: false, process: None }
+        Self { name: DIRECT, version, target: backend, backend, sends_header: false, process: None }
     }
 
-    /// Starts it on the proxy's core; it may not be ready yet.
+    /// Starts a proxy on the proxy's core; it may not be ready yet.
     pub(crate) fn start(
         name: &'static str,
         version: String,
@@ -74,11 +74,11 @@ impl Contender {
         let mut pinned = pinned(PROXY_CORE);
         pinned.args(command);
         let process = Some(Proc::start(&pinned));
-        Self { name, version, target, backend, hears_endpoints: true, process }
+        Self { name, version, target, backend, sends_header: true, process }
     }
 
-    /// Ours, with one listener and one pool.
-    pub(crate) fn ours(dir: &Path, name: &'static str, program: &str, how: &How<'_>) -> Self {
+    /// Starts vestibule with one listener and one pool.
+    pub(crate) fn ours(dir: &Path, name: &'static str, program: &str, lines: &ConfigLines<'_>) -> Self {
         let (target, backend) = (free(), free());
         let path = dir.join(format!("{name}.toml"));
         let text = format!(
@@ -107,9 +107,9 @@ health = {{ kind = "none" }}
             free(),
             free(),
             dir.join(format!("{name}.log")).display(),
-            how.listener,
-            how.pool,
-            how.rest,
+            lines.listener,
+            lines.pool,
+            lines.rest,
         );
         std::fs::write(&path, text).expect("a configuration");
         let command = [program, "serve", "--config", path.to_str().expect("a path")];
@@ -117,17 +117,17 @@ health = {{ kind = "none" }}
         Self::start(name, version, target, backend, &command)
     }
 
-    /// It knows no headers.
+    /// The same, with a load that sends no PROXY header.
     pub(crate) fn without_header(self) -> Self {
-        Self { hears_endpoints: false, ..self }
+        Self { sends_header: false, ..self }
     }
 
-    /// Whether ours is compared with it.
+    /// Whether vestibule is compared with it.
     pub(crate) fn is_compared(&self) -> bool {
         self.name != DIRECT && self.name != OURS
     }
 
-    /// CPU seconds so far; a direct connection has none.
+    /// CPU seconds used so far; a direct connection has none.
     pub(crate) fn cpu(&self) -> f64 {
         self.process.as_ref().map_or(0.0, Proc::cpu)
     }
@@ -137,40 +137,40 @@ health = {{ kind = "none" }}
         self.process.as_ref().map_or(0, Proc::anonymous)
     }
 
-    /// Its descriptors.
+    /// Open descriptors, pipes excluded.
     pub(crate) fn descriptors(&self) -> usize {
         self.process.as_ref().map_or(0, |process| process.descriptors().0)
     }
 
-    /// Waits until it has let go of its sessions and flows.
-    pub(crate) fn rest(&self) {
-        /// More than any has beside them.
+    /// Waits until it has closed its sessions and flows.
+    pub(crate) fn wait_until_idle(&self) {
+        /// More than any proxy has besides those of sessions and flows.
         const FEW: usize = 200;
-        let fault = format!("{} holds on to what is idle", self.name);
+        let fault = format!("{} keeps idle sessions or flows open", self.name);
         super::until_after(Duration::from_secs(60), &fault, || self.descriptors() < FEW);
     }
 
-    /// `vestibule load` against it, with the backend in the same process: on the one core that is left to both, nobody's
-    /// work then waits for the other process's turn.
+    /// `vestibule load` against it, with the backend in the same process: load and backend share one core, and neither waits
+    /// until the scheduler gives the core to another process.
     pub(crate) fn load_command(&self, options: &[&str]) -> Command {
         let mut command = pinned(LOAD_CORE);
         command.args([VESTIBULE, "load", "--json", "--target"]).arg(self.target.to_string());
         command.arg("--serve").arg(format!("app={}", self.backend));
-        if self.hears_endpoints {
+        if self.sends_header {
             command.args(["--endpoints", TENANTS]);
         }
         command.args(["--pools", "app"]).args(options);
         command
     }
 
-    /// What that load tells.
+    /// The report of that load.
     pub(crate) fn load(&self, options: &[&str]) -> serde_json::Value {
         super::load(self.name, &mut self.load_command(options))
     }
 }
 
-/// Calls `one` for everybody, round after round; the first round does not count. Each round begins with another one:
-/// who comes after whom is a part of what is measured.
+/// Calls `one` for each contender, round after round; the first round does not count. Each round begins with another
+/// contender, because the previous contender affects the measurement of the next one.
 pub(crate) fn alternate(contenders: &[Contender], rounds: usize, mut one: impl FnMut(&Contender, bool)) {
     for round in 0..=rounds {
         let (last, first) = contenders.split_at(round % contenders.len());

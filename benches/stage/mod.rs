@@ -1,4 +1,4 @@
-//! What the benches with child processes share: starting them, and what /proc says of them.
+//! Shared by the benches with child processes: starting them, and reading their figures from /proc.
 #![allow(dead_code, reason = "no bench needs all of it")]
 
 pub(crate) mod contender;
@@ -19,7 +19,7 @@ pub(crate) const VESTIBULE: &str = env!("CARGO_BIN_EXE_vestibule");
 pub(crate) const PROXY_CORE: &str = "0";
 pub(crate) const LOAD_CORE: &str = "1";
 
-/// Where Debian puts it.
+/// nginx's stream module, at its path in Debian.
 pub(crate) const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
 /// A child process that ends with its handle.
@@ -57,12 +57,12 @@ impl Proc {
         bytes(&self.proc("smaps_rollup"), "Anonymous:")
     }
 
-    /// Bytes in memory, the program's own text included.
+    /// Bytes of resident memory, the program's own text included.
     pub(crate) fn resident(&self) -> u64 {
         bytes(&self.proc("status"), "VmRSS:")
     }
 
-    /// Open descriptors: those that are no pipe's, and those that are.
+    /// Open descriptors: those that are not pipes, and pipes.
     pub(crate) fn descriptors(&self) -> (usize, usize) {
         let links = std::fs::read_dir(format!("/proc/{}/fd", self.0.id())).expect("its descriptors");
         let links: Vec<_> =
@@ -96,8 +96,8 @@ pub(crate) fn pinned(core: &str) -> Command {
     command
 }
 
-/// An address that nobody listens on, and whose port the system gives to no connection: some are bound only later, and
-/// a load has had every port of that range by then.
+/// A free address outside the kernel's range of local ports: some addresses are bound only later, and a load has used
+/// every port of that range by then.
 pub(crate) fn free() -> SocketAddr {
     let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let lowest = range.split_whitespace().next().and_then(|port| port.parse().ok()).unwrap_or(32_768_u16);
@@ -108,28 +108,28 @@ pub(crate) fn free() -> SocketAddr {
         .expect("a free port")
 }
 
-/// Waits until somebody listens.
+/// Waits until connections to the address are accepted.
 pub(crate) fn ready(address: SocketAddr) {
-    until(&format!("nobody listens on {address}"), || TcpStream::connect(address).is_ok());
+    until(&format!("no process listens on {address}"), || TcpStream::connect(address).is_ok());
 }
 
-/// Waits until somebody has a socket for datagrams there, as /proc/net/udp tells.
+/// Waits until a UDP socket is bound to the address, according to /proc/net/udp.
 pub(crate) fn bound(address: SocketAddr) {
     let port = format!(":{:04X} ", address.port());
-    until(&format!("nobody has {address}"), || {
+    until(&format!("no UDP socket is bound to {address}"), || {
         std::fs::read_to_string("/proc/net/udp").is_ok_and(|table| table.contains(&port))
     });
 }
 
-/// Looks a hundred times a second for five seconds whether something is so.
-pub(crate) fn until(fault: &str, is_so: impl FnMut() -> bool) {
-    until_after(Duration::from_secs(5), fault, is_so);
+/// Checks the condition a hundred times a second, for at most five seconds.
+pub(crate) fn until(fault: &str, is_met: impl FnMut() -> bool) {
+    until_after(Duration::from_secs(5), fault, is_met);
 }
 
-/// The same for so long.
-pub(crate) fn until_after(longest: Duration, fault: &str, mut is_so: impl FnMut() -> bool) {
+/// The same for at most `longest`.
+pub(crate) fn until_after(longest: Duration, fault: &str, mut is_met: impl FnMut() -> bool) {
     for _ in 0..longest.as_millis() / 10 {
-        if is_so() {
+        if is_met() {
             return;
         }
         std::thread::park_timeout(Duration::from_millis(10));
@@ -137,7 +137,7 @@ pub(crate) fn until_after(longest: Duration, fault: &str, mut is_so: impl FnMut(
     panic!("{fault}");
 }
 
-/// The first line in which a program says its version; `None` where it is not installed.
+/// The first line of a program's version message; `None` if it is not installed.
 pub(crate) fn version(program: &str, option: &str) -> Option<String> {
     let output = Command::new(program).arg(option).output().ok()?;
     let text = [output.stdout, output.stderr].concat();
@@ -149,14 +149,14 @@ pub(crate) fn kernel() -> String {
         .map_or_else(|_| "?".to_owned(), |text| text.trim().to_owned())
 }
 
-/// What `vestibule load --json` says. Nobody may be misrouted, and nothing may fail.
-pub(crate) fn load(who: &str, command: &mut Command) -> Value {
+/// The report of `vestibule load --json`. No session may be misrouted, and none may fail.
+pub(crate) fn load(name: &str, command: &mut Command) -> Value {
     let output = command.output().expect("the load generator");
     let said = String::from_utf8_lossy(&output.stderr);
     let report: Value =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{who}: {error}: {said}"));
-    assert_eq!(report["misrouted"], 0, "{who}: {report}");
-    assert_eq!(report["failed"].as_object().map_or(0, serde_json::Map::len), 0, "{who}: {report}");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{name}: {error}: {said}"));
+    assert_eq!(report["misrouted"], 0, "{name}: {report}");
+    assert_eq!(report["failed"].as_object().map_or(0, serde_json::Map::len), 0, "{name}: {report}");
     report
 }
 
@@ -164,7 +164,7 @@ pub(crate) fn number(report: &Value, key: &str) -> f64 {
     report[key].as_f64().unwrap_or_else(|| panic!("{key} in {report}"))
 }
 
-/// Tenants for that many made endpoints, on these pools in turn.
+/// Writes tenants for `count` generated endpoints, which use these pools in turn.
 pub(crate) fn write_tenants(count: &str, pools: &str, path: &Path) {
     let written = Command::new(VESTIBULE)
         .args(["load", "--target", "127.0.0.1:1", "--endpoints", count, "--pools", pools, "--write-tenants"])

@@ -1,4 +1,4 @@
-//! The figures of a run: rounds, medians, and ours against each peer within the same round.
+//! The figures of a run: rounds, medians, and the ratio of vestibule to each peer within the same round.
 #![allow(clippy::format_push_string, reason = "a table is put together once")]
 
 use std::collections::BTreeMap;
@@ -17,11 +17,12 @@ pub(crate) struct Row {
     pub(crate) unit: &'static str,
     /// What is compared: less is better.
     pub(crate) figures: Rounds,
-    /// What else was seen, by its name: for JSON alone.
-    pub(crate) beside: Vec<(&'static str, Rounds)>,
+    /// Further figures, by name: for JSON alone.
+    pub(crate) further: Vec<(&'static str, Rounds)>,
 }
 
-/// Ours over somebody else's figure, round by round: the machine's moods are shared by one round.
+/// vestibule's figure divided by another contender's, round by round: disturbances of the machine affect both figures of a
+/// round.
 #[derive(Clone, Copy)]
 struct Ratio {
     median: f64,
@@ -53,7 +54,7 @@ impl Row {
         Ratio::new(self.figures.get(OURS)?, self.figures.get(peer)?)
     }
 
-    /// Ours against the peer that was best in each round.
+    /// vestibule against the best peer of each round.
     fn ratio_to_best(&self) -> Option<Ratio> {
         let ours = self.figures.get(OURS)?;
         let peers = self.figures.iter().filter(|(name, _)| is_peer(name));
@@ -75,13 +76,14 @@ impl Row {
             .filter_map(|name| Some((*name, self.ratio(name)?.json())))
             .collect();
         ratios.extend(self.ratio_to_best().map(|ratio| ("best", ratio.json())));
-        let beside: BTreeMap<_, _> = self.beside.iter().cloned().collect();
+        let further: BTreeMap<_, _> = self.further.iter().cloned().collect();
         json!({ "name": self.name, "unit": self.unit, "medians": medians, "rounds": self.figures,
-            "ratios": ratios, "beside": beside })
+            "ratios": ratios, "further": further })
     }
 }
 
-/// All rows: a column for each contender, ours over the best peer with its least and most, and ours over each.
+/// Prints all rows: a column for each contender, then the ratio of vestibule to the best peer with its minimum and maximum,
+/// then the ratio to each peer.
 pub(crate) fn print(rows: &[Row], contenders: &[Contender]) {
     let peers: Vec<&str> = contenders.iter().filter(|one| one.is_compared()).map(|one| one.name).collect();
     let mut head = format!("\n{:<38}{:<8}", "work", "unit");

@@ -1,5 +1,5 @@
 //! Long sessions that number every byte: each end sends words that follow from the session, the direction and their place,
-//! and the other end knows which one comes next. A byte that is lost, doubled, out of order or somebody else's shows at once.
+//! and the other end knows which one comes next. A byte that is lost, doubled, out of order or of another session is detected at once.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -209,7 +209,7 @@ async fn speak(
     let mut echo = [0; FIRST];
     stream.read_exact(&mut echo).await.map_err(|error| format!("no first word: {error}"))?;
     if u64::from_be_bytes(echo) != number {
-        return Err("somebody else's first word".to_owned());
+        return Err("the first bytes of another session".to_owned());
     }
     standing.send_modify(|count| *count += 1);
     both(stream, session, kind, &book, finishes, Direction::ToBackend).await
@@ -265,7 +265,7 @@ async fn send(
     if !kind.ends_early(direction) {
         while !*finishes.borrow() {
             let Some((len, rest)) = kind.pace(direction) else {
-                // Nobody else ends it.
+                // No other task ends it.
                 finishes.wait_for(|finish| *finish).await.map_err(|error| error.to_string())?;
                 break;
             };

@@ -1,5 +1,5 @@
 //! Twenty takeovers in a row under load: a thousand long sessions that number every byte both ways live from the first process
-//! to the last, new sessions and UDP flows go on beside them, and nobody sees anything of it.
+//! to the last, new sessions and UDP flows go on beside them, and no client notices it.
 //! `cargo bench --bench takeover`; `-- --test` takes seconds.
 #![expect(
     clippy::expect_used,
@@ -78,12 +78,12 @@ async fn run(options: &Options) {
     );
     let dir = tempfile::tempdir().expect("a folder for configurations");
     let long = Long::start().await;
-    let world = World::start(dir.path(), long.backend);
-    let mut old = world.serve(None);
+    let environment = Environment::start(dir.path(), long.backend);
+    let mut old = environment.serve(None);
     let each = options.sessions / 20;
     let rest = options.sessions - each * 14;
     long.open(
-        world.target,
+        environment.target,
         &[
             (Kind::Idle, rest, LONG),
             (Kind::Talks, each * 6, LONG),
@@ -94,24 +94,27 @@ async fn run(options: &Options) {
         ],
     )
     .await;
-    let (mut sessions, mut flows) = world.load(options.rate, EVERY * (options.takeovers + 1));
+    let (mut sessions, mut flows) = environment.load(options.rate, EVERY * (options.takeovers + 1));
     let (begun, mut took) = (now(), Vec::new());
     for turn in 0..options.takeovers {
         sleep((EVERY * (turn + 1)).saturating_sub(begun.elapsed())).await;
         let start = now();
-        let mut heir = world.serve(Some(&world.control));
-        // Nobody looks at the clock of another process: from its start to the end of the one before, configuration and all.
+        let mut successor = environment.serve(Some(&environment.control));
+        // Measured from outside: from the successor's start to the end of the predecessor, with the reading of the configuration.
         let mut looks = 0;
         while old.0.try_wait().expect("the old process").is_none() {
-            assert!(heir.0.try_wait().expect("the heir").is_none(), "the heir of turn {turn} ended");
-            assert!(looks < 2_000, "the old process of turn {turn} is still there: {}", world.left());
+            assert!(
+                successor.0.try_wait().expect("the successor").is_none(),
+                "the successor of turn {turn} ended"
+            );
+            assert!(looks < 2_000, "the old process of turn {turn} is still there: {}", environment.left());
             looks += 1;
             sleep(Duration::from_millis(5)).await;
         }
         took.push(start.elapsed().as_secs_f64() * 1e3);
         let status = old.0.wait().expect("the old process's end");
         assert!(status.success(), "turn {turn}: {status}");
-        old = heir;
+        old = successor;
     }
     println!(
         "from a successor's start to its predecessor's end: median {:.0} ms",
@@ -125,7 +128,7 @@ async fn run(options: &Options) {
         options.sessions, sessions["operations"], flows["operations"], flows["lost"]
     );
     assert!(took.iter().all(|took| *took < GONE.as_secs_f64() * 1e3) || options.test, "{took:?}");
-    world.is_empty();
+    environment.is_empty();
     stage::write_json(
         "takeover",
         &json!({ "kernel": stage::kernel(), "takeovers": options.takeovers, "long": options.sessions, "took_ms": took,
@@ -138,7 +141,7 @@ fn now() -> Instant {
     Instant::now()
 }
 
-/// Waits for a load's end, and hears what it has to say: nobody was misrouted, and nothing failed.
+/// Waits for the end of a load and checks its report: no session was misrouted, and none failed.
 async fn finish(load: &mut Load) -> serde_json::Value {
     let mut looks = 0;
     while load.proc.0.try_wait().expect("the load generator").is_none() {
@@ -160,7 +163,7 @@ struct Load {
 }
 
 /// The backends, and where the proxies serve one after the other.
-struct World {
+struct Environment {
     dir: PathBuf,
     target: SocketAddr,
     datagrams: SocketAddr,
@@ -170,7 +173,7 @@ struct World {
     _backends: [Proc; 2],
 }
 
-impl World {
+impl Environment {
     fn start(dir: &Path, long: SocketAddr) -> Self {
         // One address for both: connections and datagrams have ports of their own.
         let short = stage::free();
@@ -288,7 +291,7 @@ to-client = "2MiB/s"
         log.lines().rev().take(20).collect::<Vec<_>>().join("\n")
     }
 
-    /// Every gauge of the last process is at zero, and nobody ended but by what its ends wanted.
+    /// Every gauge of the last process is at zero, and every session was ended by its client or its backend.
     fn is_empty(&self) {
         stage::until("something is left", || {
             let all = stage::scrape(self.admin);
