@@ -13,6 +13,9 @@ const MEMORY_WORDS: usize = 9;
 /// Words of what is read of `struct tcp_info` in include/uapi/linux/tcp.h: up to `tcpi_notsent_bytes`, the last, since Linux 4.6.
 const TCP_WORDS: usize = 37;
 
+/// Where the two words of `tcpi_bytes_acked` are.
+const ACKNOWLEDGED: std::ops::Range<usize> = 30..32;
+
 /// `IP_LOCAL_PORT_RANGE` in include/uapi/linux/in.h, since Linux 6.3.
 const IP_LOCAL_PORT_RANGE: c_int = 51;
 
@@ -73,6 +76,16 @@ pub(crate) fn unsent(socket: &impl AsFd) -> Option<u32> {
     getsockopt(socket, TcpInfo).ok()?.last().copied()
 }
 
+/// The bytes of a TCP connection that the other end has acknowledged; `None` where the kernel does not say.
+#[must_use]
+pub(crate) fn acknowledged(socket: &impl AsFd) -> Option<u64> {
+    let words = getsockopt(socket, TcpInfo).ok()?;
+    let mut bytes = [0; 8];
+    let halves = words.get(ACKNOWLEDGED)?.iter().flat_map(|word| word.to_ne_bytes());
+    bytes.iter_mut().zip(halves).for_each(|(byte, read)| *byte = read);
+    Some(u64::from_ne_bytes(bytes))
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
@@ -95,16 +108,20 @@ mod tests {
         stream.connect(&listener.local_addr().unwrap()).unwrap();
         let before = memory(&stream).unwrap();
         assert_eq!((before.sending, before.received, before.drops, unsent(&stream)), (0, 0, 0, Some(0)));
+        // The handshake's SYN may count.
+        assert!(acknowledged(&stream).unwrap() <= 1);
         stream.set_nonblocking(true).unwrap();
         while stream.send(&[0; 4_096]).is_ok() {}
         let after = memory(&stream).unwrap();
         assert!(after.sending > 0 && after.send_limit > 0 && unsent(&stream).unwrap() > 0, "{after:?}");
+        // No more than a receive queue holds.
+        assert!((2..=6 << 20).contains(&acknowledged(&stream).unwrap()));
     }
 
     #[test]
     fn socket_that_is_no_tcp_connection_has_no_unsent_bytes() {
         let socket = bound(Type::DGRAM);
         assert!(memory(&socket).is_some());
-        assert_eq!(unsent(&socket), None);
+        assert_eq!((unsent(&socket), acknowledged(&socket)), (None, None));
     }
 }

@@ -40,6 +40,10 @@ const LARGE_READS: u8 = 2;
 /// After so many measured reads in a row what the kernel queues for the sink is bounded. One alone is the rest of a message.
 const MEASURED_READS: u8 = 2;
 
+/// A peer that has acknowledged so many bytes reads them: while nothing is read, the receive queue of a connection takes 64 to
+/// 128 KiB with the usual settings (131,072 bytes in `net.ipv4.tcp_rmem`).
+const READ_BYTES: u64 = 256 * 1024;
+
 /// So many small splices in a row, and it goes back to copying: a splice is two calls more than a copy of a
 /// small message is worth.
 const SMALL_SPLICES: u8 = 3;
@@ -265,7 +269,7 @@ impl DirectionState {
             if self.streak >= SMALL_SPLICES {
                 self.stop_splicing(resources, session);
             }
-        } else if self.streak >= LARGE_READS {
+        } else if self.streak >= LARGE_READS && has_read(sink) {
             self.pipe = resources.take_pipe(session);
             self.streak = 0;
         }
@@ -282,4 +286,10 @@ impl DirectionState {
             buffer::bound_unsent(sink, if is_due { unsent } else { 0 });
         }
     }
+}
+
+/// Whether the sink's peer has acknowledged more than its receive queue takes while it reads nothing. A splice to a peer that
+/// does not read holds a pipe, and a send queue without a bound.
+fn has_read(sink: &TcpStream) -> bool {
+    socket_options::acknowledged(sink).is_none_or(|bytes| bytes >= READ_BYTES)
 }

@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use super::harness::{Conf, Proxy};
-use super::raw::{Raw, receive_all, send_all};
+use super::raw::{Bytes, Raw, receive_all, send_all};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -24,6 +24,12 @@ async fn stalled(proxy: &Proxy, raw: &Raw, count: u64) -> Vec<Stalled> {
         let (client, mut backend) = raw.session(proxy).await;
         sessions.push((client, tokio::spawn(async move { send_all(&mut backend, seed, WHOLE).await })));
     }
+    nothing_moves(proxy).await;
+    sessions
+}
+
+/// Waits until nothing more is forwarded.
+async fn nothing_moves(proxy: &Proxy) {
     let (mut before, mut still) = (0.0, 0);
     while still < 20 {
         sleep(Duration::from_millis(20)).await;
@@ -31,7 +37,6 @@ async fn stalled(proxy: &Proxy, raw: &Raw, count: u64) -> Vec<Stalled> {
         still = if now > before { 0 } else { still + 1 };
         before = now;
     }
-    sessions
 }
 
 /// Every client reads to the end.
@@ -127,5 +132,30 @@ async fn default_bound_of_unsent_bytes_keeps_the_memory_of_many_stalled_readers_
     }
     proxy.metric("vestibule_tenant_stalled_memory_bytes", &[]).is(0).await;
     proxy.ended(&[("tenant", "acme"), ("by", "client"), ("why", "reset")]).is(100).await;
+    proxy.finish().await;
+}
+
+#[tokio::test]
+async fn session_takes_a_pipe_only_once_its_client_reads() {
+    let raw = Raw::bind().await;
+    let proxy = raw.proxy(Conf::default()).await;
+    let (mut client, mut backend) = raw.session(&proxy).await;
+    let (mut sent, mut read) = (Bytes::new(1), Bytes::new(1));
+    for kib in [20, 40] {
+        sent.send(&mut backend, kib * 1024).await.unwrap();
+        let count = u32::try_from(sent.count).unwrap();
+        proxy.metric("vestibule_forwarded_bytes_total", &[("tenant", "acme")]).is(count).await;
+    }
+    // Two large reads in a row, of a backend that sends more than the client's window has room for.
+    let sending = tokio::spawn(async move { sent.send(&mut backend, WHOLE).await });
+    nothing_moves(&proxy).await;
+    proxy.metric("vestibule_pipes_in_use", &[]).is(0).await;
+    read.receive(&mut client, WHOLE + 60 * 1024).await.unwrap();
+    sending.await.unwrap().unwrap();
+    let spliced = [("mode", "splice"), ("direction", "to_client")];
+    proxy.metric("vestibule_forward_mode_bytes_total", &spliced).is_at_least(4 << 20).await;
+    proxy.others_are_unharmed().await;
+    drop(client);
+    proxy.ended(&[("tenant", "acme")]).is(1).await;
     proxy.finish().await;
 }
