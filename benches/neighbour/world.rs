@@ -37,6 +37,8 @@ pub(super) struct World {
     pub(super) dns: SocketAddr,
     pub(super) admin: SocketAddr,
     pub(super) health: SocketAddr,
+    /// The neighbour's, over TCP and UDP.
+    pub(super) backend: SocketAddr,
     /// What an attack may rewrite: tenants that come and go.
     pub(super) more: PathBuf,
     pub(super) proxy: Proc,
@@ -123,7 +125,7 @@ impl World {
         let proxy = Proc::start(&serve);
         ready(web);
         ready(admin);
-        Self { web, dns, admin, health, more, proxy, _backends: backends }
+        Self { web, dns, admin, health, backend: of_b, more, proxy, _backends: backends }
     }
 
     /// The sums of a metric by one of its labels, of series that have none of `without`.

@@ -114,6 +114,10 @@ async fn held(conf: fn() -> Conf, what: &str, descriptors: usize) {
     let raw = Raw::bind().await;
     let [one, other] = two(&raw, conf).await;
     let (mut client, mut backend) = raw.session(&one).await;
+    // A session gets a pipe only once its client reads.
+    let (mut sent, mut read) = (Bytes::new(4), Bytes::new(4));
+    let (sent, read) = tokio::join!(sent.send(&mut backend, 1 << 20), read.receive(&mut client, 1 << 20));
+    sent.and(read).unwrap();
     let sent = clog(&mut backend).await;
     let mut found = 0;
     for (from, to) in [(&one, &other), (&other, &one), (&one, &other)] {
@@ -394,6 +398,8 @@ async fn session_that_is_taken_over_counts_for_its_tenant_in_a_shared_pool() {
         held.push(raw.session(&one).await);
     }
     move_all(&one, &other, |_| ()).await;
+    // A worker may accept a new session before it has begun with one that was sent to it.
+    other.metric("vestibule_sessions_active", &[("tenant", "acme")]).is(7).await;
     is_turned_away(&other).await;
     other.ended(&[("tenant", "acme"), ("at", "pool"), ("why", "pool_share")]).is(1).await;
     // What has left counts there no more.
