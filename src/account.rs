@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_keeps_its_number() {
+    fn name_keeps_its_number() {
         let labels = Labels::default();
         let (one, two) = (labels.intern("acme"), labels.intern("globex"));
         assert_eq!(labels.intern("acme").serial(), one.serial());
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn names_without_a_label_are_forgotten_and_their_numbers_given_again() {
+    fn unused_names_are_forgotten_and_their_numbers_reused() {
         let labels = Labels::default();
         let kept = labels.intern("acme");
         let number = labels.intern("globex").serial();
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_a_panic_left_behind_opens() {
+    fn poisoned_lock_can_be_taken() {
         let mutex = Mutex::new(1);
         let panicked = std::thread::scope(|scope| {
             scope

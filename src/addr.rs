@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_shown_as_it_is_written() {
+    fn address_is_displayed_as_written() {
         for text in ["10.0.0.1:80", "[fd00::1]:443"] {
             assert_eq!(ClientAddr(text.parse().unwrap()).to_string(), text);
             assert_eq!(ListenAddr(text.parse().unwrap()).to_string(), text);

@@ -76,13 +76,13 @@ mod tests {
     }
 
     #[test]
-    fn one_alone_leaves_a_fifth() {
+    fn single_tenant_leaves_a_fifth() {
         assert_eq!((settle(1000, 1), settle(10, 1), settle(3, 1)), (vec![787], vec![7], vec![1]));
         assert!(is_allowed(786, 1, 1000, 213) && !is_allowed(787, 1, 1000, 212));
     }
 
     #[test]
-    fn many_get_equal_shares_and_leave_room() {
+    fn many_tenants_get_equal_shares_and_leave_room() {
         for tenants in 2..50 {
             let held = settle(1000, tenants);
             let (least, most) = (held.iter().min().unwrap(), held.iter().max().unwrap());

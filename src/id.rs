@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_id_is_not_a_long_one_of_the_same_value() {
+    fn short_id_differs_from_long_id_of_the_same_value() {
         assert_ne!(
             EndpointId::from_bytes(b"vpce-1a2b3c4d"),
             EndpointId::from_bytes(b"vpce-0000000001a2b3c4d")
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused() {
+    fn malformed_endpoint_id_is_refused() {
         for text in [
             "",
             "vpce-",
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_is_an_id_only_where_it_is_well_formed() {
+    fn claimed_endpoint_is_an_id_only_if_well_formed() {
         let id = EndpointId::from_bytes(b"vpce-1a2b3c4d").unwrap();
         assert_eq!(EndpointClaim::from_tlv(None), EndpointClaim::Absent);
         assert_eq!(EndpointClaim::from_tlv(Some(b"vpce-1a2b3c4d")), EndpointClaim::Id(id));
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_id_names_its_worker() {
+    fn session_id_contains_its_worker() {
         assert_eq!(SessionId::new(3, 7).to_string(), "0003000000000007");
     }
 }

@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_record_the_words_are_the_same() {
+    fn record_uses_the_same_words() {
         for why in Reason::ALL {
             let word = serde_json::to_string(why).unwrap();
             assert_eq!(word, format!("\"{}\"", why.as_str()));

@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_round_is_over_within_the_interval() {
+    fn first_probe_round_ends_within_the_interval() {
         for (interval, timeout, of, place, expected_ms) in [
             (5 * SECOND, SECOND, 1, 0, 0),
             (5 * SECOND, SECOND, 3, 2, 4),
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_second_round_is_spread_over_the_whole_interval() {
+    fn second_probe_round_is_spread_over_the_interval() {
         for (place, first_ms, second_ms) in [(0, 0, 4_000), (1_000, 2_000, 6_500), (1_999, 3_998, 8_997)] {
             let mut schedule = schedule(5 * SECOND, SECOND, place, 2_000);
             assert_eq!(schedule.due.since(START).as_millis(), first_ms);
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mean_rate_is_kept_however_long_a_probe_takes() {
+    fn mean_probe_rate_does_not_depend_on_probe_duration() {
         let mut schedule = ProbeSchedule { second: None, ..schedule(SECOND, SECOND, 0, 1) };
         let (mut least, mut most) = (SECOND, SECOND);
         let mut random = fastrand::Rng::with_seed(7);
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_waiting_probe_takes_little_memory() {
+    fn waiting_probe_takes_little_memory() {
         let backend = crate::addr::BackendAddr("127.0.0.1:1".parse().unwrap());
         let size =
             size_of_val(&exchange::ask(backend, (&[], &LocalPorts::default()), &config(5 * SECOND, SECOND)));

@@ -438,7 +438,7 @@ mod tests {
 
     /// With its slot in the worker it has 624 bytes, and the allocator gives it 640.
     #[test]
-    fn a_session_that_forwards_is_small() {
+    fn forwarding_session_is_small() {
         let size = size(|worker, accepted: AcceptedConnection| run(worker, accepted, 0, ()));
         assert!(size <= 608, "{size} bytes");
     }

@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_runs_until_its_deadline() {
+    fn step_runs_until_its_deadline() {
         let (labels, shard) = (Labels::default(), Arc::default());
         let mut session = session(&labels, &shard);
         let deadline = session.tick().after(span_ms(100));
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_without_a_deadline_waits() {
+    fn step_without_a_deadline_waits() {
         let (labels, shard) = (Labels::default(), Arc::default());
         let session = session(&labels, &shard);
         assert_eq!(poll(&mut session.watch(pending::<()>())), Poll::Pending);
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_shortens_the_silence_and_its_end_cuts_everything() {
+    fn drain_shortens_the_idle_timeout_and_its_deadline_ends_everything() {
         let (labels, shard) = (Labels::default(), Arc::default());
         let mut session = session(&labels, &shard);
         session.wake_at(session.tick().after(span_ms(9000)));

@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_leads_to_its_tenant_and_nothing_else_does() {
+    fn endpoint_id_finds_its_tenant_and_nothing_else_does() {
         let directory = directory();
         let strict = TenantRules::ByEndpoint { absent: None, unknown: None };
         assert_eq!(name(directory.find(id("vpce-00000002"), strict)), Ok("globex".to_owned()));
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disabled_tenant_is_found_and_not_admitted() {
+    fn disabled_tenant_is_found_and_not_admitted() {
         let directory = directory();
         assert_eq!(directory.tenants()[0].admit(), Ok(()));
         let rejected = directory.tenants()[1].admit();
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_is_the_routes_then_the_tenants_then_the_listeners() {
+    fn pool_comes_from_route_then_tenant_then_listener() {
         let tenant = |pool, routes: &[(u32, u32)]| Tenant {
             label: Labels::default().intern("acme"),
             labels: None,

@@ -53,7 +53,7 @@ fn every_valid_file_is_valid() {
 }
 
 #[test]
-fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
+fn minimal_file_is_valid_and_all_else_is_default() {
     let config = load("config/minimal.toml").unwrap();
     assert_eq!((config.process.workers, config.process.max_sessions), (0, 0));
     assert_eq!(config.process.pipe_memory, 64 << 20);
@@ -119,7 +119,7 @@ fn the_minimal_file_is_valid_and_leaves_the_rest_to_the_defaults() {
 }
 
 #[test]
-fn the_reference_is_valid_and_says_the_defaults() {
+fn reference_is_valid_and_has_the_defaults() {
     let reference = load("config/reference.toml").unwrap();
     let minimal = load("config/minimal.toml").unwrap();
     // Its keys come from the declarations, so that it is enough to see that nothing else stands there.
@@ -288,7 +288,7 @@ fn min_ttl_and_max_ttl_are_not_typos_of_each_other() {
 }
 
 #[test]
-fn a_tenant_takes_each_limit_that_it_does_not_set_from_the_defaults() {
+fn tenant_takes_each_unset_limit_from_the_defaults() {
     let config = load("tests/config/valid/everything.toml").unwrap();
     let bandwidth = |bytes_per_second, burst| Some(BandwidthLimit { bytes_per_second, burst });
     let rate = |nanos, burst| Some(RateLimit { interval: Duration::from_nanos(nanos), burst });
@@ -320,7 +320,7 @@ fn a_tenant_takes_each_limit_that_it_does_not_set_from_the_defaults() {
 }
 
 #[test]
-fn a_text_is_read_as_a_file_is() {
+fn text_is_parsed_as_a_file_is() {
     let text = std::fs::read_to_string("config/minimal.toml").unwrap();
     assert_eq!(Config::parse("minimal.toml", &text).unwrap(), load("config/minimal.toml").unwrap());
     let faults = Config::parse("here", "[log]\nlevel = 3\n").unwrap_err();
@@ -329,7 +329,7 @@ fn a_text_is_read_as_a_file_is() {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_is_named_as_the_operator_named_it() {
+fn unreadable_file_is_named_as_the_operator_named_it() {
     let faults = load("nowhere/vestibule.toml").unwrap_err();
     assert_eq!(
         faults.to_string(),
@@ -366,7 +366,7 @@ fn included_files_are_read_once_in_order_and_hidden_ones_are_not() {
 }
 
 #[test]
-fn an_included_file_that_cannot_be_read_is_named() {
+fn unreadable_included_file_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let minimal = std::fs::read_to_string("config/minimal.toml").unwrap();
     std::fs::write(folder.path().join("main.toml"), format!("include = [\"d/*\"]\n{minimal}")).unwrap();
@@ -387,7 +387,7 @@ fn crowd(tenants: u32) -> String {
 }
 
 #[test]
-fn a_hundred_thousand_tenants_are_read() {
+fn hundred_thousand_tenants_are_read() {
     let config = Config::parse("crowd.toml", &crowd(100_000)).unwrap();
     assert_eq!(config.tenants.len(), 100_001);
     assert_eq!(config.tenants.last().unwrap().endpoints[0].to_string(), "vpce-0000000000001869f");

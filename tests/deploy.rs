@@ -80,7 +80,7 @@ fn dashboard_queries_existing_metrics() {
 }
 
 #[test]
-fn the_dashboard_is_whole() {
+fn dashboard_is_complete() {
     let dashboard = dashboard();
     let variables: BTreeSet<_> = dashboard["templating"]["list"]
         .as_array()

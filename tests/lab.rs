@@ -208,7 +208,7 @@ fn kept_lab_can_be_entered_and_removed() {
 }
 
 #[test]
-fn an_interrupt_removes_everything() {
+fn interrupt_removes_everything() {
     for (signal, at) in [(Signal::INT, "1  The lab"), (Signal::TERM, "2  "), (Signal::INT, "4  proxy-1")] {
         let Some(mut lab) = Lab::start(&[]) else { return };
         lab.output.until(at);
@@ -260,7 +260,7 @@ fn lab_that_cannot_start_reports_the_error_and_is_removed() {
 }
 
 #[test]
-fn a_run_has_a_name_of_its_own_form() {
+fn lab_run_name_has_its_own_form() {
     for name in ["../x", "12345", "12G4", ""] {
         let output = lab(&["--down", name]).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{name}: {output:?}");

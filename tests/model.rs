@@ -155,7 +155,7 @@ proptest! {
     }
 
     #[test]
-    fn the_wheel_does_the_same_at_the_end_of_time(
+    fn wheel_works_near_the_largest_time(
         before in 0..5000_u32,
         turns in prop::collection::vec(turn(), 0..60),
     ) {
@@ -229,7 +229,7 @@ fn directory(tenants: u32, endpoints: &BTreeMap<String, u32>) -> TenantDirectory
 
 proptest! {
     #[test]
-    fn the_directory_finds_what_a_sorted_list_finds(
+    fn directory_agrees_with_a_sorted_list(
         listed in prop::collection::btree_map(endpoint(), 0..10_u32, 0..40),
         absent in prop::option::of(0..10_u32),
         unknown in prop::option::of(0..10_u32),
@@ -269,7 +269,7 @@ fn is_well_formed(text: &str) -> bool {
 
 proptest! {
     #[test]
-    fn an_endpoint_id_survives_the_way_there_and_back(text in "vpce-([0-9a-f]{8}|[0-9a-f]{17})") {
+    fn endpoint_id_round_trips(text in "vpce-([0-9a-f]{8}|[0-9a-f]{17})") {
         let id: EndpointId = text.parse().unwrap();
         prop_assert_eq!(id.to_string(), text.clone());
         prop_assert_eq!(EndpointId::from_bytes(text.as_bytes()), Some(id));

@@ -70,7 +70,7 @@ fn modules_import_from_lower_floors_only() {
 }
 
 #[test]
-fn the_lower_floors_neither_wait_nor_read_a_clock() {
+fn lower_floors_neither_wait_nor_read_a_clock() {
     let mut faults = Vec::new();
     for source in sources(&["src"]) {
         let pure = source.module().and_then(|module| floor(&module)).is_some_and(|floor| floor <= PURE);
@@ -121,7 +121,7 @@ fn no_file_is_too_long() {
 }
 
 #[test]
-fn names_say_what_things_are() {
+fn names_have_no_empty_words() {
     let mut faults = Vec::new();
     for source in sources(&["src", "tests", "benches"]) {
         let tokens = tokens(&source.text);
@@ -178,7 +178,7 @@ fn is_asserted(call: &[(usize, String)]) -> bool {
 }
 
 #[test]
-fn nothing_is_left_for_later() {
+fn source_has_no_todo_markers() {
     let marks =
         [concat!("to", "do!"), concat!("un", "implemented!"), concat!("FIX", "ME"), concat!("#[ign", "ore")];
     let mut faults = Vec::new();

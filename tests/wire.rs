@@ -150,7 +150,7 @@ fn every_capture_has_the_addresses_that_were_seen() {
 }
 
 #[test]
-fn a_health_check_has_neither_client_nor_tlvs_on_either_transport() {
+fn health_check_has_neither_client_nor_tlvs_on_either_transport() {
     for vector in vectors().iter().filter(|vector| vector.is_local()) {
         for rules in [STREAM, DATAGRAM] {
             let header = done(&vector.header, rules);
@@ -162,7 +162,7 @@ fn a_health_check_has_neither_client_nor_tlvs_on_either_transport() {
 }
 
 #[test]
-fn the_wrong_transport_is_refused_either_way() {
+fn wrong_transport_is_refused_on_both() {
     for vector in vectors().iter().filter(|vector| !vector.is_local()) {
         let other = if vector.rules() == STREAM { DATAGRAM } else { STREAM };
         assert_eq!(
@@ -175,7 +175,7 @@ fn the_wrong_transport_is_refused_either_way() {
 }
 
 #[test]
-fn a_wrong_checksum_passes_where_it_is_not_verified() {
+fn wrong_checksum_passes_without_verification() {
     for vector in vectors().iter().filter(|vector| vector.expected == "malformed") {
         let header = done(&vector.header, ParserRules { verify_crc: false, ..vector.rules() });
         assert!(header.client().is_some() && header.endpoint().is_some());

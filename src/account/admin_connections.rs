@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_end_has_a_word_and_a_count_of_its_own() {
+    fn every_end_has_its_own_label_and_counter() {
         let connections = AdminConnections::default();
         connections.begin(AdminEndpoint::Admin);
         connections.begin(AdminEndpoint::Health);

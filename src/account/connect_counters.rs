@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_probe_that_could_not_be_sent_is_no_verdict() {
+    fn unsent_probe_has_no_verdict() {
         let silent = ProbeResult::ALL.into_iter().filter(|verdict| verdict.is_success().is_none());
         assert_eq!(silent.collect::<Vec<_>>(), [ProbeResult::NoLocalPort, ProbeResult::Shortage]);
         for result in ConnectResult::ALL {
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn every_result_has_a_word_of_its_own() {
+    fn every_result_has_its_own_label() {
         let words: std::collections::BTreeSet<_> = ConnectResult::ALL.map(ConnectResult::as_str).into();
         assert_eq!(words.len(), ConnectResult::ALL.len());
     }

@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_result_has_a_word_and_a_count_of_its_own() {
+    fn every_result_has_its_own_label_and_counter() {
         let lookups = LookupCounters::default();
         for (times, lookup) in (1..).zip(LookupResult::ALL) {
             (0..times).for_each(|_| lookups.count(lookup));

@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_over_two_weeks_counts_as_two_weeks() {
+    fn duration_over_two_weeks_counts_as_two_weeks() {
         let longest = Duration::from_micros(LONGEST_US);
         for took in [longest, longest + Duration::from_micros(1), Duration::MAX] {
             let mut times = LatencyHistogram::default();
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_recorded_is_no_time_at_all() {
+    fn empty_histogram_has_no_duration() {
         let times = LatencyRecorder::default().times();
         assert_eq!(
             (times.count(), times.at_most(Duration::MAX), times.percentile(99.0)),

@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_all_that_is_known() {
+    fn log_line_has_all_known_fields() {
         let labels = BTreeMap::from([("plan".to_owned(), "gold".to_owned())]);
         let (access_log, receiver, _queue) = access_log(QUEUE);
         write(&access_log, &record(&labels));
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_batch_goes_at_once_and_a_full_queue_drops_and_counts() {
+    fn full_batch_is_sent_at_once_and_full_queue_drops_and_counts() {
         let labels = BTreeMap::new();
         // Half of it is one tenant's.
         let (access_log, receiver, queue) = access_log(8 * FULL);
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_is_off_costs_nothing() {
+    fn disabled_log_formats_and_queues_nothing() {
         let access_log = AccessLogger::new(None);
         assert!(!access_log.is_on());
         write(&access_log, &record(&BTreeMap::new()));

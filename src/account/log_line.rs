@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stamp_follows_the_clock_both_ways() {
+    fn timestamp_follows_the_clock_forward_and_back() {
         let mut stamp = TimestampFormat::default();
         for micros in [0, 1, 999_999, 1_000_000, 86_400_000_000, 1_795_000_000_123_456, 5] {
             let time = UNIX_EPOCH + Duration::from_micros(micros);

@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn strays_and_rejections_leave_room_for_sessions() {
+    fn unidentified_and_rejection_lines_leave_room_for_session_lines() {
         let queue = LogQueue::new(64 * LINE);
         assert_eq!(fill(&queue, LineClass::Stray, 0).len(), 7);
         assert_eq!(fill(&queue, LineClass::Rejection, 0).len(), 6);
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_told_once() {
+    fn losses_are_reported_once() {
         let queue = LogQueue::new(0);
         assert!(queue.admit(LineClass::Stray, 0, LINE).is_none());
         queue.leave_out(LineClass::Rejection);
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_have_their_place_and_their_word() {
+    fn every_class_has_its_index_and_label() {
         assert!(LineClass::ALL.iter().enumerate().all(|(place, class)| *class as usize == place));
         assert_eq!(LineClass::ALL.map(LineClass::as_str), ["session", "rejection", "stray"]);
     }

@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_counted_where_it_belongs() {
+    fn session_is_counted_for_its_listener_tenant_pool_and_backend() {
         let (labels, shard, worker_metrics) = worker_metrics();
         let mut metrics = SessionMetrics::new(Rc::clone(&worker_metrics), &labels.intern("web"));
         assert_eq!(shard.routes()[0].active.value(), 1);
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_without_a_pool_is_counted_too() {
+    fn tenant_without_a_pool_is_counted() {
         let (labels, shard, worker_metrics) = worker_metrics();
         let mut metrics = SessionMetrics::new(worker_metrics, &labels.intern("web"));
         metrics.assign_tenant(&labels.intern("acme"), None);
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_was_taken_over_is_not_accepted_again_and_its_old_bytes_are_not_counted_twice() {
+    fn taken_over_session_is_not_accepted_again_and_its_bytes_are_counted_once() {
         let (labels, shard, worker_metrics) = worker_metrics();
         let names = ["web", "acme", "shared", "10.0.0.1:80"].map(|name| labels.intern(name));
         let bytes = PerDirection { to_backend: 7, to_client: 9 };
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_is_dropped_is_counted_as_drained_or_as_our_fault() {
+    fn dropped_session_counts_as_drained_or_as_internal_error() {
         let (labels, shard, worker_metrics) = worker_metrics();
         drop(SessionMetrics::new(Rc::clone(&worker_metrics), &labels.intern("web")));
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_has_its_place_and_its_word() {
+    fn every_drop_reason_has_its_index_and_label() {
         assert!(DatagramDrop::ALL.into_iter().enumerate().all(|(place, drop)| drop as usize == place));
         assert_eq!(DatagramDrop::ALL[..DatagramDrop::LIMITS.len()], DatagramDrop::LIMITS);
         assert_eq!(

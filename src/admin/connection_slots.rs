@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_puts_off_the_stall_and_not_the_whole_time() {
+    fn progress_extends_the_stall_timeout_and_not_the_total_timeout() {
         let at = |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000);
         let limits =
             ConnectionTimeouts { stall: Duration::from_secs(10), send: Duration::from_secs(60), ..LIMITS };
@@ -456,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn longest_without_progress_gives_way_and_never_the_newcomer() {
+    fn connection_longest_without_progress_is_displaced_and_never_the_newest() {
         let mut random = fastrand::Rng::with_seed(19);
         let mut places = ConnectionSlots::new(5);
         let mut all: Vec<Arc<Fake>> = Vec::new();

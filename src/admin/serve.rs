@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_route_may_take_the_stream_over() {
+    async fn route_can_upgrade_the_connection() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();

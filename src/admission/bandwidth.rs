@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bucket_has_a_burst_and_not_a_byte_more() {
+    fn bucket_grants_exactly_its_burst() {
         let budget = budget(1000, 500);
         assert_eq!(budget.take(499, 1, at_ms(0)), 499);
         assert_eq!(budget.take(2, 2, at_ms(0)), 0, "half of it would be worth nothing");
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_burst_is_two_ticks_of_the_rate() {
+    fn minimum_burst_is_two_ticks_of_the_rate() {
         assert_eq!(budget(1000, 1).take(ALL, 1, at_ms(0)), 100);
         assert_eq!(budget(1000, 100).take(ALL, 1, at_ms(0)), 100);
         assert_eq!(budget(1000, 101).take(ALL, 1, at_ms(0)), 101);
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fastest_and_the_slowest_are_exact() {
+    fn highest_and_lowest_rates_are_exact() {
         let fast = budget(u64::MAX, u64::MAX);
         assert!(fast.take(ALL, 1, at_ms(0)) == ALL && fast.charge(u64::MAX / 2, at_ms(0)));
         for rate in [3, 999_999_937, 25_000_000_000] {
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_debt_is_bounded_and_paid_before_anything_else() {
+    fn debt_is_bounded_and_paid_first() {
         let budget = budget(1000, 500);
         assert_eq!(budget.overdraw(ALL, at_ms(0)), 600);
         assert_eq!(budget.overdraw(1, at_ms(0)), 0);

@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn two_tenants_and_two_directions_do_not_know_of_each_other() {
+    fn tenants_and_directions_have_independent_queues() {
         let (one, two, mut queue) = (quota(1_000_000), quota(2_000_000), BandwidthQueue::default());
         let other_way = Direction::ToBackend;
         one.budget(other_way).set(Some(BandwidthLimit { bytes_per_second: 4_000_000, burst: 1 }), at_ms(0));

@@ -215,7 +215,7 @@ mod tests {
     const LIMIT: Option<BandwidthLimit> = Some(BandwidthLimit { bytes_per_second: 200_000, burst: 20_000 });
 
     #[test]
-    fn without_a_limit_nothing_is_asked() {
+    fn session_without_a_limit_asks_for_no_grant() {
         let (mut bench, mut limiter) = (Bench::new(LimitMode::Enforce, None), DirectionLimiter::default());
         assert_eq!(bench.ask(&mut limiter, 0), Some(ReadGrant::Free));
         assert!(!bench.read(&mut limiter, READ, 0));
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_greedy_one_has_the_burst_its_share_and_then_its_turn() {
+    fn greedy_session_gets_the_burst_then_its_share_then_waits() {
         let (mut bench, mut limiter) = (Bench::new(LimitMode::Enforce, LIMIT), DirectionLimiter::default());
         assert_eq!(bench.ask(&mut limiter, 0), Some(ReadGrant::Taken(20_000)));
         // It reads half, and finds the rest again.
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_purse_is_small() {
+    fn direction_limiter_is_small() {
         assert!(size_of::<DirectionLimiter>() <= 16);
     }
 }

@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_rejects_first_and_takes_nothing_of_the_rate() {
+    fn session_limit_rejects_first_and_uses_no_rate() {
         let quota = quota(TenantLimits {
             sessions: Some(1),
             session_rate: Some(rate(100, 2)),
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_is_a_holder_from_its_first_session_to_its_last() {
+    fn tenant_is_a_holder_from_its_first_session_to_its_last() {
         let slots = Slots::new(10);
         let (quotas, labels) = (Quotas::new(Arc::clone(&slots)), Labels::default());
         let [acme, globex] = ["acme", "globex"].map(|name| quotas.find(&labels.intern(name)));
@@ -489,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quota_is_small() {
+    fn quota_is_small() {
         // With the counts of its Arc, the allocator gives it 320.
         assert!(size_of::<Quota>() <= 304, "{}", size_of::<Quota>());
     }

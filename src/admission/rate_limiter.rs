@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_a_burst_passes_and_the_next_does_not() {
+    fn last_of_a_burst_passes_and_the_next_does_not() {
         let rate = rate(10, 5);
         assert_eq!(admitted(&rate, 20, at_ms(0)), 5);
         assert!(!rate.admit(Moment::from_nanos(99_999_999)), "a nanosecond too early");
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_of_one_keeps_the_interval() {
+    fn burst_of_one_keeps_the_interval() {
         let rate = rate(1000, 1);
         let admitted: usize =
             (0..10_000).map(|tenth| admitted(&rate, 3, Moment::from_nanos(tenth * 100_000))).sum();
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_rates_debt_is_no_more_than_a_fast_ones_burst() {
+    fn debt_of_a_slow_rate_is_at_most_the_burst_of_a_fast_one() {
         let rate = RateLimiter::default();
         rate.set(Some(config::RateLimit { interval: Duration::from_secs(6), burst: 600 }));
         assert_eq!(admitted(&rate, 1_000, at_ms(0)), 600, "full again in an hour");
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn time_that_does_not_move_and_time_at_its_end_are_borne() {
+    fn rate_limiter_tolerates_stopped_and_largest_time() {
         let slow = RateLimiter::default();
         slow.set(Some(config::RateLimit { interval: Duration::from_secs(3600), burst: u64::from(u32::MAX) }));
         assert!(slow.admit(at_ms(0)) && slow.admit(Moment::from_nanos(u64::MAX)));

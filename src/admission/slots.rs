@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_is_admitted_and_the_next_rejected() {
+    fn last_within_the_limit_is_admitted_and_the_next_is_rejected() {
         let slots = Slots::new(2);
         let first = slots.take().unwrap();
         let _second = slots.take().unwrap();
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lower_limit_lets_the_present_stay() {
+    fn lowered_limit_keeps_held_slots() {
         let slots = Slots::new(3);
         let mut held: Vec<_> = (0..3).map(|_| slots.take().unwrap()).collect();
         slots.set_limit(1);

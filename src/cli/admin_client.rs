@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_an_address_or_a_path() {
+    fn admin_target_is_an_address_or_a_path() {
         let address = |host: &str, port| Ok(AdminTarget::Address { host: host.to_owned(), port });
         for (text, place) in [
             ("http://127.0.0.1:9900", address("127.0.0.1", 9900)),

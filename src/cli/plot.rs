@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_is_written() {
+    fn plot_is_written_to_a_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("latency.svg");
         svg(&latency(), "a title", &path).unwrap();

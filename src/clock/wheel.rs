@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_moves_both_ways() {
+    fn deadline_moves_forward_and_back() {
         let mut wheel = TimerWheel::default();
         let (key, count) = waits(&mut wheel, 5);
         wheel.set(&key, Tick(5000));
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jump_over_more_than_a_turn_wakes_each_once() {
+    fn clock_jump_over_a_whole_turn_wakes_each_timer_once() {
         for jump in [SLOTS - 1, SLOTS, SLOTS + 1, 2 * SLOTS + 1, u32::MAX] {
             let mut wheel = TimerWheel::default();
             let (first, one) = waits(&mut wheel, 0);
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_waker_can_be_replaced() {
+    fn waker_can_be_replaced() {
         let mut wheel = TimerWheel::default();
         let (key, old) = waits(&mut wheel, 1);
         let new = Arc::new(Count::default());

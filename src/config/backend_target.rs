@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_is_an_address_a_host_or_a_service() {
+    fn target_is_an_address_a_host_or_a_service() {
         for (text, expected) in [
             ("10.0.1.10:80", BackendTarget::Address("10.0.1.10:80".parse().unwrap())),
             ("[::1]:65535", BackendTarget::Address("[::1]:65535".parse().unwrap())),
@@ -125,13 +125,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_the_same_in_upper_case() {
+    fn names_are_case_insensitive() {
         assert_eq!(target("DB.Internal:80"), Ok(host("db.internal", 80)));
         assert_eq!(target("_Http._TCP.Example.com"), target("_http._tcp.example.com"));
     }
 
     #[test]
-    fn a_port_is_1_to_65535() {
+    fn port_is_1_to_65535() {
         for text in ["10.0.0.1:0", "db:0", "db:65536", "db:", "db:+80", "db:http", "db:-1"] {
             assert_eq!(because(text), NO_PORT, "{text}");
         }
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slip_in_an_address_makes_no_name_of_it() {
+    fn mistyped_address_is_not_a_host_name() {
         for text in ["10.0.0:80", "10.0.0.256:80", "10.0.0.1.1:80", "5:80"] {
             assert_eq!(because(text), ", which ends with a number and is not an IP address", "{text}");
         }
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_has_a_protocol_and_a_domain_and_no_port() {
+    fn service_name_has_a_protocol_and_a_domain_and_no_port() {
         assert_eq!(because("_http._tcp.b:80"), ": a service name has no port; its SRV records have one");
         for text in ["_http", "_http._tcp", "_http.tcp.b", "_http.b"] {
             assert_eq!(because(text), ", which is not of the form _service._proto.domain", "{text}");

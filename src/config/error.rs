@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_byte_stands_on_the_line_it_began() {
+    fn byte_offset_is_on_the_line_where_it_begins() {
         let source = SourceText::new("a.toml".into(), 0, "x\n\nyz\n");
         let lines: Vec<usize> = (0..7).map(|offset| source.line(offset)).collect();
         assert_eq!(lines, [1, 1, 2, 3, 3, 3, 4]);

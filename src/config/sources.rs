@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_comes_goes_or_is_written_makes_a_difference() {
+    fn created_removed_or_written_file_is_a_change() {
         let home = tempfile::tempdir().unwrap();
         let main = home.path().join("main.toml");
         fs::write(&main, "include = [\"parts/*.toml\"]\n").unwrap();
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_watched_where_it_lies_and_where_it_leads() {
+    fn symbolic_link_and_its_target_are_watched() {
         // As a ConfigMap is mounted: the file leads through a link that is replaced as a whole.
         let home = tempfile::tempdir().unwrap();
         for version in ["..v1", "..v2"] {

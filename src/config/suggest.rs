@@ -33,7 +33,7 @@ mod tests {
     }
 
     #[test]
-    fn the_closest_wins() {
+    fn closest_word_is_suggested() {
         assert_eq!(closest("acme-2", ["acme-11", "acme-1", "acme-3"].into_iter()), Some("acme-1"));
     }
 }

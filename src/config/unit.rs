@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bind_is_one_port_or_a_range() {
+    fn bind_is_one_port_or_a_range() {
         let one = ports("0.0.0.0:8080").unwrap();
         assert_eq!((one.first, one.last, one.count()), ("0.0.0.0:8080".parse().unwrap(), 8080, 1));
         let four = ports("[::]:8080-8083").unwrap();
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_is_a_prefix_or_an_address() {
+    fn network_is_a_prefix_or_an_address() {
         assert_eq!(network("10.0.0.0/16"), Ok("10.0.0.0/16".parse().unwrap()));
         assert_eq!(network("10.0.3.4/16"), Ok("10.0.0.0/16".parse().unwrap()));
         assert_eq!(network("10.0.0.1"), Ok("10.0.0.1/32".parse().unwrap()));

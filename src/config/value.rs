@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fallback_rejects_or_names_a_tenant() {
+    fn fallback_rejects_or_names_a_tenant() {
         assert_eq!(read::<Fallback>("\"reject\""), Ok(Fallback::Reject));
         assert_eq!(read::<Fallback>("\"tenant:acme\""), Ok(Fallback::Tenant("acme".into())));
         for text in ["\"tenant:\"", "\"acme\"", "\"Reject\"", "\"\"", "false"] {
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn the_access_log_goes_somewhere() {
+    fn access_log_target_is_off_stdout_or_a_path() {
         assert_eq!(read::<AccessLogTarget>("\"off\""), Ok(AccessLogTarget::Off));
         assert_eq!(read::<AccessLogTarget>("\"stdout\""), Ok(AccessLogTarget::Stdout));
         assert_eq!(
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_has_an_absolute_path_that_the_system_takes() {
+    fn socket_path_is_absolute_and_within_the_length_limit() {
         let longest = format!("\"/{}\"", "a".repeat(106));
         assert!(read::<SocketPath>(&longest).is_ok());
         for text in
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_begins_with_a_slash() {
+    fn url_path_begins_with_a_slash() {
         assert_eq!(read::<UrlPath>("\"/\""), Ok("/".to_owned()));
         for text in ["\"\"", "\"healthz\"", "\"/a b\"", "\"/a?b\"", "\"/a#b\"", "\"/é\""] {
             assert!(read::<UrlPath>(text).is_err(), "{text}");

@@ -342,7 +342,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_looked_for_a_second_answer_now_and_then() {
+    fn second_answer_is_looked_for_periodically() {
         let mut listening = ReceiveMode::default();
         let looks: Vec<_> = (1..=40).filter(|_| listening.count_received()).collect();
         assert_eq!(looks.len(), 2);
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_is_small() {
+    fn flow_is_small() {
         assert!(size_of::<Flow<[usize; 2]>>() <= 320, "{} bytes", size_of::<Flow<[usize; 2]>>());
     }
 }

@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_has_its_temper() {
+    async fn each_behavior_answers_as_declared() {
         let start = |temper| TestBackend::start("one", temper);
         let echo = start(BackendBehavior::Echo).await.unwrap();
         assert_eq!(ask(&echo, b"hello").await.unwrap(), b"hello");
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pattern_goes_by_offset() {
+    fn pattern_depends_on_the_offset() {
         let mut whole = [0; 64];
         pattern(100, &mut whole);
         let mut part = [0; 10];

@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_host_always_lives_and_at_the_end_all_do() {
+    fn one_host_is_always_up_and_all_are_at_the_end() {
         for seed in 0..50 {
             let length = Duration::from_secs(600);
             let mut down = [false; 20];

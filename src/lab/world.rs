@@ -341,7 +341,7 @@ mod tests {
     use crate::config::Config;
 
     #[test]
-    fn the_proxies_configurations_have_no_fault() {
+    fn lab_configurations_are_valid() {
         for (proxy, address) in PROXIES {
             let config = Config::parse(proxy, &config(address)).unwrap();
             assert_eq!(config.tenants.len(), TENANTS.len());

@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_cause_has_a_word() {
+    fn every_change_cause_has_its_own_label() {
         let causes = [
             ChangeCause::Start,
             ChangeCause::Reload,

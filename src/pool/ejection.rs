@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn its_time_ends_at_its_end_and_not_before() {
+    fn ejection_ends_exactly_at_its_time() {
         let mut ejection = EjectionState::default();
         ejection.eject(RULES, at(100));
         assert!(!ejection.expire(at(129)) && ejection.is_out());
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_base_above_ten_minutes_is_kept_and_none_is_none() {
+    fn base_time_above_ten_minutes_is_kept_and_zero_base_time_has_no_duration() {
         let hour = EjectionRules { base: Duration::from_secs(3_600), ..RULES };
         assert_eq!((hour.time(1), hour.time(9)), (Duration::from_secs(3_600), Duration::from_secs(3_600)));
         let mut ejection = EjectionState::default();
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn some_may_be_out_but_never_all() {
+    fn some_backends_may_be_ejected_but_never_all() {
         let most = |percent, backends| EjectionRules { max_percent: percent, ..RULES }.most(backends);
         assert_eq!((most(50, 10), most(50, 3), most(10, 3), most(0, 10)), (5, 1, 1, 0));
         assert_eq!((most(100, 10), most(100, 1), most(50, 0)), (9, 0, 0));

@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_result_decides() {
+    fn first_probe_result_decides() {
         assert_eq!(ProbeHealth::new(RULES, HealthState::Unknown).observe(true), Some(HealthState::Healthy));
         assert_eq!(
             ProbeHealth::new(RULES, HealthState::Unknown).observe(false),
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn it_falls_at_the_third_failure_in_a_row_and_rises_at_the_second_success() {
+    fn backend_falls_at_third_consecutive_failure_and_rises_at_second_success() {
         let mut health = ProbeHealth::new(RULES, HealthState::Healthy);
         assert_eq!(observe(&mut health, "--+--"), [None; 5]);
         assert_eq!(health.observe(false), Some(HealthState::Unhealthy));

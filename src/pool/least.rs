@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_loaded_in_relation_to_its_weight_wins() {
+    fn least_loaded_by_weight_wins() {
         let tournament = Tournament::new(5);
         for (leaf, load, weight) in [(0, 10, 100), (1, 4, 50), (2, 1, 1), (3, 90, 1000), (4, 0, 0)] {
             tournament.changed(leaf, || (load, weight));
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn less_than_a_session_of_the_least_is_no_difference() {
+    fn load_difference_below_one_session_is_a_tie() {
         let tournament = Tournament::new(2);
         tournament.count_by(50);
         tournament.changed(0, || (0, 50));

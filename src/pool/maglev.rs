@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn one_has_every_key() {
+    fn single_backend_has_every_key() {
         let table = MaglevTable::new(&entries(&[0, 1000, 0]));
         assert_eq!((table.find(0), table.find(u64::MAX)), (Some(1), Some(1)));
     }
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_the_list_does_not_matter() {
+    fn table_is_independent_of_backend_order() {
         let mut weights = vec![100; 20];
         (weights[3], weights[7]) = (0, 300);
         let all = entries(&weights);
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_table_has_places_for_thousands() {
+    fn largest_table_has_slots_for_thousands() {
         let table = MaglevTable::new(&entries(&vec![1; 5_000]));
         assert_eq!(table.places.len(), 262_139);
         assert!(shares(&table, 5_000).iter().all(|share| (52..=53).contains(share)));

@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn two_places_are_never_the_same_and_the_less_loaded_wins() {
+    fn two_choices_differ_and_the_less_loaded_wins() {
         for shares in [equal(5), WeightTable::new(&[1, 1000, 3, 40, 7])] {
             for high in [0_u64, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
                 for low in [0, 1 << 30, 1 << 31, u64::from(u32::MAX)] {
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_counts_in_relation_to_the_weight() {
+    fn load_is_divided_by_weight() {
         let shares = WeightTable::new(&[100, 300]);
         let mut state = 1;
         for (loads, second_of_a_thousand) in

@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn its_load_is_its_sessions() {
+    fn load_of_a_backend_is_its_session_count() {
         let backend = backend(None);
         let picked = PickedBackend::take(&backend).unwrap();
         assert_eq!((picked.load(), picked.label().name()), (1, "10.0.0.1:80"));
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_that_has_room_is_let_in_and_the_next_is_not() {
+    fn last_session_within_max_sessions_is_admitted_and_the_next_is_not() {
         let backend = backend(Some(2));
         let held: Vec<_> = (0..2).map(|_| PickedBackend::take(&backend).unwrap()).collect();
         assert!(PickedBackend::take(&backend).is_none() && !backend.has_room());

@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_is_served_first_and_the_line_has_an_end() {
+    fn queue_is_first_in_first_out_and_bounded() {
         let queue = PoolQueue::new(2);
         let backend = backend(&queue, 1);
         let held = PickedBackend::take(&backend).unwrap();

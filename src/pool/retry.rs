@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifth_of_sessions_may_retry_and_unused_retries_are_saved() {
+    fn fifth_of_sessions_may_retry_and_unused_retries_are_saved() {
         let budget = RetryBudget::new(20);
         assert_eq!(retries(&budget, at(0)), 100, "what a new pool has");
         (0..50).for_each(|_| budget.deposit());
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_silence_brings_a_hundred() {
+    fn long_silence_restores_a_hundred_retries() {
         let budget = RetryBudget::new(100);
         assert_eq!(retries(&budget, at(0)), 100);
         assert_eq!(retries(&budget, at(3_600_000)), 100);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn none_is_none() {
+    fn zero_retry_budget_allows_no_retry() {
         let budget = RetryBudget::new(0);
         (0..1_000).for_each(|_| budget.deposit());
         assert!(!budget.withdraw(at(0)) && !budget.withdraw(at(60_000)));

@@ -186,7 +186,7 @@ fn shares_go_by_weight_in_every_algorithm() {
 }
 
 #[test]
-fn the_healthy_are_used_or_else_the_unknown_but_never_the_unhealthy() {
+fn healthy_backends_are_used_else_unknown_ones_but_never_unhealthy_ones() {
     for balance in ALL {
         let pool = pool(&config(balance, 3));
         assert_eq!((pool.usable(), pool.candidates().tier().as_str()), (3, "unknown"));
@@ -211,7 +211,7 @@ fn without_probes_all_are_healthy() {
 }
 
 #[test]
-fn thousands_of_first_results_make_few_rosters() {
+fn thousands_of_first_results_rebuild_the_candidates_few_times() {
     let pool = pool(&config(Balance::P2c, 3));
     assert!(probe(&pool, 0, true, at(50)).is_some());
     assert_eq!(pool.candidates().tier().as_str(), "unknown", "the roster is 50 ms old");
@@ -228,7 +228,7 @@ fn fail(pool: &Pool, place: usize, failed: SessionFailure, times: u32, now: Mome
 }
 
 #[test]
-fn the_third_failure_in_a_row_ejects_at_once_and_time_brings_back_gently() {
+fn third_consecutive_failure_ejects_at_once_and_the_backend_returns_slowly() {
     for balance in ALL {
         let pool = healthy(&config(balance, 4));
         assert!(fail(&pool, 0, SessionFailure::Connect, 2, at(500)).is_none());
@@ -413,7 +413,7 @@ fn session_does_not_queue_where_no_backend_is_in_use() {
 }
 
 #[test]
-fn in_a_panic_all_are_used() {
+fn in_panic_tier_all_backends_are_used() {
     let config = crate::config::PoolConfig { panic_threshold: 50, ..config(Balance::P2c, 3) };
     let pool = healthy(&config);
     for (place, tier) in [(0, "healthy"), (1, "panic")] {

@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn the_request_names_its_host() {
+    fn probe_request_has_a_host_header() {
         for (address, host, expected) in [
             ("10.0.0.1:80", None, "10.0.0.1:80"),
             ("[fd00::1]:8080", None, "[fd00::1]:8080"),

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_counts_once_the_head_is_whole() {
+    fn status_counts_once_the_head_is_complete() {
         for (status, expected) in [
             ("200 OK", ProbeResult::Passed),
             ("200", ProbeResult::Passed),
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_has_its_bound() {
+    fn response_head_is_bounded() {
         let head = |len: usize| {
             let mut head = b"HTTP/1.1 200 OK\r\na: ".to_vec();
             head.resize(len - 4, b'x');
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_begins_as_it_must() {
+    fn answer_must_begin_with_the_expected_prefix() {
         let ask = exchange(b"+PONG", true);
         decides(&ask, b"+PONG", ProbeResult::Passed);
         decides(&ask, b"+PONG\r\n", ProbeResult::Passed);

@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn the_field_counts_as_zero() {
+    fn checksum_field_counts_as_zero() {
         let header = *b"abcdWXYZefgh";
         for way in [checksum, in_pieces] {
             assert_eq!(way(&header, 4), crc32c::crc32c(b"abcd\0\0\0\0efgh"));

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv4_address_beside_an_ipv6_one_is_mapped() {
+    fn ipv4_address_beside_an_ipv6_one_is_mapped() {
         let (client, destination) = addresses("[fd00::1]:1", "10.0.0.1:2");
         let bytes = HeaderBuilder::proxy(Transport::Stream, client, destination).build();
         let expected = addresses("[fd00::1]:1", "[::ffff:10.0.0.1]:2").1;
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bound_holds_to_the_byte() {
+    fn header_length_bound_is_exact() {
         let room = MAX_LEN - FIXED_LEN - TLV_HEAD;
         let longest = HeaderBuilder::local().tlv(kind::NOOP, &vec![0; room]).unwrap();
         assert_eq!(longest.clone().build().len(), MAX_LEN);
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_passed_on_keeps_its_tlvs_and_gets_a_right_checksum() {
+    fn forwarded_header_keeps_its_tlvs_and_gets_a_valid_checksum() {
         let (client, destination) = addresses("10.1.2.3:40000", "10.1.2.9:443");
         let mut wrong = HeaderBuilder::proxy(Transport::Stream, client, destination)
             .tlv(kind::UNIQUE_ID, b"abc")
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_without_a_checksum_gets_one_where_there_is_room() {
+    fn header_without_a_checksum_gets_one_if_there_is_room() {
         let (client, destination) = addresses("10.1.2.3:40000", "10.1.2.9:443");
         let plain =
             HeaderBuilder::proxy(Transport::Stream, client, destination).endpoint("vpce-1a2b3c4d").unwrap();

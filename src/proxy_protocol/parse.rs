@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fast_path_takes_its_layout_and_no_other() {
+    fn fast_path_takes_only_its_layout() {
         let nlb =
             privatelink([[10, 1, 2, 3], [10, 1, 2, 9]], [40000, 443], "vpce-08d2bf15fac5001c9", b"hello");
         for rules in BOTH {
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fast_path_says_the_same_of_every_bent_byte() {
+    fn fast_path_agrees_with_general_path_on_every_changed_byte() {
         let nlb =
             privatelink([[10, 1, 2, 3], [10, 1, 2, 9]], [40000, 443], "vpce-08d2bf15fac5001c9", b"hello");
         let mut fast = 0;
@@ -233,7 +233,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_fast_path_says_the_same_as_the_general_one(
+        fn fast_path_agrees_with_general_path(
             ips in any::<[[u8; 4]; 2]>(),
             ports in any::<[u16; 2]>(),
             id in "[ -~]{22}",

@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_hosts_file_comes_first_and_is_read_again_when_it_changes() {
+    async fn hosts_file_comes_first_and_is_reread_when_it_changes() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "10.0.0.7 db # the first\nfd00::7 DB other\nnonsense x\n").unwrap();
         let mut resolver = resolver(&["local."], 1);

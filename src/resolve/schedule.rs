@@ -71,14 +71,14 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_not_followed_at_once_whatever_the_bounds() {
+    fn failed_lookup_is_not_repeated_at_once_with_any_bounds() {
         let mut pace = LookupSchedule::new(Duration::ZERO, Duration::ZERO);
         assert_eq!([pace.failed(), pace.failed(), pace.found(secs(9))], [secs(1), secs(1), Duration::ZERO]);
     }
 
     proptest! {
         #[test]
-        fn an_answer_holds_between_the_bounds(
+        fn answer_ttl_is_kept_within_the_bounds(
             min in 0_u64..100_000, more in 0_u64..100_000, ttl: u32, failures in 0_u8..9, roll in 0.0_f64..=1.0,
         ) {
             let mut pace = LookupSchedule::new(secs(min), secs(min + more));

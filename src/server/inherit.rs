@@ -166,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_is_taken_by_its_address_and_protocol_and_the_rest_is_listed() {
+    fn inherited_socket_is_taken_by_address_and_protocol_and_the_rest_is_listed() {
         let any = "127.0.0.1:0";
         let (tcp, udp) = (TcpListener::bind(any).unwrap(), UdpSocket::bind(any).unwrap());
         let (at, of_udp) = (tcp.local_addr().unwrap(), udp.local_addr().unwrap());
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_of_both_families_is_refused() {
+    fn dual_stack_socket_is_refused() {
         let Ok(both) = TcpListener::bind("[::]:0") else { return };
         let at = both.local_addr().unwrap();
         // Linux's default, net.ipv6.bindv6only, may be the other way round.

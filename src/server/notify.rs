@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_status_is_one_line() {
+    fn notify_status_is_one_line() {
         assert_eq!(text((DrainPhase::Serving, true), 12, None), "serving, 12 sessions");
         let refused = text((DrainPhase::Serving, false), 0, None);
         assert_eq!(refused, "serving, 0 sessions; last reload refused, see the log");

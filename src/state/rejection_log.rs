@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_strays_has_a_few_lines_for_each_reason_and_listener() {
+    fn flood_of_unidentified_sessions_logs_few_lines_per_reason_and_listener() {
         let rejections = RejectionLog::default();
         let [web, dns] = [(); 2].map(|()| StrayLogLimit::default());
         let ask = |strays, at, why, now| rejections.line(Outcome::reject(at, why), None, Some(strays), now);

@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_is_handed_over_beyond_a_quarter_and_sixteen() {
+    fn connection_is_handed_over_beyond_a_quarter_and_sixteen_sessions() {
         let loads = WorkerLoads::new(2);
         let mut aboard: Vec<_> = (0..16).map(|_| loads.count_session(0)).collect();
         assert_eq!((loads.less_loaded(0), loads.less_loaded(1)), (None, None));

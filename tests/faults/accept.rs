@@ -61,7 +61,7 @@ async fn aborted_connection_in_accept_queue_is_skipped() {
 }
 
 #[tokio::test]
-async fn a_full_queue_keeps_clients_waiting_and_loses_none() {
+async fn full_accept_queue_keeps_clients_waiting_and_loses_none() {
     let _kernel = alone().await;
     let backlog = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
     if backlog.trim().parse::<u32>().unwrap() > 8192 {
@@ -92,7 +92,7 @@ async fn a_full_queue_keeps_clients_waiting_and_loses_none() {
 }
 
 #[tokio::test]
-async fn a_shortage_at_the_header_is_not_the_clients_fault() {
+async fn shortage_at_the_header_is_not_blamed_on_the_client() {
     let _kernel = alone().await;
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     for (call, errno) in [

@@ -102,7 +102,7 @@ async fn shortage_while_connecting_does_not_count_against_the_backend() {
 }
 
 #[tokio::test]
-async fn a_backend_that_cannot_be_reached_is_blamed_and_the_next_is_tried() {
+async fn unreachable_backend_is_blamed_and_the_next_is_tried() {
     let _kernel = alone().await;
     let acme = pair().await;
     for (errno, by, why) in [

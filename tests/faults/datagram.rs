@@ -129,7 +129,7 @@ async fn listener_that_cannot_receive_pauses_and_continues() {
 }
 
 #[tokio::test]
-async fn a_flow_without_a_socket_begins_with_the_next_datagram() {
+async fn flow_without_a_socket_opens_with_the_next_datagram() {
     let _kernel = alone().await;
     for (call, errno, why) in [
         (Syscall::Socket, Errno::MFILE, "shortage"),

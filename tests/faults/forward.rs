@@ -43,7 +43,7 @@ async fn copies_meanwhile(faults: Injection) {
 }
 
 #[tokio::test]
-async fn a_splice_from_a_socket_that_is_refused_is_a_copy() {
+async fn refused_splice_from_a_socket_falls_back_to_copy() {
     let _kernel = alone().await;
     for errno in [Errno::INVAL, Errno::NOMEM, Errno::PERM] {
         copies_meanwhile(inject(InjectedFault::new(Syscall::SpliceIn, &[errno]))).await;
@@ -68,7 +68,7 @@ async fn splices_that_fail_now_and_then_lose_nothing() {
 }
 
 #[tokio::test]
-async fn a_pipe_that_cannot_be_made_is_a_copy() {
+async fn failed_pipe_creation_falls_back_to_copy() {
     let _kernel = alone().await;
     for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
         copies_meanwhile(inject(InjectedFault::new(Syscall::Pipe, &[errno]))).await;
@@ -76,7 +76,7 @@ async fn a_pipe_that_cannot_be_made_is_a_copy() {
 }
 
 #[tokio::test]
-async fn a_pipe_that_cannot_grow_is_used_as_it_is() {
+async fn pipe_that_cannot_grow_is_used_at_its_size() {
     let _kernel = alone().await;
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
@@ -140,7 +140,7 @@ async fn broken_connection_resets_the_other_side_and_names_the_cause() {
 }
 
 #[tokio::test]
-async fn an_answer_that_was_sent_before_a_write_failed_arrives_and_then_the_reset() {
+async fn answer_sent_before_a_failed_write_arrives_before_the_reset() {
     let _kernel = alone().await;
     for (errno, why) in [(Errno::PIPE, "reset"), (Errno::CONNRESET, "reset"), (Errno::TIMEDOUT, "unanswered")]
     {

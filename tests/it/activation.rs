@@ -25,7 +25,7 @@ fn bind(config: &Written, table: &str, address: SocketAddr) {
 }
 
 #[tokio::test]
-async fn a_listener_and_the_admin_socket_are_taken_as_they_are() {
+async fn activated_listener_and_admin_socket_are_used_unchanged() {
     let world = World::new().await;
     let config = world.config(DRAIN_NEVER);
     // Not to be shared: nobody else could bind it, and both workers accept from it all the same.
@@ -86,7 +86,7 @@ async fn datagrams_come_to_one_worker_and_the_health_check_is_answered() {
 }
 
 #[tokio::test]
-async fn a_socket_that_nothing_asks_for_is_an_error_that_names_it() {
+async fn unused_activated_socket_is_an_error_that_names_it() {
     let world = World::new().await;
     let config = world.config(DRAIN_NEVER);
     let (tcp, udp) = (TcpListener::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());

@@ -71,7 +71,7 @@ async fn least_sessions_counts_them_in_relation_to_the_weight() {
 }
 
 #[tokio::test]
-async fn a_backup_is_used_while_no_other_can_be() {
+async fn backup_is_used_while_no_other_backend_can_be() {
     let (held, backup) = (Held::bind(), greeting("backup").await);
     let primary = greeting_at(held.address(), "primary").await;
     let backends = vec![with(backup.address(), "backup = true"), with(held.address(), "weight = 1")];

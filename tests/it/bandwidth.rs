@@ -145,7 +145,7 @@ async fn is_held_to_its_rate(conf: Conf, spliced: bool) {
 }
 
 #[tokio::test]
-async fn a_tenant_is_held_to_its_rate_whether_it_is_spliced_or_copied() {
+async fn tenant_is_held_to_its_rate_with_splice_and_copy() {
     let without_pipes = Conf { process: "pipe-memory = \"0B\"".to_owned(), ..Conf::default() };
     tokio::join!(is_held_to_its_rate(Conf::default(), true), is_held_to_its_rate(without_pipes, false));
 }
@@ -190,7 +190,7 @@ async fn light_session_is_served_beside_greedy_ones() {
 }
 
 #[tokio::test]
-async fn an_end_comes_after_all_that_was_held_back() {
+async fn end_of_stream_arrives_after_all_delayed_bytes() {
     let raw = Raw::bind().await;
     let proxy = proxy(&raw, &each_way("4MiB/s"), Conf::default()).await;
     let began = Began::now();
@@ -269,7 +269,7 @@ async fn reset_of_a_waiting_session_is_detected() {
 }
 
 #[tokio::test]
-async fn a_session_that_waits_ends_with_the_process() {
+async fn session_waiting_for_bandwidth_ends_with_the_process() {
     let raw = Raw::bind().await;
     let mut proxy = proxy(&raw, "to-client = \"1KiB/s\"", Conf::default()).await;
     let (mut client, mut backend) = session(&raw, &proxy).await;

@@ -83,7 +83,7 @@ async fn tls_answer_to_a_plain_text_probe_is_detected() {
 }
 
 #[tokio::test]
-async fn a_header_comes_before_the_question_where_that_is_wanted() {
+async fn probe_sends_a_header_first_if_configured() {
     let raw = Raw::bind().await;
     let health = format!("{EXCHANGE}\"PONG\"\nsend = \"PING\"\nsend-proxy = true");
     let proxy = start(raw.address(), &health).await;

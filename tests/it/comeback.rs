@@ -17,7 +17,7 @@ async fn proxy(held: &Held, good: &TestBackend, slow_start: &str) -> Proxy {
 }
 
 #[tokio::test]
-async fn the_weight_grows_up_to_the_whole() {
+async fn slow_start_weight_grows_to_full_weight() {
     let (held, good) = (Held::bind(), greeting("acme-1").await);
     let back = greeting_at(held.address(), "acme-2").await;
     let proxy = proxy(&held, &good, "3s").await;

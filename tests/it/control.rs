@@ -47,7 +47,7 @@ async fn order(socket: &Path, path: &str, body: &str) -> (u16, Value) {
 }
 
 #[tokio::test]
-async fn the_socket_shows_every_page_and_the_address_takes_no_order() {
+async fn admin_socket_serves_every_page_and_admin_address_refuses_commands() {
     let world = World::new().await;
     let (mut serve, _config, socket) = start(&world, DRAIN_NEVER).await;
     for path in ["/", "/metrics", "/status", "/config"] {
@@ -199,7 +199,7 @@ async fn drain_request_acts_like_the_signal_and_reports_progress() {
 }
 
 #[tokio::test]
-async fn an_order_without_any_signal_ends_the_process() {
+async fn drain_command_without_a_signal_ends_the_process() {
     let world = World::new().await;
     let drain = "[drain]\nnotice = \"0s\"\nquiet = \"0s\"";
     let (mut serve, _config, socket) = start(&world, drain).await;
@@ -209,7 +209,7 @@ async fn an_order_without_any_signal_ends_the_process() {
 }
 
 #[tokio::test]
-async fn the_socket_of_a_dead_process_is_replaced_and_that_of_a_living_one_is_not() {
+async fn admin_socket_of_a_dead_process_is_replaced_and_of_a_live_one_is_not() {
     let world = World::new().await;
     let (mut first, config, socket) = start(&world, DRAIN_NEVER).await;
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
@@ -319,7 +319,7 @@ async fn as_nobody(config: &Written) -> Option<Serve> {
 }
 
 #[tokio::test]
-async fn an_ordinary_user_is_enough() {
+async fn ordinary_user_can_run_the_process() {
     let world = World::new().await;
     let config = world.config(DRAIN_NEVER);
     let socket = with_socket(&config);

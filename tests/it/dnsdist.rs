@@ -42,7 +42,7 @@ async fn in_front(program: &str, target: std::net::SocketAddr, endpoint: &str) -
 }
 
 #[tokio::test]
-async fn a_query_goes_through_dnsdist_on_both_sides_with_its_client_and_its_endpoint() {
+async fn query_through_dnsdist_on_both_sides_keeps_client_and_endpoint() {
     let Some([dnsdist, dig_program]) = installed(["dnsdist", "dig"]) else { return };
     let rules = format!(
         "setProxyProtocolACL({{'127.0.0.0/8'}})\nlocal consumer = newNMG()\nconsumer:addMask('127.0.0.5/32')\n\

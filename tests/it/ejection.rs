@@ -62,7 +62,7 @@ async fn three_failed_connects_in_a_row_eject_and_no_client_sees_it() {
 }
 
 #[tokio::test]
-async fn it_comes_back_after_its_time() {
+async fn ejected_backend_returns_after_its_ejection_time() {
     let (held, good) = (Held::bind(), greeting("acme-1").await);
     let acme = vec![held.address(), good.address()];
     let proxy = conf(acme, "slow-start = \"200ms\"", "base-time = \"500ms\"").start().await;
@@ -183,7 +183,7 @@ async fn no_more_backends_are_ejected_than_allowed() {
 }
 
 #[tokio::test]
-async fn the_only_backend_is_not_ejected() {
+async fn only_backend_is_not_ejected() {
     let held = Held::bind();
     let proxy = conf(vec![held.address()], "", "max-percent = 100").start().await;
     for _ in 0..6 {

@@ -158,7 +158,7 @@ async fn following(acme: SocketAddr) -> (Proxy, Echo, Balancer) {
 }
 
 #[tokio::test]
-async fn a_flow_goes_there_and_back_and_is_accounted_for() {
+async fn flow_forwards_both_directions_and_is_counted() {
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
     let balancer = Balancer::to(proxy.address("dns")).await;
@@ -188,7 +188,7 @@ async fn a_flow_goes_there_and_back_and_is_accounted_for() {
 }
 
 #[tokio::test]
-async fn two_consumers_with_one_address_behind_one_load_balancer_never_meet() {
+async fn consumers_with_equal_addresses_behind_one_load_balancer_get_their_own_answers() {
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
     let balancer = Balancer::to(proxy.address("dns")).await;
@@ -398,7 +398,7 @@ async fn without_proxy_protocol_the_listeners_tenant_is_served() {
 }
 
 #[tokio::test]
-async fn a_burst_of_many_flows_comes_back_whole_and_in_order() {
+async fn burst_of_many_flows_is_answered_complete_and_in_order() {
     let acme = Echo::start("").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
     let balancer = Balancer::to(proxy.address("dns")).await;

@@ -29,7 +29,7 @@ async fn ended(proxy: &Proxy, by: &str, why: &str, to_backend: u64, to_client: u
 }
 
 #[tokio::test]
-async fn a_client_that_ends_first_still_gets_the_whole_answer() {
+async fn half_close_by_client_still_delivers_the_whole_answer() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -42,7 +42,7 @@ async fn a_client_that_ends_first_still_gets_the_whole_answer() {
 }
 
 #[tokio::test]
-async fn a_backend_that_ends_first_still_gets_all_the_clients_bytes() {
+async fn half_close_by_backend_still_delivers_client_bytes() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -83,7 +83,7 @@ async fn both_ends_may_end_at_once() {
 }
 
 #[tokio::test]
-async fn an_end_right_after_a_burst_loses_nothing() {
+async fn end_of_stream_right_after_a_burst_loses_no_byte() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut sent, mut sessions) = (0, 0);
@@ -114,7 +114,7 @@ async fn an_end_right_after_a_burst_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_reset_by_the_client_is_a_reset_at_the_backend() {
+async fn client_reset_resets_the_backend() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -129,7 +129,7 @@ async fn a_reset_by_the_client_is_a_reset_at_the_backend() {
 }
 
 #[tokio::test]
-async fn a_reset_by_the_client_is_seen_while_the_backend_sends() {
+async fn client_reset_is_detected_while_the_backend_sends() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -154,7 +154,7 @@ async fn a_reset_by_the_client_is_seen_while_the_backend_sends() {
 }
 
 #[tokio::test]
-async fn a_client_that_has_ended_its_half_and_then_resets_is_a_reset_too() {
+async fn client_reset_after_half_close_resets_the_backend() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -170,7 +170,7 @@ async fn a_client_that_has_ended_its_half_and_then_resets_is_a_reset_too() {
 }
 
 #[tokio::test]
-async fn a_reset_by_the_backend_is_a_reset_at_the_client() {
+async fn backend_reset_resets_the_client() {
     let backend = TestBackend::start("acme-1", BackendBehavior::ResetAfter(5)).await.unwrap();
     let proxy = Conf { acme: vec![backend.address()], ..Conf::default() }.start().await;
     let mut client = proxy.open(ACME, b"hell").await;
@@ -182,7 +182,7 @@ async fn a_reset_by_the_backend_is_a_reset_at_the_client() {
 }
 
 #[tokio::test]
-async fn a_backend_that_resets_at_once_is_a_reset_at_the_client() {
+async fn immediate_backend_reset_resets_the_client() {
     let backend = TestBackend::start("acme-1", BackendBehavior::Reset).await.unwrap();
     let conf = Conf { acme: vec![backend.address()], ..Conf::default() };
     let proxy = Conf { pool: "attempts = 1".to_owned(), ..conf }.start().await;
@@ -201,7 +201,7 @@ async fn a_backend_that_resets_at_once_is_a_reset_at_the_client() {
 }
 
 #[tokio::test]
-async fn an_answer_before_a_reset_arrives_and_then_the_reset() {
+async fn answer_before_a_reset_is_delivered_before_the_reset() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (client, mut backend) = raw.session(&proxy).await;
@@ -280,7 +280,7 @@ async fn sessions_are_reset_when_the_process_ends() {
 }
 
 #[tokio::test]
-async fn a_client_that_resets_while_its_bytes_are_stuck_is_noticed_long_before_the_idle_timeout() {
+async fn client_reset_with_pending_bytes_is_detected_before_the_idle_timeout() {
     let acme = TestBackend::start("acme-1", BackendBehavior::BlackHole).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let stream = proxy.open(ACME, b"").await;

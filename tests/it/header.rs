@@ -12,7 +12,7 @@ async fn proxy(acme: &TestBackend) -> Proxy {
 }
 
 #[tokio::test]
-async fn a_header_in_two_pieces_is_read_wherever_it_is_cut() {
+async fn header_in_two_segments_is_read_at_every_split() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let proxy = proxy(&acme).await;
     let tenant = |cut: usize| if cut.is_multiple_of(2) { (GLOBEX, "") } else { (ACME, "acme-1\n") };
@@ -41,7 +41,7 @@ async fn a_header_in_two_pieces_is_read_wherever_it_is_cut() {
 }
 
 #[tokio::test]
-async fn a_header_that_comes_byte_by_byte_is_read() {
+async fn header_arriving_byte_by_byte_is_read() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut stream = proxy.connect().await;
@@ -141,7 +141,7 @@ async fn client_address_comes_from_the_header_and_may_be_absent() {
 }
 
 #[tokio::test]
-async fn the_longest_header_is_read_in_pieces_too() {
+async fn longest_header_is_read_in_pieces() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let longest = HeaderBuilder::unspecified().endpoint(ACME).unwrap().crc().unwrap();

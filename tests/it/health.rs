@@ -51,7 +51,7 @@ async fn answer(mut stream: TcpStream) -> String {
 }
 
 #[tokio::test]
-async fn a_check_is_answered_behind_any_header_and_behind_none() {
+async fn health_check_is_answered_with_and_without_a_proxy_header() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut wrong_crc = header(ACME);
@@ -69,7 +69,7 @@ async fn a_check_is_answered_behind_any_header_and_behind_none() {
 }
 
 #[tokio::test]
-async fn a_check_may_come_in_pieces() {
+async fn health_check_may_arrive_in_pieces() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     for before in [nlb::health_check_header(), header(ACME)] {
@@ -89,7 +89,7 @@ async fn a_check_may_come_in_pieces() {
 }
 
 #[tokio::test]
-async fn a_connection_is_for_one_check() {
+async fn health_check_connection_serves_one_request() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut stream = connect(proxy.server().health()).await;

@@ -63,7 +63,7 @@ async fn session_beyond_the_limit_is_reset_before_a_backend_is_contacted() {
 }
 
 #[tokio::test]
-async fn the_limit_is_exact_where_many_come_to_both_workers_at_once() {
+async fn session_limit_is_exact_under_concurrent_connects_on_two_workers() {
     let (acme, proxy) = limited("sessions = 10", "").await;
     let mut opened = Vec::new();
     for _ in 0..60 {
@@ -86,7 +86,7 @@ async fn the_limit_is_exact_where_many_come_to_both_workers_at_once() {
 }
 
 #[tokio::test]
-async fn the_last_of_a_burst_is_admitted_and_the_next_gives_its_slot_back() {
+async fn last_of_a_burst_is_admitted_and_the_next_returns_its_slot() {
     let (acme, proxy) = limited("sessions = 4\nsession-rate = \"1/h\"\nsession-burst = 3", "").await;
     let mut sessions = Vec::new();
     for _ in 0..3 {
@@ -192,7 +192,7 @@ async fn near_the_process_limit_tenants_that_hold_most_are_shed_first() {
 }
 
 #[tokio::test]
-async fn a_disabled_tenant_is_rejected_and_takes_nothing() {
+async fn disabled_tenant_is_rejected_and_uses_no_limit() {
     let (_acme, mut proxy) = limited("", "").await;
     proxy.reload("state = \"disabled\"", "state = \"disabled\"\n[tenant.limits]\nsessions = 5").unwrap();
     for _ in 0..3 {

@@ -73,7 +73,7 @@ fn ports_in_a_row(count: u16) -> (u16, Vec<Socket>) {
 }
 
 #[tokio::test]
-async fn a_range_of_ports_is_bound_from_its_first_to_its_last() {
+async fn port_range_is_bound_from_first_to_last() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let (first, _kept) = ports_in_a_row(5);
     let listener =
@@ -93,7 +93,7 @@ async fn a_range_of_ports_is_bound_from_its_first_to_its_last() {
 }
 
 #[tokio::test]
-async fn a_header_counts_from_trusted_sources_only() {
+async fn header_is_accepted_from_trusted_sources_only() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let listener =
         "bind = \"127.0.0.1:0\"\ntrusted-sources = [\"127.0.0.1/32\", \"127.0.0.4/31\"]".to_owned();
@@ -174,7 +174,7 @@ async fn without_headers_the_tenant_is_fixed_and_the_server_may_speak_first() {
 }
 
 #[tokio::test]
-async fn a_client_that_sends_nothing_is_no_pending_session_without_headers() {
+async fn silent_client_takes_no_pending_slot_with_proxy_protocol_off() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Mute).await.unwrap();
     let more = "[[listener]]\nname = \"raw\"\nbind = \"127.0.0.1:0\"\nproxy-protocol = \"off\"\n\
                 tenant = \"acme\"\nmax-pending = 1";

@@ -75,7 +75,7 @@ async fn every_session_reaches_its_own_pool_in_every_mode() {
 }
 
 #[tokio::test]
-async fn a_session_of_the_wrong_pool_is_counted() {
+async fn session_of_the_wrong_pool_is_counted() {
     let (proxy, _backends) = proxy().await;
     let mut plan = plan(&proxy, LoadMode::Connect);
     plan.endpoints[0].1 = "other".to_owned();
@@ -86,7 +86,7 @@ async fn a_session_of_the_wrong_pool_is_counted() {
 }
 
 #[tokio::test]
-async fn an_open_loop_keeps_its_rate_through_noise() {
+async fn open_loop_keeps_its_rate_through_noise() {
     let (proxy, _backends) = proxy().await;
     let report = run(LoadPlan { rate: Some(500.0), noise: 30, ..plan(&proxy, LoadMode::Connect) }).await;
     // 150 are due in the time that is measured, and a busy machine may end some after it.

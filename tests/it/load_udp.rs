@@ -52,7 +52,7 @@ async fn datagrams_reach_their_own_pool_at_any_window_size_and_pace() {
 }
 
 #[tokio::test]
-async fn a_flow_that_another_pool_answers_is_seen() {
+async fn flow_answered_by_another_pool_is_counted() {
     let acme = DatagramBackend::start("acme", DatagramBehavior::Echo).await.unwrap();
     let (proxy, _hooli) = world(&[acme.address()], |conf, _| soon(conf)).await;
     let endpoints = vec![(ACME.to_owned(), "hooli".to_owned())];
@@ -67,7 +67,7 @@ async fn a_flow_that_another_pool_answers_is_seen() {
 }
 
 #[tokio::test]
-async fn a_target_that_is_not_there_is_no_reason_to_hang() {
+async fn missing_target_does_not_block_the_load() {
     let nobody = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     for at_once in [1, 8] {
         let report = run(flows(nobody, at_once, Duration::from_millis(50))).await;
@@ -122,7 +122,7 @@ async fn answers_out_of_order_and_twice_are_counted() {
 }
 
 #[tokio::test]
-async fn an_answer_after_its_time_is_late_and_its_question_lost() {
+async fn answer_after_its_timeout_counts_as_late_and_its_request_as_lost() {
     // Each is answered when the next has come.
     let (address, task) =
         whimsical(|heard| if heard.len() > 1 { vec![heard.remove(0)] } else { Vec::new() }).await;

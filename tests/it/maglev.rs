@@ -83,7 +83,7 @@ async fn endpoint_keeps_its_backend_for_all_clients_and_after_a_restart() {
 }
 
 #[tokio::test]
-async fn a_client_comes_to_the_same_backend_from_whatever_port_and_after_a_restart() {
+async fn client_keeps_its_backend_from_any_port_and_after_a_restart() {
     let backends = three().await;
     let proxy = conf("maglev", &backends).start().await;
     let first = by_client(&proxy, 1_000).await;

@@ -119,7 +119,7 @@ async fn malformed_header_is_reset_counted_and_logged_once() {
 }
 
 #[tokio::test]
-async fn the_neighbour_within_each_bound_is_read() {
+async fn header_just_within_each_bound_is_read() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], ..Conf::default() };
     let listener = format!("{}\non-no-endpoint = \"tenant:acme\"", conf.listener);

@@ -73,22 +73,22 @@ async fn changes(seed: u64) {
 }
 
 #[tokio::test]
-async fn a_session_changes_between_large_and_small_and_stays_in_order_1() {
+async fn alternating_large_and_small_messages_stay_in_order_1() {
     changes(1).await;
 }
 
 #[tokio::test]
-async fn a_session_changes_between_large_and_small_and_stays_in_order_2() {
+async fn alternating_large_and_small_messages_stay_in_order_2() {
     changes(2).await;
 }
 
 #[tokio::test]
-async fn a_session_changes_between_large_and_small_and_stays_in_order_3() {
+async fn alternating_large_and_small_messages_stay_in_order_3() {
     changes(3).await;
 }
 
 #[tokio::test]
-async fn the_last_segment_of_a_large_message_is_not_held_back() {
+async fn last_segment_of_a_large_message_is_not_delayed() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -128,7 +128,7 @@ async fn echoed(mut client: TcpStream, seed: u64, total: u64) {
 }
 
 #[tokio::test]
-async fn of_five_hundred_sessions_none_gets_anothers_bytes() {
+async fn five_hundred_sessions_get_only_their_own_bytes() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     // Fewer pipes than sessions: they go from one to the next.
     let conf = Conf { acme: vec![acme.address()], ..Conf::default() };
@@ -156,7 +156,7 @@ async fn of_five_hundred_sessions_none_gets_anothers_bytes() {
 }
 
 #[tokio::test]
-async fn a_greedy_session_does_not_starve_another_on_its_worker() {
+async fn greedy_session_does_not_starve_another_on_its_worker() {
     /// A round takes eight messages each way at most, and a turn 512 KiB; the rest is for a machine that is busy.
     const MOST: u64 = 64 * 1024 * 1024;
     let raw = Raw::bind().await;

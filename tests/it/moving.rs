@@ -357,7 +357,7 @@ async fn transferred_sessions_of_removed_objects_continue_and_limits_admit_them(
 }
 
 #[tokio::test]
-async fn a_process_that_ends_takes_nothing_with_it_that_is_elsewhere() {
+async fn ending_process_does_not_affect_transferred_sessions() {
     let raw = Raw::bind().await;
     let [mut one, other] = two(&raw, Conf::default).await;
     let (mut client, mut backend) = raw.session(&one).await;

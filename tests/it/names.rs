@@ -265,7 +265,7 @@ async fn failed_family_keeps_its_last_answer() {
 }
 
 #[tokio::test]
-async fn a_service_has_priorities_and_weights() {
+async fn service_records_have_priorities_and_weights() {
     let names = Names::start().await;
     names.service(
         SERVICE,
@@ -300,7 +300,7 @@ async fn a_service_has_priorities_and_weights() {
 }
 
 #[tokio::test]
-async fn a_service_whose_hosts_all_fail_fails() {
+async fn service_fails_if_all_its_hosts_fail() {
     let names = Names::start().await;
     let target = BackendTarget::Service(SERVICE.to_owned());
     names.service(SERVICE, 60, &[(1, 1, 80, "a.example.com."), (1, 1, 80, "b.example.com.")]);
@@ -335,7 +335,7 @@ async fn aliases_are_followed_by_server_or_resolver() {
 }
 
 #[tokio::test]
-async fn silence_ends_in_time() {
+async fn lookup_of_a_silent_server_times_out() {
     let names = Names::start().await;
     for kind in [RecordType::A, RecordType::AAAA] {
         names.say(HOST, kind, Reply::Silence);
@@ -348,7 +348,7 @@ async fn silence_ends_in_time() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_silent_or_fails_is_passed_over() {
+async fn silent_or_failing_name_server_is_skipped() {
     let (silent, good) = (Names::start().await, Names::start().await);
     good.host(HOST, 60, &["10.0.0.1"]);
     for reply in [Reply::Silence, Reply::Code(ResponseCode::ServFail), Reply::Code(ResponseCode::Refused)] {

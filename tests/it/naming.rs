@@ -48,7 +48,7 @@ async fn lookups(proxy: &Proxy, result: &str, least: u32) {
 }
 
 #[tokio::test]
-async fn a_pool_follows_its_name_and_keeps_its_backends_where_that_fails() {
+async fn pool_follows_its_name_and_keeps_its_backends_if_the_lookup_fails() {
     let names = Names::start().await;
     let (one, other) = pair().await;
     names.host(HOST, 0, &["127.0.0.1"]);
@@ -109,7 +109,7 @@ async fn session_of_an_address_removed_from_dns_continues() {
 }
 
 #[tokio::test]
-async fn the_process_is_starting_until_the_first_answer() {
+async fn process_is_starting_until_the_first_dns_answer() {
     let names = Names::start().await;
     let backend = greeting("acme-1").await;
     for kind in [RecordType::A, RecordType::AAAA] {
@@ -134,7 +134,7 @@ async fn the_process_is_starting_until_the_first_answer() {
 }
 
 #[tokio::test]
-async fn a_service_gives_ports_weights_and_backups() {
+async fn service_records_give_ports_weights_and_backups() {
     let names = Names::start().await;
     let all = [greeting("light").await, greeting("heavy").await, greeting("backup").await];
     let port = |backend: &TestBackend| backend.address().port();

@@ -125,7 +125,7 @@ impl Watched {
 }
 
 #[tokio::test]
-async fn a_successor_that_fails_late_is_never_the_main_process() {
+async fn successor_that_fails_late_never_becomes_the_main_process() {
     let Watched { config: _config, control, systemd, mut old, _world } = Watched::start().await;
     let pending = connect(old.web).await;
     let at = control.clone();
@@ -148,7 +148,7 @@ async fn a_successor_that_fails_late_is_never_the_main_process() {
 }
 
 #[tokio::test]
-async fn a_successor_that_has_everything_is_the_main_process() {
+async fn successor_that_took_everything_becomes_the_main_process() {
     let Watched { config, control, systemd, mut old, _world } = Watched::start().await;
     let mut new = Serve::successor(&config, &control).await;
     systemd.hears(&format!("MAINPID={}", new.child.id())).await;

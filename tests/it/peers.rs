@@ -219,7 +219,7 @@ async fn nginx_reads_the_header_that_we_pass_on_and_a_connection_serves_many_req
 }
 
 #[tokio::test]
-async fn a_large_file_comes_whole_from_nginx_to_curl_and_goes_whole_back() {
+async fn large_file_is_complete_from_nginx_to_curl_and_back() {
     const SIZE: u32 = 50 << 20;
     let Some([nginx, curl_program]) = installed(["nginx", "curl"]) else { return };
     let dir = TempDir::new().unwrap();

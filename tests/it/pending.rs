@@ -18,7 +18,7 @@ async fn proxy(acme: &TestBackend, timeouts: &str, listener: &str) -> Proxy {
 }
 
 #[tokio::test]
-async fn a_header_has_its_time_and_a_session_beyond_it_does_not() {
+async fn header_timeout_ends_only_sessions_without_a_header() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme, "header = \"1s\"", "").await;
     let mut in_time = proxy.open(ACME, b"in time").await;

@@ -46,7 +46,7 @@ async fn p2c_prefers_the_backend_with_fewer_sessions() {
 }
 
 #[tokio::test]
-async fn a_refused_session_moves_on_and_its_client_sees_nothing() {
+async fn refused_connect_retries_another_backend_unseen_by_the_client() {
     let (refusing, good) = (Held::bind(), greeting("acme-1").await);
     let pool = format!("{ROUND_ROBIN}\nattempts = 2");
     let acme = vec![refusing.address(), good.address()];
@@ -69,7 +69,7 @@ async fn a_refused_session_moves_on_and_its_client_sees_nothing() {
 }
 
 #[tokio::test]
-async fn one_attempt_is_one_attempt() {
+async fn single_attempt_tries_one_backend_only() {
     let (refusing, good) = (Held::bind(), greeting("acme-1").await);
     let pool = format!("{ROUND_ROBIN}\nattempts = 1");
     let acme = vec![refusing.address(), good.address()];
@@ -107,7 +107,7 @@ async fn when_all_refuse_each_is_tried_once_and_the_client_is_reset() {
 }
 
 #[tokio::test]
-async fn a_backend_that_does_not_answer_is_given_its_time() {
+async fn silent_backend_is_waited_for_until_the_connect_timeout() {
     let Some(swallow) = Swallow::start().await else { return };
     let conf = |pool: &str, acme| Conf {
         acme,
@@ -160,7 +160,7 @@ async fn probed(proxy: &Proxy) -> (i64, i64, i64) {
 }
 
 #[tokio::test]
-async fn a_backend_falls_after_so_many_probes_and_rises_after_so_many() {
+async fn backend_falls_after_fall_failures_and_rises_after_rise_successes() {
     let held = Held::bind();
     let listening = held.listen();
     let health = "interval = \"100ms\"\ntimeout = \"100ms\"\nrise = 2\nfall = 3".to_owned();
@@ -221,7 +221,7 @@ async fn only_the_healthy_are_used_while_there_are_any() {
 }
 
 #[tokio::test]
-async fn a_backend_is_used_before_its_first_probe_has_answered() {
+async fn backend_is_used_before_its_first_probe_result() {
     let Some(swallow) = Swallow::start().await else { return };
     let good = greeting("acme-1").await;
     let port = swallow.address().port();
@@ -236,7 +236,7 @@ async fn a_backend_is_used_before_its_first_probe_has_answered() {
 }
 
 #[tokio::test]
-async fn a_backend_sees_the_source_address_that_was_configured() {
+async fn backend_sees_the_configured_source_address() {
     let raw = Raw::bind().await;
     let pool = "source-addresses = [\"127.0.0.9\"]".to_owned();
     let proxy = raw.proxy(Conf { pool, ..Conf::default() }).await;
@@ -258,7 +258,7 @@ async fn foreign_source_address_is_refused_at_the_start() {
 }
 
 #[tokio::test]
-async fn a_header_alone_is_enough_to_connect() {
+async fn header_without_payload_connects_to_the_backend() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let mut client = proxy.connect().await;

@@ -111,7 +111,7 @@ async fn flood(stream: &mut TcpStream, bytes: &[u8]) -> io::ErrorKind {
 }
 
 #[tokio::test]
-async fn nobody_listens() {
+async fn probe_of_a_closed_port_is_refused() {
     let (_socket, address) = closed_port(0).unwrap();
     for ask in [ProbeCheck::Connect, get(), ping()] {
         assert_eq!(ask_at(address, &probe(ask)).await, ProbeResult::ConnectRefused);
@@ -119,7 +119,7 @@ async fn nobody_listens() {
 }
 
 #[tokio::test]
-async fn nobody_accepts() {
+async fn probe_of_a_full_accept_queue_times_out() {
     let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     socket.listen(0).unwrap();
@@ -146,14 +146,14 @@ async fn nobody_accepts() {
 }
 
 #[tokio::test]
-async fn a_connection_is_all_that_is_asked_for() {
+async fn connect_probe_passes_on_connection() {
     let (verdict, mut stream) = probed(&probe(ProbeCheck::Connect), async |stream| stream).await;
     assert_eq!(verdict, ProbeResult::Passed);
     is_reset(&mut stream).await;
 }
 
 #[tokio::test]
-async fn silence_is_over_in_time() {
+async fn silent_probe_target_times_out() {
     for ask in [get(), banner("220 "), ping()] {
         let limit = Duration::from_millis(300);
         let began = Began::now();
@@ -168,7 +168,7 @@ async fn silence_is_over_in_time() {
 }
 
 #[tokio::test]
-async fn one_time_is_for_all_of_it() {
+async fn probe_timeout_covers_all_steps() {
     // Each byte is early enough, and all of them are not.
     let limit = Duration::from_millis(300);
     let serve = async |mut stream: TcpStream| {
@@ -187,7 +187,7 @@ async fn one_time_is_for_all_of_it() {
 }
 
 #[tokio::test]
-async fn an_answer_without_an_end_is_not_read_to_its_end() {
+async fn endless_probe_answer_is_not_read_to_its_end() {
     for (ask, start, more) in [
         (get(), &b"HTTP/1.1 200 OK\r\na: "[..], &[b'x'; 512][..]),
         (get(), b"HTTP/1.1 200 OK\r\n", b"a: b\r\n"),
@@ -231,7 +231,7 @@ async fn transfer_replies_are_read_back() {
 }
 
 #[tokio::test]
-async fn a_server_may_speak_first_and_in_pieces() {
+async fn server_may_speak_first_and_in_pieces() {
     let serve = async |mut stream: TcpStream| {
         for byte in *b"220 mail" {
             stream.write_all(&[byte]).await.unwrap_or_default();
@@ -463,7 +463,7 @@ async fn knocked(probe: &ProbeConfig, answer: Option<&[u8]>) -> (ProbeResult, Ve
 }
 
 #[tokio::test]
-async fn a_datagram_is_answered_by_one_and_the_first_decides() {
+async fn udp_probe_is_decided_by_the_first_datagram() {
     assert_eq!(knocked(&knock(false), Some(b"PONG and more")).await, (ProbeResult::Passed, b"PING".to_vec()));
     for wrong in [&b"PO"[..], b"", b"NO"] {
         let (verdict, _) = knocked(&knock(false), Some(wrong)).await;

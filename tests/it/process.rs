@@ -349,7 +349,7 @@ async fn sigterm_drains_and_a_live_session_ends_by_itself() {
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_everything_at_once() {
+async fn second_signal_ends_all_sessions_at_once() {
     let world = World::new().await;
     for signals in [[Signal::TERM, Signal::TERM], [Signal::INT, Signal::TERM], [Signal::TERM, Signal::INT]] {
         let mut serve = Serve::start(&world.config(DRAIN_NEVER)).await;
@@ -411,7 +411,7 @@ async fn address_in_use_is_reported_and_fails() {
 }
 
 #[tokio::test]
-async fn the_access_log_on_standard_output_is_lines_of_json_alone() {
+async fn access_log_on_stdout_is_json_lines_only() {
     let world = World::new().await;
     let mut serve = Serve::start(&world.config(DRAIN_NEVER)).await;
     serve.serves().await;
@@ -428,7 +428,7 @@ async fn the_access_log_on_standard_output_is_lines_of_json_alone() {
 }
 
 #[tokio::test]
-async fn an_access_log_that_cannot_be_written_stops_nothing() {
+async fn unwritable_access_log_does_not_stop_the_process() {
     let world = World::new().await;
     let to_stdout = world.config(DRAIN_NEVER);
     let to_file = world.config(&format!("[log]\naccess = \"/dev/full\"\n{DRAIN_NEVER}"));

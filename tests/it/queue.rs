@@ -38,7 +38,7 @@ async fn accepted(raw: &Raw, expected: &[u8]) -> TcpStream {
 }
 
 #[tokio::test]
-async fn the_last_with_room_goes_through_the_next_wait_in_order_and_beyond_the_length_is_no_place() {
+async fn sessions_beyond_max_sessions_queue_in_order_up_to_the_queue_length() {
     let raw = Raw::bind().await;
     let proxy = proxy(&raw, 2, "queue = { length = 2, timeout = \"60s\" }").await;
     let (first, second) = (raw.session(&proxy).await, raw.session(&proxy).await);

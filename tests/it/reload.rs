@@ -31,7 +31,7 @@ async fn rejected(proxy: &Proxy, endpoint: &str) {
 }
 
 #[tokio::test]
-async fn a_limit_is_raised_and_lowered_while_sessions_live() {
+async fn limit_is_raised_and_lowered_while_sessions_are_open() {
     let (_acme, mut proxy) = start("sessions = 1").await;
     let mut sessions = vec![carried(&proxy).await];
     rejected(&proxy, ACME).await;
@@ -70,7 +70,7 @@ async fn a_limit_is_raised_and_lowered_while_sessions_live() {
 }
 
 #[tokio::test]
-async fn a_rate_that_is_used_up_stays_used_up() {
+async fn used_up_rate_stays_used_up_after_a_reload() {
     let (_acme, mut proxy) = start("session-rate = \"1/h\"\nsession-burst = 2").await;
     exchange(carried(&proxy).await).await.unwrap();
     exchange(carried(&proxy).await).await.unwrap();

@@ -32,7 +32,7 @@ async fn without_a_budget_there_is_one_attempt() {
 }
 
 #[tokio::test]
-async fn the_first_hundred_are_there() {
+async fn first_hundred_retries_are_available() {
     let (refusing, good) = (Held::bind(), greeting("acme-1").await);
     let acme = vec![refusing.address(), good.address()];
     let conf = Conf { acme, pool: ROUND_ROBIN.to_owned(), health: NEVER.to_owned(), ..Conf::default() };
@@ -49,7 +49,7 @@ async fn the_first_hundred_are_there() {
 }
 
 #[tokio::test]
-async fn a_pool_in_trouble_gets_little_more_than_its_sessions() {
+async fn failing_pool_gets_few_connects_beyond_its_sessions() {
     let refusing: Vec<_> = (0..4).map(|_| Held::bind()).collect();
     let acme = refusing.iter().map(Held::address).collect();
     let pool = "attempts = 4\nretry-budget = 1".to_owned();

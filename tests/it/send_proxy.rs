@@ -82,7 +82,7 @@ async fn done(proxy: Proxy, client: TcpStream, backend: TcpStream) {
 }
 
 #[tokio::test]
-async fn the_header_arrives_as_it_came_in_one_segment_with_the_payload() {
+async fn header_is_forwarded_unchanged_in_one_segment_with_the_payload() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
     let mut client = proxy.open(ACME, b"hello").await;
@@ -107,7 +107,7 @@ async fn the_header_arrives_as_it_came_in_one_segment_with_the_payload() {
 }
 
 #[tokio::test]
-async fn a_backend_that_asked_for_no_header_gets_none() {
+async fn backend_without_send_proxy_gets_no_header() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     let client = proxy.open(ACME, b"hello").await;
@@ -117,7 +117,7 @@ async fn a_backend_that_asked_for_no_header_gets_none() {
 }
 
 #[tokio::test]
-async fn a_header_without_payload_is_passed_on_at_once() {
+async fn header_without_payload_is_forwarded_at_once() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
     let client = proxy.open(ACME, b"").await;
@@ -127,7 +127,7 @@ async fn a_header_without_payload_is_passed_on_at_once() {
 }
 
 #[tokio::test]
-async fn a_large_burst_behind_the_header_follows_it_in_order() {
+async fn large_burst_behind_the_header_follows_in_order() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
     let mut client = proxy.open(ACME, b"").await;
@@ -142,7 +142,7 @@ async fn a_large_burst_behind_the_header_follows_it_in_order() {
 }
 
 #[tokio::test]
-async fn a_header_that_comes_in_pieces_is_passed_on_whole() {
+async fn header_in_pieces_is_forwarded_whole() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
     let mut client = proxy.connect().await;
@@ -184,7 +184,7 @@ async fn tlvs_keep_their_order_and_strange_ones_their_bytes() {
 }
 
 #[tokio::test]
-async fn a_wrong_checksum_is_put_right_where_it_is_not_verified() {
+async fn wrong_checksum_is_corrected_without_verify_crc() {
     let mut wrong = header(ACME);
     let at = wrong.windows(3).position(|window| window == [3, 0, 4]).unwrap() + 3;
     wrong[at] ^= 0xFF;
@@ -209,7 +209,7 @@ async fn a_wrong_checksum_is_put_right_where_it_is_not_verified() {
 }
 
 #[tokio::test]
-async fn a_header_without_a_checksum_gets_one() {
+async fn header_without_a_checksum_gets_one() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
     let (from, to) = addresses(CLIENT, "10.0.0.5:8080");
@@ -224,7 +224,7 @@ async fn a_header_without_a_checksum_gets_one() {
 }
 
 #[tokio::test]
-async fn a_client_without_an_address_stays_without_one() {
+async fn client_without_an_address_is_forwarded_without_one() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("")).await;
     let sent = HeaderBuilder::unspecified().crc().and_then(|builder| builder.endpoint(ACME)).unwrap().build();
@@ -271,7 +271,7 @@ tenant = "acme"
 }
 
 #[tokio::test]
-async fn the_next_backend_gets_the_header_too() {
+async fn backend_of_a_retry_gets_the_header_too() {
     let (refusing, raw) = (super::raw::Held::bind(), Raw::bind().await);
     let acme = vec![refusing.address(), raw.address()];
     let pool = "send-proxy = \"v2\"\nbalance = \"round-robin\"".to_owned();

@@ -42,7 +42,7 @@ async fn as_many_as_it_gets(proxy: &Proxy, endpoint: &str) -> Vec<TcpStream> {
 }
 
 #[tokio::test]
-async fn the_last_session_is_taken_and_the_next_is_shed() {
+async fn last_session_within_the_process_limit_is_admitted_and_the_next_is_shed() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let more = format!("[[tenant]]\nname = \"hooli\"\nendpoints = [\"{HOOLI}\"]\npool = \"acme\"\n");
     let process = "max-sessions = 3".to_owned();

@@ -173,7 +173,7 @@ async fn named_pipe_log_without_a_reader_drops_lines_and_no_session() {
 }
 
 #[tokio::test]
-async fn a_log_that_is_too_slow_loses_lines_and_counts_them() {
+async fn slow_log_loses_lines_and_counts_them() {
     let world = World::new().await;
     let config = world.config("[log]\naccess = \"LOG\"");
     let path = config.beside("log");

@@ -36,7 +36,7 @@ async fn gibibyte_in_each_direction_is_spliced_and_complete() {
 }
 
 #[tokio::test]
-async fn the_labs_source_and_sink_agree_with_what_arrives() {
+async fn lab_source_and_sink_match_the_received_bytes() {
     let source = TestBackend::start("acme-1", BackendBehavior::Source(3_000_001)).await.unwrap();
     let proxy = Conf { acme: vec![source.address()], ..Conf::default() }.start().await;
     let answer = exchange(proxy.open(ACME, b"").await).await.unwrap();
@@ -101,7 +101,7 @@ async fn drip(from: &mut TcpStream, to: &mut TcpStream, seed: u64) {
 }
 
 #[tokio::test]
-async fn a_slow_reader_holds_a_fast_sender_back() {
+async fn slow_reader_slows_a_fast_sender() {
     const WHOLE: u64 = 512 * MIB;
     /// What the kernel's buffers of all four sockets can take: their default bounds are 6 and 4 MiB, and this is
     /// above what large machines have. What the proxy held beyond would show.
@@ -203,7 +203,7 @@ async fn when_the_pipes_are_spent_others_copy() {
 }
 
 #[tokio::test]
-async fn a_pipe_with_bytes_in_it_never_reaches_another_session() {
+async fn pipe_that_is_not_empty_never_reaches_another_session() {
     let raw = Raw::bind().await;
     let conf = Conf { process: "pipe-memory = \"256KiB\"".to_owned(), workers: 1, ..Conf::default() };
     let proxy = raw.proxy(conf).await;
@@ -270,7 +270,7 @@ async fn bytes_after_an_urgent_byte_are_not_lost() {
 }
 
 #[tokio::test]
-async fn a_session_that_grows_quiet_after_bulk_copies_again() {
+async fn session_copies_again_when_its_traffic_gets_small() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     let mut stream = proxy.open(ACME, b"").await;

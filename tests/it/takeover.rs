@@ -64,7 +64,7 @@ async fn is_empty(serve: &Serve) {
 }
 
 #[tokio::test]
-async fn sessions_live_on_and_new_ones_are_served_all_the_time() {
+async fn sessions_continue_and_new_ones_are_served_during_takeover() {
     let Before { config, control, mut old, _world } = Before::start().await;
     let mut talks = old.carried().await;
     let over = exchange(old.open(ACME, b"before").await).await.unwrap();
@@ -98,7 +98,7 @@ async fn sessions_live_on_and_new_ones_are_served_all_the_time() {
 }
 
 #[tokio::test]
-async fn a_successor_may_have_other_workers() {
+async fn successor_may_have_another_number_of_workers() {
     let Before { config, control, mut old, _world } = Before::start().await;
     let mut sessions = Vec::new();
     for (from, to) in
@@ -126,7 +126,7 @@ async fn a_successor_may_have_other_workers() {
 }
 
 #[tokio::test]
-async fn a_successor_that_cannot_start_changes_nothing() {
+async fn successor_that_cannot_start_changes_nothing() {
     let Before { config, control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -239,7 +239,7 @@ impl Heir {
 }
 
 #[tokio::test]
-async fn the_heir_is_shown_every_socket() {
+async fn successor_gets_every_socket() {
     let Before { config: _config, control, mut old, _world } = Before::start().await;
     let at = control.clone();
     let sockets = spawn_blocking(move || Heir::ask(&at).sockets).await.unwrap();
@@ -260,7 +260,7 @@ async fn the_heir_is_shown_every_socket() {
 }
 
 #[tokio::test]
-async fn a_version_that_is_not_known_is_refused() {
+async fn takeover_with_an_unknown_version_is_refused() {
     let Before { config: _config, control, mut old, _world } = Before::start().await;
     let at = control.clone();
     let said = spawn_blocking(move || {
@@ -292,7 +292,7 @@ async fn one_successor_at_a_time() {
 }
 
 #[tokio::test]
-async fn a_successor_that_is_killed_before_it_answers_has_moved_nothing() {
+async fn successor_killed_before_it_answers_has_moved_nothing() {
     let Before { config: _config, control, mut old, _world } = Before::start().await;
     let mut sessions = carried(&old, 5).await;
     let at = control.clone();
@@ -391,7 +391,7 @@ fn play(listening: &UnixListener, door: &TcpListener, path: &Path, pid: i32) -> 
 }
 
 #[tokio::test]
-async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
+async fn killed_old_process_leaves_its_sockets_to_the_successor() {
     let world = World::new().await;
     let (config, control) = config(&world);
     // An old process that the test plays: with a real one nobody would know where it was.
@@ -415,7 +415,7 @@ async fn an_old_process_that_is_killed_leaves_its_sockets_to_its_successor() {
 }
 
 #[tokio::test]
-async fn two_signals_end_a_process_that_was_taken_over_to() {
+async fn two_signals_end_a_successor() {
     let Before { config, control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
     let mut new = Serve::successor(&config, &control).await;
@@ -446,7 +446,7 @@ impl Drop for Orphan {
 }
 
 #[tokio::test]
-async fn a_signal_has_a_process_start_its_own_successor() {
+async fn signal_makes_the_process_start_its_successor() {
     let Before { config: _config, control: _control, mut old, _world } = Before::start().await;
     let mut live = old.carried().await;
     old.signal(Signal::USR2);

@@ -61,7 +61,7 @@ fn lenient() -> String {
 }
 
 #[tokio::test]
-async fn the_pool_is_the_routes_then_the_tenants_then_the_listeners() {
+async fn pool_comes_from_route_then_tenant_then_listener() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let names = ["by-route", "by-tenant", "by-listener"];
     let mut backends = Vec::new();
@@ -123,7 +123,7 @@ async fn the_pool_is_the_routes_then_the_tenants_then_the_listeners() {
 }
 
 #[tokio::test]
-async fn strangers_are_rejected_unless_a_tenant_takes_them_in() {
+async fn unknown_endpoints_are_rejected_unless_a_fallback_tenant_is_set() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let conf = Conf { acme: vec![acme.address()], more: lenient(), ..Conf::default() };
     let proxy = conf.start().await;
@@ -161,7 +161,7 @@ async fn strangers_are_rejected_unless_a_tenant_takes_them_in() {
 }
 
 #[tokio::test]
-async fn a_disabled_tenant_is_rejected_by_name() {
+async fn disabled_tenant_is_rejected_by_name() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = Conf { acme: vec![acme.address()], ..Conf::default() }.start().await;
     is_reset(&mut proxy.open(INITECH, b"payload").await).await;

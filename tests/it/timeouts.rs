@@ -24,7 +24,7 @@ async fn trickle(from: &mut TcpStream, to: &mut TcpStream) {
 }
 
 #[tokio::test]
-async fn a_silent_session_ends_after_idle_and_not_before() {
+async fn silent_session_ends_at_the_idle_timeout_and_not_before() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(conf("idle = \"400ms\"\nhalf-close = \"1h\"")).await;
     let (mut client, mut backend) = raw.session(&proxy).await;
@@ -148,7 +148,7 @@ async fn half_closed_session_that_sends_is_not_ended() {
 }
 
 #[tokio::test]
-async fn before_an_end_the_longer_patience_holds() {
+async fn half_close_timeout_applies_only_after_a_half_close() {
     let raw = Raw::bind().await;
     // Half-close is short, idle is long: a session with both halves open is not measured by it.
     let proxy = raw.proxy(conf("idle = \"1h\"\nhalf-close = \"100ms\"")).await;

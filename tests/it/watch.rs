@@ -26,7 +26,7 @@ fn tenant(name: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_file_that_is_written_or_replaced_is_put_in_force_and_a_faulty_one_is_not() {
+async fn written_or_replaced_file_is_applied_and_a_faulty_one_is_not() {
     let world = World::new().await;
     let config = watching(&world, "");
     let mut serve = Serve::start(&config).await;
@@ -78,7 +78,7 @@ async fn files_that_a_pattern_names_come_and_go() {
 }
 
 #[tokio::test]
-async fn a_link_that_is_swapped_is_a_change() {
+async fn replaced_symbolic_link_is_a_change() {
     // As Kubernetes mounts a ConfigMap.
     let world = World::new().await;
     let config = watching(&world, "");

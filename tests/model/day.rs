@@ -242,28 +242,28 @@ fn a_day(balance: Balance, seconds: u64, seed: u64) {
 }
 
 #[test]
-fn a_day_of_round_robin() {
+fn simulated_day_with_round_robin() {
     a_day(Balance::RoundRobin, 600, 1);
 }
 
 #[test]
-fn a_day_of_least_sessions() {
+fn simulated_day_with_least_sessions() {
     a_day(Balance::LeastSessions, 600, 2);
 }
 
 #[test]
-fn a_day_of_p2c() {
+fn simulated_day_with_p2c() {
     a_day(Balance::P2c, 600, 3);
     a_day(Balance::P2c, 600, 4);
 }
 
 /// Shorter: the tables are made anew at each change, which is slow without optimisation.
 #[test]
-fn a_day_of_maglev() {
+fn simulated_day_with_maglev() {
     a_day(Balance::Maglev, 200, 5);
 }
 
 #[test]
-fn a_day_of_maglev_by_endpoint() {
+fn simulated_day_with_maglev_by_endpoint() {
     a_day(Balance::MaglevEndpoint, 200, 6);
 }

@@ -122,7 +122,7 @@ impl Naive {
 
 proptest! {
     #[test]
-    fn the_table_does_what_a_search_through_a_list_would(acts in prop::collection::vec(act(), 1..200)) {
+    fn flow_table_agrees_with_a_linear_search(acts in prop::collection::vec(act(), 1..200)) {
         let (mut table, mut naive) = (FlowTable::new(IDLE), Naive { flows: Vec::new(), idle: IDLE, changed: Moment::from_nanos(0) });
         let (mut now, mut next) = (Moment::from_nanos(0), 0_u64);
         for act in acts {
@@ -213,7 +213,7 @@ fn filled(flows: u16) -> (FlowTable<u64>, Vec<FlowId>) {
 }
 
 #[test]
-fn many_learn_of_a_shorter_patience_in_turn() {
+fn shorter_idle_timeout_reaches_many_flows_in_turn() {
     let (mut table, ids) = filled(3_000);
     table.set_idle(IDLE * 2);
     assert!(table.deadline() > Some(START + IDLE / 2), "a longer one asks for nothing");

@@ -54,7 +54,7 @@ fn check(winner: Option<usize>, all: &[(u32, u32)], unit: Option<u32>) -> Result
 
 proptest! {
     #[test]
-    fn the_winner_has_least_in_relation_to_its_weight(
+    fn winner_has_the_least_load_by_weight(
         count in 1..70_usize,
         games in prop::collection::vec(game(), 0..200),
     ) {
@@ -78,7 +78,7 @@ proptest! {
     }
 
     #[test]
-    fn a_pools_pick_has_least_in_relation_to_its_weight(
+    fn picked_backend_has_the_least_load_by_weight(
         weights in prop::collection::vec(0..1_000_u32, 1..20),
         ends in prop::collection::vec(prop::option::of(any::<Index>()), 0..200),
     ) {

@@ -51,7 +51,7 @@ proptest! {
     }
 
     #[test]
-    fn a_rate_admits_what_a_bucket_of_tokens_admits(
+    fn rate_limiter_agrees_with_a_token_bucket(
         interval in 1..1000_u64,
         burst in 1..20_u64,
         waits in prop::collection::vec(prop_oneof![3 => Just(0_u64), 3 => 0..1500_u64, 1 => 0..30_000_u64], 1..120),

@@ -61,7 +61,7 @@ proptest! {
     }
 
     #[test]
-    fn so_it_is_where_many_are_equal_and_few_are_not(
+    fn maglev_shares_follow_weights_of_many_equal_and_few_other_backends(
         names in prop::collection::vec(any::<u64>(), 60..128),
         whole in weight(),
         others in prop::collection::vec((weight(), weight()), 1..4),

@@ -261,7 +261,7 @@ fn turn() -> impl Strategy<Value = Turn> {
 
 proptest! {
     #[test]
-    fn the_line_is_served_in_turn_and_nothing_is_lost(
+    fn queue_is_served_in_order_and_nothing_is_lost(
         length in 1..6_usize,
         rooms in prop::collection::vec(1..4_u32, 1..4),
         turns in prop::collection::vec(turn(), 0..120),

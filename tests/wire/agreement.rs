@@ -134,7 +134,7 @@ fn both_crates_read_the_same_addresses_in_every_vector() {
 }
 
 #[test]
-fn a_right_header_passed_on_is_the_same_header() {
+fn valid_header_is_forwarded_unchanged() {
     let is_right =
         |vector: &&Vector| !vector.is_local() && !vector.is_refused() && vector.expected != "malformed";
     for vector in vectors().iter().filter(is_right) {
@@ -234,7 +234,7 @@ proptest! {
 
     /// The checksum is the specification's: all of the header with the checksum's own bytes as zero.
     #[test]
-    fn the_checksum_that_we_write_is_the_one_of_the_specification(pair in address_pair(), tlvs in plain_tlvs()) {
+    fn written_checksum_matches_the_specification(pair in address_pair(), tlvs in plain_tlvs()) {
         let header = built(pair, Transport::Stream, &tlvs, Some(0));
         let at = if pair.0.is_ipv4() { 16 + 12 + 3 } else { 16 + 36 + 3 };
         let mut zeroed = header.clone();
@@ -243,7 +243,7 @@ proptest! {
     }
 
     #[test]
-    fn a_header_passed_on_keeps_addresses_and_tlvs_and_its_checksum_is_right(
+    fn forwarded_header_keeps_addresses_and_tlvs_with_a_valid_checksum(
         pair in address_pair(),
         transport in transport(),
         tlvs in plain_tlvs(),

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::*;
 
 #[test]
-fn the_capture_is_accepted_in_one_write_and_in_two() {
+fn captured_header_is_accepted_in_one_write_and_in_two() {
     let capture = capture();
     for split in [1, 12, 16, 50] {
         assert!(matches!(parse(&capture[..split], STREAM), ParsedHeader::Partial(16 | 100)), "{split}");
@@ -14,7 +14,7 @@ fn the_capture_is_accepted_in_one_write_and_in_two() {
 }
 
 #[test]
-fn a_wrong_checksum_is_refused() {
+fn wrong_checksum_is_refused() {
     let mut input = capture();
     input[31] ^= 1;
     refused(&input, MalformedHeader::CrcMismatch);
@@ -60,7 +60,7 @@ fn seven_families_are_known_and_each_has_its_transport() {
 }
 
 #[test]
-fn an_ipv4_block_of_11_bytes_is_refused_and_one_of_12_is_read() {
+fn ipv4_block_of_11_bytes_is_refused_and_one_of_12_is_read() {
     for (family, len) in [(0x11, 12), (0x21, 36), (0x31, 216)] {
         refused(&raw(0x21, family, &vec![0; len - 1]), MalformedHeader::ShortAddress);
         assert_eq!(done(&raw(0x21, family, &vec![0; len]), STREAM).tlvs().count(), 0);
@@ -68,7 +68,7 @@ fn an_ipv4_block_of_11_bytes_is_refused_and_one_of_12_is_read() {
 }
 
 #[test]
-fn a_tlv_over_the_end_is_refused() {
+fn tlv_beyond_the_header_end_is_refused() {
     refused(&tcp4(&[4, 0, 2, 0]), MalformedHeader::TlvOverrun);
     refused(&tcp4(&[4, 0, 1, 0, 4, 0xFF, 0xFF]), MalformedHeader::TlvOverrun);
     assert_eq!(done(&tcp4(&[4, 0, 1, 0]), STREAM).tlvs().count(), 1);
@@ -82,17 +82,17 @@ fn one_trailing_byte_is_refused_and_so_are_two() {
 }
 
 #[test]
-fn an_empty_aws_tlv_names_no_endpoint() {
+fn empty_aws_tlv_names_no_endpoint() {
     assert_eq!(done(&tcp4(&[0xEA, 0, 0]), STREAM).endpoint(), None);
 }
 
 #[test]
-fn an_aws_tlv_of_an_unknown_subtype_names_no_endpoint() {
+fn aws_tlv_of_an_unknown_subtype_names_no_endpoint() {
     assert_eq!(done(&tcp4(&[0xEA, 0, 2, 2, b'x']), STREAM).endpoint(), None);
 }
 
 #[test]
-fn an_empty_id_is_an_unknown_endpoint_and_not_an_absent_one() {
+fn empty_id_is_an_unknown_endpoint_and_not_an_absent_one() {
     let header = tcp4(&[0xEA, 0, 1, 1]);
     assert_eq!(EndpointClaim::from_tlv(done(&header, STREAM).endpoint()), EndpointClaim::Malformed);
 }
@@ -128,7 +128,7 @@ fn two_endpoints_that_differ_are_refused() {
 }
 
 #[test]
-fn a_tlv_of_2000_bytes_is_read() {
+fn tlv_of_2000_bytes_is_read() {
     let header = tcp4(&[&[0xE0, 0x07, 0xD0][..], &[7; 2000], &[0xEA, 0, 2, 1, b'a']].concat());
     let header = done(&header, STREAM);
     assert_eq!(header.tlvs().map(|tlv| tlv.value.len()).collect::<Vec<_>>(), [2000, 2]);
@@ -188,7 +188,7 @@ fn unspec_with_something_else_is_accepted_and_skipped() {
 }
 
 #[test]
-fn a_wrong_checksum_is_refused_on_unspec_too() {
+fn wrong_checksum_is_refused_on_unspec_too() {
     refused(&raw(0x21, 0x00, &[3, 0, 4, 1, 2, 3, 4]), MalformedHeader::CrcMismatch);
 }
 
@@ -213,13 +213,13 @@ fn local_is_accepted_whatever_family_and_content_it_has() {
 }
 
 #[test]
-fn a_datagram_header_on_a_stream_is_refused() {
+fn datagram_header_on_a_stream_is_refused() {
     refused(&raw(0x21, 0x12, &[0; 12]), MalformedHeader::WrongTransport);
     refused(&raw(0x21, 0x22, &[0; 36]), MalformedHeader::WrongTransport);
 }
 
 #[test]
-fn a_checksum_of_another_length_or_a_second_one_is_refused() {
+fn checksum_of_another_length_or_a_second_one_is_refused() {
     for len in [0, 3, 5] {
         refused(&tcp4(&[&[3, 0, len][..], &vec![0; usize::from(len)]].concat()), MalformedHeader::BadCrcTlv);
     }
@@ -227,7 +227,7 @@ fn a_checksum_of_another_length_or_a_second_one_is_refused() {
 }
 
 #[test]
-fn the_longest_header_is_read_and_the_next_is_refused_by_its_length_alone() {
+fn longest_header_is_read_and_a_longer_one_is_refused_by_its_length() {
     for command in [0x20, 0x21] {
         assert_eq!(done(&raw(command, 0x00, &[0; 4080]), STREAM).as_bytes().len(), MAX_LEN);
         refused(&raw(command, 0x00, &[0; 4081])[..FIXED_LEN], MalformedHeader::TooLong);

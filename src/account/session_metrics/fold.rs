@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_come_and_go_leave_nothing_behind() {
+    fn added_and_removed_names_leave_no_memory() {
         let world = World::new();
         for turn in 1..=20 {
             for number in 0..SLICE {

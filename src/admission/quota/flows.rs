@@ -165,7 +165,7 @@ mod tests {
     use crate::config::{self, LimitMode, TenantLimits};
 
     #[test]
-    fn the_last_flow_is_admitted_and_the_next_is_not() {
+    fn last_flow_within_the_limit_is_admitted_and_the_next_is_not() {
         let quota = quota(TenantLimits { flows: Some(2), ..TenantLimits::default() });
         let first = quota.admit_flow(|_| false).unwrap();
         let second = quota.admit_flow(|_| false).unwrap();
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_datagram_passes_and_the_next_takes_nothing() {
+    fn last_datagram_within_the_limit_passes_and_the_next_uses_nothing() {
         let bandwidth = |bytes_per_second, burst| Some(config::BandwidthLimit { bytes_per_second, burst });
         let limits = TenantLimits {
             datagram_rate: Some(rate(100, 3)),
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_datagram_longer_than_the_burst_passes_where_nothing_was_taken() {
+    fn datagram_longer_than_the_burst_passes_a_full_bucket() {
         let bandwidth = Some(config::BandwidthLimit { bytes_per_second: 10_000, burst: 1_000 });
         let quota = quota(TenantLimits { to_client: bandwidth, ..TenantLimits::default() });
         let pass = |now| quota.pass(Direction::ToClient, 20_000, now);

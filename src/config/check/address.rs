@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wildcard_takes_every_address_of_its_family() {
+    fn wildcard_overlaps_every_address_of_its_family() {
         assert!(overlap("0.0.0.0:80", "127.0.0.1:80"));
         assert!(overlap("[::]:80", "[::1]:80"));
         assert!(!overlap("[::]:80", "0.0.0.0:80"));
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_has_room_for_each_protocol() {
+    fn tcp_and_udp_can_share_a_port() {
         let claim = |protocol| BindClaim {
             ports: ports("127.0.0.1:53").unwrap(),
             written: None,
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_default_is_named_as_one() {
+    fn default_bind_is_named_as_a_default() {
         let claim = BindClaim {
             ports: ports("127.0.0.1:9900").unwrap(),
             written: None,

@@ -177,7 +177,7 @@ fn tenants_come_go_move_and_change_limits_and_state() {
 }
 
 #[test]
-fn a_tenant_moves_by_its_pool_its_routes_its_listeners_pool_and_its_endpoints() {
+fn tenant_moves_by_pool_routes_listener_pool_and_endpoints() {
     let by_route = "tenant \"acme\": moved: dns app -> gold; 7 flows now";
     one("name = \"acme\"", "name = \"acme\"\nroutes = { dns = \"gold\" }", by_route, "7 flows");
     let by_pool = "tenant \"acme\": moved: web app -> gold, dns app -> gold; 120 sessions and 7 flows now";

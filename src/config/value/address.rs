@@ -127,7 +127,7 @@ mod tests {
     use crate::config::BackendTarget;
 
     #[test]
-    fn a_name_server_has_a_port_by_default() {
+    fn name_server_port_defaults_to_53() {
         for (text, address) in [
             ("\"10.0.0.2\"", "10.0.0.2:53"),
             ("\"10.0.0.2:5353\"", "10.0.0.2:5353"),

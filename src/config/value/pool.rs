@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_preferred_zone_may_be_none() {
+    fn preferred_zone_may_be_empty() {
         assert_eq!(read::<PreferZone>("\"\""), Ok(None));
         assert_eq!(read::<PreferZone>("\"usw2-az1\""), Ok(Some("usw2-az1".to_owned())));
         for text in ["\"a b\"", "0", "false"] {
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_may_have_a_query() {
+    fn probe_path_may_have_a_query() {
         for path in ["/", "/healthz", "/healthz?deep=1&a=%20"] {
             assert_eq!(read::<PathAndQuery>(&format!("\"{path}\"")), Ok(path.to_owned()));
         }
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_header_is_a_host_and_perhaps_a_port() {
+    fn host_header_is_a_host_with_an_optional_port() {
         for host in ["example.com", "example.com:8080", "10.0.0.1", "[fd00::1]:80", "a_b", &"a".repeat(259)] {
             assert_eq!(read::<HostHeader>(&format!("\"{host}\"")), Ok(host.to_owned()));
         }
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_matched_in_one_of_two_ways() {
+    fn match_kind_is_contains_or_prefix() {
         assert_eq!(read::<MatchKind>("\"contains\""), Ok(MatchKind::Contains));
         assert_eq!(read::<MatchKind>("\"prefix\""), Ok(MatchKind::Prefix));
         assert_eq!(

@@ -104,7 +104,7 @@ fn clock_going_back_does_not_keep_flows_forever() {
 }
 
 #[test]
-fn a_deadline_goes_back_with_the_clock() {
+fn deadline_goes_back_with_the_clock() {
     let hear: fn(&mut FlowTable<u32>, FlowId) = |table, id| {
         assert_eq!(table.on_datagram(path(0), Some(who(1)), at(10)), DatagramAction::ToBackend(id));
     };

@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_sends_back_each_datagram_under_its_name_where_that_is_asked() {
+    async fn echo_backend_returns_each_datagram_with_its_name() {
         let backend = DatagramBackend::start("acme", DatagramBehavior::Echo).await.unwrap();
         let port = DatagramPort::connect(backend.address()).await.unwrap();
         let question = [&LoadRequest::Echo.head()[..], b"one"].concat();

@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_name_is_cut_and_a_short_one_padded() {
+    fn long_name_is_cut_and_short_name_is_padded() {
         assert_eq!(SessionTag::new("acme").as_bytes(), b"acme\0\0\0\0\0\0\0\0\0\0\0\0");
         assert_eq!(SessionTag::new("a-name-of-twenty-one").as_bytes(), b"a-name-of-twenty");
     }

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_skew_is_read_or_explained() {
+    fn skew_is_parsed_or_its_error_explained() {
         assert_eq!("uniform".parse(), Ok(Skew::Uniform));
         assert_eq!("zipf:1.1".parse(), Ok(Skew::Zipf(1.1)));
         for bad in ["", "zipf", "zipf:", "zipf:0", "zipf:-1", "zipf:NaN", "zipf:inf"] {
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pace_does_not_drift() {
+    fn schedule_does_not_drift() {
         let start = Moment::from_nanos(1_000);
         let mut pace = LoadPace::new(start, 3_000.0);
         assert_eq!(pace.next(), Some(start));

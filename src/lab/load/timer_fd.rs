@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn it_wakes_at_its_time_and_never_early() {
+    async fn timer_fd_fires_on_time_and_never_early() {
         let alarm = TimerFd::new().unwrap();
         for micros in [0, 50, 3_000] {
             let due = clock::now() + Duration::from_micros(micros);

@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_flow_ends_as_its_sides_end_it() {
+    async fn flow_ends_as_its_sides_end_it() {
         let mut tasks = Tasks::new();
         let (balancer, _backend, mut stream) = connected(TargetGroupRules::default(), &mut tasks).await;
         stream.shutdown().await.unwrap();
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_silent_flow_is_forgotten_in_silence_and_the_next_byte_meets_a_reset() {
+    async fn idle_flow_expires_silently_and_its_next_byte_is_reset() {
         let rules = TargetGroupRules { idle: Duration::from_millis(50), ..TargetGroupRules::default() };
         let mut tasks = Tasks::new();
         let (_balancer, _backend, mut stream) = connected(rules, &mut tasks).await;
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_flows_of_a_target_that_becomes_unhealthy_are_reset() {
+    async fn flows_of_a_target_that_becomes_unhealthy_are_reset() {
         let mut tasks = Tasks::new();
         let (balancer, backend, mut stream) = connected(TargetGroupRules::default(), &mut tasks).await;
         for _ in 0..2 {
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_target_that_is_not_there_is_a_reset() {
+    async fn missing_target_resets_the_connection() {
         let target = TestBackend::refusing().await.unwrap();
         let balancer = Balancer::new(TargetGroupRules::default(), &[target], 1, "/");
         let (socket, address) = listen(ANYWHERE).await.unwrap();

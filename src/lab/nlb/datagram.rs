@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_idle_flow_goes_and_its_consumers_next_datagram_begins_another() {
+    async fn idle_flow_expires_and_the_next_datagram_opens_another() {
         let target = UdpSocket::bind(ANYWHERE).await.unwrap();
         let (listen_socket, address, _tasks) = listen_socket(&target, Duration::from_millis(50), FLOWS).await;
         let consumer = consumer(address).await;
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_last_flow_has_a_place_and_the_next_has_none() {
+    async fn last_flow_within_the_limit_is_opened_and_the_next_is_not() {
         let target = UdpSocket::bind(ANYWHERE).await.unwrap();
         let (listen_socket, address, _tasks) = listen_socket(&target, IDLE, 2).await;
         let [one, two, three] = [consumer(address).await, consumer(address).await, consumer(address).await];

@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_has_one_target_and_flows_have_all() {
+    fn flow_keeps_one_target_and_flows_use_all_targets() {
         let mut group = group(TargetGroupRules::default());
         assert_eq!(hosts(&mut group), [address(11), address(12)]);
         let first = group.choose(b"a flow").unwrap().0;
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_that_is_deregistered_keeps_its_flows_until_the_delay_is_over() {
+    fn deregistered_target_keeps_its_flows_until_the_delay_ends() {
         for reset_deregistered in [false, true] {
             let mut group = group(TargetGroupRules { reset_deregistered, ..TargetGroupRules::default() });
             let (_, flow) =

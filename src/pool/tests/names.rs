@@ -19,7 +19,7 @@ fn found(hosts: &[u8]) -> Vec<ResolvedAddress> {
 }
 
 #[test]
-fn a_name_leads_to_backends_that_come_and_go() {
+fn resolved_name_adds_and_removes_backends() {
     let (labels, pool) = (Labels::default(), healthy(&named(Balance::LeastSessions)));
     assert_eq!((pool.names().count(), pool.usable()), (1, 1));
     let (fresh, changes) = pool.resolve(0, &found(&[1, 2]), &labels, at(1_000));
@@ -49,7 +49,7 @@ fn a_name_leads_to_backends_that_come_and_go() {
 }
 
 #[test]
-fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
+fn resolved_weights_and_backups_are_applied_and_their_number_is_bounded() {
     let (labels, pool) = (Labels::default(), healthy(&named(Balance::P2c)));
     let mut answer = found(&[1]);
     let (fresh, _) = pool.resolve(0, &answer, &labels, at(1_000));
@@ -78,7 +78,7 @@ fn a_names_weights_and_backups_are_followed_and_its_length_is_bounded() {
 }
 
 #[test]
-fn answers_of_many_names_make_few_rosters_and_an_address_that_comes_back_has_its_sessions() {
+fn answers_of_many_names_rebuild_the_candidates_few_times_and_returning_address_keeps_sessions() {
     let (labels, mut config) = (Labels::default(), named(Balance::P2c));
     config.health = None;
     config.backends[1].max_sessions = Some(2);

@@ -136,7 +136,7 @@ fn queue_of_a_replaced_pool_is_served_by_the_new_pool_and_no_removed_backend() {
 }
 
 #[test]
-fn an_address_that_comes_back_has_the_sessions_that_it_had() {
+fn returning_address_keeps_its_session_count() {
     let both = config(Balance::LeastSessions, 2);
     let mut single = both.clone();
     single.backends.remove(1);
@@ -201,7 +201,7 @@ fn reload_keeps_resolved_names_and_takes_answers_for_new_ones() {
 }
 
 #[test]
-fn a_thousand_generations_leave_no_chain() {
+fn thousand_replacements_leave_no_chain() {
     let configs = [config(Balance::RoundRobin, 2), config(Balance::P2c, 2)];
     let mut pool = Arc::new(healthy(&configs[0]));
     let first = Arc::downgrade(&pool);

@@ -62,7 +62,7 @@ fn aliases_are_followed_and_the_shortest_life_counts() {
 }
 
 #[test]
-fn a_circle_of_aliases_has_an_end() {
+fn alias_loop_ends() {
     let records = [alias("a.", 20, "b."), alias("b.", 20, "a.")];
     let (end, _) = follow(&name("a."), &records);
     assert!(addresses(&end, &records).found.is_empty());
@@ -78,7 +78,7 @@ fn each_address_is_listed_once_with_the_shortest_ttl() {
 }
 
 #[test]
-fn the_lowest_priority_is_used_and_all_others_are_backups() {
+fn lowest_priority_is_used_and_all_others_are_backups() {
     let records = [srv(9, 20, 1, "h1.", 81), srv(9, 10, 7, "H2.", 82), srv(9, 30, 1, "h3.", 83)];
     let expected = [("10.0.0.2:82", 7, false), ("10.0.0.1:81", 1, true), ("10.0.0.3:83", 1, true)];
     let expected = expected.map(|(address, weight, backup)| (address.to_owned(), Some(weight), backup));
@@ -88,13 +88,13 @@ fn the_lowest_priority_is_used_and_all_others_are_backups() {
 }
 
 #[test]
-fn an_address_that_is_also_a_backup_is_none() {
+fn address_that_is_also_primary_is_not_a_backup() {
     let records = [srv(9, 20, 900, "h1.", 80), srv(9, 10, 7, "h1.", 80)];
     assert_eq!(resolved(&records, &HOSTS), [("10.0.0.1:80".to_owned(), Some(7), false)]);
 }
 
 #[test]
-fn a_service_that_is_not_available_has_no_address() {
+fn unavailable_service_has_no_address() {
     let records = [srv(9, 1, 1, ".", 80), srv(9, 1, 1, "h1.", 0)];
     assert!(services(&name("_s._tcp.x."), &records).found.is_empty());
     let none = DnsAnswer { found: Vec::new(), ttl: 1 };
@@ -115,7 +115,7 @@ fn weights_that_fit_stay_and_others_are_scaled() {
 }
 
 #[test]
-fn a_weight_is_that_of_all_addresses_of_its_host() {
+fn weight_applies_to_all_addresses_of_its_host() {
     let records = [srv(9, 1, 10, "two.", 80), srv(9, 1, 10, "one.", 80)];
     let hosts: [(&str, &[&str]); 2] = [("two.", &["10.0.0.1", "10.0.0.2"]), ("one.", &["10.0.0.3"])];
     let found: Vec<_> =
@@ -124,7 +124,7 @@ fn a_weight_is_that_of_all_addresses_of_its_host() {
 }
 
 #[test]
-fn the_shortest_life_of_services_and_hosts_counts() {
+fn shortest_ttl_of_services_and_hosts_counts() {
     let services = services(&name("_s._tcp.x."), &[srv(30, 1, 1, "h1.", 80), srv(25, 1, 1, "h2.", 80)]);
     let hosts = |ttl| BTreeMap::from([(name("h1."), said(&["10.0.0.1"], ttl))]);
     assert_eq!(of_service(&services, &hosts(60)).unwrap().ttl, Duration::from_secs(25));
@@ -158,7 +158,7 @@ fn failed_query_keeps_the_last_answer() {
 
 proptest! {
     #[test]
-    fn the_order_of_records_does_not_matter(
+    fn order_of_records_does_not_matter(
         all in prop::collection::vec((0_u16..3, any::<u16>(), 0_u8..90, 1_u16..4), 1..150), seed: u64,
     ) {
         let records: Vec<_> = all

@@ -9,7 +9,7 @@ use super::{Balancer, CLIENT, Echo, datagram, finish, others_are_unharmed, soon,
 use crate::harness::{ACME, GLOBEX, LIMIT, eventually, still_lives};
 
 #[tokio::test]
-async fn a_drain_ends_silent_flows_and_lets_no_new_one_in() {
+async fn drain_ends_idle_flows_and_admits_no_new_one() {
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| {
         conf.drain = "notice = \"0s\"\nquiet = \"0s\"\nidle = \"500ms\"\ndeadline = \"20s\"\n".to_owned();
@@ -39,7 +39,7 @@ async fn a_drain_ends_silent_flows_and_lets_no_new_one_in() {
 }
 
 #[tokio::test]
-async fn an_end_at_once_is_one_though_datagrams_come() {
+async fn immediate_end_ends_flows_while_datagrams_arrive() {
     let acme = Echo::start("acme").await;
     let (mut proxy, _hooli) = world(&[acme.address], |_, _| ()).await;
     let mut held = proxy.open(GLOBEX, b"").await;

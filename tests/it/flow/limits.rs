@@ -9,7 +9,7 @@ use super::super::sessions::{UMBRELLA, umbrella};
 use super::{Balancer, CLIENT, Echo, HOOLI, datagram, finish, others_are_unharmed, soon, world};
 
 #[tokio::test]
-async fn a_tenants_last_flow_is_let_in_and_the_next_is_not() {
+async fn tenants_last_flow_within_the_limit_is_admitted_and_the_next_is_not() {
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| {
         conf.limits = "flows = 2".to_owned();
@@ -114,7 +114,7 @@ async fn tenant_at_its_limit_evicts_no_other_flow_and_one_below_it_does() {
 }
 
 #[tokio::test]
-async fn a_backend_whose_answers_are_dropped_has_answered_once() {
+async fn backend_with_dropped_answers_counts_as_answered_once() {
     let acme = Echo::start("").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| {
         conf.limits = "to-client = \"1KiB/s\"".to_owned();

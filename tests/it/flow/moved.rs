@@ -200,7 +200,7 @@ async fn flows_go_there_and_back_while_they_talk_and_nothing_is_lost() {
 }
 
 #[tokio::test]
-async fn an_answer_that_is_under_way_arrives_by_the_other_process() {
+async fn answer_in_flight_is_delivered_by_the_other_process() {
     let work = async {
         let world = world().await;
         let [one, other] = &world.sides;

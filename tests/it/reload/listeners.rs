@@ -30,7 +30,7 @@ async fn is_closed(address: SocketAddr) {
 }
 
 #[tokio::test]
-async fn a_listener_comes_and_goes_and_its_sessions_stay() {
+async fn listener_is_added_and_removed_and_its_sessions_continue() {
     let (_acme, mut proxy) = start("sessions = 9").await;
     let extra = with("extra", "\"127.0.0.1:0\"");
     let changes = proxy.reload(BEFORE, &extra).unwrap();
@@ -61,7 +61,7 @@ async fn a_listener_comes_and_goes_and_its_sessions_stay() {
 }
 
 #[tokio::test]
-async fn an_address_that_stays_keeps_its_sockets() {
+async fn unchanged_address_keeps_its_sockets() {
     let (_acme, mut proxy) = start("sessions = 9").await;
     let web = proxy.address("web");
     let session = carried(&proxy).await;
@@ -93,7 +93,7 @@ async fn an_address_that_stays_keeps_its_sockets() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_not_free_refuses_all_of_it() {
+async fn address_in_use_refuses_the_whole_reload() {
     let (_acme, mut proxy) = start("sessions = 1").await;
     let session = carried(&proxy).await;
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -140,7 +140,7 @@ async fn health_stays_known_and_probes_of_a_pool_that_goes_end() {
 
 // A reload waits for the answer, and the server of these names must not wait for the reload.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_first_name_of_all_comes_by_a_reload_and_leads_somewhere_at_once() {
+async fn first_dns_name_added_by_a_reload_resolves_at_once() {
     let names = Names::start().await;
     names.host("app.example.com.", 0, &["127.0.0.1"]);
     let one = TestBackend::start("one", BackendBehavior::Greeting).await.unwrap();
@@ -168,7 +168,7 @@ async fn the_first_name_of_all_comes_by_a_reload_and_leads_somewhere_at_once() {
 }
 
 #[tokio::test]
-async fn a_session_keeps_its_patience_and_the_next_has_the_new_one() {
+async fn session_keeps_its_timeouts_and_the_next_gets_the_new_ones() {
     let (_acme, mut proxy) = start("sessions = 9").await;
     let mut old = carried(&proxy).await;
     proxy.reload("[timeouts]\n", "[timeouts]\nidle = \"200ms\"\n").unwrap();

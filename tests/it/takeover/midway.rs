@@ -52,7 +52,7 @@ async fn successor_of_a_failed_takeover_ends_and_waiting_connections_stay() {
 }
 
 #[tokio::test]
-async fn a_reload_that_reads_while_a_takeover_begins_is_refused() {
+async fn reload_that_reads_while_a_takeover_begins_is_refused() {
     let Before { config, control, mut old, _world } = Before::start().await;
     // Without it there would be nothing to do, and the takeover done.
     let mut live = old.carried().await;
@@ -147,7 +147,7 @@ async fn reserved_slots_count_for_limits_and_are_no_sessions() {
 }
 
 #[tokio::test]
-async fn a_limit_holds_across_both_processes() {
+async fn limit_holds_across_both_processes() {
     let Before { config, control, mut old, _world } = Before::start().await;
     limit(&config);
     old.signal(Signal::HUP);
