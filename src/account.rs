@@ -66,7 +66,7 @@ impl Labels {
         if let Some((name, serial)) = known.numbers.get_key_value(name) {
             return Label { serial: *serial, name: Arc::clone(name) };
         }
-        // Without free numbers, those up to the count are all given.
+        // If no number was freed, all numbers below the count are in use, and the count is the next one.
         let serial = known.free.pop().or_else(|| u32::try_from(known.numbers.len()).ok());
         let label = Label { serial: serial.unwrap_or(u32::MAX), name: Arc::from(name) };
         known.numbers.insert(Arc::clone(&label.name), label.serial);
@@ -78,7 +78,7 @@ impl Labels {
     pub fn forget_unused(&self, is_held: impl Fn(u32) -> bool) {
         let mut known = lock(&self.known);
         let InternedNames { numbers, free } = &mut *known;
-        // Labels are made under this lock, or of another label.
+        // A label is created under this lock or cloned from another label, so a count of one cannot rise meanwhile.
         numbers.retain(|name, serial| {
             let is_used = Arc::strong_count(name) > 1 || is_held(*serial);
             if !is_used {

@@ -122,7 +122,7 @@ pub(crate) fn dial<'a>(
         let (socket, port) = socket.map_err(failed)?;
         session.wake_at(session.tick().after(limit));
         let reset = pin!(client.ready(Interest::ERROR));
-        // By the socket's own place for a writer: a future that waits for it would take 100 bytes more of every session's lead.
+        // Polls the socket's own slot for a writer: a separate future for it adds 100 bytes to every session that connects.
         let writable = poll_fn(|context| {
             ready!(socket.poll_write_ready(context))?;
             pin!(socket.ready(Interest::WRITABLE)).poll(context)
@@ -152,7 +152,7 @@ pub(crate) fn sources(
     address: BackendAddr,
     start: usize,
 ) -> impl Iterator<Item = Option<IpAddr>> + '_ {
-    // Not the address itself: a session keeps room for the closure while it connects.
+    // Captures one bool instead of the address: each connecting session stores the closure.
     let is_ipv4 = address.0.is_ipv4();
     let of_family = move || all.iter().copied().filter(move |ip| ip.is_ipv4() == is_ipv4);
     let count = of_family().count();

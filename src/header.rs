@@ -279,7 +279,7 @@ impl HeaderReader {
         let reject = |why| Outcome::reject(EndedAt::Header, why);
         let socket = self.connection.registered().map_err(|_| reject(Reason::Shortage))?;
         let mut readable = pin!(socket.readable());
-        // What has come is read first, also where the place has gone.
+        // Bytes that have arrived are read first, even if the pending slot was lost.
         let step = poll_fn(|context| match readable.as_mut().poll(context) {
             Poll::Ready(ready) => Poll::Ready(ready.map_err(|_| reject(Reason::Shortage))),
             Poll::Pending => match place.poll(context.waker()) {

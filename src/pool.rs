@@ -278,7 +278,7 @@ impl Pool {
             drop(update);
             return pool.observe(&replacement, verdict, took, now);
         }
-        // What a name leads to later, or a reload adds, comes into a pool that already works.
+        // Backends that DNS or a reload adds later join a pool that is already in use.
         let is_new = matches!(backend.summary().changed.1, ChangeCause::Resolved | ChangeCause::Reload);
         let is_late = is_new && self.usable() > 0;
         if !backend.health.observe(verdict, took, self.slow_start, is_late, now) {
@@ -309,7 +309,7 @@ impl Pool {
             Err(TryLockError::WouldBlock) => return None,
         };
         if self.is_replaced() {
-            // It was replaced just now: the next failure reaches its replacement.
+            // It was replaced meanwhile; the next failure is counted at its replacement.
             return None;
         }
         let candidates = self.candidates();
@@ -348,7 +348,7 @@ impl Pool {
         now: Moment,
     ) -> Option<(u32, BackendChange)> {
         let update = lock(&self.update);
-        // Another one may have come into force while the lock was waited for.
+        // The pool may have been replaced while this waited for the lock.
         if let Some(current) = self.current() {
             drop(update);
             return current.override_weight(address, weight, now);
@@ -417,7 +417,7 @@ impl Pool {
         if let Some(queue) = self.queue.as_ref().filter(|queue| queue.waiting() > 0) {
             let candidates = self.candidates.load();
             let spare = candidates.backends().iter().filter(|backend| backend.is_spare());
-            // A session that may not use one backend's room may not use another's either.
+            // The tenant's share applies to the whole pool: without room at one backend there is none at another.
             let _ = candidates.used().iter().chain(spare).all(|backend| queue.serve(backend));
         }
     }

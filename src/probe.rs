@@ -60,7 +60,7 @@ pub async fn run(
     let mut warned = None;
     loop {
         sleep(schedule.due.since(clock::now())).await;
-        // A reload may have put others in their place, and keeps on probing in the same rhythm.
+        // After a reload, pool and backend are the replacements; the schedule continues.
         let Some(followed) = pool.follow(&backend) else { break };
         (pool, backend) = followed;
         let Some(probe) = &pool.probe else { break };
@@ -76,7 +76,7 @@ pub async fn run(
         if let Some(change) = pool.observe(&backend, verdict, now.since(start), now) {
             change.log(&pool);
         }
-        // What is short here is no fault of the backend's: a busy process must not take its backends for dead.
+        // A local shortage is not a failure of the backend: a busy process must not mark its backends unhealthy.
         if verdict.is_success().is_none() && is_due(warned, now) {
             warn(&pool, &backend, verdict);
             warned = Some(now);

@@ -102,7 +102,7 @@ async fn post_required(method: Method) -> Response {
 }
 
 async fn reload(State(state): State<ControlRoutes>) -> Response {
-    // Not a page, so it does not wait for one; orders take their turns by themselves.
+    // A reload does not wait for a page to be rendered; control commands are serialized by their own lock.
     let control = state.control;
     match tokio::task::spawn_blocking(move || control.reload()).await {
         Ok(Ok(reloaded)) => Json(reloaded).into_response(),
@@ -134,7 +134,7 @@ async fn takeover(State(state): State<ControlRoutes>, request: Request) -> Respo
             .await
             .ok()
             .and_then(|upgraded| upgraded.downcast::<TokioIo<TrackedStream<tokio::net::UnixStream>>>().ok());
-        // It has gone already.
+        // The upgrade fails only if the peer has closed the connection.
         let stream = upgraded.and_then(|parts| parts.io.into_inner().into_stream());
         let Some(Ok(stream)) = stream.map(tokio::net::UnixStream::into_std) else { return };
         state.control.hand_over(stream);

@@ -66,7 +66,7 @@ pub(crate) async fn serve(
     let asked = Arc::clone(&live);
     let attend = |visit| {
         let (path, live) = (Arc::clone(&path), Arc::clone(&asked));
-        // A check that fails is the checker's to notice.
+        // The peer notices a failed check; nothing is to be done here.
         async move { check(visit, &path, &live).await.unwrap_or_default() }
     };
     serve::accept(socket, AdminEndpoint::Health, room, &LIMITS, turn, live, attend).await;

@@ -243,7 +243,7 @@ fn process(samples: &mut Samples, live: &LiveState) {
         samples.count(&names::ADMIN_ENDED, &[endpoint.as_str(), ended.as_str()], count);
     }
     let tcp = live.ports.usage().into_iter().map(|usage| (usage.backend.to_string(), "tcp", usage));
-    // A UDP port is for all backends.
+    // A local UDP port is used for all backends.
     let udp = live.udp_ports.usage().into_iter().map(|usage| (String::new(), "udp", usage));
     for (backend, protocol, usage) in tcp.chain(udp) {
         samples.count(&names::LOCAL_PORTS, &[&backend, protocol, "live"], usage.live as u64);
@@ -356,7 +356,7 @@ fn worker(samples: &mut Samples, number: usize, shard: &CounterShard) {
 }
 
 fn routes(samples: &mut Samples, shard: &CounterShard) {
-    // Held to the end: meanwhile no row is added to the one of what is gone, and would be counted twice.
+    // Held to the end: otherwise a row could be folded into the aggregate row meanwhile and be counted twice.
     let routes = shard.routes();
     for route in &routes {
         let labels = [route.listener.name(), route.tenant.name(), route.pool.name()];

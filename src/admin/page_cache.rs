@@ -90,7 +90,7 @@ impl CachedPage {
         let began = clock::now();
         let made = tokio::task::spawn_blocking(move || (render(), turn));
         let made = made.await.inspect_err(|error| tracing::error!(%error, "cannot render the page"));
-        // The turn ends once those that wait for it find the text.
+        // The turn is held until the text is stored, so that waiting requests find it.
         let (made, _turn) = made.ok()?;
         Some(made.map(|text| {
             let text = Arc::new(PageBody(text));

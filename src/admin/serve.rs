@@ -38,11 +38,11 @@ const REQUEST: Duration = Duration::from_secs(60);
 const LIMITS: ConnectionTimeouts = ConnectionTimeouts {
     first_byte: Duration::from_secs(5),
     request: Duration::from_secs(10),
-    // The request has its own time, and an answer that says so.
+    // Longer than the timeout of the request itself, which has an error response of its own.
     answer: Duration::from_secs(65),
     stall: Duration::from_secs(10),
     send: Duration::from_secs(60),
-    // Longer than scrapes are apart.
+    // Longer than the usual interval between scrapes.
     idle: Duration::from_secs(90),
 };
 
@@ -203,7 +203,7 @@ async fn connection<S: AdminStream>(visit: Arc<TrackedConnection<S>>, router: Ro
         .serve_connection(TokioIo::new(visit.stream()), bounded)
         .with_upgrades();
     let mut connection = pin!(connection);
-    // How a connection ends is the business of the peer that opened it.
+    // The result is ignored: an error on the connection concerns its peer only.
     if timeout(LIFE, connection.as_mut()).await.is_err() {
         connection.as_mut().graceful_shutdown();
         drop(connection.await);

@@ -119,11 +119,11 @@ impl BandwidthBudget {
         let now = at(now);
         let convert = |due: u64| {
             let ahead = u128::from(due.saturating_sub(now));
-            // Without a limit before, it is not known of which rate that is.
+            // If there was no limit before, the rate of the debt is unknown.
             let owed = if before == 0 { ahead } else { ahead * u128::from(before) / u128::from(rate) };
             Some(now.saturating_add(u64::try_from(owed).unwrap_or(u64::MAX).min(burst))).filter(|_| ahead > 0)
         };
-        // Where nothing is owed, nothing changes.
+        // An error means that nothing is owed, so nothing changes.
         self.due.fetch_update(Ordering::AcqRel, Ordering::Acquire, convert).unwrap_or_default();
     }
 
@@ -183,7 +183,7 @@ impl BandwidthBudget {
         let Some(terms) = self.terms().filter(|_| bytes > 0) else { return };
         let span = u64::try_from(u128::from(bytes) * SECOND / terms.rate).unwrap_or(u64::MAX);
         let pay_back = |due: u64| Some(due.saturating_sub(span));
-        // It always pays back.
+        // The update cannot fail: the closure never returns `None`.
         self.due.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay_back).unwrap_or_default();
     }
 
@@ -198,7 +198,7 @@ impl BandwidthBudget {
             within = paid <= end;
             Some(paid.min(end.saturating_add(MOST_DEBT)).max(due))
         };
-        // It always pays.
+        // The update cannot fail: the closure never returns `None`.
         self.due.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay).is_ok() && within
     }
 

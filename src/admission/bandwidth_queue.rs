@@ -174,7 +174,7 @@ impl BandwidthQueue {
             }
         }
         if self.waiters.is_empty() {
-            // A flood has passed: its memory goes back.
+            // Frees the memory of a past burst of waiters.
             *self = Self::default();
         }
     }

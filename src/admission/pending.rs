@@ -118,7 +118,7 @@ impl PendingSlots {
     pub fn expire(&self, timeout: Duration, now: Moment) {
         let limit = self.limit();
         if time_allowed(timeout, self.used(), limit) == timeout {
-            // Each has a deadline of its own for that.
+            // Each connection's own deadline covers the full timeout.
             return;
         }
         let mut table = lock(&self.table);
@@ -199,7 +199,7 @@ impl PendingTable {
         }
         let node = self.nodes.try_remove(number as usize);
         if self.nodes.is_empty() {
-            // A flood has passed: its memory goes back.
+            // Frees the memory of a past flood.
             *self = Self::default();
         }
         node

@@ -141,7 +141,7 @@ impl Quota {
             self.share.iter().for_each(|share| share.join());
         }
         let mut permit = SessionPermit { quota: Arc::clone(self), would_reject: None };
-        // The process is not the tenant's: a tenant that only observes its own limits is shed like any other.
+        // Observe mode applies to the tenant's own limits. The limit of the process is enforced for every tenant.
         if self.share.as_ref().is_some_and(|share| !share.allows(held + self.flows.used())) {
             return Err(self.reject(Reason::Shed));
         }
@@ -218,7 +218,7 @@ impl Quota {
     /// # Errors
     /// It has not, and is counted as left out. Tells whether it is the first of those.
     pub fn has_line(&self, now: Moment) -> Result<(), bool> {
-        // In intervals: it starts at zero with the process, and would go round after 13 years.
+        // Counted in intervals since the process started; 32 bits overflow after 13 years.
         let now = u32::try_from(now.as_nanos() / LINES_INTERVAL).unwrap_or(u32::MAX);
         let one_more = |full_at: u32| {
             let from = full_at.max(now);

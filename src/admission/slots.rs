@@ -63,7 +63,7 @@ impl Slots {
     pub(super) fn enter_reserved(&self) -> bool {
         let one = |kept: usize| kept.checked_sub(1);
         match self.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, one) {
-            // It is among those taken already.
+            // A reserved slot is already counted as taken.
             Ok(_) => false,
             Err(_) => self.enter_anyway() == 0,
         }

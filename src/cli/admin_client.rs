@@ -89,7 +89,7 @@ where
 {
     let said = |error: hyper::Error| error.to_string();
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(said)?;
-    // Its end is the answer's.
+    // The connection ends with the response.
     let connection = tokio::spawn(connection);
     let request = Request::get(path).header(header::HOST, host).body(Body::empty());
     let request = request.map_err(|error| error.to_string())?;

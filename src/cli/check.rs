@@ -69,7 +69,7 @@ pub(super) fn run(options: &CheckOptions) -> ExitCode {
         }
     };
     let difference = ConfigDiff::between(&now, &config);
-    // A reader that has seen enough, such as head, is no fault.
+    // A reader that closes the pipe early, such as head, is not an error.
     print_difference(&difference, options.json).unwrap_or_default();
     if difference.is_refused() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

@@ -182,7 +182,7 @@ fn show(keep: bool, programs: LabPrograms) -> io::Result<ExitCode> {
     world.remove()?;
     let left = Network::all(&network_name(&name, ""))?.len();
     screen.claim(left == 0, "Removed: namespaces with their interfaces, processes, files.");
-    // Whatever was under way has ended with its network.
+    // Everything in progress ended with its network.
     runtime.shutdown_background();
     if told.is_none() {
         return Ok(ExitCode::from(INTERRUPTED));

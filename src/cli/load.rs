@@ -320,7 +320,7 @@ async fn watched(plan: LoadPlan) -> io::Result<LoadReport> {
                     let failed = progress.failed.load(Ordering::Relaxed);
                     let mebibytes = progress.bytes.load(Ordering::Relaxed) >> 20;
                     eprint!("\r\x1b[K{} operations/s, {mebibytes} MiB, {failed} failed", operations - before);
-                    // A progress line that cannot be shown is no reason to stop.
+                    // A failure to print progress does not stop the load.
                     io::stderr().flush().unwrap_or_default();
                 }
                 before = operations;

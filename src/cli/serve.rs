@@ -39,7 +39,7 @@ pub(super) struct ServeOptions {
 
 pub(super) fn run(options: &ServeOptions) -> ExitCode {
     let path = options.config.as_path();
-    // First of all, while there is one thread: it takes variables out of the environment.
+    // First, while the process has one thread: this removes variables from the environment.
     let inherited = InheritedSockets::from_environment();
     // Before the configuration is read, which may take long: a signal then must not kill the process.
     let caught = tokio::runtime::Builder::new_current_thread()
@@ -76,7 +76,7 @@ async fn read(
 ) -> Option<Result<(Config, ConfigSources), ConfigErrors>> {
     let path = path.to_owned();
     let reading = tokio::task::spawn_blocking(move || {
-        // Before they are read: what changes after it is another configuration.
+        // Recorded before the files are read, so that a change during the reading is noticed.
         let sources = ConfigSources::of(&path, &ConfigSources::default());
         Config::load(&path).map(|config| (config, sources))
     });
@@ -133,12 +133,12 @@ fn serve(
     let mut server = Server::start_with(&config, start)?;
     server.take_over()?;
     announce(&server, &config);
-    // The server has it, until another one is in force.
+    // The server holds the configuration until a reload replaces it.
     drop(config);
     notify::ready();
     let reloads = carry_out_each(Arc::clone(server.control()), asked, |control| drop(control.reload()));
     runtime.spawn(failure::essential("reloads", reloads));
-    // Apart from reloads, which may wait for names for seconds.
+    // A task of its own: a reload may wait for DNS for seconds.
     let reopens = carry_out_each(Arc::clone(server.control()), asked_to_reopen, |control| {
         drop(control.reopen_access_log());
     });
@@ -213,7 +213,7 @@ impl SuccessorCommand {
         match command.spawn() {
             Ok(mut child) => {
                 tracing::info!(pid = child.id(), "successor started");
-                // Waited for on a thread: one that fails is told of, and leaves nothing behind.
+                // A thread waits for the child: a failure is logged, and no zombie process remains.
                 std::thread::spawn(move || match child.wait() {
                     Ok(status) => tracing::error!(%status, "the successor exited; this process continues"),
                     Err(error) => tracing::error!(%error, "the exit status of the successor is unknown"),
@@ -233,7 +233,7 @@ impl SignalLoop {
                 _ = self.signals.interrupt.recv() => return,
                 _ = self.signals.reopen.recv() => self.reopens.try_send(()).unwrap_or_default(),
                 _ = self.signals.upgrade.recv() => self.successor.start(control.takeover_obstacle()),
-                // Not here: it may wait for names, and the end must not wait for it.
+                // Not run here: a reload may wait for DNS, and a signal to end must not wait for it.
                 _ = self.signals.hangup.recv() => self.reloads.try_send(()).unwrap_or_default(),
             }
         }
@@ -259,7 +259,7 @@ async fn carry_out_each(
 ) {
     while asked.recv().await.is_some() {
         let control = Arc::clone(&control);
-        // What came of it is logged and counted there.
+        // `order` logs and counts the result.
         if let Err(error) = tokio::task::spawn_blocking(move || order(&control)).await {
             tracing::error!(%error, "internal error while handling a signal");
         }

@@ -39,19 +39,19 @@ pub(super) async fn run(main: PathBuf, mut known: ConfigSources, control: Arc<Pr
         if let Ok(watch) = &mut watch {
             watch.follow(&known);
         }
-        // Between the look and the watch of a new folder something may have changed in it.
+        // A file may have changed between the last check and the watch of a new folder.
         let now = sources(&main, known.clone()).await;
         if now.are_as(&known) {
             known = now;
             let told = async { if let Ok(watch) = &watch { watch.told().await } else { pending().await } };
-            // Late is no error: it is time to look anyway.
+            // After a timeout the files are checked as well.
             drop(timeout(LOOK, told).await);
             continue;
         }
         known = settled(&main, now).await;
         tracing::info!(file = %main.display(), "configuration file changed");
         let control = Arc::clone(&control);
-        // What came of it is logged and counted there. The next change is the next attempt.
+        // `reload` logs and counts the result. The next change starts the next attempt.
         if let Err(error) = tokio::task::spawn_blocking(move || control.reload()).await {
             tracing::error!(%error, "internal error during a reload");
         }
@@ -96,7 +96,7 @@ impl FolderWatch {
 
     /// Watches these folders too. One that is watched already stays so, and one that is gone tells nothing more.
     fn follow(&mut self, sources: &ConfigSources) {
-        // No word of writing itself: a log in the same folder would never be quiet.
+        // Without events for each write: a log file in the same folder would cause them all the time.
         let what = WatchFlags::CLOSE_WRITE
             | WatchFlags::MOVED_TO
             | WatchFlags::MOVED_FROM
@@ -128,7 +128,7 @@ impl FolderWatch {
             }
         }
         if !any {
-            // Broken, or nothing of ours: no reason to spin.
+            // No event was read: the descriptor is broken, or the wakeup was spurious. Waits, to avoid a busy loop.
             sleep(QUIET).await;
         }
     }

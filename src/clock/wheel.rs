@@ -155,7 +155,7 @@ impl TimerWheel {
         self.unlink(key.0);
         drop(self.nodes.try_remove(key.0 as usize));
         if self.nodes.is_empty() {
-            // A flood has passed: its memory goes back.
+            // Frees the memory of a past burst of timers.
             self.nodes = Slab::new();
         }
     }

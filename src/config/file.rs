@@ -267,14 +267,14 @@ pub(super) fn matching(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, Str
             Err(format!("must name an existing file, or contain a \"*\" if it may match none, found {shown}"))
         };
     }
-    // The folder is a path and no pattern: a bracket in it stands for itself.
+    // The folder is a path, not a pattern: its brackets are literal.
     let within = glob::Pattern::escape(&folder.display().to_string());
     let pattern = Path::new(&within).join(pattern);
     let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
     let files = glob::glob_with(&pattern.display().to_string(), options).map_err(|error| {
         format!("must be a path with \"*\", \"?\" or \"[...]\" in it, found {shown}: {}", error.msg)
     })?;
-    // A folder that may not be listed is named as if it were a file, so that reading it says why.
+    // A folder that cannot be listed is returned like a file: reading it then reports the error.
     Ok(files.map(|file| file.unwrap_or_else(|error| error.path().to_owned())).collect())
 }
 
@@ -307,7 +307,7 @@ fn syntax(message: &str, found: &str, rest: &str, header: bool) -> String {
         (_, Some(_)) => "the end of the line".to_owned(),
         (_, None) => "the end of the file".to_owned(),
     };
-    // A text that begins like a number's name is taken for one.
+    // A bare word that begins like "inf" or "nan" is parsed as a float.
     let hint = if message.starts_with("invalid float") { "; a text needs quotes" } else { "" };
     format!("must be TOML, found {found}: {message}{hint}")
 }

@@ -210,7 +210,7 @@ impl<'i, 'f> Section<'i, 'f> {
         self.known.push(key);
         match self.table.remove(key) {
             Some(value) => ParsedField::Given(value),
-            // The misspelt key is a fault already: that the right one is absent goes without saying.
+            // The misspelt key is already reported, so its absence is not reported as well.
             None if self.is_misspelt(key) => ParsedField::Faulty,
             None => ParsedField::Absent,
         }

@@ -110,7 +110,7 @@ impl Handover {
             Ok(()) => {
                 self.live.takeovers.count(true);
                 tracing::info!(pid = successor, "handover complete: all sessions moved to the successor");
-                // Not before: of a successor that fails it could not be taken back.
+                // Only after success: systemd's main PID cannot be taken back from a successor that fails.
                 self.process.end(successor);
             }
             Err(error) => {
@@ -162,7 +162,8 @@ impl Handover {
             Some(_) => return Err(HandoverError::Confused),
             None => return Err(HandoverError::Gone),
         }
-        // It has read what was in force before. A reload that is under way is over then, or refused.
+        // The successor has read the configuration that was in force before. From here on reloads are refused; one in
+        // progress has ended or is refused.
         let no_reloads = ReloadsRefused::new(&*self.process);
         if self.live.is_draining() || self.live.reloads.done() != reloads {
             return Err(HandoverError::Overtaken);
@@ -220,7 +221,8 @@ impl Handover {
             scope.spawn(|| receive_replies(link, &pending, &gone, &ended));
             let result = self.watch(&pending, &gone, &end);
             let result = result.and_then(|()| Ok(link.send(&LinkMessage::Done, &[], &[])?));
-            // Replies so far count; sessions without a reply stay. The threads end with their senders.
+            // Replies received so far are processed; sessions without a reply stay. The threads end when their senders are
+            // dropped.
             if result.is_ok() {
                 link.stop_receiving();
             } else {
@@ -287,20 +289,20 @@ fn send_transfers(
         let PendingTransfer { transfer, answer } = match next {
             NextDeparture::Transfer(transfer) => transfer,
             NextDeparture::FlowsGone => {
-                // Where it cannot be said, the others will notice.
+                // If the link is broken, the other threads detect it.
                 link.send(&LinkMessage::FlowsSent, &[], &[]).unwrap_or_default();
                 continue;
             }
         };
         if gone.load(Ordering::Acquire) {
-            // Dropped without an answer: it stays.
+            // Dropped without an answer, so the session or flow stays in this process.
             continue;
         }
-        // Known before it is sent: the answer may be faster than we are.
+        // Inserted before it is sent, because the reply may arrive at once.
         lock(pending).insert(id, (answer, clock::now()));
         let fds: Vec<_> = transfer.fds.iter().map(AsFd::as_fd).collect();
         if let Err(error) = link.send(&LinkMessage::Parcel { id }, &transfer.record, &fds) {
-            // Not a whole frame has come: it stays.
+            // The successor has no complete frame, so the session or flow stays in this process.
             lock(pending).remove(&id);
             if !gone.swap(true, Ordering::AcqRel) {
                 tracing::warn!(%error, "cannot send a session to the successor");
@@ -363,7 +365,7 @@ struct PausedService<'a>(Option<(&'a Handover, &'a Runtime)>);
 impl<'a> PausedService<'a> {
     fn new(handover: &'a Handover, runtime: &'a Runtime) -> Self {
         handover.process.serve(false);
-        // Also where this process ends meanwhile: the successor is asked there then.
+        // Keeps the socket file even if this process ends meanwhile: then the successor answers there.
         handover.process.own_socket_file(false);
         Self(Some((handover, runtime)))
     }

@@ -70,14 +70,14 @@ impl HandoverLink {
 
     /// Nothing is heard any more that is said from now on; what was said before is still read.
     pub fn stop_receiving(&self) {
-        // The other side has gone then, and says nothing either.
+        // It fails only if the other side has closed the connection, which then sends nothing either.
         self.stream.shutdown(Shutdown::Read).unwrap_or_default();
     }
 
     /// Ends it for both sides: after a frame that was not sent whole, the next would be taken for the rest of it. What was said
     /// before is still read.
     pub fn shut_down(&self) {
-        // As above.
+        // It fails only if the other side has closed the connection.
         self.stream.shutdown(Shutdown::Both).unwrap_or_default();
     }
 

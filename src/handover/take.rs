@@ -94,7 +94,7 @@ impl TakeoverOffer {
                 LinkMessage::Sockets(offered) if offered.len() == frame.fds.len() => {
                     sockets.extend(offered.into_iter().zip(frame.fds));
                 }
-                // Some were cut off: this process may not have so many descriptors.
+                // Descriptors are missing: the kernel drops those beyond this process's descriptor limit.
                 LinkMessage::Sockets(_) => return Err(io::Error::from(Errno::MFILE).into()),
                 LinkMessage::AllSockets { pid, .. } => {
                     let pid =
@@ -132,7 +132,7 @@ impl TakeoverOffer {
         process: Arc<dyn ServerProcess>,
     ) -> Result<(), TakeoverError> {
         let start = clock::now();
-        // Sessions arrive at once, and must not find backends that are not probed or resolved.
+        // Sessions arrive as soon as this process is ready; its backends must be probed and resolved by then.
         while live.is_starting() && clock::now().since(start) < PROBES {
             park_timeout(LOOK);
         }
@@ -141,15 +141,15 @@ impl TakeoverOffer {
         live.takeovers.set_receiving(true);
         // First: where the takeover fails, nothing may be accepted after that.
         process.serve(true);
-        // Not one of the threads that the end waits for: it ends with the old process.
+        // Not joined at shutdown: this thread ends with the old process.
         thread::Builder::new().name("takeover".to_owned()).spawn(move || {
             let all = arrivals.run(&live, &transfers);
             live.takeovers.set_receiving(false);
             match all {
-                // Not before: an old process that goes on needs its file, however this one ends.
+                // Only after success: an old process that continues needs its socket file, however this process ends.
                 Ok(()) => process.own_socket_file(true),
                 Err(why) => {
-                    // The old one accepts again: this one finishes what it has.
+                    // The old process accepts again, and this one serves its sessions to their end.
                     tracing::error!(why, "the previous process continues; this one drains");
                     process.serve(false);
                     process.drain();
@@ -212,7 +212,7 @@ fn upgrade(mut stream: &UnixStream) -> Result<(), TakeoverError> {
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     let mut byte = [0];
-    // One by one: what follows the answer is the link's.
+    // Reads byte by byte: the bytes after the response belong to the link.
     while !answer.ends_with(b"\r\n\r\n") && answer.len() < MOST_ANSWER {
         stream.read_exact(&mut byte)?;
         answer.extend_from_slice(&byte);
@@ -252,11 +252,11 @@ impl IncomingTransfers {
     fn run(self, live: &LiveState, control: &TransferControl) -> Result<(), String> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().build().map_err(|error| error.to_string())?;
-        // What cannot move yet may take its whole time; an old process that dies is noticed all the same.
+        // No read timeout: a session that cannot move yet may take long, and the death of the old process closes the link.
         self.link.set_read_timeout(None).unwrap_or_default();
         let mut moved = 0_u64;
         let end = self.take_all(&runtime, control, &mut moved);
-        // Flows that have not come are not to come.
+        // No further flows arrive from here on.
         runtime.block_on(control.set_receiving(true));
         live.takeovers.count(matches!(end, TransferEnd::Done));
         match end {
@@ -301,7 +301,7 @@ impl IncomingTransfers {
     /// Where the old process could not be told, and lives: it has this one still, and all that follow.
     async fn take_in(&self, id: u32, transfer: Transfer, control: &TransferControl) -> io::Result<bool> {
         let refused = match transfer.kind() {
-            // A datagram more or less is nothing new to a flow.
+            // Taken before it is confirmed: a flow tolerates a lost or repeated datagram.
             Ok(TransferKind::Flow) => {
                 let (answer, answered) = tokio::sync::oneshot::channel();
                 control.take_over(PendingTransfer { transfer, answer }).await;
@@ -313,8 +313,9 @@ impl IncomingTransfers {
             Ok(TransferKind::Session) => match transfer.session() {
                 Ok(mut session) => {
                     session.may_use(&self.reserved);
-                    // Sent before its first byte moves: a process with this reply closes its own side, one without
-                    // continues with it. If it could not be said, the other one has it, unless it is dead.
+                    // Sent before the first byte is forwarded: with this reply the old process closes its copy, without it
+                    // the old process continues the session. If sending fails, the session is the old process's, unless
+                    // that process is dead.
                     self.confirm(id)?;
                     control.carry(session).await;
                     return Ok(true);

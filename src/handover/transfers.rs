@@ -87,7 +87,7 @@ impl Departures {
                 }
                 else => return None,
             };
-            // One that cannot be packed is dropped, and stays.
+            // A session or flow that cannot be packed is dropped here and stays in its process.
             if let Ok(transfer) = packed {
                 return Some(NextDeparture::Transfer(transfer));
             }
@@ -119,7 +119,7 @@ impl TransferControl {
         let (sessions, leaving_sessions) = mpsc::channel(UNDER_WAY);
         let (flows, leaving_flows) = mpsc::channel(UNDER_WAY);
         for worker in &self.commands {
-            // A worker that has ended has nothing that could leave.
+            // A worker that has ended has no sessions.
             worker.send(TransferCommand::Leave(sessions.clone(), flows.clone())).await.unwrap_or_default();
         }
         Departures { sessions: leaving_sessions, flows: leaving_flows, are_flows_gone: false }
@@ -145,7 +145,7 @@ impl TransferControl {
     pub async fn take_over(&self, PendingTransfer { transfer, answer }: PendingTransfer) {
         let result = match transfer.kind() {
             Ok(TransferKind::Session) => match transfer.session() {
-                // If the receiver has given up, the session stays there.
+                // If the receiver is gone, the session stays in the other process.
                 Ok(session) if answer.send(TransferReply::Taken).is_ok() => {
                     self.carry(session).await;
                     Ok(())
@@ -270,7 +270,7 @@ impl WorkerTransfers {
 /// Goes on with a flow of another process.
 fn take_flow(flows: &FlowWorker<LoadGuard>, flow: ArrivingFlow) -> Result<(), ThawError> {
     let Departure { frozen, reply } = *flow;
-    // If the receiver has given up, the flow stays there.
+    // If the receiver is gone, the flow stays in the other process.
     if !reply.is_closed() {
         flows.thaw(FrozenFlow::new(frozen)?)?;
         reply.send(TransferReply::Taken).unwrap_or_default();

@@ -100,7 +100,7 @@ impl TestBackend {
                 own_counts.open.fetch_add(1, Ordering::Relaxed);
                 let (name, counts) = (Arc::clone(&own_name), OpenConnection(Arc::clone(&own_counts)));
                 sessions.spawn(async move {
-                    // A peer that goes away is no fault of the backend's.
+                    // A connection error is caused by the peer, not by this backend.
                     behave(stream, temper, &name, &counts.0).await.unwrap_or_default();
                 });
             }

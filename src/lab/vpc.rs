@@ -85,7 +85,7 @@ impl Network {
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(IP);
         command.args(["netns", "exec", self.name(), program]);
-        // What a service manager has told this process is not for its children.
+        // A service manager's variables are meant for this process only.
         for variable in ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC"] {
             command.env_remove(variable);
         }

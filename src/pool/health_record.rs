@@ -183,7 +183,8 @@ impl HealthRecord {
         if over {
             chart.begin_slow_start(now, gentle);
             chart.changed = (now, ChangeCause::EjectionOver);
-            // What its last sessions came to meanwhile is not held against it, or the first failure would put it out again.
+            // Failures of its remaining sessions during the ejection are not counted; otherwise the first failure would
+            // eject it again.
             self.connect_failures.store(0, Ordering::Relaxed);
             self.resets.store(0, Ordering::Relaxed);
             self.is_ejected.store(false, Ordering::Release);

@@ -171,7 +171,7 @@ fn share_out(table: &mut [u16], wishes: &mut [MaglevPermutation], size: u32) {
         let most = share(wish, 1);
         wish.give_up(table, most);
     }
-    // If all kept what is rounded up, those that have less could be left with far less than their share.
+    // If every backend kept a share that is rounded up, backends with fewer slots could get far less than their share.
     let missing: usize = wishes.iter().map(|wish| share(wish, 0).saturating_sub(wish.taken.len())).sum();
     let free = table.iter().filter(|place| **place == FREE).count();
     let beyond = wishes.iter_mut().filter(|wish| wish.taken.len() > share(wish, 0));

@@ -81,7 +81,7 @@ impl PoolQueue {
     #[must_use]
     pub fn join(self: &Arc<Self>, tenant: u32, is_shared: bool) -> Option<QueuePlace> {
         let length = self.length.load(Ordering::Acquire);
-        // A line that is full is not worth a lock.
+        // A full queue is refused without the lock.
         if self.waiting() >= length {
             return None;
         }
@@ -101,8 +101,8 @@ impl WaitingSessions for PoolQueue {
         if backend.is_retired() {
             return true;
         }
-        // Without the lock first: every session of a full pool comes here. A session that joins and one that makes
-        // room do so before they look, so one of the two sees the other.
+        // Checked without the lock first, because every session of a full pool comes here. A session that joins and one
+        // that frees a slot write before they read, so one of the two sees the other.
         while self.waiting() > 0 && (backend.is_used() || backend.is_spare()) && backend.has_room() {
             let next = {
                 let mut line = lock(&self.line);
@@ -187,7 +187,7 @@ impl Future for QueuePlace {
 impl Drop for QueuePlace {
     fn drop(&mut self) {
         {
-            // Nearly always it has had its turn, and the line need not be looked through.
+            // Usually the session was served, and the queue need not be searched.
             if self.ticket.is_waiting.load(Ordering::Acquire) {
                 let mut line = lock(&self.queue.line);
                 if line.take(self.ticket.tenant, self.ticket.number).is_some() {
@@ -195,7 +195,8 @@ impl Drop for QueuePlace {
                 }
             }
         }
-        // What it was given and never took goes to the next in line, and that takes the lock.
+        // A backend that was assigned and not used goes to the next session in the queue. That takes the lock, so it is
+        // released first.
         let given = lock(&self.ticket.result).picked.take();
         drop(given);
     }

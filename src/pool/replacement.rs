@@ -97,7 +97,7 @@ impl Pool {
             own.or_else(|| before.map(|before| before.candidates().backends().to_vec())).unwrap_or_default();
         let known: Before<'_> = own.iter().map(|backend| (backend.address().0, backend)).collect();
         if let Some(before) = before {
-            // The plan of a table is worth keeping.
+            // Starts from the previous candidates, so that their Maglev plan is reused.
             pool.candidates = arc_swap::ArcSwap::new(before.candidates());
         }
         let found = pool.keep_names(before.map(Arc::as_ref), answers);

@@ -18,7 +18,7 @@ impl Pool {
         tried: &mut TriedBackends,
     ) -> Result<PickedBackend, PickError> {
         if !tried.is_empty() {
-            // It has got its place already, and tries another backend.
+            // The session is already counted and tries another backend.
             return self.pick_again(tenant, key, roll, tried);
         }
         let shares = &self.persistent.shares;
@@ -31,7 +31,7 @@ impl Pool {
         let picked = self.pick_skipping_queue(passes_line, key, roll, tried);
         shares.settle();
         let picked = picked.map(|picked| picked.of(tenant)).inspect_err(|_| shares.leave(tenant));
-        // Meanwhile it was counted twice, which may have kept out one that waits.
+        // The session was counted twice meanwhile, which may have kept a waiting session from being served.
         self.serve_queue();
         picked
     }

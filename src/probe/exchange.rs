@@ -31,7 +31,7 @@ pub async fn ask(backend: BackendAddr, from: (&[IpAddr], &LocalPorts), probe: &P
     match ended {
         Ok(Ok(verdict)) => verdict,
         Ok(Err(error)) => match Errno::from_io_error(&error) {
-            // Where it comes before anything is asked, the backend has accepted, and changed its mind.
+            // Also before the request is sent: the backend accepted the connection and reset it.
             Some(Errno::CONNRESET | Errno::PIPE) => ProbeResult::Reset,
             Some(Errno::TIMEDOUT) => late,
             _ => connect::classify(&error).into(),
@@ -56,7 +56,7 @@ async fn converse(
         return datagram(BackendAddr(address), sources, &question, probe, late).await;
     }
     let opening = if question.is_empty() { ConnectPurpose::Listens } else { ConnectPurpose::Speaks };
-    // The connection is reset in the end, and its port is free at once.
+    // The connection ends with a reset, so its port is free at once.
     let (mut socket, _port) = connect(BackendAddr(address), (sources, ports), opening).await?;
     *late = ProbeResult::AnswerTimeout;
     socket.write_all(&question).await?;
@@ -83,7 +83,7 @@ async fn datagram(
     let any = if address.0.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind(SocketAddr::new(source.unwrap_or(any), 0)).await?;
     socket.connect(address.0).await?;
-    // It would answer itself.
+    // The socket would receive its own datagrams.
     if socket.local_addr()? == address.0 {
         return Err(Errno::CONNREFUSED.into());
     }
@@ -134,7 +134,7 @@ async fn connect(
 
 async fn attempt(origin: SourcePorts<'_>, opening: ConnectPurpose) -> io::Result<(TcpStream, LocalPort)> {
     let (socket, port) = connect::start(origin, opening)?;
-    // Now, so that it holds wherever this ends.
+    // Set now, so that it applies at every exit.
     socket.set_zero_linger()?;
     socket.writable().await?;
     socket.take_error()?.map_or(Ok((socket, port)), Err)

@@ -396,7 +396,7 @@ impl HostsFile {
         let mut read = lock(&self.read);
         if read.0 != changed {
             let mut hosts = Hosts::default();
-            // What could be read before a fault holds.
+            // Entries read before an error are used.
             File::open(&self.path).and_then(|file| hosts.read_hosts_conf(file)).unwrap_or_default();
             *read = (changed, Arc::new(hosts));
         }

@@ -47,7 +47,7 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         let is_own = symlink_metadata(&self.path).is_ok_and(|found| identity(&found) == self.own);
         if is_own && !self.kept.load(Ordering::Acquire) {
-            // Gone already, or its folder is not ours any more: a stale one is replaced at the next start.
+            // It fails if the file is gone or the folder is not writable; a stale file is replaced at the next start.
             remove_file(&self.path).unwrap_or_default();
         }
     }

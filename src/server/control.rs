@@ -79,7 +79,7 @@ impl control::Control for ProcessControl {
             notify::reloading();
         }
         let mut reloaded = self.put_in_force();
-        // Also where it is refused: a log that was renamed must not wait for another to be put right.
+        // Also if the reload is refused: a renamed log must be reopened even if the configuration is invalid.
         let reopened = self.reopen_access_log();
         match &mut reloaded {
             // The reload itself logs the change.
@@ -93,7 +93,7 @@ impl control::Control for ProcessControl {
                 faults.extend(reopening.unwrap_or_default());
             }
         }
-        // Also where it was refused: it serves.
+        // Also if the reload was refused: the process continues to serve.
         if !goes {
             notify::ready();
         }

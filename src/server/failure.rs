@@ -28,11 +28,11 @@ pub(super) fn end(what: &str) -> ! {
         "an essential task stopped because of an internal error; the process ends so that it is restarted"
     );
     let abort = || {
-        // That it may return early does no harm.
+        // A spurious early return is harmless.
         thread::park_timeout(EXIT);
         process::abort()
     };
-    // Without the thread the exit has no limit.
+    // If the thread cannot start, the exit has no time limit.
     thread::Builder::new().name("exit".to_owned()).spawn(abort).map(drop).unwrap_or_default();
     if let Some(flush) = BEFORE_EXIT.get() {
         flush();

@@ -100,7 +100,7 @@ impl InheritedSockets {
         for socket in &taken {
             socket.set_nonblocking(true)?;
             hears_only(socket, address)?;
-            // Whatever systemd has chosen: it may be done again.
+            // Replaces the backlog that systemd has set; listen(2) may be called again.
             SockRef::from(socket).listen(backlog)?;
             SockRef::from(socket).set_tcp_nodelay(true)?;
         }

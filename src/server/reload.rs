@@ -151,7 +151,7 @@ impl ReloaderState {
         let turn = self.live.begin_reload(config)?;
         let present = self.live.config.load_full();
         let mut held = lock(&self.held);
-        // It may have been read before the takeover began.
+        // The configuration may have been read before the takeover began.
         if held.are_leaving {
             return Err(ReloadError::TakeoverInProgress);
         }
@@ -163,7 +163,7 @@ impl ReloaderState {
                 Arc::new(Resolver::new(&config.dns, self.live.own_addresses()).map_err(StartError::from)?);
             self.resolver.get_or_init(|| resolver);
         }
-        // A worker that is no more needs no room.
+        // A worker that has ended is left out.
         if self.commands.iter().any(|commands| commands.capacity() < ROOM && !commands.is_closed()) {
             return Err(ReloadError::Busy);
         }
@@ -171,7 +171,7 @@ impl ReloaderState {
         // The last that may fail, and then close what it has bound: connections come to it from here on.
         let plan = self.plan(config, &turn.places(config), &held.sockets)?;
         let wanted = (plan.open.iter().any(|sockets| !sockets.is_empty()), !plan.close.is_empty());
-        // From here on nothing fails.
+        // No step after this one can fail.
         let changes = turn.put(config, plan.addresses, &answers, clock::now());
         let vacancies: Vec<_> = plan
             .close

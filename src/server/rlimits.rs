@@ -156,11 +156,11 @@ fn compute(
     // Datagrams are not spliced.
     let pipes = if each == PER_FLOW { 0 } else { process.pipe_memory / pipe::CAPACITY as u64 };
     let fixed = RESERVE + workers as u64 * (PER_WORKER + listening as u64);
-    // Beyond an eighth, probes wait for each other.
+    // Probes use at most an eighth; beyond that they wait for each other.
     let probes = probes.min((descriptors / 8).max(FEWEST_PROBES));
     let fixed = fixed + probes;
     let rest = descriptors.saturating_sub(fixed);
-    // A datagram has its header whole.
+    // A datagram contains its whole header, so no flow is pending.
     let pending =
         if each == PER_FLOW { 0 } else { (rest / PENDING_PART).clamp(FEWEST_PENDING, MOST_PENDING) };
     let (fixed, rest) = (fixed + pending, rest.saturating_sub(pending));

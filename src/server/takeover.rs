@@ -103,7 +103,7 @@ impl ServerProcess for TakeoverProcess {
     }
 
     fn end(&self, successor: Option<u32>) {
-        // Systemd believes it of the process that it knows.
+        // systemd accepts MAINPID= only from the main process that it knows.
         if let Some(successor) = successor {
             notify::main_pid(successor);
         }

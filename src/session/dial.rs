@@ -37,7 +37,7 @@ impl<'a> SessionSteps<'a> {
                 let picked =
                     match pool.pick_for(log_context.tenant_number(), key, fastrand::u64(..), &mut tried) {
                         Ok(picked) => picked,
-                        // A session that could not connect does not wait as well.
+                        // A session that has tried a backend does not enter the queue.
                         Err(error @ (PickError::Free | PickError::Share)) if tried.is_empty() => {
                             let place = pool
                                 .join_queue(log_context.tenant_number())
@@ -129,7 +129,7 @@ async fn wait(
     session.wake_at(session.tick().after(TickSpan::of(at_most)));
     let reset = pin!(client.ready(Interest::ERROR));
     match session.watch(unless_reset(reset, place)).await {
-        // Room that appears because all sessions end is not given out.
+        // Slots freed by the end of all sessions are not used for new ones.
         Ok(Some(_)) if session.is_over() => Err(Outcome::reject(EndedAt::Pool, Reason::Drained)),
         Ok(Some(picked)) => Ok(picked),
         Ok(None) => Err(Outcome::new(EndedBy::Client, EndedAt::Pool, Reason::Reset)),

@@ -41,7 +41,7 @@ impl ConfigChanges {
 impl ChangeCount {
     fn between<T: PartialEq>(before: &[T], after: &[T], name: impl Fn(&T) -> &String) -> Self {
         let mut count = Self::default();
-        // Most stand where they stood, and are found without a table.
+        // Most entries have the same position as before and need no lookup table.
         let same = before.iter().zip(after).take_while(|(before, after)| name(before) == name(after));
         let mut first = 0;
         for (before, after) in same {

@@ -54,7 +54,7 @@ impl ListenerRows {
         self.all.iter_mut().for_each(|row| row.is_retired = true);
         let asked = listeners.iter().filter(|listener| has_pending(listener));
         let asked = asked.map(|listener| listener.max_pending as u128).sum::<u128>();
-        // Where listeners ask for more than the process has, each gets its part.
+        // If listeners ask for more than the process has, each gets its proportion.
         let limit = |listener: &config::ListenerConfig| {
             let part = listener.max_pending as u128 * self.most_pending as u128 / asked.max(1);
             listener.max_pending.min(usize::try_from(part).unwrap_or(usize::MAX))

@@ -15,7 +15,7 @@ impl Snapshot {
         let rules = self.listeners.iter().find(|own| own.label.serial() == listener.serial());
         let found = match (rules, claim) {
             (Some(rules), _) => self.directory.find(claim, rules.tenants).ok(),
-            // A successor may not have the listener: the endpoint has to be the tenant's all the same.
+            // A successor may not have the listener; the endpoint must still belong to the tenant.
             (None, EndpointClaim::Id(_)) => {
                 self.directory.find(claim, TenantRules::ByEndpoint { absent: None, unknown: None }).ok()
             }
@@ -50,7 +50,7 @@ impl ConfigChanges {
                 loses(before, after) || has_fallback && before.endpoints != after.endpoints
             })
         };
-        // Most stand where they stood, and are found without a table.
+        // Most entries have the same position as before and need no lookup table.
         let same = before.tenants.iter().zip(&after.tenants);
         let first = same.clone().take_while(|(before, after)| before.name == after.name).count();
         let known: HashMap<_, _> =

@@ -262,8 +262,8 @@ fn fold<C: Fold>(
             at += 1;
             continue;
         };
-        // One is the index's, one is this list's. More: a session counts there, or a scrape has yet to read it, and would read
-        // the same counts in the aggregate again.
+        // The index and this list hold one reference each. With more, a session still counts there, or a scrape has not
+        // read it yet and would count it twice, here and in the aggregate.
         if Arc::strong_count(own) > 2 {
             done.busy += 1;
             at += 1;
@@ -301,7 +301,7 @@ impl WorkerMetrics {
             folding.busy.set(folding.busy.get() + done.busy);
         };
         if folding.at.get() == 0 {
-            // Of these there are few, and some go with each route.
+            // These are few, so they are folded in one step.
             count(&fold(&self.listeners, &self.shard.listeners, 0, usize::MAX, configured));
             count(&fold(&self.backends, &self.shard.backends, 0, usize::MAX, configured));
             count(&fold(&self.pools, &self.shard.pools, 0, usize::MAX, configured));

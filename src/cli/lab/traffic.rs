@@ -87,7 +87,7 @@ impl ConsumerTraffic {
             orders.send(order).await.map_err(io::Error::other)?;
         }
         drop(begun);
-        // One that fails before it begins says so at its end.
+        // A task that fails before it begins reports the error when it is joined.
         while beginnings.recv().await.is_some() {}
         Ok(Downloads(endings))
     }
@@ -138,7 +138,7 @@ async fn consume(
     loop {
         let order = tokio::select! {
             Some(order) = orders.recv() => order,
-            // The sender is gone: that is the end, too.
+            // A dropped sender also means the end.
             _ = stopped.wait_for(|stop| *stop) => break,
         };
         for port in PORTS {

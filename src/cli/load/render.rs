@@ -42,7 +42,7 @@ pub(super) fn as_text(report: &LoadReport, mode: LoadModeName, interval: Option<
         )
         .unwrap_or_default();
     }
-    // How long one read or write of many takes says nothing.
+    // The duration of a single read or write in a bulk transfer is not meaningful.
     let is_bulk = matches!(mode, LoadModeName::ToClient | LoadModeName::ToBackend);
     if !is_bulk && report.operations > 0 {
         text.push_str("\nlatency\n");

@@ -103,7 +103,7 @@ fn claims(written: &RawConfig) -> Vec<BindClaim<'_>> {
     // The error is reported at the later one; a default has no line.
     claims.sort_by_key(|claim| claim.written.is_some());
     for listener in &written.listeners {
-        // Of one that is none of both it is said elsewhere.
+        // An invalid protocol is reported elsewhere.
         let Some(protocol) = listener.protocol.effective() else { continue };
         for ports in listener.bind.given().map(|list| list.items.as_slice()).unwrap_or_default() {
             let at = Some((&listener.head, ports.span().start));

@@ -63,11 +63,11 @@ fn no_backend_stands_twice(pool: &Headed<RawPool>, faults: &mut Vec<ConfigError>
 
 fn source_addresses_can_reach_a_backend(pool: &Headed<RawPool>, faults: &mut Vec<ConfigError>) {
     let Some(sources) = pool.source_addresses.given() else { return };
-    // Where a backend could not be read, or there is none at all, that is a fault already.
+    // An invalid backend or an empty list is already reported.
     let targets: Option<Vec<&BackendTarget>> =
         pool.backends().map(|backend| backend.target.given()).collect();
     let Some(targets) = targets.filter(|targets| !targets.is_empty()) else { return };
-    // A name may have addresses of both families, and others tomorrow.
+    // A name can resolve to addresses of both families, now or later.
     let may_be = |target: &BackendTarget, ipv4: bool| match target {
         BackendTarget::Address(address) => address.is_ipv4() == ipv4,
         BackendTarget::Host { .. } | BackendTarget::Service(_) => true,

@@ -138,7 +138,7 @@ fn an_exchange_expects_something(pool: &Headed<RawPool>) -> Option<ConfigError> 
 }
 
 fn some_status_is_good(pool: &Headed<RawPool>) -> Option<ConfigError> {
-    // Of another kind, it is a fault already that there is a list.
+    // For another kind, the key itself is already reported.
     pool.health.expect_status.given().filter(|statuses| statuses.is_empty())?;
     pool.health.kind.given().filter(|kind| **kind == ProbeKind::Http)?;
     let message = "must hold at least one status, such as \"200-399\", found an empty list";

@@ -101,7 +101,7 @@ fn routed(tenant: &Headed<RawTenant>, listener: &Headed<RawListener>) -> bool {
             routes.get_ref().0.iter().any(|(route, _)| route.get_ref() == name)
         }
         (ParsedField::Absent, Some(_)) => false,
-        // A route or a name that could not be read may well be the missing one.
+        // An invalid route or name may be the missing one.
         (ParsedField::Faulty, _) | (_, None) => true,
     }
 }

@@ -100,7 +100,7 @@ fn echo(port: &DatagramPort, tag: SessionTag, from: SocketAddr, bytes: &mut [u8]
             *head = *tag.as_bytes();
         }
     }
-    // What is not taken is lost, as datagrams are.
+    // A datagram that the kernel does not accept is lost.
     port.send(from, bytes, each).map(|_| ()).unwrap_or_default();
     count.max(1)
 }

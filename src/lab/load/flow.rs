@@ -148,11 +148,11 @@ impl LoadFlow {
         let each = self.out.len() / self.dues.len();
         let transmit = || self.port.send(self.target, &self.out, each);
         let is_full = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
-        // The first error may be what an earlier one has brought back.
+        // The first error may be the ICMP error of an earlier datagram.
         let sent = match transmit().or_else(|error| if is_full(&error) { Err(error) } else { transmit() }) {
             Ok(bytes) => bytes / each,
             Err(error) if is_full(&error) => 0,
-            // It does not go, and so has no answer.
+            // It is not sent, so it has no answer.
             Err(_) => 1,
         };
         let now = clock::now();
@@ -169,7 +169,7 @@ impl LoadFlow {
                 check(answer, questions, notes, pool, body, *window);
             }
         });
-        // What an earlier question has brought back: its answer is missed when its time is over.
+        // The ICMP error of an earlier request; that request counts as lost at its timeout.
         received.unwrap_or_default();
     }
 }

@@ -71,7 +71,7 @@ impl LoadSession {
             let Some(due) = self.due().await else { return };
             if self.rolls.u8(..100) < self.plan.noise {
                 self.notes.noise();
-                // What comes of noise is the proxy's business, as long as the sessions beside it are served.
+                // The result of noise is ignored; only the regular sessions must be served.
                 self.noise().await.unwrap_or_default();
             }
             let operation = timeout(LIMIT, self.operate(&mut open)).await;

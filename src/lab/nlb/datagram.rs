@@ -90,7 +90,7 @@ impl NlbUdpSocket {
         let (mut room, mut whole) = (vec![0; ROOM], Vec::with_capacity(ROOM));
         loop {
             let Ok((len, consumer)) = self.socket.recv_from(&mut room).await else {
-                // What an earlier answer brought back: its consumer has gone.
+                // The ICMP error of an earlier answer whose consumer has gone.
                 continue;
             };
             let flow = match self.known(consumer) {
@@ -101,14 +101,14 @@ impl NlbUdpSocket {
                         answers.spawn(Arc::clone(&self).answer(consumer, Arc::clone(&flow)));
                         flow
                     }
-                    // All places are taken, or there is no port: a datagram is lost, as datagrams are.
+                    // All slots are in use, or no port is free: the datagram is lost.
                     Ok(None) | Err(_) => continue,
                 },
             };
             whole.clear();
             whole.extend_from_slice(&flow.header);
             whole.extend_from_slice(room.get(..len).unwrap_or_default());
-            // An error is what became of an earlier datagram, or that this one is too long: it is lost.
+            // The error concerns an earlier datagram, or this one is too long: it is lost.
             flow.socket.send(&whole).await.unwrap_or_default();
         }
     }
@@ -140,7 +140,7 @@ impl NlbUdpSocket {
     fn known(&self, consumer: SocketAddr) -> Option<Arc<NlbFlow>> {
         let flows = self.flows();
         let flow = flows.get(&consumer)?;
-        // While it is locked: the flow cannot go in between.
+        // Sent under the lock, so that the flow cannot expire in between.
         flow.hear();
         Some(Arc::clone(flow))
     }
