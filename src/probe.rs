@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn missed_probes_are_not_made_up_for() {
+    fn missed_probes_are_not_repeated() {
         let mut schedule = ProbeSchedule { second: None, ..schedule(SECOND, SECOND, 0, 1) };
         let late = START + 100 * SECOND;
         schedule.advance(late, SECOND / 10);

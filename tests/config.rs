@@ -407,7 +407,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bent_configuration_panics(place in any::<prop::sample::Index>(), length in 0..40_usize, patch in "[\\PC\n]{0,12}") {
+    fn no_mutated_configuration_panics(place in any::<prop::sample::Index>(), length in 0..40_usize, patch in "[\\PC\n]{0,12}") {
         let mut text: Vec<char> = std::fs::read_to_string("tests/config/valid/everything.toml").unwrap().chars().collect();
         let start = place.index(text.len());
         let end = (start + length).min(text.len());

@@ -394,7 +394,7 @@ proptest! {
     }
 
     #[test]
-    fn bent_vectors_never_panic(input in bent_vector()) {
+    fn mutated_vectors_never_panic(input in bent_vector()) {
         exercise(&input);
         assert_decided_once(&input, STREAM);
         assert_decided_once(&input, DATAGRAM);

@@ -366,7 +366,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_cut_changes_a_verdict(
+        fn no_split_changes_the_probe_result(
             ask in question(),
             fragments in proptest::collection::vec(fragment(), 0..12),
             cuts in proptest::collection::vec(any::<proptest::sample::Index>(), 0..12),

@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn probes_have_room_for_every_backend_to_take_its_time() {
+    fn probe_descriptors_suffice_if_every_backend_uses_its_timeout() {
         let pools = r#"
             [[pool]]
             name = "app"

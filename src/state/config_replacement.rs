@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn all_else_may_change() {
+    fn change_of_other_tables_needs_no_restart() {
         for (before, after) in [
             ("350s", "351s"),
             ("idle = \"30s\"", "idle = \"31s\""),

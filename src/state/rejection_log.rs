@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_end_has_its_line() {
+    fn every_other_outcome_is_logged() {
         let (rejections, acme, strays) = (RejectionLog::default(), tenant(), StrayLogLimit::default());
         let done = Outcome::new(EndedBy::Client, EndedAt::Forward, Reason::Done);
         let shed = Outcome::reject(EndedAt::Pool, Reason::NoBackend);

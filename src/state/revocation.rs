@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn removal_of_a_right_is_seen_and_an_addition_is_not() {
+    fn change_that_takes_an_endpoint_away_is_detected_and_an_addition_is_not() {
         for (from, to) in [
             ("\"vpce-00000001\", ", ""),
             ("name = \"acme\"", "name = \"initech\""),
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn addition_is_seen_where_unknown_endpoints_have_a_tenant() {
+    fn added_endpoint_is_detected_if_unknown_endpoints_have_a_tenant() {
         let text = text().replace("pool = \"app\"", "pool = \"app\"\non-unknown-endpoint = \"tenant:acme\"");
         for (from, to) in [
             ("[[tenant]]", "[[tenant]]\nname = \"initech\"\nendpoints = [\"vpce-00000008\"]\n[[tenant]]"),

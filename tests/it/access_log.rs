@@ -113,7 +113,7 @@ async fn symbolic_link_as_the_access_log_is_refused_by_the_check_and_never_writt
 }
 
 #[tokio::test]
-async fn flood_of_strays_has_few_lines_and_the_others_are_counted() {
+async fn flood_of_unidentified_sessions_logs_few_lines_and_counts_the_rest() {
     const AT_ONCE: usize = 50;
     let world = World::new().await;
     let config = world.config(DRAIN_NEVER);
@@ -203,7 +203,7 @@ async fn one_tenants_lines_do_not_push_out_anothers_where_the_log_is_slow() {
 }
 
 #[tokio::test]
-async fn strays_of_udp_have_few_lines_too() {
+async fn unidentified_udp_datagrams_log_few_lines() {
     let listener = "[[listener]]\nname = \"dns\"\nprotocol = \"udp\"\nbind = \"127.0.0.1:0\"\ntrusted-sources = \
                     [\"127.0.0.0/8\"]\npool = \"globex\"\n";
     let conf =

@@ -45,7 +45,7 @@ async fn shares_are_those_of_the_weights_and_zero_gets_nothing() {
 }
 
 #[tokio::test]
-async fn least_sessions_counts_them_in_relation_to_the_weight() {
+async fn least_sessions_counts_sessions_relative_to_weight() {
     let all = [greeting("acme-1").await, greeting("acme-2").await, greeting("acme-3").await];
     let backends = all.iter().zip(["weight = 100", "weight = 200", "weight = 0"]);
     let backends = backends.map(|(backend, weight)| with(backend.address(), weight)).collect();

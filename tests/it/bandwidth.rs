@@ -217,7 +217,7 @@ async fn end_of_stream_arrives_after_all_delayed_bytes() {
 }
 
 #[tokio::test]
-async fn waiting_for_its_turn_is_not_silence() {
+async fn waiting_for_bandwidth_is_not_idle_time() {
     let raw = Raw::bind().await;
     let conf = Conf { timeouts: "idle = \"300ms\"\nhalf-close = \"300ms\"".to_owned(), ..Conf::default() };
     // At 16 KiB in a second, 4 KiB at once: eight sessions have their turn every two seconds.

@@ -31,7 +31,7 @@ async fn says(address: SocketAddr, health: &str, word: &str) {
 }
 
 #[tokio::test]
-async fn each_verdict_has_its_word() {
+async fn every_probe_result_has_its_label() {
     let quick = "interval = \"300ms\"\ntimeout = \"300ms\"\n";
     for (temper, health, word) in [
         (BackendBehavior::BlackHole, "kind = \"tcp\"", "passed"),

@@ -53,7 +53,7 @@ async fn slow_start_weight_grows_to_full_weight() {
 }
 
 #[tokio::test]
-async fn its_share_is_small_at_first() {
+async fn slow_start_begins_with_a_small_share() {
     let (held, good) = (Held::bind(), greeting("acme-1").await);
     let proxy = proxy(&held, &good, "1h").await;
     // A first probe that succeeds makes no comeback.

@@ -232,7 +232,7 @@ async fn admin_socket_of_a_dead_process_is_replaced_and_of_a_live_one_is_not() {
 }
 
 #[tokio::test]
-async fn connection_beyond_the_places_takes_that_of_the_longest_silent() {
+async fn connection_beyond_the_limit_displaces_the_longest_silent() {
     const PLACES: usize = 32;
     let world = World::new().await;
     let (mut serve, _config, socket) = start(&world, DRAIN_NEVER).await;
@@ -264,7 +264,7 @@ async fn connection_beyond_the_places_takes_that_of_the_longest_silent() {
 }
 
 #[tokio::test]
-async fn order_of_a_web_page_is_refused_and_the_socket_is_asked_by_any_name() {
+async fn command_from_a_web_page_is_refused_and_the_socket_accepts_any_host() {
     let world = World::new().await;
     let (mut serve, _config, socket) = start(&world, DRAIN_NEVER).await;
     for (path, headers, status) in [

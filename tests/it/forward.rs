@@ -69,7 +69,7 @@ async fn backend_that_ends_first_still_receives_the_clients_bytes() {
 }
 
 #[tokio::test]
-async fn both_ends_may_end_at_once() {
+async fn both_sides_may_close_at_once() {
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
     for _ in 0..20 {
@@ -224,7 +224,7 @@ async fn answer_before_a_reset_is_delivered_before_the_reset() {
 }
 
 #[tokio::test]
-async fn counts_are_exact_to_the_byte() {
+async fn byte_counts_are_exact() {
     let backend = TestBackend::start("acme-1", BackendBehavior::Greeting).await.unwrap();
     let proxy = Conf { acme: vec![backend.address()], ..Conf::default() }.start().await;
     let (mut total, mut sessions) = (0, 0);

@@ -101,7 +101,7 @@ async fn health_check_connection_serves_one_request() {
 }
 
 #[tokio::test]
-async fn only_the_path_of_the_check_is_there() {
+async fn health_endpoint_serves_only_its_path() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     for (path, expected) in [
@@ -275,7 +275,7 @@ async fn half_a_request_does_not_block_others() {
 }
 
 #[tokio::test]
-async fn silence_gives_its_place_back_after_a_time() {
+async fn silent_health_connection_gives_its_slot_to_a_new_check() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
     let mut silent = half_asked(&proxy, AT_ONCE).await;
@@ -294,7 +294,7 @@ fn ended<'a>(proxy: &'a Proxy, labels: &'a [(&'a str, &'a str)]) -> Metric<'a> {
 }
 
 #[tokio::test]
-async fn check_is_answered_while_2000_connections_want_all_places() {
+async fn health_check_is_answered_during_a_flood_of_2000_connections() {
     const MANY: usize = 2000;
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let proxy = proxy(&acme).await;
@@ -339,7 +339,7 @@ async fn silent_and_half_checks_are_ended_by_their_own_limits() {
 }
 
 #[tokio::test]
-async fn strangers_take_no_place_of_trusted_networks() {
+async fn untrusted_connections_take_no_slot_of_trusted_networks() {
     let acme = TestBackend::start("acme-1", BackendBehavior::Echo).await.unwrap();
     let check_keys = "trusted-sources = [\"127.0.0.2\"]".to_owned();
     let proxy = Conf { acme: vec![acme.address()], check: check_keys, ..Conf::default() }.start().await;

@@ -183,7 +183,7 @@ proptest! {
     }
 
     #[test]
-    fn heavier_services_are_not_lighter_afterwards(all in prop::collection::vec((Just(1_u16), any::<u16>()), 3)) {
+    fn scaled_weights_keep_their_order(all in prop::collection::vec((Just(1_u16), any::<u16>()), 3)) {
         let found = weights(&all);
         for (one, (_, first)) in all.iter().enumerate() {
             for (two, (_, second)) in all.iter().enumerate() {

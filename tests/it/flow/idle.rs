@@ -61,7 +61,7 @@ async fn immediate_end_ends_flows_while_datagrams_arrive() {
 
 /// More than end in one go, and they end together.
 #[tokio::test]
-async fn many_that_are_silent_all_end() {
+async fn many_idle_flows_all_end() {
     const MANY: u16 = 200;
     let acme = Echo::start("acme").await;
     let (proxy, _hooli) = world(&[acme.address], |conf, _| soon(conf)).await;
