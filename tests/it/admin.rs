@@ -17,7 +17,7 @@ use super::harness::{
 };
 
 use super::raw::{Held, Raw};
-use super::sessions::{ROUND_ROBIN, usable, with};
+use super::sessions::{ROUND_ROBIN, ground, with};
 
 async fn proxy(acme: &TestBackend) -> Proxy {
     Conf { acme: vec![acme.address()], ..Conf::default() }.start().await
@@ -276,7 +276,8 @@ async fn status_and_page_show_backends_in_use_and_causes() {
     let proxy = conf.start().await;
     // Both primaries refuse, and are out at their first failure each.
     let first = raw.session(&proxy).await;
-    usable(&proxy, 1).await;
+    // A second ejection soon after the first one is in force a moment later.
+    ground(&proxy, "backup").await;
     let second = proxy.open(ACME, b"second").await;
     proxy.metric("vestibule_pool_sessions_queued", &[("pool", "acme")]).is(1).await;
 
