@@ -139,7 +139,7 @@ async fn churn(act: Act<'_>) {
                 stream.shutdown().await?;
                 tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
             };
-            // That it fails is what the proxy's counters tell.
+            // That it fails is what the proxy's counters show.
             drop(timeout(PATIENCE, once).await);
             open.set(open.get() - 1);
         });

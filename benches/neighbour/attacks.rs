@@ -321,7 +321,7 @@ impl Attack for ComeAndGo {
                 load.arg("--endpoint").arg(format!("vpce-{:017x}", number(each)));
             }
             // Those that a reload has met are the proxy's to count.
-            drop(super::world::humble(&load).output());
+            drop(super::world::low_priority(&load).output());
         }
     }
     fn faults(&self, world: &World, _sessions: u64, _attacked: Duration) -> Vec<String> {

@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 
 use self::attacks::Attack;
 use self::stage::{Proc, VESTIBULE, median};
-use self::world::{B, Peak, World, humble, urgent};
+use self::world::{B, Peak, World, high_priority, low_priority};
 
 /// What an attack may cost the neighbour.
 const MOST: f64 = 1.10;
@@ -139,7 +139,7 @@ fn main() -> ExitCode {
             format!("\n{}", faults.join("\n"))
         }
     );
-    // A moment is too short to tell more than that it runs.
+    // A moment is too short to show more than that it runs.
     if faults.is_empty() || options.test { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -171,7 +171,7 @@ fn run(attack: &dyn Attack, options: &Options, faults: &mut Vec<String>) -> Valu
             }
             let start = now();
             let actors: Vec<_> =
-                attack.actors(&world).iter().map(|actor| Proc::start(&humble(actor))).collect();
+                attack.actors(&world).iter().map(|actor| Proc::start(&low_priority(actor))).collect();
             neighbour(&world, beside, &mut turns.beside);
             drop(actors);
             attacked += now() - start;
@@ -191,7 +191,7 @@ fn run(attack: &dyn Attack, options: &Options, faults: &mut Vec<String>) -> Valu
     let sessions = turns.beside.neighbour[0].done;
     let own = attack.faults(&world, sessions, attacked);
     faults.extend(own.into_iter().map(|fault| format!("{}: {fault}", attack.name())));
-    tell(attack, &turns, &peak, &ends, faults)
+    print_row(attack, &turns, &peak, &ends, faults)
 }
 
 /// The neighbour and the control, over TCP and UDP at once.
@@ -202,7 +202,7 @@ fn neighbour(world: &World, time: Duration, into: &mut Turn) {
         command.args(["load", "--json", "--target", &target.to_string(), "--pools", "b"]).args(header);
         command.args(["--mode", mode, "--sessions", "32", "--rate", RATE, "--interval", INTERVAL]);
         command.args(["--duration", &time, "--warmup", &format!("{}ms", warmup.as_millis())]);
-        urgent(&command)
+        high_priority(&command)
     };
     let mut commands = [
         load("connect", world.web, &["--endpoint", B]),
@@ -242,7 +242,7 @@ impl Measured {
     }
 }
 
-fn tell(
+fn print_row(
     attack: &dyn Attack,
     turns: &Turns,
     peak: &Peak,

@@ -57,7 +57,7 @@ pub(super) struct Peak {
 /// Before all others of the ordinary classes (sched(7), `SCHED_RR`), where that is allowed.
 const FIRST: &[&str] = &["chrt", "--rr", "1"];
 
-fn may_be_first() -> bool {
+fn may_use_realtime() -> bool {
     static ALLOWED: LazyLock<bool> = LazyLock::new(|| {
         let tried = Command::new(FIRST[0]).args(&FIRST[1..]).arg("true").status();
         tried.is_ok_and(|status| status.success())
@@ -67,13 +67,13 @@ fn may_be_first() -> bool {
 
 /// An attacker's command: the neighbour's load preempts it at once, so that the neighbour feels the proxy and not the
 /// attacker's load generator. Where nothing may be first, it is in the idle class.
-pub(super) fn humble(command: &Command) -> Command {
-    classed(if may_be_first() { &["nice", "-n", "10"] } else { &["chrt", "--idle", "0"] }, command)
+pub(super) fn low_priority(command: &Command) -> Command {
+    classed(if may_use_realtime() { &["nice", "-n", "10"] } else { &["chrt", "--idle", "0"] }, command)
 }
 
 /// A command before all others.
-pub(super) fn urgent(command: &Command) -> Command {
-    classed(if may_be_first() { FIRST } else { &[] }, command)
+pub(super) fn high_priority(command: &Command) -> Command {
+    classed(if may_use_realtime() { FIRST } else { &[] }, command)
 }
 
 fn classed(class: &[&str], command: &Command) -> Command {
@@ -95,8 +95,8 @@ impl World {
             super::actor::Act { kind: "source", target: of_a, rate: 0, most: 0, endpoint: "-", bytes: 0 };
         // One that sends without end has to accept as fast as its clients come, and must not hold up the neighbour's load.
         let behind_a =
-            if conf.endless { classed(&[], &source.command()) } else { humble(&backend("a", of_a)) };
-        let backends = [Proc::start(&behind_a), Proc::start(&urgent(&backend("b", of_b)))];
+            if conf.endless { classed(&[], &source.command()) } else { low_priority(&backend("a", of_a)) };
+        let backends = [Proc::start(&behind_a), Proc::start(&high_priority(&backend("b", of_b)))];
         ready(of_a);
         ready(of_b);
         let pools = match &conf.shared {

@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_holds_to_the_pipe() {
+    fn budget_limits_the_number_of_pipes() {
         let shard = Arc::new(CounterShard::default());
         let (session, tenant, other) = (session(&shard), Quota::default(), Quota::default());
         let budget = PipeBudget::new(2 * CAPACITY as u64, 1);
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_holds_no_more_than_are_free() {
+    fn tenant_holds_no_more_pipes_than_are_free() {
         let session = session(&Arc::default());
         let pipes = PipeCache::new(PipeBudget::new(8 * CAPACITY as u64, 1));
         let tenants = [0; 4].map(|_| Quota::default());
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_with_bytes_in_it_is_never_used_again() {
+    fn pipe_that_holds_bytes_is_closed_and_not_reused() {
         let shard = Arc::new(CounterShard::default());
         let (session, tenant) = (session(&shard), Quota::default());
         let pipes = PipeCache::new(PipeBudget::new(CAPACITY as u64, 1));
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_keeps_few() {
+    fn worker_keeps_at_most_its_part_of_empty_pipes() {
         let shard = Arc::new(CounterShard::default());
         let (session, tenant) = (session(&shard), Quota::default());
         let budget = PipeBudget::new(u64::MAX, 1);
