@@ -169,12 +169,16 @@ health = {{ kind = "none" }}
     }
 }
 
-/// Calls `one` for each contender, round after round; the first round does not count. Each round begins with another
-/// contender, because the previous contender affects the measurement of the next one.
+/// Calls `one` for each contender, round after round; the first round does not count. Each round begins with another one, and every
+/// second round goes backwards: what a contender leaves behind (ports in TIME_WAIT, warm caches) is not always met by the same one.
 pub(crate) fn alternate(contenders: &[Contender], rounds: usize, mut one: impl FnMut(&Contender, bool)) {
     for round in 0..=rounds {
-        let (last, first) = contenders.split_at(round % contenders.len());
-        for contender in first.iter().chain(last) {
+        let (last, first) = contenders.split_at(round / 2 % contenders.len());
+        let mut order: Vec<_> = first.iter().chain(last).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        for contender in order {
             one(contender, round > 0);
         }
     }

@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 
 use tokio::net::TcpStream;
@@ -22,6 +23,10 @@ use crate::clock;
 use crate::clock::wheel::TickSpan;
 use crate::outcome::{EndedAt, EndedBy, Outcome, Reason};
 use crate::session_context::{Cancelled, SessionContext};
+
+/// Pipes of a tenant that peers may hold that read nothing. They have send queues without a bound, 4 MiB each with the kernel's
+/// default for `net.ipv4.tcp_wmem`; a session that takes one early has what a fast peer needs from the start.
+const FEW_PIPES: u32 = 8;
 
 /// What the sessions of one worker share.
 #[derive(Debug)]
@@ -47,6 +52,11 @@ impl TenantResources<'_> {
     /// A pipe, where there is one for the tenant.
     pub(super) fn take_pipe(self, session: &SessionContext) -> Option<Box<Pipe>> {
         self.worker.pipes.take(self.quota, session)
+    }
+
+    /// Whether the tenant has so few pipes that a session takes one whether its peer reads or not.
+    pub(super) fn has_few_pipes(self) -> bool {
+        self.quota.pipes.load(Ordering::Relaxed) < FEW_PIPES
     }
 
     /// Takes a pipe back.

@@ -269,7 +269,7 @@ impl DirectionState {
             if self.streak >= SMALL_SPLICES {
                 self.stop_splicing(resources, session);
             }
-        } else if self.streak >= LARGE_READS && has_read(sink) {
+        } else if self.streak >= LARGE_READS && (resources.has_few_pipes() || has_read(sink)) {
             self.pipe = resources.take_pipe(session);
             self.streak = 0;
         }

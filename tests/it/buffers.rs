@@ -136,26 +136,37 @@ async fn default_bound_of_unsent_bytes_keeps_the_memory_of_many_stalled_readers_
 }
 
 #[tokio::test]
-async fn session_takes_a_pipe_only_once_its_client_reads() {
+async fn beyond_eight_pipes_of_a_tenant_a_session_takes_one_only_once_its_client_reads() {
+    const COUNT: u64 = 12;
     let raw = Raw::bind().await;
     let proxy = raw.proxy(Conf::default()).await;
-    let (mut client, mut backend) = raw.session(&proxy).await;
-    let (mut sent, mut read) = (Bytes::new(1), Bytes::new(1));
-    for kib in [20, 40] {
-        sent.send(&mut backend, kib * 1024).await.unwrap();
-        let count = u32::try_from(sent.count).unwrap();
-        proxy.metric("vestibule_forwarded_bytes_total", &[("tenant", "acme")]).is(count).await;
+    let (mut sessions, mut total) = (Vec::new(), 0);
+    for seed in 0..COUNT {
+        let (client, mut backend) = raw.session(&proxy).await;
+        let mut sent = Bytes::new(seed);
+        for kib in [20, 40] {
+            sent.send(&mut backend, kib * 1024).await.unwrap();
+            total += u32::try_from(kib * 1024).unwrap();
+            proxy.metric("vestibule_forwarded_bytes_total", &[("tenant", "acme")]).is(total).await;
+        }
+        sessions.push((client, backend, sent));
     }
-    // Two large reads in a row, of a backend that sends more than the client's window has room for.
-    let sending = tokio::spawn(async move { sent.send(&mut backend, WHOLE).await });
+    // Two large reads in a row, of backends that send more than the clients' windows have room for.
+    let sending = sessions.into_iter().map(|(client, mut backend, mut sent)| {
+        (client, tokio::spawn(async move { sent.send(&mut backend, WHOLE).await.map(|()| backend) }))
+    });
+    let sending: Vec<_> = sending.collect();
     nothing_moves(&proxy).await;
-    proxy.metric("vestibule_pipes_in_use", &[]).is(0).await;
-    read.receive(&mut client, WHOLE + 60 * 1024).await.unwrap();
-    sending.await.unwrap().unwrap();
+    proxy.metric("vestibule_pipes_in_use", &[]).is(8).await;
     let spliced = [("mode", "splice"), ("direction", "to_client")];
-    proxy.metric("vestibule_forward_mode_bytes_total", &spliced).is_at_least(4 << 20).await;
+    for (seed, (mut client, backend)) in (0..).zip(sending) {
+        let before = proxy.value("vestibule_forward_mode_bytes_total", &spliced).await;
+        Bytes::new(seed).receive(&mut client, WHOLE + 60 * 1024).await.unwrap();
+        drop(backend.await.unwrap().unwrap());
+        let after = proxy.value("vestibule_forward_mode_bytes_total", &spliced).await;
+        assert!(after - before > 4.0 * 1024.0 * 1024.0, "session {seed}: {before} to {after} bytes spliced");
+    }
     proxy.others_are_unharmed().await;
-    drop(client);
-    proxy.ended(&[("tenant", "acme")]).is(1).await;
+    proxy.ended(&[("tenant", "acme"), ("why", "done")]).is(12).await;
     proxy.finish().await;
 }

@@ -114,10 +114,6 @@ async fn held(conf: fn() -> Conf, what: &str, descriptors: usize) {
     let raw = Raw::bind().await;
     let [one, other] = two(&raw, conf).await;
     let (mut client, mut backend) = raw.session(&one).await;
-    // A session gets a pipe only once its client reads.
-    let (mut sent, mut read) = (Bytes::new(4), Bytes::new(4));
-    let (sent, read) = tokio::join!(sent.send(&mut backend, 1 << 20), read.receive(&mut client, 1 << 20));
-    sent.and(read).unwrap();
     let sent = clog(&mut backend).await;
     let mut found = 0;
     for (from, to) in [(&one, &other), (&other, &one), (&one, &other)] {
