@@ -37,12 +37,13 @@ pub(super) struct World {
     pub(super) dns: SocketAddr,
     pub(super) admin: SocketAddr,
     pub(super) health: SocketAddr,
-    /// The neighbour's, over TCP and UDP.
-    pub(super) backend: SocketAddr,
+    /// The control's backend, over TCP and UDP. It has an address of its own: to that of the neighbour the control's local ports in
+    /// TIME_WAIT would be closed to the proxy.
+    pub(super) control: SocketAddr,
     /// What an attack may rewrite: tenants that come and go.
     pub(super) more: PathBuf,
     pub(super) proxy: Proc,
-    _backends: [Proc; 2],
+    _backends: [Proc; 3],
 }
 
 /// The most that was seen.
@@ -85,7 +86,7 @@ fn classed(class: &[&str], command: &Command) -> Command {
 impl World {
     /// Starts the backends and the proxy, which has one worker and a core to itself.
     pub(super) fn start(dir: &Path, program: &Path, conf: &Conf) -> Self {
-        let [web, dns, admin, health, of_a, of_b] = std::array::from_fn(|_| free());
+        let [web, dns, admin, health, of_a, of_b, control] = std::array::from_fn(|_| free());
         let backend = |name: &str, at: SocketAddr| {
             let mut command = Command::new(VESTIBULE);
             command.args(["backend", "--listen", &format!("{name}={at}"), "--udp", &format!("{name}={at}")]);
@@ -96,9 +97,12 @@ impl World {
         // One that sends without end has to accept as fast as its clients come, and must not hold up the neighbour's load.
         let behind_a =
             if conf.endless { classed(&[], &source.command()) } else { low_priority(&backend("a", of_a)) };
-        let backends = [Proc::start(&behind_a), Proc::start(&high_priority(&backend("b", of_b)))];
-        ready(of_a);
-        ready(of_b);
+        let own = [of_b, control].map(|at| Proc::start(&high_priority(&backend("b", at))));
+        let [behind_b, of_control] = own;
+        let backends = [Proc::start(&behind_a), behind_b, of_control];
+        for at in [of_a, of_b, control] {
+            ready(at);
+        }
         let pools = match &conf.shared {
             Some(keys) => pool("shared", of_b, keys),
             None => pool("a", of_a, "") + &pool("b", of_b, ""),
@@ -125,7 +129,7 @@ impl World {
         let proxy = Proc::start(&serve);
         ready(web);
         ready(admin);
-        Self { web, dns, admin, health, backend: of_b, more, proxy, _backends: backends }
+        Self { web, dns, admin, health, control, more, proxy, _backends: backends }
     }
 
     /// The sums of a metric by one of its labels, of series that have none of `without`.
