@@ -6,8 +6,9 @@
 //! of its own; attacks that need a sysctl are left out without. The proxy has one worker and a core to itself; the attackers share
 //! the other core with the neighbour, which comes before all others. In turns the neighbour is
 //! alone and beside the attack; percentiles are those of intervals of a hundred sessions or datagrams, and of these the median
-//! counts. A control has the same load straight to a backend: what it is slowed down by is not the proxy, but the
-//! kernel's work for the attackers on the core of all loads. The table is also written to target/neighbour.json. Exit status 1 where a neighbour is harmed or a bound is broken.
+//! counts. A control has the same load straight to a backend: what slows it down is not the proxy, but the kernel's work for
+//! the attackers on the core of all loads. The table is also written to target/neighbour.json. Exit status 1 where a neighbour is
+//! harmed or a bound is broken.
 #![allow(
     clippy::expect_used,
     clippy::panic,
